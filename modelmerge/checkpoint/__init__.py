@@ -1,0 +1,1 @@
+"""Files in, files out: references, headers, tensors, digests, shards, cards."""

@@ -1,0 +1,131 @@
+"""sha256 of files: of inputs while they are read, of anything at rest.
+
+An input's digest follows the reads: what the merge has just read is still in the page cache, so hashing it costs no
+second trip to the disk, however large the model. A digest once taken is remembered by path, inode, size and
+modification time, as build tools do, so that merging the same experts again hashes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+from modelmerge.errors import CheckpointError
+
+_CHUNK = 1 << 18  # bytes: fits the cache beside the merge's own buffers
+_SETTLED = 2.0  # seconds: a file younger than this may change again within one tick of its timestamp
+
+
+class FileDigest:
+    """A file that is open for reading, and its sha256 as far as reads have come."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self.descriptor = os.open(file, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+        self._file = file
+        self._stat = os.fstat(self.descriptor)
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._lock = threading.Lock()
+        self._known = _recall(file, self._stat)
+
+    def follow(self, position: int) -> None:
+        """Hash on up to `position`, unless another thread is at it: then a later call catches up."""
+        if self._known is None and position > self._position and self._lock.acquire(blocking=False):
+            try:
+                self._advance(position)
+            finally:
+                self._lock.release()
+
+    def finish(self) -> str:
+        """The sha256 of the whole file, in hex.
+
+        Raises:
+            CheckpointError: The file changed while it was read.
+        """
+        now = os.stat(self._file)
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (
+            self._stat.st_size,
+            self._stat.st_mtime_ns,
+            self._stat.st_ino,
+        ):
+            raise CheckpointError(f"{self._file}: changed while it was read", hint="run the command again")
+        with self._lock:
+            if self._known is None:
+                self._advance(self._stat.st_size)
+                self._known = self._hash.hexdigest()
+                _remember(self._file, self._stat, self._known)
+            return self._known
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.descriptor)
+
+    def _advance(self, position: int) -> None:
+        buffer = memoryview(bytearray(min(_CHUNK, max(position - self._position, 1))))
+        while self._position < position:
+            got = os.preadv(self.descriptor, [buffer[: position - self._position]], self._position)
+            if not got:
+                raise CheckpointError(f"{self._file}: ended before its {position} bytes were read")
+            self._hash.update(buffer[:got])
+            self._position += got
+
+
+def sha256(file: Path) -> str:
+    """The sha256 of a file at rest, in hex, never from memory."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    with file.open("rb", buffering=0) as stream:
+        while got := stream.readinto(buffer):
+            digest.update(buffer[:got])
+    return digest.hexdigest()
+
+
+def cache_directory() -> Path:
+    """Where digests are remembered: `$MODELMERGE_CACHE`, else `modelmerge` under `$XDG_CACHE_HOME` or `~/.cache`."""
+    if "MODELMERGE_CACHE" in os.environ:
+        return Path(os.environ["MODELMERGE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelmerge"
+
+
+def _entry(file: Path) -> Path:
+    key = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]
+    return cache_directory() / "sha256" / f"{key}.json"
+
+
+def _identity(file: Path, stat: os.stat_result) -> dict[str, object]:
+    return {
+        "path": str(file.resolve()),
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "ctime_ns": stat.st_ctime_ns,
+        "inode": stat.st_ino,
+    }
+
+
+def _recall(file: Path, stat: os.stat_result) -> str | None:
+    try:
+        known = json.loads(_entry(file).read_bytes())
+        digest = str(known.pop("sha256"))
+        return digest if known == _identity(file, stat) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(file: Path, stat: os.stat_result, digest: str) -> None:
+    if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
+        return
+    entry = _entry(file)
+    # A cache that cannot be written costs time, never a result.
+    with contextlib.suppress(OSError):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary = entry.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({**_identity(file, stat), "sha256": digest}))
+        os.replace(temporary, entry)

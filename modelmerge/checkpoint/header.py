@@ -1,0 +1,128 @@
+"""The safetensors header: what a file holds, checked before a single tensor is read.
+
+Format (safetensors documentation): 8 bytes little-endian length N; N bytes of JSON mapping each tensor's name to
+`dtype`, `shape` and `data_offsets` [begin, end) counted from byte 8 + N; then the data, without holes or overlaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelmerge.errors import CheckpointError
+
+# Bits per element of every dtype the format knows. The 4- and 6-bit kinds pack several elements into bytes.
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+MERGEABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # the floating kinds that arithmetic can be done on
+QUANTISED_DTYPES = tuple(d for d in DTYPE_BITS if d.startswith(("F8", "F6", "F4")))
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a longer header is an attack or not safetensors at all
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and what it is; nothing of its data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int  # first byte of the data, counted from the start of the file
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, in the order of their bytes.
+
+    Raises:
+        CheckpointError: The file is no safetensors file, is truncated, or its header contradicts itself.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{file}: not a safetensors file: it is only {size} bytes long")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file}: not a safetensors file: its header claims {length} bytes",
+                    hint="is it a pickle, a git-lfs pointer or an HTML page saved under this name?",
+                )
+            if 8 + length > size:
+                raise CheckpointError(
+                    f"{file}: truncated inside its header: {size} bytes of at least {8 + length}",
+                    hint="copy or download the file again",
+                )
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    return _parse(file, size, 8 + length, text)
+
+
+def _parse(file: Path, size: int, data_start: int, text: bytes) -> dict[str, TensorInfo]:
+    try:
+        raw = json.loads(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its header is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: its header is not a JSON object")
+    raw.pop("__metadata__", None)
+    tensors = sorted((_entry(file, data_start, name, entry) for name, entry in raw.items()), key=lambda t: t.start)
+    position = data_start
+    for tensor in tensors:
+        if tensor.start != position and tensor.nbytes:
+            kind = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
+            raise CheckpointError(f"{file}: the header lies: tensor '{tensor.name}' {kind}")
+        position += tensor.nbytes
+    if position > size:
+        raise CheckpointError(
+            f"{file}: truncated: {size} bytes of the {position} that its header promises",
+            hint="copy or download the file again",
+        )
+    if position < size:
+        raise CheckpointError(f"{file}: the header lies: {size - position} bytes after the last tensor")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _entry(file: Path, data_start: int, name: str, entry: Any) -> TensorInfo:
+    def lie(what: str) -> CheckpointError:
+        return CheckpointError(f"{file}: the header lies: tensor '{name}' {what}")
+
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise lie("lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise lie(f"has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise lie(f"has the shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise lie(f"has the data_offsets {offsets!r}")
+    begin, end = offsets
+    needed = (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8
+    if end - begin != needed:
+        raise lie(f"has {end - begin} bytes of data where {dtype} {shape} needs {needed}")
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, needed)
+
+
+def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise CheckpointError(f"{file}: the header lies: '{twice}' stands in it twice")
+    return found

@@ -1,0 +1,74 @@
+"""Where every tensor of the output will lie, byte for byte, before the first is computed.
+
+Because all offsets are known, shards are made at their full size at once and blocks are written in place, in any
+order and from any thread, with nothing gathered in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from modelmerge.checkpoint.header import DTYPE_BITS
+
+Entry = tuple[str, tuple[int, ...], int]  # dtype, shape, bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file: its header's bytes and where each tensor starts."""
+
+    filename: str
+    header: bytes  # with its length in front, as it stands in the file
+    tensors: dict[str, int]  # name -> first byte in the file, in file order
+    file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The output's weight files and, where there are several, their index."""
+
+    shards: tuple[Shard, ...]
+    index: bytes | None
+    shard_of: dict[str, Shard]
+
+
+def lay_out(entries: Mapping[str, Entry], max_shard_size: int) -> Layout:
+    """Files of at most `max_shard_size` bytes of tensors, named and split as transformers does."""
+    split = split_state_dict_into_shards_factory(
+        {name: nbytes for name, (_, _, nbytes) in entries.items()},
+        get_storage_size=lambda nbytes: nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    shards = tuple(
+        _shard(filename, {name: entries[name] for name in names})
+        for filename, names in split.filename_to_tensors.items()
+    )
+    shard_of = {name: shard for shard in shards for name in shard.tensors}
+    if not split.is_sharded:
+        return Layout(shards, None, shard_of)
+    metadata = {"total_size": sum(nbytes for _, _, nbytes in entries.values())}
+    index = {"metadata": metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+    return Layout(shards, (json.dumps(index, indent=2) + "\n").encode(), shard_of)
+
+
+def _shard(filename: str, entries: Mapping[str, Entry]) -> Shard:
+    # Widest dtype first, so that every tensor starts at a multiple of its item size, as readers that map files need.
+    ordered = sorted(entries, key=lambda name: -DTYPE_BITS[entries[name][0]])
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position, relative = 0, {}
+    for name in ordered:
+        dtype, shape, nbytes = entries[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        relative[name] = position
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = struct.pack("<Q", len(text)) + text
+    tensors = {name: len(prefix) + start for name, start in relative.items()}
+    return Shard(filename, prefix, tensors, len(prefix) + position)

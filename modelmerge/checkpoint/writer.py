@@ -1,0 +1,314 @@
+"""Writing a checkpoint so that nothing at DIR ever looks complete and is not.
+
+Everything is written into a staging directory beside DIR, `.DIR.modelmerge`, which takes DIR's place in one rename at
+the very end. The staging directory is locked while a run lives; a directory that can be locked belongs to a dead run
+and is cleared, or taken up again with `--resume`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.layout import Layout, Shard
+from modelmerge.checkpoint.reader import INDEX
+from modelmerge.errors import ModelMergeError, OutputError
+
+MANIFEST = "modelmerge.json"
+CARD = "README.md"
+_JOURNAL = ".journal.json"
+_FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up",
+         errno.EFBIG: "the file is larger than this system allows"}  # fmt: skip
+# What lies beside weights and is wanted with them. Weights, their indices and what training left are not.
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "*.vocab", "*.bpe",
+               "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja", "[0-9]_*/config.json")  # fmt: skip
+_NOT_COMPANIONS = (MANIFEST, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+
+
+def companions(directory: Path | None) -> tuple[Path, ...]:
+    """The config, tokenizer, processor, code and licence files beside a base's weights."""
+    if directory is None:
+        return ()
+    found = {file for pattern in _COMPANIONS for file in directory.glob(pattern) if file.is_file()}
+    return tuple(sorted(f for f in found if f.name not in _NOT_COMPANIONS and not f.name.endswith(".index.json")))
+
+
+def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    """Refuse an output that would damage something, before any work is done.
+
+    Raises:
+        OutputError: It is, holds or lies in an input; is no directory; is not empty and `force` is off; or is a place
+            that cannot be replaced as a whole.
+    """
+    target = output.resolve()
+    for path in inputs:
+        source = path.resolve()
+        relation = "is" if target == source else "holds" if target in source.parents else None
+        if source in target.parents:
+            relation = "lies in"
+        if relation:
+            raise OutputError(f"the output {output} {relation} the input {path}", hint="name another directory with -o")
+    if target.is_dir():
+        if target == Path.cwd() or target in Path.cwd().parents or os.path.ismount(target) or target == Path.home():
+            raise OutputError(
+                f"the output {output} cannot be replaced as a whole: it is a mount point, your home, or where you are",
+                hint=f"name a directory inside it: -o {output / 'merged'}",
+            )
+        if any(target.iterdir()) and not force:
+            raise OutputError(
+                f"the output {output} is not empty", hint="name another directory, or replace it: --force"
+            )
+    elif target.exists():
+        raise OutputError(f"the output {output} is a file, not a directory", hint="name a directory with -o")
+
+
+class Staging:
+    """The directory in which an output grows, and what has been written there.
+
+    Use as a context manager: on an error nothing is left behind (or, with `resume`, finished shards are).
+
+    Args:
+        output: Where the result will be.
+        layout: Its weight files.
+        resume: Keep finished shards when interrupted, and take up those of a run with the same `fingerprint`.
+        fingerprint: Digest of everything that determines the weights' bytes.
+    """
+
+    def __init__(self, output: Path, layout: Layout, *, resume: bool, fingerprint: str) -> None:
+        self._target = output.resolve()
+        self._directory = self._target.parent / f".{self._target.name}.modelmerge"
+        self._retired = self._target.parent / f".{self._target.name}.modelmerge-old"
+        self._layout = layout
+        self._resume = resume
+        self._fingerprint = fingerprint
+        self._descriptors: dict[str, int] = {}
+        self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in layout.shards}
+        self._mutex = threading.Lock()
+        self._lock = -1
+        self.digests: dict[str, str] = {}  # file name -> sha256, of finished files
+
+    def __enter__(self) -> Staging:
+        with self._explained("prepare the output"):
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _claim(self._directory, self._target)
+            try:
+                self._recover()
+                self._clear()
+                self._check_space()
+                self._make_shards()
+            except BaseException:
+                self._abandon()
+                raise
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+        if error is not None:
+            self._abandon()
+        os.close(self._lock)
+
+    def is_finished(self, tensor: str) -> bool:
+        """Whether an interrupted run has written the tensor's shard already."""
+        return self._layout.shard_of[tensor].filename in self.digests
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Write a piece of a tensor, `offset` bytes from its start. From any thread, in any order, each byte once."""
+        shard = self._layout.shard_of[tensor]
+        with self._explained(f"write tensor '{tensor}'"):
+            _write_all(self._descriptors[shard.filename], data, shard.tensors[tensor] + offset)
+            with self._mutex:
+                self._missing[shard.filename] -= len(data)
+                finished = self._missing[shard.filename] == 0
+            if finished:
+                self._finish(shard)
+
+    def write_index(self) -> None:
+        """Write the index of the shards, if there is more than one."""
+        if self._layout.index is not None:
+            self.write_file(INDEX, self._layout.index)
+
+    def write_file(self, name: str, content: bytes | Path) -> None:
+        """Write a small file, given its content or a file to copy byte for byte."""
+        path = self._directory / name
+        with self._explained(f"write {name}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = content.read_bytes() if isinstance(content, Path) else content
+            with path.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            self.digests[name] = sha256(path)
+
+    def listing(self) -> dict[str, dict[str, str | int]]:
+        """The sha256 and the size in bytes of every file written so far."""
+        return {
+            name: {"sha256": digest, "bytes": (self._directory / name).stat().st_size}
+            for name, digest in sorted(self.digests.items())
+        }
+
+    def publish(self, manifest: bytes) -> None:
+        """Write the manifest, the last file, and put the whole in place of the output in one rename."""
+        unfinished = [name for name, missing in self._missing.items() if missing]
+        assert not unfinished, f"published with unwritten bytes in {unfinished}"
+        self.write_file(MANIFEST, manifest)
+        with self._explained("put the output in place"):
+            (self._directory / _JOURNAL).unlink(missing_ok=True)
+            _sync_directory(self._directory)
+            self._swap()
+            _sync_directory(self._target.parent)
+
+    def _swap(self) -> None:
+        if not self._target.exists():
+            self._directory.rename(self._target)
+        elif _exchange(self._directory, self._target):
+            shutil.rmtree(self._directory)
+        else:
+            # No atomic exchange here: between the two renames a killed run leaves the old content under another
+            # name, and _recover puts it back.
+            self._target.rename(self._retired)
+            try:
+                self._directory.rename(self._target)
+            except OSError:
+                self._retired.rename(self._target)
+                raise
+            shutil.rmtree(self._retired)
+
+    def _recover(self) -> None:
+        if self._retired.exists():
+            if self._target.exists():
+                shutil.rmtree(self._retired)
+            else:
+                self._retired.rename(self._target)
+
+    def _clear(self) -> None:
+        """Take up the finished shards of the same job, where that is wanted; remove all else."""
+        if self._resume:
+            try:
+                journal = json.loads((self._directory / _JOURNAL).read_bytes())
+            except (OSError, ValueError):
+                journal = {}
+            if journal.get("fingerprint") == self._fingerprint:
+                for name, digest in journal["finished"].items():
+                    if (self._directory / name).is_file() and sha256(self._directory / name) == digest:
+                        self.digests[name] = digest
+        for path in self._directory.iterdir():
+            if path.name not in self.digests:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._write_journal()
+
+    def _check_space(self) -> None:
+        needed = sum(shard.file_bytes for shard in self._layout.shards if shard.filename not in self.digests)
+        free = shutil.disk_usage(self._directory).free
+        if needed > free:
+            raise OutputError(
+                f"the output needs {needed:,} bytes and {self._target.parent} has {free:,} free",
+                hint="free some space or name another place with -o",
+            )
+
+    def _make_shards(self) -> None:
+        for shard in self._layout.shards:
+            if shard.filename in self.digests:
+                self._missing[shard.filename] = 0
+                continue
+            # 0o666 and not more: the umask decides, as for any file a user makes.
+            descriptor = os.open(self._directory / shard.filename, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._descriptors[shard.filename] = descriptor
+            if hasattr(os, "posix_fallocate"):  # claims the space now: a full disk shows before the work, not after
+                os.posix_fallocate(descriptor, 0, shard.file_bytes)
+            else:
+                os.ftruncate(descriptor, shard.file_bytes)
+            _write_all(descriptor, memoryview(shard.header), 0)
+            if not self._missing[shard.filename]:
+                self._finish(shard)
+
+    def _finish(self, shard: Shard) -> None:
+        os.fsync(self._descriptors[shard.filename])
+        digest = sha256(self._directory / shard.filename)
+        with self._mutex:
+            self.digests[shard.filename] = digest
+            self._write_journal()
+
+    def _write_journal(self) -> None:
+        if self._resume:
+            journal = {"fingerprint": self._fingerprint, "finished": self.digests}
+            temporary = self._directory / f"{_JOURNAL}.new"
+            temporary.write_text(json.dumps(journal))
+            os.replace(temporary, self._directory / _JOURNAL)
+
+    def _abandon(self) -> None:
+        keep = self._resume and any(shard.filename in self.digests for shard in self._layout.shards)
+        if not keep:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except ModelMergeError:
+            raise
+        except OSError as error:
+            why = _FULL.get(error.errno or 0) or error.strerror or str(error)
+            raise OutputError(
+                f"cannot {doing} in {self._target.parent}: {why}",
+                hint="nothing was left at the output; name another place with -o or make room"
+                if error.errno in _FULL
+                else None,
+            ) from error
+
+
+def _claim(directory: Path, target: Path) -> int:
+    """Make and lock the staging directory; its open descriptor.
+
+    The lock lies on the directory itself, so that it goes with it and leaves no file behind.
+    """
+    while True:
+        directory.mkdir(exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputError(
+                f"another run is writing {target}", hint="wait for it, or name another directory with -o"
+            ) from None
+        # The run that held it may have renamed it into place while we waited for the lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), directory.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one step (Linux renameat2 with RENAME_EXCHANGE); False where that cannot be had."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    at_cwd, rename_exchange = -100, 2
+    done: int = renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange)
+    return done == 0

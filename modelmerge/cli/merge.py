@@ -1,0 +1,223 @@
+"""`modelmerge merge METHOD BASE EXPERT... -o DIR`."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelmerge import method
+from modelmerge.cli import options as opt
+from modelmerge.cli.output import Bars, Format, Sink, size, table
+from modelmerge.errors import UsageError
+from modelmerge.recipe import Recipe, parse_weights
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from modelmerge.verbs.merge import Prepared
+
+EXAMPLES = (
+    "modelmerge merge                                                    (lists the methods)",
+    "modelmerge merge task-arithmetic base math code -o merged --scale 0.4",
+    "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
+    "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
+    "modelmerge merge --recipe merged/modelmerge.json -o again",
+)
+
+Base = Annotated[
+    str,
+    typer.Argument(
+        metavar="BASE",
+        help="The model the experts were fine-tuned from, as [NAME=]REF: a directory or a .safetensors file.",
+        show_default=False,
+    ),
+]
+Experts = Annotated[
+    list[str],
+    typer.Argument(metavar="EXPERT", help="The fine-tuned models, as [NAME=]REF each.", show_default=False),
+]
+RecipeFile = Annotated[
+    str | None, typer.Option("--recipe", metavar="FILE", help="Repeat the merge that a modelmerge.json records.")
+]
+
+
+def chosen_format(form: str, json: bool, quiet: bool) -> Format:
+    """The format that `--format`, `--json` and `-q` ask for."""
+    asked = {form} - {"human"} | ({"json"} if json else set()) | ({"quiet"} if quiet else set())
+    if len(asked) > 1:
+        raise UsageError("--json, --quiet and --format ask for different formats", hint="give one of them")
+    return typing.cast(Format, asked.pop() if asked else "human")
+
+
+def examples(lines: tuple[str, ...]) -> str:
+    """Examples for the foot of a help page."""
+    return "\n\n".join(("[bold]Examples[/]", *(f"[dim]$[/] {line}" for line in lines)))
+
+
+def replay_or_list(
+    context: typer.Context,
+    recipe: RecipeFile = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="DIR", help="With --recipe: directory for the result.")
+    ] = None,
+    device: opt.Device = "auto",
+    dry_run: opt.DryRun = False,
+    force: opt.Force = False,
+    resume: opt.Resume = False,
+    form: opt.Form = "human",
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Merge experts of one base into one checkpoint.
+
+    Without a method, list what there is; with --recipe, repeat a merge to the same bits.
+    """
+    if context.invoked_subcommand is not None:
+        if recipe:
+            raise UsageError("--recipe and a method exclude each other", hint="the recipe names its method")
+        return
+    sink = Sink(chosen_format(form, json, quiet), verbose=verbose)
+    if not recipe:
+        if output:
+            raise UsageError("no method is named", hint=f"there are: {', '.join(method.names())}")
+        listed = [{"method": name, "summary": method.summary(name)} for name in method.names()]
+        shown = table(None, ["method", ""], [[m["method"], m["summary"]] for m in listed], left=2)
+        usage = "\nmodelmerge merge METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
+        sink.result({"methods": listed}, quiet="\n".join(method.names()), human=[shown, usage])
+        return
+    if not output:
+        raise UsageError("--recipe needs an output directory", hint="give -o DIR")
+    from pathlib import Path
+
+    from modelmerge.recipe import read_recipe
+    from modelmerge.verbs.merge import prepare
+
+    told, recorded = read_recipe(Path(recipe).expanduser())
+    _run(prepare(told, device=device, recorded=recorded), sink, output, dry_run=dry_run, force=force, resume=resume)
+
+
+def command(name: str) -> Callable[..., None]:
+    """The Typer command of a merge method, its options made from the method's dataclass."""
+    chosen = method.load(name)
+
+    def shared(
+        output: opt.Output,
+        weight: opt.Weight = None,
+        rest: opt.Rest = "base",
+        device: opt.Device = "auto",
+        dtype: opt.Dtype = None,
+        include: opt.Include = None,
+        exclude: opt.Exclude = None,
+        max_shard_size: opt.ShardSize = "5GB",
+        seed: opt.Seed = 0,
+        dry_run: opt.DryRun = False,
+        force: opt.Force = False,
+        resume: opt.Resume = False,
+        form: opt.Form = "human",
+        json: opt.Json = False,
+        quiet: opt.Quiet = False,
+        verbose: opt.Verbose = False,
+    ) -> None: ...
+
+    def run(**values: Any) -> None:
+        from modelmerge.verbs.merge import prepare
+
+        sink = Sink(chosen_format(values["form"], values["json"], values["quiet"]), verbose=values["verbose"])
+        recipe = Recipe(
+            method=name,
+            base=values["base"],
+            experts=tuple(values["experts"]),
+            options={spec: values[spec] for spec in method.option_types(chosen.options)},
+            weights=parse_weights(values["weight"] or ()),
+            rest=values["rest"],
+            dtype=values["dtype"],
+            include=tuple(values["include"] or ()),
+            exclude=tuple(values["exclude"] or ()),
+            max_shard_size=values["max_shard_size"],
+            seed=values["seed"],
+        )
+        _run(
+            prepare(recipe, device=values["device"]),
+            sink, values["output"], dry_run=values["dry_run"], force=values["force"], resume=values["resume"],
+        )  # fmt: skip
+
+    arguments = [
+        inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY, annotation=kind)
+        for word, kind in (("base", Base), ("experts", Experts))
+    ]
+    # Required parameters first, as in any signature; the method's own options head the help page.
+    signature = inspect.Signature([*arguments, *opt.of_method(chosen), *opt.shared(shared)])
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {word: parameter.annotation for word, parameter in signature.parameters.items()}
+    return run
+
+
+def _run(prepared: Prepared, sink: Sink, output: str, *, dry_run: bool, force: bool, resume: bool) -> None:
+    from pathlib import Path
+
+    from modelmerge.verbs.merge import execute
+
+    out = Path(output).expanduser()
+    if dry_run:
+        plan = prepared.describe()
+        prepared.close()
+        sink.result({"plan": plan}, quiet=str(out), human=_plan_lines(plan, sink.verbose))
+        return
+    with Bars(sink) as bars:
+        manifest = execute(prepared, out, force=force, resume=resume, reporter=bars)
+    weights = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors"))
+    counts = manifest["tensors"]
+    done = [f"{counts['merged']} tensors merged"]
+    done += [f"{counts['rest']} by {manifest['recipe']['rest']}"] if counts["rest"] else []
+    done += [f"{len(counts['copied'])} copied from the base"] if counts["copied"] else []
+    lines: list[str | Table] = [
+        f"[bold green]merged[/] {len(manifest['inputs']['experts'])} experts with {manifest['recipe']['method']}: "
+        f"{', '.join(done)}",
+        f"[bold]{out}[/]  {size(weights)} of weights in {manifest['seconds']:.1f} s on {manifest['device']}",
+    ]
+    if sink.verbose and counts["copied"]:
+        lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
+    sink.result({"output": str(out), "manifest": manifest}, quiet=str(out), human=lines)
+
+
+def _plan_lines(plan: dict[str, Any], verbose: bool) -> list[str | Table]:
+    groups: dict[tuple[str, str], int] = {}
+    for tensor in plan["tensors"]:
+        groups[tensor["action"], tensor["reason"]] = groups.get((tensor["action"], tensor["reason"]), 0) + 1
+    rows = [[action, str(count), reason] for (action, reason), count in sorted(groups.items(), reverse=True)]
+    counted = table(None, ["action", "tensors", "why"], rows, left=3)
+    sizes, memory = plan["bytes"], plan["peak_memory"]
+    lines: list[str | Table] = [
+        f"[bold]{plan['method']}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
+        counted,
+    ]
+    if plan["expert_only"]:
+        rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
+        lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))
+    if verbose:
+        rows = [
+            [
+                t["name"],
+                "x".join(map(str, t["shape"])) or "0-d",
+                f"{t['dtype']} -> {t['stored_as']}",
+                t["action"],
+                t["reason"],
+            ]
+            for t in plan["tensors"]
+        ]
+        lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, left=5))
+    times = "once" if plan["passes"] == 1 else f"in {plan['passes']} passes"
+    files = f"{len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}"
+    peak = f"peak memory {size(memory['host'])}"
+    if memory["device"]:
+        peak += f", on the device {size(memory['device'])}"
+    lines.append(
+        f"download {size(sizes['download'])}, read {size(sizes['read'])} ({times}), "
+        f"write {size(sizes['write'])} in {files}; {peak}"
+    )
+    return lines

@@ -1,0 +1,113 @@
+"""Options that commands share, each declared once, and options made from a method's dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from typing import Annotated, Any, Literal
+
+import typer
+
+from modelmerge.method import Method, bounds, option_types
+
+METHOD_PANEL = "Options of the method"
+SHARED_PANEL = "Options of every merge"
+PRINT_PANEL = "What is printed"
+
+Output = Annotated[
+    str, typer.Option("-o", "--output", help="Directory for the result.", metavar="DIR", rich_help_panel=SHARED_PANEL)
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        envvar="MODELMERGE_DEVICE",
+        help="cpu, cuda, cuda:1, or auto: a CUDA device if there is one.",
+        metavar="NAME",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "-n", "--dry-run", help="Print the plan and stop: tensors, bytes, peak memory.", rich_help_panel=SHARED_PANEL
+    ),
+]
+Force = Annotated[bool, typer.Option("-f", "--force", help="Replace DIR.", rich_help_panel=SHARED_PANEL)]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep finished shards if interrupted; take up those of an interrupted run.",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(help="Store floating tensors so. Default: as the base does.", rich_help_panel=SHARED_PANEL),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Merge only tensors of such names. Repeatable.", metavar="GLOB", rich_help_panel=SHARED_PANEL),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Copy tensors of such names from the base. Repeatable.", metavar="GLOB", rich_help_panel=SHARED_PANEL
+    ),
+]
+ShardSize = Annotated[
+    str, typer.Option(help="Largest output file, like 5GB or 200MB.", metavar="SIZE", rich_help_panel=SHARED_PANEL)
+]
+Seed = Annotated[int, typer.Option(help="Seed of methods that draw at random.", rich_help_panel=SHARED_PANEL)]
+Weight = Annotated[
+    list[str] | None,
+    typer.Option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W", rich_help_panel=SHARED_PANEL),
+]
+Rest = Annotated[
+    Literal["base", "average", "task-arithmetic"],
+    typer.Option(
+        help="What becomes of tensors that a method for linear layers leaves: copied from the base, or merged so.",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
+Form = Annotated[
+    Literal["human", "json", "quiet"],
+    typer.Option("--format", help="How results are printed.", rich_help_panel=PRINT_PANEL),
+]
+Json = Annotated[bool, typer.Option("--json", help="Short for --format json.", rich_help_panel=PRINT_PANEL)]
+Quiet = Annotated[
+    bool,
+    typer.Option("-q", "--quiet", help="Short for --format quiet: the output's path.", rich_help_panel=PRINT_PANEL),
+]
+Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Name every tensor in plans and results.", rich_help_panel=PRINT_PANEL)
+]
+
+
+def of_method(method: Method) -> list[inspect.Parameter]:
+    """A keyword parameter for Typer for each field of the method's options."""
+    types = option_types(method.options)
+    made = []
+    for spec in dataclasses.fields(method.options):
+        told = spec.metadata["help"]
+        limits = bounds(spec)
+        if limits:
+            told = f"{told} ({limits})"
+        optional = type(None) in typing.get_args(types[spec.name])
+        declared = typer.Option(
+            "--" + spec.name.replace("_", "-"), help=told, rich_help_panel=METHOD_PANEL, show_default=not optional
+        )
+        made.append(_keyword(spec.name, Annotated[types[spec.name], declared], spec.default))
+    return made
+
+
+def shared(function: Any) -> list[inspect.Parameter]:
+    """The parameters of a function as keywords, with their annotations resolved."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    return [_keyword(p.name, hints[p.name], p.default) for p in parameters]
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)

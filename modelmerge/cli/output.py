@@ -1,0 +1,127 @@
+"""What the command line says, and where: results on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from modelmerge.errors import ModelMergeError
+
+Format = Literal["human", "json", "quiet"]
+
+
+class Sink:
+    """Renders results in one of three formats.
+
+    human: text and tables for a terminal. json: exactly one object on stdout. quiet: the one thing a script wants.
+    """
+
+    def __init__(self, form: Format, *, verbose: bool = False) -> None:
+        self.form = form
+        self.verbose = verbose
+        self.screen = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.margin = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+    def result(self, data: dict[str, Any], *, quiet: str, human: list[str | Table]) -> None:
+        """Print a command's result: `data` as JSON, `quiet` alone, or the lines and tables for people."""
+        if self.form == "json":
+            sys.stdout.write(json.dumps(data, indent=2) + "\n")
+        elif self.form == "quiet":
+            sys.stdout.write(quiet + "\n")
+        else:
+            for part in human:
+                self.screen.print(part)
+
+    def note(self, message: str) -> None:
+        """Say something a person should know; nothing in quiet form."""
+        if self.form != "quiet":
+            self.margin.print(f"[yellow]note:[/] {escape(message)}")
+
+    def error(self, error: ModelMergeError) -> None:
+        """Say what went wrong and what to do, on stderr; with JSON, also as the one object on stdout."""
+        self.margin.print(f"[bold red]error:[/] {escape(error.message)}")
+        if error.hint:
+            self.margin.print(f"[bold cyan]hint:[/] {escape(error.hint)}")
+        if self.form == "json":
+            told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            sys.stdout.write(json.dumps({"error": told}, indent=2) + "\n")
+
+
+class Bars:
+    """A reporter that draws progress on stderr where that is a terminal, and passes notes to the sink.
+
+    Args:
+        sink: Where notes go.
+        counts: The stages count things, not bytes.
+    """
+
+    def __init__(self, sink: Sink, *, counts: bool = False) -> None:
+        self._sink = sink
+        self._mutex = threading.Lock()
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            *([MofNCompleteColumn()] if counts else [DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]),
+            TextColumn("[dim]{task.fields[item]}"),
+            console=sink.margin,
+            disable=not sink.margin.is_terminal or sink.form != "human",
+        )
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def stage(self, label: str, total: int) -> None:
+        """Begin a new bar."""
+        with self._mutex:
+            self._task = self._progress.add_task(label, total=total, item="")
+
+    def advance(self, amount: int, item: str) -> None:
+        """Move the bar on."""
+        with self._mutex:
+            if self._task is not None:
+                self._progress.update(self._task, advance=amount, item=item)
+
+    def note(self, message: str) -> None:
+        """Say it above the bars."""
+        self._sink.note(message)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people, in units of 1000."""
+    value, units = float(count), ("bytes", "kB", "MB", "GB", "TB")
+    for unit in units:
+        if value < 1000 or unit == units[-1]:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def table(title: str | None, columns: list[str], rows: list[list[str]], *, left: int = 1) -> Table:
+    """A plain table; the first `left` columns are text, the others numbers."""
+    made = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*(escape(cell) for cell in row))
+    return made

@@ -1,0 +1,203 @@
+"""The contract that a method file fulfils, and how methods are found.
+
+A method is one file in `methods/merge/`: `task_arithmetic.py` is `task-arithmetic`. The file holds a docstring whose
+first line is the method's help line; a frozen dataclass `Options`, each field made by `option`; a function `apply`;
+and `METHOD = Method(...)`. Nothing else has to be edited for it to show up in help, completion, the README's table
+and the tests that are asked of every method.
+
+Shapes: T experts; a task vector has the shape of its tensor; `taus` stacks them, [T, *shape], float32.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import importlib
+import math
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from modelmerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_METHODS = Path(__file__).parent / "methods"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What a method is told besides the task vectors.
+
+    `weights` are the experts' weights (`--weight`), in the order of the task vectors. `measured` is what the method's
+    survey concluded. `leave_out(expert, reason)` records that an expert (by position) had to be left out of this
+    tensor; it is reported to the user and in the manifest.
+    """
+
+    tensor: str
+    weights: tuple[float, ...]
+    measured: Tensor | None = None
+    leave_out: Callable[[int, str], None] = lambda expert, reason: None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A whole-model quantity, found by streaming over all task vectors before anything is merged.
+
+    Each of `passes` is one trip over the task vectors: called with a block [T, n] and the totals of the passes before
+    it, it returns an int64 tensor; integers, so that their sum over blocks, shards and workers has no rounding and no
+    order. `conclude` turns the totals into what `apply` sees as `context.measured`.
+    """
+
+    passes: tuple[Callable[[Tensor, tuple[Tensor, ...]], Tensor], ...]
+    conclude: Callable[[tuple[Tensor, ...]], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How task vectors become one.
+
+    Args:
+        options: The method's frozen dataclass of options.
+        apply: `(taus [T, *shape], options, context) -> [*shape]`: the merged task vector. Must not write to `taus`.
+        paper: Link to the source.
+        matrices: It takes the weights of linear layers only; what happens to the rest is `--rest`.
+        blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
+            as blocks [T, n]. Otherwise a tensor comes whole.
+        survey: Given the options, the whole-model quantity that `apply` needs, if any.
+        workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
+    """
+
+    options: type
+    apply: Callable[[Tensor, Any, Context], Tensor]
+    paper: str
+    matrices: bool = False
+    blockwise: Callable[[Any], bool] = lambda options: True
+    survey: Callable[[Any], Survey | None] = lambda options: None
+    workspace: Callable[[int], float] = lambda tasks: 3.0
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A field of a method's options: its default, its help, and its bounds (`above` excludes the bound itself)."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "above": above, "maximum": maximum})
+
+
+def bounds(spec: dataclasses.Field[Any]) -> str:
+    """The bounds of an option in words, empty where there are none."""
+    low = spec.metadata["minimum"] if spec.metadata["minimum"] is not None else spec.metadata["above"]
+    words = []
+    if low is not None:
+        words.append(f"{'at least' if spec.metadata['minimum'] is not None else 'above'} {low:g}")
+    if spec.metadata["maximum"] is not None:
+        words.append(f"at most {spec.metadata['maximum']:g}")
+    return " and ".join(words)
+
+
+def option_types(options: type) -> dict[str, Any]:
+    """The type of each option: int, float, str, bool, a Literal of choices, or one of them with None."""
+    return typing.get_type_hints(options)
+
+
+def make_options(method: Method, name: str, values: Mapping[str, Any]) -> Any:
+    """The method's options with `values` in place of defaults, checked.
+
+    Raises:
+        UsageError: An option the method does not have, of the wrong type or out of bounds.
+    """
+    specs = {spec.name: spec for spec in dataclasses.fields(method.options)}
+    types = option_types(method.options)
+    checked = {}
+    for key, value in values.items():
+        if key not in specs:
+            near = get_close_matches(key, specs, n=1)
+            have = f"it has: {', '.join(specs)}" if specs else "it has no options"
+            raise UsageError(f"'{name}' has no option '{key}'", hint=f"did you mean '{near[0]}'?" if near else have)
+        checked[key] = _check(specs[key], types[key], value)
+    return method.options(**checked)
+
+
+def _check(spec: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
+    flag = "--" + spec.name.replace("_", "-")
+    if type(None) in typing.get_args(kind):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise UsageError(f"{flag} must be one of {', '.join(typing.get_args(kind))}, not {value!r}")
+        return value
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UsageError(f"{flag} must be {'an integer' if kind is int else f'a {kind.__name__}'}, not {value!r}")
+    if kind in (int, float):
+        low, above, high = (spec.metadata[k] for k in ("minimum", "above", "maximum"))
+        inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+        if not math.isfinite(value) or not inside:
+            raise UsageError(f"{flag} must be {bounds(spec) or 'finite'}, not {value:g}")
+    return value
+
+
+def names(kind: str = "merge") -> tuple[str, ...]:
+    """The methods of a kind, by name, found by their files; nothing is imported."""
+    return tuple(sorted(f.stem.replace("_", "-") for f in (_METHODS / kind).glob("[!_]*.py")))
+
+
+def summary(name: str, kind: str = "merge") -> str:
+    """A method's help line: the first line of its file's docstring, read without importing it."""
+    source = (_METHODS / kind / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+def load(name: str, kind: str = "merge") -> Method:
+    """The method of that name. Importing its file does not import torch: that happens on its first use.
+
+    Raises:
+        UsageError: There is no such method.
+    """
+    if name not in names(kind):
+        near = get_close_matches(name, names(kind), n=1)
+        raise UsageError(
+            f"there is no {kind} method '{name}'",
+            hint=f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names(kind))}",
+        )
+    with _deferred_torch():
+        method = importlib.import_module(f"modelmerge.methods.{kind}.{name.replace('-', '_')}").METHOD
+    assert isinstance(method, Method)
+    return method
+
+
+class _DeferredTorch(ModuleType):
+    """Stands in for torch in a method's file until the first attribute is asked for."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return getattr(importlib.import_module("torch"), attribute)
+
+
+@contextlib.contextmanager
+def _deferred_torch() -> Iterator[None]:
+    """Let `import torch` inside the block cost nothing: importing torch takes seconds, and help needs none of it."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = _DeferredTorch("torch")
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]

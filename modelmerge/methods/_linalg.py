@@ -1,0 +1,46 @@
+"""Leading singular subspaces of tall, wide and rank-deficient matrices, without a full SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def left_singular_vectors(x: Tensor, rank: int) -> Tensor:
+    """The first `rank` left singular vectors of x [m, n], float64 [m, rank], orthonormal to rounding.
+
+    From the eigenvectors of the Gram matrix on the smaller side, in float64: a Gram matrix squares the condition
+    number, which float32 cannot afford. Where x has fewer than `rank` singular values above rounding, the remaining
+    columns are some orthonormal completion, as those of an SVD are.
+    """
+    x = x.double()
+    m, n = x.shape
+    if m <= n:
+        return torch.linalg.eigh(x @ x.T).eigenvectors.flip(1)[:, :rank].contiguous()
+    right = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :rank]
+    # x v_k = s_k u_k: the columns are orthogonal already; QR normalises them and completes those with s_k = 0.
+    return torch.linalg.qr(x @ right).Q
+
+
+def shared_subspace(taus: Sequence[Tensor], task_rank: int, shared_rank: int) -> Tensor:
+    """Basis of the directions the tasks share, float64 [m, k] with k <= shared_rank, orthonormal.
+
+    The first `task_rank` left singular vectors of each task vector [m, n], side by side; of that [m, T * task_rank],
+    the first `shared_rank` left singular vectors (Wei et al., arXiv 2501.01230, and their code).
+    """
+    m = taus[0].shape[0]
+    shared_rank = min(shared_rank, m, task_rank * len(taus))
+    if shared_rank == 0:
+        return taus[0].new_zeros((m, 0), dtype=torch.float64)
+    bases = torch.cat([left_singular_vectors(tau, task_rank) for tau in taus], dim=1)
+    return left_singular_vectors(bases, shared_rank)
+
+
+def remove_subspace(x: Tensor, basis: Tensor) -> Tensor:
+    """`x - B (B^T x)`, in place: x [m, n] without its part in the span of the orthonormal basis B [m, k]."""
+    return x.sub_(basis @ (basis.T @ x)) if basis.shape[1] else x

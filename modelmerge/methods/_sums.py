@@ -1,0 +1,24 @@
+"""Sums over task vectors whose bits do not depend on where a tensor is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def weighted_sum(taus: Tensor, weights: Sequence[float]) -> Tensor:
+    """`sum_i weights[i] * taus[i]`, [T, *shape] -> [*shape], added up in the order given.
+
+    Product and sum are two steps: torch fuses `add(alpha=...)` into one rounding in vector lanes but not in the rest
+    of a block, so that the bits would depend on where the block ends.
+    """
+    total = taus[0] * weights[0]
+    product = torch.empty_like(total)
+    for tau, weight in zip(taus[1:], weights[1:], strict=True):
+        total.add_(tau if weight == 1.0 else torch.mul(tau, weight, out=product))
+    return total

@@ -1,0 +1,28 @@
+"""Mean of the experts, weighted by --weight: the plain baseline.
+
+`theta_0 + sum_i w_i tau_i / sum_i w_i`, which is the (weighted) mean of the experts' weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modelmerge.method import Context, Method
+from modelmerge.methods._sums import weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The average has no options."""
+
+
+def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
+    """[T, *shape] -> [*shape]: the mean of the task vectors."""
+    return weighted_sum(taus, context.weights).div_(sum(context.weights))
+
+
+METHOD = Method(options=Options, apply=apply, paper="https://arxiv.org/abs/2203.05482")

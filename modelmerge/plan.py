@@ -1,0 +1,224 @@
+"""From headers to what happens to each tensor, or one error that names every disagreement.
+
+Nothing here reads a tensor: a plan costs milliseconds, whatever the size of the models.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
+from modelmerge.checkpoint.layout import Layout, lay_out
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.errors import PlanError, UsageError
+
+Action = Literal["merge", "rest", "copy"]
+
+# Tensors that hold state, not weights, in the names frameworks give them: a difference of theirs means nothing.
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
+# Two-dimensional weights that are look-up tables or output heads, not linear layers, by the names the field uses.
+_NOT_LINEAR = (
+    "*embed*", "*wte.weight", "*wpe.weight", "shared.weight", "*.shared.weight", "*relative_attention_bias*",
+    "*lm_head*", "*position_encoding*", "*token_type*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What happens to one tensor of the base, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as the base stores it
+    out_dtype: str
+    action: Action
+    reason: str
+    checked: bool = True  # refuse NaN and Inf
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a merge will do, known before it starts."""
+
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    tensors: dict[str, TensorPlan]
+    expert_only: dict[str, tuple[str, ...]]  # tensor name -> the experts that have it; the merge leaves it out
+    layout: Layout
+
+    def select(self, action: Action) -> list[TensorPlan]:
+        """The tensors with that action, in the order of the output's bytes."""
+        order = [name for shard in self.layout.shards for name in shard.tensors]
+        return [self.tensors[name] for name in order if self.tensors[name].action == action]
+
+    def stored_bytes(self, tensor: TensorPlan, *, experts: bool) -> int:
+        """Bytes of a tensor in the base and, with `experts`, in every expert."""
+        models = (self.base, *self.experts) if experts else (self.base,)
+        return sum(model.tensors[tensor.name].nbytes for model in models)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all weight files."""
+        return sum(shard.file_bytes for shard in self.layout.shards)
+
+
+def make_plan(
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    *,
+    matrices: bool,
+    rest: str = "base",
+    dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_shard_size: int = 5_000_000_000,
+) -> Plan:
+    """The plan for merging `experts` onto `base`.
+
+    Args:
+        base: The base, whose keys the output will have.
+        experts: The experts.
+        matrices: Merge the weights of linear layers only; `rest` says what happens to the other floating tensors.
+        rest: `base` copies them, any other value hands them to that method.
+        dtype: safetensors dtype to store floating tensors in, None for the base's own.
+        include: Globs of tensor names to merge; all if empty. Overrides what a method for linear layers leaves out
+            by name (embeddings, output heads).
+        exclude: Globs of tensor names to copy from the base, whatever the experts hold.
+        max_shard_size: Largest output shard, in bytes.
+
+    Raises:
+        PlanError: The models disagree, or there is nothing to merge.
+        UsageError: A glob matches no tensor.
+    """
+    _refuse_quantised((base, *experts))
+    _refuse_idle_globs(base, include, exclude)
+    tensors, complaints = {}, []
+    for name, info in base.tensors.items():
+        try:
+            action, reason = _decide(info, experts, matrices, rest, include, exclude)
+        except PlanError as complaint:
+            complaints.append(complaint.message)
+            continue
+        floating = info.dtype in MERGEABLE_DTYPES
+        out_dtype = dtype if dtype and floating else info.dtype
+        checked = floating and reason != _EXCLUDED
+        tensors[name] = TensorPlan(name, info.shape, info.dtype, out_dtype, action, reason, checked)
+    if complaints:
+        raise PlanError(
+            f"the models disagree on {len(complaints)} tensor{'s' * (len(complaints) > 1)}:\n  "
+            + "\n  ".join(complaints),
+            hint="--exclude GLOB copies a tensor from the base",
+        )
+    if not any(tensor.action != "copy" for tensor in tensors.values()):
+        raise _nothing_to_merge(base, experts, tensors)
+    expert_only: dict[str, tuple[str, ...]] = {}
+    for expert in experts:
+        for name in expert.tensors.keys() - base.tensors.keys():
+            expert_only[name] = (*expert_only.get(name, ()), expert.name)
+    sizes = {t.name: (t.numel * DTYPE_BITS[t.out_dtype] + 7) // 8 for t in tensors.values()}
+    entries = {t.name: (t.out_dtype, t.shape, sizes[t.name]) for t in tensors.values()}
+    return Plan(base, tuple(experts), tensors, dict(sorted(expert_only.items())), lay_out(entries, max_shard_size))
+
+
+_EXCLUDED = "excluded"
+
+
+def _decide(
+    info: TensorInfo,
+    experts: Sequence[Checkpoint],
+    matrices: bool,
+    rest: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> tuple[Action, str]:
+    """What happens to a tensor of the base, and why.
+
+    Raises:
+        PlanError: The experts disagree with the base or with one another.
+    """
+    if _matches(info.name, exclude):
+        return "copy", _EXCLUDED
+    if include and not _matches(info.name, include):
+        return "copy", "not included"
+    have = [expert for expert in experts if info.name in expert.tensors]
+    if not have:
+        return "copy", "only in the base"
+    if info.dtype not in MERGEABLE_DTYPES and info.dtype not in QUANTISED_DTYPES:
+        return "copy", f"{info.dtype}, not floating"
+    if info.name.rpartition(".")[2] in _BUFFERS:
+        return "copy", "a buffer, not a weight"
+    _refuse_disagreement(info, experts, have)
+    if not matrices:
+        return "merge", "shared by all"
+    linear = len(info.shape) == 2 and min(info.shape) > 0
+    if linear and (include or not _matches(info.name.lower(), _NOT_LINEAR)):
+        return "merge", "the weight of a linear layer"
+    reason = "not the weight of a linear layer"
+    return ("copy", reason) if rest == "base" else ("rest", f"{reason}: {rest}")
+
+
+def _refuse_disagreement(info: TensorInfo, experts: Sequence[Checkpoint], have: Sequence[Checkpoint]) -> None:
+    lacking = [expert.name for expert in experts if expert not in have]
+    if lacking:
+        holders = ", ".join(expert.name for expert in have)
+        raise PlanError(f"'{info.name}': in {holders}, but missing in {', '.join(lacking)}")
+    shapes = [(e.name, e.tensors[info.name].shape) for e in have if e.tensors[info.name].shape != info.shape]
+    if shapes:
+        told = ", ".join(f"{list(shape)} in {name}" for name, shape in shapes)
+        raise PlanError(f"'{info.name}': shape {list(info.shape)} in the base, but {told}")
+    kinds = [(e.name, e.tensors[info.name].dtype) for e in have]
+    odd = [f"{dtype} in {name}" for name, dtype in [("the base", info.dtype), *kinds] if dtype not in MERGEABLE_DTYPES]
+    if odd:
+        raise PlanError(
+            f"'{info.name}': dtype {', '.join(odd)}: only float64, float32, float16, bfloat16 can be merged"
+        )
+
+
+def _refuse_quantised(models: Sequence[Checkpoint]) -> None:
+    for model in models:
+        quantisation: Any = model.config.get("quantization_config")
+        if quantisation:
+            method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+            raise PlanError(
+                f"{model.reference.text}: its weights are quantised ({method}, says its config.json)",
+                hint="use the unquantised weights",
+            )
+
+
+def _refuse_idle_globs(base: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> None:
+    for flag, globs in (("--include", include), ("--exclude", exclude)):
+        for glob in globs:
+            if not any(fnmatch.fnmatchcase(name, glob) for name in base.tensors):
+                some = ", ".join(list(base.tensors)[:3])
+                raise UsageError(f"{flag} '{glob}' matches no tensor of the base", hint=f"its names are like: {some}")
+
+
+def _nothing_to_merge(base: Checkpoint, experts: Sequence[Checkpoint], tensors: dict[str, TensorPlan]) -> PlanError:
+    reasons = sorted({tensor.reason for tensor in tensors.values()})
+    strangers = [e.name for e in experts if not e.tensors.keys() & base.tensors.keys()]
+    if strangers:
+        theirs = next(iter(next(e for e in experts if e.name == strangers[0]).tensors), "nothing")
+        ours = next(iter(base.tensors), "nothing")
+        return PlanError(
+            f"no tensor of the base is in {', '.join(strangers)}: the base has '{ours}', {strangers[0]} has '{theirs}'",
+            hint="are these experts of this base?",
+        )
+    return PlanError(f"nothing is left to merge: {'; '.join(reasons)}", hint="check --include and --exclude")
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def dtype_of(name: str) -> str:
+    """The safetensors dtype of the name that `--dtype` takes."""
+    return {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[name]

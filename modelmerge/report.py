@@ -1,0 +1,34 @@
+"""What the library says while it works: a protocol that the command line fulfils, and silence."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Reporter(Protocol):
+    """Receives the progress of a run. Called from worker threads; must be quick and thread-safe."""
+
+    def stage(self, label: str, total: int) -> None:
+        """A stage begins that will process `total` bytes."""
+
+    def advance(self, amount: int, item: str) -> None:
+        """`amount` more bytes of the stage are done; `item` is the tensor or file at hand."""
+
+    def note(self, message: str) -> None:
+        """Something a person should know, in one line."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def stage(self, label: str, total: int) -> None:
+        """Ignore it."""
+
+    def advance(self, amount: int, item: str) -> None:
+        """Ignore it."""
+
+    def note(self, message: str) -> None:
+        """Ignore it."""
+
+
+SILENT = Silent()

@@ -1,0 +1,326 @@
+"""merge: experts of one base into one checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import modelmerge
+from modelmerge import engine, method, plan
+from modelmerge.checkpoint import card
+from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
+from modelmerge.checkpoint.reference import Reference, parse, parse_experts
+from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
+from modelmerge.errors import RecipeError, UsageError
+from modelmerge.recipe import FORMAT, Recipe, parse_size, read_recipe, versions
+from modelmerge.report import SILENT, Reporter
+
+DTYPES = ("float32", "float16", "bfloat16")
+RESTS = ("base", "average", "task-arithmetic")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A merge that is ready to run: its headers read, its plan made, nothing written."""
+
+    recipe: Recipe
+    job: engine.Job
+    recorded: Mapping[str, str]  # sha256 by input file that a replay must find again; empty for a new merge
+
+    def close(self) -> None:
+        """Let go of the inputs."""
+        for model in (self.job.plan.base, *self.job.plan.experts):
+            model.close()
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards."""
+        made = self.job.plan
+        return {
+            "method": self.recipe.method,
+            "base": {"name": made.base.name, "reference": made.base.reference.text},
+            "experts": [{"name": e.name, "reference": e.reference.text} for e in made.experts],
+            "device": str(self.job.device),
+            "tensors": [
+                {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "stored_as": t.out_dtype,
+                 "action": t.action, "reason": t.reason}
+                for t in made.tensors.values()
+            ],
+            "expert_only": {name: list(experts) for name, experts in made.expert_only.items()},
+            "passes": engine.passes(self.job),
+            "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": made.bytes_written},
+            "peak_memory": engine.peak_memory(self.job),
+            "shards": [shard.filename for shard in made.layout.shards],
+        }  # fmt: skip
+
+
+def merge(
+    base: str | Path,
+    experts: Sequence[str | Path] | Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    method: str,
+    weights: Mapping[str, float] | None = None,
+    rest: str = "base",
+    dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_shard_size: str = "5GB",
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    resume: bool = False,
+    reporter: Reporter = SILENT,
+    **options: Any,
+) -> dict[str, Any]:
+    """Merge `experts` onto `base` into the directory `out`; the manifest that was written there.
+
+    Args:
+        base: Reference of the base.
+        experts: References of the experts, `[NAME=]REF` each, or a mapping of name to reference.
+        out: Where the merged checkpoint shall be.
+        method: A merge method's name; `options` are its own, by their Python names.
+        weights: Weight of each expert by name; 1 where none is given.
+        rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic.
+        dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
+        include: Globs of the tensors to merge; all if empty.
+        exclude: Globs of the tensors to copy from the base.
+        max_shard_size: Largest output file, like 5GB.
+        seed: Seed of methods that draw at random.
+        device: cpu, cuda, cuda:N or auto.
+        force: Replace what is at `out`.
+        resume: Keep finished shards when interrupted, and take up those of an interrupted run.
+        reporter: Is told the progress.
+        **options: The method's options.
+
+    Raises:
+        ModelMergeError: See `modelmerge.errors` for the kinds.
+    """
+    given = experts.items() if isinstance(experts, Mapping) else None
+    recipe = Recipe(
+        method=method, base=str(base),
+        experts=tuple(f"{name}={ref}" for name, ref in given) if given is not None else tuple(map(str, experts)),
+        options=options, weights=dict(weights or {}), rest=rest, dtype=dtype, include=tuple(include),
+        exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
+    )  # fmt: skip
+    return execute(prepare(recipe, device=device), Path(out), force=force, resume=resume, reporter=reporter)
+
+
+def replay(
+    file: str | Path,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    resume: bool = False,
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """Repeat the merge that a manifest records, into `out`; the new manifest.
+
+    Raises:
+        RecipeError: The manifest cannot be read, or an input is no longer what it was.
+        ModelMergeError: As for `merge`.
+    """
+    recipe, recorded = read_recipe(Path(file))
+    prepared = prepare(recipe, device=device, recorded=recorded)
+    return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
+
+
+def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str] | None = None) -> Prepared:
+    """Read the headers of all models and plan the merge; nothing is written.
+
+    Raises:
+        ModelMergeError: Whatever can be known to be wrong before a tensor is read.
+    """
+    chosen = method.load(recipe.method)
+    options = method.make_options(chosen, recipe.method, recipe.options)
+    _check_choices(recipe)
+    references = (parse(recipe.base), *parse_experts(recipe.experts))
+    weights = _weights(recipe, references[1:])
+    found = engine.find_device(device)
+    models = tuple(open_checkpoint(reference) for reference in references)
+    made = plan.make_plan(
+        models[0], models[1:], matrices=chosen.matrices, rest=recipe.rest,
+        dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
+        include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
+    )  # fmt: skip
+    rest = None
+    if recipe.rest != "base":
+        rest_method = method.load(recipe.rest)
+        rest = (rest_method, rest_method.options())
+    job = engine.Job(made, chosen, options, rest, weights, found, engine.default_workers(found))
+    complete = dataclasses.replace(
+        recipe,
+        options=dataclasses.asdict(options),
+        weights={e.name: w for e, w in zip(references[1:], weights, strict=True)} if recipe.weights else {},
+    )
+    return Prepared(complete, job, dict(recorded or {}))
+
+
+def execute(
+    prepared: Prepared,
+    out: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """Run a prepared merge into `out`; the manifest. The inputs are closed afterwards.
+
+    Raises:
+        ModelMergeError: As for `merge`.
+    """
+    started = time.monotonic()
+    job = prepared.job
+    models = (job.plan.base, *job.plan.experts)
+    try:
+        beside = companions(job.plan.base.directory)
+        inputs = [path for model in models for path in (model.reference.path, *model.files)]
+        check_output(out, inputs, force=force)
+        with Staging(out, job.plan.layout, resume=resume, fingerprint=_fingerprint(prepared)) as staging:
+            findings = engine.run(job, staging, reporter)
+            digests = [model.digests() for model in models]  # base first, then the experts in order
+            _refuse_changed(prepared.recorded, [item for files in digests for item in files.items()])
+            for file in beside:
+                assert job.plan.base.directory is not None
+                staging.write_file(str(file.relative_to(job.plan.base.directory)), file)
+            notes = _notes(job, findings)
+            for note in notes:
+                reporter.note(note)
+            staging.write_file(CARD, _card(prepared, out, notes).encode())
+            staging.write_index()
+            manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
+            staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
+        return manifest
+    finally:
+        prepared.close()
+
+
+def _check_choices(recipe: Recipe) -> None:
+    for flag, value, choices in (("--rest", recipe.rest, RESTS), ("--dtype", recipe.dtype or DTYPES[0], DTYPES)):
+        if value not in choices:
+            near = get_close_matches(value, choices, n=1)
+            raise UsageError(
+                f"{flag} must be one of {', '.join(choices)}, not '{value}'",
+                hint=f"did you mean '{near[0]}'?" if near else None,
+            )
+
+
+def _weights(recipe: Recipe, experts: Sequence[Reference]) -> tuple[float, ...]:
+    names = [expert.name for expert in experts]
+    for name in recipe.weights:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            raise UsageError(
+                f"--weight names '{name}', which is no expert",
+                hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(names)}",
+            )
+    weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
+    if sum(weights) == 0.0 and "average" in (recipe.method, recipe.rest):
+        raise UsageError("the weights add up to zero: their average does not exist", hint="check --weight")
+    return weights
+
+
+def _fingerprint(prepared: Prepared) -> str:
+    """Digest of everything that determines the weights' bytes, as far as it can be had without reading tensors."""
+    job = prepared.job
+    files = [
+        (str(file), stat.st_size, stat.st_mtime_ns)
+        for model in (job.plan.base, *job.plan.experts)
+        for file in model.files
+        for stat in [file.stat()]
+    ]
+    told = [dataclasses.asdict(prepared.recipe), files, str(job.device), versions()]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str]]) -> None:
+    for file, digest in found:
+        if recorded and recorded.get(str(file)) != digest:
+            raise RecipeError(
+                f"{file}: not the file that the recipe was made with (its sha256 differs)",
+                hint="restore the file, or run the merge anew without --recipe",
+            )
+
+
+def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
+    notes = []
+    for name, experts in job.plan.expert_only.items():
+        notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
+    if len(notes) > 5:
+        notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
+    reasons: dict[tuple[str, str], int] = {}
+    for _, expert, reason in findings.left_out:
+        reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
+    for (expert, reason), count in sorted(reasons.items()):
+        notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
+    return notes
+
+
+def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
+    job, recipe = prepared.job, prepared.recipe
+    return card.render(
+        title=out.resolve().name, method=recipe.method, summary=method.summary(recipe.method), paper=job.method.paper,
+        command=recipe.command(str(out)), base=job.plan.base.name,
+        experts=[(e.name, e.reference.text, w) for e, w in zip(job.plan.experts, job.weights, strict=True)],
+        options=dict(recipe.options), notes=notes, has_config=bool(job.plan.base.config),
+        version=modelmerge.__version__,
+    )  # fmt: skip
+
+
+def _manifest(
+    prepared: Prepared,
+    out: Path,
+    digests: Sequence[Mapping[Path, str]],
+    findings: engine.Findings,
+    notes: Sequence[str],
+    staging: Staging,
+    seconds: float,
+) -> dict[str, Any]:
+    job, recipe = prepared.job, prepared.recipe
+    tensors = job.plan.tensors.values()
+    # Absolute paths, so that the recipe can be replayed from anywhere.
+    located = dataclasses.replace(
+        recipe,
+        base=str(job.plan.base.reference.path),
+        experts=tuple(f"{e.name}={e.reference.path}" for e in job.plan.experts),
+    )
+    return {
+        "format": FORMAT,
+        "recipe": dataclasses.asdict(located),
+        "command": recipe.command(str(out)),
+        "inputs": {
+            "base": _input(job.plan.base, digests[0]),
+            "experts": [_input(e, files) for e, files in zip(job.plan.experts, digests[1:], strict=True)],
+        },
+        "tensors": {
+            "merged": sum(t.action == "merge" for t in tensors),
+            "rest": sum(t.action == "rest" for t in tensors),
+            "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
+            "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
+            "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
+            "dtypes": {t.name: t.out_dtype for t in tensors},
+        },
+        "notes": list(notes),
+        "device": str(job.device),
+        "seconds": round(seconds, 3),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "files": staging.listing(),
+    }
+
+
+def _input(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "reference": model.reference.text,
+        "path": str(model.reference.path),
+        "files": {str(file): {"sha256": digest, "bytes": file.stat().st_size} for file, digest in digests.items()},
+    }
