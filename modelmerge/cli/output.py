@@ -35,7 +35,9 @@ class Sink:
     def __init__(self, form: Format, *, verbose: bool = False) -> None:
         self.form = form
         self.verbose = verbose
-        self.screen = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        # A table that goes to a file or a pipe is as wide as it needs to be.
+        width = None if sys.stdout.isatty() else 1000
+        self.screen = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
         self.margin = Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
     def result(self, data: dict[str, Any], *, quiet: str, human: list[str | Table]) -> None:
@@ -119,7 +121,7 @@ def size(count: int) -> str:
 
 def table(title: str | None, columns: list[str], rows: list[list[str]], *, left: int = 1) -> Table:
     """A plain table; the first `left` columns are text, the others numbers."""
-    made = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left")
+    made = Table(title=title, box=None, pad_edge=False, padding=(0, 1), header_style="bold", title_justify="left")
     for i, column in enumerate(columns):
         made.add_column(column, justify="left" if i < left else "right", no_wrap=True)
     for row in rows:
