@@ -40,6 +40,8 @@ _TORCH_DTYPES = {
 # elements cost 10 to 35 % more); a GPU wants blocks that are large against the launch of a kernel.
 CPU_BLOCK = 1 << 18
 CUDA_BLOCK = 1 << 24
+# Matrices of up to so many elements go through a method on one thread: they are done before others have woken up.
+SMALL = 1 << 18
 # Anonymous memory of a process that has imported torch and the packages around it, in bytes, with room for the
 # allocator's slack; measured 120 to 190 MB.
 PROCESS_BYTES = 230_000_000
@@ -237,7 +239,8 @@ def _run_whole(
                 theta_0, taus = (t.to(job.device) for t in ahead.result())
                 ahead = reading.submit(read, tensors[i + 1]) if i + 1 < len(tensors) else None
                 context = _context(job, tensor, measured, findings)
-                delta = job.method.apply(taus, job.options, context)
+                with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
+                    delta = job.method.apply(taus, job.options, context)
                 piece = _Piece(tensor, 0, tensor.numel, whole=True)
                 data = _bytes(_finish(piece, theta_0, delta))
                 if behind is not None:
@@ -359,7 +362,8 @@ def _in_parallel(job: Job, pieces: Sequence[_Piece], work: Callable[[_Piece, _Lo
             raise
 
     workers = max(1, min(job.workers, len(pieces)))
-    with _one_thread_each(), ThreadPoolExecutor(workers, "merge") as pool:
+    # One thread of torch's own to a worker: the workers fill the processors already.
+    with threads(1), ThreadPoolExecutor(workers, "merge") as pool:
         futures = [pool.submit(serve) for _ in range(workers)]
         try:
             for future in futures:
@@ -426,10 +430,13 @@ def _known(rest: tuple[Method, Any] | None) -> tuple[Method, Any]:
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Keep torch to one thread per worker: workers already fill the processors, and OpenMP's idle threads spin."""
+def threads(count: int) -> Iterator[None]:
+    """Give torch so many threads inside the block.
+
+    More than the work can use are worse than none: OpenMP's idle threads spin, and on a busy machine everybody waits.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

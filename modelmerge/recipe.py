@@ -24,8 +24,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 class Recipe:
     """Everything that determines the merged weights, and nothing else.
 
-    `experts` are `[NAME=]REF` in their order; `options` the method's, `rest_options` none yet: the method for the rest
-    runs at its defaults. `dtype` is float32, float16, bfloat16 or None for the base's own.
+    `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
+    defaults. `dtype` is float32, float16, bfloat16 or None for the base's own.
     """
 
     method: str
@@ -39,6 +39,10 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     max_shard_size: str = "5GB"
     seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON has it."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     def command(self, output: str) -> str:
         """The shell line that repeats the merge."""

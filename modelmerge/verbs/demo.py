@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modelmerge import digits, method
 from modelmerge.checkpoint.writer import MANIFEST
+from modelmerge.engine import threads
 from modelmerge.errors import ModelMergeError
 from modelmerge.report import SILENT, Reporter
 from modelmerge.verbs.merge import merge
@@ -58,17 +59,7 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
             "the demo needs scikit-learn, which carries its images", hint="pip install 'modelmerge[demo]'"
         ) from error
     out = Path(out)
-    reporter.stage("training", 1 + len(tasks))
-    base = digits.train_base(tasks)
-    _save(base, out / "base")
-    reporter.advance(1, "base")
-    rows = [_measure("base", "base", base, tasks)]
-    for name, task in tasks.items():
-        expert = digits.train_expert(base, task)
-        _save(expert, out / "experts" / name)
-        rows.append(_measure(name, "expert", expert, tasks))
-        reporter.advance(1, name)
-
+    rows = train(out, tasks, reporter)
     commands: dict[str, str] = {}
     experts = [out / "experts" / name for name in tasks]
     names = sorted(method.names(), key=lambda name: (name != "average", name))
@@ -80,6 +71,22 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
         rows.append(_measure(name, "merge", merged, tasks))
         reporter.advance(1, name)
     return Story(tuple(rows), commands)
+
+
+def train(out: Path, tasks: Mapping[str, digits.Task], reporter: Reporter = SILENT) -> list[Row]:
+    """Train a base into `out/base` and an expert of each task into `out/experts/NAME`; how good each is."""
+    reporter.stage("training", 1 + len(tasks))
+    with threads(1):  # the network is too small to share out
+        base = digits.train_base(tasks)
+        _save(base, out / "base")
+        rows = [_measure("base", "base", base, tasks)]
+        reporter.advance(1, "base")
+        for name, task in tasks.items():
+            expert = digits.train_expert(base, task)
+            _save(expert, out / "experts" / name)
+            rows.append(_measure(name, "expert", expert, tasks))
+            reporter.advance(1, name)
+    return rows
 
 
 def _save(state: Mapping[str, Tensor], directory: Path) -> None:

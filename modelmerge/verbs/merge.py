@@ -294,7 +294,7 @@ def _manifest(
     )
     return {
         "format": FORMAT,
-        "recipe": dataclasses.asdict(located),
+        "recipe": located.to_dict(),
         "command": recipe.command(str(out)),
         "inputs": {
             "base": _input(job.plan.base, digests[0]),

@@ -58,6 +58,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     norms = torch.linalg.vector_norm(taus, dim=(1, 2), dtype=torch.float64).tolist()
     if max(norms) == 0.0:
         return merged
+    if max(norms) == 0.0:
+        return merged
     active = []
     for i, norm in enumerate(norms):
         if norm == 0.0 or norm < NEGLIGIBLE * max(norms):

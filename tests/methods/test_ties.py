@@ -1,0 +1,62 @@
+"""TIES against its definition, written out plainly in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modelmerge.methods import _threshold
+from tests.test_every_method import merged, taus_of
+
+
+def reference(taus: Tensor, density: float, scale: float, reduce: str) -> Tensor:
+    flat = taus.double().flatten(1)
+    dropped = flat.shape[1] - int(density * flat.shape[1])
+    limits = flat.abs().sort(1).values[:, max(dropped, 1) - 1]
+    kept = torch.where(flat.abs() >= limits[:, None], flat, 0.0)
+    sign = kept.sum(0).sign()
+    agreeing = torch.where(kept.sign() == sign, kept, 0.0)
+    total = agreeing.sum(0) * (sign != 0)
+    if reduce == "mean":
+        total = total / (agreeing != 0).sum(0).clamp(min=1)
+    return (scale * total).view(taus.shape[1:])
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.9, 1.0])
+def test_agrees_with_float64(density: float, scope: str, reduce: str) -> None:
+    taus = taus_of(5)
+    got = merged("ties", taus, density=density, scale=0.7, reduce=reduce, trim_scope=scope)
+    want = reference(taus, density, 0.7, reduce)
+    assert (got.double() - want).norm() <= 1e-6 * want.norm()
+
+
+def test_entries_that_cancel_exactly_elect_no_sign() -> None:
+    taus = torch.tensor([[[0.5, 0.5]], [[-0.5, 0.25]]])
+    assert merged("ties", taus, density=1.0, scale=1.0).tolist() == [[0.0, 0.75]]
+
+
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.999])
+def test_the_streamed_threshold_is_the_exact_order_statistic(density: float) -> None:
+    # Many magnitudes, ties, zeros, denormals and both signs.
+    generator = torch.Generator().manual_seed(3)
+    values = torch.cat([
+        torch.randn(5000, generator=generator) * 10.0 ** torch.randint(-40, 3, (5000,), generator=generator),
+        torch.full((700,), -0.25), torch.zeros(300), torch.randn(2000, generator=generator).bfloat16().float(),
+    ])[None]  # fmt: skip
+    survey = _threshold.survey(density)
+    assert survey is not None
+    totals: tuple[Tensor, ...] = ()
+    for measure in survey.passes:
+        totals = (*totals, measure(values, totals))
+    rank = max(_threshold.dropped(values.shape[1], density), 1)
+    assert survey.conclude(totals).item() == values.abs().kthvalue(rank).values.item()
+    assert _threshold.per_tensor(values, density) == values.abs().kthvalue(rank).values
+
+
+def test_trim_keeps_what_equals_the_threshold() -> None:
+    tau = torch.tensor([0.1, -0.2, 0.2, 0.3, 0.0])
+    assert _threshold.trim(tau, torch.tensor(0.2)).tolist() == pytest.approx([0.0, -0.2, 0.2, 0.3, 0.0])
+    assert torch.equal(_threshold.trim(tau, torch.tensor(0.0)), tau)

@@ -1,0 +1,76 @@
+"""The demo: real experts, and merges that pay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import modelmerge
+from modelmerge import digits, method
+from modelmerge.cli import main
+from modelmerge.engine import threads
+from modelmerge.verbs.demo import train
+from tests.checkpoints import read
+
+
+def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "-o", str(tmp_path / "demo"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    rows = {row["model"]: row for row in told["models"]}
+    assert {name for name, row in rows.items() if row["kind"] == "merge"} == set(method.names())
+    experts = [row for row in rows.values() if row["kind"] == "expert"]
+    assert len(experts) == len(digits.TASKS) >= 4
+    base = rows["base"]
+    for expert in experts:
+        own = expert["accuracy"][expert["model"]]
+        assert own > base["accuracy"][expert["model"]] + 0.15
+        assert own > 0.9
+    own_mean = sum(e["accuracy"][e["model"]] for e in experts) / len(experts)
+    for name in method.names():
+        assert base["mean"] + 0.03 < rows[name]["mean"] < own_mean
+        # What the table says is what lies on disk.
+        merged, task = read(tmp_path / "demo" / "merged" / name), digits.load_tasks()["mirrored"]
+        assert digits.accuracy(merged, task) == rows[name]["accuracy"]["mirrored"]
+    assert rows["average"]["mean"] < rows["task-arithmetic"]["mean"]
+    assert Path(told["manifests"]["apgd"]).is_file()
+    assert told["commands"]["apgd"].startswith("modelmerge merge apgd ")
+
+
+def test_the_correction_of_apgd_pays(tmp_path: Path) -> None:
+    tasks = digits.load_tasks()
+    train(tmp_path, tasks)
+    scores = {}
+    for steps in (0, 400):
+        out = tmp_path / f"out{steps}"
+        experts = [tmp_path / "experts" / name for name in tasks]
+        modelmerge.merge(tmp_path / "base", experts, out, method="apgd", steps=steps)
+        scores[steps] = sum(digits.accuracy(read(out), task) for task in tasks.values()) / len(tasks)
+    assert scores[400] > scores[0] + 0.02
+
+
+def test_no_test_image_is_trained_on() -> None:
+    for task in digits.load_tasks().values():
+        seen = {image.numpy().tobytes() for image in task.train_x}
+        assert not any(image.numpy().tobytes() in seen for image in task.test_x)
+        assert len(task.train_y) + len(task.test_y) == 1797
+
+
+def test_training_is_repeatable_and_leaves_the_classifier_and_the_base_alone() -> None:
+    tasks = digits.load_tasks()
+    with threads(1):
+        base = digits.train_base(tasks)
+        before = {name: tensor.clone() for name, tensor in base.items()}
+        one, two = (digits.train_expert(base, tasks["striped"]) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.equal(base[name], before[name]) for name in base)
+    assert torch.equal(one["classifier.weight"], base["classifier.weight"])
+
+
+def test_the_demo_refuses_a_directory_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    assert main(["demo", "-o", str(tmp_path)]) == 1
+    assert "not empty" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "keep"

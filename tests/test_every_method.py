@@ -1,0 +1,179 @@
+"""The same questions to every merge method, found by its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modelmerge import method
+from modelmerge.method import Context, Method
+
+NAMES = method.names()
+SHAPE = (24, 18)
+
+
+def taus_of(experts: int = 4, seed: int = 0) -> Tensor:
+    return torch.randn(experts, *SHAPE, generator=torch.Generator().manual_seed(seed)) * 1e-2
+
+
+def measured(chosen: Method, options: Any, taus: Tensor) -> Tensor | None:
+    survey = chosen.survey(options)
+    if survey is None:
+        return None
+    totals: tuple[Tensor, ...] = ()
+    for measure in survey.passes:
+        totals = (*totals, measure(taus.flatten(1), totals))
+    return survey.conclude(totals)
+
+
+def merged(name: str, taus: Tensor, weights: tuple[float, ...] | None = None, **values: Any) -> Tensor:
+    chosen = method.load(name)
+    options = method.make_options(chosen, name, values)
+    context = Context(tensor="w", weights=weights or (1.0,) * len(taus), measured=measured(chosen, options, taus))
+    return chosen.apply(taus, options, context)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_has_a_help_line_and_a_paper(name: str) -> None:
+    assert method.summary(name).endswith(".")
+    assert 10 < len(method.summary(name)) < 120
+    assert method.load(name).paper.startswith("https://")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_has_help_and_a_default_that_is_allowed(name: str) -> None:
+    chosen = method.load(name)
+    options = chosen.options()
+    assert method.make_options(chosen, name, dataclasses.asdict(options)) == options
+    assert all(len(spec.metadata["help"]) > 10 for spec in dataclasses.fields(chosen.options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeps_shape_dtype_and_device(name: str) -> None:
+    result = merged(name, taus_of())
+    assert result.shape == SHAPE
+    assert result.dtype == torch.float32
+    assert result.device.type == "cpu"
+    assert result.isfinite().all()
+    assert result.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leaves_its_input_alone(name: str) -> None:
+    taus = taus_of()
+    before = taus.clone()
+    merged(name, taus, weights=(0.5, 1.0, 2.0, 1.0))
+    assert torch.equal(taus, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gives_the_same_bits_twice(name: str) -> None:
+    assert torch.equal(merged(name, taus_of()), merged(name, taus_of()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_experts_changes_nothing_beyond_rounding(name: str) -> None:
+    taus, weights = taus_of(), (0.5, 1.0, 2.0, 1.5)
+    order = [2, 0, 3, 1]
+    forth = merged(name, taus, weights)
+    back = merged(name, taus[order], tuple(weights[i] for i in order))
+    assert (forth - back).norm() <= 2e-5 * forth.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_task_vectors_change_nothing(name: str) -> None:
+    assert not merged(name, torch.zeros(3, *SHAPE)).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_zero_task_vector_among_others_does_no_harm(name: str) -> None:
+    taus = taus_of()
+    taus[1] = 0
+    result = merged(name, taus)
+    assert result.isfinite().all()
+    assert result.norm() < 10 * taus.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_expert_is_accepted(name: str) -> None:
+    assert merged(name, taus_of(1)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_count(name: str) -> None:
+    even = merged(name, taus_of())
+    uneven = merged(name, taus_of(), weights=(3.0, 1.0, 1.0, 1.0))
+    assert not torch.equal(even, uneven)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if method.load(n).blockwise(method.load(n).options())])
+@pytest.mark.parametrize("cut", [1, 7, 64, 300, 431])
+def test_cutting_a_tensor_changes_no_bit(name: str, cut: int) -> None:
+    chosen = method.load(name)
+    options, taus = chosen.options(), taus_of().flatten(1)
+    context = Context(tensor="w", weights=(0.3, 1.0, 1.7, 1.0), measured=measured(chosen, options, taus))
+    whole = chosen.apply(taus, options, context)
+    parts = [chosen.apply(part.contiguous(), options, context) for part in (taus[:, :cut], taus[:, cut:])]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_surveys_add_up_over_blocks(name: str) -> None:
+    chosen = method.load(name)
+    survey = chosen.survey(chosen.options())
+    if survey is None:
+        return
+    taus = taus_of().flatten(1)
+    totals: tuple[Tensor, ...] = ()
+    for measure in survey.passes:
+        whole = measure(taus, totals)
+        assert whole.dtype == torch.int64
+        parts = [measure(part.contiguous(), totals) for part in taus.split(100, dim=1)]
+        assert torch.equal(torch.stack(parts).sum(0), whole)
+        totals = (*totals, whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_agrees_with_the_cpu(name: str) -> None:
+    chosen = method.load(name)
+    options, taus = chosen.options(), taus_of()
+    found = measured(chosen, options, taus)
+    cpu = chosen.apply(taus, options, Context(tensor="w", weights=(1.0,) * 4, measured=found))
+    on_cuda = None if found is None else found.cuda()
+    cuda = chosen.apply(taus.cuda(), options, Context(tensor="w", weights=(1.0,) * 4, measured=on_cuda))
+    assert (cuda.cpu() - cpu).norm() <= 1e-4 * cpu.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "says"),
+    [
+        ("ties", {"desnity": 0.5}, "did you mean 'density'"),
+        ("average", {"scale": 0.5}, "it has no options"),
+        ("ties", {"density": 20.0}, "--density must be above 0 and at most 1, not 20"),
+        ("ties", {"density": -1.0}, "--density must be above 0"),
+        ("ties", {"density": 0.0}, "--density must be above 0"),
+        ("ties", {"density": math.nan}, "--density must be above 0"),
+        ("task-arithmetic", {"scale": math.inf}, "--scale must be finite"),
+        ("ties", {"reduce": "max"}, "--reduce must be one of sum, mean"),
+        ("apgd", {"steps": -1}, "--steps must be at least 0"),
+        ("apgd", {"steps": 1.5}, "--steps must be an integer"),
+        ("apgd", {"trim_scope": "layer"}, "--trim-scope must be one of model, tensor"),
+    ],
+)
+def test_wrong_options_are_refused(name: str, values: dict[str, Any], says: str) -> None:
+    with pytest.raises(method.UsageError) as refused:
+        method.make_options(method.load(name), name, values)
+    assert says in f"{refused.value.message} {refused.value.hint}"
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(method.UsageError) as refused:
+        method.load("tise")
+    assert refused.value.hint == "did you mean 'ties'?"

@@ -1,0 +1,70 @@
+"""The house's floors: a module imports only lower floors, or its own package."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "modelmerge"
+# From the ground up; a name is a module or a package of modelmerge.
+FLOORS = (
+    "errors", "report", "checkpoint", "method", "methods", "plan", "engine", "recipe", "digits", "verbs", "cli",
+    "__main__",
+)  # fmt: skip
+# What the mathematics may import besides the contract: no files, no devices, no command line.
+MATHEMATICS = {"__future__", "torch", "math", "dataclasses", "typing", "collections", "modelmerge"}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def floor_of(file: Path) -> str:
+    first = file.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def modules() -> list[Path]:
+    return [file for file in sorted(PACKAGE.rglob("*.py")) if file != PACKAGE / "__init__.py"]
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {floor_of(file) for file in modules()} == set(FLOORS)
+
+
+def test_imports_go_down() -> None:
+    for file in modules():
+        mine = FLOORS.index(floor_of(file))
+        for name in imports(file):
+            parts = name.split(".")
+            if parts[0] == "modelmerge" and len(parts) > 1 and parts[1] in FLOORS:
+                theirs = FLOORS.index(parts[1])
+                assert theirs <= mine, f"{file.relative_to(PACKAGE)} imports {name}, which is above it"
+                assert theirs < mine or parts[1] == floor_of(file), f"{file.relative_to(PACKAGE)} imports {name}"
+
+
+def test_the_mathematics_knows_no_files_and_no_devices() -> None:
+    for file in sorted((PACKAGE / "methods").rglob("*.py")):
+        for name in imports(file):
+            assert name.split(".")[0] in MATHEMATICS, f"{file.name} imports {name}"
+            if name.startswith("modelmerge."):
+                assert name.split(".")[1] in ("method", "methods"), f"{file.name} imports {name}"
+
+
+def test_only_the_command_line_imports_rich_and_typer() -> None:
+    for file in modules():
+        words = {name.split(".")[0] for name in imports(file)}
+        if floor_of(file) != "cli":
+            assert not words & {"rich", "typer"}, file
+        assert "click" not in words, f"{file}: typer carries a private copy of click"
+
+
+def test_no_module_is_a_drawer() -> None:
+    assert not [file for file in modules() if file.stem in ("utils", "helpers", "misc", "common")]
