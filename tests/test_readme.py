@@ -1,0 +1,43 @@
+"""What the README says is what the code does."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from modelmerge import method
+from modelmerge.cli import main
+from tests.readme import README, renewed
+
+TEXT = README.read_text()
+COMMANDS = re.findall(r"^modelmerge .*$", TEXT, flags=re.MULTILINE)
+
+
+def test_the_generated_blocks_are_current() -> None:
+    assert renewed(TEXT) == TEXT, "run python -m tests.readme"
+
+
+def test_every_method_and_every_command_is_shown() -> None:
+    assert len(COMMANDS) > 8
+    for name in method.names():
+        assert any(f"merge {name}" in line for line in COMMANDS), name
+    assert any(line.startswith("modelmerge demo") for line in COMMANDS)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith("modelmerge demo")])
+def test_every_command_in_the_readme_is_right_usage(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = main(shlex.split(line, comments=True)[1:])
+    # The models it names are not there: 1. Words that are not the command's own would be 2.
+    err = capsys.readouterr().err
+    assert code == 0 or (code == 1 and "no such file" in err)
+
+
+def test_every_method_has_a_figure() -> None:
+    table = TEXT.partition("## Figures")[2]
+    assert {name for name in method.names() if f"| {name} |" in table} == set(method.names())
