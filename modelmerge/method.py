@@ -84,6 +84,41 @@ class Method:
     workspace: Callable[[int], float] = lambda tasks: 3.0
 
 
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What a disentangler found for G groups: `delta = sum_k coefficients_k tau_k` in each.
+
+    `coefficients` and `active` are [G, T]; an expert that is not active in a group keeps its task vector there.
+    `losses` [steps + 1] are summed over the groups.
+    """
+
+    coefficients: Tensor
+    active: Tensor
+    losses: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disentangler:
+    """How task vectors become others that are easier to merge: one vector is taken out of all, in each group.
+
+    Args:
+        options: The method's frozen dataclass of options; it has `granularity` (row, tensor, model: what a group is)
+            and `solver` (gram, descent).
+        measure: `[T, G, n] -> [G, T, T]`: the Gram matrices, which add up over the parts of a group.
+        solve: `([G, T, T], options) -> Solution`.
+        descend: `([T, G, n], options) -> Solution`, on the vectors themselves.
+        paper: Link to the source.
+        published: The options that make it the published algorithm, where the defaults differ.
+    """
+
+    options: type
+    measure: Callable[[Tensor], Tensor]
+    solve: Callable[[Tensor, Any], Solution]
+    descend: Callable[[Tensor, Any], Solution]
+    paper: str
+    published: Mapping[str, Any]
+
+
 def option(
     default: Any,
     help: str,
@@ -112,7 +147,7 @@ def option_types(options: type) -> dict[str, Any]:
     return typing.get_type_hints(options)
 
 
-def make_options(method: Method, name: str, values: Mapping[str, Any]) -> Any:
+def make_options(method: Method | Disentangler, name: str, values: Mapping[str, Any]) -> Any:
     """The method's options with `values` in place of defaults, checked.
 
     Raises:
@@ -163,7 +198,11 @@ def summary(name: str, kind: str = "merge") -> str:
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 
-def load(name: str, kind: str = "merge") -> Method:
+@typing.overload
+def load(name: str, kind: Literal["merge"] = "merge") -> Method: ...
+@typing.overload
+def load(name: str, kind: Literal["disentangle"]) -> Disentangler: ...
+def load(name: str, kind: str = "merge") -> Method | Disentangler:
     """The method of that name. Importing its file does not import torch: that happens on its first use.
 
     Raises:
@@ -176,9 +215,7 @@ def load(name: str, kind: str = "merge") -> Method:
             hint=f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names(kind))}",
         )
     with _deferred_torch():
-        method = importlib.import_module(f"modelmerge.methods.{kind}.{name.replace('-', '_')}").METHOD
-    assert isinstance(method, Method)
-    return method
+        return importlib.import_module(f"modelmerge.methods.{kind}.{name.replace('-', '_')}").METHOD
 
 
 class _DeferredTorch(ModuleType):

@@ -37,6 +37,7 @@ class TensorPlan:
     out_dtype: str
     action: Action
     reason: str
+    linear: bool  # the weight of a linear layer
     checked: bool = True  # refuse NaN and Inf
 
     @property
@@ -55,15 +56,18 @@ class Plan:
     expert_only: dict[str, tuple[str, ...]]  # tensor name -> the experts that have it; the merge leaves it out
     layout: Layout
 
+    def in_order(self) -> list[TensorPlan]:
+        """All tensors, in the order of the output's bytes."""
+        return [self.tensors[name] for shard in self.layout.shards for name in shard.tensors]
+
     def select(self, action: Action) -> list[TensorPlan]:
         """The tensors with that action, in the order of the output's bytes."""
-        order = [name for shard in self.layout.shards for name in shard.tensors]
-        return [self.tensors[name] for name in order if self.tensors[name].action == action]
+        return [tensor for tensor in self.in_order() if tensor.action == action]
 
     def stored_bytes(self, tensor: TensorPlan, *, experts: bool) -> int:
         """Bytes of a tensor in the base and, with `experts`, in every expert."""
         models = (self.base, *self.experts) if experts else (self.base,)
-        return sum(model.tensors[tensor.name].nbytes for model in models)
+        return sum(model.stored_bytes(tensor.name) for model in models)
 
     @property
     def bytes_written(self) -> int:
@@ -103,15 +107,16 @@ def make_plan(
     _refuse_idle_globs(base, include, exclude)
     tensors, complaints = {}, []
     for name, info in base.tensors.items():
+        linear = _is_linear(info, include)
         try:
-            action, reason = _decide(info, experts, matrices, rest, include, exclude)
+            action, reason = _decide(info, experts, matrices, matrices and not linear, rest, include, exclude)
         except PlanError as complaint:
             complaints.append(complaint.message)
             continue
         floating = info.dtype in MERGEABLE_DTYPES
         out_dtype = dtype if dtype and floating else info.dtype
         checked = floating and reason != _EXCLUDED
-        tensors[name] = TensorPlan(name, info.shape, info.dtype, out_dtype, action, reason, checked)
+        tensors[name] = TensorPlan(name, info.shape, info.dtype, out_dtype, action, reason, linear, checked)
     if complaints:
         raise PlanError(
             f"the models disagree on {len(complaints)} tensor{'s' * (len(complaints) > 1)}:\n  "
@@ -136,11 +141,12 @@ def _decide(
     info: TensorInfo,
     experts: Sequence[Checkpoint],
     matrices: bool,
+    left: bool,
     rest: str,
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> tuple[Action, str]:
-    """What happens to a tensor of the base, and why.
+    """What happens to a tensor of the base, and why; `left`: the method leaves a tensor like this to the rest.
 
     Raises:
         PlanError: The experts disagree with the base or with one another.
@@ -149,7 +155,7 @@ def _decide(
         return "copy", _EXCLUDED
     if include and not _matches(info.name, include):
         return "copy", "not included"
-    have = [expert for expert in experts if info.name in expert.tensors]
+    have = [expert for expert in experts if expert.has(info.name)]
     if not have:
         return "copy", "only in the base"
     if info.dtype not in MERGEABLE_DTYPES and info.dtype not in QUANTISED_DTYPES:
@@ -157,13 +163,20 @@ def _decide(
     if info.name.rpartition(".")[2] in _BUFFERS:
         return "copy", "a buffer, not a weight"
     _refuse_disagreement(info, experts, have)
-    if not matrices:
-        return "merge", "shared by all"
-    linear = len(info.shape) == 2 and min(info.shape) > 0
-    if linear and (include or not _matches(info.name.lower(), _NOT_LINEAR)):
-        return "merge", "the weight of a linear layer"
+    if not left:
+        return "merge", "the weight of a linear layer" if matrices else "shared by all"
     reason = "not the weight of a linear layer"
     return ("copy", reason) if rest == "base" else ("rest", f"{reason}: {rest}")
+
+
+def _is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
+    """Whether it is the weight of a linear layer: two-dimensional, and no table or head by its name.
+
+    Who includes tensors by name knows them: then the name does not count.
+    """
+    if len(info.shape) != 2 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
+        return False
+    return bool(include) or not _matches(info.name.lower(), _NOT_LINEAR)
 
 
 def _refuse_disagreement(info: TensorInfo, experts: Sequence[Checkpoint], have: Sequence[Checkpoint]) -> None:
@@ -171,11 +184,12 @@ def _refuse_disagreement(info: TensorInfo, experts: Sequence[Checkpoint], have: 
     if lacking:
         holders = ", ".join(expert.name for expert in have)
         raise PlanError(f"'{info.name}': in {holders}, but missing in {', '.join(lacking)}")
-    shapes = [(e.name, e.tensors[info.name].shape) for e in have if e.tensors[info.name].shape != info.shape]
+    held = [(e.name, e.tensors[info.name]) for e in have if info.name in e.tensors]
+    shapes = [(name, theirs.shape) for name, theirs in held if theirs.shape != info.shape]
     if shapes:
         told = ", ".join(f"{list(shape)} in {name}" for name, shape in shapes)
         raise PlanError(f"'{info.name}': shape {list(info.shape)} in the base, but {told}")
-    kinds = [(e.name, e.tensors[info.name].dtype) for e in have]
+    kinds = [(name, theirs.dtype) for name, theirs in held]
     odd = [f"{dtype} in {name}" for name, dtype in [("the base", info.dtype), *kinds] if dtype not in MERGEABLE_DTYPES]
     if odd:
         raise PlanError(

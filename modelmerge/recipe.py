@@ -25,7 +25,8 @@ class Recipe:
     """Everything that determines the merged weights, and nothing else.
 
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
-    defaults. `dtype` is float32, float16, bfloat16 or None for the base's own.
+    defaults. `disentangle` names what goes in front of the method, with its own options. `dtype` is
+    float32, float16, bfloat16 or None for the base's own.
     """
 
     method: str
@@ -33,6 +34,8 @@ class Recipe:
     experts: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    disentangle: str | None = None
+    disentangle_options: Mapping[str, Any] = field(default_factory=dict)
     rest: str = "base"
     dtype: str | None = None
     include: tuple[str, ...] = ()
@@ -49,6 +52,9 @@ class Recipe:
         words = ["modelmerge", "merge", self.method, self.base, *self.experts]
         for name, value in self.options.items():
             words += [f"--{name.replace('_', '-')}", f"{value}"] if value is not None else []
+        words += ["--disentangle", self.disentangle] if self.disentangle else []
+        for name, value in self.disentangle_options.items():
+            words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"]
         for name, weight in self.weights.items():
             words += ["--weight", f"{name}={weight:g}"]
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}

@@ -61,7 +61,7 @@ def same_bits(left: State, right: State) -> bool:
 def test_streamed_equals_in_memory_bit_for_bit(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "CPU_BLOCK", 100)  # cut even these small tensors
+    monkeypatch.setattr(engine.job, "CPU_BLOCK", 100)  # cut even these small tensors
     base, *experts = family(tmp_path, dtype=dtype)
     modelmerge.merge(base, experts, tmp_path / "out", method=name)
     want = in_memory(name, read(base), [read(e) for e in experts])

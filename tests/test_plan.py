@@ -330,9 +330,9 @@ def test_shards_are_those_of_huggingface_hub(limit: int, tmp_path: Path) -> None
     count = len(made.layout.shards)
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     assert [s.filename for s in made.layout.shards] == (names if count > 1 else ["model.safetensors"])
-    assert (made.layout.index is None) == (count == 1)
-    if made.layout.index is not None:
-        index = json.loads(made.layout.index)
+    assert list(made.layout.indices) == ([INDEX] if count > 1 else [])
+    for content in made.layout.indices.values():
+        index = json.loads(content)
         assert index["metadata"]["total_size"] == sum(sizes.values())
         assert index["weight_map"] == split.tensor_to_filename
 
@@ -355,9 +355,16 @@ MIXED: dict[str, Tensor] = {
 
 @pytest.mark.parametrize("limit", [20, 40, 5_000_000_000])
 @pytest.mark.parametrize("name", ["n", "näme", 'name with "quotes" and \\'])
-def test_every_tensor_starts_at_a_multiple_of_its_item_size(limit: int, name: str, tmp_path: Path) -> None:
-    models = [{f"{name}.{key}": tensor for key, tensor in MIXED.items()} for _ in range(2)]
-    made = plan(tmp_path, models, max_shard_size=limit)
+@pytest.mark.parametrize("dtype", [None, "F16"])
+def test_every_tensor_starts_at_a_multiple_of_its_item_size(
+    limit: int, name: str, dtype: str | None, tmp_path: Path
+) -> None:
+    """Though the base's shards hold dtypes in any order."""
+    state = {f"{name}.{key}": tensor for key, tensor in MIXED.items()}
+    base, expert = (open_checkpoint(parse(str(write(tmp_path / n, state, shards=4)))) for n in ("base", "expert"))
+    kinds = [DTYPE_BITS[info.dtype] for info in base.tensors.values()]
+    assert kinds != sorted(kinds, reverse=True)
+    made = make_plan(base, [expert], matrices=False, dtype=dtype, max_shard_size=limit)
     for shard in made.layout.shards:
         (length,) = struct.unpack("<Q", shard.header[:8])
         assert 8 + length == len(shard.header)

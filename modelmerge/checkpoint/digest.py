@@ -24,13 +24,21 @@ _SETTLED = 2.0  # seconds: a file younger than this may change again within one 
 class FileDigest:
     """A file that is open for reading, and its sha256 as far as reads have come."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, planned: os.stat_result | None = None) -> None:
+        """Open it; `planned` is what it was when its header was read.
+
+        Raises:
+            CheckpointError: It cannot be read, or is no longer what was planned with.
+        """
         try:
             self.descriptor = os.open(file, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         self._file = file
         self._stat = os.fstat(self.descriptor)
+        if planned is not None and _identity(file, planned) != _identity(file, self._stat):
+            os.close(self.descriptor)
+            raise CheckpointError(f"{file}: changed since its header was read", hint="run the command again")
         self._hash = hashlib.sha256()
         self._position = 0
         self._lock = threading.Lock()
@@ -50,12 +58,11 @@ class FileDigest:
         Raises:
             CheckpointError: The file changed while it was read.
         """
-        now = os.stat(self._file)
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (
-            self._stat.st_size,
-            self._stat.st_mtime_ns,
-            self._stat.st_ino,
-        ):
+        try:
+            now = _identity(self._file, os.stat(self._file))
+        except OSError:
+            now = {}
+        if now != _identity(self._file, self._stat):
             raise CheckpointError(f"{self._file}: changed while it was read", hint="run the command again")
         with self._lock:
             if self._known is None:

@@ -38,6 +38,7 @@ class TensorInfo:
     file: Path
     start: int  # first byte of the data, counted from the start of the file
     nbytes: int
+    factors: tuple[TensorInfo, TensorInfo] | None = None  # [m, r] and [r, n]: the tensor is their product
 
     @property
     def numel(self) -> int:
@@ -77,15 +78,17 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 def _parse(file: Path, size: int, data_start: int, text: bytes) -> dict[str, TensorInfo]:
     try:
         raw = json.loads(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no Unicode, no JSON, numbers too long, nested without end
         raise CheckpointError(f"{file}: its header is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: its header is not a JSON object")
     raw.pop("__metadata__", None)
-    tensors = sorted((_entry(file, data_start, name, entry) for name, entry in raw.items()), key=lambda t: t.start)
+    tensors = sorted(
+        (_entry(file, data_start, name, entry) for name, entry in raw.items()), key=lambda t: (t.start, t.nbytes)
+    )
     position = data_start
     for tensor in tensors:
-        if tensor.start != position and tensor.nbytes:
+        if tensor.start != position:
             kind = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
             raise CheckpointError(f"{file}: the header lies: tensor '{tensor.name}' {kind}")
         position += tensor.nbytes
@@ -113,7 +116,14 @@ def _entry(file: Path, data_start: int, name: str, entry: Any) -> TensorInfo:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         raise lie(f"has the data_offsets {offsets!r}")
     begin, end = offsets
-    needed = (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8
+    if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise CheckpointError(f"{file}: the header lies: the tensor name {name!r} is no Unicode")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits > 2**63:
+        raise lie("needs more bytes than any file can hold")
+    if bits % 8:
+        raise lie(f"is {dtype} {shape}, which ends within a byte")
+    needed = bits // 8
     if end - begin != needed:
         raise lie(f"has {end - begin} bytes of data where {dtype} {shape} needs {needed}")
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, needed)

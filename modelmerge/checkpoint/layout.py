@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from modelmerge.checkpoint.header import DTYPE_BITS
+from modelmerge.checkpoint.reader import INDEX, SINGLE
 
 Entry = tuple[str, tuple[int, ...], int]  # dtype, shape, bytes
 
@@ -24,21 +25,30 @@ class Shard:
 
     filename: str
     header: bytes  # with its length in front, as it stands in the file
-    tensors: dict[str, int]  # name -> first byte in the file, in file order
+    tensors: dict[str, int]  # key -> first byte in the file, in file order
     file_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The output's weight files and, where there are several, their index."""
+    """The output's weight files and, where a checkpoint has several, their index.
+
+    Tensors go by keys: their names, with the checkpoint's folder in front where there is one.
+    """
 
     shards: tuple[Shard, ...]
-    index: bytes | None
-    shard_of: dict[str, Shard]
+    indices: dict[str, bytes]  # file name -> content
+    shard_of: dict[str, Shard]  # key -> its shard
 
 
-def lay_out(entries: Mapping[str, Entry], max_shard_size: int) -> Layout:
-    """Files of at most `max_shard_size` bytes of tensors, named and split as transformers does."""
+def lay_out(entries: Mapping[str, Entry], max_shard_size: int, *, folder: str = "") -> Layout:
+    """Files of at most `max_shard_size` bytes of tensors, named and split as transformers does.
+
+    Args:
+        entries: Name to dtype, shape and bytes, in the order they shall have.
+        max_shard_size: In bytes.
+        folder: Where in the output the checkpoint goes; ends in a slash, or is empty for the output itself.
+    """
     split = split_state_dict_into_shards_factory(
         {name: nbytes for name, (_, _, nbytes) in entries.items()},
         get_storage_size=lambda nbytes: nbytes,
@@ -46,18 +56,29 @@ def lay_out(entries: Mapping[str, Entry], max_shard_size: int) -> Layout:
         max_shard_size=max_shard_size,
     )
     shards = tuple(
-        _shard(filename, {name: entries[name] for name in names})
-        for filename, names in split.filename_to_tensors.items()
+        _shard(folder, filename, {name: entries[name] for name in names})
+        for filename, names in (split.filename_to_tensors or {SINGLE: []}).items()
     )
-    shard_of = {name: shard for shard in shards for name in shard.tensors}
-    if not split.is_sharded:
-        return Layout(shards, None, shard_of)
-    metadata = {"total_size": sum(nbytes for _, _, nbytes in entries.values())}
-    index = {"metadata": metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-    return Layout(shards, (json.dumps(index, indent=2) + "\n").encode(), shard_of)
+    shard_of = {key: shard for shard in shards for key in shard.tensors}
+    indices = {}
+    if split.is_sharded:
+        metadata = {"total_size": sum(nbytes for _, _, nbytes in entries.values())}
+        index = {"metadata": metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        indices[f"{folder}{INDEX}"] = (json.dumps(index, indent=2) + "\n").encode()
+    return Layout(shards, indices, shard_of)
 
 
-def _shard(filename: str, entries: Mapping[str, Entry]) -> Shard:
+def together(layouts: Iterable[Layout]) -> Layout:
+    """One layout of several checkpoints in folders of their own."""
+    parts = tuple(layouts)
+    return Layout(
+        tuple(shard for part in parts for shard in part.shards),
+        {name: content for part in parts for name, content in part.indices.items()},
+        {key: shard for part in parts for key, shard in part.shard_of.items()},
+    )
+
+
+def _shard(folder: str, filename: str, entries: Mapping[str, Entry]) -> Shard:
     # Widest dtype first, so that every tensor starts at a multiple of its item size, as readers that map files need.
     ordered = sorted(entries, key=lambda name: -DTYPE_BITS[entries[name][0]])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -70,5 +91,5 @@ def _shard(filename: str, entries: Mapping[str, Entry]) -> Shard:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     prefix = struct.pack("<Q", len(text)) + text
-    tensors = {name: len(prefix) + start for name, start in relative.items()}
-    return Shard(filename, prefix, tensors, len(prefix) + position)
+    tensors = {f"{folder}{name}": len(prefix) + start for name, start in relative.items()}
+    return Shard(f"{folder}{filename}", prefix, tensors, len(prefix) + position)

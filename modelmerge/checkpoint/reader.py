@@ -16,8 +16,20 @@ from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "modelmerge.json"
+VECTOR_KIND = "task-vector"  # what a task vector's manifest says it is
+LEFT, RIGHT = ".left", ".right"  # ends of the names of a low-rank task vector's factors [m, r] and [r, n]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FOREIGN = {".gguf": "GGUF", ".onnx": "ONNX", ".h5": "HDF5", ".msgpack": "Flax msgpack", ".ot": "rust-bert"}
+
+
+@dataclass(frozen=True, slots=True)
+class VectorOf:
+    """What a task vector is the difference to, and which tensors it leaves out because they did not change."""
+
+    base: str
+    base_sha256: tuple[str, ...]  # of the base's weight files, sorted
+    unchanged: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -29,9 +41,10 @@ class Checkpoint:
 
     reference: Reference
     tensors: dict[str, TensorInfo]
-    files: tuple[Path, ...]
+    files: dict[Path, os.stat_result]  # the weight files, as they were when their headers were read
     directory: Path | None  # where config and tokenizer lie; None for a lone .safetensors file
     config: dict[str, Any]
+    vector: VectorOf | None = None  # set where the tensors are differences to a base, not weights
     _digests: dict[Path, FileDigest] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -39,6 +52,14 @@ class Checkpoint:
     def name(self) -> str:
         """The name the user knows it by."""
         return self.reference.name
+
+    def has(self, tensor: str) -> bool:
+        """Whether it says anything about a tensor: holds it, or as a task vector knows it to be zero."""
+        return tensor in self.tensors or (self.vector is not None and tensor in self.vector.unchanged)
+
+    def stored_bytes(self, tensor: str) -> int:
+        """Bytes that a tensor takes in its files."""
+        return self.tensors[tensor].nbytes if tensor in self.tensors else 0
 
     def read_into(self, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on.
@@ -71,7 +92,7 @@ class Checkpoint:
     def _open(self, file: Path) -> FileDigest:
         with self._lock:
             if file not in self._digests:
-                self._digests[file] = FileDigest(file)
+                self._digests[file] = FileDigest(file, self.files[file])
             return self._digests[file]
 
 
@@ -90,7 +111,7 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
     if path.suffix in _FOREIGN:
         raise _foreign(path)
     tensors = read_header(path)
-    return Checkpoint(reference, tensors, (path,), None, {})
+    return Checkpoint(reference, tensors, {path: path.stat()}, None, {})
 
 
 def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
@@ -112,16 +133,52 @@ def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
         tensors = read_header(single)
     else:
         raise _no_weights(directory)
-    files = tuple(dict.fromkeys(tensor.file for tensor in tensors.values())) or (single,)
-    return Checkpoint(reference, tensors, files, directory, _read_config(directory))
+    files = {file: file.stat() for file in dict.fromkeys(tensor.file for tensor in tensors.values()) or (single,)}
+    vector = _read_vector(directory)
+    if vector is not None:
+        tensors = _joined(tensors)
+    return Checkpoint(reference, tensors, files, directory, _read_config(directory), vector)
+
+
+def _read_vector(directory: Path) -> VectorOf | None:
+    file = directory / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        manifest = json.loads(file.read_bytes())
+        if manifest.get("kind") != VECTOR_KIND:
+            return None
+        base = manifest["inputs"]["base"]
+        digests = sorted(entry["sha256"] for entry in base["files"].values())
+        return VectorOf(str(base["name"]), tuple(digests), frozenset(manifest["unchanged"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: malformed: it does not say what its task vector belongs to") from error
+
+
+def _joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of a task vector, each pair of factors as the one tensor that is their product."""
+    joined = {name: info for name, info in tensors.items() if not name.endswith((LEFT, RIGHT))}
+    for name, left in tensors.items():
+        if name.endswith(LEFT):
+            whole = name.removesuffix(LEFT)
+            right = tensors.get(whole + RIGHT)
+            if right is None or len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
+                raise CheckpointError(f"{left.file}: tensor '{name}' has no matching factor '{whole + RIGHT}'")
+            shape, nbytes = (left.shape[0], right.shape[1]), left.nbytes + right.nbytes
+            joined[whole] = TensorInfo(whole, left.dtype, shape, left.file, left.start, nbytes, (left, right))
+    return joined
 
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(file, str) for file in weight_map.values())
+        ):
             raise TypeError
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{index}: malformed: it has no 'weight_map' of tensor names to file names") from error
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read: {error.strerror}") from error
@@ -161,7 +218,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON: {error}") from error
     return config if isinstance(config, dict) else {}
 

@@ -6,6 +6,7 @@ is a path even if nothing is there, so that a misspelt path never turns into a r
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -35,12 +36,15 @@ def parse(text: str) -> Reference:
         ReferenceNotFound: Nothing is there, or it is a kind that cannot be read.
     """
     name, ref = None, text
-    if "=" in text and not Path(text).expanduser().exists():
-        left, _, right = text.partition("=")
-        if _NAME.fullmatch(left):
-            name, ref = left, right
-    path = Path(ref).expanduser()
-    if not path.exists():
+    left, equals, right = text.partition("=")
+    if equals and _NAME.fullmatch(left) and not os.path.lexists(text):
+        name, ref = left, right
+    try:
+        path = Path(ref).expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long for a name, no such user, a zero byte
+        raise ReferenceNotFound(f"'{ref[:200]}' cannot be a path: {error}") from error
+    if not found:
         raise _missing(ref, path)
     path = path.resolve()
     return Reference(name or _default_name(path), ref, path)

@@ -21,10 +21,9 @@ from pathlib import Path
 
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.layout import Layout, Shard
-from modelmerge.checkpoint.reader import INDEX
+from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.errors import ModelMergeError, OutputError
 
-MANIFEST = "modelmerge.json"
 CARD = "README.md"
 _JOURNAL = ".journal.json"
 _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up",
@@ -40,7 +39,8 @@ def companions(directory: Path | None) -> tuple[Path, ...]:
     if directory is None:
         return ()
     found = {file for pattern in _COMPANIONS for file in directory.glob(pattern) if file.is_file()}
-    return tuple(sorted(f for f in found if f.name not in _NOT_COMPANIONS and not f.name.endswith(".index.json")))
+    unwanted = (*_NOT_COMPANIONS, ".index.json")
+    return tuple(sorted(f for f in found if not f.name.startswith(".") and not f.name.endswith(unwanted)))
 
 
 def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
@@ -64,12 +64,14 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
                 f"the output {output} cannot be replaced as a whole: it is a mount point, your home, or where you are",
                 hint=f"name a directory inside it: -o {output / 'merged'}",
             )
-        if any(target.iterdir()) and not force:
-            raise OutputError(
-                f"the output {output} is not empty", hint="name another directory, or replace it: --force"
-            )
+        _refuse_content(target, force=force)
     elif target.exists():
         raise OutputError(f"the output {output} is a file, not a directory", hint="name a directory with -o")
+
+
+def _refuse_content(target: Path, *, force: bool) -> None:
+    if not force and target.is_dir() and any(target.iterdir()):
+        raise OutputError(f"the output {target} is not empty", hint="name another directory, or replace it: --force")
 
 
 class Staging:
@@ -80,15 +82,19 @@ class Staging:
     Args:
         output: Where the result will be.
         layout: Its weight files.
+        force: Replace what is at `output`, even what appears there during the run.
         resume: Keep finished shards when interrupted, and take up those of a run with the same `fingerprint`.
         fingerprint: Digest of everything that determines the weights' bytes.
     """
 
-    def __init__(self, output: Path, layout: Layout, *, resume: bool, fingerprint: str) -> None:
+    def __init__(
+        self, output: Path, layout: Layout, *, force: bool = False, resume: bool = False, fingerprint: str = ""
+    ) -> None:
         self._target = output.resolve()
         self._directory = self._target.parent / f".{self._target.name}.modelmerge"
         self._retired = self._target.parent / f".{self._target.name}.modelmerge-old"
         self._layout = layout
+        self._force = force
         self._resume = resume
         self._fingerprint = fingerprint
         self._descriptors: dict[str, int] = {}
@@ -103,6 +109,7 @@ class Staging:
             self._lock = _claim(self._directory, self._target)
             try:
                 self._recover()
+                _refuse_content(self._target, force=self._force)
                 self._clear()
                 self._check_space()
                 self._make_shards()
@@ -134,10 +141,15 @@ class Staging:
             if finished:
                 self._finish(shard)
 
-    def write_index(self) -> None:
-        """Write the index of the shards, if there is more than one."""
-        if self._layout.index is not None:
-            self.write_file(INDEX, self._layout.index)
+    def write_if_wanted(self, tensor: str, offset: int, data: memoryview) -> None:
+        """`write`, where the layout has a place for the tensor."""
+        if tensor in self._layout.shard_of:
+            self.write(tensor, offset, data)
+
+    def write_indices(self) -> None:
+        """Write the index of every checkpoint that has more than one shard."""
+        for name, content in self._layout.indices.items():
+            self.write_file(name, content)
 
     def write_file(self, name: str, content: bytes | Path) -> None:
         """Write a small file, given its content or a file to copy byte for byte."""
@@ -164,6 +176,7 @@ class Staging:
         assert not unfinished, f"published with unwritten bytes in {unfinished}"
         self.write_file(MANIFEST, manifest)
         with self._explained("put the output in place"):
+            _refuse_content(self._target, force=self._force)
             (self._directory / _JOURNAL).unlink(missing_ok=True)
             _sync_directory(self._directory)
             self._swap()
@@ -173,7 +186,9 @@ class Staging:
         if not self._target.exists():
             self._directory.rename(self._target)
         elif _exchange(self._directory, self._target):
-            shutil.rmtree(self._directory)
+            # Under its own name the old content could be taken for a dead run's; nobody takes up a retired one.
+            self._directory.rename(self._retired)
+            shutil.rmtree(self._retired, ignore_errors=True)
         else:
             # No atomic exchange here: between the two renames a killed run leaves the old content under another
             # name, and _recover puts it back.
@@ -183,7 +198,7 @@ class Staging:
             except OSError:
                 self._retired.rename(self._target)
                 raise
-            shutil.rmtree(self._retired)
+            shutil.rmtree(self._retired, ignore_errors=True)
 
     def _recover(self) -> None:
         if self._retired.exists():
@@ -203,9 +218,13 @@ class Staging:
                 for name, digest in journal["finished"].items():
                     if (self._directory / name).is_file() and sha256(self._directory / name) == digest:
                         self.digests[name] = digest
-        for path in self._directory.iterdir():
-            if path.name not in self.digests:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for folder, _, names in os.walk(self._directory, topdown=False):
+            for name in names:
+                path = Path(folder, name)
+                if str(path.relative_to(self._directory)) not in self.digests:
+                    path.unlink()
+            if not os.listdir(folder) and Path(folder) != self._directory:
+                os.rmdir(folder)
         self._write_journal()
 
     def _check_space(self) -> None:
@@ -223,6 +242,7 @@ class Staging:
                 self._missing[shard.filename] = 0
                 continue
             # 0o666 and not more: the umask decides, as for any file a user makes.
+            (self._directory / shard.filename).parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._directory / shard.filename, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             self._descriptors[shard.filename] = descriptor
             if hasattr(os, "posix_fallocate"):  # claims the space now: a full disk shows before the work, not after

@@ -41,6 +41,26 @@ def shared_subspace(taus: Sequence[Tensor], task_rank: int, shared_rank: int) ->
     return left_singular_vectors(bases, shared_rank)
 
 
+def singular_values(x: Tensor) -> Tensor:
+    """All singular values of x [m, n], largest first, float64 [min(m, n)]; those below 1e-8 of the first are noise."""
+    x = x.double()
+    gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0).sqrt()
+
+
+def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors [m, rank] and [rank, n], float64, of the best approximation of x [m, n] of that rank (Eckart-Young).
+
+    One factor has orthonormal columns or rows, on the smaller side; the other is x projected on them.
+    """
+    x = x.double()
+    if x.shape[0] <= x.shape[1]:
+        left = left_singular_vectors(x, rank)
+        return left, left.T @ x
+    right = left_singular_vectors(x.T, rank).T.contiguous()
+    return x @ right.T, right
+
+
 def remove_subspace(x: Tensor, basis: Tensor) -> Tensor:
     """`x - B (B^T x)`, in place: x [m, n] without its part in the span of the orthonormal basis B [m, k]."""
     return x.sub_(basis @ (basis.T @ x)) if basis.shape[1] else x

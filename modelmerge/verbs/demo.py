@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from modelmerge import digits, method
-from modelmerge.checkpoint.writer import MANIFEST
+from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.engine import threads
 from modelmerge.errors import ModelMergeError
 from modelmerge.report import SILENT, Reporter

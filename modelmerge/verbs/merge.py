@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,20 @@ from typing import Any
 import modelmerge
 from modelmerge import engine, method, plan
 from modelmerge.checkpoint import card
-from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
-from modelmerge.checkpoint.reference import Reference, parse, parse_experts
 from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import FORMAT, Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
+from modelmerge.verbs.inputs import (
+    as_json,
+    as_references,
+    disentangler,
+    fingerprint,
+    input_paths,
+    open_models,
+    record,
+    source_of,
+)
 
 DTYPES = ("float32", "float16", "bfloat16")
 RESTS = ("base", "average", "task-arithmetic")
@@ -45,9 +52,10 @@ class Prepared:
         made = self.job.plan
         return {
             "method": self.recipe.method,
+            "disentangle": self.recipe.disentangle,
             "base": {"name": made.base.name, "reference": made.base.reference.text},
             "experts": [{"name": e.name, "reference": e.reference.text} for e in made.experts],
-            "device": str(self.job.device),
+            "device": str(self.job.source.device),
             "tensors": [
                 {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "stored_as": t.out_dtype,
                  "action": t.action, "reason": t.reason}
@@ -68,6 +76,8 @@ def merge(
     *,
     method: str,
     weights: Mapping[str, float] | None = None,
+    disentangle: str | None = None,
+    disentangle_options: Mapping[str, Any] | None = None,
     rest: str = "base",
     dtype: str | None = None,
     include: Sequence[str] = (),
@@ -88,6 +98,8 @@ def merge(
         out: Where the merged checkpoint shall be.
         method: A merge method's name; `options` are its own, by their Python names.
         weights: Weight of each expert by name; 1 where none is given.
+        disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
+        disentangle_options: Its options.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
@@ -103,12 +115,10 @@ def merge(
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
-    given = experts.items() if isinstance(experts, Mapping) else None
     recipe = Recipe(
-        method=method, base=str(base),
-        experts=tuple(f"{name}={ref}" for name, ref in given) if given is not None else tuple(map(str, experts)),
-        options=options, weights=dict(weights or {}), rest=rest, dtype=dtype, include=tuple(include),
-        exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
+        method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
+        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), rest=rest, dtype=dtype,
+        include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
     )  # fmt: skip
     return execute(prepare(recipe, device=device), Path(out), force=force, resume=resume, reporter=reporter)
 
@@ -141,13 +151,12 @@ def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str]
     """
     chosen = method.load(recipe.method)
     options = method.make_options(chosen, recipe.method, recipe.options)
+    front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
     _check_choices(recipe)
-    references = (parse(recipe.base), *parse_experts(recipe.experts))
-    weights = _weights(recipe, references[1:])
-    found = engine.find_device(device)
-    models = tuple(open_checkpoint(reference) for reference in references)
+    base, experts = open_models(recipe.base, recipe.experts)
+    weights = _weights(recipe, [expert.name for expert in experts])
     made = plan.make_plan(
-        models[0], models[1:], matrices=chosen.matrices, rest=recipe.rest,
+        base, experts, matrices=chosen.matrices, rest=recipe.rest,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
     )  # fmt: skip
@@ -155,11 +164,16 @@ def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str]
     if recipe.rest != "base":
         rest_method = method.load(recipe.rest)
         rest = (rest_method, rest_method.options())
-    job = engine.Job(made, chosen, options, rest, weights, found, engine.default_workers(found))
+    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front)
+    if front is not None:
+        if len(experts) < 2:
+            raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
+        engine.refuse_too_large(job.source, front, job.disentangled())
     complete = dataclasses.replace(
         recipe,
-        options=dataclasses.asdict(options),
-        weights={e.name: w for e, w in zip(references[1:], weights, strict=True)} if recipe.weights else {},
+        options=as_json(options),
+        disentangle_options=as_json(front[1]) if front else {},
+        weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
     return Prepared(complete, job, dict(recorded or {}))
 
@@ -182,9 +196,9 @@ def execute(
     models = (job.plan.base, *job.plan.experts)
     try:
         beside = companions(job.plan.base.directory)
-        inputs = [path for model in models for path in (model.reference.path, *model.files)]
-        check_output(out, inputs, force=force)
-        with Staging(out, job.plan.layout, resume=resume, fingerprint=_fingerprint(prepared)) as staging:
+        check_output(out, input_paths(job.plan), force=force)
+        determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
+        with Staging(out, job.plan.layout, force=force, resume=resume, fingerprint=determined_by) as staging:
             findings = engine.run(job, staging, reporter)
             digests = [model.digests() for model in models]  # base first, then the experts in order
             _refuse_changed(prepared.recorded, [item for files in digests for item in files.items()])
@@ -195,7 +209,7 @@ def execute(
             for note in notes:
                 reporter.note(note)
             staging.write_file(CARD, _card(prepared, out, notes).encode())
-            staging.write_index()
+            staging.write_indices()
             manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
             staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
         return manifest
@@ -213,8 +227,7 @@ def _check_choices(recipe: Recipe) -> None:
             )
 
 
-def _weights(recipe: Recipe, experts: Sequence[Reference]) -> tuple[float, ...]:
-    names = [expert.name for expert in experts]
+def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
     for name in recipe.weights:
         if name not in names:
             near = get_close_matches(name, names, n=1)
@@ -226,19 +239,6 @@ def _weights(recipe: Recipe, experts: Sequence[Reference]) -> tuple[float, ...]:
     if sum(weights) == 0.0 and "average" in (recipe.method, recipe.rest):
         raise UsageError("the weights add up to zero: their average does not exist", hint="check --weight")
     return weights
-
-
-def _fingerprint(prepared: Prepared) -> str:
-    """Digest of everything that determines the weights' bytes, as far as it can be had without reading tensors."""
-    job = prepared.job
-    files = [
-        (str(file), stat.st_size, stat.st_mtime_ns)
-        for model in (job.plan.base, *job.plan.experts)
-        for file in model.files
-        for stat in [file.stat()]
-    ]
-    told = [dataclasses.asdict(prepared.recipe), files, str(job.device), versions()]
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str]]) -> None:
@@ -267,8 +267,8 @@ def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
 def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
     job, recipe = prepared.job, prepared.recipe
     return card.render(
-        title=out.resolve().name, method=recipe.method, summary=method.summary(recipe.method), paper=job.method.paper,
-        command=recipe.command(str(out)), base=job.plan.base.name,
+        title=out.resolve().name, method=recipe.method, summary=method.summary(recipe.method),
+        paper=job.method[0].paper, command=recipe.command(str(out)), base=job.plan.base.name,
         experts=[(e.name, e.reference.text, w) for e, w in zip(job.plan.experts, job.weights, strict=True)],
         options=dict(recipe.options), notes=notes, has_config=bool(job.plan.base.config),
         version=modelmerge.__version__,
@@ -297,8 +297,8 @@ def _manifest(
         "recipe": located.to_dict(),
         "command": recipe.command(str(out)),
         "inputs": {
-            "base": _input(job.plan.base, digests[0]),
-            "experts": [_input(e, files) for e, files in zip(job.plan.experts, digests[1:], strict=True)],
+            "base": record(job.plan.base, digests[0]),
+            "experts": [record(e, files) for e, files in zip(job.plan.experts, digests[1:], strict=True)],
         },
         "tensors": {
             "merged": sum(t.action == "merge" for t in tensors),
@@ -309,18 +309,9 @@ def _manifest(
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
         "notes": list(notes),
-        "device": str(job.device),
+        "device": str(job.source.device),
         "seconds": round(seconds, 3),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "files": staging.listing(),
-    }
-
-
-def _input(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "reference": model.reference.text,
-        "path": str(model.reference.path),
-        "files": {str(file): {"sha256": digest, "bytes": file.stat().st_size} for file, digest in digests.items()},
     }

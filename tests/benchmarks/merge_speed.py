@@ -426,7 +426,8 @@ How to read it:
 - **anonymous** is the highest anonymous memory of the process in any run, looked at every 20 ms: mapped files and the
   page cache are not in it. **promised** is what `--dry-run` said it would be at most. **RSS** also counts mapped files,
   libraries among them. MB and GB are 10^6 and 10^9 bytes.
-- In a round every row runs once, one after the other, so that other load on the machine hits all alike.
+- In a round every row runs once, one after the other, so that other load on the machine hits all alike; apgd runs
+  once in all, for few steps, to see whether its promise of memory holds.
 """
 
 

@@ -1,0 +1,225 @@
+"""A merge that is ready to run, and what it will need: devices, threads, bytes, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelmerge.errors import DeviceError, UsageError
+from modelmerge.method import Disentangler, Method, Survey
+from modelmerge.plan import Plan, TensorPlan
+
+# Elements per block. On a CPU a worker's buffers should fit its share of the L2/L3 cache (measured: 64 Ki and 1 Mi
+# elements cost 10 to 35 % more); a GPU wants blocks that are large against the launch of a kernel.
+CPU_BLOCK = 1 << 18
+CUDA_BLOCK = 1 << 24
+# Matrices of up to so many elements go through a method on one thread: they are done before others have woken up.
+SMALL = 1 << 18
+# Anonymous memory of a process that has imported torch and the packages around it, in bytes, with room for the
+# allocator's slack; measured 120 to 190 MB.
+PROCESS_BYTES = 230_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where task vectors come from: the models' plan, the device they go to, the threads that read them."""
+
+    plan: Plan
+    device: torch.device
+    workers: int  # threads for element-wise work
+
+    @property
+    def block(self) -> int:
+        """Elements of a block of element-wise work."""
+        return CPU_BLOCK if self.device.type == "cpu" else CUDA_BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A merge, ready to run.
+
+    Args:
+        source: Where the task vectors come from.
+        method: The method with its options.
+        rest: The method for tensors that `method` does not take, with its options, if they are merged at all.
+        weights: Each expert's weight.
+        front: What disentangles the task vectors before they are merged, with its options, if anything.
+    """
+
+    source: Source
+    method: tuple[Method, Any]
+    rest: tuple[Method, Any] | None
+    weights: tuple[float, ...]
+    front: tuple[Disentangler, Any] | None
+
+    @property
+    def plan(self) -> Plan:
+        """What happens to each tensor."""
+        return self.source.plan
+
+    @property
+    def survey(self) -> Survey | None:
+        """The whole-model quantity that the method needs."""
+        method, options = self.method
+        return method.survey(options)
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether the method takes tensors cut into blocks."""
+        method, options = self.method
+        return method.blockwise(options)
+
+    def disentangled(self) -> list[TensorPlan]:
+        """The tensors whose task vectors are disentangled before they are merged."""
+        chosen = [*self.plan.select("merge"), *self.plan.select("rest")] if self.front else []
+        return [tensor for tensor in chosen if tensor.linear]
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a run noticed: (tensor, expert, reason) for every expert that was left out of a tensor."""
+
+    left_out: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name: cpu, cuda, cuda:N, or auto (a CUDA device if there is one).
+
+    Raises:
+        DeviceError: It is not there, or is no device modelmerge knows.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise DeviceError(f"--device '{name}' is no device", hint="use cpu, cuda, cuda:0, cuda:1, ... or auto")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        have = f"there {'is' if count == 1 else 'are'} {count}" if count else "this torch sees none"
+        raise DeviceError(f"--device {name}: no such CUDA device; {have}", hint="use --device cpu or auto")
+    return torch.device("cuda", int(number or 0))
+
+
+def default_workers(device: torch.device) -> int:
+    """Threads for element-wise work: the processors this process may use, unless torch was told fewer."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), processors)) if device.type == "cpu" else 2
+
+
+def passes(job: Job) -> int:
+    """How many times task vectors are read: to merge, for each pass of the method's survey, and to disentangle."""
+    return 1 + (len(job.survey.passes) if job.survey else 0) + (job.front is not None)
+
+
+def bytes_read(job: Job) -> int:
+    """Bytes of tensors that a run reads, all passes counted."""
+    plan, merged = job.plan, job.plan.select("merge")
+    surveys = len(job.survey.passes) if job.survey else 0
+    times = [(1 + surveys, merged), (1, plan.select("rest")), (1, job.disentangled())]
+    read = sum(count * plan.stored_bytes(t, experts=True) for count, tensors in times for t in tensors)
+    return read + sum(plan.stored_bytes(t, experts=False) for t in plan.select("copy"))
+
+
+def peak_memory(job: Job) -> dict[str, int]:
+    """The most anonymous memory that a run needs, in bytes: `host`, and `device` (0 on the CPU).
+
+    Mapped files and the page cache are not counted; the run does not need them.
+    """
+    tasks, plan, device = len(job.plan.experts), job.plan, job.source.device
+    merged = plan.select("merge")
+    method, _ = job.method
+    workspace = method.workspace(tasks)
+    block = min(job.source.block, max((t.numel for t in plan.tensors.values()), default=0))
+    # Bytes per element: task vectors and theta_0; the method's own; a survey's integers; stored bytes in and out.
+    per_element = 4 * (tasks + 1) + max(4 * workspace, 24) + 8 + 4
+    # A survey's counters: the totals of every worker, and the counters of the block each is at.
+    counters = 2 * tasks * (1 << 16) * 8 if job.survey else 0
+    fitting, kept = front_memory(job.source, job.front, job.disentangled())
+    streaming = max(int(job.source.workers * (block * per_element + counters)), fitting) + kept
+    whole = 0
+    if merged and not job.blockwise:
+        sizes = sorted((t.numel for t in merged), reverse=True)
+        widest = max(model.stored_bytes(t.name) for t in merged for model in (plan.base, *plan.experts))
+        ahead = sizes[1] if len(sizes) > 1 else 0
+        # At hand and being read ahead: task vectors and theta_0; then the method's own; one result being written.
+        whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 * (workspace + 1)) + 2 * widest + kept
+    working = max(streaming, whole)
+    return {"host": PROCESS_BYTES + working, "device": 0 if device.type == "cpu" else working}
+
+
+def front_memory(
+    source: Source, front: tuple[Disentangler, Any] | None, tensors: Sequence[TensorPlan]
+) -> tuple[int, int]:
+    """Bytes that disentangling needs while it fits, and bytes of coefficients that it keeps afterwards."""
+    if front is None or not tensors:
+        return 0, 0
+    options, tasks = front[1], len(source.plan.experts)
+    rows = sum(t.shape[0] for t in tensors)
+    kept = tasks * 8 * {"row": rows, "tensor": len(tensors), "model": 1}[options.granularity]
+    largest, total = max(t.numel for t in tensors), sum(t.numel for t in tensors)
+    if options.solver == "descent" and options.granularity != "row":
+        elements = total if options.granularity == "model" else 2 * largest
+        # Read as float32; iterated on in float64, with delta, its gradient and a temporary of each.
+        return elements * (4 * (tasks + 1) + 8 * (2 * tasks + 4)), kept
+    block = min(source.block, largest)
+    # Task vectors once more in float64, and some 24 arrays of T x T numbers for each row while it is solved.
+    width = min(t.shape[1] for t in tensors)
+    groups = -(-block // width) if options.granularity == "row" else 1
+    return source.workers * (block * (12 * (tasks + 1) + 12) + groups * tasks * tasks * 8 * 24), kept
+
+
+def refuse_too_large(source: Source, front: tuple[Disentangler, Any] | None, tensors: Sequence[TensorPlan]) -> None:
+    """Refuse a descent on vectors that would not fit in memory, before any work.
+
+    Raises:
+        UsageError: With the bytes it needs and the bytes there are.
+    """
+    needed, _ = front_memory(source, front, tensors)
+    free = _free_memory(source.device)
+    if free is not None and needed > free:
+        raise UsageError(
+            f"disentangling whole vectors (--solver descent) needs {needed:,} bytes of memory, and {free:,} are free",
+            hint="use --solver gram: it arrives at the same vector from T x T numbers",
+        )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None  # no such file on this system: the allocator will have to say it
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Give torch so many threads inside the block.
+
+    More than the work can use are worse than none: OpenMP's idle threads spin, and on a busy machine everybody waits.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def allow_many_files() -> None:
+    """Raise the soft limit of open files: nine models of 200 shards are more than the usual 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else 65536
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,228 @@
+"""From stored bytes to task vectors, a piece at a time, on several threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelmerge.checkpoint.header import DTYPE_BITS, TensorInfo
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.engine.job import Source, threads
+from modelmerge.errors import CheckpointError
+from modelmerge.plan import Plan, TensorPlan
+
+_TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of a tensor's elements."""
+
+    tensor: TensorPlan
+    start: int
+    stop: int
+    whole: bool  # keep the tensor's shape; otherwise the run is flat
+
+
+class Loader:
+    """A thread's buffers, and the way from stored bytes to task vectors.
+
+    Args:
+        source: Where they come from.
+        elements: Capacity: elements of the largest piece that will be loaded.
+        stored: Capacity: bytes of the largest piece as any model stores it.
+        device: Where `theta_0` and the task vectors shall be.
+    """
+
+    def __init__(self, source: Source, elements: int, stored: int, device: torch.device) -> None:
+        self._models = (source.plan.base, *source.plan.experts)
+        self._device = device
+        pinned = device.type == "cuda"
+        self._raw = torch.empty(stored, dtype=torch.uint8, pin_memory=pinned)
+        self._theta_0 = torch.empty(elements, dtype=torch.float32, device=device)
+        self._taus = torch.empty(len(source.plan.experts) * elements, dtype=torch.float32, device=device)
+
+    def load(self, piece: Piece, *, check: bool) -> tuple[Tensor, Tensor]:
+        """`theta_0` [*shape], float32 or float64, and the task vectors [T, *shape], float32.
+
+        Both lie in buffers that the next call writes over.
+
+        Raises:
+            CheckpointError: With `check`, a weight is NaN or Inf.
+        """
+        shape = piece.tensor.shape if piece.whole else (piece.stop - piece.start,)
+        taus = self._taus[: len(self._models[1:]) * (piece.stop - piece.start)].view(len(self._models) - 1, *shape)
+        theta_0 = self._widened(self._models[0], piece).view(shape)
+        for tau, expert in zip(taus, self._models[1:], strict=True):
+            self._load_one(expert, piece, theta_0, tau)
+        # One sum finds any NaN or Inf of base and experts, for both stay in a difference and in a sum. A sum that is
+        # not finite may also be an overflow of finite numbers: look again, one model at a time.
+        if check and not bool(taus.sum().isfinite()):
+            self._refuse_nonfinite(piece)
+        return theta_0, taus
+
+    def _load_one(self, expert: Checkpoint, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
+        info = expert.tensors.get(piece.tensor.name)
+        if info is None:  # a task vector that leaves out what did not change
+            tau.zero_()
+            return
+        if info.factors is not None:
+            tau.copy_(self._product(expert, *info.factors, piece).view(tau.shape))
+            return
+        stored = self.stored(expert, piece).view(tau.shape)
+        if expert.vector is not None:
+            tau.copy_(stored)
+        elif torch.float64 in (stored.dtype, theta_0.dtype):
+            tau.copy_(stored.double() - theta_0.double())
+        else:
+            tau.copy_(stored).sub_(theta_0)
+
+    def _product(self, expert: Checkpoint, left: TensorInfo, right: TensorInfo, piece: Piece) -> Tensor:
+        """The rows of a low-rank task vector that the piece covers, from its factors [m, r] and [r, n]."""
+        rank, width = right.shape
+        first, last = piece.start // width, -(-piece.stop // width)
+        factors = []
+        for info, start, stop in ((left, first * rank, last * rank), (right, 0, rank * width)):
+            size = item_bytes(info.dtype)
+            raw = torch.empty((stop - start) * size, dtype=torch.uint8)
+            expert.read_into(info, start * size, _buffer(raw))
+            factors.append(raw.view(_TORCH_DTYPES[info.dtype]).to(self._device, torch.float32).view(-1, info.shape[1]))
+        return (factors[0] @ factors[1]).flatten()[piece.start - first * width :][: piece.stop - piece.start]
+
+    def copy(self, piece: Piece) -> Tensor:
+        """The base's own elements, flat, in the output's dtype (raw bytes where it stays the same)."""
+        raw = self._read(self._models[0], piece)
+        if piece.tensor.checked and not bool(raw.view(_TORCH_DTYPES[piece.tensor.dtype]).float().sum().isfinite()):
+            self._refuse_nonfinite(piece, self._models[:1])
+        if piece.tensor.out_dtype == piece.tensor.dtype:
+            return raw
+        return rounded(piece, self._widened(self._models[0], piece), check=piece.tensor.checked)
+
+    def _refuse_nonfinite(self, piece: Piece, models: Sequence[Checkpoint] | None = None) -> None:
+        for model in models or self._models:
+            info = model.tensors.get(piece.tensor.name)
+            if info is None:
+                continue
+            values = self._product(model, *info.factors, piece) if info.factors else self.stored(model, piece)
+            if not bool(values.isfinite().all()):
+                kind = "NaN" if bool(values.isnan().any()) else "Inf"
+                raise CheckpointError(
+                    f"{info.file}: tensor '{info.name}' of '{model.name}' holds {kind}",
+                    hint=f"--exclude '{info.name}' copies it from the base unchecked, if that is meant to be so",
+                )
+
+    def _widened(self, model: Checkpoint, piece: Piece) -> Tensor:
+        """A model's elements, flat, in float32, or float64 where they are stored so; in a buffer."""
+        stored = self.stored(model, piece)
+        if stored.dtype == torch.float64:
+            return stored.clone()
+        return self._theta_0[: len(stored)].copy_(stored)
+
+    def stored(self, model: Checkpoint, piece: Piece) -> Tensor:
+        """A model's elements, flat, as stored, on the device; in a buffer that the next call writes over."""
+        return self._read(model, piece).view(_TORCH_DTYPES[model.tensors[piece.tensor.name].dtype]).to(self._device)
+
+    def _read(self, model: Checkpoint, piece: Piece) -> Tensor:
+        info = model.tensors[piece.tensor.name]
+        first, last = piece.start * item_bytes(info.dtype), piece.stop * item_bytes(info.dtype)
+        raw = self._raw[: last - first]
+        model.read_into(info, first, _buffer(raw))
+        return raw
+
+
+def pieces(tensors: Sequence[TensorPlan], block: int) -> Iterator[Piece]:
+    """The tensors cut into pieces of about `block` elements, matrices between rows."""
+    for tensor in tensors:
+        # Kinds that pack several elements into a byte are only ever copied, and are cut by bytes.
+        count = tensor.numel * DTYPE_BITS[tensor.dtype] // 8 // item_bytes(tensor.dtype)
+        width = tensor.shape[1] if len(tensor.shape) == 2 else 1
+        step = max(block // width, 1) * width
+        for start in range(0, count, step):
+            yield Piece(tensor, start, min(start + step, count), whole=False)
+
+
+def whole(source: Source, tensor: TensorPlan, *, check: bool) -> tuple[Piece, Tensor, Tensor]:
+    """A whole tensor's piece, `theta_0` and task vectors, on the host, in buffers of their own."""
+    piece = Piece(tensor, 0, tensor.numel, whole=True)
+    stored = max(model.stored_bytes(tensor.name) for model in (source.plan.base, *source.plan.experts))
+    return piece, *Loader(source, tensor.numel, stored, torch.device("cpu")).load(piece, check=check)
+
+
+def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, Loader], None]) -> None:
+    """Do all pieces, in about the order given, on the source's workers; the first error stops them all."""
+    queue, mutex, stop = iter(pieces), threading.Lock(), threading.Event()
+    capacity = max((piece.stop - piece.start for piece in pieces), default=0)
+
+    def serve() -> None:
+        loader = Loader(source, capacity, capacity * 8, source.device)  # 8: the widest dtype there is
+        try:
+            while not stop.is_set():
+                with mutex:
+                    piece = next(queue, None)
+                if piece is None:
+                    return
+                work(piece, loader)
+        except BaseException:
+            stop.set()
+            raise
+
+    workers = max(1, min(source.workers, len(pieces)))
+    # One thread of torch's own to a worker: the workers fill the processors already.
+    with threads(1), ThreadPoolExecutor(workers, "merge") as pool:
+        futures = [pool.submit(serve) for _ in range(workers)]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            stop.set()
+
+
+def rounded(piece: Piece, merged: Tensor, *, check: bool = True) -> Tensor:
+    """The merged values, flat, in the output's dtype, on the host.
+
+    Raises:
+        CheckpointError: With `check`, a value does not fit the dtype.
+    """
+    dtype = _TORCH_DTYPES[piece.tensor.out_dtype]
+    stored = merged.to(dtype)
+    # As in loading: a sum first, a closer look only where it is not finite.
+    if check and not bool((stored if dtype == torch.float64 else stored.float()).sum().isfinite()):
+        if not bool(merged.isfinite().all()):
+            raise CheckpointError(
+                f"tensor '{piece.tensor.name}': the merged values are not finite", hint="use a smaller scale or step"
+            )
+        if not bool(stored.isfinite().all()):
+            raise CheckpointError(
+                f"tensor '{piece.tensor.name}': the merged values overflow {str(dtype).removeprefix('torch.')}",
+                hint="store it wider: --dtype float32",
+            )
+    return stored.flatten().cpu()
+
+
+def as_bytes(data: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, not copied."""
+    return _buffer(data.view(torch.uint8))
+
+
+def _buffer(data: Tensor) -> memoryview:
+    array: Any = data.numpy()  # shares the tensor's memory
+    return memoryview(array)
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of what a piece counts: an element, or a byte where elements are smaller."""
+    return max(DTYPE_BITS[dtype] // 8, 1)
+
+
+def piece_bytes(plan: Plan, piece: Piece) -> int:
+    """Bytes that a piece takes in all the files it is read from."""
+    stored = plan.stored_bytes(piece.tensor, experts=piece.tensor.action != "copy")
+    return stored * (piece.stop - piece.start) // max(piece.tensor.numel, 1)

@@ -1,0 +1,170 @@
+"""Task vectors as files: measured in one pass, written in another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modelmerge.checkpoint.writer import Staging
+from modelmerge.engine.front import Front
+from modelmerge.engine.job import SMALL, Source, threads
+from modelmerge.engine.stream import (
+    Loader,
+    Piece,
+    as_bytes,
+    in_parallel,
+    item_bytes,
+    piece_bytes,
+    pieces,
+    rounded,
+    whole,
+)
+from modelmerge.methods import _linalg
+from modelmerge.plan import TensorPlan
+from modelmerge.report import Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one pass tells of a tensor's task vectors.
+
+    `gram` [T, T] float64: inner products; `base_square`: the base's squared norm; `changed` [T]: entries that are not
+    zero; `lost` [T]: entries where base plus task vector, rounded to the expert's dtype, is not the expert.
+    """
+
+    gram: Tensor
+    base_square: float
+    changed: tuple[int, ...]
+    lost: tuple[int, ...]
+
+    def __add__(self, other: Measured) -> Measured:
+        """That of two parts of a tensor, or of two tensors, together."""
+        return Measured(
+            self.gram + other.gram,
+            self.base_square + other.base_square,
+            tuple(a + b for a, b in zip(self.changed, other.changed, strict=True)),
+            tuple(a + b for a, b in zip(self.lost, other.lost, strict=True)),
+        )
+
+
+def measure(source: Source, tensors: Sequence[TensorPlan], reporter: Reporter) -> dict[str, Measured]:
+    """Read all task vectors once and measure them.
+
+    Raises:
+        CheckpointError: A weight is NaN or Inf, or a file cannot be read.
+    """
+    experts = source.plan.experts
+    found: dict[tuple[str, int], Measured] = {}
+    reporter.stage("measuring", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+
+    def look(piece: Piece, loader: Loader) -> None:
+        theta_0, taus = loader.load(piece, check=True)
+        wide = taus.double()
+        lost = []
+        for expert, tau in zip(experts, taus, strict=True):
+            if expert.vector is not None:
+                lost.append(0)
+                continue
+            stored = loader.stored(expert, piece)
+            lost.append(int(((theta_0 + tau).to(stored.dtype) != stored).sum()))
+        found[piece.tensor.name, piece.start] = Measured(
+            (wide @ wide.T).cpu(),
+            float(theta_0.double().square().sum()),
+            tuple(taus.count_nonzero(1).tolist()),
+            tuple(lost),
+        )
+        reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+
+    in_parallel(source, list(pieces(tensors, source.block)), look)
+    totals: dict[str, Measured] = {}
+    for name, start in sorted(found):  # in order: sums of floats must not depend on the workers
+        totals[name] = totals[name] + found[name, start] if start else found[name, start]
+    return {tensor.name: totals[tensor.name] for tensor in tensors}
+
+
+def spectra(source: Source, tensors: Sequence[TensorPlan], reporter: Reporter) -> dict[str, Tensor]:
+    """Singular values of each expert's task vector on whole matrices, float64 [T, min(m, n)], largest first."""
+    reporter.stage("spectra", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+    found = {}
+    for tensor in tensors:
+        piece, _, taus = whole(source, tensor, check=False)
+        with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
+            found[tensor.name] = torch.stack([_linalg.singular_values(tau.to(source.device)).cpu() for tau in taus])
+        reporter.advance(piece_bytes(source.plan, piece), tensor.name)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is written of each tensor.
+
+    `vectors`: the folder of each expert's task vector, and `redundant` that of the redundant vector (both float32; a
+    key that the layout lacks is left out). `full`: the folder of each expert's base plus task vector, if any.
+    `ranks`: by tensor, the rank of each expert's factors, for tensors written as factors.
+    """
+
+    vectors: tuple[str, ...]
+    redundant: str | None = None
+    full: tuple[str, ...] = ()
+    ranks: Mapping[str, tuple[int, ...]] | None = None
+
+
+def write(
+    source: Source,
+    tensors: Sequence[TensorPlan],
+    front: Front | None,
+    wanted: Wanted,
+    staging: Staging,
+    reporter: Reporter,
+) -> dict[str, tuple[float, ...]]:
+    """Write every expert's task vector; the squared error of each expert's factors, by tensor, where there are any.
+
+    Raises:
+        CheckpointError: A weight is NaN or Inf, or a file cannot be read.
+        OutputError: The output cannot be written.
+    """
+    plan, ranks = source.plan, wanted.ranks or {}
+    reporter.stage("writing", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in tensors))
+
+    def put(piece: Piece, loader: Loader) -> None:
+        name = piece.tensor.name
+        offset = piece.start * item_bytes(piece.tensor.out_dtype)
+        if piece.tensor.action == "copy":
+            data = as_bytes(loader.copy(piece))
+            for folder in wanted.full:
+                staging.write(f"{folder}{name}", offset, data)
+        else:
+            theta_0, taus = loader.load(piece, check=True)
+            delta = front.take_out(piece, taus) if front is not None else None
+            for folder, tau in zip(wanted.vectors, taus, strict=True):
+                staging.write_if_wanted(f"{folder}{name}", piece.start * 4, as_bytes(tau.cpu()))
+            if wanted.redundant is not None and delta is not None:
+                staging.write(f"{wanted.redundant}{name}", piece.start * 4, as_bytes(delta.contiguous().cpu()))
+            for folder, tau in zip(wanted.full, taus, strict=False):
+                staging.write(f"{folder}{name}", offset, as_bytes(rounded(piece, theta_0 + tau)))
+        reporter.advance(piece_bytes(plan, piece), name)
+
+    in_parallel(source, list(pieces([t for t in tensors if t.name not in ranks], source.block)), put)
+    errors = {}
+    for tensor in [t for t in tensors if t.name in ranks]:
+        piece, _, taus = whole(source, tensor, check=True)
+        errors[tensor.name] = tuple(
+            _write_factors(staging, f"{folder}{tensor.name}", tau.to(source.device), rank)
+            for folder, tau, rank in zip(wanted.vectors, taus, ranks[tensor.name], strict=True)
+        )
+        reporter.advance(piece_bytes(plan, piece), tensor.name)
+    return errors
+
+
+def _write_factors(staging: Staging, key: str, tau: Tensor, rank: int) -> float:
+    if rank == 0:  # the tensor did not change and is left out
+        return 0.0
+    with threads(1 if tau.numel() <= SMALL else torch.get_num_threads()):
+        left, right = (factor.float().contiguous() for factor in _linalg.low_rank(tau, rank))
+        error = float((tau.double() - left.double() @ right.double()).square().sum())
+    staging.write(f"{key}.left", 0, as_bytes(left.flatten().cpu()))
+    staging.write(f"{key}.right", 0, as_bytes(right.flatten().cpu()))
+    return error

@@ -1,0 +1,105 @@
+"""What the verbs share: opening models that belong together, and telling afterwards what they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modelmerge import method
+from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
+from modelmerge.checkpoint.reference import parse, parse_experts
+from modelmerge.engine import Source, default_workers, find_device
+from modelmerge.errors import PlanError, ReferenceNotFound
+from modelmerge.plan import Plan
+from modelmerge.recipe import versions
+
+
+def as_references(experts: Sequence[str | Path] | Mapping[str, str | Path]) -> tuple[str, ...]:
+    """`[NAME=]REF` of each expert, given so or as a mapping of name to reference."""
+    if isinstance(experts, Mapping):
+        return tuple(f"{name}={reference}" for name, reference in experts.items())
+    return tuple(map(str, experts))
+
+
+def open_models(base: str, experts: Sequence[str]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+    """The base and the experts, every header read; task vectors among the experts must be of this base.
+
+    Raises:
+        ReferenceNotFound: A reference leads nowhere.
+        CheckpointError: A file is malformed.
+        PlanError: A task vector is of another base, or stands where the base should.
+    """
+    reference, others = parse(base), parse_experts(experts)
+    origin = open_checkpoint(reference)
+    if origin.vector is not None:
+        raise ReferenceNotFound(
+            f"{reference.text} is a task vector, not a base", hint=f"its base was {origin.vector.base}"
+        )
+    opened = tuple(open_checkpoint(other) for other in others)
+    vectors = [expert for expert in opened if expert.vector is not None]
+    if vectors:
+        ours = tuple(sorted(origin.digests().values()))
+        for expert in vectors:
+            assert expert.vector is not None
+            if expert.vector.base_sha256 != ours:
+                raise PlanError(
+                    f"'{expert.name}' is a task vector of another base than {reference.text} (the sha256 differs)",
+                    hint=f"its base was '{expert.vector.base}'",
+                )
+    return origin, opened
+
+
+def source_of(plan: Plan, device: str) -> Source:
+    """Where the plan's task vectors come from, on the device of that name.
+
+    Raises:
+        DeviceError: There is no such device.
+    """
+    found = find_device(device)
+    return Source(plan, found, default_workers(found))
+
+
+def disentangler(name: str, values: Mapping[str, Any]) -> tuple[method.Disentangler, Any]:
+    """A disentangling method with its options.
+
+    Raises:
+        UsageError: There is no such method, or an option is wrong.
+    """
+    chosen = method.load(name, "disentangle")
+    return chosen, method.make_options(chosen, name, values)
+
+
+def fingerprint(plan: Plan, *told: Any) -> str:
+    """Digest of everything that determines the weights' bytes, as far as it can be had without reading tensors."""
+    files = [
+        (str(file), stat.st_size, stat.st_mtime_ns)
+        for model in (plan.base, *plan.experts)
+        for file, stat in model.files.items()
+    ]
+    return hashlib.sha256(json.dumps([told, files, versions()], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
+    """What a manifest says of an input."""
+    return {
+        "name": model.name,
+        "reference": model.reference.text,
+        "path": str(model.reference.path),
+        "files": {
+            str(file): {"sha256": digest, "bytes": model.files[file].st_size} for file, digest in digests.items()
+        },
+    }
+
+
+def input_paths(plan: Plan) -> list[Path]:
+    """Every path that an output must keep away from."""
+    return [path for model in (plan.base, *plan.experts) for path in (model.reference.path, *model.files)]
+
+
+def as_json(options: Any) -> dict[str, Any]:
+    """The options of a method as plain data."""
+    return dataclasses.asdict(options)
