@@ -5,19 +5,20 @@ The verbs of the command line as functions: `modelmerge.merge(base, experts, out
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "merge", "replay"]
+__all__ = ["__version__", "disentangle", "extract", "merge", "replay"]
 
 if TYPE_CHECKING:
     from modelmerge.verbs.merge import merge, replay
+    from modelmerge.verbs.vectors import disentangle, extract
 
 
 def __getattr__(name: str) -> Any:
     # Importing a verb imports torch, which takes seconds; `modelmerge --help` and `--version` shall not.
-    if name in ("merge", "replay"):
-        from modelmerge.verbs import merge as module
-
-        return getattr(module, name)
+    home = {"merge": "merge", "replay": "merge", "extract": "vectors", "disentangle": "vectors"}.get(name)
+    if home is not None:
+        return getattr(importlib.import_module(f"modelmerge.verbs.{home}"), name)
     raise AttributeError(f"module 'modelmerge' has no attribute '{name}'")

@@ -129,8 +129,7 @@ def make_plan(
     for expert in experts:
         for name in expert.tensors.keys() - base.tensors.keys():
             expert_only[name] = (*expert_only.get(name, ()), expert.name)
-    sizes = {t.name: (t.numel * DTYPE_BITS[t.out_dtype] + 7) // 8 for t in tensors.values()}
-    entries = {t.name: (t.out_dtype, t.shape, sizes[t.name]) for t in tensors.values()}
+    entries = {t.name: (t.out_dtype, t.shape, out_bytes(t)) for t in tensors.values()}
     return Plan(base, tuple(experts), tensors, dict(sorted(expert_only.items())), lay_out(entries, max_shard_size))
 
 
@@ -231,6 +230,11 @@ def _nothing_to_merge(base: Checkpoint, experts: Sequence[Checkpoint], tensors: 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def out_bytes(tensor: TensorPlan) -> int:
+    """Bytes that a tensor takes in the output."""
+    return tensor.numel * DTYPE_BITS[tensor.out_dtype] // 8
 
 
 def dtype_of(name: str) -> str:

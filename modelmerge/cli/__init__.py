@@ -10,14 +10,14 @@ import itertools
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
 import modelmerge
 from modelmerge import method
-from modelmerge.cli import demo, merge
+from modelmerge.cli import demo, merge, vectors
 from modelmerge.cli.output import Sink
 from modelmerge.errors import ModelMergeError
 
@@ -63,7 +63,13 @@ def build(words: Sequence[str]) -> typer.Typer:
         help="Merge fine-tuned experts of one base model into one checkpoint.",
     )
     app.callback()(_root)
-    app.add_typer(_merge_commands(words), name="merge")
+    app.command(epilog=merge.examples(vectors.EXTRACT_EXAMPLES))(vectors.extract)
+    kinds = (
+        ("disentangle", vectors.disentangle_or_list, vectors.command, vectors.DISENTANGLE_EXAMPLES),
+        ("merge", merge.replay_or_list, merge.command, merge.EXAMPLES),
+    )
+    for kind, callback, command, lines in kinds:
+        app.add_typer(_methods(kind, callback, command, lines, words), name=kind)
     app.command(epilog=merge.examples(demo.EXAMPLES))(demo.demo)
     return app
 
@@ -83,20 +89,27 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-def _merge_commands(words: Sequence[str]) -> typer.Typer:
+def _methods(
+    kind: str,
+    callback: Callable[..., None],
+    command: Callable[[str], Callable[..., None]],
+    lines: tuple[str, ...],
+    words: Sequence[str],
+) -> typer.Typer:
+    """The commands of a kind of methods: all are listed, those that the command line names have their options."""
     app = typer.Typer(
-        rich_markup_mode="rich", invoke_without_command=True, epilog=merge.examples(merge.EXAMPLES),
+        rich_markup_mode="rich", invoke_without_command=True, epilog=merge.examples(lines),
         subcommand_metavar="METHOD BASE EXPERT...",
     )  # fmt: skip
-    app.callback()(merge.replay_or_list)
+    app.callback()(callback)
     asked = _completing() or words
-    for name in method.names():
-        command = merge.command(name) if name in asked else _unasked
+    for name in method.names(kind):
         usage = (
-            f"modelmerge merge {name} base math code -o merged",
-            f"modelmerge merge {name} base first=a/final second=b/final -o merged -q",
+            f"modelmerge {kind} {name} base math code -o out",
+            f"modelmerge {kind} {name} base first=a/final second=b/final -o out -q",
         )
-        app.command(name, help=method.summary(name), epilog=merge.examples(usage))(command)
+        made = command(name) if name in asked else _unasked
+        app.command(name, help=method.summary(name, kind), epilog=merge.examples(usage))(made)
     return app
 
 

@@ -24,6 +24,7 @@ EXAMPLES = (
     "modelmerge merge                                                    (lists the methods)",
     "modelmerge merge task-arithmetic base math code -o merged --scale 0.4",
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
+    "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
 )
@@ -58,6 +59,14 @@ def examples(lines: tuple[str, ...]) -> str:
     return "\n\n".join(("[bold]Examples[/]", *(f"[dim]$[/] {line}" for line in lines)))
 
 
+def list_methods(kind: str, sink: Sink) -> None:
+    """Print the methods of a kind."""
+    listed = [{"method": name, "summary": method.summary(name, kind)} for name in method.names(kind)]
+    shown = table(None, ["method", ""], [[m["method"], m["summary"]] for m in listed], left=2)
+    usage = f"\nmodelmerge {kind} METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
+    sink.result({"methods": listed}, quiet="\n".join(method.names(kind)), human=[shown, usage])
+
+
 def replay_or_list(
     context: typer.Context,
     recipe: RecipeFile = None,
@@ -85,10 +94,7 @@ def replay_or_list(
     if not recipe:
         if output:
             raise UsageError("no method is named", hint=f"there are: {', '.join(method.names())}")
-        listed = [{"method": name, "summary": method.summary(name)} for name in method.names()]
-        shown = table(None, ["method", ""], [[m["method"], m["summary"]] for m in listed], left=2)
-        usage = "\nmodelmerge merge METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
-        sink.result({"methods": listed}, quiet="\n".join(method.names()), human=[shown, usage])
+        list_methods("merge", sink)
         return
     if not output:
         raise UsageError("--recipe needs an output directory", hint="give -o DIR")
@@ -104,10 +110,12 @@ def replay_or_list(
 def command(name: str) -> Callable[..., None]:
     """The Typer command of a merge method, its options made from the method's dataclass."""
     chosen = method.load(name)
+    fronts = {front: method.load(front, "disentangle") for front in method.names("disentangle")}
 
     def shared(
         output: opt.Output,
         weight: opt.Weight = None,
+        disentangle: opt.Disentangle = None,
         rest: opt.Rest = "base",
         device: opt.Device = "auto",
         dtype: opt.Dtype = None,
@@ -134,6 +142,8 @@ def command(name: str) -> Callable[..., None]:
             experts=tuple(values["experts"]),
             options={spec: values[spec] for spec in method.option_types(chosen.options)},
             weights=parse_weights(values["weight"] or ()),
+            disentangle=values["disentangle"],
+            disentangle_options=_front_options(fronts, values),
             rest=values["rest"],
             dtype=values["dtype"],
             include=tuple(values["include"] or ()),
@@ -151,10 +161,26 @@ def command(name: str) -> Callable[..., None]:
         for word, kind in (("base", Base), ("experts", Experts))
     ]
     # Required parameters first, as in any signature; the method's own options head the help page.
-    signature = inspect.Signature([*arguments, *opt.of_method(chosen), *opt.shared(shared)])
+    in_front = [parameter for front, told in fronts.items() for parameter in opt.of_front(front, told)]
+    signature = inspect.Signature([*arguments, *opt.of_method(chosen), *opt.shared(shared), *in_front])
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {word: parameter.annotation for word, parameter in signature.parameters.items()}
     return run
+
+
+def _front_options(fronts: dict[str, method.Disentangler], values: dict[str, Any]) -> dict[str, Any]:
+    """The options given for what goes in front of the method."""
+    given = {}
+    for front, told in fronts.items():
+        for spec in method.option_types(told.options):
+            value = values[opt.front_word(front, spec)]
+            if value is None:
+                continue
+            if values["disentangle"] != front:
+                word = opt.flag(opt.front_word(front, spec))
+                raise UsageError(f"{word} has no effect without --disentangle {front}")
+            given[spec] = value
+    return given
 
 
 def _run(prepared: Prepared, sink: Sink, output: str, *, dry_run: bool, force: bool, resume: bool) -> None:
@@ -176,13 +202,18 @@ def _run(prepared: Prepared, sink: Sink, output: str, *, dry_run: bool, force: b
     done += [f"{counts['rest']} by {manifest['recipe']['rest']}"] if counts["rest"] else []
     done += [f"{len(counts['copied'])} copied from the base"] if counts["copied"] else []
     lines: list[str | Table] = [
-        f"[bold green]merged[/] {len(manifest['inputs']['experts'])} experts with {manifest['recipe']['method']}: "
+        f"[bold green]merged[/] {len(manifest['inputs']['experts'])} experts with "
+        f"{_with_front(manifest['recipe']['method'], manifest['recipe']['disentangle'])}: "
         f"{', '.join(done)}",
         f"[bold]{out}[/]  {size(weights)} of weights in {manifest['seconds']:.1f} s on {manifest['device']}",
     ]
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
     sink.result({"output": str(out), "manifest": manifest}, quiet=str(out), human=lines)
+
+
+def _with_front(name: str, front: str | None) -> str:
+    return f"{front} + {name}" if front else name
 
 
 def _plan_lines(plan: dict[str, Any], verbose: bool) -> list[str | Table]:
@@ -192,8 +223,9 @@ def _plan_lines(plan: dict[str, Any], verbose: bool) -> list[str | Table]:
     rows = [[action, str(count), reason] for (action, reason), count in sorted(groups.items(), reverse=True)]
     counted = table(None, ["action", "tensors", "why"], rows, left=3)
     sizes, memory = plan["bytes"], plan["peak_memory"]
+    head = _with_front(plan["method"], plan["disentangle"])
     lines: list[str | Table] = [
-        f"[bold]{plan['method']}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
+        f"[bold]{head}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
         counted,
     ]
     if plan["expert_only"]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from modelmerge.method import Method, bounds, option_types
+from modelmerge.method import Disentangler, Method, bounds, option_types
 
 METHOD_PANEL = "Options of the method"
 SHARED_PANEL = "Options of every merge"
@@ -64,6 +64,14 @@ Weight = Annotated[
     list[str] | None,
     typer.Option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W", rich_help_panel=SHARED_PANEL),
 ]
+Disentangle = Annotated[
+    str | None,
+    typer.Option(
+        help="Disentangle the task vectors first: awd. The same bits as through `modelmerge disentangle`.",
+        metavar="METHOD",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 Rest = Annotated[
     Literal["base", "average", "task-arithmetic"],
     typer.Option(
@@ -85,21 +93,52 @@ Verbose = Annotated[
 ]
 
 
-def of_method(method: Method) -> list[inspect.Parameter]:
+def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:
     """A keyword parameter for Typer for each field of the method's options."""
     types = option_types(method.options)
     made = []
     for spec in dataclasses.fields(method.options):
-        told = spec.metadata["help"]
-        limits = bounds(spec)
-        if limits:
-            told = f"{told} ({limits})"
         optional = type(None) in typing.get_args(types[spec.name])
         declared = typer.Option(
-            "--" + spec.name.replace("_", "-"), help=told, rich_help_panel=METHOD_PANEL, show_default=not optional
+            flag(spec.name), help=_told(spec), rich_help_panel=METHOD_PANEL, show_default=not optional
         )
         made.append(_keyword(spec.name, Annotated[types[spec.name], declared], spec.default))
     return made
+
+
+def of_front(name: str, method: Disentangler) -> list[inspect.Parameter]:
+    """A parameter `--NAME-OPTION` for each option of a disentangler in front of a merge; None is: not given."""
+    types = option_types(method.options)
+    return [
+        _keyword(
+            front_word(name, spec.name),
+            Annotated[
+                types[spec.name] | None,
+                typer.Option(
+                    flag(front_word(name, spec.name)),
+                    help=f"{_told(spec)} Default: {spec.default}.",
+                    rich_help_panel=f"Options of --disentangle {name}",
+                ),
+            ],
+            None,
+        )
+        for spec in dataclasses.fields(method.options)
+    ]
+
+
+def front_word(name: str, option: str) -> str:
+    """The Python name of a disentangler's option in a merge command."""
+    return f"{name}_{option}"
+
+
+def flag(option: str) -> str:
+    """An option as it is typed."""
+    return "--" + option.replace("_", "-")
+
+
+def _told(spec: dataclasses.Field[Any]) -> str:
+    limits = bounds(spec)
+    return f"{spec.metadata['help']} ({limits})" if limits else str(spec.metadata["help"])
 
 
 def shared(function: Any) -> list[inspect.Parameter]:
