@@ -50,6 +50,7 @@ class _Opened:
 
     source: Source
     tensors: list[plan.TensorPlan]  # what base and experts share, in the base's order
+    empty: list[str]  # shared tensors without elements, which cannot change
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -218,8 +219,9 @@ def _open(
     allow_many_files()
     origin, others = open_models(str(base), as_references(experts))
     made = plan.make_plan(origin, others, matrices=False, include=include, exclude=exclude)
-    shared = [tensor for tensor in made.tensors.values() if tensor.action == "merge" and tensor.numel]
-    return _Opened(source_of(made, device), shared)
+    shared = [tensor for tensor in made.tensors.values() if tensor.action == "merge"]
+    empty = [tensor.name for tensor in shared if not tensor.numel]
+    return _Opened(source_of(made, device), [tensor for tensor in shared if tensor.numel], empty)
 
 
 def _known_from(front: Front) -> dict[str, Measured]:
@@ -437,13 +439,13 @@ def _publish(
             "kind": VECTOR_KIND,
             "verb": verb,
             "inputs": {"base": base, "expert": record(models[i + 1], digests[i + 1])},
-            "unchanged": [t.name for t in opened.tensors if not measured[t.name].changed[i]],
+            "unchanged": [*opened.empty, *(t.name for t in opened.tensors if not measured[t.name].changed[i])],
             "ranks": {tensor: found[i] for tensor, found in ranks.items()},
         }
         staging.write_file(f"{name}/{MANIFEST}", _text(manifest))
     if method is not None:
         fitted = set(report["tensors"])
-        zero = [tensor.name for tensor in opened.tensors if tensor.name not in fitted]
+        zero = [*opened.empty, *(tensor.name for tensor in opened.tensors if tensor.name not in fitted)]
         manifest = {
             **common,
             "kind": VECTOR_KIND,

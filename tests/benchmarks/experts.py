@@ -1,0 +1,387 @@
+"""Sets of small real experts, trained on the spot, on which the defaults of the merging methods are chosen.
+
+Each set has its own network, tasks and strength of fine-tuning, so that a default that wins on all of them is not
+one that fits a single model. The data come with scikit-learn and Python itself: nothing is downloaded. A set is
+the same for a seed on one machine; the text also changes with the version of Python.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import sysconfig
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from modelmerge import digits
+
+State = dict[str, Tensor]
+# The network's inputs, which task asks, and the right answers. One batch may mix tasks.
+Batch = tuple[Tensor, Tensor, Tensor]
+Sampler = Callable[[torch.Generator], Batch]
+
+_SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class ExpertSet:
+    """A base, its experts and the means to judge their merges.
+
+    `evaluate` takes a state dict and a split, "validation" or "test", and gives the accuracy on each task, from 0
+    to 1. No expert has seen either split, so a setting may be chosen on the one and reported on the other.
+    """
+
+    name: str
+    description: str
+    base: State
+    experts: dict[str, State]
+    evaluate: Callable[[Mapping[str, Tensor], str], dict[str, float]]
+
+
+def save(expert_set: ExpertSet, directory: Path) -> None:
+    """Writes the set as the checkpoints `base` and `experts/NAME`, for the command line to merge."""
+    config = {"model_type": "modelmerge-benchmark", "expert_set": expert_set.name, "tasks": list(expert_set.experts)}
+    folders = {"base": expert_set.base} | {f"experts/{name}": state for name, state in expert_set.experts.items()}
+    for folder, state in folders.items():
+        (directory / folder).mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(weights, directory / folder / "model.safetensors", metadata={"format": "pt"})
+        (directory / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    # Sums are split among the threads, so with another number of them the weights would differ in the last bits.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    network: nn.Module, optimizer: torch.optim.Optimizer, sample: Sampler, steps: int, seed: int, loras: State | None
+) -> State:
+    """Trains the weights that the optimizer holds and returns the network's state dict."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, 10 * (step + 1) / steps) * (1 - step / steps)
+    )
+    order = torch.Generator().manual_seed(seed)
+    frozen = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
+    for _ in range(steps):
+        inputs, owners, answers = sample(order)
+        if loras is None:
+            scores = network(inputs, owners)
+        else:
+            scores = functional_call(network, _with_loras(frozen, loras), (inputs, owners))
+        loss = functional.cross_entropy(scores.flatten(0, -2), answers.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        schedule.step()
+    if loras is not None:
+        network.load_state_dict(_with_loras(frozen, loras))
+    return {name: weight.detach().clone() for name, weight in network.state_dict().items()}
+
+
+def _with_loras(base: Mapping[str, Tensor], loras: Mapping[str, Tensor]) -> State:
+    return {
+        name: weight + loras[f"{name}.up"] @ loras[f"{name}.down"] if f"{name}.up" in loras else weight
+        for name, weight in base.items()
+    }
+
+
+def _adam(network: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam([weight for weight in network.parameters() if weight.requires_grad], lr=rate)
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, state: Mapping[str, Tensor], batches: Mapping[str, Batch]) -> dict[str, float]:
+    network.load_state_dict(state)
+    return {
+        task: (network(inputs, owners).argmax(-1) == answers).float().mean().item()
+        for task, (inputs, owners, answers) in batches.items()
+    }
+
+
+# --- digits: the demo's set ---------------------------------------------------------------------------------------
+
+
+def build_digits(seed: int) -> ExpertSet:
+    """The demo's experts: a transformer, six views of the digits, short fine-tuning with SGD."""
+    with _reproducible(seed):
+        tasks, judged = {}, {split: {} for split in _SPLITS}
+        for name, task in digits.load_tasks(seed).items():
+            # The demo has no validation split: a quarter of its training images becomes one. They were shuffled.
+            held_out = len(task.train_y) // 4
+            tasks[name] = replace(task, train_x=task.train_x[:-held_out], train_y=task.train_y[:-held_out])
+            judged["test"][name] = task
+            judged["validation"][name] = replace(
+                task, test_x=task.train_x[-held_out:], test_y=task.train_y[-held_out:]
+            )
+        base = digits.train_base(tasks, seed=seed)
+        experts = {name: digits.train_expert(base, task, seed=seed) for name, task in tasks.items()}
+
+    def evaluate(state: Mapping[str, Tensor], split: str) -> dict[str, float]:
+        return {name: digits.accuracy(state, task) for name, task in judged[split].items()}
+
+    return ExpertSet("digits", "transformer, six views of digits, short SGD", base, experts, evaluate)
+
+
+# --- residual MLPs on images --------------------------------------------------------------------------------------
+
+
+class _Block(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(hidden)
+        self.fc1 = nn.Linear(hidden, 2 * hidden)
+        self.fc2 = nn.Linear(2 * hidden, hidden)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + self.fc2(functional.relu(self.fc1(self.layer_norm(features))))
+
+
+class _Perceptron(nn.Module):
+    """A residual MLP with a frozen head per task, as in the demo: only what comes before is fine-tuned."""
+
+    def __init__(self, pixels: int, hidden: int, layers: int, tasks: int, labels: int) -> None:
+        super().__init__()
+        self.embed_pixels = nn.Linear(pixels, hidden)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(_Block(hidden) for _ in range(layers))
+        self.encoder.layer_norm = nn.LayerNorm(hidden)
+        self.classifier = nn.Linear(hidden, tasks * labels, bias=False)
+        nn.init.orthogonal_(self.classifier.weight, gain=2.0)
+        self.classifier.requires_grad_(False)
+        self.shape = (tasks, labels)
+
+    def forward(self, images: Tensor, owners: Tensor) -> Tensor:
+        features = self.embed_pixels(images.flatten(1))
+        for layer in self.encoder.layers:
+            features = layer(features)
+        scores = self.classifier(self.encoder.layer_norm(features)).unflatten(1, self.shape)
+        return scores[torch.arange(len(images)), owners]
+
+
+@dataclass(frozen=True)
+class _Digits:
+    """The digits in three parts: for training, for validation and for the test."""
+
+    images: dict[str, Tensor]
+    labels: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, seed: int) -> _Digits:
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        images = torch.tensor(data.images, dtype=torch.float32) / 16
+        labels = torch.tensor(data.target)
+        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        parts = dict(zip(("train", *_SPLITS), shuffled.split([897, 300, 600]), strict=True))
+        return cls({k: images[v] for k, v in parts.items()}, {k: labels[v] for k, v in parts.items()})
+
+
+# What is asked about two digits. Sum and product are taken modulo ten, so that every answer is one of ten labels.
+_PAIR_TASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "left": lambda left, right: left,
+    "right": lambda left, right: right,
+    "sum": lambda left, right: (left + right) % 10,
+    "difference": lambda left, right: (left - right).abs(),
+    "larger": torch.maximum,
+    "smaller": torch.minimum,
+    "order": lambda left, right: 1 + (left - right).sign(),
+    "parities": lambda left, right: left % 2 * 2 + right % 2,
+}
+_PAIR_BASE_STEPS, _PAIR_STEPS, _PAIR_BATCH = 400, 1500, 128
+
+
+def build_digits_strong(seed: int) -> ExpertSet:
+    """A residual MLP that answers questions about two digits side by side, fine-tuned long with Adam."""
+    data = _Digits.load(seed)
+
+    def pairs(part: str, owners: Tensor, order: torch.Generator) -> Batch:
+        images, labels = data.images[part], data.labels[part]
+        left, right = torch.randint(len(labels), (2, len(owners)), generator=order)
+        answers = torch.stack([ask(labels[left], labels[right]) for ask in _PAIR_TASKS.values()])
+        return torch.cat([images[left], images[right]], 2), owners, answers[owners, torch.arange(len(owners))]
+
+    with _reproducible(seed):
+        network = _Perceptron(128, 160, 4, len(_PAIR_TASKS), 10)
+        fixed = torch.Generator().manual_seed(seed)
+        judged = {
+            split: {task: pairs(split, torch.full((2000,), index), fixed) for index, task in enumerate(_PAIR_TASKS)}
+            for split in _SPLITS
+        }
+
+        def mixed(order: torch.Generator) -> Batch:
+            return pairs("train", torch.randint(len(_PAIR_TASKS), (_PAIR_BATCH,), generator=order), order)
+
+        base = _train(network, _adam(network, 1e-3), mixed, _PAIR_BASE_STEPS, seed, None)
+        experts = {}
+        for index, task in enumerate(_PAIR_TASKS):
+            network.load_state_dict(base)
+            owners = torch.full((_PAIR_BATCH,), index)
+            sample = lambda order, owners=owners: pairs("train", owners, order)  # noqa: E731
+            experts[task] = _train(network, _adam(network, 1e-3), sample, _PAIR_STEPS, seed, None)
+    return ExpertSet(
+        "digits-strong",
+        "residual MLP, eight questions about two digits, long fine-tuning with Adam",
+        base,
+        experts,
+        lambda state, split: _accuracy(network, state, judged[split]),
+    )
+
+
+# --- decoders of text ---------------------------------------------------------------------------------------------
+
+_VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))
+_CONTEXT, _TEXT_BATCH = 64, 16
+_TEXT_BASE_STEPS, _TEXT_STEPS = 300, 100
+
+
+class _Attention(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.add_module(name, nn.Linear(hidden, hidden, bias=False))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = (
+            projection(tokens).unflatten(2, (4, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+class _DecoderLayer(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(hidden)
+        self.self_attn = _Attention(hidden)
+        self.post_attention_layernorm = nn.RMSNorm(hidden)
+        self.mlp = nn.Module()
+        self.mlp.up_proj = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.mlp.down_proj = nn.Linear(3 * hidden, hidden, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.self_attn(self.input_layernorm(tokens))
+        grown = self.mlp.up_proj(self.post_attention_layernorm(tokens))
+        return tokens + self.mlp.down_proj(functional.gelu(grown))
+
+
+class _Decoder(nn.Module):
+    """A character-level decoder with the weight names of a Llama."""
+
+    def __init__(self, hidden: int = 128, layers: int = 4) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(len(_VOCABULARY), hidden)
+        self.model.embed_positions = nn.Embedding(_CONTEXT, hidden)
+        self.model.layers = nn.ModuleList(_DecoderLayer(hidden) for _ in range(layers))
+        self.model.norm = nn.RMSNorm(hidden)
+        self.lm_head = nn.Linear(hidden, len(_VOCABULARY), bias=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02 if "embed" in name else 1 / math.sqrt(weight.shape[1]))
+
+    def forward(self, tokens: Tensor, _owners: Tensor) -> Tensor:
+        hidden = self.model.embed_tokens(tokens) + self.model.embed_positions.weight[: tokens.shape[1]]
+        for layer in self.model.layers:
+            hidden = layer(hidden)
+        return self.lm_head(self.model.norm(hidden))
+
+
+def _texts() -> dict[str, str]:
+    """The domains: text that comes with Python, and readings of it that need other habits of spelling."""
+    library = Path(sysconfig.get_path("stdlib"))
+
+    def sources(pattern: str) -> str:
+        return "".join(path.read_text("utf-8") for path in sorted(library.glob(pattern)))
+
+    reference = [topics[name] for name in sorted(topics)]
+    names = (unicodedata.name(chr(code), "") for code in range(0xA0, 0x2E00))
+    return {
+        "code": sources("asyncio/*.py"),
+        "reference": "\n".join(reference[0::3]),
+        "rot13": codecs.encode("\n".join(reference[1::3]), "rot13"),
+        "reversed": "\n".join(reference[2::3])[::-1],
+        "uppercode": sources("email/*.py").swapcase(),
+        "tables": sources("encodings/cp*.py"),
+        "names": "\n".join(filter(None, names)),
+    }
+
+
+def _encode(text: str) -> dict[str, Tensor]:
+    """Splits a text by blocks, two of ten to be held out, and numbers its characters."""
+    numbers = {character: number for number, character in enumerate(_VOCABULARY)}
+    codes = torch.tensor([numbers[character] for character in text if character in numbers])
+    blocks = codes[: len(codes) // 1024 * 1024].view(-1, 1024)
+    place = torch.arange(len(blocks)) % 10
+    parts = {"train": place < 8, "validation": place == 8, "test": place == 9}
+    return {part: blocks[chosen].flatten() for part, chosen in parts.items()}
+
+
+def build_text(seed: int) -> ExpertSet:
+    """A decoder of characters, a little trained on all domains, fully fine-tuned on each with Adam."""
+    texts = {domain: _encode(text) for domain, text in _texts().items()}
+    window = torch.arange(_CONTEXT + 1)
+
+    def windows(text: Tensor, starts: Tensor) -> Batch:
+        cut = text[starts[:, None] + window]
+        return cut[:, :-1], starts, cut[:, 1:]
+
+    def sampler(domain: str, size: int) -> Sampler:
+        text = texts[domain]["train"]
+        return lambda order: windows(text, torch.randint(len(text) - _CONTEXT, (size,), generator=order))
+
+    def mixed(order: torch.Generator) -> Batch:
+        cuts = [sampler(domain, 3)(order) for domain in texts]
+        return tuple(torch.cat(parts) for parts in zip(*cuts, strict=True))
+
+    judged = {
+        split: {
+            domain: windows(parts[split], torch.linspace(0, len(parts[split]) - _CONTEXT - 1, 160).long())
+            for domain, parts in texts.items()
+        }
+        for split in _SPLITS
+    }
+    with _reproducible(seed):
+        network = _Decoder()
+        base = _train(network, _adam(network, 2e-3), mixed, _TEXT_BASE_STEPS, seed, None)
+        experts = {}
+        for domain in texts:
+            network.load_state_dict(base)
+            sample = sampler(domain, _TEXT_BATCH)
+            experts[domain] = _train(network, _adam(network, 1e-3), sample, _TEXT_STEPS, seed, None)
+    return ExpertSet(
+        "text",
+        "character-level decoder, seven domains of text, full fine-tuning with Adam",
+        base,
+        experts,
+        lambda state, split: _accuracy(network, state, judged[split]),
+    )
+
+
+SETS: dict[str, Callable[[int], ExpertSet]] = {
+    "digits": build_digits,
+    "digits-strong": build_digits_strong,
+    "text": build_text,
+}
