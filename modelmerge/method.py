@@ -38,13 +38,15 @@ class Context:
 
     `weights` are the experts' weights (`--weight`), in the order of the task vectors. `measured` is what the method's
     survey concluded. `leave_out(expert, reason)` records that an expert (by position) had to be left out of this
-    tensor; it is reported to the user and in the manifest.
+    tensor; it is reported to the user and in the manifest. `tell(figures)` puts figures about this tensor there, such
+    as the steps a solver took.
     """
 
     tensor: str
     weights: tuple[float, ...]
     measured: Tensor | None = None
     leave_out: Callable[[int, str], None] = lambda expert, reason: None
+    tell: Callable[[Mapping[str, float]], None] = lambda figures: None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import modelmerge
+from modelmerge.method import Context
 from modelmerge.methods.merge import apgd
 
 ORACLE = Path(__file__).parent / "oracle"
@@ -67,6 +68,6 @@ def test_apgd_intermediates_agree_with_float64(family: str) -> None:
         basis = apgd.task_basis(list(taus), options)
         projection = basis.double() @ basis.double().T
         assert (projection - oracle[f"projection/{name}"]).norm() <= 1e-4 * projection.norm(), name
-        correction = apgd.descend(taus, lambdas, basis, options)
+        correction = apgd.descend(taus, lambdas, basis, options, Context(tensor=name, weights=(1.0,) * tasks))
         delta = oracle[f"delta/{name}"]
         assert (correction.double() - delta).norm() <= 1e-3 * delta.norm(), name

@@ -84,9 +84,14 @@ class Job:
 
 @dataclass(slots=True)
 class Findings:
-    """What a run noticed: (tensor, expert, reason) for every expert that was left out of a tensor."""
+    """What a run noticed.
+
+    `left_out`: (tensor, expert, reason) for every expert that was left out of a tensor. `figures`: by tensor, what
+    the method told of its work there.
+    """
 
     left_out: list[tuple[str, str, str]] = field(default_factory=list)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def find_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -132,5 +132,8 @@ def _merged(
     def leave_out(expert: int, reason: str) -> None:
         findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
 
-    context = Context(tensor=piece.tensor.name, weights=job.weights, measured=measured, leave_out=leave_out)
+    def tell(figures: Mapping[str, float]) -> None:
+        findings.figures[piece.tensor.name] = dict(figures)
+
+    context = Context(tensor=piece.tensor.name, weights=job.weights, measured=measured, leave_out=leave_out, tell=tell)
     return rounded(piece, theta_0.add_(method.apply(taus, options, context)))

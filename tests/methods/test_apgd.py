@@ -40,7 +40,7 @@ def test_the_descent_agrees_with_float64_autograd(shape: tuple[int, int], inner:
     lambdas = [0.07 / tau.norm().item() for tau in taus]
     options = apgd.Options(inner=inner, steps=60)
     basis = apgd.task_basis(list(taus), options)
-    got = apgd.descend(taus, lambdas, basis, options)
+    got = apgd.descend(taus, lambdas, basis, options, Context(tensor="w", weights=(1.0,) * len(taus)))
     want = float64_descent(taus, lambdas, basis, options)
     assert (got.double() - want).norm() <= 1e-4 * want.norm()
     assert loss(got.double(), taus.double(), lambdas, inner) < loss(
@@ -98,7 +98,7 @@ def test_ranks_of_zero_mean_no_projection() -> None:
     options = apgd.Options(shared_rank=0, steps=20)
     assert apgd.task_basis(list(taus), options).shape == (24, 0)
     want = float64_descent(taus, lambdas, torch.zeros(24, 0), options)
-    got = apgd.descend(taus, lambdas, apgd.task_basis(list(taus), options), options)
+    got = apgd.descend(taus, lambdas, torch.zeros(24, 0), options, Context(tensor="w", weights=(1.0, 1.0)))
     assert (got.double() - want).norm() <= 1e-4 * want.norm()
 
 
