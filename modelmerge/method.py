@@ -17,7 +17,7 @@ import importlib
 import math
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -50,16 +50,29 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """One trip over task vectors: `measure([T, n]) -> int64`, added up over all blocks of the model.
+
+    Integers, so that the sum has no rounding and no order over blocks, shards and workers. With a `share` of N only a
+    regular sample of one N-th of the entries is read.
+    """
+
+    measure: Callable[[Tensor], Tensor]
+    share: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
     """A whole-model quantity, found by streaming over all task vectors before anything is merged.
 
-    Each of `passes` is one trip over the task vectors: called with a block [T, n] and the totals of the passes before
-    it, it returns an int64 tensor; integers, so that their sum over blocks, shards and workers has no rounding and no
-    order. `conclude` turns the totals into what `apply` sees as `context.measured`.
+    Args:
+        find: Given the number of entries of a task vector, a generator that yields passes, is sent the total of each,
+            and returns what `apply` sees as `context.measured`.
+        reads: Given the same, how many times the task vectors are read in all, as a rule.
     """
 
-    passes: tuple[Callable[[Tensor, tuple[Tensor, ...]], Tensor], ...]
-    conclude: Callable[[tuple[Tensor, ...]], Tensor]
+    find: Callable[[int], Generator[Pass, Tensor, Tensor]]
+    reads: Callable[[int], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import modelmerge
 from modelmerge import engine, method
 from modelmerge.errors import CheckpointError, DeviceError, RecipeError, UsageError
 from modelmerge.method import Context
 from tests.checkpoints import State, base_state, expert_state, family, read, write
+from tests.test_every_method import surveyed
 
 NAMES = method.names()
 
@@ -34,10 +34,7 @@ def in_memory(name: str, base: State, experts: list[State], **values: Any) -> St
     survey, measured = chosen.survey(options), None
     if survey is not None:
         everything = torch.cat([tau.reshape(len(experts), -1) for tau in taus.values()], dim=1)
-        totals: tuple[Tensor, ...] = ()
-        for measure in survey.passes:
-            totals = (*totals, measure(everything, totals))
-        measured = survey.conclude(totals)
+        measured = surveyed(survey, everything)
     result = dict(base)
     for key in kept:
         context = Context(tensor=key, weights=(1.0,) * len(experts), measured=measured)

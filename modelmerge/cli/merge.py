@@ -243,7 +243,7 @@ def _plan_lines(plan: dict[str, Any], verbose: bool) -> list[str | Table]:
             for t in plan["tensors"]
         ]
         lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, left=5))
-    times = "once" if plan["passes"] == 1 else f"in {plan['passes']} passes"
+    times = "once" if plan["passes"] == 1 else f"in {plan['passes']:.3g} passes"
     files = f"{len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}"
     peak = f"peak memory {size(memory['host'])}"
     if memory["device"]:

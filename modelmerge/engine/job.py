@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,9 @@ from modelmerge.plan import Plan, TensorPlan
 # elements cost 10 to 35 % more); a GPU wants blocks that are large against the launch of a kernel.
 CPU_BLOCK = 1 << 18
 CUDA_BLOCK = 1 << 24
+# Elements of each run of a sample: short, so that it takes something of every few rows, and long enough to be worth
+# the trip.
+SAMPLE_RUN = 1 << 13
 # Matrices of up to so many elements go through a method on one thread: they are done before others have woken up.
 SMALL = 1 << 18
 # Anonymous memory of a process that has imported torch and the packages around it, in bytes, with room for the
@@ -120,18 +125,21 @@ def default_workers(device: torch.device) -> int:
     return max(1, min(torch.get_num_threads(), processors)) if device.type == "cpu" else 2
 
 
-def passes(job: Job) -> int:
-    """How many times task vectors are read: to merge, for each pass of the method's survey, and to disentangle."""
-    return 1 + (len(job.survey.passes) if job.survey else 0) + (job.front is not None)
+def passes(job: Job) -> float:
+    """How many times task vectors are read: to merge, for the method's survey, and to disentangle."""
+    return 1.0 + _survey_reads(job) + (job.front is not None)
+
+
+def _survey_reads(job: Job) -> float:
+    return job.survey.reads(sum(tensor.numel for tensor in job.plan.select("merge"))) if job.survey else 0.0
 
 
 def bytes_read(job: Job) -> int:
     """Bytes of tensors that a run reads, all passes counted."""
     plan, merged = job.plan, job.plan.select("merge")
-    surveys = len(job.survey.passes) if job.survey else 0
-    times = [(1 + surveys, merged), (1, plan.select("rest")), (1, job.disentangled())]
+    times = [(1 + _survey_reads(job), merged), (1.0, plan.select("rest")), (1.0, job.disentangled())]
     read = sum(count * plan.stored_bytes(t, experts=True) for count, tensors in times for t in tensors)
-    return read + sum(plan.stored_bytes(t, experts=False) for t in plan.select("copy"))
+    return int(read) + sum(plan.stored_bytes(t, experts=False) for t in plan.select("copy"))
 
 
 def peak_memory(job: Job) -> dict[str, int]:
@@ -221,10 +229,20 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def allow_many_files() -> None:
-    """Raise the soft limit of open files: nine models of 200 shards are more than the usual 1024."""
+def prepare_process() -> None:
+    """Set this process's limits for streaming.
+
+    Open files: nine models of 200 shards are more than the usual 1024. Memory: glibc by and by stops giving freed
+    matrices back to the system, and gives blocks back only to fault them in again; fixed thresholds keep the peak to
+    what is in use.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = hard if hard != resource.RLIM_INFINITY else 65536
     if soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and sys.platform == "linux":
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 4 << 20)
+        mallopt(trim_threshold, 64 << 20)

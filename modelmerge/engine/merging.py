@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modelmerge.checkpoint.writer import Staging
 from modelmerge.engine.front import Front, fit
-from modelmerge.engine.job import SMALL, Findings, Job, allow_many_files, threads
+from modelmerge.engine.job import SAMPLE_RUN, SMALL, Findings, Job, prepare_process, threads
 from modelmerge.engine.stream import (
     Loader,
     Piece,
@@ -23,7 +23,7 @@ from modelmerge.engine.stream import (
     rounded,
     whole,
 )
-from modelmerge.method import Context, Survey
+from modelmerge.method import Context, Pass, Survey
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
 
@@ -36,7 +36,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
         OutputError: The output cannot be written.
         UsageError: Disentangling would need more memory than there is.
     """
-    allow_many_files()
+    prepare_process()
     findings = Findings()
     plan = job.plan
     todo = [t for t in plan.in_order() if t.numel and not staging.is_finished(t.name)]
@@ -54,7 +54,8 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
         if piece.tensor.action == "copy":
             data = loader.copy(piece)
         else:
-            theta_0, taus = loader.load(piece, check=True)
+            # What a survey has read it has checked.
+            theta_0, taus = loader.load(piece, check=job.survey is None or piece.tensor.action == "rest")
             if front is not None:
                 front.take_out(piece, taus)
             data = _merged(job, piece, theta_0, taus, measured, findings)
@@ -67,24 +68,38 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
 
 
 def _survey(job: Job, survey: Survey, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter) -> Tensor:
-    totals: tuple[Tensor, ...] = ()
-    size = sum(job.plan.stored_bytes(t, experts=True) for t in merged)
-    for number, measure in enumerate(survey.passes):
-        reporter.stage(f"measuring {number + 1}/{len(survey.passes)}", size)
-        parts: dict[int, Tensor] = {}  # one running total per worker
+    """What the method's survey concludes from the tensors it will merge."""
+    search = survey.find(sum(tensor.numel for tensor in merged))
+    wanted, checked = next(search), False
+    while True:
+        full = wanted.share == 1
+        total = _one_pass(job, wanted, front, merged, reporter, check=full and not checked)
+        checked = checked or full
+        try:
+            wanted = search.send(total)
+        except StopIteration as found:
+            measured: Tensor = found.value
+            return measured
 
-        def add(piece: Piece, loader: Loader) -> None:
-            _, taus = loader.load(piece, check=number == 0)  # noqa: B023 - used up before the loop goes on
-            if front is not None:
-                front.take_out(piece, taus)
-            counts = measure(taus, totals)  # noqa: B023
-            mine = threading.get_ident()
-            parts[mine] = parts[mine].add_(counts) if mine in parts else counts  # noqa: B023
-            reporter.advance(piece_bytes(job.plan, piece), piece.tensor.name)
 
-        in_parallel(job.source, list(pieces(merged, job.source.block)), add)
-        totals = (*totals, torch.stack(list(parts.values())).sum(0))
-    return survey.conclude(totals)
+def _one_pass(
+    job: Job, wanted: Pass, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter, *, check: bool
+) -> Tensor:
+    runs = list(pieces(merged, job.source.block if wanted.share == 1 else SAMPLE_RUN))[:: wanted.share]
+    reporter.stage("measuring" if wanted.share == 1 else "sampling", sum(piece_bytes(job.plan, run) for run in runs))
+    parts: dict[int, Tensor] = {}  # one running total per worker
+
+    def add(piece: Piece, loader: Loader) -> None:
+        _, taus = loader.load(piece, check=check)
+        if front is not None:
+            front.take_out(piece, taus)
+        counts = wanted.measure(taus)
+        mine = threading.get_ident()
+        parts[mine] = parts[mine].add_(counts) if mine in parts else counts
+        reporter.advance(piece_bytes(job.plan, piece), piece.tensor.name)
+
+    in_parallel(job.source, runs, add)
+    return torch.stack(list(parts.values())).sum(0)
 
 
 def _run_whole(

@@ -1,17 +1,23 @@
-"""Magnitude trimming: the exact threshold over a whole model, found in two streaming passes.
+"""Magnitude trimming: the exact threshold over a whole model, by counting.
 
 The bits of a non-negative float32 sort like the float itself. Counting the upper 15 bits of every |x| tells the bucket
 that holds the wanted magnitude; counting the lower 16 bits inside that bucket tells the magnitude: exact, ties and
 all, with 98,304 counters per task instead of a sort of the model.
+
+For a large model both counts are first taken on a sample. The sample's threshold is near the true one, so one pass
+over everything that counts a window of 65,536 neighbouring floats around it, and how many entries lie above, is
+enough; where the true threshold turns out to lie outside the window, the two full counts follow. The result is exact
+either way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Survey
+from modelmerge.method import Pass, Survey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +25,9 @@ if TYPE_CHECKING:
 _LOW_BITS = 16
 _HIGH_BUCKETS = 1 << 15
 _LOW_BUCKETS = 1 << _LOW_BITS
+# A sample of one in so many entries; below so many entries in all, its threshold would often be too far off.
+_SHARE = 16
+SAMPLED = 1 << 24
 
 
 def dropped(numel: int, density: float) -> int:
@@ -35,9 +44,31 @@ def survey(density: float) -> Survey | None:
     if density >= 1.0:
         return None
     return Survey(
-        passes=(_count_high, lambda taus, totals: _count_low(taus, _bucket(totals[0], density)[0])),
-        conclude=lambda totals: _thresholds(totals, density),
+        find=lambda numel: _find(numel, density),
+        reads=lambda numel: 2.0 if numel < SAMPLED else 1.0 + 2.0 / _SHARE,
     )
+
+
+def _find(numel: int, density: float) -> Generator[Pass, Tensor, Tensor]:
+    if numel >= SAMPLED:
+        guess = yield from _count(density, _SHARE)
+        first = (guess.view(torch.int32) - _LOW_BUCKETS // 2).clamp(min=0)
+        counts = yield Pass(lambda taus: _count_window(taus, first))
+        window, above = counts[:, :-1], counts[:, -1]
+        rank = max(dropped(numel, density), 1) - (numel - above - window.sum(1))
+        within = (window.cumsum(1) < rank[:, None]).sum(1)
+        if bool(((rank > 0) & (within < _LOW_BUCKETS)).all()):
+            return (first + within).to(torch.int32).view(torch.float32)
+    return (yield from _count(density, 1))
+
+
+def _count(density: float, share: int) -> Generator[Pass, Tensor, Tensor]:
+    """The thresholds [T] of the entries that passes of that share see."""
+    high = yield Pass(_count_high, share)
+    bucket, rank = _bucket(high, density)
+    low = yield Pass(lambda taus: _count_window(taus, bucket << _LOW_BITS), share)
+    within = (low[:, :-1].cumsum(1) < rank[:, None]).sum(1)
+    return ((bucket << _LOW_BITS) | within).to(torch.int32).view(torch.float32)
 
 
 def per_tensor(taus: Tensor, density: float) -> Tensor | None:
@@ -62,26 +93,34 @@ def _magnitude_bits(tau: Tensor) -> Tensor:
     return tau.view(torch.int32) & 0x7FFFFFFF
 
 
-def _count_high(taus: Tensor, totals: tuple[Tensor, ...]) -> Tensor:
+def _count_high(taus: Tensor) -> Tensor:
+    """[T, n] -> [T, 2^15]: how many magnitudes have each value of the upper bits."""
     high = (_magnitude_bits(tau).bitwise_right_shift_(_LOW_BITS) for tau in taus)
     return torch.stack([torch.bincount(bits, minlength=_HIGH_BUCKETS) for bits in high])
 
 
-def _count_low(taus: Tensor, buckets: Tensor) -> Tensor:
-    counts = []
-    for tau, bucket in zip(taus, buckets.tolist(), strict=True):
-        offset = _magnitude_bits(tau).sub_(bucket << _LOW_BITS)
-        counts.append(torch.bincount(_inside(offset), minlength=_LOW_BUCKETS))
-    return torch.stack(counts)
+def _count_window(taus: Tensor, first: Tensor) -> Tensor:
+    """[T, n] -> [T, 2^16 + 1]: how many magnitudes have the bits `first` [T], first + 1, ...; last, how many more."""
+    counts = taus.new_empty((len(taus), _LOW_BUCKETS + 1), dtype=torch.int64)
+    for tau, start, count in zip(taus, first.tolist(), counts, strict=True):
+        offset = _magnitude_bits(tau).sub_(start)
+        count[:-1] = torch.bincount(_inside(offset), minlength=_LOW_BUCKETS)
+        count[-1] = _at_least(offset, _LOW_BUCKETS)
+    return counts
 
 
 def _inside(offset: Tensor) -> Tensor:
-    """The entries of the bucket, int32: those of lower buckets are negative, of higher ones at least _LOW_BUCKETS."""
+    """The entries of the window, int32: those below are negative, those above at least _LOW_BUCKETS."""
     if offset.device.type != "cpu":
         return offset[(offset >> _LOW_BITS) == 0]
     # On a CPU numpy selects five times faster than torch; as unsigned, one comparison finds both ends.
     values = offset.numpy()
     return torch.from_numpy(values[values.view("uint32") < _LOW_BUCKETS])
+
+
+def _at_least(offset: Tensor, bound: int) -> Tensor | int:
+    """How many entries are no less than `bound`."""
+    return (offset >= bound).sum() if offset.device.type != "cpu" else int((offset.numpy() >= bound).sum())
 
 
 def _bucket(high: Tensor, density: float) -> tuple[Tensor, Tensor]:
@@ -92,10 +131,3 @@ def _bucket(high: Tensor, density: float) -> tuple[Tensor, Tensor]:
     bucket = (cumulative < rank).sum(1)
     before = (cumulative - high).gather(1, bucket[:, None]).squeeze(1)
     return bucket, rank - before
-
-
-def _thresholds(totals: tuple[Tensor, ...], density: float) -> Tensor:
-    high, low = totals
-    bucket, rank = _bucket(high, density)
-    within = (low.cumsum(1) < rank[:, None]).sum(1)
-    return ((bucket << _LOW_BITS) | within).to(torch.int32).view(torch.float32)

@@ -20,7 +20,7 @@ from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT, VECTOR_KIND
 from modelmerge.checkpoint.writer import Staging, check_output, companions
 from modelmerge.engine import Source, vectors
 from modelmerge.engine.front import Entanglement, Front, fit
-from modelmerge.engine.job import allow_many_files
+from modelmerge.engine.job import prepare_process
 from modelmerge.engine.vectors import Measured
 from modelmerge.errors import UsageError
 from modelmerge.method import Disentangler
@@ -216,7 +216,7 @@ def _open(
     exclude: Sequence[str],
     device: str,
 ) -> _Opened:
-    allow_many_files()
+    prepare_process()
     origin, others = open_models(str(base), as_references(experts))
     made = plan.make_plan(origin, others, matrices=False, include=include, exclude=exclude)
     shared = [tensor for tensor in made.tensors.values() if tensor.action == "merge"]

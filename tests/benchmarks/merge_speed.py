@@ -421,8 +421,8 @@ How to read it:
   model: what no merge that holds a model at a time can do without. **x floor** is (CPU - start) / (floor - start).
 - **digests**: a merge records the sha256 of its inputs. *cold*: it has not seen them before and hashes them; *warm*: it
   remembers their digests. The output is hashed and synced to the disk (fsync) in both; the floor does neither.
-- **GB/s** is the size of all inputs, counted once, over the wall time of the whole process. The inputs are in the page
-  cache.
+- **GB/s** is the size of all inputs, counted once, over the wall time of the whole process. The inputs are read
+  once before the first round, so most of them come from the page cache; the kernel may drop some in between.
 - **anonymous** is the highest anonymous memory of the process in any run, looked at every 20 ms: mapped files and the
   page cache are not in it. **promised** is what `--dry-run` said it would be at most. **RSS** also counts mapped files,
   libraries among them. MB and GB are 10^6 and 10^9 bytes.

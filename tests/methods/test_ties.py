@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.methods import _threshold
-from tests.test_every_method import merged, taus_of
+from tests.test_every_method import merged, surveyed, taus_of
 
 
 def reference(taus: Tensor, density: float, scale: float, reduce: str) -> Tensor:
@@ -39,7 +39,7 @@ def test_entries_that_cancel_exactly_elect_no_sign() -> None:
 
 
 @pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.999])
-def test_the_streamed_threshold_is_the_exact_order_statistic(density: float) -> None:
+def test_the_streamed_threshold_is_the_exact_order_statistic(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # Many magnitudes, ties, zeros, denormals and both signs.
     generator = torch.Generator().manual_seed(3)
     values = torch.cat([
@@ -48,12 +48,38 @@ def test_the_streamed_threshold_is_the_exact_order_statistic(density: float) -> 
     ])[None]  # fmt: skip
     survey = _threshold.survey(density)
     assert survey is not None
-    totals: tuple[Tensor, ...] = ()
-    for measure in survey.passes:
-        totals = (*totals, measure(values, totals))
     rank = max(_threshold.dropped(values.shape[1], density), 1)
-    assert survey.conclude(totals).item() == values.abs().kthvalue(rank).values.item()
+    want = values.abs().kthvalue(rank).values.item()
+    assert surveyed(survey, values).item() == want
+    # Through a sample, whether the window around its threshold holds the true one or not.
+    monkeypatch.setattr(_threshold, "SAMPLED", 1)
+    assert surveyed(survey, values).item() == want
+    assert surveyed(survey, values[:, torch.randperm(values.shape[1])]).item() == want
     assert _threshold.per_tensor(values, density) == values.abs().kthvalue(rank).values
+
+
+def shares_of(values: Tensor, density: float) -> tuple[list[int], Tensor]:
+    """The shares of the passes that the survey makes over values [1, n], and the threshold it finds."""
+    survey, shares = _threshold.survey(density), []
+    assert survey is not None
+    search = survey.find(values.shape[1])
+    wanted = next(search)
+    while True:
+        shares.append(wanted.share)
+        try:
+            wanted = search.send(wanted.measure(values[:, :: wanted.share].contiguous()))
+        except StopIteration as found:
+            return shares, found.value
+
+
+def test_a_sample_saves_a_pass_and_misses_are_made_good() -> None:
+    even = torch.randn(1, _threshold.SAMPLED, generator=torch.Generator().manual_seed(1))
+    odd = even.clone()
+    odd[:, ::16] *= 3  # what the sample sees is not what there is
+    for values, passes in ((even, [16, 16, 1]), (odd, [16, 16, 1, 1, 1]), (even[:, 1:], [1, 1])):
+        shares, threshold = shares_of(values, 0.2)
+        assert threshold == values.abs().kthvalue(_threshold.dropped(values.shape[1], 0.2)).values
+        assert shares == passes
 
 
 def test_trim_keeps_what_equals_the_threshold() -> None:

@@ -85,7 +85,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     if options.trim_scope == "tensor":
         thresholds = _threshold.per_tensor(taus, options.density)
 
-    vectors = taus[active]
+    vectors = taus if len(active) == len(taus) else taus[active]
     basis = task_basis(list(vectors), options)
     if options.solver == "exact":
         correction = solve(vectors, lambdas, basis, options, context)
@@ -203,7 +203,8 @@ def wanted(rows: Tensor, lambdas: list[float]) -> Tensor:
     """What `sum_i lambda_i <tau_j, D>` has to be for zero loss: `<tau_j, tau_j - sum_i lambda_i tau_i>`, [b, T, 1]."""
     weights = torch.tensor(lambdas, dtype=rows.dtype, device=rows.device)
     merged = torch.matmul(weights, rows)[:, :, None]
-    return rows.square().sum(2, keepdim=True) - torch.matmul(rows, merged)
+    squares = torch.linalg.vector_norm(rows, dim=2, keepdim=True).square_()
+    return squares - torch.matmul(rows, merged)
 
 
 METHOD = Method(
