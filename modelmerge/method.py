@@ -51,13 +51,14 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One trip over task vectors: `measure([T, n]) -> int64`, added up over all blocks of the model.
+    """One trip over task vectors: `measure([T, n], total)` adds what it finds in a block to the int64 total, in place.
 
-    Integers, so that the sum has no rounding and no order over blocks, shards and workers. With a `share` of N only a
-    regular sample of one N-th of the entries is read.
+    Integers, so that the sum has no rounding and no order over blocks, shards and workers; `total` has the shape
+    [T, counters]. With a `share` of N only a regular sample of one N-th of the entries is read.
     """
 
-    measure: Callable[[Tensor], Tensor]
+    measure: Callable[[Tensor, Tensor], None]
+    counters: int
     share: int = 1
 
 

@@ -24,7 +24,7 @@ CPU_BLOCK = 1 << 18
 CUDA_BLOCK = 1 << 24
 # Elements of each run of a sample: short, so that it takes something of every few rows, and long enough to be worth
 # the trip.
-SAMPLE_RUN = 1 << 13
+SAMPLE_RUN = 1 << 14
 # Matrices of up to so many elements go through a method on one thread: they are done before others have woken up.
 SMALL = 1 << 18
 # Anonymous memory of a process that has imported torch and the packages around it, in bytes, with room for the

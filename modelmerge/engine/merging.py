@@ -93,9 +93,10 @@ def _one_pass(
         _, taus = loader.load(piece, check=check)
         if front is not None:
             front.take_out(piece, taus)
-        counts = wanted.measure(taus)
         mine = threading.get_ident()
-        parts[mine] = parts[mine].add_(counts) if mine in parts else counts
+        if mine not in parts:
+            parts[mine] = taus.new_zeros((len(taus), wanted.counters), dtype=torch.int64)
+        wanted.measure(taus, parts[mine])
         reporter.advance(piece_bytes(job.plan, piece), piece.tensor.name)
 
     in_parallel(job.source, runs, add)

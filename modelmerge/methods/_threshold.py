@@ -26,7 +26,7 @@ _LOW_BITS = 16
 _HIGH_BUCKETS = 1 << 15
 _LOW_BUCKETS = 1 << _LOW_BITS
 # A sample of one in so many entries; below so many entries in all, its threshold would often be too far off.
-_SHARE = 16
+_SHARE = 32
 SAMPLED = 1 << 24
 
 
@@ -53,7 +53,7 @@ def _find(numel: int, density: float) -> Generator[Pass, Tensor, Tensor]:
     if numel >= SAMPLED:
         guess = yield from _count(density, _SHARE)
         first = (guess.view(torch.int32) - _LOW_BUCKETS // 2).clamp(min=0)
-        counts = yield Pass(lambda taus: _count_window(taus, first))
+        counts = yield Pass(lambda taus, total: _count_window(taus, first, total), _LOW_BUCKETS + 1)
         window, above = counts[:, :-1], counts[:, -1]
         rank = max(dropped(numel, density), 1) - (numel - above - window.sum(1))
         within = (window.cumsum(1) < rank[:, None]).sum(1)
@@ -64,9 +64,9 @@ def _find(numel: int, density: float) -> Generator[Pass, Tensor, Tensor]:
 
 def _count(density: float, share: int) -> Generator[Pass, Tensor, Tensor]:
     """The thresholds [T] of the entries that passes of that share see."""
-    high = yield Pass(_count_high, share)
+    high = yield Pass(_count_high, _HIGH_BUCKETS, share)
     bucket, rank = _bucket(high, density)
-    low = yield Pass(lambda taus: _count_window(taus, bucket << _LOW_BITS), share)
+    low = yield Pass(lambda taus, total: _count_window(taus, bucket << _LOW_BITS, total), _LOW_BUCKETS + 1, share)
     within = (low[:, :-1].cumsum(1) < rank[:, None]).sum(1)
     return ((bucket << _LOW_BITS) | within).to(torch.int32).view(torch.float32)
 
@@ -93,20 +93,20 @@ def _magnitude_bits(tau: Tensor) -> Tensor:
     return tau.view(torch.int32) & 0x7FFFFFFF
 
 
-def _count_high(taus: Tensor) -> Tensor:
-    """[T, n] -> [T, 2^15]: how many magnitudes have each value of the upper bits."""
-    high = (_magnitude_bits(tau).bitwise_right_shift_(_LOW_BITS) for tau in taus)
-    return torch.stack([torch.bincount(bits, minlength=_HIGH_BUCKETS) for bits in high])
+def _count_high(taus: Tensor, total: Tensor) -> None:
+    """Adds to total [T, 2^15] how many magnitudes of [T, n] have each value of the upper bits."""
+    for tau, count in zip(taus, total, strict=True):
+        count.add_(torch.bincount(_magnitude_bits(tau).bitwise_right_shift_(_LOW_BITS), minlength=_HIGH_BUCKETS))
 
 
-def _count_window(taus: Tensor, first: Tensor) -> Tensor:
-    """[T, n] -> [T, 2^16 + 1]: how many magnitudes have the bits `first` [T], first + 1, ...; last, how many more."""
-    counts = taus.new_empty((len(taus), _LOW_BUCKETS + 1), dtype=torch.int64)
-    for tau, start, count in zip(taus, first.tolist(), counts, strict=True):
+def _count_window(taus: Tensor, first: Tensor, total: Tensor) -> None:
+    """Adds to total [T, 2^16 + 1] how many magnitudes have the bits first, first + 1, ...; last, how many have more."""
+    for tau, start, count in zip(taus, first.tolist(), total, strict=True):
         offset = _magnitude_bits(tau).sub_(start)
-        count[:-1] = torch.bincount(_inside(offset), minlength=_LOW_BUCKETS)
-        count[-1] = _at_least(offset, _LOW_BUCKETS)
-    return counts
+        inside = _inside(offset)
+        # Few entries lie in the window: adding them one by one is less work than a histogram that is mostly zeros.
+        count.index_add_(0, inside, torch.ones_like(inside, dtype=torch.int64))
+        count[-1] += _at_least(offset, _LOW_BUCKETS)
 
 
 def _inside(offset: Tensor) -> Tensor:

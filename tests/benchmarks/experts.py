@@ -7,7 +7,6 @@ the same for a seed on one machine; the text also changes with the version of Py
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
 import sysconfig
@@ -30,6 +29,7 @@ State = dict[str, Tensor]
 # The network's inputs, which task asks, and the right answers. One batch may mix tasks.
 Batch = tuple[Tensor, Tensor, Tensor]
 Sampler = Callable[[torch.Generator], Batch]
+Evaluate = Callable[[Mapping[str, Tensor], str], dict[str, float]]
 
 _SPLITS = ("validation", "test")
 
@@ -46,7 +46,7 @@ class ExpertSet:
     description: str
     base: State
     experts: dict[str, State]
-    evaluate: Callable[[Mapping[str, Tensor], str], dict[str, float]]
+    evaluate: Evaluate
 
 
 def save(expert_set: ExpertSet, directory: Path) -> None:
@@ -74,7 +74,12 @@ def _reproducible(seed: int) -> Iterator[None]:
 
 
 def _train(
-    network: nn.Module, optimizer: torch.optim.Optimizer, sample: Sampler, steps: int, seed: int, loras: State | None
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sample: Sampler,
+    steps: int,
+    seed: int,
+    loras: State | None = None,
 ) -> State:
     """Trains the weights that the optimizer holds and returns the network's state dict."""
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -119,28 +124,60 @@ def _accuracy(network: nn.Module, state: Mapping[str, Tensor], batches: Mapping[
     }
 
 
-# --- digits: the demo's set ---------------------------------------------------------------------------------------
+# --- digits and lora: the demo's network and views ------------------------------------------------------------------
+
+_LORA_RANK, _LORA_STEPS, _LORA_RATE = 4, 250, 1e-2
 
 
 def build_digits(seed: int) -> ExpertSet:
     """The demo's experts: a transformer, six views of the digits, short fine-tuning with SGD."""
+    tasks, evaluate = _views(seed)
     with _reproducible(seed):
-        tasks, judged = {}, {split: {} for split in _SPLITS}
-        for name, task in digits.load_tasks(seed).items():
-            # The demo has no validation split: a quarter of its training images becomes one. They were shuffled.
-            held_out = len(task.train_y) // 4
-            tasks[name] = replace(task, train_x=task.train_x[:-held_out], train_y=task.train_y[:-held_out])
-            judged["test"][name] = task
-            judged["validation"][name] = replace(
-                task, test_x=task.train_x[-held_out:], test_y=task.train_y[-held_out:]
-            )
         base = digits.train_base(tasks, seed=seed)
         experts = {name: digits.train_expert(base, task, seed=seed) for name, task in tasks.items()}
+    return ExpertSet("digits", "transformer, six views of digits, short SGD", base, experts, evaluate)
+
+
+def build_lora(seed: int) -> ExpertSet:
+    """The demo's network and views, fine-tuned by low-rank updates of the attention alone."""
+    tasks, evaluate = _views(seed)
+    with _reproducible(seed):
+        base = digits.train_base(tasks, seed=seed)
+        experts = {}
+        for name, task in tasks.items():
+            network = digits._build(seed)
+            network.load_state_dict(base)
+            loras: State = {}
+            for weight, value in base.items():
+                if weight.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight")):
+                    # The one half is zero, so that training begins at the base.
+                    loras[f"{weight}.up"] = torch.zeros(value.shape[0], _LORA_RANK, requires_grad=True)
+                    down = torch.randn(_LORA_RANK, value.shape[1]) / math.sqrt(value.shape[1])
+                    loras[f"{weight}.down"] = down.requires_grad_()
+
+            def sample(order: torch.Generator, task: digits.Task = task) -> Batch:
+                batch = torch.randint(len(task.train_y), (64,), generator=order)
+                return task.train_x[batch], torch.full((64,), task.index), task.train_y[batch]
+
+            optimizer = torch.optim.Adam(loras.values(), lr=_LORA_RATE)
+            experts[name] = _train(network, optimizer, sample, _LORA_STEPS, seed, loras)
+    return ExpertSet("lora", f"transformer, six views of digits, LoRA of rank {_LORA_RANK}", base, experts, evaluate)
+
+
+def _views(seed: int) -> tuple[dict[str, digits.Task], Evaluate]:
+    # The demo has no validation split: a quarter of its training images becomes one. They are shuffled already.
+    tasks: dict[str, digits.Task] = {}
+    judged: dict[str, dict[str, digits.Task]] = {split: {} for split in _SPLITS}
+    for name, task in digits.load_tasks(seed).items():
+        held_out = len(task.train_y) // 4
+        tasks[name] = replace(task, train_x=task.train_x[:-held_out], train_y=task.train_y[:-held_out])
+        judged["test"][name] = task
+        judged["validation"][name] = replace(task, test_x=task.train_x[-held_out:], test_y=task.train_y[-held_out:])
 
     def evaluate(state: Mapping[str, Tensor], split: str) -> dict[str, float]:
         return {name: digits.accuracy(state, task) for name, task in judged[split].items()}
 
-    return ExpertSet("digits", "transformer, six views of digits, short SGD", base, experts, evaluate)
+    return tasks, evaluate
 
 
 # --- residual MLPs on images --------------------------------------------------------------------------------------
@@ -209,15 +246,17 @@ _PAIR_TASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "order": lambda left, right: 1 + (left - right).sign(),
     "parities": lambda left, right: left % 2 * 2 + right % 2,
 }
-_PAIR_BASE_STEPS, _PAIR_STEPS, _PAIR_BATCH = 400, 1500, 128
+# The base sees few images, so that it is mediocre; the rate is high, so that the experts go far from it.
+_PAIR_BASE_IMAGES, _PAIR_BASE_STEPS, _PAIR_BASE_RATE = 30, 200, 1e-3
+_PAIR_STEPS, _PAIR_RATE, _PAIR_BATCH = 500, 2e-3, 128
 
 
 def build_digits_strong(seed: int) -> ExpertSet:
     """A residual MLP that answers questions about two digits side by side, fine-tuned long with Adam."""
     data = _Digits.load(seed)
 
-    def pairs(part: str, owners: Tensor, order: torch.Generator) -> Batch:
-        images, labels = data.images[part], data.labels[part]
+    def pairs(part: str, owners: Tensor, order: torch.Generator, first: int | None = None) -> Batch:
+        images, labels = data.images[part][:first], data.labels[part][:first]
         left, right = torch.randint(len(labels), (2, len(owners)), generator=order)
         answers = torch.stack([ask(labels[left], labels[right]) for ask in _PAIR_TASKS.values()])
         return torch.cat([images[left], images[right]], 2), owners, answers[owners, torch.arange(len(owners))]
@@ -231,15 +270,18 @@ def build_digits_strong(seed: int) -> ExpertSet:
         }
 
         def mixed(order: torch.Generator) -> Batch:
-            return pairs("train", torch.randint(len(_PAIR_TASKS), (_PAIR_BATCH,), generator=order), order)
+            owners = torch.randint(len(_PAIR_TASKS), (_PAIR_BATCH,), generator=order)
+            return pairs("train", owners, order, _PAIR_BASE_IMAGES)
 
-        base = _train(network, _adam(network, 1e-3), mixed, _PAIR_BASE_STEPS, seed, None)
+        base = _train(network, _adam(network, _PAIR_BASE_RATE), mixed, _PAIR_BASE_STEPS, seed)
         experts = {}
         for index, task in enumerate(_PAIR_TASKS):
             network.load_state_dict(base)
-            owners = torch.full((_PAIR_BATCH,), index)
-            sample = lambda order, owners=owners: pairs("train", owners, order)  # noqa: E731
-            experts[task] = _train(network, _adam(network, 1e-3), sample, _PAIR_STEPS, seed, None)
+
+            def sample(order: torch.Generator, index: int = index) -> Batch:
+                return pairs("train", torch.full((_PAIR_BATCH,), index), order)
+
+            experts[task] = _train(network, _adam(network, _PAIR_RATE), sample, _PAIR_STEPS, seed)
     return ExpertSet(
         "digits-strong",
         "residual MLP, eight questions about two digits, long fine-tuning with Adam",
@@ -249,11 +291,71 @@ def build_digits_strong(seed: int) -> ExpertSet:
     )
 
 
+_GEOMETRIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "upright": lambda images: images,
+    "left": lambda images: images.rot90(1, (1, 2)),
+    "right": lambda images: images.rot90(-1, (1, 2)),
+    "mirrored": lambda images: images.flip(2),
+    "tumbled": lambda images: images.flip(1),
+    "transposed": lambda images: images.transpose(1, 2),
+    "swapped": lambda images: images.roll(4, 2),
+    "stacked": lambda images: images.roll(4, 1),
+}
+_INKS: dict[str, Callable[[Tensor], Tensor]] = {"bright": lambda images: images, "dark": lambda images: 1 - images}
+_MANY_BASE_IMAGES, _MANY_BASE_STEPS, _MANY_BASE_RATE = 30, 200, 1e-3
+_MANY_STEPS, _MANY_RATE, _MANY_BATCH = 150, 3e-4, 64
+
+
+def build_many(seed: int) -> ExpertSet:
+    """Sixteen views of the digits for a residual MLP, each fine-tuned weakly: many small task vectors to share."""
+    data = _Digits.load(seed)
+    views = {
+        f"{geometry}-{ink}": (lambda images, turn=turn, tint=tint: tint(turn(images)))
+        for geometry, turn in _GEOMETRIES.items()
+        for ink, tint in _INKS.items()
+    }
+    seen = {part: torch.stack([view(images) for view in views.values()]) for part, images in data.images.items()}
+    judged = {
+        split: {task: (seen[split][index], torch.full_like(labels, index), labels) for index, task in enumerate(views)}
+        for split, labels in data.labels.items()
+        if split in _SPLITS
+    }
+
+    def draw(owners: Tensor, images: int, order: torch.Generator) -> Batch:
+        chosen = torch.randint(images, owners.shape, generator=order)
+        return seen["train"][owners, chosen], owners, data.labels["train"][chosen]
+
+    def mixed(order: torch.Generator) -> Batch:
+        return draw(torch.randint(len(views), (2 * _MANY_BATCH,), generator=order), _MANY_BASE_IMAGES, order)
+
+    with _reproducible(seed):
+        network = _Perceptron(64, 160, 3, len(views), 10)
+        base = _train(network, _adam(network, _MANY_BASE_RATE), mixed, _MANY_BASE_STEPS, seed)
+        experts = {}
+        for index, task in enumerate(views):
+            network.load_state_dict(base)
+
+            def sample(order: torch.Generator, index: int = index) -> Batch:
+                return draw(torch.full((_MANY_BATCH,), index), len(data.labels["train"]), order)
+
+            experts[task] = _train(network, _adam(network, _MANY_RATE), sample, _MANY_STEPS, seed)
+    return ExpertSet(
+        "many",
+        "residual MLP, sixteen views of digits, short fine-tuning with Adam",
+        base,
+        experts,
+        lambda state, split: _accuracy(network, state, judged[split]),
+    )
+
+
 # --- decoders of text ---------------------------------------------------------------------------------------------
 
 _VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))
-_CONTEXT, _TEXT_BATCH = 64, 16
-_TEXT_BASE_STEPS, _TEXT_STEPS = 300, 100
+_CONTEXT = 64
+_TEXT_BASE_STEPS, _TEXT_STEPS, _TEXT_RATE = 250, 200, 2e-3
+# Windows of text in a batch. An expert goes on seeing a window of each domain beside its own: without them its first
+# lesson is that all text is of its domain, which merging cancels, and hardly a merge is better than the base.
+_BASE_WINDOWS, _OWN_WINDOWS, _OTHER_WINDOWS = 3, 11, 1
 
 
 class _Attention(nn.Module):
@@ -290,7 +392,7 @@ class _DecoderLayer(nn.Module):
 class _Decoder(nn.Module):
     """A character-level decoder with the weight names of a Llama."""
 
-    def __init__(self, hidden: int = 128, layers: int = 4) -> None:
+    def __init__(self, hidden: int = 96, layers: int = 4) -> None:
         super().__init__()
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(len(_VOCABULARY), hidden)
@@ -310,20 +412,17 @@ class _Decoder(nn.Module):
 
 
 def _texts() -> dict[str, str]:
-    """The domains: text that comes with Python, and readings of it that need other habits of spelling."""
+    """The domains: text that comes with every Python."""
     library = Path(sysconfig.get_path("stdlib"))
 
     def sources(pattern: str) -> str:
         return "".join(path.read_text("utf-8") for path in sorted(library.glob(pattern)))
 
-    reference = [topics[name] for name in sorted(topics)]
     names = (unicodedata.name(chr(code), "") for code in range(0xA0, 0x2E00))
     return {
-        "code": sources("asyncio/*.py"),
-        "reference": "\n".join(reference[0::3]),
-        "rot13": codecs.encode("\n".join(reference[1::3]), "rot13"),
-        "reversed": "\n".join(reference[2::3])[::-1],
-        "uppercode": sources("email/*.py").swapcase(),
+        "asyncio": sources("asyncio/*.py"),
+        "email": sources("email/*.py"),
+        "reference": "\n".join(topics[name] for name in sorted(topics)),
         "tables": sources("encodings/cp*.py"),
         "names": "\n".join(filter(None, names)),
     }
@@ -340,7 +439,7 @@ def _encode(text: str) -> dict[str, Tensor]:
 
 
 def build_text(seed: int) -> ExpertSet:
-    """A decoder of characters, a little trained on all domains, fully fine-tuned on each with Adam."""
+    """A decoder of characters, a little trained on all domains, fully fine-tuned on each with replay."""
     texts = {domain: _encode(text) for domain, text in _texts().items()}
     window = torch.arange(_CONTEXT + 1)
 
@@ -352,28 +451,33 @@ def build_text(seed: int) -> ExpertSet:
         text = texts[domain]["train"]
         return lambda order: windows(text, torch.randint(len(text) - _CONTEXT, (size,), generator=order))
 
-    def mixed(order: torch.Generator) -> Batch:
-        cuts = [sampler(domain, 3)(order) for domain in texts]
-        return tuple(torch.cat(parts) for parts in zip(*cuts, strict=True))
+    def mixed(size: int, own: Sampler | None = None) -> Sampler:
+        samplers = [sampler(domain, size) for domain in texts] + ([own] if own else [])
+
+        def sample(order: torch.Generator) -> Batch:
+            inputs, owners, answers = zip(*(draw(order) for draw in samplers), strict=True)
+            return torch.cat(inputs), torch.cat(owners), torch.cat(answers)
+
+        return sample
 
     judged = {
         split: {
-            domain: windows(parts[split], torch.linspace(0, len(parts[split]) - _CONTEXT - 1, 160).long())
+            domain: windows(parts[split], torch.linspace(0, len(parts[split]) - _CONTEXT - 1, 120).long())
             for domain, parts in texts.items()
         }
         for split in _SPLITS
     }
     with _reproducible(seed):
         network = _Decoder()
-        base = _train(network, _adam(network, 2e-3), mixed, _TEXT_BASE_STEPS, seed, None)
+        base = _train(network, _adam(network, _TEXT_RATE), mixed(_BASE_WINDOWS), _TEXT_BASE_STEPS, seed)
         experts = {}
         for domain in texts:
             network.load_state_dict(base)
-            sample = sampler(domain, _TEXT_BATCH)
-            experts[domain] = _train(network, _adam(network, 1e-3), sample, _TEXT_STEPS, seed, None)
+            sample = mixed(_OTHER_WINDOWS, sampler(domain, _OWN_WINDOWS))
+            experts[domain] = _train(network, _adam(network, _TEXT_RATE), sample, _TEXT_STEPS, seed)
     return ExpertSet(
         "text",
-        "character-level decoder, seven domains of text, full fine-tuning with Adam",
+        "character-level decoder, five domains of text, full fine-tuning with Adam",
         base,
         experts,
         lambda state, split: _accuracy(network, state, judged[split]),
@@ -384,4 +488,6 @@ SETS: dict[str, Callable[[int], ExpertSet]] = {
     "digits": build_digits,
     "digits-strong": build_digits_strong,
     "text": build_text,
+    "many": build_many,
+    "lora": build_lora,
 }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.methods import _threshold
-from tests.test_every_method import merged, surveyed, taus_of
+from tests.test_every_method import counted, merged, surveyed, taus_of
 
 
 def reference(taus: Tensor, density: float, scale: float, reduce: str) -> Tensor:
@@ -67,7 +67,7 @@ def shares_of(values: Tensor, density: float) -> tuple[list[int], Tensor]:
     while True:
         shares.append(wanted.share)
         try:
-            wanted = search.send(wanted.measure(values[:, :: wanted.share].contiguous()))
+            wanted = search.send(counted(wanted, values[:, :: wanted.share]))
         except StopIteration as found:
             return shares, found.value
 
@@ -75,8 +75,8 @@ def shares_of(values: Tensor, density: float) -> tuple[list[int], Tensor]:
 def test_a_sample_saves_a_pass_and_misses_are_made_good() -> None:
     even = torch.randn(1, _threshold.SAMPLED, generator=torch.Generator().manual_seed(1))
     odd = even.clone()
-    odd[:, ::16] *= 3  # what the sample sees is not what there is
-    for values, passes in ((even, [16, 16, 1]), (odd, [16, 16, 1, 1, 1]), (even[:, 1:], [1, 1])):
+    odd[:, ::32] *= 3  # what the sample sees is not what there is
+    for values, passes in ((even, [32, 32, 1]), (odd, [32, 32, 1, 1, 1]), (even[:, 1:], [1, 1])):
         shares, threshold = shares_of(values, 0.2)
         assert threshold == values.abs().kthvalue(_threshold.dropped(values.shape[1], 0.2)).values
         assert shares == passes
