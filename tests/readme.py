@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from modelmerge import method
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def method_table() -> str:
-    """Every merge method with its help line, its options and its source."""
+def method_table(kind: Literal["merge", "disentangle"]) -> str:
+    """Every method of a kind with its help line, its options and its source."""
     rows = ["| method | what it does | options (default) |", "|---|---|---|"]
-    for name in method.names():
-        chosen = method.load(name)
+    for name in method.names(kind):
+        chosen = method.load(name, kind)
         told = []
         for spec in dataclasses.fields(chosen.options):
             default = "automatic" if spec.default is None else spec.default
             told.append(f"`--{spec.name.replace('_', '-')}` ({default})")
-        rows.append(f"| [`{name}`]({chosen.paper}) | {method.summary(name)} | {' '.join(told)} |")
+        rows.append(f"| [`{name}`]({chosen.paper}) | {method.summary(name, kind)} | {' '.join(told)} |")
     return "\n".join(rows)
 
 
-BLOCKS = {"methods": method_table}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "methods": lambda: method_table("merge"),
+    "disentanglers": lambda: method_table("disentangle"),
+}
 
 
 def renewed(text: str) -> str:

@@ -20,7 +20,8 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["demo", "-o", str(tmp_path / "demo"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     rows = {row["model"]: row for row in told["models"]}
-    assert {name for name, row in rows.items() if row["kind"] == "merge"} == set(method.names())
+    merges = {name for name, row in rows.items() if row["kind"] == "merge"}
+    assert merges == {*method.names(), *(f"{front} + task-arithmetic" for front in method.names("disentangle"))}
     experts = [row for row in rows.values() if row["kind"] == "expert"]
     assert len(experts) == len(digits.TASKS) >= 4
     base = rows["base"]
@@ -34,6 +35,10 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFi
         # What the table says is what lies on disk.
         merged, task = read(tmp_path / "demo" / "merged" / name), digits.load_tasks()["mirrored"]
         assert digits.accuracy(merged, task) == rows[name]["accuracy"]["mirrored"]
+    reach = {row["scale"]: (row["task-arithmetic"], row["awd + task-arithmetic"]) for row in told["scales"]}
+    assert reach[0.3] == (rows["task-arithmetic"]["mean"], rows["awd + task-arithmetic"]["mean"])
+    # What disentangling gives task arithmetic grows with the scale.
+    assert reach[0.8][1] - reach[0.8][0] > reach[0.2][1] - reach[0.2][0]
     assert rows["average"]["mean"] < rows["task-arithmetic"]["mean"]
     assert Path(told["manifests"]["apgd"]).is_file()
     assert told["commands"]["apgd"].startswith("modelmerge merge apgd ")

@@ -24,7 +24,8 @@ def test_every_method_and_every_command_is_shown() -> None:
     assert len(COMMANDS) > 8
     for name in method.names():
         assert any(f"merge {name}" in line for line in COMMANDS), name
-    assert any(line.startswith("modelmerge demo") for line in COMMANDS)
+    for word in ("demo", "extract", "disentangle awd"):
+        assert any(line.startswith(f"modelmerge {word}") for line in COMMANDS), word
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith("modelmerge demo")])

@@ -57,14 +57,26 @@ def demo(
         ]
         for row in story.rows
     ]
+    reach = list(next(iter(story.scales.values())))
+    head, *tail = best.model.split(" + ")
+    line = (
+        f"{tail[0]} BASE EXPERT EXPERT -o merged --disentangle {head}"
+        if tail
+        else f"{head} BASE EXPERT EXPERT -o merged"
+    )
     sink.result(
         to_json(story, out),
         quiet=str(out),
         human=[
             table("Accuracy on held-out images, per cent (* best merge)", ["model", *tasks, "mean"], shown),
+            "",
+            table(
+                "Mean by the scale of task arithmetic",
+                ["", *map(str, story.scales)],
+                [[label, *(f"{100 * means[label]:.1f}" for means in story.scales.values())] for label in reach],
+            ),
             "\nAn expert masters its own task; a merge has to hold all six. Every method ran at its defaults.",
             f"\nThe models are in [bold]{out}[/]. This made the best merge:\n  {story.commands[best.model]}",
-            "\nWith your own models, look before you merge:\n"
-            f"  modelmerge merge {best.model} BASE EXPERT EXPERT -o merged --dry-run",
+            f"\nWith your own models, look before you merge:\n  modelmerge merge {line} --dry-run",
         ],
     )

@@ -18,6 +18,8 @@ from modelmerge.errors import ModelMergeError
 from modelmerge.report import SILENT, Reporter
 from modelmerge.verbs.merge import merge
 
+SCALES = (0.2, 0.3, 0.4, 0.6, 0.8)  # of task arithmetic, to see what disentangling does to its reach
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -35,14 +37,20 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """What the demo did: a row for each model, and the shell line of each merge."""
+    """What the demo did: a row for each model, the shell line of each merge, and task arithmetic by its scale.
+
+    `scales`: by scale, the mean accuracy of task arithmetic plain and behind each disentangling method.
+    """
 
     rows: tuple[Row, ...]
     commands: Mapping[str, str]
+    scales: Mapping[float, Mapping[str, float]]
 
 
 def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) -> Story:
     """Train a base and six experts, merge them by every method at its defaults, measure all on held-out images.
+
+    Task arithmetic is also run behind each disentangling method, and over a range of scales.
 
     Args:
         out: An empty or new directory: gets `base/`, `experts/NAME/` and `merged/METHOD/`.
@@ -63,14 +71,27 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
     commands: dict[str, str] = {}
     experts = [out / "experts" / name for name in tasks]
     names = sorted(method.names(), key=lambda name: (name != "average", name))
-    reporter.stage("merging", len(names))
-    for name in names:
-        manifest = merge(out / "base", experts, out / "merged" / name, method=name, device=device)
-        commands[name] = manifest["command"]
-        merged = load_file(out / "merged" / name / "model.safetensors")
-        rows.append(_measure(name, "merge", merged, tasks))
-        reporter.advance(1, name)
-    return Story(tuple(rows), commands)
+    fronts = method.names("disentangle")
+    reporter.stage("merging", len(names) + len(fronts) + len(SCALES) * (1 + len(fronts)))
+
+    def run(name: str, label: str, front: str | None = None, **options: Any) -> Row:
+        target = out / "merged" / label.replace(" ", "")
+        manifest = merge(
+            out / "base", experts, target, method=name, disentangle=front, device=device, force=True, **options
+        )
+        commands[label] = manifest["command"]
+        reporter.advance(1, label)
+        return _measure(label, "merge", load_file(target / "model.safetensors"), tasks)
+
+    scales: dict[float, dict[str, float]] = {}
+    for scale in SCALES:
+        scales[scale] = {"task-arithmetic": run("task-arithmetic", "task-arithmetic", scale=scale).mean}
+        for front in fronts:
+            label = f"{front} + task-arithmetic"
+            scales[scale][label] = run("task-arithmetic", label, front, scale=scale).mean
+    rows += [run(name, name) for name in names]
+    rows += [run("task-arithmetic", f"{front} + task-arithmetic", front) for front in fronts]
+    return Story(tuple(rows), commands, scales)
 
 
 def train(out: Path, tasks: Mapping[str, digits.Task], reporter: Reporter = SILENT) -> list[Row]:
@@ -108,5 +129,6 @@ def to_json(story: Story, out: Path) -> dict[str, Any]:
             for row in story.rows
         ],
         "commands": dict(story.commands),
-        "manifests": {name: str(out / "merged" / name / MANIFEST) for name in story.commands},
+        "scales": [{"scale": scale, **means} for scale, means in story.scales.items()],
+        "manifests": {name: str(out / "merged" / name.replace(" ", "") / MANIFEST) for name in story.commands},
     }

@@ -193,8 +193,8 @@ def main() -> None:
     seeds = " ".join(map(str, told.seeds))
     head = (
         f"# {told.what}\n\nWritten by `python -m tests.benchmarks.choose {told.what} --sets {' '.join(told.sets)} "
-        f"--seeds {seeds}`.\nMean accuracy over the tasks on the test split, per cent; mean and standard deviation over "
-        "seeds (each\nseed changes data split and training).\n"
+        f"--seeds {seeds}`.\nMean accuracy over the tasks on the test split, per cent; mean and standard deviation "
+        "over seeds\n(each seed changes data split and training).\n"
     )
     (HERE / f"RESULTS-{told.what}.md").write_text("\n".join([head, *lines]) + "\n")
     print("\n".join(lines))
