@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+import modelmerge
 from modelmerge import method
 from modelmerge.method import Context
 from modelmerge.methods import _linalg
@@ -135,3 +139,121 @@ def test_a_tiny_but_fair_task_vector_takes_part() -> None:
 def test_matrices_smaller_than_the_number_of_tasks(shape: tuple[int, int]) -> None:
     taus = torch.randn(5, *shape, generator=torch.Generator().manual_seed(4)) * 1e-2
     assert merged("apgd", taus, steps=5).isfinite().all()
+
+
+def quiet(tasks: int, told: dict[str, float] | None = None) -> Context:
+    return Context(
+        tensor="w", weights=(1.0,) * tasks, tell=lambda figures: told.update(figures) if told is not None else None
+    )
+
+
+def dense_minimiser(taus: Tensor, lambdas: list[float], basis: Tensor, inner: str) -> Tensor:
+    """The shortest minimiser off the basis, float64, by a pseudo-inverse of the whole linear system in D."""
+    taus, basis = taus.double(), basis.double()
+    _, m, n = taus.shape
+    off = torch.eye(m, dtype=torch.float64) - basis @ basis.T
+    total = sum(lambdas)
+    gap = taus - sum(lam * tau for lam, tau in zip(lambdas, taus, strict=True))
+    rows, right = [], []
+    for tau, rest in zip(taus, gap, strict=True):
+        if inner == "row":
+            # <tau_r, (off @ D)_r> for each row r, as a linear function of all entries of D.
+            rows.append(total * torch.einsum("rk,rn->rkn", off, tau).reshape(m, m * n))
+            right.append((tau * rest).sum(1))
+        else:
+            rows.append(total * (off @ tau).reshape(1, m * n))
+            right.append((tau * rest).sum()[None])
+    found = torch.linalg.pinv(torch.cat(rows), rtol=1e-10) @ torch.cat(right)
+    return off @ found.view(m, n)
+
+
+CASES = {
+    "ordinary": lambda: taus_of(4) * 0.3,
+    "two tasks": lambda: taus_of(2),
+    "very uneven": lambda: taus_of(3) * torch.tensor([1.0, 0.05, 3.0])[:, None, None],
+    "large": lambda: taus_of(3) * 1e3,
+    "tiny": lambda: taus_of(3) * 1e-4,
+    "low rank": lambda: torch.randn(3, 24, 2, generator=torch.Generator().manual_seed(7))
+    @ torch.randn(3, 2, 18, generator=torch.Generator().manual_seed(8)) * 1e-2,
+    "a row that no task changed": lambda: taus_of(3) * (torch.arange(24) != 5)[:, None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", ["row", "matrix"])
+@pytest.mark.parametrize("shared_rank", [0, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_the_exact_solver_finds_the_shortest_minimiser(case: str, shared_rank: int, inner: str) -> None:
+    taus = CASES[case]()
+    lambdas = [0.3 * taus[0].norm().item() / tau.norm().item() for tau in taus]
+    options = apgd.Options(solver="exact", inner=inner, shared_rank=shared_rank, ridge=1e-9)
+    basis = apgd.task_basis(list(taus), options)
+    got = apgd.solve(taus, lambdas, basis, options, quiet(len(taus))).double()
+    want = dense_minimiser(taus, lambdas, basis, inner)
+    assert (got - want).norm() <= 1e-3 * want.norm()
+    zero = torch.zeros_like(got)
+    assert loss(got, taus.double(), lambdas, inner) <= 1e-5 * loss(zero, taus.double(), lambdas, inner)
+    assert (basis.double().T @ got).norm() <= 1e-5 * got.norm()
+
+
+@pytest.mark.parametrize(
+    ("case", "make"),
+    [
+        ("identical experts", lambda: taus_of(1).repeat(4, 1, 1)),
+        ("nearly identical experts", lambda: taus_of(1) + 1e-5 * taus_of(4, seed=3)),
+        ("opposite experts", lambda: taus_of(1) * torch.tensor([1.0, -1.0, 1.0])[:, None, None]),
+        ("more tasks than columns", lambda: taus_of(30)),
+        ("one expert", lambda: taus_of(1)),
+        ("a nearly zero one", lambda: taus_of(4) * torch.tensor([1.0, 1.0, 2e-3, 1.0])[:, None, None]),
+    ],
+)
+def test_the_exact_solver_converges_where_the_system_is_singular(case: str, make: Callable[[], Tensor]) -> None:
+    taus, told = make(), dict[str, float]()
+    options = apgd.Options(solver="exact", lambda_mode="relative")
+    lambdas = apgd.task_lambdas([tau.norm().item() for tau in taus], [1.0] * len(taus), options)
+    basis = apgd.task_basis(list(taus), options)
+    got = apgd.solve(taus, lambdas, basis, options, quiet(len(taus), told)).double()
+    assert got.isfinite().all(), case
+    assert told.get("iterations", 0) < 200  # none at all where there is no basis
+    at_zero = loss(torch.zeros_like(got), taus.double(), lambdas, "row")
+    assert loss(got, taus.double(), lambdas, "row") <= at_zero * (1 + 1e-3)
+    assert (basis.double().T @ got).norm() <= 1e-5 * got.norm() + 1e-12
+    assert got.norm() < 100 * taus.norm()
+
+
+@pytest.mark.parametrize("solver", ["exact", "adam"])
+@pytest.mark.parametrize("factor", [10.0, 1e-3])
+def test_relative_lambdas_are_free_of_scale(factor: float, solver: str) -> None:
+    taus = taus_of(4)
+    told = {
+        "solver": solver,
+        "lambda_mode": "relative",
+        "relative_lr": 0.3,
+        "density": 0.5,
+        "steps": 50,
+        "tolerance": 0.0,
+    }
+    one, other = (merged("apgd", vectors, **told) for vectors in (taus, taus * factor))
+    assert (other - factor * one).norm() <= 1e-3 * factor * one.norm()
+
+
+def test_a_tolerance_stops_adam_and_changes_next_to_nothing() -> None:
+    taus = taus_of(3) * 0.3
+    lambdas = [0.07 / tau.norm().item() for tau in taus]
+    results, steps = [], []
+    for tolerance in (0.0, 1e-11, 0.5):
+        options, told = apgd.Options(tolerance=tolerance, steps=400), dict[str, float]()
+        basis = apgd.task_basis(list(taus), options)
+        results.append(apgd.descend(taus, lambdas, basis, options, quiet(3, told)))
+        steps.append(told["steps"])
+    assert steps[0] == 400
+    assert steps[2] < 200
+    assert (results[1] - results[0]).norm() <= 1e-4 * results[0].norm()
+
+
+def test_the_exact_solver_is_told_in_the_manifest(models: list[Path], tmp_path: Path) -> None:
+    manifest = modelmerge.merge(models[0], models[1:], tmp_path / "out", method="apgd", solver="exact")
+    figures = manifest["tensors"]["figures"]
+    assert set(figures) == {
+        "model.layers.0.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight",
+    }  # fmt: skip
+    assert all(0 <= told["iterations"] < 200 for told in figures.values())

@@ -63,7 +63,7 @@ class Options:
     lr: float = option(1e-4, "Learning rate of Adam, in units of the weights.", above=0.0)
     relative_lr: float | None = option(None, "Learning rate in units of rms(tau), instead of --lr; try 0.3.", above=0.0)
     tolerance: float = option(1e-11, "Adam stops once loss / first loss is below; 0: all steps.", minimum=0.0)
-    ridge: float = option(1e-6, "exact: ridge, in units of a row's mean squared norm.", minimum=0.0)
+    ridge: float = option(1e-4, "exact: ridge, in units of a row's mean squared norm.", minimum=0.0)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
@@ -120,14 +120,16 @@ def descend(taus: Tensor, lambdas: list[float], basis: Tensor, options: Options,
     The gradient needs no autograd: with `e_jr = <tau_j, sum_i lambda_i (tau_i + D) - tau_j>_row r`, that of row r is
     `2 sum_i lambda_i * sum_j e_jr tau_j[r]`.
     """
+    # The loss in units of the task vectors' size is the same loss: D scales with them. Adam's eps is then small too.
+    unit = 1.0 if options.relative_lr is None else float(taus.square().mean().sqrt())
+    rate = options.lr if options.relative_lr is None else options.relative_lr
     total = sum(lambdas)
     rows = side_by_side(taus, options)
+    if unit != 1.0:
+        rows = rows / unit
     # What e is at D = 0.
     offset = -wanted(rows, lambdas)
     correction = torch.zeros_like(taus[0])
-    rate = options.lr
-    if options.relative_lr is not None:
-        rate = options.relative_lr * float(taus.square().mean().sqrt())
     adam = torch.optim.Adam([correction], lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
     enough = options.tolerance * float(offset.square().sum())
     taken = 0
@@ -140,7 +142,7 @@ def descend(taus: Tensor, lambdas: list[float], basis: Tensor, options: Options,
         correction.grad = _linalg.remove_subspace(gradient, basis)
         adam.step()
     context.tell({"steps": taken})
-    return correction
+    return correction.mul_(unit)
 
 
 def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: Options, context: Context) -> Tensor:
@@ -148,8 +150,9 @@ def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: Options, c
 
     With V the rows' task vectors and P = I - B B^T, zero loss asks `V P D = c`; the shortest solution is `P V^T a`
     where `(V P V^T + ridge) a = c`, a [m, T]: conjugate gradients, preconditioned by the rows' own T x T systems, which
-    are the whole answer where there is no basis. The ridge makes it the least-squares solution where zero loss is out
-    of reach (more tasks than columns, experts that agree).
+    are the whole answer where there is no basis. The ridge makes it the least-squares solution where zero loss is
+    out of reach (more tasks than columns, experts that contradict one another); a much smaller one would let float32's
+    rounding of the products through, magnified by its inverse.
     """
     rows = side_by_side(taus, options)
     shape = taus[0].shape
