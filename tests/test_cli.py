@@ -218,7 +218,7 @@ def test_a_terminal_sees_bytes_and_tensor_names(models: list[Path], tmp_path: Pa
     assert child.returncode == 0
     assert "merged 3 experts" in out
     text = seen.decode()
-    assert "measuring 1/2" in text
+    assert "measuring" in text
     assert "merging" in text
     assert "kB" in text
     assert any(name in text for name in read(models[0]))

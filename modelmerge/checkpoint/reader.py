@@ -61,8 +61,8 @@ class Checkpoint:
         """Bytes that a tensor takes in its files."""
         return self.tensors[tensor].nbytes if tensor in self.tensors else 0
 
-    def read_into(self, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes from `offset` on.
+    def read_into(self, tensor: TensorInfo, offset: int, buffer: memoryview, *, follow: bool = True) -> None:
+        """Fill `buffer` with the tensor's bytes from `offset` on; with `follow`, the file's digest comes along.
 
         Raises:
             CheckpointError: The file ends before that, or cannot be read.
@@ -77,7 +77,8 @@ class Checkpoint:
                 done += got
         except OSError as error:
             raise CheckpointError(f"{tensor.file}: tensor '{tensor.name}' cannot be read: {error.strerror}") from error
-        digest.follow(position + done)
+        if follow:
+            digest.follow(position + done)
 
     def digests(self) -> dict[Path, str]:
         """The sha256 of every weight file; what reading has not passed yet is read now."""

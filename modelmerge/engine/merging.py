@@ -85,8 +85,9 @@ def _survey(job: Job, survey: Survey, front: Front | None, merged: Sequence[Tens
 def _one_pass(
     job: Job, wanted: Pass, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter, *, check: bool
 ) -> Tensor:
-    runs = list(pieces(merged, job.source.block if wanted.share == 1 else SAMPLE_RUN))[:: wanted.share]
-    reporter.stage("measuring" if wanted.share == 1 else "sampling", sum(piece_bytes(job.plan, run) for run in runs))
+    sampled = wanted.share > 1
+    runs = list(pieces(merged, SAMPLE_RUN if sampled else job.source.block, sampled=sampled))[:: wanted.share]
+    reporter.stage("sampling" if sampled else "measuring", sum(piece_bytes(job.plan, run) for run in runs))
     parts: dict[int, Tensor] = {}  # one running total per worker
 
     def add(piece: Piece, loader: Loader) -> None:

@@ -29,7 +29,8 @@ class Piece:
     tensor: TensorPlan
     start: int
     stop: int
-    whole: bool  # keep the tensor's shape; otherwise the run is flat
+    whole: bool = False  # keep the tensor's shape; otherwise the run is flat
+    sampled: bool = False  # others around it are not read: no occasion to hash the file
 
 
 class Loader:
@@ -134,11 +135,11 @@ class Loader:
         info = model.tensors[piece.tensor.name]
         first, last = piece.start * item_bytes(info.dtype), piece.stop * item_bytes(info.dtype)
         raw = self._raw[: last - first]
-        model.read_into(info, first, _buffer(raw))
+        model.read_into(info, first, _buffer(raw), follow=not piece.sampled)
         return raw
 
 
-def pieces(tensors: Sequence[TensorPlan], block: int) -> Iterator[Piece]:
+def pieces(tensors: Sequence[TensorPlan], block: int, *, sampled: bool = False) -> Iterator[Piece]:
     """The tensors cut into pieces of about `block` elements, matrices between rows."""
     for tensor in tensors:
         # Kinds that pack several elements into a byte are only ever copied, and are cut by bytes.
@@ -146,7 +147,7 @@ def pieces(tensors: Sequence[TensorPlan], block: int) -> Iterator[Piece]:
         width = tensor.shape[1] if len(tensor.shape) == 2 else 1
         step = max(block // width, 1) * width
         for start in range(0, count, step):
-            yield Piece(tensor, start, min(start + step, count), whole=False)
+            yield Piece(tensor, start, min(start + step, count), sampled=sampled)
 
 
 def whole(source: Source, tensor: TensorPlan, *, check: bool) -> tuple[Piece, Tensor, Tensor]:

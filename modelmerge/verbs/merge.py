@@ -266,11 +266,15 @@ def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
 
 def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
     job, recipe = prepared.job, prepared.recipe
+    told = dict(recipe.options)
+    if recipe.disentangle:
+        told |= {"disentangle": recipe.disentangle}
+        told |= {f"{recipe.disentangle}_{name}": value for name, value in recipe.disentangle_options.items()}
     return card.render(
         title=out.resolve().name, method=recipe.method, summary=method.summary(recipe.method),
         paper=job.method[0].paper, command=recipe.command(str(out)), base=job.plan.base.name,
         experts=[(e.name, e.reference.text, w) for e, w in zip(job.plan.experts, job.weights, strict=True)],
-        options=dict(recipe.options), notes=notes, has_config=bool(job.plan.base.config),
+        options=told, notes=notes, has_config=bool(job.plan.base.config),
         version=modelmerge.__version__,
     )  # fmt: skip
 
