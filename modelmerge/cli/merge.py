@@ -192,7 +192,11 @@ def _run(prepared: Prepared, sink: Sink, output: str, *, dry_run: bool, force: b
     if dry_run:
         plan = prepared.describe()
         prepared.close()
-        sink.result({"plan": plan}, quiet=str(out), human=_plan_lines(plan, sink.verbose))
+        sink.result(
+            {"plan": plan},
+            quiet=str(out),
+            human=plan_lines(_with_front(plan["method"], plan["disentangle"]), plan, sink.verbose),
+        )
         return
     with Bars(sink) as bars:
         manifest = execute(prepared, out, force=force, resume=resume, reporter=bars)
@@ -216,14 +220,14 @@ def _with_front(name: str, front: str | None) -> str:
     return f"{front} + {name}" if front else name
 
 
-def _plan_lines(plan: dict[str, Any], verbose: bool) -> list[str | Table]:
+def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Table]:
+    """A plan for people: what happens to how many tensors and why, bytes, peak memory."""
     groups: dict[tuple[str, str], int] = {}
     for tensor in plan["tensors"]:
         groups[tensor["action"], tensor["reason"]] = groups.get((tensor["action"], tensor["reason"]), 0) + 1
     rows = [[action, str(count), reason] for (action, reason), count in sorted(groups.items(), reverse=True)]
     counted = table(None, ["action", "tensors", "why"], rows, left=3)
     sizes, memory = plan["bytes"], plan["peak_memory"]
-    head = _with_front(plan["method"], plan["disentangle"])
     lines: list[str | Table] = [
         f"[bold]{head}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
         counted,
@@ -243,13 +247,13 @@ def _plan_lines(plan: dict[str, Any], verbose: bool) -> list[str | Table]:
             for t in plan["tensors"]
         ]
         lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, left=5))
-    times = "once" if plan["passes"] == 1 else f"in {plan['passes']:.3g} passes"
-    files = f"{len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}"
+    times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
+    files = f" in {len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}" if "shards" in plan else " at most"
     peak = f"peak memory {size(memory['host'])}"
     if memory["device"]:
         peak += f", on the device {size(memory['device'])}"
     lines.append(
-        f"download {size(sizes['download'])}, read {size(sizes['read'])} ({times}), "
-        f"write {size(sizes['write'])} in {files}; {peak}"
+        f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
+        f"write {size(sizes['write'])}{files}; {peak}"
     )
     return lines

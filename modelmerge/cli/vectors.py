@@ -11,7 +11,7 @@ import typer
 
 from modelmerge import method
 from modelmerge.cli import options as opt
-from modelmerge.cli.merge import Base, Experts, chosen_format, list_methods
+from modelmerge.cli.merge import Base, Experts, chosen_format, list_methods, plan_lines
 from modelmerge.cli.output import Bars, Sink, table
 
 if TYPE_CHECKING:
@@ -49,10 +49,12 @@ def extract(
     exclude: opt.Exclude = None,
     max_shard_size: opt.ShardSize = "5GB",
     device: opt.Device = "auto",
+    dry_run: opt.DryRun = False,
     force: opt.Force = False,
     form: opt.Form = "human",
     json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Write each expert's task vector (expert minus base, float32), and tell how they relate.
 
@@ -60,13 +62,16 @@ def extract(
     """
     from modelmerge.verbs.vectors import extract as run
 
-    sink = Sink(chosen_format(form, json, quiet))
+    sink = Sink(chosen_format(form, json, quiet), verbose=verbose)
     out = Path(output).expanduser()
     with Bars(sink) as bars:
         report = run(
             base, experts, out, rank=rank, energy=energy, include=include or (), exclude=exclude or (),
-            max_shard_size=max_shard_size, device=device, force=force, reporter=bars,
+            max_shard_size=max_shard_size, device=device, force=force, dry_run=dry_run, reporter=bars,
         )  # fmt: skip
+    if dry_run:
+        sink.result(report, quiet=str(out), human=plan_lines("extract", report["plan"], sink.verbose))
+        return
     sink.result({"output": str(out), **report}, quiet=str(out), human=[*_extracted(report), f"\n[bold]{out}[/]"])
 
 
@@ -132,16 +137,19 @@ def command(name: str) -> Callable[..., None]:
         exclude: opt.Exclude = None,
         max_shard_size: opt.ShardSize = "5GB",
         device: opt.Device = "auto",
+        dry_run: opt.DryRun = False,
         force: opt.Force = False,
         form: opt.Form = "human",
         json: opt.Json = False,
         quiet: opt.Quiet = False,
+        verbose: opt.Verbose = False,
     ) -> None: ...  # fmt: skip
 
     def run(context: typer.Context, **values: Any) -> None:
         from modelmerge.verbs.vectors import disentangle
 
-        sink = Sink(chosen_format(values["form"], values["json"], values["quiet"]))
+        form = chosen_format(values["form"], values["json"], values["quiet"])
+        sink = Sink(form, verbose=values["verbose"])
         out = Path(values["output"]).expanduser()
         options = {spec: values[spec] for spec in method.option_types(chosen.options)}
         if values["published"]:
@@ -154,8 +162,12 @@ def command(name: str) -> Callable[..., None]:
                 values["base"], values["experts"], out, method=name, full_experts=values["experts_too"],
                 include=values["include"] or (), exclude=values["exclude"] or (),
                 max_shard_size=values["max_shard_size"], device=values["device"], force=values["force"],
-                reporter=bars, **options,
+                dry_run=values["dry_run"], reporter=bars, **options,
             )  # fmt: skip
+        if values["dry_run"]:
+            lines = plan_lines(f"disentangle {name}", report["plan"], sink.verbose)
+            sink.result(report, quiet=str(out), human=lines)
+            return
         human = [*_disentangled(report), f"\n[bold]{out}[/]"]
         sink.result({"output": str(out), **report}, quiet=str(out), human=human)
 

@@ -24,6 +24,7 @@ from modelmerge.engine.job import (
     peak_memory,
     refuse_too_large,
     threads,
+    vector_memory,
 )
 from modelmerge.engine.merging import run
 
@@ -39,4 +40,5 @@ __all__ = [
     "refuse_too_large",
     "run",
     "threads",
+    "vector_memory",
 ]

@@ -169,6 +169,32 @@ def peak_memory(job: Job) -> dict[str, int]:
     return {"host": PROCESS_BYTES + working, "device": 0 if device.type == "cpu" else working}
 
 
+def vector_memory(
+    source: Source,
+    front: tuple[Disentangler, Any] | None,
+    tensors: Sequence[TensorPlan],
+    decomposed: Sequence[TensorPlan] = (),
+) -> dict[str, int]:
+    """The most anonymous memory that writing task vectors needs, in bytes, `host` and `device`.
+
+    `decomposed` are the matrices whose singular values or factors are computed.
+    """
+    tasks = len(source.plan.experts)
+    linear = [tensor for tensor in tensors if tensor.linear] if front else []
+    fitting, kept = front_memory(source, front, linear)
+    block = min(source.block, max((t.numel for t in tensors), default=0))
+    # Task vectors and theta_0, their float64 copy for inner products, the redundant vector, stored bytes in and out.
+    streaming = source.workers * block * (4 * (tasks + 1) + 8 * tasks + 16 + 12)
+    whole = 0
+    if decomposed:
+        largest = max(decomposed, key=lambda tensor: tensor.numel)
+        side = max(min(tensor.shape) for tensor in decomposed)
+        # All task vectors of one matrix, one of them in float64 with its factors, and its Gram matrix's decomposition.
+        whole = largest.numel * (4 * (tasks + 2) + 8 * 4) + 8 * 5 * side * side
+    working = max(streaming, fitting, whole) + kept
+    return {"host": PROCESS_BYTES + working, "device": 0 if source.device.type == "cpu" else working}
+
+
 def front_memory(
     source: Source, front: tuple[Disentangler, Any] | None, tensors: Sequence[TensorPlan]
 ) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from modelmerge import plan
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out, together
 from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT, VECTOR_KIND
 from modelmerge.checkpoint.writer import Staging, check_output, companions
-from modelmerge.engine import Source, vectors
+from modelmerge.engine import Source, vector_memory, vectors
 from modelmerge.engine.front import Entanglement, Front, fit
 from modelmerge.engine.job import prepare_process
 from modelmerge.engine.vectors import Measured
@@ -73,6 +73,7 @@ def extract(
     max_shard_size: str = "5GB",
     device: str = "auto",
     force: bool = False,
+    dry_run: bool = False,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Write each expert's task vector, float32, into a directory of its own under `out`; what was found about them.
@@ -88,6 +89,7 @@ def extract(
         max_shard_size: Largest output file.
         device: cpu, cuda, cuda:N or auto.
         force: Replace what is at `out`.
+        dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
         reporter: Is told the progress.
 
     Raises:
@@ -103,11 +105,13 @@ def extract(
     opened = _open(base, experts, include, exclude, device)
     out = Path(out)
     try:
-        check_output(out, input_paths(opened.source.plan), force=force)
-        measured = vectors.measure(opened.source, opened.tensors, reporter)
         linear = [t for t in opened.tensors if t.linear]
         ranked = sorted((t for t in linear if min(t.shape) <= _RANKED_SIDE), key=lambda t: -t.numel)[:_RANKED_LAYERS]
         wanted = linear if energy is not None else ranked
+        if dry_run:
+            return _plan(opened, None, [*wanted, *(linear if rank is not None else [])])
+        check_output(out, input_paths(opened.source.plan), force=force)
+        measured = vectors.measure(opened.source, opened.tensors, reporter)
         spectra = vectors.spectra(opened.source, wanted, reporter)
         ranks = _ranks(linear, measured, spectra, rank, energy)
         layout = together(
@@ -141,6 +145,7 @@ def disentangle(
     max_shard_size: str = "5GB",
     device: str = "auto",
     force: bool = False,
+    dry_run: bool = False,
     reporter: Reporter = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
@@ -157,6 +162,7 @@ def disentangle(
         max_shard_size: Largest output file.
         device: cpu, cuda, cuda:N or auto.
         force: Replace what is at `out`.
+        dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
         reporter: Is told the progress.
         **options: The method's options.
 
@@ -173,10 +179,12 @@ def disentangle(
         for name in opened.names:
             if name in (REDUNDANT, FULL):
                 raise UsageError(f"an expert cannot be called '{name}' here", hint=f"rename it: other={name}")
-        check_output(out, input_paths(opened.source.plan), force=force)
         linear = [t for t in opened.tensors if t.linear]
         if not linear:
             raise UsageError("no weight of a linear layer is left to disentangle", hint="check --include and --exclude")
+        if dry_run:
+            return _plan(opened, chosen, [])
+        check_output(out, input_paths(opened.source.plan), force=force)
         front = fit(opened.source, chosen, linear, reporter)
         measured = _known_from(front)
         measured |= vectors.measure(opened.source, [t for t in opened.tensors if not t.linear], reporter)
@@ -222,6 +230,39 @@ def _open(
     shared = [tensor for tensor in made.tensors.values() if tensor.action == "merge"]
     empty = [tensor.name for tensor in shared if not tensor.numel]
     return _Opened(source_of(made, device), [tensor for tensor in shared if tensor.numel], empty)
+
+
+def _plan(
+    opened: _Opened, front: tuple[Disentangler, Any] | None, decomposed: Sequence[plan.TensorPlan]
+) -> dict[str, Any]:
+    """What a run would do; `write` is what it writes at most, for unchanged tensors are known only once read."""
+    made = opened.source.plan
+    once = sum(made.stored_bytes(t, experts=True) for t in opened.tensors)
+    linear = [t for t in opened.tensors if t.linear]
+    again = sum(made.stored_bytes(t, experts=True) for t in (linear if front else decomposed))
+    write = 4 * len(opened.names) * sum(t.numel for t in opened.tensors)
+    write += 4 * sum(t.numel for t in linear) if front else 0
+    return {
+        "plan": {
+            "base": {"name": made.base.name, "reference": made.base.reference.text},
+            "experts": [{"name": e.name, "reference": e.reference.text} for e in made.experts],
+            "device": str(opened.source.device),
+            "tensors": [
+                {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "stored_as": "F32",
+                 "action": _action(t, front is not None), "reason": t.reason}
+                for t in made.tensors.values()
+            ],
+            "expert_only": {name: list(experts) for name, experts in made.expert_only.items()},
+            "bytes": {"download": 0, "read": (1 if front else 2) * once + again, "write": write},
+            "peak_memory": vector_memory(opened.source, front, opened.tensors, decomposed),
+        }
+    }  # fmt: skip
+
+
+def _action(tensor: plan.TensorPlan, disentangling: bool) -> str:
+    if tensor.action == "copy":
+        return "leave out"
+    return "disentangle" if disentangling and tensor.linear else "extract"
 
 
 def _known_from(front: Front) -> dict[str, Measured]:

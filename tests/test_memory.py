@@ -1,0 +1,87 @@
+"""What `--dry-run` says of memory is kept: real processes, their anonymous memory watched while they run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import write
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A base and three experts of 34 MB each: matrices large enough to show in a process's memory."""
+    root = tmp_path_factory.mktemp("heavy")
+    generator = torch.Generator().manual_seed(0)
+    base = {
+        f"layers.{i}.fc.weight": torch.randn(1536, 1024, generator=generator).mul(0.02).bfloat16() for i in range(8)
+    } | {"embed_tokens.weight": torch.randn(4096, 1024, generator=generator).mul(0.02).bfloat16()}
+    paths = [write(root / "base", base)]
+    for i in range(3):
+        expert = {
+            name: (t.float() + 1e-3 * torch.randn(t.shape, generator=generator)).bfloat16() for name, t in base.items()
+        }
+        paths.append(write(root / f"expert_{i}", expert))
+    return [str(path) for path in paths]
+
+
+def anonymous_peak(words: list[str]) -> int:
+    """The most anonymous memory that the command held, in bytes."""
+    peak = 0
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        while child.poll() is None:
+            try:
+                status = Path(f"/proc/{child.pid}/status").read_text()
+            except OSError:
+                break
+            peak = max(
+                [peak, *(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))]
+            )
+            time.sleep(0.005)
+        error = child.communicate()[1]
+    assert child.returncode == 0, error
+    return peak
+
+
+QUICK = (["merge", "ties"], ["merge", "apgd", "--steps", "2"], ["merge", "average", "--disentangle", "awd"])
+SLOW = (
+    ["merge", "average"],
+    ["merge", "ties", "--trim-scope", "tensor"],
+    ["merge", "apgd", "--solver", "exact"],
+    [
+        "merge",
+        "average",
+        "--disentangle",
+        "awd",
+        "--awd-solver",
+        "descent",
+        "--awd-granularity",
+        "model",
+        "--awd-steps",
+        "2",
+    ],
+    ["extract", "--rank", "8"],
+    ["extract", "--energy", "0.5"],
+    ["disentangle", "awd", "--experts"],
+)
+
+
+@pytest.mark.parametrize(
+    "words", [*QUICK, *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW)], ids=" ".join
+)
+def test_the_promise_is_kept(words: list[str], heavy: list[str], tmp_path: Path) -> None:
+    verb = words[:2] if words[0] != "extract" else words[:1]
+    command = [sys.executable, "-m", "modelmerge", *verb, *heavy, "-o", str(tmp_path / "out"), *words[len(verb) :]]
+    done = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, check=True)
+    promised = json.loads(done.stdout)["plan"]["peak_memory"]["host"]
+    peak = anonymous_peak(command)
+    assert peak <= promised
+    assert promised <= 2.5 * peak  # a promise of anything would be no promise
