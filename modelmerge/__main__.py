@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
@@ -9,6 +10,8 @@ def run() -> None:
     """Run the command line and exit with its code."""
     from modelmerge.cli import main
 
+    # A job that is cancelled (CI, SLURM, kill) clears up as one that is interrupted does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())
 
 

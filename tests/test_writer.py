@@ -308,16 +308,17 @@ def test_a_killed_run_is_taken_up_without_rewriting_finished_shards(big: Big, tm
     assert not (out / ".journal.json").exists()
 
 
-def test_an_interrupt_from_the_keyboard_ends_with_130_and_leaves_nothing(big: Big, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_run_leaves_nothing(number: signal.Signals, code: int, big: Big, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # A shell starts background jobs with SIGINT ignored, and children inherit that.
     prelude = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     with running(big.command(out), prelude=prelude) as process:
         wait_until(process, lambda: staging_of(out).exists())
         time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         told = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in "".join(told)
     assert not out.exists()
     assert leftovers(out) == []
