@@ -11,6 +11,7 @@ import torch
 
 import modelmerge
 from modelmerge import method
+from modelmerge.checkpoint.writer import Staging
 from modelmerge.cli import main
 from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, OutputError, PlanError, ReferenceNotFound, UsageError
@@ -317,6 +318,35 @@ def test_outputs_are_guarded_as_those_of_a_merge(models: list[Path], tmp_path: P
     modelmerge.extract(models[0], models[1:], tmp_path / "v", force=True)
     assert sorted(p.name for p in (tmp_path / "v").iterdir()) == ["expert_0", "expert_1", "expert_2", "modelmerge.json"]
     assert not [p for p in tmp_path.iterdir() if "modelmerge" in p.name]
+
+
+@pytest.mark.parametrize("verb", ["extract", "disentangle"])
+def test_what_an_interrupted_run_finished_is_taken_up(
+    verb: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(out: Path, **told: Any) -> None:
+        more = {"method": "awd"} if verb == "disentangle" else {}
+        getattr(modelmerge, verb)(models[0], models[1:], out, max_shard_size="1KB", **more, **told)
+
+    run(tmp_path / "whole")
+    finish, done = Staging._finish, []
+
+    def interrupted(self: Staging, shard: Any) -> None:
+        if len(done) >= 4:
+            raise KeyboardInterrupt
+        finish(self, shard)
+        done.append(shard.filename)
+
+    monkeypatch.setattr(Staging, "_finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", resume=True)
+    kept = {name: (tmp_path / ".out.modelmerge" / name).stat().st_ino for name in done}
+    assert len(kept) >= 4
+    monkeypatch.setattr(Staging, "_finish", finish)
+    run(tmp_path / "out", resume=True)
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in done} == kept
+    for file in (tmp_path / "whole").rglob("*.safetensors"):
+        assert (tmp_path / "out" / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes()
 
 
 def test_nan_leaves_nothing(tmp_path: Path) -> None:

@@ -131,8 +131,13 @@ class Staging:
         return self._layout.shard_of[tensor].filename in self.digests
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Write a piece of a tensor, `offset` bytes from its start. From any thread, in any order, each byte once."""
+        """Write a piece of a tensor, `offset` bytes from its start. From any thread, in any order, each byte once.
+
+        What an interrupted run has finished is left as it is.
+        """
         shard = self._layout.shard_of[tensor]
+        if shard.filename not in self._descriptors:
+            return
         with self._explained(f"write tensor '{tensor}'"):
             _write_all(self._descriptors[shard.filename], data, shard.tensors[tensor] + offset)
             with self._mutex:

@@ -73,6 +73,7 @@ def extract(
     max_shard_size: str = "5GB",
     device: str = "auto",
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def extract(
         max_shard_size: Largest output file.
         device: cpu, cuda, cuda:N or auto.
         force: Replace what is at `out`.
+        resume: Keep finished shards when interrupted, and take up those of an interrupted run.
         dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
         reporter: Is told the progress.
 
@@ -119,7 +121,7 @@ def extract(
             for i, name in enumerate(opened.names)
         )
         by = fingerprint(opened.source.plan, "extract", rank, energy, include, exclude, max_shard_size)
-        with Staging(out, layout, force=force, fingerprint=by) as staging:
+        with Staging(out, layout, force=force, resume=resume, fingerprint=by) as staging:
             output = vectors.Wanted(tuple(f"{name}/" for name in opened.names), ranks=ranks)
             errors = vectors.write(opened.source, opened.tensors, None, output, staging, reporter)
             report = {
@@ -145,6 +147,7 @@ def disentangle(
     max_shard_size: str = "5GB",
     device: str = "auto",
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     reporter: Reporter = SILENT,
     **options: Any,
@@ -162,6 +165,7 @@ def disentangle(
         max_shard_size: Largest output file.
         device: cpu, cuda, cuda:N or auto.
         force: Replace what is at `out`.
+        resume: Keep finished shards when interrupted, and take up those of an interrupted run.
         dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
         reporter: Is told the progress.
         **options: The method's options.
@@ -200,7 +204,7 @@ def disentangle(
         if full_experts:
             folders += [_full_layout(everything, size, f"{FULL}/{name}/") for name in opened.names]
         by = fingerprint(opened.source.plan, "disentangle", method, as_json(chosen[1]), include, exclude, full_experts)
-        with Staging(out, together(folders), force=force, fingerprint=by) as staging:
+        with Staging(out, together(folders), force=force, resume=resume, fingerprint=by) as staging:
             output = vectors.Wanted(
                 tuple(f"{name}/" for name in opened.names),
                 f"{REDUNDANT}/",
