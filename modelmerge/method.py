@@ -100,6 +100,9 @@ class Method:
     workspace: Callable[[int], float] = lambda tasks: 3.0
 
 
+Watch = Callable[[float], None]  # is told a solver's loss as it goes
+
+
 @dataclass(frozen=True, slots=True)
 class Solution:
     """What a disentangler found for G groups: `delta = sum_k coefficients_k tau_k` in each.
@@ -121,16 +124,17 @@ class Disentangler:
         options: The method's frozen dataclass of options; it has `granularity` (row, tensor, model: what a group is)
             and `solver` (gram, descent).
         measure: `[T, G, n] -> [G, T, T]`: the Gram matrices, which add up over the parts of a group.
-        solve: `([G, T, T], options) -> Solution`.
-        descend: `([T, G, n], options) -> Solution`, on the vectors themselves.
+        solve: `([G, T, T], options, watch) -> Solution`; `watch(loss)`, if any, is called at each step with the mean
+            over the groups.
+        descend: `([T, G, n], options, watch) -> Solution`, on the vectors themselves.
         paper: Link to the source.
         published: The options that make it the published algorithm, where the defaults differ.
     """
 
     options: type
     measure: Callable[[Tensor], Tensor]
-    solve: Callable[[Tensor, Any], Solution]
-    descend: Callable[[Tensor, Any], Solution]
+    solve: Callable[[Tensor, Any, Watch | None], Solution]
+    descend: Callable[[Tensor, Any, Watch | None], Solution]
     paper: str
     published: Mapping[str, Any]
 

@@ -8,11 +8,11 @@ from typing import Protocol
 class Reporter(Protocol):
     """Receives the progress of a run. Called from worker threads; must be quick and thread-safe."""
 
-    def stage(self, label: str, total: int) -> None:
-        """A stage begins that will process `total` bytes."""
+    def stage(self, label: str, total: int, unit: str = "bytes") -> None:
+        """A stage begins that will process `total` bytes, or steps, or whatever `unit` is."""
 
     def advance(self, amount: int, item: str) -> None:
-        """`amount` more bytes of the stage are done; `item` is the tensor or file at hand."""
+        """So much more of the stage is done; `item` is the tensor or file at hand, or how far the loss has come."""
 
     def note(self, message: str) -> None:
         """Something a person should know, in one line."""
@@ -21,7 +21,7 @@ class Reporter(Protocol):
 class Silent:
     """A reporter that says nothing."""
 
-    def stage(self, label: str, total: int) -> None:
+    def stage(self, label: str, total: int, unit: str = "bytes") -> None:
         """Ignore it."""
 
     def advance(self, amount: int, item: str) -> None:

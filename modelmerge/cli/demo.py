@@ -44,7 +44,7 @@ def demo(
     check_output(out, (), force=force)
     if out.exists():
         shutil.rmtree(out)
-    with Bars(sink, counts=True) as bars:
+    with Bars(sink) as bars:
         story = run(out, device=device, reporter=bars)
 
     tasks = list(story.rows[0].accuracies)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,16 +155,10 @@ def command(name: str) -> Callable[..., None]:
             sink, values["output"], dry_run=values["dry_run"], force=values["force"], resume=values["resume"],
         )  # fmt: skip
 
-    arguments = [
-        inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY, annotation=kind)
-        for word, kind in (("base", Base), ("experts", Experts))
-    ]
-    # Required parameters first, as in any signature; the method's own options head the help page.
+    arguments = [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
     in_front = [parameter for front, told in fronts.items() for parameter in opt.of_front(front, told)]
-    signature = inspect.Signature([*arguments, *opt.of_method(chosen), *opt.shared(shared), *in_front])
-    run.__signature__ = signature  # type: ignore[attr-defined]
-    run.__annotations__ = {word: parameter.annotation for word, parameter in signature.parameters.items()}
-    return run
+    # Required parameters first, as in any signature; the method's own options head the help page.
+    return opt.with_parameters(run, [*arguments, *opt.of_method(chosen), *opt.shared(shared), *in_front])
 
 
 def _front_options(fronts: dict[str, method.Disentangler], values: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
@@ -139,6 +140,18 @@ def flag(option: str) -> str:
 def _told(spec: dataclasses.Field[Any]) -> str:
     limits = bounds(spec)
     return f"{spec.metadata['help']} ({limits})" if limits else str(spec.metadata["help"])
+
+
+def of_argument(name: str, annotation: Any) -> inspect.Parameter:
+    """A required parameter."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+
+
+def with_parameters(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """The function, seen by Typer as one that has these parameters."""
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def shared(function: Any) -> list[inspect.Parameter]:

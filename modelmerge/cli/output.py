@@ -11,13 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -66,21 +63,18 @@ class Sink:
 
 
 class Bars:
-    """A reporter that draws progress on stderr where that is a terminal, and passes notes to the sink.
+    """A reporter that draws progress on stderr where that is a terminal, and passes notes to the sink."""
 
-    Args:
-        sink: Where notes go.
-        counts: The stages count things, not bytes.
-    """
-
-    def __init__(self, sink: Sink, *, counts: bool = False) -> None:
+    def __init__(self, sink: Sink) -> None:
         self._sink = sink
         self._mutex = threading.Lock()
         self._task: TaskID | None = None
+        self._done, self._total, self._unit = 0, 0, "bytes"
         self._progress = Progress(
             TextColumn("{task.description:<14}"),
             BarColumn(),
-            *([MofNCompleteColumn()] if counts else [DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]),
+            TextColumn("{task.fields[amount]}"),
+            TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[item]}"),
             console=sink.margin,
             disable=not sink.margin.is_terminal or sink.form != "human",
@@ -93,16 +87,23 @@ class Bars:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def stage(self, label: str, total: int) -> None:
+    def stage(self, label: str, total: int, unit: str = "bytes") -> None:
         """Begin a new bar."""
         with self._mutex:
-            self._task = self._progress.add_task(label, total=total, item="")
+            self._done, self._total, self._unit = 0, total, unit
+            self._task = self._progress.add_task(label, total=total, item="", amount=self._amount())
 
     def advance(self, amount: int, item: str) -> None:
         """Move the bar on."""
         with self._mutex:
             if self._task is not None:
-                self._progress.update(self._task, advance=amount, item=item)
+                self._done += amount
+                self._progress.update(self._task, completed=self._done, item=item, amount=self._amount())
+
+    def _amount(self) -> str:
+        if self._unit == "bytes":
+            return f"{size(self._done)} of {size(self._total)}"
+        return f"{self._done} of {self._total} {self._unit}"
 
     def note(self, message: str) -> None:
         """Say it above the bars."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -173,16 +172,9 @@ def command(name: str) -> Callable[..., None]:
         human = [*_disentangled(report), f"\n[bold]{out}[/]"]
         sink.result({"output": str(out), **report}, quiet=str(out), human=human)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    arguments = [
-        inspect.Parameter("context", keyword, annotation=typer.Context),
-        inspect.Parameter("base", keyword, annotation=Base),
-        inspect.Parameter("experts", keyword, annotation=Experts),
-    ]
-    signature = inspect.Signature([*arguments, *opt.of_method(chosen), *opt.shared(shared)])
-    run.__signature__ = signature  # type: ignore[attr-defined]
-    run.__annotations__ = {word: parameter.annotation for word, parameter in signature.parameters.items()}
-    return run
+    words = {"context": typer.Context, "base": Base, "experts": Experts}
+    arguments = [opt.of_argument(word, kind) for word, kind in words.items()]
+    return opt.with_parameters(run, [*arguments, *opt.of_method(chosen), *opt.shared(shared)])
 
 
 def _disentangled(report: dict[str, Any]) -> list[str | Table]:

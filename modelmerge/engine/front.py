@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modelmerge.engine.job import Source, refuse_too_large
 from modelmerge.engine.stream import Loader, Piece, in_parallel, piece_bytes, pieces, whole
-from modelmerge.method import Disentangler, Solution
+from modelmerge.method import Disentangler, Solution, Watch
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
 
@@ -106,10 +106,11 @@ def fit(
     elif options.solver == "gram":
         grams = _grams(source, method, tensors, reporter)
         names = list(grams)
-        if options.granularity == "tensor":
-            solution = method.solve(torch.stack([grams[name] for name in names]), options)
-        else:
-            solution = method.solve(sum(grams.values(), torch.zeros(()))[None], options)
+        by_tensor = options.granularity == "tensor"
+        stacked = torch.stack([grams[name] for name in names])
+        solution = method.solve(
+            stacked if by_tensor else stacked.sum(0, keepdim=True), options, _watch(options, reporter)
+        )
         _share_out(source, solution, grams, options, front)
     else:
         _fit_vectors(source, method, options, tensors, front, reporter)
@@ -125,7 +126,10 @@ def _fit_rows(
         _, taus = loader.load(piece, check=True)
         rows = taus.view(len(taus), -1, piece.tensor.shape[1])
         grams = method.measure(rows)
-        solution = method.descend(rows, options) if options.solver == "descent" else method.solve(grams, options)
+        if options.solver == "descent":
+            solution = method.descend(rows, options, None)
+        else:
+            solution = method.solve(grams, options, None)
         found[piece.tensor.name, piece.start] = solution, _entanglement(grams, solution)
         loss = solution.losses[-1].item() / len(grams)
         reporter.advance(piece_bytes(source.plan, piece), f"{piece.tensor.name}  loss {loss:.4f}")
@@ -139,6 +143,12 @@ def _fit_rows(
         losses = losses + solution.losses.cpu()
         front.entanglement[name] = front.entanglement[name] + part if start else part
     front.losses = (losses / max(groups, 1)).tolist()
+
+
+def _watch(options: Any, reporter: Reporter) -> Watch:
+    """A stage of its own for a solver's steps, with the loss shown as it falls."""
+    reporter.stage("descending", options.steps + 1, "steps")
+    return lambda loss: reporter.advance(1, f"loss {loss:.4f}")
 
 
 def _grams(
@@ -174,13 +184,13 @@ def _fit_vectors(
         grams = {tensor.name: method.measure(taus)[0] for tensor, taus in zip(tensors, loaded, strict=True)}
         taus = torch.cat(loaded, dim=2)
         loaded.clear()
-        _share_out(source, method.descend(taus, options), grams, options, front)
+        _share_out(source, method.descend(taus, options, _watch(options, reporter)), grams, options, front)
         return
     grams, solutions = {}, []
     for tensor in tensors:
         taus = load(tensor)
         grams[tensor.name] = method.measure(taus)[0]
-        solutions.append(method.descend(taus, options))
+        solutions.append(method.descend(taus, options, None))
     joined = Solution(
         torch.cat([s.coefficients for s in solutions]),
         torch.cat([s.active for s in solutions]),

@@ -72,7 +72,7 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
     experts = [out / "experts" / name for name in tasks]
     names = sorted(method.names(), key=lambda name: (name != "average", name))
     fronts = method.names("disentangle")
-    reporter.stage("merging", len(names) + len(fronts) + len(SCALES) * (1 + len(fronts)))
+    reporter.stage("merging", len(names) + len(fronts) + len(SCALES) * (1 + len(fronts)), "merges")
 
     def run(name: str, label: str, front: str | None = None, **options: Any) -> Row:
         target = out / "merged" / label.replace(" ", "")
@@ -96,7 +96,7 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
 
 def train(out: Path, tasks: Mapping[str, digits.Task], reporter: Reporter = SILENT) -> list[Row]:
     """Train a base into `out/base` and an expert of each task into `out/experts/NAME`; how good each is."""
-    reporter.stage("training", 1 + len(tasks))
+    reporter.stage("training", 1 + len(tasks), "models")
     with threads(1):  # the network is too small to share out
         base = digits.train_base(tasks)
         _save(base, out / "base")

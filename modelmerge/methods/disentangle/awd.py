@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Disentangler, Solution, option
+from modelmerge.method import Disentangler, Solution, Watch, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,9 +61,9 @@ def measure(taus: Tensor) -> Tensor:
     return groups @ groups.mT
 
 
-def solve(grams: Tensor, options: Options) -> Solution:
+def solve(grams: Tensor, options: Options, watch: Watch | None = None) -> Solution:
     """Gradient descent on coefficients: float64 [G, T, T] -> coefficients [G, T]."""
-    problem = _Problem(grams, options)
+    problem = _Problem(grams, options, watch)
     coefficients = torch.zeros_like(problem.size)[:, None].repeat(1, grams.shape[1])
     for _ in range(options.steps):
         projections = (problem.gram @ coefficients[:, :, None]).squeeze(2)
@@ -76,12 +76,12 @@ def solve(grams: Tensor, options: Options) -> Solution:
     return problem.solution()
 
 
-def descend(taus: Tensor, options: Options) -> Solution:
+def descend(taus: Tensor, options: Options, watch: Watch | None = None) -> Solution:
     """Gradient descent on vectors: [T, G, n] -> coefficients [G, T] of the delta it arrives at.
 
     Every inner product with delta is taken anew from its entries; the coefficients only keep count.
     """
-    problem = _Problem(measure(taus), options)
+    problem = _Problem(measure(taus), options, watch)
     vectors = taus.transpose(0, 1).double() / problem.size[:, None, None]  # [G, T, n]
     delta = torch.zeros_like(vectors[:, 0])
     coefficients = torch.zeros_like(vectors[:, :, 0])
@@ -107,8 +107,9 @@ class _Pull:
 class _Problem:
     """G groups of T task vectors in their units, the loss at a delta, and the best delta seen."""
 
-    def __init__(self, grams: Tensor, options: Options) -> None:
+    def __init__(self, grams: Tensor, options: Options, watch: Watch | None) -> None:
         self._options = options
+        self._watch = watch
         norms = grams.diagonal(dim1=1, dim2=2)
         largest = norms.amax(1, keepdim=True)
         self.active = (norms > NEGLIGIBLE**2 * largest) & (largest > 0)
@@ -138,6 +139,8 @@ class _Problem:
         length = square.sqrt()
         losses = (cosines.abs() * share).sum((1, 2)) + alpha * length
         self._losses.append(losses.sum())
+        if self._watch is not None:  # asking for the number waits for a GPU
+            self._watch(float(losses.mean()))
         better = losses < self._best
         self._best = torch.where(better, losses, self._best)
         self._coefficients = torch.where(better[:, None], coefficients, self._coefficients)
