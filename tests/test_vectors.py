@@ -373,7 +373,7 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, capsys: pytest.
     assert "awd" in capsys.readouterr().out
     assert main(["disentangle", "awd", *words, "-o", str(tmp_path / "d"), "--experts"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("awd by row, gram: loss ")
+    assert out.startswith("awd by tensor, gram: loss ")
     assert (tmp_path / "d" / "experts" / "expert_0" / "config.json").is_file()
     assert main(["disentangle", "awd", *words, "-o", str(tmp_path / "p"), "--published", "--steps", "5", "--json"]) == 0
     options = json.loads(capsys.readouterr().out)["options"]

@@ -11,9 +11,11 @@ leaves their span: `delta = sum_k a_k tau_k`, and the T x T Gram matrix K of the
 needs. `--solver gram` iterates on the T numbers a and is streamed, whatever the size of the models; `--solver
 descent` iterates on vectors and arrives at the same delta.
 
-Defaults, from five sets of small experts (`tests/benchmarks/choose.py`): the three granularities end within noise of
-one another at the best scale of task arithmetic; at larger scales `row`, which the authors' code uses, keeps most of
-the accuracy, so it is the default. Both solvers give the same vectors, and `gram` needs no model in memory.
+Defaults, from five sets of small experts (`tests/benchmarks/choose.py`, RESULTS-disentangle.md there): by row, by
+tensor and by model, AWD and task arithmetic end within noise of one another at their best scale (means over the sets
+74.1, 74.2, 74.1), and at twice that scale by row and by tensor gain the same. By tensor costs a hundredth of by row,
+and was nowhere below plain task arithmetic at large scales; so `tensor` is the default. The authors' code goes by
+row. Both solvers give the same vectors, and `gram` holds no model in memory.
 
 Units: `relative` (the default) measures task vectors in units of their own size s, the root mean square of their
 norms in the group: the objective is that of `tau / s`, so that multiplying all task vectors by ten multiplies delta by
@@ -48,7 +50,7 @@ class Options:
     alpha: float = option(0.1, "Weight of ||delta|| against the mean |cosine|.", minimum=0.0)
     lr: float = option(0.01, "Length of a step; in units of the task vectors' size if --units relative.", above=0.0)
     steps: int = option(300, "Steps of gradient descent.", minimum=0)
-    granularity: Literal["row", "tensor", "model"] = option("row", "What shares one redundant vector.")
+    granularity: Literal["row", "tensor", "model"] = option("tensor", "What shares one redundant vector.")
     solver: Literal["gram", "descent"] = option("gram", "gram: T numbers on the Gram matrix; descent: whole vectors.")
     units: Literal["relative", "absolute"] = option(
         "relative", "Measure task vectors by their own size, or as published."
