@@ -95,6 +95,8 @@ class Bars:
 
     def advance(self, amount: int, item: str) -> None:
         """Move the bar on."""
+        if self._progress.disable:
+            return
         with self._mutex:
             if self._task is not None:
                 self._done += amount
