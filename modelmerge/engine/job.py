@@ -189,8 +189,9 @@ def vector_memory(
     if decomposed:
         largest = max(decomposed, key=lambda tensor: tensor.numel)
         side = max(min(tensor.shape) for tensor in decomposed)
-        # All task vectors of one matrix, one of them in float64 with its factors, and its Gram matrix's decomposition.
-        whole = largest.numel * (4 * (tasks + 2) + 8 * 4) + 8 * 5 * side * side
+        # All task vectors of one matrix as stored and read, one of them in float64 with its factors and their product;
+        # and the Gram matrix's eigendecomposition with LAPACK's workspace, measured at eight to nine such matrices.
+        whole = largest.numel * (4 * (tasks + 3) + 8 * 5) + 8 * 9 * side * side
     working = max(streaming, fitting, whole) + kept
     return {"host": PROCESS_BYTES + working, "device": 0 if source.device.type == "cpu" else working}
 
