@@ -56,6 +56,16 @@ class Plan:
     expert_only: dict[str, tuple[str, ...]]  # tensor name -> the experts that have it; the merge leaves it out
     layout: Layout
 
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """The base, then the experts in their order."""
+        return (self.base, *self.experts)
+
+    def close(self) -> None:
+        """Let go of the models' files."""
+        for model in self.models:
+            model.close()
+
     def in_order(self) -> list[TensorPlan]:
         """All tensors, in the order of the output's bytes."""
         return [self.tensors[name] for shard in self.layout.shards for name in shard.tensors]
@@ -66,7 +76,7 @@ class Plan:
 
     def stored_bytes(self, tensor: TensorPlan, *, experts: bool) -> int:
         """Bytes of a tensor in the base and, with `experts`, in every expert."""
-        models = (self.base, *self.experts) if experts else (self.base,)
+        models = self.models if experts else self.models[:1]
         return sum(model.stored_bytes(tensor.name) for model in models)
 
     @property
@@ -107,7 +117,7 @@ def make_plan(
     _refuse_idle_globs(base, include, exclude)
     tensors, complaints = {}, []
     for name, info in base.tensors.items():
-        linear = _is_linear(info, include)
+        linear = is_linear(info, include)
         try:
             action, reason = _decide(info, experts, matrices, matrices and not linear, rest, include, exclude)
         except PlanError as complaint:
@@ -168,7 +178,7 @@ def _decide(
     return ("copy", reason) if rest == "base" else ("rest", f"{reason}: {rest}")
 
 
-def _is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
+def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
     """Whether it is the weight of a linear layer: two-dimensional, and no table or head by its name.
 
     Who includes tensors by name knows them: then the name does not count.

@@ -34,13 +34,14 @@ _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*
 _NOT_COMPANIONS = (MANIFEST, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 
 
-def companions(directory: Path | None) -> tuple[Path, ...]:
-    """The config, tokenizer, processor, code and licence files beside a base's weights."""
+def companions(directory: Path | None) -> dict[str, Path]:
+    """The config, tokenizer, processor, code and licence files beside a base's weights, by their place there."""
     if directory is None:
-        return ()
+        return {}
     found = {file for pattern in _COMPANIONS for file in directory.glob(pattern) if file.is_file()}
     unwanted = (*_NOT_COMPANIONS, ".index.json")
-    return tuple(sorted(f for f in found if not f.name.startswith(".") and not f.name.endswith(unwanted)))
+    wanted = sorted(f for f in found if not f.name.startswith(".") and not f.name.endswith(unwanted))
+    return {str(file.relative_to(directory)): file for file in wanted}
 
 
 def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelmerge.engine.job import Source, refuse_too_large
-from modelmerge.engine.stream import Loader, Piece, in_parallel, piece_bytes, pieces, whole
+from modelmerge.engine.job import Source
+from modelmerge.engine.stream import Loader, Piece, gathered, piece_bytes, whole
 from modelmerge.method import Disentangler, Solution, Watch
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
@@ -94,11 +94,9 @@ def fit(
     """Find the redundant vector of every group of the tensors, in one pass over them.
 
     Raises:
-        UsageError: The solver would need more memory than there is.
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
     """
     method, options = chosen
-    refuse_too_large(source, chosen, tensors)
     front = Front(by_row=options.granularity == "row")
     reporter.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
     if options.granularity == "row":
@@ -120,9 +118,8 @@ def fit(
 def _fit_rows(
     source: Source, method: Disentangler, options: Any, tensors: Sequence[TensorPlan], front: Front, reporter: Reporter
 ) -> None:
-    found: dict[tuple[str, int], tuple[Solution, Entanglement]] = {}
 
-    def solve(piece: Piece, loader: Loader) -> None:
+    def solve(piece: Piece, loader: Loader) -> tuple[Solution, Entanglement]:
         _, taus = loader.load(piece, check=True)
         rows = taus.view(len(taus), -1, piece.tensor.shape[1])
         grams = method.measure(rows)
@@ -130,18 +127,17 @@ def _fit_rows(
             solution = method.descend(rows, options, None)
         else:
             solution = method.solve(grams, options, None)
-        found[piece.tensor.name, piece.start] = solution, _entanglement(grams, solution)
         loss = solution.losses[-1].item() / len(grams)
         reporter.advance(piece_bytes(source.plan, piece), f"{piece.tensor.name}  loss {loss:.4f}")
+        return solution, _entanglement(grams, solution)
 
-    in_parallel(source, list(pieces(tensors, source.block)), solve)
     groups, losses = 0, torch.zeros(())
-    for name, start in sorted(found):  # in order, whatever the workers' was: sums must not depend on it
-        solution, part = found[name, start]
+    for piece, (solution, part) in gathered(source, tensors, solve):
+        name = piece.tensor.name
         front.settle(name, solution, source.device)
         groups += len(solution.active)
         losses = losses + solution.losses.cpu()
-        front.entanglement[name] = front.entanglement[name] + part if start else part
+        front.entanglement[name] = front.entanglement[name] + part if piece.start else part
     front.losses = (losses / max(groups, 1)).tolist()
 
 
@@ -155,17 +151,15 @@ def _grams(
     source: Source, method: Disentangler, tensors: Sequence[TensorPlan], reporter: Reporter
 ) -> dict[str, Tensor]:
     """The Gram matrix of each tensor's task vectors, float64 [T, T]."""
-    parts: dict[tuple[str, int], Tensor] = {}
 
-    def measure(piece: Piece, loader: Loader) -> None:
+    def measure(piece: Piece, loader: Loader) -> Tensor:
         _, taus = loader.load(piece, check=True)
-        parts[piece.tensor.name, piece.start] = method.measure(taus[:, None, :])[0]
         reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+        return method.measure(taus[:, None, :])[0]
 
-    in_parallel(source, list(pieces(tensors, source.block)), measure)
     grams: dict[str, Tensor] = {tensor.name: torch.zeros((), device=source.device) for tensor in tensors}
-    for name, start in sorted(parts):  # in order: sums of floats must not depend on the workers
-        grams[name] = grams[name] + parts[name, start]
+    for piece, gram in gathered(source, tensors, measure):
+        grams[piece.tensor.name] = grams[piece.tensor.name] + gram
     return grams
 
 

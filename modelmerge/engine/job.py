@@ -161,7 +161,7 @@ def peak_memory(job: Job) -> dict[str, int]:
     whole = 0
     if merged and not job.blockwise:
         sizes = sorted((t.numel for t in merged), reverse=True)
-        widest = max(model.stored_bytes(t.name) for t in merged for model in (plan.base, *plan.experts))
+        widest = max(model.stored_bytes(t.name) for t in merged for model in plan.models)
         ahead = sizes[1] if len(sizes) > 1 else 0
         # At hand and being read ahead: task vectors and theta_0; then the method's own; one result being written.
         whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 * (workspace + 1)) + 2 * widest + kept

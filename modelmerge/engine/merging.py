@@ -34,7 +34,6 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         OutputError: The output cannot be written.
-        UsageError: Disentangling would need more memory than there is.
     """
     prepare_process()
     findings = Findings()

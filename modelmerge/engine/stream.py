@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source, threads
 from modelmerge.errors import CheckpointError
 from modelmerge.plan import Plan, TensorPlan
+
+Found = TypeVar("Found")
 
 _TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -44,7 +46,7 @@ class Loader:
     """
 
     def __init__(self, source: Source, elements: int, stored: int, device: torch.device) -> None:
-        self._models = (source.plan.base, *source.plan.experts)
+        self._models = source.plan.models
         self._device = device
         pinned = device.type == "cuda"
         self._raw = torch.empty(stored, dtype=torch.uint8, pin_memory=pinned)
@@ -153,7 +155,7 @@ def pieces(tensors: Sequence[TensorPlan], block: int, *, sampled: bool = False) 
 def whole(source: Source, tensor: TensorPlan, *, check: bool) -> tuple[Piece, Tensor, Tensor]:
     """A whole tensor's piece, `theta_0` and task vectors, on the host, in buffers of their own."""
     piece = Piece(tensor, 0, tensor.numel, whole=True)
-    stored = max(model.stored_bytes(tensor.name) for model in (source.plan.base, *source.plan.experts))
+    stored = max(model.stored_bytes(tensor.name) for model in source.plan.models)
     return piece, *Loader(source, tensor.numel, stored, torch.device("cpu")).load(piece, check=check)
 
 
@@ -184,6 +186,17 @@ def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, 
                 future.result()
         finally:
             stop.set()
+
+
+def gathered(
+    source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece, Loader], Found]
+) -> list[tuple[Piece, Found]]:
+    """What `look` gives for each piece, by tensor and position: sums of floats must not depend on the workers."""
+    found: list[tuple[Piece, Found]] = []
+    in_parallel(
+        source, list(pieces(tensors, source.block)), lambda piece, loader: found.append((piece, look(piece, loader)))
+    )
+    return sorted(found, key=lambda entry: (entry[0].tensor.name, entry[0].start))
 
 
 def rounded(piece: Piece, merged: Tensor, *, check: bool = True) -> Tensor:

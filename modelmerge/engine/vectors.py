@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.reader import LEFT, RIGHT
 from modelmerge.checkpoint.writer import Staging
 from modelmerge.engine.front import Front
 from modelmerge.engine.job import SMALL, Source, threads
@@ -15,6 +16,7 @@ from modelmerge.engine.stream import (
     Loader,
     Piece,
     as_bytes,
+    gathered,
     in_parallel,
     item_bytes,
     piece_bytes,
@@ -57,10 +59,9 @@ def measure(source: Source, tensors: Sequence[TensorPlan], reporter: Reporter) -
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
     """
     experts = source.plan.experts
-    found: dict[tuple[str, int], Measured] = {}
     reporter.stage("measuring", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
 
-    def look(piece: Piece, loader: Loader) -> None:
+    def look(piece: Piece, loader: Loader) -> Measured:
         theta_0, taus = loader.load(piece, check=True)
         wide = taus.double()
         lost = []
@@ -70,18 +71,17 @@ def measure(source: Source, tensors: Sequence[TensorPlan], reporter: Reporter) -
                 continue
             stored = loader.stored(expert, piece)
             lost.append(int(((theta_0 + tau).to(stored.dtype) != stored).sum()))
-        found[piece.tensor.name, piece.start] = Measured(
+        reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+        return Measured(
             (wide @ wide.T).cpu(),
             float(theta_0.double().square().sum()),
             tuple(taus.count_nonzero(1).tolist()),
             tuple(lost),
         )
-        reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
 
-    in_parallel(source, list(pieces(tensors, source.block)), look)
     totals: dict[str, Measured] = {}
-    for name, start in sorted(found):  # in order: sums of floats must not depend on the workers
-        totals[name] = totals[name] + found[name, start] if start else found[name, start]
+    for piece, part in gathered(source, tensors, look):
+        totals[piece.tensor.name] = totals[piece.tensor.name] + part if piece.start else part
     return {tensor.name: totals[tensor.name] for tensor in tensors}
 
 
@@ -165,6 +165,6 @@ def _write_factors(staging: Staging, key: str, tau: Tensor, rank: int) -> float:
     with threads(1 if tau.numel() <= SMALL else torch.get_num_threads()):
         left, right = (factor.float().contiguous() for factor in _linalg.low_rank(tau, rank))
         error = float((tau.double() - left.double() @ right.double()).square().sum())
-    staging.write(f"{key}.left", 0, as_bytes(left.flatten().cpu()))
-    staging.write(f"{key}.right", 0, as_bytes(right.flatten().cpu()))
+    staging.write(f"{key}{LEFT}", 0, as_bytes(left.flatten().cpu()))
+    staging.write(f"{key}{RIGHT}", 0, as_bytes(right.flatten().cpu()))
     return error

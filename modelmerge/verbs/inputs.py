@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import parse, parse_experts
 from modelmerge.engine import Source, default_workers, find_device
 from modelmerge.errors import PlanError, ReferenceNotFound
-from modelmerge.plan import Plan
-from modelmerge.recipe import versions
+from modelmerge.plan import Plan, TensorPlan
+from modelmerge.recipe import FORMAT, versions
 
 
 def as_references(experts: Sequence[str | Path] | Mapping[str, str | Path]) -> tuple[str, ...]:
@@ -75,11 +75,7 @@ def disentangler(name: str, values: Mapping[str, Any]) -> tuple[method.Disentang
 
 def fingerprint(plan: Plan, *told: Any) -> str:
     """Digest of everything that determines the weights' bytes, as far as it can be had without reading tensors."""
-    files = [
-        (str(file), stat.st_size, stat.st_mtime_ns)
-        for model in (plan.base, *plan.experts)
-        for file, stat in model.files.items()
-    ]
+    files = [(str(file), stat.st_size, stat.st_mtime_ns) for model in plan.models for file, stat in model.files.items()]
     return hashlib.sha256(json.dumps([told, files, versions()], sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -95,11 +91,32 @@ def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
     }
 
 
+def stamp(source: Source) -> dict[str, Any]:
+    """What every manifest says of its making: the format, where, when, with which versions."""
+    return {
+        "format": FORMAT,
+        "device": str(source.device),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+
+
+def listing(source: Source, tensors: Iterable[tuple[TensorPlan, str, str]]) -> dict[str, Any]:
+    """What every plan says: the models, the device, and what each tensor is stored as and what happens to it."""
+    made = source.plan
+    return {
+        "base": {"name": made.base.name, "reference": made.base.reference.text},
+        "experts": [{"name": expert.name, "reference": expert.reference.text} for expert in made.experts],
+        "device": str(source.device),
+        "tensors": [
+            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "stored_as": stored_as, "action": action,
+             "reason": t.reason}
+            for t, stored_as, action in tensors
+        ],
+        "expert_only": {name: list(experts) for name, experts in made.expert_only.items()},
+    }  # fmt: skip
+
+
 def input_paths(plan: Plan) -> list[Path]:
     """Every path that an output must keep away from."""
-    return [path for model in (plan.base, *plan.experts) for path in (model.reference.path, *model.files)]
-
-
-def as_json(options: Any) -> dict[str, Any]:
-    """The options of a method as plain data."""
-    return dataclasses.asdict(options)
+    return [path for model in plan.models for path in (model.reference.path, *model.files)]

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,18 @@ from modelmerge import engine, method, plan
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
 from modelmerge.errors import RecipeError, UsageError
-from modelmerge.recipe import FORMAT, Recipe, parse_size, read_recipe, versions
+from modelmerge.recipe import Recipe, parse_size, read_recipe
 from modelmerge.report import SILENT, Reporter
 from modelmerge.verbs.inputs import (
-    as_json,
     as_references,
     disentangler,
     fingerprint,
     input_paths,
+    listing,
     open_models,
     record,
     source_of,
+    stamp,
 )
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -44,8 +44,7 @@ class Prepared:
 
     def close(self) -> None:
         """Let go of the inputs."""
-        for model in (self.job.plan.base, *self.job.plan.experts):
-            model.close()
+        self.job.plan.close()
 
     def describe(self) -> dict[str, Any]:
         """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards."""
@@ -53,20 +52,12 @@ class Prepared:
         return {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
-            "base": {"name": made.base.name, "reference": made.base.reference.text},
-            "experts": [{"name": e.name, "reference": e.reference.text} for e in made.experts],
-            "device": str(self.job.source.device),
-            "tensors": [
-                {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "stored_as": t.out_dtype,
-                 "action": t.action, "reason": t.reason}
-                for t in made.tensors.values()
-            ],
-            "expert_only": {name: list(experts) for name, experts in made.expert_only.items()},
+            **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "passes": engine.passes(self.job),
             "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": made.bytes_written},
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
-        }  # fmt: skip
+        }
 
 
 def merge(
@@ -171,8 +162,8 @@ def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str]
         engine.refuse_too_large(job.source, front, job.disentangled())
     complete = dataclasses.replace(
         recipe,
-        options=as_json(options),
-        disentangle_options=as_json(front[1]) if front else {},
+        options=dataclasses.asdict(options),
+        disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
     return Prepared(complete, job, dict(recorded or {}))
@@ -193,18 +184,16 @@ def execute(
     """
     started = time.monotonic()
     job = prepared.job
-    models = (job.plan.base, *job.plan.experts)
     try:
         beside = companions(job.plan.base.directory)
         check_output(out, input_paths(job.plan), force=force)
         determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
         with Staging(out, job.plan.layout, force=force, resume=resume, fingerprint=determined_by) as staging:
             findings = engine.run(job, staging, reporter)
-            digests = [model.digests() for model in models]  # base first, then the experts in order
+            digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
             _refuse_changed(prepared.recorded, [item for files in digests for item in files.items()])
-            for file in beside:
-                assert job.plan.base.directory is not None
-                staging.write_file(str(file.relative_to(job.plan.base.directory)), file)
+            for name, file in beside.items():
+                staging.write_file(name, file)
             notes = _notes(job, findings)
             for note in notes:
                 reporter.note(note)
@@ -297,7 +286,7 @@ def _manifest(
         experts=tuple(f"{e.name}={e.reference.path}" for e in job.plan.experts),
     )
     return {
-        "format": FORMAT,
+        **stamp(job.source),
         "recipe": located.to_dict(),
         "command": recipe.command(str(out)),
         "inputs": {
@@ -314,9 +303,6 @@ def _manifest(
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
         "notes": list(notes),
-        "device": str(job.source.device),
         "seconds": round(seconds, 3),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
         "files": staging.listing(),
     }

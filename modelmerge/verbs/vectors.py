@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,22 @@ from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT, VECTOR_KIND
 from modelmerge.checkpoint.writer import Staging, check_output, companions
 from modelmerge.engine import Source, vector_memory, vectors
 from modelmerge.engine.front import Entanglement, Front, fit
-from modelmerge.engine.job import prepare_process
+from modelmerge.engine.job import prepare_process, refuse_too_large
 from modelmerge.engine.vectors import Measured
 from modelmerge.errors import UsageError
 from modelmerge.method import Disentangler
-from modelmerge.recipe import FORMAT, parse_size, versions
+from modelmerge.recipe import parse_size
 from modelmerge.report import SILENT, Reporter
 from modelmerge.verbs.inputs import (
-    as_json,
     as_references,
     disentangler,
     fingerprint,
     input_paths,
+    listing,
     open_models,
     record,
     source_of,
+    stamp,
 )
 
 REDUNDANT = "redundant"  # the folder of the vector that disentangling takes out
@@ -55,10 +56,6 @@ class _Opened:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(expert.name for expert in self.source.plan.experts)
-
-    def close(self) -> None:
-        for model in (self.source.plan.base, *self.source.plan.experts):
-            model.close()
 
 
 def extract(
@@ -129,10 +126,10 @@ def extract(
                 "ranks": _rank_report(opened, [t for t in wanted if t in ranked], spectra),
                 "low_rank": _low_rank_report(opened, measured, ranks, errors),
             }
-            _publish(opened, out, "extract", report, measured, ranks, None, staging, started, include, exclude)
+            _publish(opened, "extract", report, measured, ranks, None, staging, started, include, exclude)
         return report
     finally:
-        opened.close()
+        opened.source.plan.close()
 
 
 def disentangle(
@@ -189,6 +186,7 @@ def disentangle(
         if dry_run:
             return _plan(opened, chosen, [])
         check_output(out, input_paths(opened.source.plan), force=force)
+        refuse_too_large(opened.source, chosen, linear)
         front = fit(opened.source, chosen, linear, reporter)
         measured = _known_from(front)
         measured |= vectors.measure(opened.source, [t for t in opened.tensors if not t.linear], reporter)
@@ -203,7 +201,9 @@ def disentangle(
         everything = list(opened.source.plan.tensors.values())
         if full_experts:
             folders += [_full_layout(everything, size, f"{FULL}/{name}/") for name in opened.names]
-        by = fingerprint(opened.source.plan, "disentangle", method, as_json(chosen[1]), include, exclude, full_experts)
+        by = fingerprint(
+            opened.source.plan, "disentangle", method, dataclasses.asdict(chosen[1]), include, exclude, full_experts
+        )
         with Staging(out, together(folders), force=force, resume=resume, fingerprint=by) as staging:
             output = vectors.Wanted(
                 tuple(f"{name}/" for name in opened.names),
@@ -215,10 +215,10 @@ def disentangle(
             if full_experts:
                 _copy_companions(opened, staging)
             report = _report(opened, chosen, method, front)
-            _publish(opened, out, "disentangle", report, measured, {}, chosen[0], staging, started, include, exclude)
+            _publish(opened, "disentangle", report, measured, {}, chosen[0], staging, started, include, exclude)
         return report
     finally:
-        opened.close()
+        opened.source.plan.close()
 
 
 def _open(
@@ -248,19 +248,11 @@ def _plan(
     write += 4 * sum(t.numel for t in linear) if front else 0
     return {
         "plan": {
-            "base": {"name": made.base.name, "reference": made.base.reference.text},
-            "experts": [{"name": e.name, "reference": e.reference.text} for e in made.experts],
-            "device": str(opened.source.device),
-            "tensors": [
-                {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "stored_as": "F32",
-                 "action": _action(t, front is not None), "reason": t.reason}
-                for t in made.tensors.values()
-            ],
-            "expert_only": {name: list(experts) for name, experts in made.expert_only.items()},
+            **listing(opened.source, ((t, "F32", _action(t, front is not None)) for t in made.tensors.values())),
             "bytes": {"download": 0, "read": (1 if front else 2) * once + again, "write": write},
             "peak_memory": vector_memory(opened.source, front, opened.tensors, decomposed),
         }
-    }  # fmt: skip
+    }
 
 
 def _action(tensor: plan.TensorPlan, disentangling: bool) -> str:
@@ -326,11 +318,9 @@ def _full_layout(tensors: Iterable[plan.TensorPlan], size: int, folder: str) -> 
 
 
 def _copy_companions(opened: _Opened, staging: Staging) -> None:
-    base = opened.source.plan.base
-    for file in companions(base.directory):
-        assert base.directory is not None
+    for place, file in companions(opened.source.plan.base.directory).items():
         for name in opened.names:
-            staging.write_file(f"{FULL}/{name}/{file.relative_to(base.directory)}", file)
+            staging.write_file(f"{FULL}/{name}/{place}", file)
 
 
 def _describe(opened: _Opened, measured: Mapping[str, Measured]) -> dict[str, Any]:
@@ -430,7 +420,7 @@ def _report(opened: _Opened, chosen: tuple[Disentangler, Any], name: str, front:
     losses = front.losses
     return {
         "method": name,
-        "options": as_json(chosen[1]),
+        "options": dataclasses.asdict(chosen[1]),
         "steps": len(losses) - 1,
         "loss": {"first": losses[0], "lowest": min(losses), "curve": losses},
         "model": _entangled(first),
@@ -456,7 +446,6 @@ def _summary(gram: Tensor) -> dict[str, float | None]:
 
 def _publish(
     opened: _Opened,
-    out: Path,
     verb: str,
     report: dict[str, Any],
     measured: Mapping[str, Measured],
@@ -468,14 +457,9 @@ def _publish(
     exclude: Sequence[str],
 ) -> None:
     """Write every directory's manifest, then that of the whole."""
-    models = (opened.source.plan.base, *opened.source.plan.experts)
+    models = opened.source.plan.models
     digests = [model.digests() for model in models]
-    common = {
-        "format": FORMAT,
-        "device": str(opened.source.device),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-    }
+    common = stamp(opened.source)
     base = record(models[0], digests[0])
     staging.write_indices()
     for i, name in enumerate(opened.names):

@@ -25,7 +25,7 @@ from torch import Tensor
 from modelmerge import method
 from modelmerge.checkpoint.header import TensorInfo
 from modelmerge.method import Context
-from modelmerge.plan import _is_linear
+from modelmerge.plan import is_linear
 from tests.benchmarks.experts import SETS, ExpertSet
 from tests.test_every_method import surveyed
 
@@ -47,7 +47,7 @@ def vectors_of(expert_set: ExpertSet) -> Vectors:
     base, experts = expert_set.base, expert_set.experts.values()
     floating = [name for name, tensor in base.items() if tensor.is_floating_point()]
     taus = {name: torch.stack([expert[name] - base[name] for expert in experts]) for name in floating}
-    linear = {name for name in floating if _is_linear(TensorInfo(name, "F32", tuple(base[name].shape), HERE, 0, 0), ())}
+    linear = {name for name in floating if is_linear(TensorInfo(name, "F32", tuple(base[name].shape), HERE, 0, 0), ())}
     return Vectors(base, taus, frozenset(linear))
 
 
