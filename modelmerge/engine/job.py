@@ -39,6 +39,8 @@ class Source:
     plan: Plan
     device: torch.device
     workers: int  # threads for element-wise work
+    # By expert and tensor: norms of columns, which every piece of the tensor needs. [n], float64.
+    norms: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def block(self) -> int:
