@@ -332,13 +332,6 @@ def test_a_path_that_cannot_be_is_not_found(ref: str) -> None:
         parse(ref)
 
 
-def adapter(directory: Path) -> Path:
-    directory.mkdir()
-    (directory / "adapter_config.json").write_text("{}")
-    save_file({"lora_A": torch.zeros(2)}, directory / "adapter_model.safetensors")
-    return directory
-
-
 def holding(directory: Path, *names: str) -> Path:
     directory.mkdir()
     for name in names:
@@ -347,11 +340,7 @@ def holding(directory: Path, *names: str) -> Path:
 
 
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "adapter": (lambda t: adapter(t / "m"), "PEFT adapter"),
-    ".bin": (lambda t: holding(t / "m", "pytorch_model.bin") / "pytorch_model.bin", "pickle"),
-    "directory with .bin": (lambda t: holding(t / "m", "pytorch_model.bin", "config.json"), "pytorch_model.bin"),
-    "directory with shards of .bin": (lambda t: holding(t / "m", "pytorch_model.bin.index.json"), "pickle"),
-    ".pt": (lambda t: holding(t / "m", "x.pt") / "x.pt", "pickle"),
+    "pickles without index": (lambda t: holding(t / "m", "consolidated.00.pth", "training_args.bin"), "neither"),
     ".gguf": (lambda t: holding(t / "m", "q4.gguf") / "q4.gguf", "GGUF"),
     "directory with .gguf": (lambda t: holding(t / "m", "q4.gguf"), "q4.gguf"),
     ".onnx": (lambda t: holding(t / "m", "m.onnx") / "m.onnx", "ONNX"),

@@ -3,7 +3,7 @@
 The conventions are those of the peft library (0.21): the task vector that comes out is what its `merge_and_unload` adds
 to the base. For a module with rank r and scale s = alpha / r (or alpha / sqrt(r), rank-stabilised):
 
-- linear layers: s B A, with A [r, in] and B [out, r]; convolutions: the same, with A [r, in, *kernel], B [out, r, 1, 1];
+- linear layers: s B A, with A [r, in] and B [out, r]; convolutions: the same, A [r, in, *kernel] and B [out, r, 1, 1];
 - weights that are stored [in, out], as GPT-2's are, and embeddings [words, width]: s (B A)^T;
 - DoRA: base plus that, each output's weights rescaled to the norm that was learnt for it;
 - modules that were trained whole, and biases, stand in the file as they are.
@@ -24,7 +24,7 @@ from modelmerge.checkpoint.header import Change, TensorInfo
 from modelmerge.errors import CheckpointError, PlanError, ReferenceNotFound
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every key
 
 # Starting points that leave the base as it is; all others subtract from it what the adapter starts with.
@@ -105,7 +105,8 @@ def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
         raise ReferenceNotFound(
             f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which changed the base it was "
             "trained on: the adapter's product is not what it adds to yours",
-            hint="save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA; or " + _MERGE_FIRST,
+            hint="save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA; or "
+            + _MERGE_FIRST,
         )
     if start not in _PLAIN_INITS:
         raise ReferenceNotFound(
@@ -133,10 +134,8 @@ def translate(
     """
     modules, whole = _sorted_keys(adapter, tensors)
     places = _Places(adapter, base)
-    # nn.MultiheadAttention has the weights of query, key and value in one.
-    joint = {name.split(".")[-2] for name in base if name.endswith(".in_proj_weight") and name.count(".") > 0}
-    weights = {n: f"{n}.in_proj_weight" if n.rpartition(".")[2] in joint else f"{n}.weight" for n in modules}
-    found = places.find({weights[name]: _shapes(adapter, name, parts) for name, parts in modules.items()})
+    _refuse_stacked(modules, base)
+    found = places.find({f"{name}.weight": _shapes(parts) for name, parts in modules.items()})
     translated: dict[str, TensorInfo] = {}
 
     def add(name: str, info: TensorInfo, key: str) -> None:
@@ -149,7 +148,7 @@ def translate(
 
     conv1d = _stores_conv1d(base)
     for name, parts in modules.items():
-        place = found[weights[name]]
+        place = found[f"{name}.weight"]
         add(place, _change(adapter, name, parts, base[place], conv1d), name)
         if "bias" in parts:
             bias = f"{place.removesuffix('weight')}bias"
@@ -190,7 +189,9 @@ def _sorted_keys(
         else:
             whole[plain] = info
     if not modules:
-        raise CheckpointError(f"{adapter.file.parent}: holds no LoRA weights", hint="was it saved with save_pretrained?")
+        raise CheckpointError(
+            f"{adapter.file.parent}: holds no LoRA weights", hint="was it saved with save_pretrained?"
+        )
     for name, parts in modules.items():
         _refuse_incomplete(adapter, name, parts)
     return modules, whole
@@ -234,7 +235,7 @@ def _scale(adapter: Adapter, module: str, parts: Mapping[str, TensorInfo]) -> fl
     return _matched(adapter, "alpha", module) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
 
 
-def _shapes(adapter: Adapter, module: str, parts: Mapping[str, TensorInfo]) -> tuple[tuple[int, ...], ...]:
+def _shapes(parts: Mapping[str, TensorInfo]) -> tuple[tuple[int, ...], ...]:
     """The shapes that the changed weight may have."""
     a, b = parts["A"], parts["B"]
     if _is_embedding(parts):
@@ -245,6 +246,20 @@ def _shapes(adapter: Adapter, module: str, parts: Mapping[str, TensorInfo]) -> t
 
 def _is_embedding(parts: Mapping[str, TensorInfo]) -> bool:
     return parts["A"].name.endswith("lora_embedding_A")
+
+
+def _refuse_stacked(modules: Mapping[str, Mapping[str, TensorInfo]], base: Mapping[str, TensorInfo]) -> None:
+    """Refuse `nn.MultiheadAttention`: peft (0.21) adds the change to its output projection twice, running and merging.
+
+    An adapter that was trained so is right only so, and one of another version need not be.
+    """
+    joint = {name.split(".")[-2] for name in base if name.endswith(".in_proj_weight")}
+    for name, parts in modules.items():
+        if name.rpartition(".")[2] in joint:
+            raise ReferenceNotFound(
+                f"{parts['A'].file}: '{name}' is an nn.MultiheadAttention, whose LoRA cannot be merged here",
+                hint=_MERGE_FIRST,
+            )
 
 
 def _stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
@@ -264,7 +279,7 @@ def _change(
 ) -> TensorInfo:
     """A module's LoRA as a change to the base's tensor."""
     a, b = parts["A"], parts["B"]
-    shapes = _shapes(adapter, module, parts)
+    shapes = _shapes(parts)
     if target.shape not in shapes:
         raise PlanError(
             f"{a.file}: '{b.name}' times '{a.name}' makes {list(shapes[0])}, "
@@ -275,9 +290,7 @@ def _change(
     if not transposed and len(shapes) == 2 and shapes[0] == shapes[1]:  # square: the shape does not tell
         known = conv1d if module.rpartition(".")[2] in _CONV1D else None
         transposed = bool(adapter.config.get("fan_in_fan_out")) if known is None else known
-    left, right = replace(b, shape=b.shape[:2]), replace(a, shape=(a.shape[0], math.prod(a.shape[1:])))
-    if transposed:
-        left, right = right, left
+    left, right = (a, b) if transposed else (b, a)
     origin, magnitude = parts.get("origin"), parts.get("magnitude")
     if origin is not None and origin.shape != target.shape:
         raise PlanError(
@@ -289,7 +302,7 @@ def _change(
         raise PlanError(f"{a.file}: '{magnitude.name}' does not fit the base's '{target.name}' {list(target.shape)}")
     change = Change(_scale(adapter, module, parts), (left, right), transposed, origin, magnitude)
     nbytes = sum(part.nbytes for name, part in parts.items() if name != "bias")
-    return TensorInfo(target.name, a.dtype, target.shape, a.file, a.start, nbytes, change)
+    return TensorInfo(target.name, a.dtype, target.shape, a.file, a.start, nbytes, change=change)
 
 
 class _Places:

@@ -38,6 +38,7 @@ class TensorInfo:
     file: Path
     start: int  # first byte of the data, counted from the start of the file
     nbytes: int
+    strides: tuple[int, ...] | None = None  # in elements, where they do not lie in their order; only pickles have such
     change: Change | None = None  # set where the values are not the tensor's weights
 
     @property
@@ -55,7 +56,7 @@ class Change:
 
     Args:
         scale: A factor on the whole.
-        factors: [m, r] and [r, n].
+        factors: [m, r] and [r, n], of convolutions [m, r, 1, 1] and [r, *kernel].
         transposed: The factors are stored as [r, m] and [n, r].
         origin: Stands in for the base's tensor [m, n]; the difference is to be seen from there.
         magnitude: Norms [m] (`transposed`: [n]) to which the rows (columns) of the changed tensor are rescaled, as in

@@ -103,9 +103,9 @@ class Loader:
         origin = theta_0 if change.origin is None else self._rows(expert, change.origin, piece.start, piece.stop)
         if change.magnitude is not None:
             factors = self._rescaling(expert, change, piece.tensor, first, last)
-            spread = (factors[None, :] if change.transposed else factors[:, None]).expand(last - first, width)
-            spread = spread.flatten()[inside]
-            tau.mul_(spread).addcmul_(origin.to(tau.dtype), (spread - 1).to(tau.dtype))
+            factors = factors[None, :] if change.transposed else factors[:, None]
+            spread, beyond = (f.float().expand(last - first, width).flatten()[inside] for f in (factors, factors - 1))
+            tau.mul_(spread).addcmul_(origin.to(tau.dtype), beyond)
         if change.origin is not None:
             tau.add_(origin - theta_0)
 
@@ -155,7 +155,7 @@ class Loader:
             rank = left.shape[1]
             factors = (
                 self._rows(expert, left, first * rank, last * rank).view(-1, rank),
-                self._rows(expert, right, 0, right.numel).view(right.shape),
+                self._rows(expert, right, 0, right.numel).view(rank, -1),
             )
         if factors[0].dtype != factors[1].dtype:
             return factors[0].double() * change.scale, factors[1].double()
