@@ -26,6 +26,7 @@ from modelmerge.verbs.inputs import (
     listing,
     open_models,
     record,
+    remarks,
     source_of,
     stamp,
 )
@@ -246,11 +247,13 @@ def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
+    read = [f"{remark}." for remark in remarks(job.plan)]
     notes = []
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
     if len(notes) > 5:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
+    notes = read + notes
     reasons: dict[tuple[str, str], int] = {}
     for _, expert, reason in findings.left_out:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
