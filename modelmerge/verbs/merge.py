@@ -146,6 +146,12 @@ def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str]
     options = method.make_options(chosen, recipe.method, recipe.options)
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
     _check_choices(recipe)
+    if chosen.most_experts is not None and len(recipe.experts) > chosen.most_experts:
+        many = "one expert" if chosen.most_experts == 1 else f"{chosen.most_experts} experts at most"
+        raise UsageError(
+            f"'{recipe.method}' takes {many}, and {len(recipe.experts)} are named",
+            hint="`modelmerge merge` lists the methods that take any number",
+        )
     base, experts = open_models(recipe.base, recipe.experts)
     weights = _weights(recipe, [expert.name for expert in experts])
     made = plan.make_plan(
@@ -157,7 +163,7 @@ def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str]
     if recipe.rest != "base":
         rest_method = method.load(recipe.rest)
         rest = (rest_method, rest_method.options())
-    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front)
+    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed)
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
