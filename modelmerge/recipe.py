@@ -26,7 +26,7 @@ class Recipe:
 
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
     defaults. `disentangle` names what goes in front of the method, with its own options. `dtype` is
-    float32, float16, bfloat16 or None for the base's own.
+    float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors whose shapes differ.
     """
 
     method: str
@@ -40,6 +40,7 @@ class Recipe:
     dtype: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    on_mismatch: str = "error"
     max_shard_size: str = "5GB"
     seed: int = 0
 
@@ -58,7 +59,7 @@ class Recipe:
         for name, weight in self.weights.items():
             words += ["--weight", f"{name}={weight:g}"]
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        for name in ("rest", "dtype", "max_shard_size", "seed"):
+        for name in ("rest", "dtype", "on_mismatch", "max_shard_size", "seed"):
             value = getattr(self, name)
             words += [f"--{name.replace('_', '-')}", str(value)] if value != defaults[name] else []
         for name in ("include", "exclude"):

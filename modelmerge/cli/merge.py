@@ -121,6 +121,7 @@ def command(name: str) -> Callable[..., None]:
         dtype: opt.Dtype = None,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
+        on_mismatch: opt.OnMismatch = "error",
         max_shard_size: opt.ShardSize = "5GB",
         seed: opt.Seed = 0,
         dry_run: opt.DryRun = False,
@@ -148,6 +149,7 @@ def command(name: str) -> Callable[..., None]:
             dtype=values["dtype"],
             include=tuple(values["include"] or ()),
             exclude=tuple(values["exclude"] or ()),
+            on_mismatch=values["on_mismatch"],
             max_shard_size=values["max_shard_size"],
             seed=values["seed"],
         )

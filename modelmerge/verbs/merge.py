@@ -75,6 +75,7 @@ def merge(
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    on_mismatch: str = "error",
     max_shard_size: str = "5GB",
     seed: int = 0,
     device: str = "auto",
@@ -97,6 +98,8 @@ def merge(
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
+        on_mismatch: What becomes of tensors whose shapes differ: error; copy: the base's; common-rows: of embeddings
+            and heads, the rows that all have are merged and the base's others kept.
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
         device: cpu, cuda, cuda:N or auto.
@@ -111,7 +114,8 @@ def merge(
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), rest=rest, dtype=dtype,
-        include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
+        include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
+        seed=seed,
     )  # fmt: skip
     return execute(prepare(recipe, device=device), Path(out), force=force, resume=resume, reporter=reporter)
 
@@ -158,6 +162,7 @@ def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str]
         base, experts, matrices=chosen.matrices, rest=recipe.rest,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
+        on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
     rest = None
     if recipe.rest != "base":
@@ -215,7 +220,11 @@ def execute(
 
 
 def _check_choices(recipe: Recipe) -> None:
-    for flag, value, choices in (("--rest", recipe.rest, RESTS), ("--dtype", recipe.dtype or DTYPES[0], DTYPES)):
+    for flag, value, choices in (
+        ("--rest", recipe.rest, RESTS),
+        ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
+        ("--on-mismatch", recipe.on_mismatch, plan.ON_MISMATCH),
+    ):
         if value not in choices:
             near = get_close_matches(value, choices, n=1)
             raise UsageError(
@@ -254,7 +263,7 @@ def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
     if len(notes) > 5:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
-    notes = read + notes
+    notes = read + [f"'{t.name}': {t.reason}." for t in job.plan.tensors.values() if t.mismatched] + notes
     reasons: dict[tuple[str, str], int] = {}
     for _, expert, reason in findings.left_out:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
@@ -331,6 +340,8 @@ def _manifest(
             "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
+            "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
+            "tied": {t.name: t.twin for t in tensors if t.twin is not None},
             "figures": dict(sorted(findings.figures.items())),
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
