@@ -38,10 +38,12 @@ class Context:
 
     `weights` are the experts' weights (`--weight`) and `experts` their names, in the order of the task vectors.
     `measured` is what the method's survey concluded. `base` is `theta_0` [*shape], for methods that want it; it must
-    not be written to. `seed` is that of random draws, and `start` the place in its tensor of the first element of a
-    block. `leave_out(expert, reason)` records that an expert (by position) had to be left out of this tensor; it is
-    reported to the user and in the manifest. `tell(figures)` puts figures about this tensor there, such as the steps a
-    solver took.
+    not be written to. `factors` are, for each expert whose task vector [m, n] is known to be a product, the two of it,
+    [m, r] and [r, n] with r = 0 for no change, and None for the others; None at all where no expert's is, or where the
+    task vectors are cut or have been changed since. `seed` is that of random draws, and `start` the place in its tensor
+    of the first element of a block. `leave_out(expert, reason)` records that an expert (by position) had to be left out
+    of this tensor; it is reported to the user and in the manifest. `tell(figures)` puts figures about this tensor
+    there, such as the steps a solver took.
     """
 
     tensor: str
@@ -49,6 +51,7 @@ class Context:
     experts: tuple[str, ...] = ()
     measured: Tensor | None = None
     base: Tensor | None = None
+    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None
     seed: int = 0
     start: int = 0
     leave_out: Callable[[int, str], None] = lambda expert, reason: None

@@ -19,6 +19,7 @@ from modelmerge.engine.stream import (
     as_bytes,
     in_parallel,
     item_bytes,
+    known_factors,
     piece_bytes,
     pieces,
     rounded,
@@ -130,7 +131,9 @@ def _run_whole(
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
                 if front is not None:
                     front.take_out(piece, taus)
-                data = _merged(job, piece, theta_0, taus, measured, findings)
+                # What a front has changed is no product any more.
+                factors = known_factors(job.source, tensor) if front is None else None
+                data = _merged(job, piece, theta_0, taus, measured, findings, factors)
             if behind is not None:
                 behind.result()
             behind = writing.submit(staging.write, tensor.name, 0, as_bytes(data))
@@ -140,7 +143,13 @@ def _run_whole(
 
 
 def _merged(
-    job: Job, piece: Piece, theta_0: Tensor, taus: Tensor, measured: Tensor | None, findings: Findings
+    job: Job,
+    piece: Piece,
+    theta_0: Tensor,
+    taus: Tensor,
+    measured: Tensor | None,
+    findings: Findings,
+    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
 ) -> Tensor:
     """The piece's merged values, flat, as they will be stored; `theta_0` is used up."""
     chosen = job.method if piece.tensor.action == "merge" else job.rest
@@ -155,8 +164,8 @@ def _merged(
 
     context = Context(
         tensor=piece.tensor.name, weights=job.weights, experts=tuple(expert.name for expert in job.plan.experts),
-        measured=measured, base=theta_0 if method.wants_base else None, seed=job.seed, start=piece.start,
-        leave_out=leave_out, tell=tell,
+        measured=measured, base=theta_0 if method.wants_base else None, factors=factors, seed=job.seed,
+        start=piece.start, leave_out=leave_out, tell=tell,
     )  # fmt: skip
     delta = method.apply(taus, options, context)
     if findings.rounding is not None:

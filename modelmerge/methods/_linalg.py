@@ -27,6 +27,22 @@ def left_singular_vectors(x: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(x @ right).Q
 
 
+def left_singular_vectors_of_product(left: Tensor, right: Tensor, rank: int) -> Tensor:
+    """The first `rank` left singular vectors of left @ right, [m, r] and [r, n], float64 [m, k], orthonormal.
+
+    In O((m + n) r^2), from QR decompositions of both factors and the SVD of what is left between them, [r, r] at most;
+    the product itself is never made. k is `rank`, or the product's rank where that is less: what an SVD of the product
+    would complete the columns with has no meaning.
+    """
+    q, upper = torch.linalg.qr(left.double())
+    lower = torch.linalg.qr(right.double().T).R.T
+    u, values, _ = torch.linalg.svd(upper @ lower, full_matrices=False)
+    largest = values[:1].sum()
+    noise = largest * max(left.shape[0], right.shape[1]) * torch.finfo(torch.float64).eps
+    found = int((values > noise).sum())
+    return q @ u[:, : min(rank, found)]
+
+
 def shared_subspace(taus: Sequence[Tensor], task_rank: int, shared_rank: int) -> Tensor:
     """Basis of the directions the tasks share, float64 [m, k] with k <= shared_rank, orthonormal.
 
