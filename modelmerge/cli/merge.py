@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from modelmerge import method
 from modelmerge.cli import options as opt
@@ -32,7 +33,7 @@ Base = Annotated[
     str,
     typer.Argument(
         metavar="BASE",
-        help="The model the experts were fine-tuned from, as [NAME=]REF: a directory or a .safetensors file.",
+        help="The model the experts were fine-tuned from, as [NAME=]REF: a directory, or a .safetensors or .bin file.",
         show_default=False,
     ),
 ]
@@ -204,6 +205,11 @@ def _run(prepared: Prepared, sink: Sink, output: str, *, dry_run: bool, force: b
         f"{', '.join(done)}",
         f"[bold]{out}[/]  {size(weights)} of weights in {manifest['seconds']:.1f} s on {manifest['device']}",
     ]
+    rounding = manifest["rounding"]
+    if rounding and rounding["relative_error"] is not None:
+        lines.append(
+            f"rounding to {rounding['stored_as']} changes the merged task vector by {rounding['relative_error']:.2%}"
+        )
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
     sink.result({"output": str(out), "manifest": manifest}, quiet=str(out), human=lines)
@@ -228,6 +234,7 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))
+    lines += [escape(remark) for remark in plan["remarks"]]
     if verbose:
         rows = [
             [

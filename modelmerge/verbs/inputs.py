@@ -114,7 +114,13 @@ def listing(source: Source, tensors: Iterable[tuple[TensorPlan, str, str]]) -> d
             for t, stored_as, action in tensors
         ],
         "expert_only": {name: list(experts) for name, experts in made.expert_only.items()},
+        "remarks": remarks(made),
     }  # fmt: skip
+
+
+def remarks(plan: Plan) -> list[str]:
+    """What a person should know of how the models were read, each with the model's name in front."""
+    return [f"'{model.name}': {remark}" for model in plan.models for remark in model.remarks]
 
 
 def input_paths(plan: Plan) -> list[Path]:

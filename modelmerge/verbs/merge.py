@@ -26,11 +26,13 @@ from modelmerge.verbs.inputs import (
     listing,
     open_models,
     record,
+    remarks,
     source_of,
     stamp,
 )
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = tuple(plan.DTYPES)
+_LOSSY = 0.05  # a loss to rounding above which a merge is worth storing wider
 RESTS = ("base", "average", "task-arithmetic")
 
 
@@ -144,6 +146,12 @@ def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str]
     options = method.make_options(chosen, recipe.method, recipe.options)
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
     _check_choices(recipe)
+    if chosen.most_experts is not None and len(recipe.experts) > chosen.most_experts:
+        many = "one expert" if chosen.most_experts == 1 else f"{chosen.most_experts} experts at most"
+        raise UsageError(
+            f"'{recipe.method}' takes {many}, and {len(recipe.experts)} are named",
+            hint="`modelmerge merge` lists the methods that take any number",
+        )
     base, experts = open_models(recipe.base, recipe.experts)
     weights = _weights(recipe, [expert.name for expert in experts])
     made = plan.make_plan(
@@ -155,7 +163,7 @@ def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str]
     if recipe.rest != "base":
         rest_method = method.load(recipe.rest)
         rest = (rest_method, rest_method.options())
-    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front)
+    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed)
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -240,17 +248,41 @@ def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
+    read = [f"{remark}." for remark in remarks(job.plan)]
     notes = []
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
     if len(notes) > 5:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
+    notes = read + notes
     reasons: dict[tuple[str, str], int] = {}
     for _, expert, reason in findings.left_out:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
     for (expert, reason), count in sorted(reasons.items()):
         notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
+    lost = findings.rounding.relative_error() if findings.rounding else None
+    if lost is not None and lost > _LOSSY:
+        notes.append(
+            f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: --dtype float32 keeps it."
+        )
     return notes
+
+
+def _stored_as(job: engine.Job) -> str:
+    """The 16-bit dtypes of the output's merged tensors."""
+    narrow = engine.stored_narrow(job.plan)
+    return " and ".join(name for name, code in plan.DTYPES.items() if code in narrow)
+
+
+def _rounding(job: engine.Job, findings: engine.Findings) -> dict[str, Any] | None:
+    """What storing lost of the merged task vector, where anything is stored in 16 bits."""
+    if findings.rounding is None:
+        return None
+    return {
+        "stored_as": _stored_as(job),
+        "relative_error": findings.rounding.relative_error(),
+        "tensors_measured": findings.merged,
+    }
 
 
 def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
@@ -302,6 +334,7 @@ def _manifest(
             "figures": dict(sorted(findings.figures.items())),
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
+        "rounding": _rounding(job, findings),
         "notes": list(notes),
         "seconds": round(seconds, 3),
         "files": staging.listing(),
