@@ -100,6 +100,7 @@ class Method:
             as blocks [T, n]. Otherwise a tensor comes whole.
         survey: Given the options, the whole-model quantity that `apply` needs, if any.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
+        squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
     """
 
     options: type
@@ -111,6 +112,7 @@ class Method:
     blockwise: Callable[[Any], bool] = lambda options: True
     survey: Callable[[Any], Survey | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
+    squares: float = 0.0
 
 
 Watch = Callable[[float], None]  # is told a solver's loss as it goes

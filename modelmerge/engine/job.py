@@ -172,11 +172,17 @@ def peak_memory(job: Job) -> dict[str, int]:
         sizes = sorted((t.numel for t in merged), reverse=True)
         widest = max(model.stored_bytes(t.name) for t in merged for model in plan.models)
         ahead = sizes[1] if len(sizes) > 1 else 0
+        # The method's own: copies of the tensor, and squares of its width.
+        own = max(t.numel * 4 * workspace + 8 * method.squares * _width(t, tasks) ** 2 for t in merged)
         # At hand and being read ahead: task vectors and theta_0; then the method's own; one result being written.
-        whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 * (workspace + 1)) + 2 * widest + kept
+        whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 + own) + 2 * widest + kept
         whole += _unfolding(plan, sizes[0])
     working = max(streaming, whole)
     return {"host": PROCESS_BYTES + working, "device": 0 if device.type == "cpu" else working}
+
+
+def _width(tensor: TensorPlan, tasks: int) -> int:
+    return min(tensor.shape[1], tasks * tensor.shape[0]) if len(tensor.shape) == 2 else 0
 
 
 def vector_memory(
