@@ -7,7 +7,7 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from modelmerge.engine.rounding import Rounding
 from modelmerge.errors import DeviceError, UsageError
 from modelmerge.method import Disentangler, Method, Survey
 from modelmerge.plan import Plan, TensorPlan
+from modelmerge.vary import Setting
 
 # Elements per block. On a CPU a worker's buffers should fit its share of the L2/L3 cache (measured: 64 Ki and 1 Mi
 # elements cost 10 to 35 % more); a GPU wants blocks that are large against the launch of a kernel.
@@ -60,6 +61,7 @@ class Job:
         weights: Each expert's weight.
         front: What disentangles the task vectors before they are merged, with its options, if anything.
         seed: The seed of random draws.
+        settings: By tensor, what the method is told instead where something varies.
     """
 
     source: Source
@@ -68,6 +70,7 @@ class Job:
     weights: tuple[float, ...]
     front: tuple[Disentangler, Any] | None
     seed: int = 0
+    settings: Mapping[str, Setting] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:

@@ -28,6 +28,7 @@ from modelmerge.engine.stream import (
 from modelmerge.method import Context, Pass, Survey
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
+from modelmerge.vary import Setting
 
 
 def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
@@ -155,6 +156,9 @@ def _merged(
     chosen = job.method if piece.tensor.action == "merge" else job.rest
     assert chosen is not None, "the plan leaves tensors to a method that the job does not name"
     method, options = chosen
+    setting = job.settings.get(piece.tensor.name) or Setting(options, job.weights, {})
+    if piece.tensor.action == "merge":
+        options = setting.options
 
     def leave_out(expert: int, reason: str) -> None:
         findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
@@ -163,9 +167,9 @@ def _merged(
         findings.figures[piece.tensor.name] = dict(figures)
 
     context = Context(
-        tensor=piece.tensor.name, weights=job.weights, experts=tuple(expert.name for expert in job.plan.experts),
+        tensor=piece.tensor.name, weights=setting.weights, experts=tuple(expert.name for expert in job.plan.experts),
         measured=measured, base=theta_0 if method.wants_base else None, factors=factors, seed=job.seed,
-        start=piece.start, leave_out=leave_out, tell=tell,
+        start=piece.start, leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip
     delta = method.apply(taus, options, context)
     if findings.rounding is not None:
