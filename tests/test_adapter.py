@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import nn
 import modelmerge
 from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, ReferenceNotFound
+from modelmerge.method import Context
+from modelmerge.recipe import Recipe
+from modelmerge.verbs.merge import execute, prepare
 from tests.checkpoints import State, read
 
 TOLERANCE = 1e-6
@@ -517,3 +521,39 @@ def test_both_names_of_a_tied_tensor_are_refused(tmp_path: Path) -> None:
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=["embed_tokens", "lm_head"])
     with pytest.raises(PlanError, match=r"two of its modules change 'model\.embed_tokens\.weight'"):
         merged_here(base, [adapter], tmp_path / "never")
+
+
+def test_a_method_is_told_the_factors(tmp_path: Path) -> None:
+    base = base_of("gpt2", tmp_path / "base")
+    plain = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    one = adapter_of(base, tmp_path / "one", 1, **plain)
+    two = adapter_of(base, tmp_path / "two", 2, use_dora=True, **plain)
+    full = tmp_path / "full"
+    merged_by_peft(base, one, full)
+    modelmerge.extract(base, [full], tmp_path / "vectors", rank=2)
+    seen: dict[str, tuple[Any, torch.Tensor]] = {}
+
+    def look(taus: torch.Tensor, options: Any, context: Context) -> torch.Tensor:
+        seen[context.tensor] = context.factors, taus.clone()
+        return taus[0]
+
+    def run(*experts: Path | str, **more: Any) -> None:
+        told = prepare(Recipe(method="apgd", base=str(base), experts=tuple(map(str, experts)), **more))
+        spying = replace(told.job.method[0], apply=look, survey=lambda options: None)
+        spied = replace(told, job=replace(told.job, method=(spying, told.job.method[1])))
+        execute(spied, tmp_path / "out", force=True)
+
+    attention, other = "transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_fc.weight"
+    run(one, two, tmp_path / "vectors" / "full", f"whole={full}")
+    known, taus = seen[attention]
+    assert [pair is not None for pair in known] == [True, False, True, False]
+    for i in (0, 2):
+        assert known[i][0].shape == (16, 2)
+        assert torch.allclose(known[i][0] @ known[i][1], taus[i], atol=1e-6)
+    known, taus = seen[other]
+    assert [None if pair is None else pair[0].shape for pair in known] == [(16, 0), (16, 0), (16, 0), None]
+    assert not taus.any()
+    run(f"a={full}", f"b={full}")
+    assert seen[attention][0] is None
+    run(one, two, disentangle="awd")
+    assert seen[attention][0] is None

@@ -7,7 +7,7 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from modelmerge.engine.rounding import Rounding
 from modelmerge.errors import DeviceError, UsageError
 from modelmerge.method import Disentangler, Method, Survey
 from modelmerge.plan import Plan, TensorPlan
+from modelmerge.vary import Setting
 
 # Elements per block. On a CPU a worker's buffers should fit its share of the L2/L3 cache (measured: 64 Ki and 1 Mi
 # elements cost 10 to 35 % more); a GPU wants blocks that are large against the launch of a kernel.
@@ -60,6 +61,7 @@ class Job:
         weights: Each expert's weight.
         front: What disentangles the task vectors before they are merged, with its options, if anything.
         seed: The seed of random draws.
+        settings: By tensor, what the method is told instead where something varies.
     """
 
     source: Source
@@ -68,6 +70,7 @@ class Job:
     weights: tuple[float, ...]
     front: tuple[Disentangler, Any] | None
     seed: int = 0
+    settings: Mapping[str, Setting] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -177,11 +180,17 @@ def peak_memory(job: Job) -> dict[str, int]:
         sizes = sorted((t.numel for t in merged), reverse=True)
         widest = max(model.stored_bytes(t.name) for t in merged for model in plan.models)
         ahead = sizes[1] if len(sizes) > 1 else 0
+        # The method's own: copies of the tensor, and squares of its width.
+        own = max(t.numel * 4 * workspace + 8 * method.squares * _width(t, tasks) ** 2 for t in merged)
         # At hand and being read ahead: task vectors and theta_0; then the method's own; one result being written.
-        whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 * (workspace + 1)) + 2 * widest + kept
+        whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 + own) + 2 * widest + kept
         whole += _unfolding(plan, sizes[0])
     working = max(streaming, whole)
     return {"host": PROCESS_BYTES + working, "device": 0 if device.type == "cpu" else working}
+
+
+def _width(tensor: TensorPlan, tasks: int) -> int:
+    return min(tensor.shape[1], tasks * tensor.shape[0]) if len(tensor.shape) == 2 else 0
 
 
 def vector_memory(

@@ -241,6 +241,26 @@ def whole(source: Source, tensor: TensorPlan, *, check: bool) -> tuple[Piece, Te
     return piece, *Loader(source, tensor.numel, stored, torch.device("cpu")).load(piece, check=check)
 
 
+def known_factors(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
+    """Each expert's task vector [m, n] as factors [m, r] and [r, n], float32 on the device; None for one that has none.
+
+    None at all where no expert has any. An expert that did not change the tensor has factors of rank 0.
+    """
+    found: list[tuple[Tensor, Tensor] | None] = []
+    loader = Loader(source, 0, 0, source.device)
+    for expert in source.plan.experts:
+        info = expert.tensors.get(tensor.name)
+        if len(tensor.shape) != 2 or (info is not None and (info.change is None or not info.change.low_rank)):
+            found.append(None)
+        elif info is None or info.change is None:
+            m, n = tensor.shape
+            found.append((torch.zeros(m, 0, device=source.device), torch.zeros(0, n, device=source.device)))
+        else:
+            left, right = loader.factors(expert, info.change, 0, tensor.shape[0])
+            found.append((left.float(), right.float()))
+    return tuple(found) if any(pair is not None for pair in found) else None
+
+
 def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, Loader], None]) -> None:
     """Do all pieces, in about the order given, on the source's workers; the first error stops them all."""
     queue, mutex, stop = iter(pieces), threading.Lock(), threading.Event()
