@@ -111,7 +111,7 @@ def test_the_plan_says_how_names_were_matched(tmp_path: Path, capsys: pytest.Cap
     expert = write(tmp_path / "sun", inner(expert_state(two_towers(), 0), "vision_model."))
     words = ["merge", "average", str(base), str(expert), "-o", str(tmp_path / "out"), "-n"]
     assert main(words) == 0
-    says = "'sun': its names are the base's with 'vision_model.' in front: 5 of its 5 tensors are matched so"
+    says = "'sun': its names are the base's with 'vision_model.' in front: 5 of its 5 tensors are matched so."
     assert says in capsys.readouterr().out
     assert main([*words, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)["plan"]

@@ -287,7 +287,7 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))
-    lines += [escape(remark) for remark in plan["remarks"]]
+    lines += [f"note: {escape(remark)}" for remark in plan["remarks"]]
     if verbose:
         rows = [
             [
@@ -300,7 +300,6 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
             for t in plan["tensors"]
         ]
         lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, left=5))
-    lines += [f"note: {remark}" for remark in plan.get("remarks", ())]
     times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
     files = f" in {len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}" if "shards" in plan else " at most"
     peak = f"peak memory {size(memory['host'])}"

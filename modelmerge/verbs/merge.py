@@ -61,7 +61,7 @@ class Prepared:
             "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": made.bytes_written},
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
-            "remarks": list(self.remarks),
+            "remarks": [*self.remarks, *remarks(made)],
         }
 
 
@@ -289,7 +289,7 @@ def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
-    read = [f"{remark}." for remark in remarks(job.plan)]
+    read = remarks(job.plan)
     notes = []
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
