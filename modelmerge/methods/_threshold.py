@@ -75,9 +75,22 @@ def per_tensor(taus: Tensor, density: float) -> Tensor | None:
     """The thresholds [T] of one whole tensor [T, *shape]; None where everything is kept."""
     if density >= 1.0:
         return None
-    flat = taus.flatten(1).abs()
+    flat = taus.reshape(len(taus), -1).abs()
     rank = dropped(flat.shape[1], density)
-    return flat.kthvalue(max(rank, 1), dim=1).values if flat.shape[1] else flat.new_zeros(len(flat))
+    return smallest(flat, max(rank, 1))[:, 0] if flat.shape[1] else flat.new_zeros(len(flat))
+
+
+def smallest(values: Tensor, *ranks: int) -> Tensor:
+    """The entries of these ranks, counted from 1, in each row of values >= 0 [m, n] that lie in memory: [m, ranks]."""
+    if values.device.type != "cpu":
+        return torch.cat([values.kthvalue(rank, dim=1, keepdim=True).values for rank in ranks], dim=1)
+    # numpy partitions ten times faster than torch selects, and integers faster than floats.
+    bits = values.contiguous().view(torch.int32).clone()
+    stop = bits.shape[1]
+    for rank in sorted(set(ranks), reverse=True):
+        bits[:, :stop].numpy().partition(rank - 1, axis=1)
+        stop = rank - 1
+    return bits[:, [rank - 1 for rank in ranks]].view(torch.float32)
 
 
 def trim(tau: Tensor, threshold: Tensor | None) -> Tensor:

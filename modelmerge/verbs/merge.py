@@ -232,7 +232,8 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
                 hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(names)}",
             )
     weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
-    if sum(weights) == 0.0 and "average" in (recipe.method, recipe.rest):
+    used = [method.load(name) for name in (recipe.method, recipe.rest) if name != "base"]
+    if sum(weights) == 0.0 and any(chosen.normalises for chosen in used):
         raise UsageError("the weights add up to zero: their average does not exist", hint="check --weight")
     return weights
 
