@@ -27,6 +27,7 @@ EXAMPLES = (
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
+    "modelmerge merge --recipe mergekit.yml -o merged",
 )
 
 Base = Annotated[
@@ -42,7 +43,8 @@ Experts = Annotated[
     typer.Argument(metavar="EXPERT", help="The fine-tuned models, as [NAME=]REF each.", show_default=False),
 ]
 RecipeFile = Annotated[
-    str | None, typer.Option("--recipe", metavar="FILE", help="Repeat the merge that a modelmerge.json records.")
+    str | None,
+    typer.Option("--recipe", metavar="FILE", help="Repeat the merge of a modelmerge.json, or run a mergekit YAML."),
 ]
 
 
@@ -100,11 +102,10 @@ def replay_or_list(
         raise UsageError("--recipe needs an output directory", hint="give -o DIR")
     from pathlib import Path
 
-    from modelmerge.recipe import read_recipe
-    from modelmerge.verbs.merge import prepare
+    from modelmerge.verbs.merge import prepare_file
 
-    told, recorded = read_recipe(Path(recipe).expanduser())
-    _run(prepare(told, device=device, recorded=recorded), sink, output, dry_run=dry_run, force=force, resume=resume)
+    prepared = prepare_file(Path(recipe).expanduser(), device=device)
+    _run(prepared, sink, output, dry_run=dry_run, force=force, resume=resume)
 
 
 def command(name: str) -> Callable[..., None]:
@@ -115,6 +116,7 @@ def command(name: str) -> Callable[..., None]:
     def shared(
         output: opt.Output,
         weight: opt.Weight = None,
+        vary: opt.Vary = None,
         disentangle: opt.Disentangle = None,
         rest: opt.Rest = "base",
         device: opt.Device = "auto",
@@ -142,6 +144,7 @@ def command(name: str) -> Callable[..., None]:
             experts=tuple(values["experts"]),
             options={spec: values[spec] for spec in method.option_types(chosen.options)},
             weights=parse_weights(values["weight"] or ()),
+            vary=tuple(values["vary"] or ()),
             disentangle=values["disentangle"],
             disentangle_options=_front_options(fronts, values),
             rest=values["rest"],
@@ -205,6 +208,11 @@ def _run(prepared: Prepared, sink: Sink, output: str, *, dry_run: bool, force: b
         f"{', '.join(done)}",
         f"[bold]{out}[/]  {size(weights)} of weights in {manifest['seconds']:.1f} s on {manifest['device']}",
     ]
+    rounding = manifest["rounding"]
+    if rounding and rounding["relative_error"] is not None:
+        lines.append(
+            f"rounding to {rounding['stored_as']} changes the merged task vector by {rounding['relative_error']:.2%}"
+        )
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
     sink.result({"output": str(out), "manifest": manifest}, quiet=str(out), human=lines)
@@ -242,6 +250,7 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
             for t in plan["tensors"]
         ]
         lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, left=5))
+    lines += [f"note: {remark}" for remark in plan.get("remarks", ())]
     times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
     files = f" in {len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}" if "shards" in plan else " at most"
     peak = f"peak memory {size(memory['host'])}"

@@ -65,6 +65,15 @@ Weight = Annotated[
     list[str] | None,
     typer.Option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W", rich_help_panel=SHARED_PANEL),
 ]
+Vary = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Another value for one expert (math:weight=0.5), for tensors of such names (scale=0.2@*mlp*), or rising "
+        "over the layers (scale=0.1,0.5). Repeatable; the last that applies counts.",
+        metavar="[NAME:]OPTION=V[,V...][@GLOB]",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 Disentangle = Annotated[
     str | None,
     typer.Option(

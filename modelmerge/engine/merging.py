@@ -12,12 +12,14 @@ from torch import Tensor
 from modelmerge.checkpoint.writer import Staging
 from modelmerge.engine.front import Front, fit
 from modelmerge.engine.job import SAMPLE_RUN, SMALL, Findings, Job, prepare_process, threads
+from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.stream import (
     Loader,
     Piece,
     as_bytes,
     in_parallel,
     item_bytes,
+    known_factors,
     piece_bytes,
     pieces,
     rounded,
@@ -26,6 +28,7 @@ from modelmerge.engine.stream import (
 from modelmerge.method import Context, Pass, Survey
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
+from modelmerge.vary import Setting
 
 
 def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
@@ -36,9 +39,10 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
         OutputError: The output cannot be written.
     """
     prepare_process()
-    findings = Findings()
     plan = job.plan
+    findings = Findings(rounding=Rounding() if stored_narrow(plan) else None)
     todo = [t for t in plan.in_order() if t.numel and not staging.is_finished(t.name)]
+    findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return findings
     front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
@@ -128,7 +132,9 @@ def _run_whole(
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
                 if front is not None:
                     front.take_out(piece, taus)
-                data = _merged(job, piece, theta_0, taus, measured, findings)
+                # What a front has changed is no product any more.
+                factors = known_factors(job.source, tensor) if front is None else None
+                data = _merged(job, piece, theta_0, taus, measured, findings, factors)
             if behind is not None:
                 behind.result()
             behind = writing.submit(staging.write, tensor.name, 0, as_bytes(data))
@@ -138,12 +144,21 @@ def _run_whole(
 
 
 def _merged(
-    job: Job, piece: Piece, theta_0: Tensor, taus: Tensor, measured: Tensor | None, findings: Findings
+    job: Job,
+    piece: Piece,
+    theta_0: Tensor,
+    taus: Tensor,
+    measured: Tensor | None,
+    findings: Findings,
+    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
 ) -> Tensor:
     """The piece's merged values, flat, as they will be stored; `theta_0` is used up."""
     chosen = job.method if piece.tensor.action == "merge" else job.rest
     assert chosen is not None, "the plan leaves tensors to a method that the job does not name"
     method, options = chosen
+    setting = job.settings.get(piece.tensor.name) or Setting(options, job.weights, {})
+    if piece.tensor.action == "merge":
+        options = setting.options
 
     def leave_out(expert: int, reason: str) -> None:
         findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
@@ -152,8 +167,11 @@ def _merged(
         findings.figures[piece.tensor.name] = dict(figures)
 
     context = Context(
-        tensor=piece.tensor.name, weights=job.weights, experts=tuple(expert.name for expert in job.plan.experts),
-        measured=measured, base=theta_0 if method.wants_base else None, seed=job.seed, start=piece.start,
-        leave_out=leave_out, tell=tell,
+        tensor=piece.tensor.name, weights=setting.weights, experts=tuple(expert.name for expert in job.plan.experts),
+        measured=measured, base=theta_0 if method.wants_base else None, factors=factors, seed=job.seed,
+        start=piece.start, leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip
-    return rounded(piece, theta_0.add_(method.apply(taus, options, context)))
+    delta = method.apply(taus, options, context)
+    if findings.rounding is not None:
+        findings.rounding.merged.append(squared(delta))
+    return rounded(piece, theta_0.add_(delta), rounding=findings.rounding)

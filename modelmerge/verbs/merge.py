@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import modelmerge
-from modelmerge import engine, method, plan
+from modelmerge import engine, mergekit, method, plan
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe
 from modelmerge.report import SILENT, Reporter
+from modelmerge.vary import parse, settle
 from modelmerge.verbs.inputs import (
     as_references,
     disentangler,
@@ -31,7 +32,8 @@ from modelmerge.verbs.inputs import (
     stamp,
 )
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = tuple(plan.DTYPES)
+_LOSSY = 0.05  # a loss to rounding above which a merge is worth storing wider
 RESTS = ("base", "average", "task-arithmetic")
 
 
@@ -42,6 +44,7 @@ class Prepared:
     recipe: Recipe
     job: engine.Job
     recorded: Mapping[str, str]  # sha256 by input file that a replay must find again; empty for a new merge
+    remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
 
     def close(self) -> None:
         """Let go of the inputs."""
@@ -58,6 +61,7 @@ class Prepared:
             "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": made.bytes_written},
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
+            "remarks": list(self.remarks),
         }
 
 
@@ -70,6 +74,7 @@ def merge(
     weights: Mapping[str, float] | None = None,
     disentangle: str | None = None,
     disentangle_options: Mapping[str, Any] | None = None,
+    vary: Sequence[str] = (),
     rest: str = "base",
     dtype: str | None = None,
     include: Sequence[str] = (),
@@ -92,6 +97,7 @@ def merge(
         weights: Weight of each expert by name; 1 where none is given.
         disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
         disentangle_options: Its options.
+        vary: Numbers that differ between experts, tensors or layers, `[EXPERT:]OPTION=V[,V...][@GLOB]` each.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
@@ -109,8 +115,8 @@ def merge(
     """
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
-        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), rest=rest, dtype=dtype,
-        include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
+        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary), rest=rest,
+        dtype=dtype, include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
     )  # fmt: skip
     return execute(prepare(recipe, device=device), Path(out), force=force, resume=resume, reporter=reporter)
 
@@ -124,18 +130,38 @@ def replay(
     resume: bool = False,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Repeat the merge that a manifest records, into `out`; the new manifest.
+    """Repeat the merge that a manifest records, or make the one that a mergekit YAML describes; the new manifest.
 
     Raises:
-        RecipeError: The manifest cannot be read, or an input is no longer what it was.
+        RecipeError: The file cannot be read, asks for what there is not, or an input is no longer what it was.
         ModelMergeError: As for `merge`.
     """
-    recipe, recorded = read_recipe(Path(file))
-    prepared = prepare(recipe, device=device, recorded=recorded)
+    prepared = prepare_file(Path(file), device=device)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
 
-def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str] | None = None) -> Prepared:
+def prepare_file(file: Path, *, device: str = "auto") -> Prepared:
+    """Plan the merge that a manifest records or a mergekit YAML describes; nothing is written.
+
+    Raises:
+        ModelMergeError: As for `replay`.
+    """
+    if file.suffix not in (".yaml", ".yml"):
+        recipe, recorded = read_recipe(file)
+        return prepare(recipe, device=device, recorded=recorded)
+    translated = mergekit.read(file)
+    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks)
+    translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
+    return prepared
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    recorded: Mapping[str, str] | None = None,
+    remarks: Sequence[str] = (),
+) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written.
 
     Raises:
@@ -162,7 +188,14 @@ def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str]
     if recipe.rest != "base":
         rest_method = method.load(recipe.rest)
         rest = (rest_method, rest_method.options())
-    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed)
+    settings = settle(
+        [parse(told) for told in recipe.vary], (recipe.method, chosen, options), weights,
+        [expert.name for expert in experts], [t.name for t in (*made.select("merge"), *made.select("rest"))],
+    )  # fmt: skip
+    for tensor, setting in settings.items():
+        if abs(sum(setting.weights)) < 1e-8 and _normalises(recipe):
+            raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
+    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings)
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -173,7 +206,7 @@ def prepare(recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str]
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
-    return Prepared(complete, job, dict(recorded or {}))
+    return Prepared(complete, job, dict(recorded or {}), remarks)
 
 
 def execute(
@@ -201,7 +234,7 @@ def execute(
             _refuse_changed(prepared.recorded, [item for files in digests for item in files.items()])
             for name, file in beside.items():
                 staging.write_file(name, file)
-            notes = _notes(job, findings)
+            notes = [*prepared.remarks, *_notes(job, findings)]
             for note in notes:
                 reporter.note(note)
             staging.write_file(CARD, _card(prepared, out, notes).encode())
@@ -232,10 +265,14 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
                 hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(names)}",
             )
     weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
-    used = [method.load(name) for name in (recipe.method, recipe.rest) if name != "base"]
-    if sum(weights) == 0.0 and any(chosen.normalises for chosen in used):
+    if sum(weights) == 0.0 and _normalises(recipe):
         raise UsageError("the weights add up to zero: their average does not exist", hint="check --weight")
     return weights
+
+
+def _normalises(recipe: Recipe) -> bool:
+    """Whether a method of the recipe divides by the sum of the weights."""
+    return any(method.load(name).normalises for name in (recipe.method, recipe.rest) if name != "base")
 
 
 def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str]]) -> None:
@@ -260,7 +297,29 @@ def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
     for (expert, reason), count in sorted(reasons.items()):
         notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
+    lost = findings.rounding.relative_error() if findings.rounding else None
+    if lost is not None and lost > _LOSSY:
+        notes.append(
+            f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: --dtype float32 keeps it."
+        )
     return notes
+
+
+def _stored_as(job: engine.Job) -> str:
+    """The 16-bit dtypes of the output's merged tensors."""
+    narrow = engine.stored_narrow(job.plan)
+    return " and ".join(name for name, code in plan.DTYPES.items() if code in narrow)
+
+
+def _rounding(job: engine.Job, findings: engine.Findings) -> dict[str, Any] | None:
+    """What storing lost of the merged task vector, where anything is stored in 16 bits."""
+    if findings.rounding is None:
+        return None
+    return {
+        "stored_as": _stored_as(job),
+        "relative_error": findings.rounding.relative_error(),
+        "tensors_measured": findings.merged,
+    }
 
 
 def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
@@ -312,6 +371,7 @@ def _manifest(
             "figures": dict(sorted(findings.figures.items())),
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
+        "rounding": _rounding(job, findings),
         "notes": list(notes),
         "seconds": round(seconds, 3),
         "files": staging.listing(),

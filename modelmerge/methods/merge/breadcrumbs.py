@@ -28,24 +28,27 @@ if TYPE_CHECKING:
 class Options:
     """What Model Breadcrumbs can be told."""
 
-    density: float = option(0.15, "Share of the entries that is kept.", above=0.0, maximum=1.0)
-    gamma: float = option(0.006, "Share of the largest entries that is dropped.", minimum=0.0, maximum=1.0)
-    scale: float = option(0.2, "Factor on the merged task vector.")
+    density: float = option(0.15, "Share of the entries that is kept.", above=0.0, maximum=1.0, varies="expert")
+    gamma: float = option(
+        0.006, "Share of the largest entries that is dropped.", minimum=0.0, maximum=1.0, varies="expert"
+    )
+    scale: float = option(0.2, "Factor on the merged task vector.", varies="tensor")
     consensus: Literal["linear", "ties"] = option("linear", "Add everything up, or only what agrees in sign.")
     scope: Literal["tensor", "row"] = option("tensor", "Where the shares are counted: in each tensor, or each row.")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the trimmed task vectors, merged and scaled."""
+    densities, gammas = context.each("density", options.density), context.each("gamma", options.gamma)
 
     def trimmed() -> Iterator[Tensor]:
-        for tau, weight in zip(taus, context.weights, strict=True):
+        for tau, weight, density, gamma in zip(taus, context.weights, densities, gammas, strict=True):
             rows = tau.flatten(1) if options.scope == "row" and tau.ndim > 1 else tau.reshape(1, -1)
-            kept = middle(rows, options.density, options.gamma).view_as(tau)
+            kept = middle(rows, density, gamma).view_as(tau)
             yield kept if weight == 1.0 else kept.mul_(weight)
 
     if options.consensus == "ties":
-        return _signs.elect(trimmed(), taus[0], "sum").mul_(options.scale)
+        return _signs.elect(trimmed(), context.weights, taus[0], "sum").mul_(options.scale)
     parts = trimmed()
     total = next(parts)
     for part in parts:

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 class Options:
     """What consensus merging can be told."""
 
-    tall_lambda: float = option(0.4, "How far an entry must stand out from the other tasks' to be wanted.", minimum=0.0)
+    tall_lambda: float = option(
+        0.4, "How far an entry must stand out from the other tasks' to be wanted.", minimum=0.0, varies="tensor"
+    )
     min_tasks: int = option(2, "Entries are kept that so many tasks want.", minimum=0)
-    scale: float = option(0.3, "Factor on the merged task vector.")
+    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

@@ -2,8 +2,8 @@
 
 The Karcher (Frechet) mean of directions is the one whose squared angles to them, weighted by --weight, add up to least
 (Grove and Karcher, 1973); for two models it is half the way of slerp. Tensor by tensor, of the weights themselves, as
-in mergekit's karcher, or of the task vectors, which its multislerp approximates by one step. The iteration runs on the inner
-products of the models until it stands still, which costs one pass over the tensor however many steps it takes.
+in mergekit's karcher, or of the task vectors, which its multislerp approximates by one step. The iteration runs on the
+inner products of the models until it stands still, which costs one pass over the tensor however many steps it takes.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Options:
     """What NearSwap can be told."""
 
-    t: float = option(1e-4, "The most that a weight changes, in units of the weights.", above=0.0)
+    t: float = option(1e-4, "The most that a weight changes, in units of the weights.", above=0.0, varies="tensor")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

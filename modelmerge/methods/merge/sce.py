@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 class Options:
     """What SCE can be told."""
 
-    density: float = option(0.1, "Share of each tensor's entries that is selected.", above=0.0, maximum=1.0)
-    scale: float = option(1.0, "Factor on the merged task vector.")
+    density: float = option(
+        0.1, "Share of each tensor's entries that is selected.", above=0.0, maximum=1.0, varies="tensor"
+    )
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

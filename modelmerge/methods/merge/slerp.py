@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 class Options:
     """What slerp can be told."""
 
-    t: float = option(0.5, "Share of the way from the first model to the second.", minimum=0.0, maximum=1.0)
+    t: float = option(
+        0.5, "Share of the way from the first model to the second.", minimum=0.0, maximum=1.0, varies="tensor"
+    )
     points: Literal["weights", "task-vectors"] = option("weights", "What is interpolated.")
 
 
