@@ -198,7 +198,7 @@ def prepare(
         [expert.name for expert in experts], [t.name for t in (*made.select("merge"), *made.select("rest"))],
     )  # fmt: skip
     for tensor, setting in settings.items():
-        if abs(sum(setting.weights)) < 1e-8 and "average" in (recipe.method, recipe.rest):
+        if abs(sum(setting.weights)) < 1e-8 and _normalises(recipe):
             raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
     job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings)
     if front is not None:
@@ -274,9 +274,14 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
                 hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(names)}",
             )
     weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
-    if sum(weights) == 0.0 and "average" in (recipe.method, recipe.rest):
+    if sum(weights) == 0.0 and _normalises(recipe):
         raise UsageError("the weights add up to zero: their average does not exist", hint="check --weight")
     return weights
+
+
+def _normalises(recipe: Recipe) -> bool:
+    """Whether a method of the recipe divides by the sum of the weights."""
+    return any(method.load(name).normalises for name in (recipe.method, recipe.rest) if name != "base")
 
 
 def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str]]) -> None:
