@@ -121,6 +121,16 @@ def test_the_plan_says_how_names_were_matched(tmp_path: Path, capsys: pytest.Cap
     }
 
 
+def test_a_bare_tower_is_extracted_under_the_bases_names(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", two_towers())
+    expert = write(tmp_path / "sun", inner(expert_state(two_towers(), 0), "vision_model."))
+    modelmerge.extract(base, [expert], tmp_path / "vectors")
+    assert set(read(tmp_path / "vectors" / "sun")) == {n for n in two_towers() if n.startswith("vision_model.")}
+    modelmerge.merge(base, [tmp_path / "vectors" / "sun"], tmp_path / "one", method="average")
+    modelmerge.merge(base, [expert], tmp_path / "two", method="average")
+    assert same(read(tmp_path / "one"), read(tmp_path / "two"))
+
+
 def test_two_prefixes_that_fit_are_refused(tmp_path: Path) -> None:
     state = two_towers(vision=6)
     base = write(tmp_path / "base", state)
@@ -227,6 +237,19 @@ def test_tied_tensors_that_all_store_are_merged_as_one(save: Save, tmp_path: Pat
     assert made.tensors[EMBEDDING].twin is None
     assert made.tensors[HEAD].twin == EMBEDDING
     assert planned(base, *experts, exclude=[EMBEDDING]).tensors[HEAD].twin is None
+
+
+def test_task_vectors_of_tied_models_stay_tied(tmp_path: Path) -> None:
+    base = copies(tmp_path / "base", language_model())
+    experts = [write(tmp_path / f"e{i}", language_model(head=None, seed=i)) for i in range(2)]
+    told = modelmerge.extract(base, experts, tmp_path / "vectors")
+    assert [expert["entries_not_restored"] for expert in told["experts"]] == [0, 0]
+    vectors = [tmp_path / "vectors" / f"e{i}" for i in range(2)]
+    modelmerge.merge(base, vectors, tmp_path / "out", method="dare")
+    modelmerge.merge(base, experts, tmp_path / "want", method="dare")
+    got = read(tmp_path / "out")
+    assert torch.equal(got[HEAD], got[EMBEDDING])
+    assert torch.equal(got[EMBEDDING], read(tmp_path / "want")[EMBEDDING])
 
 
 def test_an_untied_expert_of_a_tied_base_keeps_its_own_head(tmp_path: Path) -> None:
