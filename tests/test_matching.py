@@ -142,11 +142,21 @@ def test_two_prefixes_that_fit_are_refused(tmp_path: Path) -> None:
     assert "with 'text_model.' in front" in caught.value.message
 
 
-def test_a_prefix_that_would_lose_names_that_agree_is_refused(tmp_path: Path) -> None:
-    """The expert's `logit_scale` is the base's as it stands; all others only under a prefix."""
+def test_what_stands_beside_a_tower_keeps_its_name(tmp_path: Path) -> None:
     state = two_towers()
     base = write(tmp_path / "base", state)
     expert = write(tmp_path / "e", {**inner(state, "vision_model."), "logit_scale": state["logit_scale"]})
+    made = planned(base, expert)
+    assert {n for n, t in made.tensors.items() if t.action == "merge"} == {
+        "logit_scale", *(name for name in state if name.startswith("vision_model.")),
+    }  # fmt: skip
+
+
+def test_a_prefix_that_would_take_a_name_that_agrees_is_refused(tmp_path: Path) -> None:
+    """The expert's `scale` is the base's as it stands, all others only under a prefix, where `scale` is another."""
+    state = {**two_towers(), "vision_model.scale": torch.ones(3), "scale": torch.ones(2)}
+    base = write(tmp_path / "base", state)
+    expert = write(tmp_path / "e", {**inner(state, "vision_model."), "scale": torch.ones(2)})
     with pytest.raises(PlanError, match=r"with 'vision_model\.' in front or as they are"):
         planned(base, expert)
 

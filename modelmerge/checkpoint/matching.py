@@ -15,16 +15,18 @@ from modelmerge.errors import PlanError
 
 # Ends of the names of tensors that have a row for each token and that models tie to one another.
 _INPUTS = (
-    "embed_tokens.weight", "shared.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
-    "token_embedding.weight", "tok_embeddings.weight",
+    ".embed_tokens.weight", ".shared.weight", ".wte.weight", ".word_embeddings.weight", ".embed_in.weight",
+    ".token_embedding.weight", ".tok_embeddings.weight",
 )  # fmt: skip
 _HEADS = (
-    "lm_head.weight", "lm_head.decoder.weight", "predictions.decoder.weight", "proj_out.weight", "embed_out.weight",
-    "output.weight", "generator_lm_head.weight",
+    ".lm_head.weight", ".lm_head.decoder.weight", ".predictions.decoder.weight", ".proj_out.weight",
+    ".embed_out.weight", ".output.weight", ".generator_lm_head.weight",
 )  # fmt: skip
-_BIASES = ("lm_head.bias", "lm_head.decoder.bias", "predictions.bias", "predictions.decoder.bias", "final_logits_bias")
+_BIASES = (
+    ".lm_head.bias", ".lm_head.decoder.bias", ".predictions.bias", ".predictions.decoder.bias", ".final_logits_bias",
+)  # fmt: skip
 # Names that the one table of an encoder-decoder goes by: models keep any of them, or all.
-_ONE_TABLE = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_ONE_TABLE = (".shared.weight", ".encoder.embed_tokens.weight", ".decoder.embed_tokens.weight")
 _OLD_ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # of norms, as BERT came from TensorFlow
 _GLANCE, _BLOCK = 1 << 12, 1 << 20  # bytes compared first, and at a time
 
@@ -88,7 +90,7 @@ def _under_a_prefix(base: Checkpoint, expert: Checkpoint) -> tuple[dict[str, str
         return identity, []
     ways: dict[tuple[str, str], dict[str, str]] = {("", ""): identity}
     for prefix in _prefixes(ours, theirs):
-        ways["with", prefix] = {name: prefix + name for name in theirs}
+        ways["with", prefix] = {name: prefix + name if prefix + name in ours else name for name in theirs}
     for prefix in _prefixes(theirs, ours):
         ways["without", prefix] = {name: name.removeprefix(prefix) for name in theirs}
     agreeing = {
@@ -171,12 +173,16 @@ def _through_twins(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str],
     remarks: list[str] = []
     complaints: list[str] = []
     tensors = expert.tensors
+    missing = [name for name in base.tensors if name not in tensors and wanted(name)]
+    extra = [name for name in tensors if name not in base.tensors]
+    if not missing and not extra:
+        return remarks, complaints
     ours, theirs = _Ties(base), _Ties(expert)
-    for name in [n for n in base.tensors if n not in tensors and wanted(n)]:
+    untied = [model.name for model in (base, expert) if _says_tied(model) is False]
+    for name in missing:
         have = [other for other in ours.candidates(name) if other in tensors]
         tied = next((other for other in have if _same(base, name, other)), None)
-        untied = [model.name for model in (base, expert) if _says_tied(model) is False]
-        if tied and not (untied and _ends(f"{name}", _HEADS) != _ends(tied, _HEADS)):
+        if tied and not (untied and _ends(name, _HEADS) != _ends(tied, _HEADS)):
             tensors[name] = tensors[tied]
             remarks.append(f"it leaves '{name}' out, which in the base is the same as '{tied}': read from there")
         elif tied:
@@ -189,7 +195,7 @@ def _through_twins(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str],
                 f"'{name}': other than '{have[0]}' in the base, but missing in {expert.name}, whose config ties them"
             )
     headless = _says_tied(base) is False or any(_ends(name, _HEADS) for name in base.tensors)
-    for name in [n for n in tensors if n not in base.tensors]:
+    for name in extra:
         have = [other for other in theirs.candidates(name) if other in base.tensors]
         tied = next((other for other in have if _same(expert, name, other)), None)
         if tied:
@@ -265,5 +271,5 @@ def _says_tied(model: Checkpoint) -> bool | None:
     return None
 
 
-def _ends(name: str, ends: Sequence[str]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+def _ends(name: str, ends: tuple[str, ...]) -> bool:
+    return f".{name}".endswith(ends)
