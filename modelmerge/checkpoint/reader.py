@@ -11,6 +11,7 @@ from typing import Any
 
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import TensorInfo, read_header
+from modelmerge.checkpoint.hub import Ranges
 from modelmerge.checkpoint.reference import Reference
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 
@@ -45,13 +46,19 @@ class Checkpoint:
     directory: Path | None  # where config and tokenizer lie; None for a lone .safetensors file
     config: dict[str, Any]
     vector: VectorOf | None = None  # set where the tensors are differences to a base, not weights
-    _digests: dict[Path, FileDigest] = field(default_factory=dict)
+    _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def name(self) -> str:
         """The name the user knows it by."""
         return self.reference.name
+
+    @property
+    def streamed(self) -> bool:
+        """Whether its tensors come over the network as things are."""
+        remote = self.reference.repository
+        return remote is not None and any(map(remote.is_outlined, self.files))
 
     def has(self, tensor: str) -> bool:
         """Whether it says anything about a tensor: holds it, or as a task vector knows it to be zero."""
@@ -67,34 +74,53 @@ class Checkpoint:
         Raises:
             CheckpointError: The file ends before that, or cannot be read.
         """
-        digest = self._open(tensor.file)
+        source = self._open(tensor.file)
         position, done = tensor.start + offset, 0
         try:
             while done < len(buffer):
-                got = os.preadv(digest.descriptor, [buffer[done:]], position + done)
+                got = source.read(buffer[done:], position + done, follow=follow)
                 if not got:
                     raise CheckpointError(f"{tensor.file}: ended while tensor '{tensor.name}' was read")
                 done += got
         except OSError as error:
             raise CheckpointError(f"{tensor.file}: tensor '{tensor.name}' cannot be read: {error.strerror}") from error
-        if follow:
-            digest.follow(position + done)
 
     def digests(self) -> dict[Path, str]:
-        """The sha256 of every weight file; what reading has not passed yet is read now."""
-        return {file: self._open(file).finish() for file in self.files}
+        """The sha256 of every weight file; what reading has not passed yet is read now.
+
+        Raises:
+            CheckpointError: A file from the Hub is not what the Hub has.
+        """
+        return {file: self._digest(file) for file in self.files}
 
     def close(self) -> None:
         """Let go of the files."""
-        for digest in self._digests.values():
-            digest.close()
-        self._digests.clear()
+        for source in self._sources.values():
+            source.close()
+        self._sources.clear()
 
-    def _open(self, file: Path) -> FileDigest:
+    def _open(self, file: Path) -> FileDigest | Ranges:
         with self._lock:
-            if file not in self._digests:
-                self._digests[file] = FileDigest(file, self.files[file])
-            return self._digests[file]
+            if file not in self._sources:
+                remote = self.reference.repository
+                if remote is not None and remote.is_outlined(file):
+                    self._sources[file] = remote.ranges(file)
+                else:
+                    self._sources[file] = FileDigest(file, self.files[file])
+            return self._sources[file]
+
+    def _digest(self, file: Path) -> str:
+        remote = self.reference.repository
+        promised = remote.sha256(file) if remote else None
+        if promised and remote and remote.is_outlined(file):
+            return promised
+        found = self._open(file).finish()
+        if promised and found != promised:
+            raise CheckpointError(
+                f"{file}: not what the Hub has: its copy in the cache is damaged (the sha256 differs)",
+                hint=f"remove {file.resolve()} and run the command again",
+            )
+        return found
 
 
 def open_checkpoint(reference: Reference) -> Checkpoint:
@@ -104,7 +130,7 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
         ReferenceNotFound: The path holds no checkpoint, or a kind that cannot be read.
         CheckpointError: A file of it is malformed.
     """
-    path = reference.path
+    path = reference.path if reference.repository is None else reference.repository.outline()
     if path.is_dir():
         return _open_directory(reference, path)
     if path.suffix in _PICKLES:
