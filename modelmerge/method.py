@@ -36,15 +36,21 @@ _METHODS = Path(__file__).parent / "methods"
 class Context:
     """What a method is told besides the task vectors.
 
-    `weights` are the experts' weights (`--weight`), in the order of the task vectors. `measured` is what the method's
-    survey concluded. `leave_out(expert, reason)` records that an expert (by position) had to be left out of this
-    tensor; it is reported to the user and in the manifest. `tell(figures)` puts figures about this tensor there, such
-    as the steps a solver took.
+    `weights` are the experts' weights (`--weight`) and `experts` their names, in the order of the task vectors.
+    `measured` is what the method's survey concluded. `base` is `theta_0` [*shape], for methods that want it; it must
+    not be written to. `seed` is that of random draws, and `start` the place in its tensor of the first element of a
+    block. `leave_out(expert, reason)` records that an expert (by position) had to be left out of this tensor; it is
+    reported to the user and in the manifest. `tell(figures)` puts figures about this tensor there, such as the steps a
+    solver took.
     """
 
     tensor: str
     weights: tuple[float, ...]
+    experts: tuple[str, ...] = ()
     measured: Tensor | None = None
+    base: Tensor | None = None
+    seed: int = 0
+    start: int = 0
     leave_out: Callable[[int, str], None] = lambda expert, reason: None
     tell: Callable[[Mapping[str, float]], None] = lambda figures: None
 
@@ -85,6 +91,8 @@ class Method:
         apply: `(taus [T, *shape], options, context) -> [*shape]`: the merged task vector. Must not write to `taus`.
         paper: Link to the source.
         matrices: It takes the weights of linear layers only; what happens to the rest is `--rest`.
+        most_experts: The most experts it takes, where that is part of its definition.
+        wants_base: It looks at `context.base`.
         blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
             as blocks [T, n]. Otherwise a tensor comes whole.
         survey: Given the options, the whole-model quantity that `apply` needs, if any.
@@ -95,6 +103,8 @@ class Method:
     apply: Callable[[Tensor, Any, Context], Tensor]
     paper: str
     matrices: bool = False
+    most_experts: int | None = None
+    wants_base: bool = False
     blockwise: Callable[[Any], bool] = lambda options: True
     survey: Callable[[Any], Survey | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0

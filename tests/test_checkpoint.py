@@ -348,10 +348,7 @@ def holding(directory: Path, *names: str) -> Path:
 
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "adapter": (lambda t: adapter(t / "m"), "PEFT adapter"),
-    ".bin": (lambda t: holding(t / "m", "pytorch_model.bin") / "pytorch_model.bin", "pickle"),
-    "directory with .bin": (lambda t: holding(t / "m", "pytorch_model.bin", "config.json"), "pytorch_model.bin"),
-    "directory with shards of .bin": (lambda t: holding(t / "m", "pytorch_model.bin.index.json"), "pickle"),
-    ".pt": (lambda t: holding(t / "m", "x.pt") / "x.pt", "pickle"),
+    "pickles without index": (lambda t: holding(t / "m", "consolidated.00.pth", "training_args.bin"), "neither"),
     ".gguf": (lambda t: holding(t / "m", "q4.gguf") / "q4.gguf", "GGUF"),
     "directory with .gguf": (lambda t: holding(t / "m", "q4.gguf"), "q4.gguf"),
     ".onnx": (lambda t: holding(t / "m", "m.onnx") / "m.onnx", "ONNX"),

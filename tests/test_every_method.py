@@ -46,11 +46,37 @@ def counted(wanted: Pass, taus: Tensor) -> Tensor:
     return total
 
 
-def merged(name: str, taus: Tensor, weights: tuple[float, ...] | None = None, **values: Any) -> Tensor:
+def takes(name: str, experts: int) -> int:
+    """So many experts, or as many as the method takes."""
+    return min(experts, method.load(name).most_experts or experts)
+
+
+def context_of(chosen: Method, options: Any, taus: Tensor, **told: Any) -> Context:
+    """The context in which the engine would call the method on the whole tensor `w`."""
+    base = torch.randn(taus.shape[1:], generator=torch.Generator().manual_seed(99)).to(taus.device)
+    told = {
+        "tensor": "w",
+        "weights": (1.0,) * len(taus),
+        "experts": tuple(f"e{i}" for i in range(len(taus))),
+        "measured": measured(chosen, options, taus),
+        "base": base if chosen.wants_base else None,
+    } | told
+    return Context(**told)
+
+
+def merged(
+    name: str,
+    taus: Tensor,
+    weights: tuple[float, ...] | None = None,
+    experts: tuple[str, ...] | None = None,
+    seed: int = 0,
+    **values: Any,
+) -> Tensor:
     chosen = method.load(name)
     options = method.make_options(chosen, name, values)
-    context = Context(tensor="w", weights=weights or (1.0,) * len(taus), measured=measured(chosen, options, taus))
-    return chosen.apply(taus, options, context)
+    told: dict[str, Any] = {"weights": weights} if weights else {}
+    told |= {"experts": experts} if experts else {}
+    return chosen.apply(taus, options, context_of(chosen, options, taus, seed=seed, **told))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +96,7 @@ def test_every_option_has_help_and_a_default_that_is_allowed(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_keeps_shape_dtype_and_device(name: str) -> None:
-    result = merged(name, taus_of())
+    result = merged(name, taus_of(takes(name, 4)))
     assert result.shape == SHAPE
     assert result.dtype == torch.float32
     assert result.device.type == "cpu"
@@ -80,35 +106,37 @@ def test_keeps_shape_dtype_and_device(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_leaves_its_input_alone(name: str) -> None:
-    taus = taus_of()
+    taus = taus_of(takes(name, 4))
     before = taus.clone()
-    merged(name, taus, weights=(0.5, 1.0, 2.0, 1.0))
+    merged(name, taus, weights=(0.5, 1.0, 2.0, 1.0)[: len(taus)])
     assert torch.equal(taus, before)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gives_the_same_bits_twice(name: str) -> None:
-    assert torch.equal(merged(name, taus_of()), merged(name, taus_of()))
+    count = takes(name, 4)
+    assert torch.equal(merged(name, taus_of(count)), merged(name, taus_of(count)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_experts_changes_nothing_beyond_rounding(name: str) -> None:
-    taus, weights = taus_of(), (0.5, 1.0, 2.0, 1.5)
-    order = [2, 0, 3, 1]
-    forth = merged(name, taus, weights)
-    back = merged(name, taus[order], tuple(weights[i] for i in order))
+    count = takes(name, 4)
+    taus, weights, names = taus_of(count), (0.5, 1.0, 2.0, 1.5)[:count], ("a", "b", "c", "d")[:count]
+    order = [i for i in (2, 0, 3, 1) if i < count][::-1]
+    forth = merged(name, taus, weights, names)
+    back = merged(name, taus[order], tuple(weights[i] for i in order), tuple(names[i] for i in order))
     assert (forth - back).norm() <= 2e-5 * forth.norm()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_task_vectors_change_nothing(name: str) -> None:
-    assert not merged(name, torch.zeros(3, *SHAPE)).any()
+    assert not merged(name, torch.zeros(takes(name, 3), *SHAPE)).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_zero_task_vector_among_others_does_no_harm(name: str) -> None:
-    taus = taus_of()
-    taus[1] = 0
+    taus = taus_of(takes(name, 4))
+    taus[-1] = 0
     result = merged(name, taus)
     assert result.isfinite().all()
     assert result.norm() < 10 * taus.norm()
@@ -121,8 +149,9 @@ def test_a_single_expert_is_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_count(name: str) -> None:
-    even = merged(name, taus_of())
-    uneven = merged(name, taus_of(), weights=(3.0, 1.0, 1.0, 1.0))
+    taus = taus_of(takes(name, 4))
+    even = merged(name, taus)
+    uneven = merged(name, taus, weights=(3.0, 1.0, 1.0, 1.0)[: len(taus)])
     assert not torch.equal(even, uneven)
 
 
@@ -130,10 +159,14 @@ def test_weights_count(name: str) -> None:
 @pytest.mark.parametrize("cut", [1, 7, 64, 300, 431])
 def test_cutting_a_tensor_changes_no_bit(name: str, cut: int) -> None:
     chosen = method.load(name)
-    options, taus = chosen.options(), taus_of().flatten(1)
-    context = Context(tensor="w", weights=(0.3, 1.0, 1.7, 1.0), measured=measured(chosen, options, taus))
+    options, taus = chosen.options(), taus_of(takes(name, 4)).flatten(1)
+    context = context_of(chosen, options, taus, weights=(0.3, 1.0, 1.7, 1.0)[: len(taus)])
     whole = chosen.apply(taus, options, context)
-    parts = [chosen.apply(part.contiguous(), options, context) for part in (taus[:, :cut], taus[:, cut:])]
+    parts = []
+    for start, stop in ((0, cut), (cut, taus.shape[1])):
+        base = None if context.base is None else context.base[start:stop]
+        block = dataclasses.replace(context, start=start, base=base)
+        parts.append(chosen.apply(taus[:, start:stop].contiguous(), options, block))
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -161,11 +194,11 @@ def test_surveys_add_up_over_blocks(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_cuda_agrees_with_the_cpu(name: str) -> None:
     chosen = method.load(name)
-    options, taus = chosen.options(), taus_of()
-    found = measured(chosen, options, taus)
-    cpu = chosen.apply(taus, options, Context(tensor="w", weights=(1.0,) * 4, measured=found))
-    on_cuda = None if found is None else found.cuda()
-    cuda = chosen.apply(taus.cuda(), options, Context(tensor="w", weights=(1.0,) * 4, measured=on_cuda))
+    options, taus = chosen.options(), taus_of(takes(name, 4))
+    context = context_of(chosen, options, taus)
+    cpu = chosen.apply(taus, options, context)
+    moved = {k: v.cuda() for k, v in (("measured", context.measured), ("base", context.base)) if v is not None}
+    cuda = chosen.apply(taus.cuda(), options, dataclasses.replace(context, **moved))
     assert (cuda.cpu() - cpu).norm() <= 1e-4 * cpu.norm()
 
 

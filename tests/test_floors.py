@@ -12,7 +12,7 @@ FLOORS = (
     "__main__",
 )  # fmt: skip
 # What the mathematics may import besides the contract: no files, no devices, no command line.
-MATHEMATICS = {"__future__", "torch", "math", "dataclasses", "typing", "collections", "modelmerge"}
+MATHEMATICS = {"__future__", "torch", "math", "dataclasses", "typing", "collections", "hashlib", "modelmerge"}
 
 
 def imports(file: Path) -> set[str]:

@@ -15,13 +15,16 @@ from modelmerge import engine, method
 from modelmerge.errors import CheckpointError, DeviceError, RecipeError, UsageError
 from modelmerge.method import Context
 from tests.checkpoints import State, base_state, expert_state, family, read, write
-from tests.test_every_method import surveyed
+from tests.test_every_method import surveyed, takes
 
 NAMES = method.names()
 
 
 def in_memory(name: str, base: State, experts: list[State], **values: Any) -> State:
-    """The merge of whole models held in memory, by the method's own mathematics on uncut tensors."""
+    """The merge of whole models held in memory, by the method's own mathematics on uncut tensors.
+
+    The experts are named expert_0, expert_1, ...
+    """
     chosen = method.load(name)
     options = method.make_options(chosen, name, values)
     kept = [
@@ -37,7 +40,10 @@ def in_memory(name: str, base: State, experts: list[State], **values: Any) -> St
         measured = surveyed(survey, everything)
     result = dict(base)
     for key in kept:
-        context = Context(tensor=key, weights=(1.0,) * len(experts), measured=measured)
+        context = Context(
+            tensor=key, weights=(1.0,) * len(experts), experts=tuple(f"expert_{i}" for i in range(len(experts))),
+            measured=measured, base=base[key].float() if chosen.wants_base else None,
+        )  # fmt: skip
         with engine.threads(1):
             delta = chosen.apply(taus[key], options, context)
         result[key] = (base[key].float() + delta).to(base[key].dtype)
@@ -59,7 +65,7 @@ def test_streamed_equals_in_memory_bit_for_bit(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.job, "CPU_BLOCK", 100)  # cut even these small tensors
-    base, *experts = family(tmp_path, dtype=dtype)
+    base, *experts = family(tmp_path, dtype=dtype, experts=takes(name, 3))
     modelmerge.merge(base, experts, tmp_path / "out", method=name)
     want = in_memory(name, read(base), [read(e) for e in experts])
     assert same_bits(read(tmp_path / "out"), want)
@@ -67,7 +73,7 @@ def test_streamed_equals_in_memory_bit_for_bit(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sharding_changes_no_bit(name: str, tmp_path: Path) -> None:
-    base, *experts = family(tmp_path / "single")
+    base, *experts = family(tmp_path / "single", experts=takes(name, 3))
     modelmerge.merge(base, experts, tmp_path / "out", method=name)
     want = read(tmp_path / "out")
     state = read(base)
@@ -89,7 +95,7 @@ def test_the_number_of_workers_changes_no_bit(name: str, models: list[Path], tmp
         before = torch.get_num_threads()
         torch.set_num_threads(workers)
         try:
-            modelmerge.merge(models[0], models[1:], tmp_path / f"{workers}", method=name)
+            modelmerge.merge(models[0], models[1 : 1 + takes(name, 3)], tmp_path / f"{workers}", method=name)
             assert torch.get_num_threads() == workers
         finally:
             torch.set_num_threads(before)
@@ -99,7 +105,7 @@ def test_the_number_of_workers_changes_no_bit(name: str, models: list[Path], tmp
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_experts_changes_nothing_beyond_rounding(name: str, models: list[Path], tmp_path: Path) -> None:
-    base, *experts = models
+    base, *experts = models[: 1 + takes(name, 3)]
     modelmerge.merge(base, experts, tmp_path / "forth", method=name)
     modelmerge.merge(base, experts[::-1], tmp_path / "back", method=name)
     forth, back, origin = read(tmp_path / "forth"), read(tmp_path / "back"), read(base)

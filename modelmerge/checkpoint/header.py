@@ -39,6 +39,7 @@ class TensorInfo:
     start: int  # first byte of the data, counted from the start of the file
     nbytes: int
     factors: tuple[TensorInfo, TensorInfo] | None = None  # [m, r] and [r, n]: the tensor is their product
+    strides: tuple[int, ...] | None = None  # in elements, where they do not lie in their order; only pickles have such
 
     @property
     def numel(self) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import TensorInfo, read_header
-from modelmerge.checkpoint.hub import Ranges
+from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
+from modelmerge.checkpoint.wire import Ranges
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 SINGLE = "model.safetensors"
@@ -20,6 +21,8 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "modelmerge.json"
 VECTOR_KIND = "task-vector"  # what a task vector's manifest says it is
 LEFT, RIGHT = ".left", ".right"  # ends of the names of a low-rank task vector's factors [m, r] and [r, n]
+PICKLED = "pytorch_model.bin"  # what a checkpoint is called that has no safetensors weights
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FOREIGN = {".gguf": "GGUF", ".onnx": "ONNX", ".h5": "HDF5", ".msgpack": "Flax msgpack", ".ot": "rust-bert"}
 
@@ -46,6 +49,7 @@ class Checkpoint:
     directory: Path | None  # where config and tokenizer lie; None for a lone .safetensors file
     config: dict[str, Any]
     vector: VectorOf | None = None  # set where the tensors are differences to a base, not weights
+    remarks: tuple[str, ...] = ()  # what a person should know of how it was read, a clause each
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -58,7 +62,7 @@ class Checkpoint:
     def streamed(self) -> bool:
         """Whether its tensors come over the network as things are."""
         remote = self.reference.repository
-        return remote is not None and any(map(remote.is_outlined, self.files))
+        return remote is not None and not all(map(remote.is_here, self.files))
 
     def has(self, tensor: str) -> bool:
         """Whether it says anything about a tensor: holds it, or as a task vector knows it to be zero."""
@@ -75,6 +79,10 @@ class Checkpoint:
             CheckpointError: The file ends before that, or cannot be read.
         """
         source = self._open(tensor.file)
+        if tensor.strides is not None:
+            assert isinstance(source, FileDigest), "a stream of a tensor whose elements do not lie in their order"
+            gather(source.descriptor, tensor, offset, buffer)
+            return
         position, done = tensor.start + offset, 0
         try:
             while done < len(buffer):
@@ -99,23 +107,25 @@ class Checkpoint:
             source.close()
         self._sources.clear()
 
+    def look_again(self) -> None:
+        """Take the files as they are now: some may have been fetched since the headers were read."""
+        self.close()
+        self.files = {file: file.stat() for file in self.files}
+
     def _open(self, file: Path) -> FileDigest | Ranges:
         with self._lock:
             if file not in self._sources:
                 remote = self.reference.repository
-                if remote is not None and remote.is_outlined(file):
+                if remote is not None and not remote.is_here(file):
                     self._sources[file] = remote.ranges(file)
                 else:
                     self._sources[file] = FileDigest(file, self.files[file])
             return self._sources[file]
 
     def _digest(self, file: Path) -> str:
-        remote = self.reference.repository
-        promised = remote.sha256(file) if remote else None
-        if promised and remote and remote.is_outlined(file):
-            return promised
         found = self._open(file).finish()
-        if promised and found != promised:
+        remote = self.reference.repository
+        if remote is not None and found != (remote.sha256(file) or found):
             raise CheckpointError(
                 f"{file}: not what the Hub has: its copy in the cache is damaged (the sha256 differs)",
                 hint=f"remove {file.resolve()} and run the command again",
@@ -133,38 +143,50 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
     path = reference.path if reference.repository is None else reference.repository.outline()
     if path.is_dir():
         return _open_directory(reference, path)
-    if path.suffix in _PICKLES:
-        raise _pickle(path)
     if path.suffix in _FOREIGN:
         raise _foreign(path)
-    tensors = read_header(path)
-    return Checkpoint(reference, tensors, {path: path.stat()}, None, {})
+    tensors, remarks = read_file(path)
+    return Checkpoint(reference, tensors, {path: path.stat()}, None, {}, remarks=remarks)
+
+
+def read_file(file: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    """The tensors of a weight file, safetensors or pickled, and remarks on how it was read.
+
+    Raises:
+        ReferenceNotFound: It is a kind that cannot be read.
+        CheckpointError: It is malformed, or a pickle that would run code.
+    """
+    return read_pickle(file) if file.suffix in _PICKLES else (read_header(file), ())
 
 
 def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
-    single, index = directory / SINGLE, directory / INDEX
     if (directory / "adapter_config.json").exists():
         raise ReferenceNotFound(
             f"{directory} is a PEFT adapter, and adapters cannot be read yet",
             hint="merge it into its base first: PeftModel.merge_and_unload() and save_pretrained()",
         )
-    weight_map = _read_index(index) if index.exists() else None
-    if weight_map and single.exists() and set(weight_map.values()) != {SINGLE}:
-        raise CheckpointError(
-            f"{directory} holds both {SINGLE} and {INDEX}: loaders take the first and ignore the shards",
-            hint="remove the one that is stale, or name the file itself",
-        )
-    if weight_map:
-        tensors = _read_shards(directory, weight_map)
-    elif single.exists():
-        tensors = read_header(single)
+    # Safetensors first, as loaders do: where both kinds lie side by side they hold the same.
+    for single, index in ((directory / SINGLE, directory / INDEX), (directory / PICKLED, directory / PICKLED_INDEX)):
+        if single.exists() or index.exists():
+            tensors, remarks = _read_weights(directory, single, index)
+            break
     else:
         raise _no_weights(directory)
     files = {file: file.stat() for file in dict.fromkeys(tensor.file for tensor in tensors.values()) or (single,)}
     vector = _read_vector(directory)
     if vector is not None:
         tensors = _joined(tensors)
-    return Checkpoint(reference, tensors, files, directory, _read_config(directory), vector)
+    return Checkpoint(reference, tensors, files, directory, _read_config(directory), vector, remarks)
+
+
+def _read_weights(directory: Path, single: Path, index: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    weight_map = _read_index(index) if index.exists() else None
+    if weight_map and single.exists() and set(weight_map.values()) != {single.name}:
+        raise CheckpointError(
+            f"{directory} holds both {single.name} and {index.name}: loaders take the first and ignore the shards",
+            hint="remove the one that is stale, or name the file itself",
+        )
+    return _read_shards(directory, weight_map, index.name) if weight_map else read_file(single)
 
 
 def _read_vector(directory: Path) -> VectorOf | None:
@@ -217,26 +239,31 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+def _read_shards(
+    directory: Path, weight_map: dict[str, str], index: str
+) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise CheckpointError(
-            f"{directory}: missing {len(missing)} of {len(shards)} shards that {INDEX} names: {', '.join(missing)}",
+            f"{directory}: missing {len(missing)} of {len(shards)} shards that {index} names: {', '.join(missing)}",
             hint="copy or download them again",
         )
     tensors: dict[str, TensorInfo] = {}
+    remarks: tuple[str, ...] = ()
     for shard in shards:
-        for name, tensor in read_header(directory / shard).items():
+        held, told = read_file(directory / shard)
+        remarks += told
+        for name, tensor in held.items():
             if weight_map.get(name) != shard:
-                raise CheckpointError(f"{directory / shard}: holds tensor '{name}', which {INDEX} does not place there")
+                raise CheckpointError(f"{directory / shard}: holds tensor '{name}', which {index} does not place there")
             tensors[name] = tensor
     lost = [name for name in weight_map if name not in tensors]
     if lost:
         raise CheckpointError(
-            f"{directory / weight_map[lost[0]]}: lacks tensor '{lost[0]}', which {INDEX} places there"
+            f"{directory / weight_map[lost[0]]}: lacks tensor '{lost[0]}', which {index} places there"
         )
-    return tensors
+    return tensors, remarks
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -252,25 +279,16 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _no_weights(directory: Path) -> ReferenceNotFound:
     found = sorted(p for p in directory.iterdir() if p.is_file())
-    pickle = next((p for p in found if p.suffix in _PICKLES or p.name.endswith(".bin.index.json")), None)
     foreign = next((p for p in found if p.suffix in _FOREIGN), None)
-    loose = [p.name for p in found if p.suffix == ".safetensors"]
+    loose = [p.name for p in found if p.suffix == ".safetensors"] or [p.name for p in found if p.suffix in _PICKLES]
     if loose:
-        hint = f"it holds {', '.join(loose[:4])}: name one file, or restore {INDEX} if they are shards"
-        return ReferenceNotFound(f"{directory} has neither {SINGLE} nor {INDEX}", hint=hint)
-    if pickle:
-        return _pickle(pickle)
+        hint = f"it holds {', '.join(loose[:4])}: name one file, or restore the index if they are shards"
+        return ReferenceNotFound(f"{directory} has neither {SINGLE} nor {INDEX} nor {PICKLED}", hint=hint)
     if foreign:
         return _foreign(foreign)
     return ReferenceNotFound(
-        f"{directory} holds no checkpoint: neither {SINGLE} nor {INDEX}", hint="name a directory that holds one"
-    )
-
-
-def _pickle(path: Path) -> ReferenceNotFound:
-    return ReferenceNotFound(
-        f"{path} is a PyTorch pickle, and pickles cannot be read yet",
-        hint="save the model as safetensors first: save_pretrained(..., safe_serialization=True)",
+        f"{directory} holds no checkpoint: neither {SINGLE} nor {INDEX} nor {PICKLED}",
+        hint="name a directory that holds one",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from modelmerge import method
 from modelmerge.cli import options as opt
@@ -32,7 +33,7 @@ Base = Annotated[
     str,
     typer.Argument(
         metavar="BASE",
-        help="The model the experts were fine-tuned from, as [NAME=]REF: a directory, a .safetensors file, or "
+        help="The model the experts were fine-tuned from, as [NAME=]REF: a directory, a .safetensors or .bin file, or "
         "org/name[@revision] on the Hugging Face Hub.",
         show_default=False,
     ),
@@ -232,6 +233,7 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))
+    lines += [escape(remark) for remark in plan["remarks"]]
     if verbose:
         rows = [
             [

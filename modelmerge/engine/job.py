@@ -56,6 +56,7 @@ class Job:
         rest: The method for tensors that `method` does not take, with its options, if they are merged at all.
         weights: Each expert's weight.
         front: What disentangles the task vectors before they are merged, with its options, if anything.
+        seed: The seed of random draws.
     """
 
     source: Source
@@ -63,6 +64,7 @@ class Job:
     rest: tuple[Method, Any] | None
     weights: tuple[float, ...]
     front: tuple[Disentangler, Any] | None
+    seed: int = 0
 
     @property
     def plan(self) -> Plan:

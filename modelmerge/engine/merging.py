@@ -151,5 +151,9 @@ def _merged(
     def tell(figures: Mapping[str, float]) -> None:
         findings.figures[piece.tensor.name] = dict(figures)
 
-    context = Context(tensor=piece.tensor.name, weights=job.weights, measured=measured, leave_out=leave_out, tell=tell)
+    context = Context(
+        tensor=piece.tensor.name, weights=job.weights, experts=tuple(expert.name for expert in job.plan.experts),
+        measured=measured, base=theta_0 if method.wants_base else None, seed=job.seed, start=piece.start,
+        leave_out=leave_out, tell=tell,
+    )  # fmt: skip
     return rounded(piece, theta_0.add_(method.apply(taus, options, context)))

@@ -50,7 +50,7 @@ class Story:
 def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) -> Story:
     """Train a base and six experts, merge them by every method at its defaults, measure all on held-out images.
 
-    Task arithmetic is also run behind each disentangling method, and over a range of scales.
+    Methods that take fewer experts are left out. Task arithmetic is also run behind each disentangling method, and over a range of scales.
 
     Args:
         out: An empty or new directory: gets `base/`, `experts/NAME/` and `merged/METHOD/`.
@@ -70,7 +70,7 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
     rows = train(out, tasks, reporter)
     commands: dict[str, str] = {}
     experts = [out / "experts" / name for name in tasks]
-    names = sorted(method.names(), key=lambda name: (name != "average", name))
+    names = sorted(suited(len(experts)), key=lambda name: (name != "average", name))
     fronts = method.names("disentangle")
     reporter.stage("merging", len(names) + len(fronts) + len(SCALES) * (1 + len(fronts)), "merges")
 
@@ -92,6 +92,11 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
     rows += [run(name, name) for name in names]
     rows += [run("task-arithmetic", f"{front} + task-arithmetic", front) for front in fronts]
     return Story(tuple(rows), commands, scales)
+
+
+def suited(experts: int) -> list[str]:
+    """The merge methods that take so many experts."""
+    return [name for name in method.names() if (method.load(name).most_experts or experts) >= experts]
 
 
 def train(out: Path, tasks: Mapping[str, digits.Task], reporter: Reporter = SILENT) -> list[Row]:

@@ -123,7 +123,13 @@ def listing(source: Source, tensors: Iterable[tuple[TensorPlan, str, str]]) -> d
             for t, stored_as, action in tensors
         ],
         "expert_only": {name: list(experts) for name, experts in made.expert_only.items()},
+        "remarks": remarks(made),
     }  # fmt: skip
+
+
+def remarks(plan: Plan) -> list[str]:
+    """What a person should know of how the models were read, each with the model's name in front."""
+    return [f"'{model.name}': {remark}" for model in plan.models for remark in model.remarks]
 
 
 def input_paths(plan: Plan) -> list[Path]:
@@ -139,14 +145,16 @@ def wanted(plan: Plan, *, companions: bool, stream: bool = False) -> list[tuple[
     Args:
         plan: The plan.
         companions: The config and tokenizer files beside the base's weights are needed too.
-        stream: Weight files are to be read over ranges.
+        stream: Weight files are to be read over ranges, where that can be.
     """
     needed = []
     for model in plan.models:
         remote = model.reference.repository
         if remote is None:
             continue
-        places = [] if stream else [remote.place(file) for file in model.files]
+        # A tensor whose elements lie in another order would be read over and over again.
+        gathered = {info.file for info in model.tensors.values() if info.strides is not None}
+        places = [remote.place(file) for file in model.files if not stream or file in gathered]
         if companions and model is plan.base and model.directory is not None:
             folder = f"{remote.inside}/" if remote.inside else ""
             beside = [place for place in remote.files if place.startswith(folder)]
@@ -174,4 +182,5 @@ def fetch(plan: Plan, reporter: Reporter, *, companions: bool, stream: bool) -> 
     """
     hub.fetch(wanted(plan, companions=companions, stream=stream), reporter)
     for model in plan.models:
-        model.files.update({file: file.stat() for file in model.files} if model.reference.repository else {})
+        if model.reference.repository is not None:
+            model.look_again()

@@ -29,6 +29,7 @@ from modelmerge.verbs.inputs import (
     listing,
     open_models,
     record,
+    remarks,
     source_of,
     stamp,
 )
@@ -159,6 +160,12 @@ def prepare(
     options = method.make_options(chosen, recipe.method, recipe.options)
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
     _check_choices(recipe)
+    if chosen.most_experts is not None and len(recipe.experts) > chosen.most_experts:
+        many = "one expert" if chosen.most_experts == 1 else f"{chosen.most_experts} experts at most"
+        raise UsageError(
+            f"'{recipe.method}' takes {many}, and {len(recipe.experts)} are named",
+            hint="`modelmerge merge` lists the methods that take any number",
+        )
     base, experts = open_models(recipe.base, recipe.experts)
     weights = _weights(recipe, [expert.name for expert in experts])
     made = plan.make_plan(
@@ -170,7 +177,7 @@ def prepare(
     if recipe.rest != "base":
         rest_method = method.load(recipe.rest)
         rest = (rest_method, rest_method.options())
-    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front)
+    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed)
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -269,11 +276,13 @@ def _refuse_changed(
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
+    read = [f"{remark}." for remark in remarks(job.plan)]
     notes = []
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
     if len(notes) > 5:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
+    notes = read + notes
     reasons: dict[tuple[str, str], int] = {}
     for _, expert, reason in findings.left_out:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1

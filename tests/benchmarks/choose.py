@@ -83,7 +83,10 @@ def merged(vectors: Vectors, name: str, **options: Any) -> State:
         measured = surveyed(survey, torch.cat([taus.reshape(tasks, -1) for taus in taken.values()], dim=1))
     state = dict(vectors.base)
     for key, taus in taken.items():
-        context = Context(tensor=key, weights=(1.0,) * tasks, measured=measured)
+        context = Context(
+            tensor=key, weights=(1.0,) * tasks, experts=tuple(map(str, range(tasks))), measured=measured,
+            base=vectors.base[key] if chosen.wants_base else None,
+        )  # fmt: skip
         state[key] = vectors.base[key] + chosen.apply(taus, told, context)
     return state
 

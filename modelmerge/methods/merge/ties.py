@@ -11,13 +11,12 @@ authors' code gives such entries the sign that won most elections in the whole m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from modelmerge.method import Context, Method, option
-from modelmerge.methods import _threshold
+from modelmerge.methods import _signs, _threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,26 +39,13 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     thresholds = context.measured
     if options.trim_scope == "tensor":
         thresholds = _threshold.per_tensor(taus, options.density)
-    # The sums of the positive and of the negative entries are all that election and reduction need: no [T, ...] masks.
-    ups, downs, part = (torch.zeros_like(taus[0]) for _ in range(3))
-    up_count, down_count = torch.zeros_like(ups), torch.zeros_like(ups)
-    for i, weight in enumerate(context.weights):
-        kept = _threshold.trim(taus[i], None if thresholds is None else thresholds[i])
-        if weight != 1.0:
-            kept.mul_(weight)
-        ups.add_(torch.clamp(kept, min=0.0, out=part))
-        downs.add_(torch.clamp(kept, max=0.0, out=part))
-        if options.reduce == "mean":
-            up_count.add_(kept > 0)
-            down_count.add_(kept < 0)
-    elected = torch.add(ups, downs, out=part).sign_()
-    if options.reduce == "mean":
-        ups.div_(up_count.clamp_(min=1.0))
-        downs.div_(down_count.clamp_(min=1.0))
-    # By products with 1, 0 and -1, for torch selects by mask several times slower than it multiplies.
-    ups.mul_(torch.clamp(elected, min=0.0))
-    downs.mul_(elected.clamp_(max=0.0))
-    return ups.sub_(downs).mul_(options.scale)
+
+    def trimmed() -> Iterator[Tensor]:
+        for i, weight in enumerate(context.weights):
+            kept = _threshold.trim(taus[i], None if thresholds is None else thresholds[i])
+            yield kept if weight == 1.0 else kept.mul_(weight)
+
+    return _signs.elect(trimmed(), taus[0], options.reduce).mul_(options.scale)
 
 
 METHOD = Method(

@@ -1,0 +1,65 @@
+"""Drop entries of the task vectors at random, make up for it by rescaling, then add up.
+
+DARE (Yu et al., ICML 2024). Each entry of each task vector is dropped with probability 1 - `--density` (the paper's
+drop rate p), and those that are kept are divided by the density, so that their expectation stays. What is left is
+merged by task arithmetic (`--consensus linear`), or by TIES's sign election (`--consensus ties`), which then takes the
+sum or mean of the entries that agree. With --weight a task vector is multiplied by its expert's weight before.
+
+An entry's draw depends on `--seed`, the tensor's name, the expert's name and the entry's place in the tensor, and on
+nothing else. The density is rounded to a multiple of 2^-16, and the rescaling is by the rounded one.
+
+Deviations: the authors' TIES also trims to the largest 20 % of what is left, which at their density 0.1 is everything;
+here it does not. mergekit rescales a task vector, tensor by tensor, to its L1 norm before the drop instead, and its
+election gives entries that cancel exactly to the positive side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from modelmerge.method import Context, Method, option
+from modelmerge.methods import _random, _signs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What DARE can be told."""
+
+    density: float = option(0.1, "Share of the entries that is kept: 1 - p.", above=0.0, maximum=1.0)
+    scale: float = option(0.3, "Factor on the merged task vector.")
+    consensus: Literal["linear", "ties"] = option("linear", "Add everything up, or only what agrees in sign.")
+    reduce: Literal["sum", "mean"] = option("sum", "With --consensus ties: what becomes of the entries that agree.")
+
+
+def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
+    """[T, *shape] -> [*shape]: the dropped and rescaled task vectors, merged and scaled."""
+    part = torch.empty_like(taus[0])
+
+    def dropped() -> Iterator[Tensor]:
+        for i, (tau, weight) in enumerate(zip(taus, context.weights, strict=True)):
+            mask = _random.kept(context, i, tau.numel(), options.density, tau.device)
+            torch.mul(tau, mask.view_as(tau), out=part)
+            yield part if weight == 1.0 else part.mul_(weight)
+
+    factor = options.scale / _random.share(options.density)
+    if options.consensus == "ties":
+        return _signs.elect(dropped(), taus[0], options.reduce).mul_(factor)
+    total = torch.zeros_like(part)
+    for kept in dropped():
+        total.add_(kept)
+    return total.mul_(factor)
+
+
+METHOD = Method(
+    options=Options,
+    apply=apply,
+    paper="https://arxiv.org/abs/2311.03099",
+    workspace=lambda tasks: 10.0,
+)

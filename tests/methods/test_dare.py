@@ -1,0 +1,46 @@
+"""DARE against its definition, with the masks it drew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modelmerge.method import Context
+from modelmerge.methods import _random
+from tests.test_every_method import merged, taus_of
+
+
+def reference(taus: Tensor, masks: Tensor, weights: Tensor, density: float, consensus: str, reduce: str) -> Tensor:
+    kept = taus.double() * masks * weights[:, None, None] / density
+    if consensus == "linear":
+        return kept.sum(0)
+    agreeing = torch.where(kept.sign() == kept.sum(0).sign(), kept, 0.0)
+    return agreeing.sum(0) / ((agreeing != 0).sum(0).clamp(min=1) if reduce == "mean" else 1)
+
+
+@pytest.mark.parametrize("consensus", ["linear", "ties"])
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_agrees_with_float64(density: float, reduce: str, consensus: str) -> None:
+    taus, weights = taus_of(5), (0.5, 1.0, 2.0, 1.0, 1.0)
+    got = merged("dare", taus, weights, seed=3, density=density, scale=0.7, reduce=reduce, consensus=consensus)
+    context = Context(tensor="w", weights=weights, experts=tuple(f"e{i}" for i in range(5)), seed=3)
+    masks = [_random.kept(context, i, taus[0].numel(), density, taus.device).view_as(taus[0]) for i in range(5)]
+    want = 0.7 * reference(
+        taus, torch.stack(masks), torch.tensor(weights), _random.share(density), consensus, reduce
+    )  # fmt: skip
+    assert (got.double() - want).norm() <= 1e-6 * want.norm()
+
+
+def test_the_expectation_is_that_of_task_arithmetic() -> None:
+    taus = torch.ones(1, 1 << 20)
+    got = merged("dare", taus, density=0.1, scale=1.0)
+    assert got.unique().tolist() == [0.0, pytest.approx(10, rel=1e-3)]
+    assert abs(got.mean() - 1) < 5 * 3 / 1024
+
+
+def test_the_seed_and_the_names_draw() -> None:
+    taus = taus_of()
+    drawn = [merged("dare", taus), merged("dare", taus, seed=1), merged("dare", taus, experts=("a", "b", "c", "d"))]
+    assert not any(torch.equal(one, two) for i, one in enumerate(drawn) for two in drawn[:i])
