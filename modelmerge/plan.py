@@ -247,6 +247,9 @@ def out_bytes(tensor: TensorPlan) -> int:
     return tensor.numel * DTYPE_BITS[tensor.out_dtype] // 8
 
 
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what `--dtype` takes, in safetensors' names
+
+
 def dtype_of(name: str) -> str:
     """The safetensors dtype of the name that `--dtype` takes."""
-    return {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[name]
+    return DTYPES[name]

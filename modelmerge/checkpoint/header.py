@@ -24,6 +24,7 @@ DTYPE_BITS = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 MERGEABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # the floating kinds that arithmetic can be done on
+HALF_DTYPES = ("F16", "BF16")
 QUANTISED_DTYPES = tuple(d for d in DTYPE_BITS if d.startswith(("F8", "F6", "F4")))
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a longer header is an attack or not safetensors at all
 

@@ -209,6 +209,11 @@ def _run(prepared: Prepared, sink: Sink, output: str, *, dry_run: bool, force: b
         f"{', '.join(done)}",
         f"[bold]{out}[/]  {size(weights)} of weights in {manifest['seconds']:.1f} s on {manifest['device']}",
     ]
+    rounding = manifest["rounding"]
+    if rounding and rounding["relative_error"] is not None:
+        lines.append(
+            f"rounding to {rounding['stored_as']} changes the merged task vector by {rounding['relative_error']:.2%}"
+        )
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
     sink.result({"output": str(out), "manifest": manifest}, quiet=str(out), human=lines)

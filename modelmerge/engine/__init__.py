@@ -27,6 +27,7 @@ from modelmerge.engine.job import (
     vector_memory,
 )
 from modelmerge.engine.merging import run
+from modelmerge.engine.rounding import stored_narrow
 
 __all__ = [
     "Findings",
@@ -39,6 +40,7 @@ __all__ = [
     "peak_memory",
     "refuse_too_large",
     "run",
+    "stored_narrow",
     "threads",
     "vector_memory",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from modelmerge.engine.rounding import Rounding
 from modelmerge.errors import DeviceError, UsageError
 from modelmerge.method import Disentangler, Method, Survey
 from modelmerge.plan import Plan, TensorPlan
@@ -94,11 +95,14 @@ class Findings:
     """What a run noticed.
 
     `left_out`: (tensor, expert, reason) for every expert that was left out of a tensor. `figures`: by tensor, what
-    the method told of its work there.
+    the method told of its work there. `rounding`: what storing in 16 bits lost, where anything is stored so. `merged`:
+    the tensors that this run merged, and no interrupted one before it.
     """
 
     left_out: list[tuple[str, str, str]] = field(default_factory=list)
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    rounding: Rounding | None = None
+    merged: int = 0
 
 
 def find_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from torch import Tensor
 from modelmerge.checkpoint.writer import Staging
 from modelmerge.engine.front import Front, fit
 from modelmerge.engine.job import SAMPLE_RUN, SMALL, Findings, Job, prepare_process, threads
+from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.stream import (
     Loader,
     Piece,
@@ -36,9 +37,10 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
         OutputError: The output cannot be written.
     """
     prepare_process()
-    findings = Findings()
     plan = job.plan
+    findings = Findings(rounding=Rounding() if stored_narrow(plan) else None)
     todo = [t for t in plan.in_order() if t.numel and not staging.is_finished(t.name)]
+    findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return findings
     front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
@@ -156,4 +158,7 @@ def _merged(
         measured=measured, base=theta_0 if method.wants_base else None, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell,
     )  # fmt: skip
-    return rounded(piece, theta_0.add_(method.apply(taus, options, context)))
+    delta = method.apply(taus, options, context)
+    if findings.rounding is not None:
+        findings.rounding.merged.append(squared(delta))
+    return rounded(piece, theta_0.add_(delta), rounding=findings.rounding)

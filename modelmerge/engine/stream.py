@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from torch import Tensor
 from modelmerge.checkpoint.header import DTYPE_BITS, TensorInfo
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source, threads
+from modelmerge.engine.rounding import Rounding, squared
 from modelmerge.errors import CheckpointError
 from modelmerge.plan import Plan, TensorPlan
 
@@ -199,16 +201,22 @@ def gathered(
     return sorted(found, key=lambda entry: (entry[0].tensor.name, entry[0].start))
 
 
-def rounded(piece: Piece, merged: Tensor, *, check: bool = True) -> Tensor:
-    """The merged values, flat, in the output's dtype, on the host.
+def rounded(piece: Piece, merged: Tensor, *, check: bool = True, rounding: Rounding | None = None) -> Tensor:
+    """The merged values, flat, in the output's dtype, on the host; `rounding` is told what that loses.
 
     Raises:
         CheckpointError: With `check`, a value does not fit the dtype.
     """
     dtype = _TORCH_DTYPES[piece.tensor.out_dtype]
     stored = merged.to(dtype)
-    # As in loading: a sum first, a closer look only where it is not finite.
-    if check and not bool((stored if dtype == torch.float64 else stored.float()).sum().isfinite()):
+    # As in loading: a sum first, a closer look only where it is not finite. What is lost is NaN wherever a value is.
+    if rounding is not None and dtype != merged.dtype:
+        lost = squared(stored.to(merged.dtype).sub_(merged))
+        rounding.lost.append(lost)
+        finite = math.isfinite(lost)
+    else:
+        finite = bool((stored if dtype == torch.float64 else stored.float()).sum().isfinite())
+    if check and not finite:
         if not bool(merged.isfinite().all()):
             raise CheckpointError(
                 f"tensor '{piece.tensor.name}': the merged values are not finite", hint="use a smaller scale or step"

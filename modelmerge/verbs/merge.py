@@ -34,7 +34,8 @@ from modelmerge.verbs.inputs import (
     stamp,
 )
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = tuple(plan.DTYPES)
+_LOSSY = 0.05  # a loss to rounding above which a merge is worth storing wider
 RESTS = ("base", "average", "task-arithmetic")
 
 
@@ -288,7 +289,29 @@ def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
     for (expert, reason), count in sorted(reasons.items()):
         notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
+    lost = findings.rounding.relative_error() if findings.rounding else None
+    if lost is not None and lost > _LOSSY:
+        notes.append(
+            f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: --dtype float32 keeps it."
+        )
     return notes
+
+
+def _stored_as(job: engine.Job) -> str:
+    """The 16-bit dtypes of the output's merged tensors."""
+    narrow = engine.stored_narrow(job.plan)
+    return " and ".join(name for name, code in plan.DTYPES.items() if code in narrow)
+
+
+def _rounding(job: engine.Job, findings: engine.Findings) -> dict[str, Any] | None:
+    """What storing lost of the merged task vector, where anything is stored in 16 bits."""
+    if findings.rounding is None:
+        return None
+    return {
+        "stored_as": _stored_as(job),
+        "relative_error": findings.rounding.relative_error(),
+        "tensors_measured": findings.merged,
+    }
 
 
 def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
@@ -340,6 +363,7 @@ def _manifest(
             "figures": dict(sorted(findings.figures.items())),
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
+        "rounding": _rounding(job, findings),
         "notes": list(notes),
         "seconds": round(seconds, 3),
         "files": staging.listing(),
