@@ -51,6 +51,7 @@ class Fault:
 
     pattern: str
     times: int
+    after: int = 0  # so many go well before
     status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
     cut_after: int = -1  # bytes of the body, then the connection breaks
@@ -177,6 +178,9 @@ class _Handler(BaseHTTPRequestHandler):
             hub.requests.append(self.record)
             for fault in hub.faults:
                 if fault.times and re.search(fault.pattern, f"{self.command} {unquote(path)}"):
+                    if fault.after:
+                        fault.after -= 1
+                        continue
                     fault.times -= 1
                     self.fault = fault
                     break

@@ -12,17 +12,25 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from queue import Empty, SimpleQueue
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    close_session,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from modelmerge.checkpoint import outline
-from modelmerge.checkpoint.wire import LIBRARY, Ranges, client, explained
+from modelmerge.checkpoint.wire import LIBRARY, Client, Ranges, explained
 from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound
 from modelmerge.report import Reporter
 
@@ -164,11 +172,11 @@ def find(name: str, revision: str | None, inside: str = "") -> Repository:
         ReferenceNotFound: There is no such repository, revision, folder or file.
         HubError: The Hub refuses, or cannot be reached.
     """
-    api = client()
+    api = Client()
     with explained(name, revision, finding=True):
         offline = constants.is_offline_mode()
         commit = api.resolve_revision(name, revision=revision, local_files_only=offline).resolved
-        files = _listed(api, name, commit)
+        files = _files(api, name, commit)
     if inside and inside not in files and not any(place.startswith(f"{inside}/") for place in files):
         folders = sorted({place.partition("/")[0] for place in files})
         raise ReferenceNotFound(
@@ -177,20 +185,25 @@ def find(name: str, revision: str | None, inside: str = "") -> Repository:
     return Repository(name, commit, files, inside)
 
 
-def _listed(api: HfApi, name: str, commit: str) -> dict[str, RemoteFile]:
-    """The files of a commit; those in the cache, where the Hub cannot be reached."""
-    try:
-        siblings = api.model_info(name, revision=commit, files_metadata=True).siblings or []
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-            raise
+def _files(api: Client, name: str, commit: str) -> dict[str, RemoteFile]:
+    """The files of a commit; those in the shared cache, where the Hub cannot be reached."""
+    failed: Exception | None = None
+    if api.answer is None:  # it was not asked for a hash, or could not be
         try:
-            folder = Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[]))
-        except LocalEntryNotFoundError:
-            raise error from None
-        found = sorted(file for file in folder.rglob("*") if file.is_file())
-        return {file.relative_to(folder).as_posix(): RemoteFile(file.stat().st_size, None) for file in found}
-    return {s.rfilename: RemoteFile(s.size or 0, s.lfs.sha256 if s.lfs else None) for s in siblings}
+            api.model_info(name, revision=commit)
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            failed = error
+    if api.answer is not None:
+        files = api.answer.siblings or []
+        return {file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files}
+    try:
+        folder = Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[]))
+    except LocalEntryNotFoundError as error:
+        raise failed or error from None
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): RemoteFile(file.stat().st_size, None) for file in found}
 
 
 def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter) -> None:
@@ -208,14 +221,38 @@ def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter
     if total:
         reporter.stage("downloading", total)
     stop = threading.Event()
-    pool = ThreadPoolExecutor(_DOWNLOADS, "download")
+    waiting: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
+    made = []
+    for repository, place in [(repository, place) for repository, places in wanted for place in places]:
+        made.append(Future[None]())
+        waiting.put((made[-1], partial(repository.bring, place, _progress(reporter, place, stop))))
+    # Not a pool: the interpreter would wait for its threads, and a download can take hours.
+    threads = [threading.Thread(target=_work_off, args=(waiting, stop), daemon=True) for _ in made[:_DOWNLOADS]]
     try:
-        each = [(repository, place) for repository, places in wanted for place in places]
-        for future in [pool.submit(r.bring, place, _progress(reporter, place, stop)) for r, place in each]:
+        for thread in threads:
+            thread.start()
+        for future in made:
             future.result()
-    finally:
+    except BaseException:
         stop.set()
-        pool.shutdown(cancel_futures=True)
+        close_session()  # breaks off what is under way
+        raise
+    finally:
+        for thread in threads:
+            thread.join(5.0)
+
+
+def _work_off(waiting: SimpleQueue[tuple[Future[None], Callable[[], None]]], stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            future, work = waiting.get_nowait()
+        except Empty:
+            return
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
 
 
 def download_bytes(repository: Repository, places: Sequence[str]) -> int:

@@ -33,6 +33,7 @@ Answer = TypeVar("Answer")
 LIBRARY: dict[str, Any] = {"library_name": "modelmerge", "library_version": __version__}  # what the Hub is told
 _TIMEOUT = 20.0  # seconds without a byte before a connection counts as dead
 _TRIES = 5  # attempts without progress before giving up
+_PAUSES = (0.5, 1.0, 2.0)  # seconds between questions that the Hub was too busy to answer
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _CHUNK = 4 << 20  # bytes of a stream that are read at a time, where less is asked for
 _CHUNKS = 4  # so many are kept of a file: workers go through it side by side
@@ -149,25 +150,27 @@ class Ranges:
         return received
 
 
-class _Patient(HfApi):
-    """The client with a time limit to its questions, and another try where the Hub was busy."""
+class Client(HfApi):
+    """The Hub's client, speaking for this package: it asks again where the Hub was busy, but does not wait for ever."""
+
+    def __init__(self) -> None:
+        super().__init__(**LIBRARY)
+        self.answer: ModelInfo | None = None  # of the last question about a model
 
     def model_info(self, *words: Any, **named: Any) -> ModelInfo:
-        return patiently(lambda: HfApi.model_info(self, *words, **{**named, "timeout": _TIMEOUT}))
-
-
-def client() -> HfApi:
-    """The Hub's client, speaking for this package."""
-    return _Patient(**LIBRARY)
+        """What the Hub knows of a model, always with its files' sizes."""
+        named |= {"timeout": _TIMEOUT, "files_metadata": True}
+        self.answer = patiently(lambda: HfApi.model_info(self, *words, **named))
+        return self.answer
 
 
 def patiently(ask: Callable[[], Answer]) -> Answer:
-    """What `ask` gives; asked again a few times where the Hub was busy or the connection broke."""
-    for pause in (0.5, 1.0, 2.0):
+    """What `ask` gives; asked again a few times where the Hub was busy."""
+    for pause in _PAUSES:
         try:
             return ask()
-        except HTTPError as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code not in _TRANSIENT:
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _TRANSIENT:
                 raise
         time.sleep(pause)
     return ask()
@@ -246,6 +249,6 @@ def _refused(error: HfHubHTTPError, name: str) -> HubError:
 def _revisions(name: str) -> str:
     """A hint that names a repository's branches and tags, where they can be had."""
     with contextlib.suppress(Exception):
-        refs = client().list_repo_refs(name)
+        refs = Client().list_repo_refs(name)
         return f"it has: {', '.join(ref.name for ref in [*refs.branches, *refs.tags][:8])}"
     return f"see {constants.ENDPOINT}/{name}"

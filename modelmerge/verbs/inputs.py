@@ -171,7 +171,7 @@ def downloads(plan: Plan, *, companions: bool, streamed: int | None) -> dict[str
     needed = wanted(plan, companions=companions, stream=streamed is not None)
     stored = sum(hub.download_bytes(remote, places) for remote, places in needed)
     cache = {"directory": str(hub.cache_directory()), "free": hub.free_bytes(), "enough": stored <= hub.free_bytes()}
-    return {"download": stored + (streamed or 0), "cache": cache if needed else None}
+    return {"download": stored + (streamed or 0), "cache": cache if needed and streamed is None else None}
 
 
 def fetch(plan: Plan, reporter: Reporter, *, companions: bool, stream: bool) -> None:
