@@ -38,10 +38,13 @@ class Context:
 
     `weights` are the experts' weights (`--weight`) and `experts` their names, in the order of the task vectors.
     `measured` is what the method's survey concluded. `base` is `theta_0` [*shape], for methods that want it; it must
-    not be written to. `seed` is that of random draws, and `start` the place in its tensor of the first element of a
-    block. `leave_out(expert, reason)` records that an expert (by position) had to be left out of this tensor; it is
-    reported to the user and in the manifest. `tell(figures)` puts figures about this tensor there, such as the steps a
-    solver took.
+    not be written to. `factors` are, for each expert whose task vector [m, n] is known to be a product, the two of it,
+    [m, r] and [r, n] with r = 0 for no change, and None for the others; None at all where no expert's is, or where the
+    task vectors are cut or have been changed since. `seed` is that of random draws, and `start` the place in its tensor
+    of the first element of a block. `leave_out(expert, reason)` records that an expert (by position) had to be left out
+    of this tensor; it is reported to the user and in the manifest. `tell(figures)` puts figures about this tensor
+    there, such as the steps a solver took. `varied` has the values of the options that differ between the experts
+    here.
     """
 
     tensor: str
@@ -49,10 +52,16 @@ class Context:
     experts: tuple[str, ...] = ()
     measured: Tensor | None = None
     base: Tensor | None = None
+    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None
     seed: int = 0
     start: int = 0
     leave_out: Callable[[int, str], None] = lambda expert, reason: None
     tell: Callable[[Mapping[str, float]], None] = lambda figures: None
+    varied: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def each(self, option: str, value: float) -> tuple[float, ...]:
+        """An option's value for each expert, in their order; `value` where nothing else was said."""
+        return self.varied.get(option, (value,) * len(self.weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +106,7 @@ class Method:
             as blocks [T, n]. Otherwise a tensor comes whole.
         survey: Given the options, the whole-model quantity that `apply` needs, if any.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
+        squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
     """
 
     options: type
@@ -108,6 +118,7 @@ class Method:
     blockwise: Callable[[Any], bool] = lambda options: True
     survey: Callable[[Any], Survey | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
+    squares: float = 0.0
 
 
 Watch = Callable[[float], None]  # is told a solver's loss as it goes
@@ -156,9 +167,15 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    varies: Literal["tensor", "expert"] | None = None,
 ) -> Any:
-    """A field of a method's options: its default, its help, and its bounds (`above` excludes the bound itself)."""
-    return field(default=default, metadata={"help": help, "minimum": minimum, "above": above, "maximum": maximum})
+    """A field of a method's options: its default, its help, and its bounds (`above` excludes the bound itself).
+
+    A number that `varies` by tensor can be another one in each tensor (`--vary`), for it is used in `apply` alone. One
+    that varies by expert is read by `context.each`, and cannot vary where the method surveys.
+    """
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum}
+    return field(default=default, metadata={"help": help, **bounds, "varies": varies})
 
 
 def bounds(spec: dataclasses.Field[Any]) -> str:
@@ -193,6 +210,16 @@ def make_options(method: Method | Disentangler, name: str, values: Mapping[str, 
             raise UsageError(f"'{name}' has no option '{key}'", hint=f"did you mean '{near[0]}'?" if near else have)
         checked[key] = _check(specs[key], types[key], value)
     return method.options(**checked)
+
+
+def check_option(method: Method | Disentangler, option: str, value: Any) -> Any:
+    """The value, if the option can have it.
+
+    Raises:
+        UsageError: It is of the wrong type or out of bounds.
+    """
+    spec = next(spec for spec in dataclasses.fields(method.options) if spec.name == option)
+    return _check(spec, option_types(method.options)[option], value)
 
 
 def _check(spec: dataclasses.Field[Any], kind: Any, value: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.errors import RecipeError, UsageError
+from modelmerge.vary import written
 
 FORMAT = 1  # of modelmerge.json; counts up when a reader of the old form would misread the new one
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
@@ -25,8 +26,8 @@ class Recipe:
     """Everything that determines the merged weights, and nothing else.
 
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
-    defaults. `disentangle` names what goes in front of the method, with its own options. `dtype` is
-    float32, float16, bfloat16 or None for the base's own.
+    defaults. `vary` says which numbers are others for an expert, a tensor or a layer. `disentangle` names what goes in
+    front of the method, with its own options. `dtype` is float32, float16, bfloat16 or None for the base's own.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Recipe:
     weights: Mapping[str, float] = field(default_factory=dict)
     disentangle: str | None = None
     disentangle_options: Mapping[str, Any] = field(default_factory=dict)
+    vary: tuple[str, ...] = ()
     rest: str = "base"
     dtype: str | None = None
     include: tuple[str, ...] = ()
@@ -56,7 +58,9 @@ class Recipe:
         for name, value in self.disentangle_options.items():
             words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"]
         for name, weight in self.weights.items():
-            words += ["--weight", f"{name}={weight:g}"]
+            words += ["--weight", f"{name}={written(weight)}"]
+        for told in self.vary:
+            words += ["--vary", told]
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
         for name in ("rest", "dtype", "max_shard_size", "seed"):
             value = getattr(self, name)
@@ -73,10 +77,6 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
     Raises:
         RecipeError: The file is no manifest that this version can read.
     """
-    if file.suffix in (".yaml", ".yml"):
-        raise RecipeError(
-            f"{file}: mergekit recipes cannot be replayed yet", hint="give a modelmerge.json that a merge wrote"
-        )
     if file.is_dir():
         file = file / "modelmerge.json"
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from modelmerge import method
+from modelmerge import mergekit, method
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -25,9 +25,36 @@ def method_table(kind: Literal["merge", "disentangle"]) -> str:
     return "\n".join(rows)
 
 
+def mergekit_table() -> str:
+    """What becomes of each key of a mergekit configuration, and of each parameter of each method."""
+    rows = ["| key in the YAML | here |", "|---|---|"]
+    rows += [f"| `{key}` | {told} |" for key, told in mergekit.KEYS.items()]
+    rows += ["", "| `merge_method` | here | its `parameters` |", "|---|---|---|"]
+    for name, row in mergekit.METHODS.items():
+        fixed = "".join(f" --{option.replace('_', '-')} {value}" for option, value in row.fixed.items())
+        told = "<br>".join(f"`{parameter.key}`: {becomes(parameter)}" for parameter in row.parameters)
+        rows.append(f"| `{name}` | `{row.method}{fixed}` | {told} |")
+    return "\n".join(rows)
+
+
+def becomes(parameter: mergekit.Parameter) -> str:
+    """What a parameter of mergekit is here."""
+    if parameter.told is not None:
+        return parameter.told
+    if parameter.option is None:
+        return f"only {str(parameter.only).lower()}" if parameter.only is not None else "has no effect"
+    flag = f"--{parameter.option.replace('_', '-')}"
+    if parameter.words:
+        return ", ".join(f"{str(value).lower()} is `{flag} {word}`" for value, word in parameter.words.items())
+    if parameter.option == "weight":
+        return "`--weight NAME=W`"
+    return f"`{flag}`, or `--vary NAME:{flag[2:]}=...`" if parameter.per_model else f"`{flag}`"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "methods": lambda: method_table("merge"),
     "disentanglers": lambda: method_table("disentangle"),
+    "mergekit": mergekit_table,
 }
 
 

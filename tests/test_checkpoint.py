@@ -331,13 +331,6 @@ def test_a_path_that_cannot_be_is_not_found(ref: str) -> None:
         parse(ref)
 
 
-def adapter(directory: Path) -> Path:
-    directory.mkdir()
-    (directory / "adapter_config.json").write_text("{}")
-    save_file({"lora_A": torch.zeros(2)}, directory / "adapter_model.safetensors")
-    return directory
-
-
 def holding(directory: Path, *names: str) -> Path:
     directory.mkdir()
     for name in names:
@@ -346,7 +339,6 @@ def holding(directory: Path, *names: str) -> Path:
 
 
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "adapter": (lambda t: adapter(t / "m"), "PEFT adapter"),
     "pickles without index": (lambda t: holding(t / "m", "consolidated.00.pth", "training_args.bin"), "neither"),
     ".gguf": (lambda t: holding(t / "m", "q4.gguf") / "q4.gguf", "GGUF"),
     "directory with .gguf": (lambda t: holding(t / "m", "q4.gguf"), "q4.gguf"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import modelmerge
 from modelmerge.checkpoint import hub as hub_module
@@ -257,6 +258,29 @@ def test_a_transposed_tensor_of_a_pickle_is_not_streamed(hub: FakeHub, tmp_path:
 
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"], (state["w"] + 1).contiguous())
     assert cached(tmp_path) == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_adapters_on_the_hub(
+    stream: bool, hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, generator = "base_model.model.model.layers.0.q_proj.lora_{}.weight", torch.Generator().manual_seed(1)
+    factors = {key.format(n): torch.randn(shape, generator=generator) for n, shape in (("A", (4, 16)), ("B", (16, 4)))}
+    adapter = tmp_path / "local" / "adapter"
+    adapter.mkdir()
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
+    (adapter / "tokenizer.json").write_text("{}")
+    hub.add("org/adapter", adapter)
+    hub.add("org/base", local[0])
+    assert run(capsys, "merge", "ties", local[0], adapter, local[1], "-o", tmp_path / "here")[0] == 0
+    words = ["--stream"] if stream else []
+    told = merge(capsys, ["mine=org/base", "org/adapter", str(local[1])], tmp_path / "there", *words)["manifest"]
+    assert same(tmp_path / "here", tmp_path / "there")
+    assert not any("trained on" in note for note in told["notes"])
+    weights = [] if stream else ["adapter_model.safetensors", "model.safetensors"]
+    assert cached(tmp_path) == sorted(["adapter_config.json", *weights, "config.json", "tokenizer.json"])
 
 
 # Streams

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.checkpoints import write
 
@@ -33,6 +34,29 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(path) for path in paths]
 
 
+@pytest.fixture(scope="module")
+def adapters(heavy: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The base and two adapters of it, the second with DoRA, on all its layers."""
+    root = tmp_path_factory.mktemp("adapters")
+    rank, paths = 64, heavy[:1]
+    for dora in (False, True):
+        state = {}
+        for i in range(8):
+            key = f"base_model.model.layers.{i}.fc"
+            state |= {f"{key}.lora_A.weight": torch.randn(rank, 1024), f"{key}.lora_B.weight": torch.ones(1536, rank)}
+            state |= {f"{key}.lora_magnitude_vector": torch.ones(1536)} if dora else {}
+        key = "base_model.model.embed_tokens.lora_"
+        state |= {f"{key}embedding_A": torch.randn(rank, 4096), f"{key}embedding_B": torch.ones(1024, rank)}
+        state |= {f"{key}magnitude_vector": torch.ones(1024)} if dora else {}
+        directory = root / ("dora" if dora else "plain")
+        directory.mkdir()
+        save_file(state, directory / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "use_dora": dora}
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+        paths.append(str(directory))
+    return paths
+
+
 def anonymous_peak(words: list[str]) -> int:
     """The most anonymous memory that the command held, in bytes."""
     peak = 0
@@ -53,6 +77,8 @@ def anonymous_peak(words: list[str]) -> int:
 
 QUICK = (["merge", "ties"], ["merge", "apgd", "--steps", "2"], ["merge", "average", "--disentangle", "awd"])
 SLOW = (
+    *(["merge", name] for name in ("wudi", "tsv-m", "iso-c", "iso-cts", "knots")),
+    ["merge", "wudi", "--solver", "adam", "--steps", "2"],
     ["merge", "average"],
     ["merge", "ties", "--trim-scope", "tensor"],
     ["merge", "apgd", "--solver", "exact"],
@@ -78,8 +104,25 @@ SLOW = (
     "words", [*QUICK, *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW)], ids=" ".join
 )
 def test_the_promise_is_kept(words: list[str], heavy: list[str], tmp_path: Path) -> None:
+    check(words, heavy, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "ties"],
+        pytest.param(["merge", "apgd", "--steps", "2"], marks=pytest.mark.slow),
+        pytest.param(["extract"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_the_promise_is_kept_with_adapters(words: list[str], adapters: list[str], tmp_path: Path) -> None:
+    check(words, adapters, tmp_path)
+
+
+def check(words: list[str], models: list[str], tmp_path: Path) -> None:
     verb = words[:2] if words[0] != "extract" else words[:1]
-    command = [sys.executable, "-m", "modelmerge", *verb, *heavy, "-o", str(tmp_path / "out"), *words[len(verb) :]]
+    command = [sys.executable, "-m", "modelmerge", *verb, *models, "-o", str(tmp_path / "out"), *words[len(verb) :]]
     done = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, check=True)
     promised = json.loads(done.stdout)["plan"]["peak_memory"]["host"]
     peak = anonymous_peak(command)

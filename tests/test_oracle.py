@@ -20,6 +20,7 @@ from modelmerge.methods.merge import apgd
 ORACLE = Path(__file__).parent / "oracle"
 SETS = {"four": 4, "five-odd": 5}
 KEPT = ["encoder*weight"]  # with the rule for linear layers: the keys that APGD's code takes
+ALL = {"include": ["*"], "rest": "average"}  # every matrix, whatever its name; the mean for the other tensors
 
 
 @pytest.mark.parametrize("family", SETS)
@@ -30,6 +31,10 @@ KEPT = ["encoder*weight"]  # with the rule for linear layers: the keys that APGD
         ("ties-sum", "ties", {"reduce": "sum"}, 1e-4),
         ("ties-mean", "ties", {"reduce": "mean"}, 1e-4),
         ("apgd", "apgd", {"include": KEPT}, 1e-4),
+        ("tsv-m", "tsv-m", ALL, 1e-5),
+        ("iso-c", "iso-c", ALL, 1e-5),
+        ("iso-cts", "iso-cts", ALL, 1e-5),
+        ("wudi", "wudi", {"solver": "adam", "steps": 400, **ALL}, 1e-5),
     ],
 )
 def test_merge_agrees(
@@ -49,7 +54,9 @@ def test_merge_agrees(
             assert torch.equal(got[name], base[name]), name
         else:
             changed += 1
-            assert (got[name] - tensor).norm() <= tolerance * tau, name
+            # Next to it the rounding of the weights themselves, which shows where they are large and tau is small.
+            rounding = 2**-24 * tensor.norm()
+            assert (got[name] - tensor).norm() <= tolerance * tau + rounding, name
     assert changed == (3 if method == "apgd" else len(base))
 
 

@@ -39,13 +39,46 @@ class TensorInfo:
     file: Path
     start: int  # first byte of the data, counted from the start of the file
     nbytes: int
-    factors: tuple[TensorInfo, TensorInfo] | None = None  # [m, r] and [r, n]: the tensor is their product
     strides: tuple[int, ...] | None = None  # in elements, where they do not lie in their order; only pickles have such
+    change: Change | None = None  # set where the values are not the tensor's weights
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How stored values tell what a tensor differs by from the base's.
+
+    They are the difference divided by `scale`; or, with `factors`, the difference is `scale * left @ right`, the tensor
+    taken as a matrix of its first dimension's rows.
+
+    Args:
+        scale: A factor on the whole.
+        factors: [m, r] and [r, n], of convolutions [m, r, 1, 1] and [r, *kernel].
+        transposed: The factors are stored as [r, m] and [n, r].
+        origin: Stands in for the base's tensor [m, n]; the difference is to be seen from there.
+        magnitude: Norms [m] (`transposed`: [n]) to which the rows (columns) of the changed tensor are rescaled, as in
+            DoRA.
+    """
+
+    scale: float = 1.0
+    factors: tuple[TensorInfo, TensorInfo] | None = None
+    transposed: bool = False
+    origin: TensorInfo | None = None
+    magnitude: TensorInfo | None = None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the difference is the product of the factors and nothing else."""
+        return self.factors is not None and self.origin is None and self.magnitude is None
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """Every tensor that takes part in it, as stored."""
+        return tuple(part for part in (*(self.factors or ()), self.origin, self.magnitude) if part is not None)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

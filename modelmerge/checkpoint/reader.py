@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from modelmerge.checkpoint import adapter as peft
 from modelmerge.checkpoint.digest import FileDigest
-from modelmerge.checkpoint.header import TensorInfo, read_header
+from modelmerge.checkpoint.header import Change, TensorInfo, read_header
 from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
 from modelmerge.checkpoint.wire import Ranges
@@ -32,7 +33,7 @@ class VectorOf:
     """What a task vector is the difference to, and which tensors it leaves out because they did not change."""
 
     base: str
-    base_sha256: tuple[str, ...]  # of the base's weight files, sorted
+    base_sha256: tuple[str, ...] | None  # of the base's weight files, sorted; None where that was not recorded
     unchanged: frozenset[str]
 
 
@@ -45,11 +46,12 @@ class Checkpoint:
 
     reference: Reference
     tensors: dict[str, TensorInfo]
-    files: dict[Path, os.stat_result]  # the weight files, as they were when their headers were read
+    files: dict[Path, os.stat_result]  # the weight files (and an adapter's config) as they were when they were opened
     directory: Path | None  # where config and tokenizer lie; None for a lone .safetensors file
     config: dict[str, Any]
-    vector: VectorOf | None = None  # set where the tensors are differences to a base, not weights
+    vector: VectorOf | None = None  # set where it tells what changed in a base, not a whole model
     remarks: tuple[str, ...] = ()  # what a person should know of how it was read, a clause each
+    adapter: peft.Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -160,11 +162,8 @@ def read_file(file: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
 
 
 def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
-    if (directory / "adapter_config.json").exists():
-        raise ReferenceNotFound(
-            f"{directory} is a PEFT adapter, and adapters cannot be read yet",
-            hint="merge it into its base first: PeftModel.merge_and_unload() and save_pretrained()",
-        )
+    if (directory / peft.CONFIG).exists():
+        return _open_adapter(reference, directory)
     # Safetensors first, as loaders do: where both kinds lie side by side they hold the same.
     for single, index in ((directory / SINGLE, directory / INDEX), (directory / PICKLED, directory / PICKLED_INDEX)):
         if single.exists() or index.exists():
@@ -189,6 +188,38 @@ def _read_weights(directory: Path, single: Path, index: Path) -> tuple[dict[str,
     return _read_shards(directory, weight_map, index.name) if weight_map else read_file(single)
 
 
+def _open_adapter(reference: Reference, directory: Path) -> Checkpoint:
+    config = directory / peft.CONFIG
+    adapter = peft.read_adapter(config)
+    weights = next((directory / name for name in (peft.WEIGHTS, peft.PICKLED) if (directory / name).exists()), None)
+    if weights is None:
+        raise ReferenceNotFound(
+            f"{directory} has {peft.CONFIG}, but neither {peft.WEIGHTS} nor {peft.PICKLED}",
+            hint="copy or download the adapter again",
+        )
+    tensors, remarks = read_file(weights)
+    files = {file: file.stat() for file in (weights, config)}
+    return Checkpoint(reference, tensors, files, directory, {}, remarks=remarks, adapter=adapter)
+
+
+def attach(expert: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """An adapter as a task vector of this base; any other checkpoint as it is.
+
+    Raises:
+        CheckpointError: The adapter's keys and its config disagree.
+        PlanError: The adapter does not fit the base.
+    """
+    if expert.adapter is None:
+        return expert
+    tensors = peft.translate(expert.adapter, expert.tensors, base.tensors)
+    vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - tensors.keys()))
+    remarks = expert.remarks
+    ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}
+    if expert.adapter.base and Path(expert.adapter.base).name not in ours:
+        remarks += (f"it says it was trained on '{expert.adapter.base}', and the base here is '{base.name}'",)
+    return replace(expert, tensors=tensors, vector=vector, remarks=remarks)
+
+
 def _read_vector(directory: Path) -> VectorOf | None:
     file = directory / MANIFEST
     if not file.exists():
@@ -206,7 +237,7 @@ def _read_vector(directory: Path) -> VectorOf | None:
 
 def _joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors of a task vector, each pair of factors as the one tensor that is their product."""
-    joined = {name: info for name, info in tensors.items() if not name.endswith((LEFT, RIGHT))}
+    joined = {n: replace(info, change=Change()) for n, info in tensors.items() if not n.endswith((LEFT, RIGHT))}
     for name, left in tensors.items():
         if name.endswith(LEFT):
             whole = name.removesuffix(LEFT)
@@ -214,7 +245,9 @@ def _joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
             if right is None or len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
                 raise CheckpointError(f"{left.file}: tensor '{name}' has no matching factor '{whole + RIGHT}'")
             shape, nbytes = (left.shape[0], right.shape[1]), left.nbytes + right.nbytes
-            joined[whole] = TensorInfo(whole, left.dtype, shape, left.file, left.start, nbytes, (left, right))
+            joined[whole] = TensorInfo(
+                whole, left.dtype, shape, left.file, left.start, nbytes, change=Change(factors=(left, right))
+            )
     return joined
 
 

@@ -44,6 +44,11 @@ class Reference:
         """The reference that leads here from any directory."""
         return str(self.path) if self.repository is None else self.text
 
+    @property
+    def title(self) -> str:
+        """What it is called where it lies: its path, or its repository's name."""
+        return self.text if self.repository is None else self.repository.name
+
     def address(self, file: Path) -> str:
         """What a manifest calls a file of it."""
         return str(file) if self.repository is None else self.repository.address(file)

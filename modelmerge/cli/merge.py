@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from modelmerge import method
+from modelmerge import method, presets
 from modelmerge.cli import options as opt
 from modelmerge.cli.output import Bars, Format, Sink, size, table
 from modelmerge.errors import UsageError
@@ -26,7 +27,9 @@ EXAMPLES = (
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
+    "modelmerge merge apgd --preset clip-b32-8 -o merged",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
+    "modelmerge merge --recipe mergekit.yml -o merged",
 )
 
 Base = Annotated[
@@ -43,7 +46,8 @@ Experts = Annotated[
     typer.Argument(metavar="EXPERT", help="The fine-tuned models, as [NAME=]REF each.", show_default=False),
 ]
 RecipeFile = Annotated[
-    str | None, typer.Option("--recipe", metavar="FILE", help="Repeat the merge that a modelmerge.json records.")
+    str | None,
+    typer.Option("--recipe", metavar="FILE", help="Repeat the merge of a modelmerge.json, or run a mergekit YAML."),
 ]
 
 
@@ -68,9 +72,33 @@ def list_methods(kind: str, sink: Sink) -> None:
     sink.result({"methods": listed}, quiet="\n".join(method.names(kind)), human=[shown, usage])
 
 
+def show_preset(preset: presets.Preset, sink: Sink) -> None:
+    """Print what a preset stands for."""
+    rows = [["base", preset.base], *([name, reference] for name, reference in preset.experts.items())]
+    settings = [[name, " ".join(_as_typed(told))] for name, told in preset.methods.items()]
+    sink.result(
+        {"preset": dataclasses.asdict(preset)},
+        quiet="\n".join([preset.base, *preset.experts.values()]),
+        human=[
+            preset.summary, table(None, ["", "reference"], rows, left=2),
+            table(None, ["method", "settings"], settings, left=2),
+            f"\nmodelmerge merge METHOD --preset {preset.name} -o DIR",
+        ],
+    )  # fmt: skip
+
+
+def _as_typed(options: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{opt.flag(option)} {each}"
+        for option, value in options.items()
+        for each in (value if isinstance(value, list) else [value])
+    ]
+
+
 def replay_or_list(
     context: typer.Context,
     recipe: RecipeFile = None,
+    preset: opt.Preset = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="DIR", help="With --recipe: directory for the result.")
     ] = None,
@@ -89,10 +117,15 @@ def replay_or_list(
     Without a method, list what there is; with --recipe, repeat a merge to the same bits.
     """
     if context.invoked_subcommand is not None:
+        if preset:
+            raise UsageError("--preset stands before the method", hint=f"merge METHOD --preset {preset} -o DIR")
         if recipe:
             raise UsageError("--recipe and a method exclude each other", hint="the recipe names its method")
         return
     sink = Sink(chosen_format(form, json, quiet), verbose=verbose)
+    if preset:
+        show_preset(presets.load(preset), sink)
+        return
     if not recipe:
         if output:
             raise UsageError("no method is named", hint=f"there are: {', '.join(method.names())}")
@@ -102,22 +135,25 @@ def replay_or_list(
         raise UsageError("--recipe needs an output directory", hint="give -o DIR")
     from pathlib import Path
 
-    from modelmerge.recipe import read_recipe
-    from modelmerge.verbs.merge import prepare
+    from modelmerge.verbs.merge import prepare_file
 
-    told, recorded = read_recipe(Path(recipe).expanduser())
-    prepared = prepare(told, device=device, recorded=recorded, stream=stream)
+    prepared = prepare_file(Path(recipe).expanduser(), device=device, stream=stream)
     _run(prepared, sink, output, dry_run=dry_run, force=force, resume=resume)
 
 
-def command(name: str) -> Callable[..., None]:
-    """The Typer command of a merge method, its options made from the method's dataclass."""
+def command(name: str, *, preset: bool = False) -> Callable[..., None]:
+    """The Typer command of a merge method, its options made from the method's dataclass.
+
+    With a preset there are no arguments.
+    """
     chosen = method.load(name)
     fronts = {front: method.load(front, "disentangle") for front in method.names("disentangle")}
 
     def shared(
         output: opt.Output,
+        preset: opt.Preset = None,
         weight: opt.Weight = None,
+        vary: opt.Vary = None,
         disentangle: opt.Disentangle = None,
         rest: opt.Rest = "base",
         device: opt.Device = "auto",
@@ -136,9 +172,11 @@ def command(name: str) -> Callable[..., None]:
         verbose: opt.Verbose = False,
     ) -> None: ...
 
-    def run(**values: Any) -> None:
+    def run(context: typer.Context, **values: Any) -> None:
         from modelmerge.verbs.merge import prepare
 
+        if preset:
+            values |= _of_preset(presets.load(values["preset"]), name, context)
         sink = Sink(chosen_format(values["form"], values["json"], values["quiet"]), verbose=values["verbose"])
         recipe = Recipe(
             method=name,
@@ -146,6 +184,7 @@ def command(name: str) -> Callable[..., None]:
             experts=tuple(values["experts"]),
             options={spec: values[spec] for spec in method.option_types(chosen.options)},
             weights=parse_weights(values["weight"] or ()),
+            vary=tuple(values["vary"] or ()),
             disentangle=values["disentangle"],
             disentangle_options=_front_options(fronts, values),
             rest=values["rest"],
@@ -160,10 +199,21 @@ def command(name: str) -> Callable[..., None]:
             sink, values["output"], dry_run=values["dry_run"], force=values["force"], resume=values["resume"],
         )  # fmt: skip
 
-    arguments = [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
+    arguments = [opt.of_argument("context", typer.Context)]
+    arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
     in_front = [parameter for front, told in fronts.items() for parameter in opt.of_front(front, told)]
     # Required parameters first, as in any signature; the method's own options head the help page.
     return opt.with_parameters(run, [*arguments, *opt.of_method(chosen), *opt.shared(shared), *in_front])
+
+
+def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dict[str, Any]:
+    """The values that a preset gives: base, experts, and the method's settings that the command line does not give."""
+    told: dict[str, Any] = {"base": preset.base, "experts": [f"{n}={ref}" for n, ref in preset.experts.items()]}
+    for option, value in preset.methods.get(name, {}).items():
+        source = context.get_parameter_source(option)
+        if source is not None and source.name.startswith("DEFAULT"):
+            told[option] = value
+    return told
 
 
 def _front_options(fronts: dict[str, method.Disentangler], values: dict[str, Any]) -> dict[str, Any]:
@@ -251,6 +301,7 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
             for t in plan["tensors"]
         ]
         lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, left=5))
+    lines += [f"note: {remark}" for remark in plan.get("remarks", ())]
     times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
     files = f" in {len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}" if "shards" in plan else " at most"
     peak = f"peak memory {size(memory['host'])}"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from modelmerge import presets
 from modelmerge.method import Disentangler, Method, bounds, option_types
 
 METHOD_PANEL = "Options of the method"
@@ -72,6 +73,26 @@ Seed = Annotated[int, typer.Option(help="Seed of methods that draw at random.", 
 Weight = Annotated[
     list[str] | None,
     typer.Option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W", rich_help_panel=SHARED_PANEL),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help=f"In place of BASE EXPERT...: a published set, with the paper's settings where no option says otherwise. "
+        f"{', '.join(presets.names())}.",
+        metavar="NAME",
+        autocompletion=lambda: list(presets.names()),
+        rich_help_panel=SHARED_PANEL,
+        show_default=False,
+    ),
+]
+Vary = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Another value for one expert (math:weight=0.5), for tensors of such names (scale=0.2@*mlp*), or rising "
+        "over the layers (scale=0.1,0.5). Repeatable; the last that applies counts.",
+        metavar="[NAME:]OPTION=V[,V...][@GLOB]",
+        rich_help_panel=SHARED_PANEL,
+    ),
 ]
 Disentangle = Annotated[
     str | None,
@@ -151,7 +172,7 @@ def _told(spec: dataclasses.Field[Any]) -> str:
 
 
 def of_argument(name: str, annotation: Any) -> inspect.Parameter:
-    """A required parameter."""
+    """A required parameter, or the context."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
 
 

@@ -7,7 +7,7 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from modelmerge.engine.rounding import Rounding
 from modelmerge.errors import DeviceError, UsageError
 from modelmerge.method import Disentangler, Method, Survey
 from modelmerge.plan import Plan, TensorPlan
+from modelmerge.vary import Setting
 
 # Elements per block. On a CPU a worker's buffers should fit its share of the L2/L3 cache (measured: 64 Ki and 1 Mi
 # elements cost 10 to 35 % more); a GPU wants blocks that are large against the launch of a kernel.
@@ -40,6 +41,8 @@ class Source:
     plan: Plan
     device: torch.device
     workers: int  # threads for element-wise work
+    # By expert and tensor: norms of columns, which every piece of the tensor needs. [n], float64.
+    norms: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def block(self) -> int:
@@ -58,6 +61,7 @@ class Job:
         weights: Each expert's weight.
         front: What disentangles the task vectors before they are merged, with its options, if anything.
         seed: The seed of random draws.
+        settings: By tensor, what the method is told instead where something varies.
     """
 
     source: Source
@@ -66,6 +70,7 @@ class Job:
     weights: tuple[float, ...]
     front: tuple[Disentangler, Any] | None
     seed: int = 0
+    settings: Mapping[str, Setting] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -163,16 +168,24 @@ def peak_memory(job: Job) -> dict[str, int]:
     # A survey's counters: the totals of every worker, and the counters of the block each is at.
     counters = 2 * tasks * (1 << 16) * 8 if job.survey else 0
     fitting, kept = front_memory(job.source, job.front, job.disentangled())
-    streaming = max(int(job.source.workers * (block * per_element + counters)), fitting) + kept
+    unfolding = _unfolding(plan, block)
+    streaming = max(int(job.source.workers * (block * per_element + counters + unfolding)), fitting) + kept
     whole = 0
     if merged and not job.blockwise:
         sizes = sorted((t.numel for t in merged), reverse=True)
         widest = max(model.stored_bytes(t.name) for t in merged for model in plan.models)
         ahead = sizes[1] if len(sizes) > 1 else 0
+        # The method's own: copies of the tensor, and squares of its width.
+        own = max(t.numel * 4 * workspace + 8 * method.squares * _width(t, tasks) ** 2 for t in merged)
         # At hand and being read ahead: task vectors and theta_0; then the method's own; one result being written.
-        whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 * (workspace + 1)) + 2 * widest + kept
+        whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 + own) + 2 * widest + kept
+        whole += _unfolding(plan, sizes[0])
     working = max(streaming, whole)
     return {"host": PROCESS_BYTES + working, "device": 0 if device.type == "cpu" else working}
+
+
+def _width(tensor: TensorPlan, tasks: int) -> int:
+    return min(tensor.shape[1], tasks * tensor.shape[0]) if len(tensor.shape) == 2 else 0
 
 
 def vector_memory(
@@ -190,7 +203,7 @@ def vector_memory(
     fitting, kept = front_memory(source, front, linear)
     block = min(source.block, max((t.numel for t in tensors), default=0))
     # Task vectors and theta_0, their float64 copy for inner products, the redundant vector, stored bytes in and out.
-    streaming = source.workers * block * (4 * (tasks + 1) + 8 * tasks + 16 + 12)
+    streaming = source.workers * (block * (4 * (tasks + 1) + 8 * tasks + 16 + 12) + _unfolding(source.plan, block))
     whole = 0
     if decomposed:
         largest = max(decomposed, key=lambda tensor: tensor.numel)
@@ -198,8 +211,18 @@ def vector_memory(
         # All task vectors of one matrix as stored and read, one of them in float64 with its factors and their product;
         # and the Gram matrix's eigendecomposition with LAPACK's workspace, measured at eight to nine such matrices.
         whole = largest.numel * (4 * (tasks + 3) + 8 * 5) + 8 * 9 * side * side
+        whole += _unfolding(source.plan, largest.numel)
     working = max(streaming, fitting, whole) + kept
     return {"host": PROCESS_BYTES + working, "device": 0 if source.device.type == "cpu" else working}
+
+
+def _unfolding(plan: Plan, elements: int) -> int:
+    """Bytes that making so many elements of a task vector out of factors takes: the factors and their product."""
+    changes = [i.change for e in plan.experts for i in e.tensors.values() if i.change is not None and i.change.factors]
+    factors = max((8 * sum(part.numel for part in change.factors or ()) for change in changes), default=0)
+    # DoRA: the product again with the base's rows, for norms; two factors for each element.
+    each = 4 * bool(changes) + 16 * any(change.magnitude is not None for change in changes)
+    return factors + each * elements
 
 
 def front_memory(

@@ -19,6 +19,7 @@ from modelmerge.engine.stream import (
     as_bytes,
     in_parallel,
     item_bytes,
+    known_factors,
     piece_bytes,
     pieces,
     rounded,
@@ -27,6 +28,7 @@ from modelmerge.engine.stream import (
 from modelmerge.method import Context, Pass, Survey
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
+from modelmerge.vary import Setting
 
 
 def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
@@ -130,7 +132,9 @@ def _run_whole(
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
                 if front is not None:
                     front.take_out(piece, taus)
-                data = _merged(job, piece, theta_0, taus, measured, findings)
+                # What a front has changed is no product any more.
+                factors = known_factors(job.source, tensor) if front is None else None
+                data = _merged(job, piece, theta_0, taus, measured, findings, factors)
             if behind is not None:
                 behind.result()
             behind = writing.submit(staging.write, tensor.name, 0, as_bytes(data))
@@ -140,12 +144,21 @@ def _run_whole(
 
 
 def _merged(
-    job: Job, piece: Piece, theta_0: Tensor, taus: Tensor, measured: Tensor | None, findings: Findings
+    job: Job,
+    piece: Piece,
+    theta_0: Tensor,
+    taus: Tensor,
+    measured: Tensor | None,
+    findings: Findings,
+    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
 ) -> Tensor:
     """The piece's merged values, flat, as they will be stored; `theta_0` is used up."""
     chosen = job.method if piece.tensor.action == "merge" else job.rest
     assert chosen is not None, "the plan leaves tensors to a method that the job does not name"
     method, options = chosen
+    setting = job.settings.get(piece.tensor.name) or Setting(options, job.weights, {})
+    if piece.tensor.action == "merge":
+        options = setting.options
 
     def leave_out(expert: int, reason: str) -> None:
         findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
@@ -154,9 +167,9 @@ def _merged(
         findings.figures[piece.tensor.name] = dict(figures)
 
     context = Context(
-        tensor=piece.tensor.name, weights=job.weights, experts=tuple(expert.name for expert in job.plan.experts),
-        measured=measured, base=theta_0 if method.wants_base else None, seed=job.seed, start=piece.start,
-        leave_out=leave_out, tell=tell,
+        tensor=piece.tensor.name, weights=setting.weights, experts=tuple(expert.name for expert in job.plan.experts),
+        measured=measured, base=theta_0 if method.wants_base else None, factors=factors, seed=job.seed,
+        start=piece.start, leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip
     delta = method.apply(taus, options, context)
     if findings.rounding is not None:

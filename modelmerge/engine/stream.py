@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.header import DTYPE_BITS, TensorInfo
+from modelmerge.checkpoint.header import DTYPE_BITS, Change, TensorInfo
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source, threads
 from modelmerge.engine.rounding import Rounding, squared
@@ -48,6 +48,7 @@ class Loader:
     """
 
     def __init__(self, source: Source, elements: int, stored: int, device: torch.device) -> None:
+        self._source = source
         self._models = source.plan.models
         self._device = device
         pinned = device.type == "cuda"
@@ -76,31 +77,99 @@ class Loader:
 
     def _load_one(self, expert: Checkpoint, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
         info = expert.tensors.get(piece.tensor.name)
-        if info is None:  # a task vector that leaves out what did not change
+        if info is None:  # a task vector or an adapter that leaves out what did not change
             tau.zero_()
-            return
-        if info.factors is not None:
-            tau.copy_(self._product(expert, *info.factors, piece).view(tau.shape))
-            return
-        stored = self.stored(expert, piece).view(tau.shape)
-        if expert.vector is not None:
-            tau.copy_(stored)
-        elif torch.float64 in (stored.dtype, theta_0.dtype):
-            tau.copy_(stored.double() - theta_0.double())
+        elif info.change is None:
+            stored = self.stored(expert, piece).view(tau.shape)
+            if torch.float64 in (stored.dtype, theta_0.dtype):
+                tau.copy_(stored.double() - theta_0.double())
+            else:
+                tau.copy_(stored).sub_(theta_0)
+        elif info.change.factors is None:
+            tau.copy_(self.stored(expert, piece).view(tau.shape)).mul_(info.change.scale)
         else:
-            tau.copy_(stored).sub_(theta_0)
+            self._load_changed(expert, info.change, piece, theta_0.flatten(), tau.flatten())
 
-    def _product(self, expert: Checkpoint, left: TensorInfo, right: TensorInfo, piece: Piece) -> Tensor:
-        """The rows of a low-rank task vector that the piece covers, from its factors [m, r] and [r, n]."""
-        rank, width = right.shape
+    def _load_changed(self, expert: Checkpoint, change: Change, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
+        """A task vector that is told by factors, flat: `f (origin + product) - theta_0`.
+
+        f is DoRA's factor of each row or column. Written so that what is left is not a difference of large numbers.
+        """
+        width = piece.tensor.numel // piece.tensor.shape[0]
         first, last = piece.start // width, -(-piece.stop // width)
-        factors = []
-        for info, start, stop in ((left, first * rank, last * rank), (right, 0, rank * width)):
-            size = item_bytes(info.dtype)
-            raw = torch.empty((stop - start) * size, dtype=torch.uint8)
-            expert.read_into(info, start * size, _buffer(raw))
-            factors.append(raw.view(_TORCH_DTYPES[info.dtype]).to(self._device, torch.float32).view(-1, info.shape[1]))
-        return (factors[0] @ factors[1]).flatten()[piece.start - first * width :][: piece.stop - piece.start]
+        rows = self.product(expert, change, first, last)
+        inside = slice(piece.start - first * width, piece.stop - first * width)
+        tau.copy_(rows.flatten()[inside])
+        if change.low_rank:
+            return
+        origin = theta_0 if change.origin is None else self._rows(expert, change.origin, piece.start, piece.stop)
+        if change.magnitude is not None:
+            factors = self._rescaling(expert, change, piece.tensor, first, last)
+            factors = factors[None, :] if change.transposed else factors[:, None]
+            spread, beyond = (f.float().expand(last - first, width).flatten()[inside] for f in (factors, factors - 1))
+            tau.mul_(spread).addcmul_(origin.to(tau.dtype), beyond)
+        if change.origin is not None:
+            tau.add_(origin - theta_0)
+
+    def _rescaling(self, expert: Checkpoint, change: Change, tensor: TensorPlan, first: int, last: int) -> Tensor:
+        """DoRA's factors, float64: of the rows from `first` to `last`, or of all columns if it is `transposed`."""
+        assert change.magnitude is not None
+        if not change.transposed:
+            learnt = self._rows(expert, change.magnitude, first, last)
+            return learnt.double() / torch.cat(list(self._changed_norms(expert, change, tensor, first, last, 1)))
+        key = (expert.name, tensor.name)
+        if key not in self._source.norms:
+            # Several threads may do this at once; they find the same.
+            parts = self._changed_norms(expert, change, tensor, 0, tensor.shape[0], 0)
+            self._source.norms[key] = sum(part.square() for part in parts).sqrt()  # type: ignore[union-attr]
+        learnt = self._rows(expert, change.magnitude, 0, tensor.shape[1])
+        return learnt.double() / self._source.norms[key]
+
+    def _changed_norms(
+        self, expert: Checkpoint, change: Change, tensor: TensorPlan, first: int, last: int, dim: int
+    ) -> Iterator[Tensor]:
+        """Norms over a dimension of the changed tensor's rows from `first` to `last`, some rows at a time, float64."""
+        width = tensor.numel // tensor.shape[0]
+        model, info = (self._models[0], self._models[0].tensors[tensor.name])
+        if change.origin is not None:
+            model, info = expert, change.origin
+        step = max(self._source.block // width, 1)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            changed = self._rows(model, info, start * width, stop * width).view(-1, width)
+            changed = changed + self.product(expert, change, start, stop)
+            yield torch.linalg.vector_norm(changed, dim=dim, dtype=torch.float64)
+
+    def product(self, expert: Checkpoint, change: Change, first: int, last: int) -> Tensor:
+        """The scaled product of the factors, rows from `first` to `last`: [rows, n], float32 or float64."""
+        left, right = self.factors(expert, change, first, last)
+        return left @ right
+
+    def factors(self, expert: Checkpoint, change: Change, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The factors as [rows, r], times the scale, and [r, n], of the rows from `first` to `last`."""
+        assert change.factors is not None
+        left, right = change.factors
+        if change.transposed:
+            m = left.shape[1]
+            rows = [self._rows(expert, left, k * m + first, k * m + last) for k in range(left.shape[0])]
+            factors = torch.stack(rows).T, self._rows(expert, right, 0, right.numel).view(right.shape).T
+        else:
+            rank = left.shape[1]
+            factors = (
+                self._rows(expert, left, first * rank, last * rank).view(-1, rank),
+                self._rows(expert, right, 0, right.numel).view(rank, -1),
+            )
+        if factors[0].dtype != factors[1].dtype:
+            return factors[0].double() * change.scale, factors[1].double()
+        return factors[0] * change.scale, factors[1]
+
+    def _rows(self, model: Checkpoint, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """A stored tensor's elements from `start` to `stop`, flat, on the device, float32 or (if stored so) float64."""
+        size = item_bytes(info.dtype)
+        raw = torch.empty((stop - start) * size, dtype=torch.uint8)
+        model.read_into(info, start * size, _buffer(raw))
+        values = raw.view(_TORCH_DTYPES[info.dtype]).to(self._device)
+        return values if values.dtype == torch.float64 else values.float()
 
     def copy(self, piece: Piece) -> Tensor:
         """The base's own elements, flat, in the output's dtype (raw bytes where it stays the same)."""
@@ -116,13 +185,15 @@ class Loader:
             info = model.tensors.get(piece.tensor.name)
             if info is None:
                 continue
-            values = self._product(model, *info.factors, piece) if info.factors else self.stored(model, piece)
-            if not bool(values.isfinite().all()):
-                kind = "NaN" if bool(values.isnan().any()) else "Inf"
-                raise CheckpointError(
-                    f"{info.file}: tensor '{info.name}' of '{model.name}' holds {kind}",
-                    hint=f"--exclude '{info.name}' copies it from the base unchecked, if that is meant to be so",
-                )
+            parts = info.change.parts if info.change is not None else ()
+            for part in parts or (info,):
+                values = self._rows(model, part, 0, part.numel) if parts else self.stored(model, piece)
+                if not bool(values.isfinite().all()):
+                    kind = "NaN" if bool(values.isnan().any()) else "Inf"
+                    raise CheckpointError(
+                        f"{info.file}: tensor '{part.name}' of '{model.name}' holds {kind}",
+                        hint=f"--exclude '{info.name}' copies it from the base unchecked, if that is meant to be so",
+                    )
 
     def _widened(self, model: Checkpoint, piece: Piece) -> Tensor:
         """A model's elements, flat, in float32, or float64 where they are stored so; in a buffer."""
@@ -159,6 +230,26 @@ def whole(source: Source, tensor: TensorPlan, *, check: bool) -> tuple[Piece, Te
     piece = Piece(tensor, 0, tensor.numel, whole=True)
     stored = max(model.stored_bytes(tensor.name) for model in source.plan.models)
     return piece, *Loader(source, tensor.numel, stored, torch.device("cpu")).load(piece, check=check)
+
+
+def known_factors(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
+    """Each expert's task vector [m, n] as factors [m, r] and [r, n], float32 on the device; None for one that has none.
+
+    None at all where no expert has any. An expert that did not change the tensor has factors of rank 0.
+    """
+    found: list[tuple[Tensor, Tensor] | None] = []
+    loader = Loader(source, 0, 0, source.device)
+    for expert in source.plan.experts:
+        info = expert.tensors.get(tensor.name)
+        if len(tensor.shape) != 2 or (info is not None and (info.change is None or not info.change.low_rank)):
+            found.append(None)
+        elif info is None or info.change is None:
+            m, n = tensor.shape
+            found.append((torch.zeros(m, 0, device=source.device), torch.zeros(0, n, device=source.device)))
+        else:
+            left, right = loader.factors(expert, info.change, 0, tensor.shape[0])
+            found.append((left.float(), right.float()))
+    return tuple(found) if any(pair is not None for pair in found) else None
 
 
 def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, Loader], None]) -> None:

@@ -66,7 +66,8 @@ def measure(source: Source, tensors: Sequence[TensorPlan], reporter: Reporter) -
         wide = taus.double()
         lost = []
         for expert, tau in zip(experts, taus, strict=True):
-            if expert.vector is not None:
+            info = expert.tensors.get(piece.tensor.name)
+            if info is None or info.change is not None:
                 lost.append(0)
                 continue
             stored = loader.stored(expert, piece)

@@ -1,4 +1,9 @@
-"""Leading singular subspaces of tall, wide and rank-deficient matrices, without a full SVD."""
+"""Singular subspaces and polar factors of tall, wide and rank-deficient matrices, without a full SVD.
+
+Everything goes through the float64 eigendecomposition of a Gram matrix on the smaller side. That squares the condition
+number, which float64 can afford: singular values down to 1e-7 of the largest are told apart. For x [m, n] with s the
+smaller side it costs 2 m n s + 9 s^3 FLOP, where a full SVD costs two to ten times as much.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +30,22 @@ def left_singular_vectors(x: Tensor, rank: int) -> Tensor:
     right = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :rank]
     # x v_k = s_k u_k: the columns are orthogonal already; QR normalises them and completes those with s_k = 0.
     return torch.linalg.qr(x @ right).Q
+
+
+def left_singular_vectors_of_product(left: Tensor, right: Tensor, rank: int) -> Tensor:
+    """The first `rank` left singular vectors of left @ right, [m, r] and [r, n], float64 [m, k], orthonormal.
+
+    In O((m + n) r^2), from QR decompositions of both factors and the SVD of what is left between them, [r, r] at most;
+    the product itself is never made. k is `rank`, or the product's rank where that is less: what an SVD of the product
+    would complete the columns with has no meaning.
+    """
+    q, upper = torch.linalg.qr(left.double())
+    lower = torch.linalg.qr(right.double().T).R.T
+    u, values, _ = torch.linalg.svd(upper @ lower, full_matrices=False)
+    largest = values[:1].sum()
+    noise = largest * max(left.shape[0], right.shape[1]) * torch.finfo(torch.float64).eps
+    found = int((values > noise).sum())
+    return q @ u[:, : min(rank, found)]
 
 
 def shared_subspace(taus: Sequence[Tensor], task_rank: int, shared_rank: int) -> Tensor:
@@ -59,6 +80,58 @@ def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return left, left.T @ x
     right = left_singular_vectors(x.T, rank).T.contiguous()
     return x @ right.T, right
+
+
+# Singular values below this share of the largest are rounding of stored weights, or the missing directions of a
+# low-rank update: they carry no direction.
+SUPPORT = 1e-5
+
+
+def leading_triplets(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first singular triplets of x [m, n]: U [m, k], s [k] and V [k, n], float64, at most `rank` of them.
+
+    Fewer where x has fewer singular values that count (`SUPPORT`): k is 0 for a zero matrix.
+    """
+    x = x.double()
+    if x.shape[0] > x.shape[1]:
+        right, s, left = leading_triplets(x.T, rank)
+        return left.T, s, right.T
+    left, s = _eigen(x @ x.T, rank)
+    return left, s, (left.T @ x).div_(s[:, None])
+
+
+def polar(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The polar factor `U V^T` of x [m, n] over its singular directions, and their singular values [k], float64.
+
+    The orthogonal matrix nearest to x where x has full rank; else the partial isometry that leaves out the missing
+    directions (`SUPPORT`), which an SVD would fill in at random.
+    """
+    x = x.double()
+    wide = x.shape[0] <= x.shape[1]
+    vectors, s = _eigen(x @ x.T if wide else x.T @ x, min(x.shape))
+    whitened = (vectors / s) @ vectors.T
+    return (whitened @ x if wide else x @ whitened), s
+
+
+def joint_left_vectors(taus: Tensor) -> Tensor:
+    """The left singular vectors of task vectors [T, m, n] side by side, float64 [m, k], without the missing ones."""
+    tasks, m, n = taus.shape
+    if m > tasks * n:
+        return leading_triplets(torch.cat(list(taus), dim=1), m)[0]
+    gram = taus.new_zeros((m, m), dtype=torch.float64)
+    for tau in taus:
+        wide = tau.double()
+        gram.addmm_(wide, wide.T)
+    return _eigen(gram, m)[0]
+
+
+def _eigen(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The first eigenvectors of a Gram matrix, [s, k], and the singular values behind them, [k], those that count."""
+    squares, vectors = torch.linalg.eigh(gram)
+    s = squares.flip(0)[:rank].clamp(min=0.0).sqrt()
+    count = int((s > SUPPORT * s[0]).sum()) if len(s) else 0
+    # A copy: a view would keep all the vectors in memory.
+    return vectors[:, len(squares) - count :].flip(1), s[:count]
 
 
 def remove_subspace(x: Tensor, basis: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ either way.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,13 +71,20 @@ def _count(density: float, share: int) -> Generator[Pass, Tensor, Tensor]:
     return ((bucket << _LOW_BITS) | within).to(torch.int32).view(torch.float32)
 
 
-def per_tensor(taus: Tensor, density: float) -> Tensor | None:
-    """The thresholds [T] of one whole tensor [T, *shape]; None where everything is kept."""
-    if density >= 1.0:
+def per_tensor(taus: Tensor, densities: Sequence[float]) -> Tensor | None:
+    """The thresholds [T] of one whole tensor [T, *shape], for a density each; None where everything is kept.
+
+    In a tensor int(density * n) entries are kept, and at least one (ties apart): the rule of those who trim by tensor.
+    """
+    if min(densities) >= 1.0:
         return None
-    flat = taus.flatten(1).abs()
-    rank = dropped(flat.shape[1], density)
-    return flat.kthvalue(max(rank, 1), dim=1).values if flat.shape[1] else flat.new_zeros(len(flat))
+    flat = taus.reshape(len(taus), -1).abs()  # a scale is 0-d
+    size, thresholds = flat.shape[1], flat.new_zeros(len(flat))
+    for i, density in enumerate(densities):
+        kept = max(int(size * density), 1)
+        if kept < size:
+            thresholds[i] = flat[i].kthvalue(size - kept + 1).values
+    return thresholds
 
 
 def trim(tau: Tensor, threshold: Tensor | None) -> Tensor:

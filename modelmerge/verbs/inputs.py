@@ -11,7 +11,7 @@ from typing import Any
 
 from modelmerge import method
 from modelmerge.checkpoint import hub
-from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
+from modelmerge.checkpoint.reader import Checkpoint, attach, open_checkpoint
 from modelmerge.checkpoint.reference import parse, parse_experts
 from modelmerge.checkpoint.writer import is_companion
 from modelmerge.engine import Source, default_workers, find_device
@@ -29,22 +29,27 @@ def as_references(experts: Sequence[str | Path] | Mapping[str, str | Path]) -> t
 
 
 def open_models(base: str, experts: Sequence[str]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
-    """The base and the experts, every header read; task vectors among the experts must be of this base.
+    """The base and the experts, every header read; task vectors and adapters among them must be of this base.
 
     Raises:
         ReferenceNotFound: A reference leads nowhere.
         HubError: The Hub refuses, or cannot be reached.
         CheckpointError: A file is malformed.
-        PlanError: A task vector is of another base, or stands where the base should.
+        PlanError: A task vector or an adapter is of another base, or stands where the base should.
     """
     reference, others = parse(base), parse_experts(experts)
     origin = open_checkpoint(reference)
+    if origin.adapter is not None:
+        raise ReferenceNotFound(
+            f"{reference.text} is a PEFT adapter, not a base",
+            hint=f"its base was '{origin.adapter.base}'" if origin.adapter.base else "name the model it was trained on",
+        )
     if origin.vector is not None:
         raise ReferenceNotFound(
             f"{reference.text} is a task vector, not a base", hint=f"its base was {origin.vector.base}"
         )
-    opened = tuple(open_checkpoint(other) for other in others)
-    vectors = [expert for expert in opened if expert.vector is not None]
+    opened = tuple(attach(open_checkpoint(other), origin) for other in others)
+    vectors = [expert for expert in opened if expert.vector is not None and expert.vector.base_sha256 is not None]
     if vectors:
         ours = tuple(sorted(origin.digests().values()))
         for expert in vectors:
@@ -153,7 +158,9 @@ def wanted(plan: Plan, *, companions: bool, stream: bool = False) -> list[tuple[
         if remote is None:
             continue
         # A tensor whose elements lie in another order would be read over and over again.
-        gathered = {info.file for info in model.tensors.values() if info.strides is not None}
+        infos = model.tensors.values()
+        parts = [*infos, *(part for info in infos if info.change for part in info.change.parts)]
+        gathered = {part.file for part in parts if part.strides is not None}
         places = [remote.place(file) for file in model.files if not stream or file in gathered]
         if companions and model is plan.base and model.directory is not None:
             folder = f"{remote.inside}/" if remote.inside else ""

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import modelmerge
-from modelmerge import engine, method, plan
+from modelmerge import engine, mergekit, method, plan
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe
 from modelmerge.report import SILENT, Reporter
+from modelmerge.vary import parse, settle
 from modelmerge.verbs.inputs import (
     as_references,
     disentangler,
@@ -46,7 +47,8 @@ class Prepared:
     recipe: Recipe
     job: engine.Job
     recorded: Mapping[str, str]  # sha256 by input file that a replay must find again; empty for a new merge
-    stream: bool  # read weights on the Hub over ranges, without storing them
+    remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
+    stream: bool = False  # read weights on the Hub over ranges, without storing them
 
     def close(self) -> None:
         """Let go of the inputs."""
@@ -68,6 +70,7 @@ class Prepared:
             "cache": hub["cache"],
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
+            "remarks": list(self.remarks),
         }  # fmt: skip
 
 
@@ -80,6 +83,7 @@ def merge(
     weights: Mapping[str, float] | None = None,
     disentangle: str | None = None,
     disentangle_options: Mapping[str, Any] | None = None,
+    vary: Sequence[str] = (),
     rest: str = "base",
     dtype: str | None = None,
     include: Sequence[str] = (),
@@ -103,6 +107,7 @@ def merge(
         weights: Weight of each expert by name; 1 where none is given.
         disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
         disentangle_options: Its options.
+        vary: Numbers that differ between experts, tensors or layers, `[EXPERT:]OPTION=V[,V...][@GLOB]` each.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
@@ -121,8 +126,8 @@ def merge(
     """
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
-        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), rest=rest, dtype=dtype,
-        include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
+        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary), rest=rest,
+        dtype=dtype, include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
     )  # fmt: skip
     prepared = prepare(recipe, device=device, stream=stream)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
@@ -138,19 +143,38 @@ def replay(
     resume: bool = False,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Repeat the merge that a manifest records, into `out`; the new manifest.
+    """Repeat the merge that a manifest records, or make the one that a mergekit YAML describes; the new manifest.
 
     Raises:
-        RecipeError: The manifest cannot be read, or an input is no longer what it was.
+        RecipeError: The file cannot be read, asks for what there is not, or an input is no longer what it was.
         ModelMergeError: As for `merge`.
     """
-    recipe, recorded = read_recipe(Path(file))
-    prepared = prepare(recipe, device=device, recorded=recorded, stream=stream)
+    prepared = prepare_file(Path(file), device=device, stream=stream)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
 
+def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> Prepared:
+    """Plan the merge that a manifest records or a mergekit YAML describes; nothing is written.
+
+    Raises:
+        ModelMergeError: As for `replay`.
+    """
+    if file.suffix not in (".yaml", ".yml"):
+        recipe, recorded = read_recipe(file)
+        return prepare(recipe, device=device, recorded=recorded, stream=stream)
+    translated = mergekit.read(file)
+    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream)
+    translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
+    return prepared
+
+
 def prepare(
-    recipe: Recipe, *, device: str = "auto", recorded: Mapping[str, str] | None = None, stream: bool = False
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    recorded: Mapping[str, str] | None = None,
+    remarks: Sequence[str] = (),
+    stream: bool = False,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
@@ -178,7 +202,14 @@ def prepare(
     if recipe.rest != "base":
         rest_method = method.load(recipe.rest)
         rest = (rest_method, rest_method.options())
-    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed)
+    settings = settle(
+        [parse(told) for told in recipe.vary], (recipe.method, chosen, options), weights,
+        [expert.name for expert in experts], [t.name for t in (*made.select("merge"), *made.select("rest"))],
+    )  # fmt: skip
+    for tensor, setting in settings.items():
+        if abs(sum(setting.weights)) < 1e-8 and "average" in (recipe.method, recipe.rest):
+            raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
+    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings)
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -191,7 +222,7 @@ def prepare(
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
-    return Prepared(complete, job, dict(recorded or {}), stream)
+    return Prepared(complete, job, dict(recorded or {}), remarks, stream)
 
 
 def _pinned(text: str, model: Checkpoint) -> str:
@@ -224,7 +255,7 @@ def execute(
             _refuse_changed(prepared.recorded, job.plan.models, digests)
             for name, file in companions(job.plan.base.directory).items():
                 staging.write_file(name, file)
-            notes = _notes(job, findings)
+            notes = [*prepared.remarks, *_notes(job, findings)]
             for note in notes:
                 reporter.note(note)
             staging.write_file(CARD, _card(prepared, out, notes).encode())

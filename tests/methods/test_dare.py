@@ -16,7 +16,8 @@ def reference(taus: Tensor, masks: Tensor, weights: Tensor, density: float, cons
     if consensus == "linear":
         return kept.sum(0)
     agreeing = torch.where(kept.sign() == kept.sum(0).sign(), kept, 0.0)
-    return agreeing.sum(0) / ((agreeing != 0).sum(0).clamp(min=1) if reduce == "mean" else 1)
+    share = ((agreeing != 0) * weights[:, None, None]).sum(0)
+    return agreeing.sum(0) / (torch.where(share == 0, 1.0, share) if reduce == "mean" else 1)
 
 
 @pytest.mark.parametrize("consensus", ["linear", "ties"])

@@ -10,26 +10,28 @@ from modelmerge.methods import _threshold
 from tests.test_every_method import counted, merged, surveyed, taus_of
 
 
-def reference(taus: Tensor, density: float, scale: float, reduce: str) -> Tensor:
-    flat = taus.double().flatten(1)
-    dropped = flat.shape[1] - int(density * flat.shape[1])
-    limits = flat.abs().sort(1).values[:, max(dropped, 1) - 1]
-    kept = torch.where(flat.abs() >= limits[:, None], flat, 0.0)
+def reference(taus: Tensor, density: float, scale: float, reduce: str, scope: str, weights: list[float]) -> Tensor:
+    flat, weight = taus.double().flatten(1), torch.tensor(weights, dtype=torch.float64)[:, None]
+    kept = int(density * flat.shape[1]) + (scope == "model")  # the published code keeps one more
+    limits = flat.abs().sort(1, descending=True).values[:, min(max(kept, 1), flat.shape[1]) - 1]
+    kept = weight * torch.where(flat.abs() >= limits[:, None], flat, 0.0)
     sign = kept.sum(0).sign()
     agreeing = torch.where(kept.sign() == sign, kept, 0.0)
     total = agreeing.sum(0) * (sign != 0)
     if reduce == "mean":
-        total = total / (agreeing != 0).sum(0).clamp(min=1)
+        share = (weight * (agreeing != 0)).sum(0)
+        total = total / torch.where(share == 0, 1.0, share)
     return (scale * total).view(taus.shape[1:])
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 @pytest.mark.parametrize("scope", ["model", "tensor"])
-@pytest.mark.parametrize("density", [0.01, 0.2, 0.9, 1.0])
-def test_agrees_with_float64(density: float, scope: str, reduce: str) -> None:
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.2, 0.9, 1.0])
+@pytest.mark.parametrize("weights", [[1.0] * 5, [0.3, 1.0, 2.0, 0.0, -0.4]])
+def test_agrees_with_float64(density: float, scope: str, reduce: str, weights: list[float]) -> None:
     taus = taus_of(5)
-    got = merged("ties", taus, density=density, scale=0.7, reduce=reduce, trim_scope=scope)
-    want = reference(taus, density, 0.7, reduce)
+    got = merged("ties", taus, tuple(weights), density=density, scale=0.7, reduce=reduce, trim_scope=scope)
+    want = reference(taus, density, 0.7, reduce, scope, weights)
     assert (got.double() - want).norm() <= 1e-6 * want.norm()
 
 
@@ -55,7 +57,8 @@ def test_the_streamed_threshold_is_the_exact_order_statistic(density: float, mon
     monkeypatch.setattr(_threshold, "SAMPLED", 1)
     assert surveyed(survey, values).item() == want
     assert surveyed(survey, values[:, torch.randperm(values.shape[1])]).item() == want
-    assert _threshold.per_tensor(values, density) == values.abs().kthvalue(rank).values
+    kept = max(int(values.shape[1] * density), 1)  # one entry less than over the whole model
+    assert _threshold.per_tensor(values, [density]) == values.abs().kthvalue(values.shape[1] - kept + 1).values
 
 
 def shares_of(values: Tensor, density: float) -> tuple[list[int], Tensor]:

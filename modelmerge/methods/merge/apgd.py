@@ -83,7 +83,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     lambdas = task_lambdas([norms[i] for i in active], [context.weights[i] for i in active], options)
     thresholds = context.measured
     if options.trim_scope == "tensor":
-        thresholds = _threshold.per_tensor(taus, options.density)
+        thresholds = _threshold.per_tensor(taus, [options.density] * len(taus))
 
     vectors = taus if len(active) == len(taus) else taus[active]
     basis = task_basis(list(vectors), options)

@@ -3,7 +3,8 @@
 DARE (Yu et al., ICML 2024). Each entry of each task vector is dropped with probability 1 - `--density` (the paper's
 drop rate p), and those that are kept are divided by the density, so that their expectation stays. What is left is
 merged by task arithmetic (`--consensus linear`), or by TIES's sign election (`--consensus ties`), which then takes the
-sum or mean of the entries that agree. With --weight a task vector is multiplied by its expert's weight before.
+sum or mean of the entries that agree. With --weight a task vector is multiplied by its expert's weight before,
+and the mean is one by those weights.
 
 An entry's draw depends on `--seed`, the tensor's name, the expert's name and the entry's place in the tensor, and on
 nothing else. The density is rounded to a multiple of 2^-16, and the rescaling is by the rounded one.
@@ -50,7 +51,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
     factor = options.scale / _random.share(options.density)
     if options.consensus == "ties":
-        return _signs.elect(dropped(), taus[0], options.reduce).mul_(factor)
+        return _signs.elect(dropped(), context.weights, taus[0], options.reduce).mul_(factor)
     total = torch.zeros_like(part)
     for kept in dropped():
         total.add_(kept)

@@ -1,13 +1,13 @@
 """Sum of the task vectors, times one scale.
 
 `theta_0 + scale * sum_i w_i tau_i` (Ilharco et al., ICLR 2023). The default scale 0.3 is the one the paper found for
-eight vision tasks; with fewer or more experts, search it.
+eight vision tasks; with fewer or more experts, search it. With `--reduce mean` the sum is divided by `sum_i w_i`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from modelmerge.method import Context, Method, option
 from modelmerge.methods._sums import weighted_sum
@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 class Options:
     """What task arithmetic can be told."""
 
-    scale: float = option(0.3, "Factor on the sum of the task vectors.")
+    scale: float = option(0.3, "Factor on the sum of the task vectors.", varies="tensor")
+    reduce: Literal["sum", "mean"] = option("sum", "Add the task vectors up, or take their mean by --weight.")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
-    """[T, *shape] -> [*shape]: the scaled sum of the task vectors."""
-    return weighted_sum(taus, context.weights).mul_(options.scale)
+    """[T, *shape] -> [*shape]: the scaled sum or mean of the task vectors."""
+    total = weighted_sum(taus, context.weights)
+    if options.reduce == "mean":
+        total.div_(share if abs(share := sum(context.weights)) > 1e-8 else 1.0)
+    return total.mul_(options.scale)
 
 
 METHOD = Method(options=Options, apply=apply, paper="https://arxiv.org/abs/2212.04089")

@@ -3,7 +3,8 @@
 TIES-Merging (Yadav et al., NeurIPS 2023). Each task vector keeps its largest entries (share `--density` of the whole
 task vector, or of each tensor); an entry's elected sign is that of the sum over the experts; the merged entry is the
 sum (or mean) of the trimmed entries that have that sign, times `--scale`. With --weight a trimmed task vector is
-multiplied by its expert's weight before the election.
+multiplied by its expert's weight before the election, and the mean is one by those weights. With
+`--trim-scope tensor --reduce mean --scale 1` this is mergekit's.
 
 Deviation: where the sum is exactly zero the paper's sgn(0) = 0 elects no sign and the entry stays at the base; the
 authors' code gives such entries the sign that won most elections in the whole model.
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 class Options:
     """What TIES can be told."""
 
-    density: float = option(0.2, "Share of the entries that is kept.", above=0.0, maximum=1.0)
-    scale: float = option(0.3, "Factor on the merged task vector.")
+    density: float = option(0.2, "Share of the entries that is kept.", above=0.0, maximum=1.0, varies="expert")
+    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor")
     reduce: Literal["sum", "mean"] = option("sum", "What becomes of the entries that agree in sign.")
     trim_scope: Literal["model", "tensor"] = option(
         "model", "Where the share is counted: over the whole task vector, or in each tensor."
@@ -38,14 +39,14 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the trimmed entries that agree with the elected sign, reduced and scaled."""
     thresholds = context.measured
     if options.trim_scope == "tensor":
-        thresholds = _threshold.per_tensor(taus, options.density)
+        thresholds = _threshold.per_tensor(taus, context.each("density", options.density))
 
     def trimmed() -> Iterator[Tensor]:
         for i, weight in enumerate(context.weights):
             kept = _threshold.trim(taus[i], None if thresholds is None else thresholds[i])
             yield kept if weight == 1.0 else kept.mul_(weight)
 
-    return _signs.elect(trimmed(), taus[0], options.reduce).mul_(options.scale)
+    return _signs.elect(trimmed(), context.weights, taus[0], options.reduce).mul_(options.scale)
 
 
 METHOD = Method(

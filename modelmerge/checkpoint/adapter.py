@@ -1,0 +1,444 @@
+"""PEFT adapters: what the keys of an adapter file say about the tensors of a base.
+
+The conventions are those of the peft library (0.21): the task vector that comes out is what its `merge_and_unload` adds
+to the base. For a module with rank r and scale s = alpha / r (or alpha / sqrt(r), rank-stabilised):
+
+- linear layers: s B A, with A [r, in] and B [out, r]; convolutions: the same, A [r, in, *kernel] and B [out, r, 1, 1];
+- weights that are stored [in, out], as GPT-2's are, and embeddings [words, width]: s (B A)^T;
+- DoRA: base plus that, each output's weights rescaled to the norm that was learnt for it;
+- modules that were trained whole, and biases, stand in the file as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modelmerge.checkpoint.header import Change, TensorInfo
+from modelmerge.errors import CheckpointError, PlanError, ReferenceNotFound
+
+CONFIG = "adapter_config.json"
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."  # of every key
+
+# Starting points that leave the base as it is; all others subtract from it what the adapter starts with.
+_PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Entries of the config that bear on training, on the file's making or on nothing; those that `translate` uses.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+    "task_type", "velora_config",
+}  # fmt: skip
+_USED = {
+    "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save", "r",
+    "rank_pattern", "use_dora", "use_rslora",
+}  # fmt: skip
+_MERGE_FIRST = (
+    "merge it into its base with peft and name the result: "
+    "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)"
+)
+# What a module's keys end in. peft writes the magnitude without `.weight`.
+_PARTS = {
+    "lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias",
+    "lora_embedding_A": "A", "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
+}  # fmt: skip
+# Layers that GPT-2 and its kin store as [in, out]; others have them under the same names as [out, in].
+_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+# Input embeddings, and output heads that often are the same tensor.
+TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
+HEADS = ("lm_head", "embed_out", "output")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter's config, checked: `base` is the model it says it was trained on, empty if it says none."""
+
+    file: Path
+    base: str
+    config: dict[str, Any]
+
+
+def read_adapter(file: Path) -> Adapter:
+    """The config of an adapter that can be merged.
+
+    Raises:
+        CheckpointError: The file is malformed.
+        ReferenceNotFound: It is of a kind that cannot be merged; the message names it.
+    """
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise CheckpointError(f"{file}: malformed: it does not name its 'peft_type'")
+    _refuse_other_kinds(file, config)
+    numbers = [config.get("r"), config.get("lora_alpha")]
+    patterns = [config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise CheckpointError(f"{file}: malformed: rank_pattern and alpha_pattern must be objects")
+    numbers += [value for pattern in patterns for value in pattern.values()]
+    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or numbers[0] < 1:  # type: ignore[operator]
+        raise CheckpointError(f"{file}: malformed: r, lora_alpha and their patterns must be numbers, r at least 1")
+    for key in (key for pattern in patterns for key in pattern):
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise CheckpointError(f"{file}: the pattern '{key}' is no regular expression: {error}") from error
+    return Adapter(file, str(config.get("base_model_name_or_path") or ""), config)
+
+
+def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
+    kind = config["peft_type"]
+    if kind != "LORA":
+        raise ReferenceNotFound(f"{file.parent} is a {kind} adapter; only LORA can be read", hint=_MERGE_FIRST)
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_CHANGED_BASE):
+        raise ReferenceNotFound(
+            f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which changed the base it was "
+            "trained on: the adapter's product is not what it adds to yours",
+            hint="save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA; or "
+            + _MERGE_FIRST,
+        )
+    if start not in _PLAIN_INITS:
+        raise ReferenceNotFound(
+            f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which is unknown here",
+            hint=_MERGE_FIRST,
+        )
+    for name, value in config.items():
+        if value and name not in _HARMLESS | _USED:
+            raise ReferenceNotFound(
+                f"{file.parent}: its adapter_config.json sets {name}, which cannot be merged here", hint=_MERGE_FIRST
+            )
+
+
+def translate(
+    adapter: Adapter, tensors: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """The adapter's tensors as changes to those of the base, by the base's names.
+
+    Names may differ by words in front, as between a model and the model inside it: each group of layers must fit in
+    exactly one way, shapes included. Whole modules that the base lacks, such as a new head, keep their own names.
+
+    Raises:
+        CheckpointError: Keys that belong together are missing or disagree with the config.
+        PlanError: A key fits no tensor of the base, or several.
+    """
+    modules, whole = _sorted_keys(adapter, tensors)
+    places = _Places(adapter, base)
+    _refuse_stacked(modules, base)
+    found = places.find({f"{name}.weight": _shapes(parts) for name, parts in modules.items()})
+    translated: dict[str, TensorInfo] = {}
+
+    def add(name: str, info: TensorInfo, key: str) -> None:
+        if name in translated:
+            raise PlanError(
+                f"{adapter.file.parent}: two of its modules change '{name}' of the base; one is '{key}'",
+                hint=f"the base stores tied weights once; {_MERGE_FIRST}",
+            )
+        translated[name] = info
+
+    conv1d = _stores_conv1d(base)
+    for name, parts in modules.items():
+        place = found[f"{name}.weight"]
+        add(place, _change(adapter, name, parts, base[place], conv1d), name)
+        if "bias" in parts:
+            bias = f"{place.removesuffix('weight')}bias"
+            if bias not in base or base[bias].shape != parts["bias"].shape:
+                raise PlanError(f"{parts['bias'].file}: '{parts['bias'].name}' has no bias in the base to be added to")
+            change = Change(scale=_scale(adapter, name, parts))
+            add(bias, replace(parts["bias"], name=bias, change=change), parts["bias"].name)
+    for name, info in whole.items():
+        place = places.of_whole(name, info)
+        add(place, replace(info, name=place), info.name)
+    return translated
+
+
+def _sorted_keys(
+    adapter: Adapter, tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """The parts of each adapted module, by the module's name; and the tensors that were trained whole."""
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    rest: dict[str, TensorInfo] = {}
+    for key, info in tensors.items():
+        name = key.removeprefix(PREFIX)
+        end = next((end for end in _PARTS if name.endswith(f".{end}")), None)
+        if end is None:
+            rest[name] = info
+            continue
+        parts = modules.setdefault(name.removesuffix(f".{end}").replace(".base_layer", ""), {})
+        if _PARTS[end] in parts:
+            raise CheckpointError(f"{info.file}: '{key}' stands beside another key for the same module")
+        parts[_PARTS[end]] = info
+    whole: dict[str, TensorInfo] = {}
+    for name, info in rest.items():
+        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        module = plain.rpartition(".")[0]
+        if "lora_" in name or "trainable_tokens" in name or not module:
+            raise ReferenceNotFound(f"{info.file}: the key '{info.name}' cannot be merged here", hint=_MERGE_FIRST)
+        if name.endswith(".base_layer.weight") and module in modules:
+            modules[module]["origin"] = info
+        else:
+            whole[plain] = info
+    if not modules:
+        raise CheckpointError(
+            f"{adapter.file.parent}: holds no LoRA weights", hint="was it saved with save_pretrained?"
+        )
+    for name, parts in modules.items():
+        _refuse_incomplete(adapter, name, parts)
+    return modules, whole
+
+
+def _refuse_incomplete(adapter: Adapter, name: str, parts: Mapping[str, TensorInfo]) -> None:
+    some = next(iter(parts.values()))
+    needed = {"A", "B"} | ({"magnitude"} if adapter.config.get("use_dora") else set())
+    lacking = sorted(needed - parts.keys())
+    if lacking:
+        raise CheckpointError(f"{some.file}: '{some.name}' has no matching {lacking[0]} of '{name}'")
+    if "magnitude" in parts and not adapter.config.get("use_dora"):
+        raise CheckpointError(f"{some.file}: '{parts['magnitude'].name}' is DoRA's, and {adapter.file} has no use_dora")
+    if "bias" in parts and not adapter.config.get("lora_bias"):
+        raise CheckpointError(f"{some.file}: '{parts['bias'].name}' is there, and {adapter.file} has no lora_bias")
+    a, b = parts["A"], parts["B"]
+    for info in (a, b):
+        if len(info.shape) < 2 or not info.numel:
+            raise CheckpointError(
+                f"{info.file}: '{info.name}' has the shape {list(info.shape)}: no factor of a LoRA",
+                hint="were the shards of DeepSpeed or FSDP gathered before it was saved?",
+            )
+    rank = int(_matched(adapter, "rank", name))
+    if a.shape[0] != rank or b.shape[1] != rank or math.prod(b.shape[2:]) != 1:
+        raise CheckpointError(
+            f"{a.file}: '{a.name}' {list(a.shape)} and '{b.name}' {list(b.shape)} are not of rank {rank}, "
+            f"which {adapter.file.name} says"
+        )
+
+
+def _matched(adapter: Adapter, what: str, module: str) -> float:
+    """A module's rank or alpha: the first pattern that matches the end of its name, as peft does it."""
+    for pattern, value in (adapter.config.get(f"{what}_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(value)
+    return float(adapter.config["r" if what == "rank" else "lora_alpha"])
+
+
+def _scale(adapter: Adapter, module: str, parts: Mapping[str, TensorInfo]) -> float:
+    rank = parts["A"].shape[0]
+    return _matched(adapter, "alpha", module) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+
+
+def _shapes(parts: Mapping[str, TensorInfo]) -> tuple[tuple[int, ...], ...]:
+    """The shapes that the changed weight may have."""
+    a, b = parts["A"], parts["B"]
+    if _is_embedding(parts):
+        return ((a.shape[1], b.shape[0]),)
+    straight = (b.shape[0], *a.shape[1:])
+    return (straight, straight[::-1]) if len(straight) == 2 else (straight,)
+
+
+def _is_embedding(parts: Mapping[str, TensorInfo]) -> bool:
+    return parts["A"].name.endswith("lora_embedding_A")
+
+
+def _refuse_stacked(modules: Mapping[str, Mapping[str, TensorInfo]], base: Mapping[str, TensorInfo]) -> None:
+    """Refuse `nn.MultiheadAttention`: peft (0.21) adds the change to its output projection twice, running and merging.
+
+    An adapter that was trained so is right only so, and one of another version need not be.
+    """
+    joint = {name.split(".")[-2] for name in base if name.endswith(".in_proj_weight")}
+    for name, parts in modules.items():
+        if name.rpartition(".")[2] in joint:
+            raise ReferenceNotFound(
+                f"{parts['A'].file}: '{name}' is an nn.MultiheadAttention, whose LoRA cannot be merged here",
+                hint=_MERGE_FIRST,
+            )
+
+
+def _stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
+    """Whether the base stores GPT-2's layers as [in, out], by a bias that tells; None where nothing tells."""
+    for name, info in base.items():
+        module, _, end = name.rpartition(".")
+        bias = base.get(f"{module}.bias")
+        if end == "weight" and module.rpartition(".")[2] in _CONV1D and bias and len(info.shape) == 2:
+            m, n = info.shape
+            if m != n and bias.shape in ((m,), (n,)):
+                return bias.shape == (n,)
+    return None
+
+
+def _change(
+    adapter: Adapter, module: str, parts: Mapping[str, TensorInfo], target: TensorInfo, conv1d: bool | None
+) -> TensorInfo:
+    """A module's LoRA as a change to the base's tensor."""
+    a, b = parts["A"], parts["B"]
+    shapes = _shapes(parts)
+    if target.shape not in shapes:
+        raise PlanError(
+            f"{a.file}: '{b.name}' times '{a.name}' makes {list(shapes[0])}, "
+            f"but the base's '{target.name}' is {list(target.shape)}",
+            hint="is this an adapter of this base? Convolutions in groups cannot be merged, by peft neither",
+        )
+    transposed = _is_embedding(parts) or target.shape != shapes[0]
+    if not transposed and len(shapes) == 2 and shapes[0] == shapes[1]:  # square: the shape does not tell
+        known = conv1d if module.rpartition(".")[2] in _CONV1D else None
+        transposed = bool(adapter.config.get("fan_in_fan_out")) if known is None else known
+    left, right = (a, b) if transposed else (b, a)
+    origin, magnitude = parts.get("origin"), parts.get("magnitude")
+    if origin is not None and origin.shape != target.shape:
+        raise PlanError(
+            f"{origin.file}: '{origin.name}' is {list(origin.shape)}, but the base's '{target.name}' is "
+            f"{list(target.shape)}",
+            hint="was the vocabulary changed in training? " + _MERGE_FIRST,
+        )
+    if magnitude is not None and magnitude.numel != target.shape[1 if transposed else 0]:
+        raise PlanError(f"{a.file}: '{magnitude.name}' does not fit the base's '{target.name}' {list(target.shape)}")
+    change = Change(_scale(adapter, module, parts), (left, right), transposed, origin, magnitude)
+    nbytes = sum(part.nbytes for name, part in parts.items() if name != "bias")
+    return TensorInfo(target.name, a.dtype, target.shape, a.file, a.start, nbytes, change=change)
+
+
+class _Places:
+    """Finds where in the base an adapter's tensors belong.
+
+    A rule takes words off the front of a name and puts others on; one set of words must hold the other, so that
+    `model.language_model.layers` may be `language_model.model.layers`, and nothing becomes something else.
+    """
+
+    def __init__(self, adapter: Adapter, base: Mapping[str, TensorInfo]) -> None:
+        self._adapter = adapter
+        self._base = base
+        self._rules: set[tuple[int, str]] = {(0, "")}  # words taken off, words put on
+
+    def find(self, wanted: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, str]:
+        """The base's tensor for each name, given the shapes it may have.
+
+        Raises:
+            PlanError: A name fits nowhere, or in several places.
+        """
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for name in wanted:
+            groups.setdefault(_front(name), []).append(name)
+        found: dict[str, str] = {}
+        for front, names in groups.items():
+            if all(name in self._base for name in names):
+                found |= {name: name for name in names}
+                continue
+            tied = self._tied() if all(name.split(".")[-2] in HEADS for name in names) else None
+            if tied is not None and not any(name in self._base for name in names):
+                found |= dict.fromkeys(names, tied)
+                continue
+            rules = self._candidates(front, names[0])
+            fitting = [rule for rule in rules if all(self._fits(_moved(name, rule), wanted[name]) for name in names)]
+            rule = self._only(names, fitting, rules)
+            self._rules.add(rule)
+            found |= {name: _moved(name, rule) for name in names}
+        return found
+
+    def of_whole(self, name: str, info: TensorInfo) -> str:
+        """The base's tensor that a whole one replaces; its own name where the base has none and the config says why.
+
+        Raises:
+            PlanError: It fits in several places, or nowhere and nothing says why it is there.
+        """
+        if name in self._base:
+            return name
+        rules = {rule for rule in self._rules if len(name.split(".")) > rule[0] and _moved(name, rule) in self._base}
+        if not rules:
+            rules = {
+                rule for rule in self._candidates(_front(name), name) if self._fits(_moved(name, rule), (info.shape,))
+            }
+        if len(rules) > 1:
+            raise self._ambiguous(info.name, sorted(_moved(name, rule) for rule in rules))
+        if rules:
+            return _moved(name, next(iter(rules)))
+        module = name.rpartition(".")[0]
+        saved = self._adapter.config.get("modules_to_save") or ()
+        explained = any(word == module or f".{module}.".find(f".{word}.") >= 0 for word in saved)
+        explained |= name.endswith(".bias") and self._adapter.config.get("bias") == "all"
+        explained |= module.rpartition(".")[2] in HEADS and self._tied() is not None
+        if not explained:
+            raise self._unplaced(info.name)
+        return name
+
+    def _fits(self, name: str, shapes: Sequence[tuple[int, ...]]) -> bool:
+        return name in self._base and self._base[name].shape in shapes
+
+    def _candidates(self, front: tuple[str, ...], name: str) -> list[tuple[int, str]]:
+        words = name.split(".")
+        rules = []
+        for taken in range(min(len(front), len(words) - 2) + 1):
+            off, rest = words[:taken], ".".join(words[taken:])
+            for other in self._base:
+                if other != rest and not other.endswith(f".{rest}"):
+                    continue
+                put = other[: len(other) - len(rest)]
+                on = put.split(".")[:-1]
+                more, fewer = Counter(on), Counter(off)
+                if (on and off and on[-1] == off[-1]) or not (more <= fewer or fewer <= more):
+                    continue
+                rules.append((taken, put))
+        return rules
+
+    def _only(
+        self, names: Sequence[str], fitting: Sequence[tuple[int, str]], tried: Sequence[tuple[int, str]]
+    ) -> tuple[int, str]:
+        """The one rule that fits; of several, the one that speaks of the class the adapter was trained on."""
+        if len(fitting) > 1:
+            trained_on = str((self._adapter.config.get("auto_mapping") or {}).get("base_model_class", "")).lower()
+            told = [rule for rule in fitting if any(w in trained_on for w in _telling(rule[1]))]
+            if len(told) != 1:
+                raise self._ambiguous(names[0], sorted(_moved(names[0], rule) for rule in fitting))
+            return told[0]
+        if not fitting:
+            lost = max(tried, key=lambda rule: sum(_moved(n, rule) in self._base for n in names), default=(0, ""))
+            absent = [name for name in names if _moved(name, lost) not in self._base]
+            if not absent:
+                return lost  # the names fit: the shapes are complained of with the shapes in hand
+            raise self._unplaced(PREFIX + absent[0])
+        return fitting[0]
+
+    def _tied(self) -> str | None:
+        """The input embedding that is also the output head, where the base stores one tensor for both."""
+        modules = {name.rpartition(".")[0].rpartition(".")[2]: name for name in self._base if name.endswith(".weight")}
+        tables = [name for module, name in modules.items() if module in TABLES]
+        return tables[0] if len(tables) == 1 and not modules.keys() & set(HEADS) else None
+
+    def _ambiguous(self, key: str, places: Sequence[str]) -> PlanError:
+        return PlanError(
+            f"{self._adapter.file.parent}: '{key}' may be any of {', '.join(places)} of the base",
+            hint=_MERGE_FIRST,
+        )
+
+    def _unplaced(self, key: str) -> PlanError:
+        ours = next((n for n in self._base if n.rpartition(".")[0].rpartition(".")[2] == key.split(".")[-2]), None)
+        ours = ours or next(iter(self._base), "nothing")
+        trained_on = f" (it was trained on '{self._adapter.base}')" if self._adapter.base else ""
+        return PlanError(
+            f"{self._adapter.file.parent}: the base has no tensor for its key '{key}'; its names are like '{ours}'",
+            hint=f"is it an adapter of this base{trained_on}? If it is, {_MERGE_FIRST}",
+        )
+
+
+def _front(name: str) -> tuple[str, ...]:
+    """The words of a name before its first number, or before the module's own."""
+    words = name.split(".")
+    number = next((i for i, word in enumerate(words) if word.isdigit()), len(words) - 2)
+    return tuple(words[: max(number, 0)])
+
+
+def _moved(name: str, rule: tuple[int, str]) -> str:
+    taken, put = rule
+    return put + ".".join(name.split(".")[taken:])
+
+
+def _telling(words: str) -> Iterable[str]:
+    """The parts of names that may stand in a class's name: vision and model of `vision_model.`, but not model."""
+    return (part for part in re.split(r"[._]", words.lower()) if len(part) > 2 and part != "model")

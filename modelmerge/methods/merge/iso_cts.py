@@ -1,0 +1,76 @@
+"""Iso-C whose weakest directions make room for those that single tasks add to it.
+
+Iso-CTS (Marczak et al., ICML 2025). Per weight [m, n], with r = min(m, n): the first c = `common_fraction` * r
+singular triplets of `sum_i w_i tau_i`; from each `w_i tau_i` without its part in those left vectors, the first
+(r - c) / T triplets; all side by side, left and right vectors are replaced by the orthogonal matrices nearest to them,
+and every singular value by the mean of all, times `scale`. As in the authors' code c is such that the tasks' shares
+come out even: (r - c) / T is rounded to the nearest integer first, and may be none.
+
+The tensors that are not weights of linear layers: the authors' code averages them (`--rest average`); they choose the
+scale by validation.
+
+Deviation: as in `iso-c` and `tsv-m`, singular values below 1e-5 of a matrix's largest bring no triplet and do not
+enter the mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from modelmerge.method import Context, Method, option
+from modelmerge.methods import _linalg
+from modelmerge.methods._sums import weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What Iso-CTS can be told."""
+
+    common_fraction: float = option(
+        0.8, "Share of the directions that are taken from the sum of the task vectors.", minimum=0.0, maximum=1.0
+    )
+    scale: float = option(1.0, "Factor on the merged task vector.")
+
+
+def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
+    """[T, m, n] -> [m, n]: the merged task vector."""
+    common, own = ranks(min(taus.shape[1:]), len(taus), options.common_fraction)
+    total = weighted_sum(taus, context.weights)
+    shared, s, right = _linalg.leading_triplets(total, common)
+    lefts, values, rights = [shared], [s], [right]
+    largest = torch.linalg.vector_norm(taus, dim=(1, 2)).max()
+    for tau, weight in zip(taus, context.weights, strict=True):
+        rest = _linalg.remove_subspace(tau.double() * weight, shared)
+        if not own or torch.linalg.vector_norm(rest) <= _linalg.SUPPORT * largest:
+            continue  # what remains is rounding
+        left, s, right = _linalg.leading_triplets(rest, own)
+        lefts.append(left)
+        values.append(s)
+        rights.append(right)
+    mean = torch.cat(values).mean() if any(len(s) for s in values) else 0.0
+    left, _ = _linalg.polar(torch.cat(lefts, dim=1))
+    right, _ = _linalg.polar(torch.cat(rights))
+    return (left @ right).mul_(options.scale * mean).float()
+
+
+def ranks(smaller: int, tasks: int, fraction: float) -> tuple[int, int]:
+    """How many triplets come from the sum, and how many from each task; together `smaller`."""
+    own = round((smaller - int(smaller * fraction)) / tasks)
+    own = min(own, smaller // tasks)
+    return smaller - own * tasks, own
+
+
+METHOD = Method(
+    options=Options,
+    apply=apply,
+    paper="https://arxiv.org/abs/2502.04959",
+    matrices=True,
+    blockwise=lambda options: False,
+    workspace=lambda tasks: 25.0,
+)

@@ -1,0 +1,55 @@
+"""TIES in directions that the experts share, instead of on single entries: made for LoRA experts.
+
+KnOTS-TIES (Stoica et al., ICLR 2025). Per weight [m, n]: with `[tau_1 ... tau_T] = U S [V_1 ... V_T]` the singular
+value decomposition of the task vectors side by side, U [m, k] is a basis in which the updates of all experts are
+aligned. The coordinates `S V_i` [k, n] are trimmed and elected as in `ties`, and the result is rotated back by U.
+The default density, scale and the mean of the agreeing entries are those of the authors' configuration for vision.
+
+The tensors that are not weights of linear layers: LoRA does not change them, and the authors' code leaves them at the
+base (`--rest base`).
+
+Deviations: the share of entries kept is counted in each weight, as in Panariello et al.'s code of the method
+(arXiv 2509.17786); the authors' code counts it over the whole model. Singular values below 1e-5 of the largest count
+as missing; theirs drops those below 1e-5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from modelmerge.method import Context, Method, option
+from modelmerge.methods import _linalg
+from modelmerge.methods.merge import ties
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What KnOTS can be told."""
+
+    density: float = option(0.2, "Share of the coordinates that is kept.", above=0.0, maximum=1.0)
+    scale: float = option(0.6, "Factor on the merged task vector.")
+    reduce: Literal["sum", "mean"] = option("mean", "What becomes of the coordinates that agree in sign.")
+
+
+def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
+    """[T, m, n] -> [m, n]: the merged task vector."""
+    basis = _linalg.joint_left_vectors(taus).float()
+    coordinates = torch.stack([basis.T @ tau for tau in taus])
+    told = ties.Options(density=options.density, scale=options.scale, reduce=options.reduce, trim_scope="tensor")
+    return basis @ ties.apply(coordinates, told, context)
+
+
+METHOD = Method(
+    options=Options,
+    apply=apply,
+    paper="https://arxiv.org/abs/2410.19735",
+    matrices=True,
+    blockwise=lambda options: False,
+    workspace=lambda tasks: 8.0 * tasks + 16.0,
+)

@@ -1,0 +1,57 @@
+"""Keep each task's leading singular directions and make them orthogonal to those of the other tasks.
+
+Task Singular Vectors, TSV-Merge (Gargiulo et al., CVPR 2025). Per weight [m, n]: the first `min(m, n) / T` singular
+triplets of each `w_i tau_i`, side by side: U [m, k], S, V [k, n]; U and V are replaced by the orthogonal matrices
+nearest to them (Procrustes), and the merged task vector is `scale * U S V`.
+
+The tensors that are not weights of linear layers: the authors' code averages them (`--rest average`).
+
+Deviations, both where the published rule leaves things to chance: singular values below 1e-5 of a task's largest (an
+expert that did not change the weight, LoRA) bring no triplet, where the authors' code lets arbitrary vectors take part
+in the orthogonalisation; directions that several tasks share exactly are halved between them instead of one being
+replaced by an arbitrary vector. With more tasks than min(m, n), each still keeps one triplet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from modelmerge.method import Context, Method, option
+from modelmerge.methods import _linalg
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What TSV-Merge can be told."""
+
+    scale: float = option(1.0, "Factor on the merged task vector.")
+
+
+def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
+    """[T, m, n] -> [m, n]: the merged task vector."""
+    rank = max(min(taus.shape[1:]) // len(taus), 1)
+    lefts, values, rights = [], [], []
+    for tau, weight in zip(taus, context.weights, strict=True):
+        left, s, right = _linalg.leading_triplets(tau, rank)
+        lefts.append(left)
+        values.append(s * weight)
+        rights.append(right)
+    left, _ = _linalg.polar(torch.cat(lefts, dim=1))
+    right, _ = _linalg.polar(torch.cat(rights))
+    return ((left * (options.scale * torch.cat(values))) @ right).float()
+
+
+METHOD = Method(
+    options=Options,
+    apply=apply,
+    paper="https://arxiv.org/abs/2412.00081",
+    matrices=True,
+    blockwise=lambda options: False,
+    workspace=lambda tasks: 22.0,
+)

@@ -1,0 +1,200 @@
+"""Numbers that differ between experts, tensors or layers: `[EXPERT:]OPTION=V[,V...][@GLOB]`.
+
+`scale=0.2@*mlp*` is another scale for tensors of such names, `math:weight=0.5` another weight for one expert, and
+`math:weight=0,0.5,1` one that rises over the layers: the values are spread evenly from the first layer to the last,
+with straight lines between them. Where several apply to a tensor, the last one named counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from modelmerge.errors import UsageError
+from modelmerge.method import Method, check_option
+
+WEIGHT = "weight"
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """Another value of a number: for one expert or all, for tensors of such names or all, over the layers or not."""
+
+    option: str
+    values: tuple[float, ...]
+    expert: str | None = None
+    tensors: str | None = None
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        expert = f"{self.expert}:" if self.expert else ""
+        tensors = f"@{self.tensors}" if self.tensors else ""
+        return f"{expert}{self.option.replace('_', '-')}={','.join(map(written, self.values))}{tensors}"
+
+    def at(self, depth: float) -> float:
+        """The value at a depth from 0, the first layer, to 1, the last."""
+        place = depth * (len(self.values) - 1)
+        before = int(place)
+        after = min(before + 1, len(self.values) - 1)
+        return (1 - (place - before)) * self.values[before] + (place - before) * self.values[after]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a method is told for one tensor.
+
+    `each` has the values of the options that differ between the experts, in their order.
+    """
+
+    options: Any
+    weights: tuple[float, ...]
+    each: Mapping[str, tuple[float, ...]]
+
+
+def parse(text: str) -> Variation:
+    """The variation that `[EXPERT:]OPTION=V[,V...][@GLOB]` says.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    told, at, tensors = text.partition("@")
+    left, _, numbers = told.partition("=")
+    expert, colon, option = left.rpartition(":")
+    try:
+        values = tuple(float(number) for number in numbers.split(","))
+    except ValueError:
+        values = ()
+    if not option or not values or bool(colon) != bool(expert) or bool(at) != bool(tensors):
+        raise UsageError(
+            f"--vary '{text}' is not [EXPERT:]OPTION=V[,V...][@GLOB]",
+            hint="write it like --vary 'scale=0.2@*mlp*' or --vary math:weight=0,0.5,1",
+        )
+    return Variation(option.replace("-", "_"), values, expert or None, tensors or None)
+
+
+def written(value: float) -> str:
+    """A number in as few digits as tell it apart."""
+    return short if float(short := f"{value:g}") == value else repr(value)
+
+
+def layers(names: Iterable[str]) -> dict[str, int]:
+    """How many numbered layers there are below each prefix, such as `model.layers`."""
+    found: Counter[str] = Counter()
+    for name in names:
+        match = _LAYER.search(name)
+        if match:
+            prefix = name[: match.start()]
+            found[prefix] = max(found[prefix], int(match[1]) + 1)
+    return dict(found)
+
+
+def depths(names: Sequence[str]) -> dict[str, float]:
+    """How deep each tensor lies: 0 in the first layer, 1 in the last (and in an only one), 0 outside all layers."""
+    count, found = layers(names), {}
+    for name in names:
+        match = _LAYER.search(name)
+        if match is None:
+            found[name] = 0.0
+        else:
+            last = count[name[: match.start()]] - 1
+            found[name] = int(match[1]) / last if last else 1.0
+    return found
+
+
+def settle(
+    variations: Sequence[Variation],
+    chosen: tuple[str, Method, Any],
+    weights: tuple[float, ...],
+    experts: Sequence[str],
+    tensors: Sequence[str],
+) -> dict[str, Setting]:
+    """What the method is told for each tensor that it is told something else for.
+
+    Args:
+        variations: In the order in which they were named.
+        chosen: The method's name, the method and its options.
+        weights: The experts' weights where nothing else is said.
+        experts: Their names.
+        tensors: The names of all tensors that will be merged.
+
+    Raises:
+        UsageError: There is no such option, expert or tensor, the option cannot vary, or a value is out of bounds.
+    """
+    for variation in variations:
+        _check(variation, chosen, experts, tensors)
+    _, _, options = chosen
+    depth, found = depths(tensors), {}
+    for tensor in tensors:
+        told = [v for v in variations if v.tensors is None or fnmatch.fnmatchcase(tensor, v.tensors)]
+        if not told:
+            continue
+        plain: dict[str, float] = {}
+        each = {WEIGHT: list(weights)}
+        for variation in told:
+            value = variation.at(depth[tensor])
+            if variation.option != WEIGHT and variation.expert is None:
+                plain[variation.option] = value
+                each.pop(variation.option, None)
+                continue
+            values = each.setdefault(
+                variation.option,
+                [plain.get(variation.option, getattr(options, variation.option, 0.0))] * len(experts),
+            )
+            for i, expert in enumerate(experts):
+                if variation.expert in (None, expert):
+                    values[i] = value
+        here = tuple(each.pop(WEIGHT))
+        found[tensor] = Setting(
+            dataclasses.replace(options, **plain), here, {name: tuple(values) for name, values in each.items()}
+        )
+    return found
+
+
+def _check(
+    variation: Variation, chosen: tuple[str, Method, Any], experts: Sequence[str], tensors: Sequence[str]
+) -> None:
+    name, method, options = chosen
+    told = f"--vary '{variation}'"
+    if variation.expert is not None and variation.expert not in experts:
+        near = get_close_matches(variation.expert, experts, n=1)
+        raise UsageError(
+            f"{told} names '{variation.expert}', which is no expert",
+            hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(experts)}",
+        )
+    if variation.tensors is not None and not any(fnmatch.fnmatchcase(t, variation.tensors) for t in tensors):
+        raise UsageError(
+            f"{told}: '{variation.tensors}' matches no tensor that is merged",
+            hint=f"their names are like: {', '.join(tensors[:3])}",
+        )
+    if len(variation.values) > 1 and not layers(tensors):
+        raise UsageError(f"{told} goes over layers, and no tensor that is merged has a numbered layer in its name")
+    if variation.option == WEIGHT:
+        if not all(abs(value) < float("inf") for value in variation.values):
+            raise UsageError(f"{told}: a weight must be finite")
+        return
+    varying = {spec.name: spec.metadata["varies"] for spec in dataclasses.fields(method.options)}
+    may = [WEIGHT, *(spec for spec, how in varying.items() if how)]
+    if not varying.get(variation.option):
+        near = get_close_matches(variation.option, may, n=1)
+        raise UsageError(
+            f"{told}: {variation.option.replace('_', '-')} is nothing of '{name}' that can vary",
+            hint=f"did you mean '{near[0]}'?" if near else f"what can: {', '.join(may)}",
+        )
+    if varying[variation.option] == "expert" and method.survey(options) is not None:
+        raise UsageError(
+            f"{told}: with these options of '{name}', {variation.option} is a share of the whole task vector",
+            hint="--trim-scope tensor counts it in each tensor",
+        )
+    if variation.expert is not None and varying[variation.option] != "expert":
+        raise UsageError(
+            f"{told}: {variation.option} is one number for all experts", hint="leave the expert's name out"
+        )
+    for value in variation.values:
+        check_option(method, variation.option, value)
