@@ -101,6 +101,7 @@ class Method:
         paper: Link to the source.
         matrices: It takes the weights of linear layers only; what happens to the rest is `--rest`.
         most_experts: The most experts it takes, where that is part of its definition.
+        normalises: It divides by the sum of the weights, which then must not be zero.
         wants_base: It looks at `context.base`.
         blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
             as blocks [T, n]. Otherwise a tensor comes whole.
@@ -114,6 +115,7 @@ class Method:
     paper: str
     matrices: bool = False
     most_experts: int | None = None
+    normalises: bool = False
     wants_base: bool = False
     blockwise: Callable[[Any], bool] = lambda options: True
     survey: Callable[[Any], Survey | None] = lambda options: None

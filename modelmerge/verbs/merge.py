@@ -70,7 +70,7 @@ class Prepared:
             "cache": hub["cache"],
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
-            "remarks": list(self.remarks),
+            "remarks": [*self.remarks, *remarks(made)],
         }  # fmt: skip
 
 
@@ -88,6 +88,7 @@ def merge(
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    on_mismatch: str = "error",
     max_shard_size: str = "5GB",
     seed: int = 0,
     device: str = "auto",
@@ -112,6 +113,8 @@ def merge(
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
+        on_mismatch: What becomes of tensors whose shapes differ: error; copy: the base's; common-rows: of embeddings
+            and heads, the rows that all have are merged and the base's others kept.
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
         device: cpu, cuda, cuda:N or auto.
@@ -127,7 +130,8 @@ def merge(
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary), rest=rest,
-        dtype=dtype, include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
+        dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
+        max_shard_size=max_shard_size, seed=seed,
     )  # fmt: skip
     prepared = prepare(recipe, device=device, stream=stream)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
@@ -197,6 +201,7 @@ def prepare(
         base, experts, matrices=chosen.matrices, rest=recipe.rest,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
+        on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
     rest = None
     if recipe.rest != "base":
@@ -207,7 +212,7 @@ def prepare(
         [expert.name for expert in experts], [t.name for t in (*made.select("merge"), *made.select("rest"))],
     )  # fmt: skip
     for tensor, setting in settings.items():
-        if abs(sum(setting.weights)) < 1e-8 and "average" in (recipe.method, recipe.rest):
+        if abs(sum(setting.weights)) < 1e-8 and _normalises(recipe):
             raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
     job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings)
     if front is not None:
@@ -268,7 +273,11 @@ def execute(
 
 
 def _check_choices(recipe: Recipe) -> None:
-    for flag, value, choices in (("--rest", recipe.rest, RESTS), ("--dtype", recipe.dtype or DTYPES[0], DTYPES)):
+    for flag, value, choices in (
+        ("--rest", recipe.rest, RESTS),
+        ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
+        ("--on-mismatch", recipe.on_mismatch, plan.ON_MISMATCH),
+    ):
         if value not in choices:
             near = get_close_matches(value, choices, n=1)
             raise UsageError(
@@ -286,9 +295,14 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
                 hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(names)}",
             )
     weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
-    if sum(weights) == 0.0 and "average" in (recipe.method, recipe.rest):
+    if sum(weights) == 0.0 and _normalises(recipe):
         raise UsageError("the weights add up to zero: their average does not exist", hint="check --weight")
     return weights
+
+
+def _normalises(recipe: Recipe) -> bool:
+    """Whether a method of the recipe divides by the sum of the weights."""
+    return any(method.load(name).normalises for name in (recipe.method, recipe.rest) if name != "base")
 
 
 def _refuse_changed(
@@ -308,13 +322,13 @@ def _refuse_changed(
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
-    read = [f"{remark}." for remark in remarks(job.plan)]
+    read = remarks(job.plan)
     notes = []
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
     if len(notes) > 5:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
-    notes = read + notes
+    notes = read + [f"'{t.name}': {t.reason}." for t in job.plan.tensors.values() if t.mismatched] + notes
     reasons: dict[tuple[str, str], int] = {}
     for _, expert, reason in findings.left_out:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
@@ -391,6 +405,8 @@ def _manifest(
             "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
+            "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
+            "tied": {t.name: t.twin for t in tensors if t.twin is not None},
             "figures": dict(sorted(findings.figures.items())),
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },

@@ -25,4 +25,4 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return weighted_sum(taus, context.weights).div_(sum(context.weights))
 
 
-METHOD = Method(options=Options, apply=apply, paper="https://arxiv.org/abs/2203.05482")
+METHOD = Method(options=Options, apply=apply, paper="https://arxiv.org/abs/2203.05482", normalises=True)
