@@ -11,13 +11,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import modelmerge
 from modelmerge import engine, mergekit, method, plan
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
 from modelmerge.errors import RecipeError, UsageError
-from modelmerge.recipe import Recipe, parse_size, read_recipe
+from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.vary import parse, settle
 from modelmerge.verbs.inputs import (
@@ -361,17 +360,39 @@ def _rounding(job: engine.Job, findings: engine.Findings) -> dict[str, Any] | No
 
 def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
     job, recipe = prepared.job, prepared.recipe
-    told = dict(recipe.options)
-    if recipe.disentangle:
-        told |= {"disentangle": recipe.disentangle}
-        told |= {f"{recipe.disentangle}_{name}": value for name, value in recipe.disentangle_options.items()}
+    methods = []
+    if job.front is not None:
+        assert recipe.disentangle is not None, "the job's front comes from the recipe"
+        summary = method.summary(recipe.disentangle, "disentangle")
+        methods.append(_applied(recipe.disentangle, summary, job.front, f"{recipe.disentangle}-"))
+    methods.append(_applied(recipe.method, method.summary(recipe.method), job.method))
+    defaults = Recipe(method="", base="", experts=())
+    settings = {name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed")}
     return card.render(
-        title=out.resolve().name, method=recipe.method, summary=method.summary(recipe.method),
-        paper=job.method[0].paper, command=recipe.command(str(out)), base=job.plan.base.name,
-        experts=[(e.name, e.reference.text, w) for e, w in zip(job.plan.experts, job.weights, strict=True)],
-        options=told, notes=notes, has_config=bool(job.plan.base.config),
-        version=modelmerge.__version__,
+        title=out.resolve().name, base=_as_told(job.plan.base, None),
+        experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
+        methods=methods,
+        settings={f"--{name}": told for name, told in settings.items() if told != getattr(defaults, name)},
+        command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
+        versions=versions(), device=str(job.source.device),
     )  # fmt: skip
+
+
+def _applied(
+    name: str, summary: str, chosen: tuple[method.Method | method.Disentangler, Any], prefix: str = ""
+) -> card.Source:
+    """A method as the card tells it, its options as they are typed."""
+    what, options = chosen
+    told = {f"--{prefix}{key.replace('_', '-')}": value for key, value in dataclasses.asdict(options).items()}
+    bibtex = what.citation.bibtex(what.paper) if what.citation else ""
+    return card.Source(name=name, summary=summary, paper=what.paper, bibtex=bibtex, options=told)
+
+
+def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
+    """A model as the card tells it."""
+    return card.Model(
+        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory)
+    )
 
 
 def _manifest(
