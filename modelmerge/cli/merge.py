@@ -158,6 +158,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         dtype: opt.Dtype = None,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
+        on_mismatch: opt.OnMismatch = "error",
         max_shard_size: opt.ShardSize = "5GB",
         seed: opt.Seed = 0,
         dry_run: opt.DryRun = False,
@@ -188,6 +189,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             dtype=values["dtype"],
             include=tuple(values["include"] or ()),
             exclude=tuple(values["exclude"] or ()),
+            on_mismatch=values["on_mismatch"],
             max_shard_size=values["max_shard_size"],
             seed=values["seed"],
         )
@@ -285,7 +287,7 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))
-    lines += [escape(remark) for remark in plan["remarks"]]
+    lines += [f"note: {escape(remark)}" for remark in plan["remarks"]]
     if verbose:
         rows = [
             [
@@ -298,7 +300,6 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
             for t in plan["tensors"]
         ]
         lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, left=5))
-    lines += [f"note: {remark}" for remark in plan.get("remarks", ())]
     times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
     files = f" in {len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}" if "shards" in plan else " at most"
     peak = f"peak memory {size(memory['host'])}"

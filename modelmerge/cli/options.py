@@ -58,6 +58,14 @@ Exclude = Annotated[
         help="Copy tensors of such names from the base. Repeatable.", metavar="GLOB", rich_help_panel=SHARED_PANEL
     ),
 ]
+OnMismatch = Annotated[
+    Literal["error", "copy", "common-rows"],
+    typer.Option(
+        help="What becomes of tensors whose shapes differ: copy takes the base's; common-rows merges the rows of "
+        "embeddings and heads that all have.",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 ShardSize = Annotated[
     str, typer.Option(help="Largest output file, like 5GB or 200MB.", metavar="SIZE", rich_help_panel=SHARED_PANEL)
 ]

@@ -11,12 +11,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import modelmerge
 from modelmerge import engine, mergekit, method, plan
 from modelmerge.checkpoint import card
+from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
 from modelmerge.errors import RecipeError, UsageError
-from modelmerge.recipe import Recipe, parse_size, read_recipe
+from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.vary import parse, settle
 from modelmerge.verbs.inputs import (
@@ -61,7 +61,7 @@ class Prepared:
             "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": made.bytes_written},
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
-            "remarks": list(self.remarks),
+            "remarks": [*self.remarks, *remarks(made)],
         }
 
 
@@ -79,6 +79,7 @@ def merge(
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    on_mismatch: str = "error",
     max_shard_size: str = "5GB",
     seed: int = 0,
     device: str = "auto",
@@ -102,6 +103,8 @@ def merge(
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
+        on_mismatch: What becomes of tensors whose shapes differ: error; copy: the base's; common-rows: of embeddings
+            and heads, the rows that all have are merged and the base's others kept.
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
         device: cpu, cuda, cuda:N or auto.
@@ -116,7 +119,8 @@ def merge(
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary), rest=rest,
-        dtype=dtype, include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
+        dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
+        max_shard_size=max_shard_size, seed=seed,
     )  # fmt: skip
     return execute(prepare(recipe, device=device), Path(out), force=force, resume=resume, reporter=reporter)
 
@@ -183,6 +187,7 @@ def prepare(
         base, experts, matrices=chosen.matrices, rest=recipe.rest,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
+        on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
     rest = None
     if recipe.rest != "base":
@@ -247,7 +252,11 @@ def execute(
 
 
 def _check_choices(recipe: Recipe) -> None:
-    for flag, value, choices in (("--rest", recipe.rest, RESTS), ("--dtype", recipe.dtype or DTYPES[0], DTYPES)):
+    for flag, value, choices in (
+        ("--rest", recipe.rest, RESTS),
+        ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
+        ("--on-mismatch", recipe.on_mismatch, plan.ON_MISMATCH),
+    ):
         if value not in choices:
             near = get_close_matches(value, choices, n=1)
             raise UsageError(
@@ -285,13 +294,13 @@ def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
-    read = [f"{remark}." for remark in remarks(job.plan)]
+    read = remarks(job.plan)
     notes = []
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
     if len(notes) > 5:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
-    notes = read + notes
+    notes = read + [f"'{t.name}': {t.reason}." for t in job.plan.tensors.values() if t.mismatched] + notes
     reasons: dict[tuple[str, str], int] = {}
     for _, expert, reason in findings.left_out:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
@@ -324,17 +333,39 @@ def _rounding(job: engine.Job, findings: engine.Findings) -> dict[str, Any] | No
 
 def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
     job, recipe = prepared.job, prepared.recipe
-    told = dict(recipe.options)
-    if recipe.disentangle:
-        told |= {"disentangle": recipe.disentangle}
-        told |= {f"{recipe.disentangle}_{name}": value for name, value in recipe.disentangle_options.items()}
+    methods = []
+    if job.front is not None:
+        assert recipe.disentangle is not None, "the job's front comes from the recipe"
+        summary = method.summary(recipe.disentangle, "disentangle")
+        methods.append(_applied(recipe.disentangle, summary, job.front, f"{recipe.disentangle}-"))
+    methods.append(_applied(recipe.method, method.summary(recipe.method), job.method))
+    defaults = Recipe(method="", base="", experts=())
+    settings = {name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed")}
     return card.render(
-        title=out.resolve().name, method=recipe.method, summary=method.summary(recipe.method),
-        paper=job.method[0].paper, command=recipe.command(str(out)), base=job.plan.base.name,
-        experts=[(e.name, e.reference.text, w) for e, w in zip(job.plan.experts, job.weights, strict=True)],
-        options=told, notes=notes, has_config=bool(job.plan.base.config),
-        version=modelmerge.__version__,
+        title=out.resolve().name, base=_as_told(job.plan.base, None),
+        experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
+        methods=methods,
+        settings={f"--{name}": told for name, told in settings.items() if told != getattr(defaults, name)},
+        command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
+        versions=versions(), device=str(job.source.device),
     )  # fmt: skip
+
+
+def _applied(
+    name: str, summary: str, chosen: tuple[method.Method | method.Disentangler, Any], prefix: str = ""
+) -> card.Source:
+    """A method as the card tells it, its options as they are typed."""
+    what, options = chosen
+    told = {f"--{prefix}{key.replace('_', '-')}": value for key, value in dataclasses.asdict(options).items()}
+    bibtex = what.citation.bibtex(what.paper) if what.citation else ""
+    return card.Source(name=name, summary=summary, paper=what.paper, bibtex=bibtex, options=told)
+
+
+def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
+    """A model as the card tells it."""
+    return card.Model(
+        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory)
+    )
 
 
 def _manifest(
@@ -368,6 +399,8 @@ def _manifest(
             "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
+            "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
+            "tied": {t.name: t.twin for t in tensors if t.twin is not None},
             "figures": dict(sorted(findings.figures.items())),
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },

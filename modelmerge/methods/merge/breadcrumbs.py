@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _signs, _threshold
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2312.06795",
+    citation=Citation(
+        "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks",
+        "MohammadReza Davari and Eugene Belilovsky",
+        "ECCV 2024",
+    ),
     blockwise=lambda options: False,
     workspace=lambda tasks: 8.0,
 )

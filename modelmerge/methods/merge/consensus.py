@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods._sums import weighted_sum
 
 if TYPE_CHECKING:
@@ -50,5 +50,11 @@ def tall_mask(tau: Tensor, total: Tensor, tall_lambda: float) -> Tensor:
 
 
 METHOD = Method(
-    options=Options, apply=apply, paper="https://arxiv.org/abs/2405.07813", workspace=lambda tasks: 7.0
-)  # fmt: skip
+    options=Options,
+    apply=apply,
+    paper="https://arxiv.org/abs/2405.07813",
+    citation=Citation(
+        "Localizing Task Information for Improved Model Merging and Compression", "Ke Wang and others", "ICML 2024"
+    ),
+    workspace=lambda tasks: 7.0,
+)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _random, _signs
 
 if TYPE_CHECKING:
@@ -65,5 +65,10 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2311.03099",
+    citation=Citation(
+        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+        "Le Yu and others",
+        "ICML 2024",
+    ),
     workspace=lambda tasks: 10.0,
 )

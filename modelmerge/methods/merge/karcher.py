@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _sphere
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://doi.org/10.1007/BF01425453",
+    citation=Citation(
+        "How to conjugate C1-close group actions",
+        "Karsten Grove and Hermann Karcher",
+        "Mathematische Zeitschrift 132, 1973",
+    ),
     normalises=True,
     wants_base=True,
     blockwise=lambda options: False,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods._sums import weighted_sum
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2403.19522",
+    citation=Citation(
+        "Model Stock: All we need is just a few fine-tuned models", "Dong-Hwan Jang and others", "ECCV 2024"
+    ),
     normalises=True,
     blockwise=lambda options: False,
     workspace=lambda tasks: 4.0,

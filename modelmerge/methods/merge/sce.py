@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _threshold
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2408.07990",
+    citation=Citation("FuseChat: Knowledge Fusion of Chat Models", "Fanqi Wan and others", "arXiv 2024"),
     blockwise=lambda options: False,
     workspace=lambda tasks: 8.0,
 )

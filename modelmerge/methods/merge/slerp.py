@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _sphere
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://doi.org/10.1145/325165.325242",
+    citation=Citation("Animating rotation with quaternion curves", "Ken Shoemake", "SIGGRAPH 1985"),
     most_experts=2,
     normalises=True,
     wants_base=True,
