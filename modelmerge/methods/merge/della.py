@@ -34,12 +34,10 @@ _CHUNK = 1 << 18  # entries that are ranked at a time, to stay in the processor'
 class Options:
     """What DELLA can be told."""
 
-    density: float = option(
-        0.7, "Share of the entries that is kept: 1 - p.", above=0.0, maximum=1.0, varies="expert"
-    )  # fmt: skip
+    density: float = option(0.7, "Share of the entries that is kept: 1 - p.", above=0.0, maximum=1.0, varies="expert")
     epsilon: float = option(
-        0.07, "The smallest entry's chance is less, the largest's more by it.", minimum=0.0, maximum=0.5, varies="expert"
-    )  # fmt: skip
+        0.07, "How far chances reach below and above the density.", minimum=0.0, maximum=0.5, varies="expert"
+    )
     scale: float = option(1.1, "Factor on the merged task vector.", varies="tensor")
     consensus: Literal["ties", "linear"] = option("ties", "Add up only what agrees in sign, or everything.")
     reduce: Literal["mean", "sum"] = option("mean", "With --consensus ties: what becomes of the entries that agree.")
