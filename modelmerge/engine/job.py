@@ -149,13 +149,13 @@ def _survey_reads(job: Job) -> float:
     return job.survey.reads(sum(tensor.numel for tensor in job.surveyed())) if job.survey else 0.0
 
 
-def bytes_read(job: Job) -> int:
-    """Bytes of tensors that a run reads, all passes counted."""
+def bytes_read(job: Job, *, streamed: bool = False) -> int:
+    """Bytes of tensors that a run reads, all passes counted; or only from models that are streamed."""
     plan, merged = job.plan, job.plan.select("merge")
     survey = _survey_reads(job)
     times = [(1.0, merged), (survey, job.surveyed()), (1.0, plan.select("rest")), (1.0, job.disentangled())]
-    read = sum(count * plan.stored_bytes(t, experts=True) for count, tensors in times for t in tensors)
-    return int(read) + sum(plan.stored_bytes(t, experts=False) for t in plan.select("copy"))
+    read = sum(c * plan.stored_bytes(t, experts=True, streamed=streamed) for c, tensors in times for t in tensors)
+    return int(read) + sum(plan.stored_bytes(t, experts=False, streamed=streamed) for t in plan.select("copy"))
 
 
 def peak_memory(job: Job) -> dict[str, int]:

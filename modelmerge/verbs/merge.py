@@ -22,6 +22,8 @@ from modelmerge.vary import parse, settle
 from modelmerge.verbs.inputs import (
     as_references,
     disentangler,
+    downloads,
+    fetch,
     fingerprint,
     input_paths,
     listing,
@@ -45,6 +47,7 @@ class Prepared:
     job: engine.Job
     recorded: Mapping[str, str]  # sha256 by input file that a replay must find again; empty for a new merge
     remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
+    stream: bool = False  # read weights on the Hub over ranges, without storing them
 
     def close(self) -> None:
         """Let go of the inputs."""
@@ -53,16 +56,21 @@ class Prepared:
     def describe(self) -> dict[str, Any]:
         """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards."""
         made = self.job.plan
+        streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
+        hub = downloads(made, companions=True, streamed=streamed)
         return {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "passes": engine.passes(self.job),
-            "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": made.bytes_written},
+            "bytes": {
+                "download": hub["download"], "read": engine.bytes_read(self.job), "write": made.bytes_written,
+            },
+            "cache": hub["cache"],
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made)],
-        }
+        }  # fmt: skip
 
 
 def merge(
@@ -83,6 +91,7 @@ def merge(
     max_shard_size: str = "5GB",
     seed: int = 0,
     device: str = "auto",
+    stream: bool = False,
     force: bool = False,
     resume: bool = False,
     reporter: Reporter = SILENT,
@@ -108,6 +117,7 @@ def merge(
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
         device: cpu, cuda, cuda:N or auto.
+        stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
         reporter: Is told the progress.
@@ -122,7 +132,8 @@ def merge(
         dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
         max_shard_size=max_shard_size, seed=seed,
     )  # fmt: skip
-    return execute(prepare(recipe, device=device), Path(out), force=force, resume=resume, reporter=reporter)
+    prepared = prepare(recipe, device=device, stream=stream)
+    return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
 
 def replay(
@@ -130,6 +141,7 @@ def replay(
     out: str | Path,
     *,
     device: str = "auto",
+    stream: bool = False,
     force: bool = False,
     resume: bool = False,
     reporter: Reporter = SILENT,
@@ -140,11 +152,11 @@ def replay(
         RecipeError: The file cannot be read, asks for what there is not, or an input is no longer what it was.
         ModelMergeError: As for `merge`.
     """
-    prepared = prepare_file(Path(file), device=device)
+    prepared = prepare_file(Path(file), device=device, stream=stream)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
 
-def prepare_file(file: Path, *, device: str = "auto") -> Prepared:
+def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> Prepared:
     """Plan the merge that a manifest records or a mergekit YAML describes; nothing is written.
 
     Raises:
@@ -152,9 +164,9 @@ def prepare_file(file: Path, *, device: str = "auto") -> Prepared:
     """
     if file.suffix not in (".yaml", ".yml"):
         recipe, recorded = read_recipe(file)
-        return prepare(recipe, device=device, recorded=recorded)
+        return prepare(recipe, device=device, recorded=recorded, stream=stream)
     translated = mergekit.read(file)
-    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks)
+    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream)
     translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
     return prepared
 
@@ -165,8 +177,9 @@ def prepare(
     device: str = "auto",
     recorded: Mapping[str, str] | None = None,
     remarks: Sequence[str] = (),
+    stream: bool = False,
 ) -> Prepared:
-    """Read the headers of all models and plan the merge; nothing is written.
+    """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -207,11 +220,18 @@ def prepare(
         engine.refuse_too_large(job.source, front, job.disentangled())
     complete = dataclasses.replace(
         recipe,
+        base=_pinned(recipe.base, base),
+        experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
-    return Prepared(complete, job, dict(recorded or {}), remarks)
+    return Prepared(complete, job, dict(recorded or {}), remarks, stream)
+
+
+def _pinned(text: str, model: Checkpoint) -> str:
+    """A reference as the card tells it: as it was written, with the commit where the model is on the Hub."""
+    return text if model.reference.repository is None else f"{model.name}={model.reference.text}"
 
 
 def execute(
@@ -230,14 +250,14 @@ def execute(
     started = time.monotonic()
     job = prepared.job
     try:
-        beside = companions(job.plan.base.directory)
         check_output(out, input_paths(job.plan), force=force)
         determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
         with Staging(out, job.plan.layout, force=force, resume=resume, fingerprint=determined_by) as staging:
+            fetch(job.plan, reporter, companions=True, stream=prepared.stream)
             findings = engine.run(job, staging, reporter)
             digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
-            _refuse_changed(prepared.recorded, [item for files in digests for item in files.items()])
-            for name, file in beside.items():
+            _refuse_changed(prepared.recorded, job.plan.models, digests)
+            for name, file in companions(job.plan.base.directory).items():
                 staging.write_file(name, file)
             notes = [*prepared.remarks, *_notes(job, findings)]
             for note in notes:
@@ -284,9 +304,16 @@ def _normalises(recipe: Recipe) -> bool:
     return any(method.load(name).normalises for name in (recipe.method, recipe.rest) if name != "base")
 
 
-def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str]]) -> None:
+def _refuse_changed(
+    recorded: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
+) -> None:
+    found = [
+        (m.reference.address(f), digest)
+        for m, files in zip(models, digests, strict=True)
+        for f, digest in files.items()
+    ]
     for file, digest in found:
-        if recorded and recorded.get(str(file)) != digest:
+        if recorded and recorded.get(file) != digest:
             raise RecipeError(
                 f"{file}: not the file that the recipe was made with (its sha256 differs)",
                 hint="restore the file, or run the merge anew without --recipe",
@@ -379,11 +406,11 @@ def _manifest(
 ) -> dict[str, Any]:
     job, recipe = prepared.job, prepared.recipe
     tensors = job.plan.tensors.values()
-    # Absolute paths, so that the recipe can be replayed from anywhere.
+    # Absolute paths and commits, so that the recipe can be replayed from anywhere.
     located = dataclasses.replace(
         recipe,
-        base=str(job.plan.base.reference.path),
-        experts=tuple(f"{e.name}={e.reference.path}" for e in job.plan.experts),
+        base=job.plan.base.reference.location,
+        experts=tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts),
     )
     return {
         **stamp(job.source),
