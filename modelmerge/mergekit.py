@@ -1,10 +1,20 @@
 """mergekit's YAML configurations as recipes: what a key means there, and which option it is here.
 
 `METHODS` is the whole of the mapping: a method that both have is one row. A key that cannot be honoured is never
-skipped: one error names all of them with their places in the file. Where the result of a run is known to differ from
-mergekit's, for mergekit's is rounded more often or drawn at random, a remark goes into the output's notes.
+skipped: one error names all of them with their places in the file.
 
-Checked against runs of mergekit 0.1.5 (`tests/test_mergekit.py`).
+The result is mergekit's, to rounding in float32, with exceptions where its number depends on storage or on chance:
+
+- `dtype: bfloat16` or `float16` makes it round every model before it subtracts, and compute in that dtype: half of a
+  small task vector can be rounding. (Earlier versions cast the experts to the base's dtype whatever was said.) Here
+  the arithmetic is float32 on the models as they are stored, and the result is rounded once.
+- Without `dtype` it stores the widest dtype among the models, tensor by tensor; here it is the base's.
+- Entries whose task vectors cancel exactly go to the positive side there; here they stay at the base, as in the paper.
+- Of entries that are equal in size at a threshold, common in 16 bits, it keeps some and drops others to make the count;
+  here all are kept.
+- Where entries are dropped at random the draws are other ones.
+
+Checked against runs of mergekit 0.1.5 (`tests/mergekit_runs.py` makes them, `tests/test_mergekit.py` compares).
 """
 
 from __future__ import annotations
@@ -351,6 +361,8 @@ class _Translation:
         """The reference; an adapter on the base (`base+adapter`) is the adapter."""
         if isinstance(given, dict) and set(given) == {"model"}:
             given = given["model"]
+        if isinstance(given, dict) and set(given) == {"model", "lora"}:
+            given = f"{given['model']}+{given['lora']}"
         if isinstance(given, dict) and "path" in given and set(given) <= {"path", "revision"}:
             given = f"{given['path']}@{given['revision']}" if given.get("revision") else given["path"]
         if not isinstance(given, str) or not given:
