@@ -83,6 +83,15 @@ _DENSITY = Parameter("density", "density", 1.0, per_model=True)
 _LAMBDA = Parameter("lambda", "scale", 1.0)
 _INT8_MASK = Parameter("int8_mask", None, False)
 _MEANS: Mapping[Any, Any] = {True: "mean", False: "sum"}
+_GAMMA = Parameter("gamma", "gamma", 0.01, per_model=True)
+_EPSILON = Parameter("epsilon", "epsilon", 0.15, per_model=True)
+_SUM_ONLY = Parameter("normalize", None, False, only=False)
+_RESCALED = Parameter("rescale", None, True, only=True)
+_AS_IT_IS = Parameter("rescale", None, False, only=False)
+_DRAWN = (
+    "mergekit draws other entries, others in every process; it scales what is kept of a tensor to the L1 norm it had, "
+    "and here every entry is divided by its chance to be kept."
+)
 
 
 def _normalize(default: bool) -> Parameter:
@@ -98,9 +107,52 @@ METHODS: Mapping[str, Row] = {
     "task_arithmetic": Row("task-arithmetic", (_WEIGHT, _LAMBDA, _normalize(False), _INT8_MASK)),
     "ties": Row(
         "ties",
-        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _INT8_MASK, Parameter("rescale", None, False, only=False)),
+        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _INT8_MASK, _AS_IT_IS),
         fixed={"trim_scope": "tensor"},
     ),
+    "dare_linear": Row(
+        "dare", (_WEIGHT, _DENSITY, _LAMBDA, _SUM_ONLY, _INT8_MASK, _RESCALED), {"consensus": "linear"}, remark=_DRAWN
+    ),
+    "dare_ties": Row(
+        "dare",
+        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(False), _INT8_MASK, _RESCALED),
+        {"consensus": "ties"},
+        remark=_DRAWN,
+    ),
+    "della": Row(
+        "della",
+        (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _normalize(True), _INT8_MASK, _RESCALED),
+        {"consensus": "ties"},
+        remark=_DRAWN,
+    ),
+    "della_linear": Row(
+        "della",
+        (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _SUM_ONLY, _INT8_MASK, _RESCALED),
+        {"consensus": "linear"},
+        remark=_DRAWN,
+    ),
+    "breadcrumbs": Row(
+        "breadcrumbs",
+        (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM_ONLY, _INT8_MASK, _AS_IT_IS),
+        {"consensus": "linear", "scope": "tensor"},
+    ),
+    "breadcrumbs_ties": Row(
+        "breadcrumbs",
+        (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM_ONLY, _INT8_MASK, _AS_IT_IS),
+        {"consensus": "ties", "scope": "tensor"},
+    ),
+    "sce": Row("sce", (Parameter("select_topk", "density", 1.0), _INT8_MASK), {"scale": 1.0}),
+    "model_stock": Row(
+        "model-stock", (Parameter("filter_wise", "scope", False, words={True: "row", False: "tensor"}),)
+    ),
+    "slerp": Row("slerp", (Parameter("t", "t", REQUIRED),), {"points": "weights"}),
+    "karcher": Row(
+        "karcher",
+        (Parameter("max_iter", None, 10.0), Parameter("tol", None, 1e-5)),
+        {"points": "weights"},
+        inputs="members",
+    ),
+    "nearswap": Row("nearswap", (Parameter("t", "t", REQUIRED),)),
 }
 
 # Every parameter of any method there: those of another method have no effect, which is worth a remark; any other is
