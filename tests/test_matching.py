@@ -368,7 +368,9 @@ def test_common_rows_are_merged_and_the_others_are_the_bases(
             mean = torch.stack([s[name][:common].double() for s in states[1:]]).mean(0)
             assert torch.allclose(got[name][:common].double(), mean, atol=1e-6 if dtype == torch.float32 else 2e-3)
         assert manifest["tensors"]["common_rows"][name] == common
-        assert f"'{name}': shared by all: the first {common} rows, and the base's others." in manifest["notes"]
+        assert (
+            f"'{name}': shared by all: the first {common} rows are merged, the base's others kept." in manifest["notes"]
+        )
     assert "--on-mismatch common-rows" in manifest["command"]
     assert (
         modelmerge.replay(tmp_path / "out", tmp_path / "again")["files"]["model.safetensors"]
