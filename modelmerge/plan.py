@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
+from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
 from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError
 
 Action = Literal["merge", "rest", "copy"]
 
-# Tensors that hold state, not weights, in the names frameworks give them: a difference of theirs means nothing.
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
 # Two-dimensional weights that are look-up tables or output heads, not linear layers, by the names the field uses.
 _NOT_LINEAR = (
     "*embed*", "*wte.weight", "*wpe.weight", "shared.weight", "*.shared.weight", "*relative_attention_bias*",
@@ -169,7 +167,7 @@ def _decide(
         return "copy", "only in the base"
     if info.dtype not in MERGEABLE_DTYPES and info.dtype not in QUANTISED_DTYPES:
         return "copy", f"{info.dtype}, not floating"
-    if info.name.rpartition(".")[2] in _BUFFERS:
+    if info.name.rpartition(".")[2] in BUFFERS:
         return "copy", "a buffer, not a weight"
     _refuse_disagreement(info, experts, have)
     if not left:

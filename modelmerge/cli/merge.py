@@ -25,6 +25,7 @@ EXAMPLES = (
     "modelmerge merge task-arithmetic base math code -o merged --scale 0.4",
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
+    "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
     "modelmerge merge --recipe mergekit.yml -o merged",
@@ -125,6 +126,7 @@ def command(name: str) -> Callable[..., None]:
         exclude: opt.Exclude = None,
         max_shard_size: opt.ShardSize = "5GB",
         seed: opt.Seed = 0,
+        as_lora: opt.AsLora = None,
         dry_run: opt.DryRun = False,
         force: opt.Force = False,
         resume: opt.Resume = False,
@@ -135,8 +137,10 @@ def command(name: str) -> Callable[..., None]:
     ) -> None: ...
 
     def run(**values: Any) -> None:
+        from modelmerge.checkpoint.as_lora import parse_size
         from modelmerge.verbs.merge import prepare
 
+        small = parse_size(values["as_lora"]) if values["as_lora"] is not None else None
         sink = Sink(chosen_format(values["form"], values["json"], values["quiet"]), verbose=values["verbose"])
         recipe = Recipe(
             method=name,
@@ -153,6 +157,7 @@ def command(name: str) -> Callable[..., None]:
             exclude=tuple(values["exclude"] or ()),
             max_shard_size=values["max_shard_size"],
             seed=values["seed"],
+            as_lora=(small.rank or small.energy) if small is not None else None,
         )
         _run(
             prepare(recipe, device=values["device"]),
@@ -250,7 +255,6 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
             for t in plan["tensors"]
         ]
         lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, left=5))
-    lines += [f"note: {remark}" for remark in plan.get("remarks", ())]
     times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
     files = f" in {len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}" if "shards" in plan else " at most"
     peak = f"peak memory {size(memory['host'])}"

@@ -21,7 +21,7 @@ from modelmerge.plan import Plan, TensorPlan
 
 Found = TypeVar("Found")
 
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 
@@ -168,13 +168,13 @@ class Loader:
         size = item_bytes(info.dtype)
         raw = torch.empty((stop - start) * size, dtype=torch.uint8)
         model.read_into(info, start * size, _buffer(raw))
-        values = raw.view(_TORCH_DTYPES[info.dtype]).to(self._device)
+        values = raw.view(TORCH_DTYPES[info.dtype]).to(self._device)
         return values if values.dtype == torch.float64 else values.float()
 
     def copy(self, piece: Piece) -> Tensor:
         """The base's own elements, flat, in the output's dtype (raw bytes where it stays the same)."""
         raw = self._read(self._models[0], piece)
-        if piece.tensor.checked and not bool(raw.view(_TORCH_DTYPES[piece.tensor.dtype]).float().sum().isfinite()):
+        if piece.tensor.checked and not bool(raw.view(TORCH_DTYPES[piece.tensor.dtype]).float().sum().isfinite()):
             self._refuse_nonfinite(piece, self._models[:1])
         if piece.tensor.out_dtype == piece.tensor.dtype:
             return raw
@@ -204,7 +204,7 @@ class Loader:
 
     def stored(self, model: Checkpoint, piece: Piece) -> Tensor:
         """A model's elements, flat, as stored, on the device; in a buffer that the next call writes over."""
-        return self._read(model, piece).view(_TORCH_DTYPES[model.tensors[piece.tensor.name].dtype]).to(self._device)
+        return self._read(model, piece).view(TORCH_DTYPES[model.tensors[piece.tensor.name].dtype]).to(self._device)
 
     def _read(self, model: Checkpoint, piece: Piece) -> Tensor:
         info = model.tensors[piece.tensor.name]
@@ -230,6 +230,12 @@ def whole(source: Source, tensor: TensorPlan, *, check: bool) -> tuple[Piece, Te
     piece = Piece(tensor, 0, tensor.numel, whole=True)
     stored = max(model.stored_bytes(tensor.name) for model in source.plan.models)
     return piece, *Loader(source, tensor.numel, stored, torch.device("cpu")).load(piece, check=check)
+
+
+def loaded(source: Source, tensor: TensorPlan) -> Tensor:
+    """The base's own tensor, flat, as the output stores it, on the host (raw bytes where its dtype stays the same)."""
+    loader = Loader(source, tensor.numel, source.plan.base.stored_bytes(tensor.name), torch.device("cpu"))
+    return loader.copy(Piece(tensor, 0, tensor.numel))
 
 
 def known_factors(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
@@ -298,7 +304,7 @@ def rounded(piece: Piece, merged: Tensor, *, check: bool = True, rounding: Round
     Raises:
         CheckpointError: With `check`, a value does not fit the dtype.
     """
-    dtype = _TORCH_DTYPES[piece.tensor.out_dtype]
+    dtype = TORCH_DTYPES[piece.tensor.out_dtype]
     stored = merged.to(dtype)
     # As in loading: a sum first, a closer look only where it is not finite. What is lost is NaN wherever a value is.
     if rounding is not None and dtype != merged.dtype:

@@ -13,9 +13,12 @@ from typing import Any
 
 import modelmerge
 from modelmerge import engine, mergekit, method, plan
+from modelmerge.checkpoint import as_lora as lora
 from modelmerge.checkpoint import card
+from modelmerge.checkpoint.adapter import CONFIG, WEIGHTS
+from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
-from modelmerge.errors import RecipeError, UsageError
+from modelmerge.errors import OutputError, RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe
 from modelmerge.report import SILENT, Reporter
 from modelmerge.vary import parse, settle
@@ -33,6 +36,7 @@ from modelmerge.verbs.inputs import (
 )
 
 DTYPES = tuple(plan.DTYPES)
+_COPIED = 1 << 24  # bytes at a time
 _LOSSY = 0.05  # a loss to rounding above which a merge is worth storing wider
 RESTS = ("base", "average", "task-arithmetic")
 
@@ -53,6 +57,8 @@ class Prepared:
     def describe(self) -> dict[str, Any]:
         """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards."""
         made = self.job.plan
+        if self.recipe.as_lora is not None:
+            return self._describe_adapter(lora.parse_size(self.recipe.as_lora))
         return {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
@@ -61,8 +67,39 @@ class Prepared:
             "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": made.bytes_written},
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
-            "remarks": list(self.remarks),
+            "remarks": [*self.remarks, *remarks(made)],
         }
+
+    def _describe_adapter(self, wanted: lora.Size) -> dict[str, Any]:
+        made, table, dtype = (
+            self.job.plan,
+            lora.roles(self.job.plan.base),
+            plan.dtype_of(self.recipe.dtype or "float32"),
+        )
+        told = []
+        for tensor in made.tensors.values():
+            kind = table[tensor.name].kind
+            action = "leave out" if tensor.action == "copy" else _ADAPTED[kind]
+            told.append((tensor, dtype if kind == "low rank" else tensor.out_dtype, action))
+        return {
+            "method": self.recipe.method,
+            "disentangle": self.recipe.disentangle,
+            **listing(self.job.source, told),
+            "passes": engine.passes(self.job),
+            "bytes": {
+                "download": 0, "read": engine.bytes_read(self.job),
+                "write": engine.adapted_bytes(self.job, table, wanted, dtype),
+            },
+            "peak_memory": engine.adapted_memory(self.job),
+            "shards": [WEIGHTS],
+            "remarks": [*self.remarks, *remarks(made)],
+        }  # fmt: skip
+
+
+# What a plan calls the fate of a tensor in an adapter.
+_ADAPTED = {
+    "low rank": "low rank", "bias": "keep if changed", "whole": "keep if changed", "no place": "refuse if changed",
+}  # fmt: skip
 
 
 def merge(
@@ -81,6 +118,7 @@ def merge(
     exclude: Sequence[str] = (),
     max_shard_size: str = "5GB",
     seed: int = 0,
+    as_lora: int | float | None = None,
     device: str = "auto",
     force: bool = False,
     resume: bool = False,
@@ -104,6 +142,8 @@ def merge(
         exclude: Globs of the tensors to copy from the base.
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
+        as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
+            this share of its squared norm.
         device: cpu, cuda, cuda:N or auto.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
@@ -117,6 +157,7 @@ def merge(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary), rest=rest,
         dtype=dtype, include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
+        as_lora=as_lora,
     )  # fmt: skip
     return execute(prepare(recipe, device=device), Path(out), force=force, resume=resume, reporter=reporter)
 
@@ -171,6 +212,7 @@ def prepare(
     options = method.make_options(chosen, recipe.method, recipe.options)
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
     _check_choices(recipe)
+    _size(recipe)
     if chosen.most_experts is not None and len(recipe.experts) > chosen.most_experts:
         many = "one expert" if chosen.most_experts == 1 else f"{chosen.most_experts} experts at most"
         raise UsageError(
@@ -225,25 +267,86 @@ def execute(
     started = time.monotonic()
     job = prepared.job
     try:
-        beside = companions(job.plan.base.directory)
+        size = _size(prepared.recipe, resume=resume)
+        beside = companions(job.plan.base.directory) if size is None else {}
+        layout = job.plan.layout if size is None else Layout((), {}, {})
         check_output(out, input_paths(job.plan), force=force)
         determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
-        with Staging(out, job.plan.layout, force=force, resume=resume, fingerprint=determined_by) as staging:
-            findings = engine.run(job, staging, reporter)
+        with Staging(out, layout, force=force, resume=resume, fingerprint=determined_by) as staging:
+            adapted = None if size is None else _adapt(prepared, size, staging, reporter)
+            findings = engine.run(job, staging, reporter) if adapted is None else adapted.findings
             digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
             _refuse_changed(prepared.recorded, [item for files in digests for item in files.items()])
             for name, file in beside.items():
                 staging.write_file(name, file)
-            notes = [*prepared.remarks, *_notes(job, findings)]
+            notes = [*prepared.remarks, *_notes(job, findings), *_told(adapted)]
             for note in notes:
                 reporter.note(note)
             staging.write_file(CARD, _card(prepared, out, notes).encode())
             staging.write_indices()
             manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
+            if adapted is not None:
+                manifest["adapter"] = _described(adapted)
             staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
         return manifest
     finally:
         prepared.close()
+
+
+def _size(recipe: Recipe, *, resume: bool = False) -> lora.Size | None:
+    """The size of the adapter to be written, if one is."""
+    if recipe.as_lora is None:
+        return None
+    if resume:
+        raise UsageError("--resume has no effect with --as-lora: an adapter is written at the end, in one file")
+    if recipe.max_shard_size != next(f.default for f in dataclasses.fields(Recipe) if f.name == "max_shard_size"):
+        raise UsageError("--max-shard-size has no effect with --as-lora: peft reads one file")
+    return lora.parse_size(recipe.as_lora)
+
+
+def _adapt(prepared: Prepared, size: lora.Size, staging: Staging, reporter: Reporter) -> engine.Adapted:
+    """Merge into an adapter's two files."""
+    job, base = prepared.job, prepared.job.plan.base
+    table = lora.roles(base)
+    with staging.spool() as spool:
+        adapted = engine.adapt(job, table, size, plan.dtype_of(prepared.recipe.dtype or "float32"), spool, reporter)
+        if not adapted.ranks:
+            raise OutputError(
+                "the merge changes no weight of a linear layer: there is nothing to write as a LoRA",
+                hint="write a whole checkpoint, without --as-lora",
+            )
+        staging.lay_out(lora.lay_out_adapter(adapted.entries))
+        for key, (_, _, nbytes) in adapted.entries.items():
+            spool.seek(adapted.places[key])
+            for start in range(0, nbytes, _COPIED):
+                staging.write(key, start, memoryview(spool.read(min(_COPIED, nbytes - start))))
+    biases = bool(adapted.biases)
+    staging.write_file(CONFIG, lora.config(base, adapted.ranks, adapted.saved, table, biases=biases))
+    return adapted
+
+
+def _described(adapted: engine.Adapted) -> dict[str, Any]:
+    """What a manifest says of an adapter."""
+    return {
+        "relative_error": adapted.relative_error(),
+        "tensors": {
+            name: {"rank": rank, "relative_error": adapted.relative_error(name) if name in adapted.merged else 0.0}
+            for name, rank in adapted.ranks.items()
+        },
+        "modules_to_save": sorted(adapted.saved),
+        "biases": adapted.biases,
+    }
+
+
+def _told(adapted: engine.Adapted | None) -> list[str]:
+    """What a person should know of an adapter."""
+    if adapted is None:
+        return []
+    ranks = sorted(set(adapted.ranks.values()))
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    whole = f"{len(adapted.saved)} modules and {len(adapted.biases)} biases that are no LoRA are kept whole"
+    kept = f"; {whole}" if adapted.saved or adapted.biases else ""
+    return [f"Written as a PEFT adapter of {rank}: its relative error is {adapted.relative_error():.2%}{kept}."]
 
 
 def _check_choices(recipe: Recipe) -> None:
