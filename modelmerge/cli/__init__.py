@@ -6,6 +6,7 @@ and only for the method that the command line names; the others are listed by th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -66,7 +67,7 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.command(epilog=merge.examples(vectors.EXTRACT_EXAMPLES))(vectors.extract)
     kinds = (
         ("disentangle", vectors.disentangle_or_list, vectors.command, vectors.DISENTANGLE_EXAMPLES),
-        ("merge", merge.replay_or_list, merge.command, merge.EXAMPLES),
+        ("merge", merge.replay_or_list, functools.partial(merge.command, preset=_names_preset(words)), merge.EXAMPLES),
     )
     for kind, callback, command, lines in kinds:
         app.add_typer(_methods(kind, callback, command, lines, words), name=kind)
@@ -115,6 +116,10 @@ def _methods(
 
 def _unasked() -> None:
     """A method that the command line does not name: it is listed, and never run."""
+
+
+def _names_preset(words: Sequence[str]) -> bool:
+    return any(word == "--preset" or word.startswith("--preset=") for word in words)
 
 
 def _completing() -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from modelmerge import method
+from modelmerge import method, presets
 from modelmerge.cli import options as opt
 from modelmerge.cli.output import Bars, Format, Sink, size, table
 from modelmerge.errors import UsageError
@@ -27,6 +28,7 @@ EXAMPLES = (
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
     "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
+    "modelmerge merge apgd --preset clip-b32-8 -o merged",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
     "modelmerge merge --recipe mergekit.yml -o merged",
 )
@@ -70,9 +72,33 @@ def list_methods(kind: str, sink: Sink) -> None:
     sink.result({"methods": listed}, quiet="\n".join(method.names(kind)), human=[shown, usage])
 
 
+def show_preset(preset: presets.Preset, sink: Sink) -> None:
+    """Print what a preset stands for."""
+    rows = [["base", preset.base], *([name, reference] for name, reference in preset.experts.items())]
+    settings = [[name, " ".join(_as_typed(told))] for name, told in preset.methods.items()]
+    sink.result(
+        {"preset": dataclasses.asdict(preset)},
+        quiet="\n".join([preset.base, *preset.experts.values()]),
+        human=[
+            preset.summary, table(None, ["", "reference"], rows, left=2),
+            table(None, ["method", "settings"], settings, left=2),
+            f"\nmodelmerge merge METHOD --preset {preset.name} -o DIR",
+        ],
+    )  # fmt: skip
+
+
+def _as_typed(options: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{opt.flag(option)} {each}"
+        for option, value in options.items()
+        for each in (value if isinstance(value, list) else [value])
+    ]
+
+
 def replay_or_list(
     context: typer.Context,
     recipe: RecipeFile = None,
+    preset: opt.Preset = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="DIR", help="With --recipe: directory for the result.")
     ] = None,
@@ -90,10 +116,15 @@ def replay_or_list(
     Without a method, list what there is; with --recipe, repeat a merge to the same bits.
     """
     if context.invoked_subcommand is not None:
+        if preset:
+            raise UsageError("--preset stands before the method", hint=f"merge METHOD --preset {preset} -o DIR")
         if recipe:
             raise UsageError("--recipe and a method exclude each other", hint="the recipe names its method")
         return
     sink = Sink(chosen_format(form, json, quiet), verbose=verbose)
+    if preset:
+        show_preset(presets.load(preset), sink)
+        return
     if not recipe:
         if output:
             raise UsageError("no method is named", hint=f"there are: {', '.join(method.names())}")
@@ -109,13 +140,17 @@ def replay_or_list(
     _run(prepared, sink, output, dry_run=dry_run, force=force, resume=resume)
 
 
-def command(name: str) -> Callable[..., None]:
-    """The Typer command of a merge method, its options made from the method's dataclass."""
+def command(name: str, *, preset: bool = False) -> Callable[..., None]:
+    """The Typer command of a merge method, its options made from the method's dataclass.
+
+    With a preset there are no arguments.
+    """
     chosen = method.load(name)
     fronts = {front: method.load(front, "disentangle") for front in method.names("disentangle")}
 
     def shared(
         output: opt.Output,
+        preset: opt.Preset = None,
         weight: opt.Weight = None,
         vary: opt.Vary = None,
         disentangle: opt.Disentangle = None,
@@ -124,6 +159,7 @@ def command(name: str) -> Callable[..., None]:
         dtype: opt.Dtype = None,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
+        on_mismatch: opt.OnMismatch = "error",
         max_shard_size: opt.ShardSize = "5GB",
         seed: opt.Seed = 0,
         as_lora: opt.AsLora = None,
@@ -136,10 +172,12 @@ def command(name: str) -> Callable[..., None]:
         verbose: opt.Verbose = False,
     ) -> None: ...
 
-    def run(**values: Any) -> None:
+    def run(context: typer.Context, **values: Any) -> None:
         from modelmerge.checkpoint.as_lora import parse_size
         from modelmerge.verbs.merge import prepare
 
+        if preset:
+            values |= _of_preset(presets.load(values["preset"]), name, context)
         small = parse_size(values["as_lora"]) if values["as_lora"] is not None else None
         sink = Sink(chosen_format(values["form"], values["json"], values["quiet"]), verbose=values["verbose"])
         recipe = Recipe(
@@ -155,6 +193,7 @@ def command(name: str) -> Callable[..., None]:
             dtype=values["dtype"],
             include=tuple(values["include"] or ()),
             exclude=tuple(values["exclude"] or ()),
+            on_mismatch=values["on_mismatch"],
             max_shard_size=values["max_shard_size"],
             seed=values["seed"],
             as_lora=(small.rank or small.energy) if small is not None else None,
@@ -164,10 +203,21 @@ def command(name: str) -> Callable[..., None]:
             sink, values["output"], dry_run=values["dry_run"], force=values["force"], resume=values["resume"],
         )  # fmt: skip
 
-    arguments = [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
+    arguments = [opt.of_argument("context", typer.Context)]
+    arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
     in_front = [parameter for front, told in fronts.items() for parameter in opt.of_front(front, told)]
     # Required parameters first, as in any signature; the method's own options head the help page.
     return opt.with_parameters(run, [*arguments, *opt.of_method(chosen), *opt.shared(shared), *in_front])
+
+
+def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dict[str, Any]:
+    """The values that a preset gives: base, experts, and the method's settings that the command line does not give."""
+    told: dict[str, Any] = {"base": preset.base, "experts": [f"{n}={ref}" for n, ref in preset.experts.items()]}
+    for option, value in preset.methods.get(name, {}).items():
+        source = context.get_parameter_source(option)
+        if source is not None and source.name.startswith("DEFAULT"):
+            told[option] = value
+    return told
 
 
 def _front_options(fronts: dict[str, method.Disentangler], values: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +292,7 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))
-    lines += [escape(remark) for remark in plan["remarks"]]
+    lines += [f"note: {escape(remark)}" for remark in plan["remarks"]]
     if verbose:
         rows = [
             [

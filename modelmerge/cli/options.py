@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from modelmerge import presets
 from modelmerge.method import Disentangler, Method, bounds, option_types
 
 METHOD_PANEL = "Options of the method"
@@ -57,6 +58,14 @@ Exclude = Annotated[
         help="Copy tensors of such names from the base. Repeatable.", metavar="GLOB", rich_help_panel=SHARED_PANEL
     ),
 ]
+OnMismatch = Annotated[
+    Literal["error", "copy", "common-rows"],
+    typer.Option(
+        help="What becomes of tensors whose shapes differ: copy takes the base's; common-rows merges the rows of "
+        "embeddings and heads that all have.",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 ShardSize = Annotated[
     str, typer.Option(help="Largest output file, like 5GB or 200MB.", metavar="SIZE", rich_help_panel=SHARED_PANEL)
 ]
@@ -74,6 +83,17 @@ AsLora = Annotated[
 Weight = Annotated[
     list[str] | None,
     typer.Option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W", rich_help_panel=SHARED_PANEL),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help=f"In place of BASE EXPERT...: a published set, with the paper's settings where no option says otherwise. "
+        f"{', '.join(presets.names())}.",
+        metavar="NAME",
+        autocompletion=lambda: list(presets.names()),
+        rich_help_panel=SHARED_PANEL,
+        show_default=False,
+    ),
 ]
 Vary = Annotated[
     list[str] | None,
@@ -162,7 +182,7 @@ def _told(spec: dataclasses.Field[Any]) -> str:
 
 
 def of_argument(name: str, annotation: Any) -> inspect.Parameter:
-    """A required parameter."""
+    """A required parameter, or the context."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
 
 

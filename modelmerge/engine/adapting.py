@@ -73,8 +73,7 @@ def adapt(
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
     front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
-    merged = [t for t in plan.select("merge") if t.numel]
-    measured = surveyed(job, job.survey, front, merged, reporter) if job.survey else None
+    measured = surveyed(job, job.survey, front, job.surveyed(), reporter) if job.survey else None
     reporter.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
     kept: set[str] = set()  # tensors that changed and are not low-rank
     for tensor in todo:

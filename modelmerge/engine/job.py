@@ -89,6 +89,10 @@ class Job:
         method, options = self.method
         return method.blockwise(options)
 
+    def surveyed(self) -> list[TensorPlan]:
+        """The tensors that count in a whole-model quantity: those the method merges, tied ones once."""
+        return [tensor for tensor in self.plan.select("merge") if tensor.numel and tensor.twin is None]
+
     def disentangled(self) -> list[TensorPlan]:
         """The tensors whose task vectors are disentangled before they are merged."""
         chosen = [*self.plan.select("merge"), *self.plan.select("rest")] if self.front else []
@@ -142,13 +146,14 @@ def passes(job: Job) -> float:
 
 
 def _survey_reads(job: Job) -> float:
-    return job.survey.reads(sum(tensor.numel for tensor in job.plan.select("merge"))) if job.survey else 0.0
+    return job.survey.reads(sum(tensor.numel for tensor in job.surveyed())) if job.survey else 0.0
 
 
 def bytes_read(job: Job) -> int:
     """Bytes of tensors that a run reads, all passes counted."""
     plan, merged = job.plan, job.plan.select("merge")
-    times = [(1 + _survey_reads(job), merged), (1.0, plan.select("rest")), (1.0, job.disentangled())]
+    survey = _survey_reads(job)
+    times = [(1.0, merged), (survey, job.surveyed()), (1.0, plan.select("rest")), (1.0, job.disentangled())]
     read = sum(count * plan.stored_bytes(t, experts=True) for count, tensors in times for t in tensors)
     return int(read) + sum(plan.stored_bytes(t, experts=False) for t in plan.select("copy"))
 

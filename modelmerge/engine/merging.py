@@ -46,7 +46,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     if not todo:
         return findings
     front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
-    merged = [t for t in plan.select("merge") if t.numel]
+    merged = job.surveyed()
     measured = surveyed(job, job.survey, front, merged, reporter) if job.survey else None
 
     wholes = [t for t in todo if t.action == "merge" and not job.blockwise]
@@ -183,8 +183,13 @@ def merged_vector(
         findings.figures[piece.tensor.name] = dict(figures)
 
     context = Context(
-        tensor=piece.tensor.name, weights=setting.weights, experts=tuple(expert.name for expert in job.plan.experts),
-        measured=measured, base=theta_0 if method.wants_base else None, factors=factors, seed=job.seed,
-        start=piece.start, leave_out=leave_out, tell=tell, varied=setting.each,
+        tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
+        experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
+        base=theta_0 if method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
+        leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip
-    return method.apply(taus, options, context)
+    delta = method.apply(taus, options, context)
+    if piece.tensor.rows is not None:
+        delta = delta.contiguous()
+        delta.view(-1)[max(piece.tensor.common - piece.start, 0) :] = 0
+    return delta

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -76,6 +76,13 @@ class Loader:
         return theta_0, taus
 
     def _load_one(self, expert: Checkpoint, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
+        common = piece.tensor.common - piece.start
+        if common < tau.numel():  # beyond the rows that all models have nothing changes
+            tau.zero_()
+            if common > 0:
+                part = replace(piece, stop=piece.start + common, whole=False)
+                self._load_one(expert, part, theta_0.flatten()[:common], tau.view(-1)[:common])
+            return
         info = expert.tensors.get(piece.tensor.name)
         if info is None:  # a task vector or an adapter that leaves out what did not change
             tau.zero_()
@@ -183,7 +190,9 @@ class Loader:
     def _refuse_nonfinite(self, piece: Piece, models: Sequence[Checkpoint] | None = None) -> None:
         for model in models or self._models:
             info = model.tensors.get(piece.tensor.name)
-            if info is None:
+            if model is not self._models[0]:
+                piece = replace(piece, stop=min(piece.stop, piece.tensor.common))
+            if info is None or piece.start >= piece.stop:
                 continue
             parts = info.change.parts if info.change is not None else ()
             for part in parts or (info,):
@@ -243,6 +252,8 @@ def known_factors(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Ten
 
     None at all where no expert has any. An expert that did not change the tensor has factors of rank 0.
     """
+    if tensor.rows is not None:  # the task vectors are cut
+        return None
     found: list[tuple[Tensor, Tensor] | None] = []
     loader = Loader(source, 0, 0, source.device)
     for expert in source.plan.experts:

@@ -125,7 +125,7 @@ def listing(source: Source, tensors: Iterable[tuple[TensorPlan, str, str]]) -> d
 
 def remarks(plan: Plan) -> list[str]:
     """What a person should know of how the models were read, each with the model's name in front."""
-    return [f"'{model.name}': {remark}" for model in plan.models for remark in model.remarks]
+    return [f"'{model.name}': {remark}." for model in plan.models for remark in model.remarks]
 
 
 def input_paths(plan: Plan) -> list[Path]:

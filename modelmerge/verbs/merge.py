@@ -11,17 +11,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import modelmerge
 from modelmerge import engine, mergekit, method, plan
-from modelmerge.checkpoint import as_lora as lora
 from modelmerge.checkpoint import card
-from modelmerge.checkpoint.adapter import CONFIG, WEIGHTS
 from modelmerge.checkpoint.layout import Layout
+from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
-from modelmerge.errors import OutputError, RecipeError, UsageError
-from modelmerge.recipe import Recipe, parse_size, read_recipe
+from modelmerge.errors import RecipeError, UsageError
+from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.vary import parse, settle
+from modelmerge.verbs import adapted
 from modelmerge.verbs.inputs import (
     as_references,
     disentangler,
@@ -36,7 +35,6 @@ from modelmerge.verbs.inputs import (
 )
 
 DTYPES = tuple(plan.DTYPES)
-_COPIED = 1 << 24  # bytes at a time
 _LOSSY = 0.05  # a loss to rounding above which a merge is worth storing wider
 RESTS = ("base", "average", "task-arithmetic")
 
@@ -57,49 +55,19 @@ class Prepared:
     def describe(self) -> dict[str, Any]:
         """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards."""
         made = self.job.plan
-        if self.recipe.as_lora is not None:
-            return self._describe_adapter(lora.parse_size(self.recipe.as_lora))
+        size = adapted.size_of(self.recipe)
+        written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         return {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "passes": engine.passes(self.job),
-            "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": made.bytes_written},
+            "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": written},
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made)],
+            **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
         }
-
-    def _describe_adapter(self, wanted: lora.Size) -> dict[str, Any]:
-        made, table, dtype = (
-            self.job.plan,
-            lora.roles(self.job.plan.base),
-            plan.dtype_of(self.recipe.dtype or "float32"),
-        )
-        told = []
-        for tensor in made.tensors.values():
-            kind = table[tensor.name].kind
-            action = "leave out" if tensor.action == "copy" else _ADAPTED[kind]
-            told.append((tensor, dtype if kind == "low rank" else tensor.out_dtype, action))
-        return {
-            "method": self.recipe.method,
-            "disentangle": self.recipe.disentangle,
-            **listing(self.job.source, told),
-            "passes": engine.passes(self.job),
-            "bytes": {
-                "download": 0, "read": engine.bytes_read(self.job),
-                "write": engine.adapted_bytes(self.job, table, wanted, dtype),
-            },
-            "peak_memory": engine.adapted_memory(self.job),
-            "shards": [WEIGHTS],
-            "remarks": [*self.remarks, *remarks(made)],
-        }  # fmt: skip
-
-
-# What a plan calls the fate of a tensor in an adapter.
-_ADAPTED = {
-    "low rank": "low rank", "bias": "keep if changed", "whole": "keep if changed", "no place": "refuse if changed",
-}  # fmt: skip
 
 
 def merge(
@@ -116,6 +84,7 @@ def merge(
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    on_mismatch: str = "error",
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
@@ -140,6 +109,8 @@ def merge(
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
+        on_mismatch: What becomes of tensors whose shapes differ: error; copy: the base's; common-rows: of embeddings
+            and heads, the rows that all have are merged and the base's others kept.
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
@@ -156,8 +127,8 @@ def merge(
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary), rest=rest,
-        dtype=dtype, include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
-        as_lora=as_lora,
+        dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
+        max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
     return execute(prepare(recipe, device=device), Path(out), force=force, resume=resume, reporter=reporter)
 
@@ -212,7 +183,7 @@ def prepare(
     options = method.make_options(chosen, recipe.method, recipe.options)
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
     _check_choices(recipe)
-    _size(recipe)
+    adapted.size_of(recipe)
     if chosen.most_experts is not None and len(recipe.experts) > chosen.most_experts:
         many = "one expert" if chosen.most_experts == 1 else f"{chosen.most_experts} experts at most"
         raise UsageError(
@@ -225,6 +196,7 @@ def prepare(
         base, experts, matrices=chosen.matrices, rest=recipe.rest,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
+        on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
     rest = None
     if recipe.rest != "base":
@@ -235,7 +207,7 @@ def prepare(
         [expert.name for expert in experts], [t.name for t in (*made.select("merge"), *made.select("rest"))],
     )  # fmt: skip
     for tensor, setting in settings.items():
-        if abs(sum(setting.weights)) < 1e-8 and "average" in (recipe.method, recipe.rest):
+        if abs(sum(setting.weights)) < 1e-8 and _normalises(recipe):
             raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
     job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings)
     if front is not None:
@@ -267,90 +239,38 @@ def execute(
     started = time.monotonic()
     job = prepared.job
     try:
-        size = _size(prepared.recipe, resume=resume)
+        size = adapted.size_of(prepared.recipe, resume=resume)
         beside = companions(job.plan.base.directory) if size is None else {}
         layout = job.plan.layout if size is None else Layout((), {}, {})
         check_output(out, input_paths(job.plan), force=force)
         determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
         with Staging(out, layout, force=force, resume=resume, fingerprint=determined_by) as staging:
-            adapted = None if size is None else _adapt(prepared, size, staging, reporter)
-            findings = engine.run(job, staging, reporter) if adapted is None else adapted.findings
+            small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
+            findings = engine.run(job, staging, reporter) if small is None else small.findings
             digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
             _refuse_changed(prepared.recorded, [item for files in digests for item in files.items()])
             for name, file in beside.items():
                 staging.write_file(name, file)
-            notes = [*prepared.remarks, *_notes(job, findings), *_told(adapted)]
+            notes = [*prepared.remarks, *_notes(job, findings), *([adapted.note(small)] if small else [])]
             for note in notes:
                 reporter.note(note)
             staging.write_file(CARD, _card(prepared, out, notes).encode())
             staging.write_indices()
             manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
-            if adapted is not None:
-                manifest["adapter"] = _described(adapted)
+            if small is not None:
+                manifest["adapter"] = adapted.report(small)
             staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
         return manifest
     finally:
         prepared.close()
 
 
-def _size(recipe: Recipe, *, resume: bool = False) -> lora.Size | None:
-    """The size of the adapter to be written, if one is."""
-    if recipe.as_lora is None:
-        return None
-    if resume:
-        raise UsageError("--resume has no effect with --as-lora: an adapter is written at the end, in one file")
-    if recipe.max_shard_size != next(f.default for f in dataclasses.fields(Recipe) if f.name == "max_shard_size"):
-        raise UsageError("--max-shard-size has no effect with --as-lora: peft reads one file")
-    return lora.parse_size(recipe.as_lora)
-
-
-def _adapt(prepared: Prepared, size: lora.Size, staging: Staging, reporter: Reporter) -> engine.Adapted:
-    """Merge into an adapter's two files."""
-    job, base = prepared.job, prepared.job.plan.base
-    table = lora.roles(base)
-    with staging.spool() as spool:
-        adapted = engine.adapt(job, table, size, plan.dtype_of(prepared.recipe.dtype or "float32"), spool, reporter)
-        if not adapted.ranks:
-            raise OutputError(
-                "the merge changes no weight of a linear layer: there is nothing to write as a LoRA",
-                hint="write a whole checkpoint, without --as-lora",
-            )
-        staging.lay_out(lora.lay_out_adapter(adapted.entries))
-        for key, (_, _, nbytes) in adapted.entries.items():
-            spool.seek(adapted.places[key])
-            for start in range(0, nbytes, _COPIED):
-                staging.write(key, start, memoryview(spool.read(min(_COPIED, nbytes - start))))
-    biases = bool(adapted.biases)
-    staging.write_file(CONFIG, lora.config(base, adapted.ranks, adapted.saved, table, biases=biases))
-    return adapted
-
-
-def _described(adapted: engine.Adapted) -> dict[str, Any]:
-    """What a manifest says of an adapter."""
-    return {
-        "relative_error": adapted.relative_error(),
-        "tensors": {
-            name: {"rank": rank, "relative_error": adapted.relative_error(name) if name in adapted.merged else 0.0}
-            for name, rank in adapted.ranks.items()
-        },
-        "modules_to_save": sorted(adapted.saved),
-        "biases": adapted.biases,
-    }
-
-
-def _told(adapted: engine.Adapted | None) -> list[str]:
-    """What a person should know of an adapter."""
-    if adapted is None:
-        return []
-    ranks = sorted(set(adapted.ranks.values()))
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    whole = f"{len(adapted.saved)} modules and {len(adapted.biases)} biases that are no LoRA are kept whole"
-    kept = f"; {whole}" if adapted.saved or adapted.biases else ""
-    return [f"Written as a PEFT adapter of {rank}: its relative error is {adapted.relative_error():.2%}{kept}."]
-
-
 def _check_choices(recipe: Recipe) -> None:
-    for flag, value, choices in (("--rest", recipe.rest, RESTS), ("--dtype", recipe.dtype or DTYPES[0], DTYPES)):
+    for flag, value, choices in (
+        ("--rest", recipe.rest, RESTS),
+        ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
+        ("--on-mismatch", recipe.on_mismatch, plan.ON_MISMATCH),
+    ):
         if value not in choices:
             near = get_close_matches(value, choices, n=1)
             raise UsageError(
@@ -368,9 +288,14 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
                 hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(names)}",
             )
     weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
-    if sum(weights) == 0.0 and "average" in (recipe.method, recipe.rest):
+    if sum(weights) == 0.0 and _normalises(recipe):
         raise UsageError("the weights add up to zero: their average does not exist", hint="check --weight")
     return weights
+
+
+def _normalises(recipe: Recipe) -> bool:
+    """Whether a method of the recipe divides by the sum of the weights."""
+    return any(method.load(name).normalises for name in (recipe.method, recipe.rest) if name != "base")
 
 
 def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str]]) -> None:
@@ -383,13 +308,13 @@ def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
-    read = [f"{remark}." for remark in remarks(job.plan)]
+    read = remarks(job.plan)
     notes = []
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
     if len(notes) > 5:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
-    notes = read + notes
+    notes = read + [f"'{t.name}': {t.reason}." for t in job.plan.tensors.values() if t.mismatched] + notes
     reasons: dict[tuple[str, str], int] = {}
     for _, expert, reason in findings.left_out:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
@@ -422,17 +347,39 @@ def _rounding(job: engine.Job, findings: engine.Findings) -> dict[str, Any] | No
 
 def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
     job, recipe = prepared.job, prepared.recipe
-    told = dict(recipe.options)
-    if recipe.disentangle:
-        told |= {"disentangle": recipe.disentangle}
-        told |= {f"{recipe.disentangle}_{name}": value for name, value in recipe.disentangle_options.items()}
+    methods = []
+    if job.front is not None:
+        assert recipe.disentangle is not None, "the job's front comes from the recipe"
+        summary = method.summary(recipe.disentangle, "disentangle")
+        methods.append(_applied(recipe.disentangle, summary, job.front, f"{recipe.disentangle}-"))
+    methods.append(_applied(recipe.method, method.summary(recipe.method), job.method))
+    defaults = Recipe(method="", base="", experts=())
+    settings = {name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed")}
     return card.render(
-        title=out.resolve().name, method=recipe.method, summary=method.summary(recipe.method),
-        paper=job.method[0].paper, command=recipe.command(str(out)), base=job.plan.base.name,
-        experts=[(e.name, e.reference.text, w) for e, w in zip(job.plan.experts, job.weights, strict=True)],
-        options=told, notes=notes, has_config=bool(job.plan.base.config),
-        version=modelmerge.__version__,
+        title=out.resolve().name, base=_as_told(job.plan.base, None),
+        experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
+        methods=methods,
+        settings={f"--{name}": told for name, told in settings.items() if told != getattr(defaults, name)},
+        command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
+        versions=versions(), device=str(job.source.device),
     )  # fmt: skip
+
+
+def _applied(
+    name: str, summary: str, chosen: tuple[method.Method | method.Disentangler, Any], prefix: str = ""
+) -> card.Source:
+    """A method as the card tells it, its options as they are typed."""
+    what, options = chosen
+    told = {f"--{prefix}{key.replace('_', '-')}": value for key, value in dataclasses.asdict(options).items()}
+    bibtex = what.citation.bibtex(what.paper) if what.citation else ""
+    return card.Source(name=name, summary=summary, paper=what.paper, bibtex=bibtex, options=told)
+
+
+def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
+    """A model as the card tells it."""
+    return card.Model(
+        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory)
+    )
 
 
 def _manifest(
@@ -466,6 +413,8 @@ def _manifest(
             "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
+            "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
+            "tied": {t.name: t.twin for t in tensors if t.twin is not None},
             "figures": dict(sorted(findings.figures.items())),
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },

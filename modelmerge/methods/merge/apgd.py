@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _linalg, _threshold
 
 if TYPE_CHECKING:
@@ -214,6 +214,11 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2501.01230",
+    citation=Citation(
+        "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent",
+        "Yongxian Wei and others",
+        "ICML 2025",
+    ),
     matrices=True,
     blockwise=lambda options: False,
     survey=lambda options: _threshold.survey(options.density) if options.trim_scope == "model" else None,
