@@ -94,10 +94,10 @@ class Plan:
         """The tensors with that action, in the order of the output's bytes."""
         return [tensor for tensor in self.in_order() if tensor.action == action]
 
-    def stored_bytes(self, tensor: TensorPlan, *, experts: bool) -> int:
-        """Bytes of a tensor in the base and, with `experts`, in every expert."""
+    def stored_bytes(self, tensor: TensorPlan, *, experts: bool, streamed: bool = False) -> int:
+        """Bytes of a tensor in the base and, with `experts`, in every expert; or only in models that are streamed."""
         models = self.models if experts else self.models[:1]
-        return sum(model.stored_bytes(tensor.name) for model in models)
+        return sum(model.stored_bytes(tensor.name) for model in models if model.streamed or not streamed)
 
     @property
     def bytes_written(self) -> int:

@@ -48,7 +48,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
         (["merge", "ties", "BASE", "E0", "-o", "out", "--device", "cuda:99"], 1, "no such CUDA device"),
         (["merge", "ties", "BASE", "E0", "-o", "out", "--json", "-q"], 2, "different formats"),
         (["merge", "ties", "BASE", "./nothing", "-o", "out"], 1, "no such file or directory"),
-        (["merge", "ties", "BASE", "org/name@v1", "-o", "out"], 1, "Hub cannot be read yet"),
+        (["merge", "ties", "BASE", "org/name@v1", "-o", "out"], 1, "neither a path here nor a repository on the Hub"),
         (["merge", "--recipe", "nothing.json", "-o", "out"], 1, "no such file"),
         (["merge", "--recipe", "nothing.json"], 2, "needs an output"),
         (["merge", "--recipe", "recipe.yaml", "-o", "out"], 1, "no such file"),

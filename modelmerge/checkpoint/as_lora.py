@@ -188,9 +188,11 @@ def config(
     by_module = {table[name].module: rank for name, rank in ranks.items()}
     usual = Counter(by_module.values()).most_common(1)[0][0]
     odd = {_pattern(module, by_module): rank for module, rank in by_module.items() if rank != usual}
+    remote = base.reference.repository
     told: dict[str, Any] = {
         "peft_type": "LORA",
-        "base_model_name_or_path": str(base.reference.path),
+        "base_model_name_or_path": remote.name if remote is not None else str(base.reference.path),
+        "revision": remote.commit if remote is not None else None,
         "task_type": _task(base),
         "inference_mode": True,
         "r": usual,

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import fnmatch
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from modelmerge.checkpoint.digest import sha256
@@ -41,9 +42,18 @@ def companions(directory: Path | None) -> dict[str, Path]:
     if directory is None:
         return {}
     found = {file for pattern in _COMPANIONS for file in directory.glob(pattern) if file.is_file()}
-    unwanted = (*_NOT_COMPANIONS, ".index.json")
-    wanted = sorted(f for f in found if not f.name.startswith(".") and not f.name.endswith(unwanted))
-    return {str(file.relative_to(directory)): file for file in wanted}
+    wanted = {str(file.relative_to(directory)): file for file in sorted(found)}
+    return {place: file for place, file in wanted.items() if is_companion(place)}
+
+
+def is_companion(place: str) -> bool:
+    """Whether a file of that place beside a base's weights goes with them."""
+    path = PurePosixPath(place)
+    if path.name.startswith(".") or path.name.endswith((*_NOT_COMPANIONS, ".index.json")):
+        return False
+    # By the parts: a star does not reach into folders.
+    patterns = [PurePosixPath(pattern).parts for pattern in _COMPANIONS]
+    return any(len(parts) == len(path.parts) and all(map(fnmatch.fnmatchcase, path.parts, parts)) for parts in patterns)
 
 
 def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:

@@ -37,7 +37,8 @@ Base = Annotated[
     str,
     typer.Argument(
         metavar="BASE",
-        help="The model the experts were fine-tuned from, as [NAME=]REF: a directory, or a .safetensors or .bin file.",
+        help="The model the experts were fine-tuned from, as [NAME=]REF: a directory, a .safetensors or .bin file, or "
+        "org/name[@revision] on the Hugging Face Hub.",
         show_default=False,
     ),
 ]
@@ -103,6 +104,7 @@ def replay_or_list(
         str | None, typer.Option("-o", "--output", metavar="DIR", help="With --recipe: directory for the result.")
     ] = None,
     device: opt.Device = "auto",
+    stream: opt.Stream = False,
     dry_run: opt.DryRun = False,
     force: opt.Force = False,
     resume: opt.Resume = False,
@@ -136,7 +138,7 @@ def replay_or_list(
 
     from modelmerge.verbs.merge import prepare_file
 
-    prepared = prepare_file(Path(recipe).expanduser(), device=device)
+    prepared = prepare_file(Path(recipe).expanduser(), device=device, stream=stream)
     _run(prepared, sink, output, dry_run=dry_run, force=force, resume=resume)
 
 
@@ -163,6 +165,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         max_shard_size: opt.ShardSize = "5GB",
         seed: opt.Seed = 0,
         as_lora: opt.AsLora = None,
+        stream: opt.Stream = False,
         dry_run: opt.DryRun = False,
         force: opt.Force = False,
         resume: opt.Resume = False,
@@ -199,7 +202,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             as_lora=(small.rank or small.energy) if small is not None else None,
         )
         _run(
-            prepare(recipe, device=values["device"]),
+            prepare(recipe, device=values["device"], stream=values["stream"]),
             sink, values["output"], dry_run=values["dry_run"], force=values["force"], resume=values["resume"],
         )  # fmt: skip
 
@@ -310,6 +313,10 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
     peak = f"peak memory {size(memory['host'])}"
     if memory["device"]:
         peak += f", on the device {size(memory['device'])}"
+    if plan["cache"] and sizes["download"]:
+        cache = plan["cache"]
+        held = "which holds it" if cache["enough"] else "[bold red]too little[/]: --stream stores no weights"
+        lines.append(f"{size(cache['free'])} free in {cache['directory']}, {held}")
     lines.append(
         f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
         f"write {size(sizes['write'])}{files}; {peak}"

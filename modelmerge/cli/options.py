@@ -44,6 +44,14 @@ Resume = Annotated[
         rich_help_panel=SHARED_PANEL,
     ),
 ]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read weights on the Hub tensor by tensor, without storing them: for small disks.",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
     typer.Option(help="Store floating tensors so. Default: as the base does.", rich_help_panel=SHARED_PANEL),

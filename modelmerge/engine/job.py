@@ -149,13 +149,13 @@ def _survey_reads(job: Job) -> float:
     return job.survey.reads(sum(tensor.numel for tensor in job.surveyed())) if job.survey else 0.0
 
 
-def bytes_read(job: Job) -> int:
-    """Bytes of tensors that a run reads, all passes counted."""
+def bytes_read(job: Job, *, streamed: bool = False) -> int:
+    """Bytes of tensors that a run reads, all passes counted; or only from models that are streamed."""
     plan, merged = job.plan, job.plan.select("merge")
     survey = _survey_reads(job)
     times = [(1.0, merged), (survey, job.surveyed()), (1.0, plan.select("rest")), (1.0, job.disentangled())]
-    read = sum(count * plan.stored_bytes(t, experts=True) for count, tensors in times for t in tensors)
-    return int(read) + sum(plan.stored_bytes(t, experts=False) for t in plan.select("copy"))
+    read = sum(c * plan.stored_bytes(t, experts=True, streamed=streamed) for c, tensors in times for t in tensors)
+    return int(read) + sum(plan.stored_bytes(t, experts=False, streamed=streamed) for t in plan.select("copy"))
 
 
 def peak_memory(job: Job) -> dict[str, int]:
@@ -225,6 +225,7 @@ def unfolding(plan: Plan, elements: int) -> int:
     """Bytes that making so many elements of a task vector out of factors takes: the factors and their product."""
     changes = [i.change for e in plan.experts for i in e.tensors.values() if i.change is not None and i.change.factors]
     factors = max((8 * sum(part.numel for part in change.factors or ()) for change in changes), default=0)
+    factors *= len(plan.experts)
     # DoRA: the product again with the base's rows, for norms; two factors for each element.
     each = 4 * bool(changes) + 16 * any(change.magnitude is not None for change in changes)
     return factors + each * elements

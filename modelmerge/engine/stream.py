@@ -50,6 +50,7 @@ class Loader:
     def __init__(self, source: Source, elements: int, stored: int, device: torch.device) -> None:
         self._source = source
         self._models = source.plan.models
+        self._right: dict[str, tuple[TensorInfo, Tensor]] = {}  # by expert, the last right factor
         self._device = device
         pinned = device.type == "cuda"
         self._raw = torch.empty(stored, dtype=torch.uint8, pin_memory=pinned)
@@ -156,19 +157,20 @@ class Loader:
         """The factors as [rows, r], times the scale, and [r, n], of the rows from `first` to `last`."""
         assert change.factors is not None
         left, right = change.factors
+        if self._right.get(expert.name, (None,))[0] is not right:  # every piece of a tensor needs the whole of it
+            values = self._rows(expert, right, 0, right.numel)
+            values = values.view(right.shape).T if change.transposed else values.view(right.shape[0], -1)
+            self._right[expert.name] = right, values
+        _, values = self._right[expert.name]
         if change.transposed:
-            m = left.shape[1]
-            rows = [self._rows(expert, left, k * m + first, k * m + last) for k in range(left.shape[0])]
-            factors = torch.stack(rows).T, self._rows(expert, right, 0, right.numel).view(right.shape).T
+            rank, m = left.shape
+            rows = torch.stack([self._rows(expert, left, k * m + first, k * m + last) for k in range(rank)]).T
         else:
             rank = left.shape[1]
-            factors = (
-                self._rows(expert, left, first * rank, last * rank).view(-1, rank),
-                self._rows(expert, right, 0, right.numel).view(rank, -1),
-            )
-        if factors[0].dtype != factors[1].dtype:
-            return factors[0].double() * change.scale, factors[1].double()
-        return factors[0] * change.scale, factors[1]
+            rows = self._rows(expert, left, first * rank, last * rank).view(-1, rank)
+        if rows.dtype != values.dtype:
+            rows, values = rows.double(), values.double()
+        return rows * change.scale, values
 
     def _rows(self, model: Checkpoint, info: TensorInfo, start: int, stop: int) -> Tensor:
         """A stored tensor's elements from `start` to `stop`, flat, on the device, float32 or (if stored so) float64."""

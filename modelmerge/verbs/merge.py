@@ -24,6 +24,8 @@ from modelmerge.verbs import adapted
 from modelmerge.verbs.inputs import (
     as_references,
     disentangler,
+    downloads,
+    fetch,
     fingerprint,
     input_paths,
     listing,
@@ -47,6 +49,7 @@ class Prepared:
     job: engine.Job
     recorded: Mapping[str, str]  # sha256 by input file that a replay must find again; empty for a new merge
     remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
+    stream: bool = False  # read weights on the Hub over ranges, without storing them
 
     def close(self) -> None:
         """Let go of the inputs."""
@@ -57,17 +60,22 @@ class Prepared:
         made = self.job.plan
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
+        streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
+        hub = downloads(made, companions=size is None, streamed=streamed)
         return {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "passes": engine.passes(self.job),
-            "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": written},
+            "bytes": {
+                "download": hub["download"], "read": engine.bytes_read(self.job), "write": written,
+            },
+            "cache": hub["cache"],
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made)],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
-        }
+        }  # fmt: skip
 
 
 def merge(
@@ -89,6 +97,7 @@ def merge(
     seed: int = 0,
     as_lora: int | float | None = None,
     device: str = "auto",
+    stream: bool = False,
     force: bool = False,
     resume: bool = False,
     reporter: Reporter = SILENT,
@@ -116,6 +125,7 @@ def merge(
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
             this share of its squared norm.
         device: cpu, cuda, cuda:N or auto.
+        stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
         reporter: Is told the progress.
@@ -130,7 +140,8 @@ def merge(
         dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
         max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
-    return execute(prepare(recipe, device=device), Path(out), force=force, resume=resume, reporter=reporter)
+    prepared = prepare(recipe, device=device, stream=stream)
+    return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
 
 def replay(
@@ -138,6 +149,7 @@ def replay(
     out: str | Path,
     *,
     device: str = "auto",
+    stream: bool = False,
     force: bool = False,
     resume: bool = False,
     reporter: Reporter = SILENT,
@@ -148,11 +160,11 @@ def replay(
         RecipeError: The file cannot be read, asks for what there is not, or an input is no longer what it was.
         ModelMergeError: As for `merge`.
     """
-    prepared = prepare_file(Path(file), device=device)
+    prepared = prepare_file(Path(file), device=device, stream=stream)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
 
-def prepare_file(file: Path, *, device: str = "auto") -> Prepared:
+def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> Prepared:
     """Plan the merge that a manifest records or a mergekit YAML describes; nothing is written.
 
     Raises:
@@ -160,9 +172,9 @@ def prepare_file(file: Path, *, device: str = "auto") -> Prepared:
     """
     if file.suffix not in (".yaml", ".yml"):
         recipe, recorded = read_recipe(file)
-        return prepare(recipe, device=device, recorded=recorded)
+        return prepare(recipe, device=device, recorded=recorded, stream=stream)
     translated = mergekit.read(file)
-    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks)
+    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream)
     translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
     return prepared
 
@@ -173,8 +185,9 @@ def prepare(
     device: str = "auto",
     recorded: Mapping[str, str] | None = None,
     remarks: Sequence[str] = (),
+    stream: bool = False,
 ) -> Prepared:
-    """Read the headers of all models and plan the merge; nothing is written.
+    """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -216,11 +229,18 @@ def prepare(
         engine.refuse_too_large(job.source, front, job.disentangled())
     complete = dataclasses.replace(
         recipe,
+        base=_pinned(recipe.base, base),
+        experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
-    return Prepared(complete, job, dict(recorded or {}), remarks)
+    return Prepared(complete, job, dict(recorded or {}), remarks, stream)
+
+
+def _pinned(text: str, model: Checkpoint) -> str:
+    """A reference as the card tells it: as it was written, with the commit where the model is on the Hub."""
+    return text if model.reference.repository is None else f"{model.name}={model.reference.text}"
 
 
 def execute(
@@ -240,16 +260,16 @@ def execute(
     job = prepared.job
     try:
         size = adapted.size_of(prepared.recipe, resume=resume)
-        beside = companions(job.plan.base.directory) if size is None else {}
         layout = job.plan.layout if size is None else Layout((), {}, {})
         check_output(out, input_paths(job.plan), force=force)
         determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
         with Staging(out, layout, force=force, resume=resume, fingerprint=determined_by) as staging:
+            fetch(job.plan, reporter, companions=size is None, stream=prepared.stream)
             small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
             findings = engine.run(job, staging, reporter) if small is None else small.findings
             digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
-            _refuse_changed(prepared.recorded, [item for files in digests for item in files.items()])
-            for name, file in beside.items():
+            _refuse_changed(prepared.recorded, job.plan.models, digests)
+            for name, file in companions(job.plan.base.directory if size is None else None).items():
                 staging.write_file(name, file)
             notes = [*prepared.remarks, *_notes(job, findings), *([adapted.note(small)] if small else [])]
             for note in notes:
@@ -298,9 +318,16 @@ def _normalises(recipe: Recipe) -> bool:
     return any(method.load(name).normalises for name in (recipe.method, recipe.rest) if name != "base")
 
 
-def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str]]) -> None:
+def _refuse_changed(
+    recorded: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
+) -> None:
+    found = [
+        (m.reference.address(f), digest)
+        for m, files in zip(models, digests, strict=True)
+        for f, digest in files.items()
+    ]
     for file, digest in found:
-        if recorded and recorded.get(str(file)) != digest:
+        if recorded and recorded.get(file) != digest:
             raise RecipeError(
                 f"{file}: not the file that the recipe was made with (its sha256 differs)",
                 hint="restore the file, or run the merge anew without --recipe",
@@ -393,11 +420,11 @@ def _manifest(
 ) -> dict[str, Any]:
     job, recipe = prepared.job, prepared.recipe
     tensors = job.plan.tensors.values()
-    # Absolute paths, so that the recipe can be replayed from anywhere.
+    # Absolute paths and commits, so that the recipe can be replayed from anywhere.
     located = dataclasses.replace(
         recipe,
-        base=str(job.plan.base.reference.path),
-        experts=tuple(f"{e.name}={e.reference.path}" for e in job.plan.experts),
+        base=job.plan.base.reference.location,
+        experts=tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts),
     )
     return {
         **stamp(job.source),
