@@ -60,6 +60,8 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
         (["merge", "ties", "BASE", "E0", "--preset", "clip-b32-8", "-o", "out"], 2, "unexpected extra argument"),
         (["merge", "--preset", "nothing"], 2, "there is no preset 'nothing'"),
         (["merge", "--preset", "clip-b32-8", "ties", "-o", "out"], 2, "--preset stands before the method"),
+        (["merge", "--preset", "clip-b32-8", "-o", "out"], 2, "no method is named"),
+        (["merge", "--preset", "clip-b32-8", "--recipe", "x", "-o", "out"], 2, "exclude each other"),
         (["merge", "--preset", "clip-b32-8"], 0, "tanganke/clip-vit-base-patch32_svhn"),
         (["merge", "ties", "BASE", "E0", "-o", "out", "--vary", "scale"], 2, "--vary 'scale' is not"),
         (["merge", "ties", "BASE", "E0", "-o", "out", "--vary", "sclae=1"], 2, "did you mean 'scale'"),

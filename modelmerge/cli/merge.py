@@ -125,6 +125,10 @@ def replay_or_list(
         return
     sink = Sink(chosen_format(form, json, quiet), verbose=verbose)
     if preset:
+        if recipe:
+            raise UsageError("--recipe and --preset exclude each other", hint="a recipe names its models")
+        if output:
+            raise UsageError("no method is named", hint=f"merge METHOD --preset {preset} -o {output}")
         show_preset(presets.load(preset), sink)
         return
     if not recipe:
