@@ -287,9 +287,8 @@ def _refuse_quantised(models: Sequence[Checkpoint]) -> None:
 
 def _quantised_kind(name: str, info: TensorInfo) -> str | None:
     """How weights are quantised that a tensor of this name or dtype belongs to, if they are."""
-    for end, kind in _QUANTISED_ENDS.items():
-        if name.endswith(end):
-            return kind
+    if name.endswith(tuple(_QUANTISED_ENDS)):
+        return next(kind for end, kind in _QUANTISED_ENDS.items() if name.endswith(end))
     if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in ("I8", "U8", "I32"):
         return f"{info.dtype} weights"
     return None

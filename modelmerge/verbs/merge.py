@@ -404,9 +404,11 @@ def _applied(
 
 def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
     """A model as the card tells it."""
+    remote = model.reference.repository
     return card.Model(
-        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory)
-    )
+        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory),
+        repository=remote.name if remote else None, commit=remote.commit if remote else None,
+    )  # fmt: skip
 
 
 def _manifest(
