@@ -125,6 +125,10 @@ def test_a_bare_tower_is_extracted_under_the_bases_names(tmp_path: Path) -> None
     base = write(tmp_path / "base", two_towers())
     expert = write(tmp_path / "sun", inner(expert_state(two_towers(), 0), "vision_model."))
     modelmerge.extract(base, [expert], tmp_path / "vectors")
+    manifest = json.loads((tmp_path / "vectors" / "modelmerge.json").read_bytes())
+    assert manifest["remarks"] == [
+        "'sun': its names are the base's with 'vision_model.' in front: 5 of its 5 tensors are matched so."
+    ]
     assert set(read(tmp_path / "vectors" / "sun")) == {n for n in two_towers() if n.startswith("vision_model.")}
     modelmerge.merge(base, [tmp_path / "vectors" / "sun"], tmp_path / "one", method="average")
     modelmerge.merge(base, [expert], tmp_path / "two", method="average")

@@ -36,6 +36,7 @@ from modelmerge.verbs.inputs import (
     listing,
     open_models,
     record,
+    remarks,
     source_of,
     stamp,
 )
@@ -114,6 +115,8 @@ def extract(
         if dry_run:
             return _plan(opened, None, [*wanted, *(linear if rank is not None else [])], stream=stream)
         check_output(out, input_paths(opened.source.plan), force=force)
+        for remark in remarks(opened.source.plan):
+            reporter.note(remark)
         fetch(opened.source.plan, reporter, companions=False, stream=stream)
         measured = vectors.measure(opened.source, opened.tensors, reporter)
         spectra = vectors.spectra(opened.source, wanted, reporter)
@@ -193,6 +196,8 @@ def disentangle(
         if dry_run:
             return _plan(opened, chosen, [], stream=stream)
         check_output(out, input_paths(opened.source.plan), force=force)
+        for remark in remarks(opened.source.plan):
+            reporter.note(remark)
         refuse_too_large(opened.source, chosen, linear)
         fetch(opened.source.plan, reporter, companions=full_experts, stream=stream)
         front = fit(opened.source, chosen, linear, reporter)
@@ -508,6 +513,7 @@ def _publish(
         "inputs": {"base": base, "experts": [record(m, d) for m, d in zip(models[1:], digests[1:], strict=True)]},
         "include": list(include),
         "exclude": list(exclude),
+        "remarks": remarks(opened.source.plan),
         "report": report,
         "seconds": round(time.monotonic() - started, 3),
         "files": staging.listing(),
