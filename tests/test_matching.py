@@ -17,6 +17,7 @@ from modelmerge.cli import main
 from modelmerge.errors import PlanError
 from modelmerge.plan import Plan, make_plan
 from tests.checkpoints import State, expert_state, read, write
+from tests.hub_server import FakeHub
 from tests.test_pickled import pickled, same
 
 
@@ -251,6 +252,16 @@ def test_tied_tensors_that_all_store_are_merged_as_one(save: Save, tmp_path: Pat
     assert made.tensors[EMBEDDING].twin is None
     assert made.tensors[HEAD].twin == EMBEDDING
     assert planned(base, *experts, exclude=[EMBEDDING]).tensors[HEAD].twin is None
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["fetched", "streamed"])
+def test_ties_of_a_base_on_the_hub_are_found_without_fetching_it(hub: FakeHub, stream: bool, tmp_path: Path) -> None:
+    hub.add("org/base", copies(tmp_path / "base", language_model()))
+    expert = write(tmp_path / "e", language_model(head=None, seed=0))
+    modelmerge.merge("org/base", [expert], tmp_path / "out", method="average", stream=stream)
+    modelmerge.merge(tmp_path / "base", [expert], tmp_path / "want", method="average")
+    assert same(read(tmp_path / "out"), read(tmp_path / "want"))
+    assert torch.equal(read(tmp_path / "out")[HEAD], read(tmp_path / "out")[EMBEDDING])
 
 
 def test_task_vectors_of_tied_models_stay_tied(tmp_path: Path) -> None:
