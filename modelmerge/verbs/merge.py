@@ -176,7 +176,11 @@ def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> P
     translated = mergekit.read(file)
     prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream)
     translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
-    return prepared
+    again = translated.stored_as_mergekit_does(prepared.job.plan)
+    if again is translated:
+        return prepared
+    prepared.close()
+    return prepare(again.recipe, device=device, remarks=again.remarks, stream=stream)
 
 
 def prepare(
