@@ -51,6 +51,16 @@ def test_base_model_names_what_is_on_the_hub_and_nothing_else() -> None:
     assert not {"base_model", "base_model_relation", "library_name"} & set(local)
 
 
+def test_an_adapter_says_that_it_is_one() -> None:
+    text = rendered(model("base", None, "a" * 40), model("x", commit="b" * 40), adapter=True)
+    data = front(text)
+    assert data["base_model"] == ["org/base"]
+    assert data["base_model_relation"] == "adapter"
+    assert data["library_name"] == "peft"
+    assert "lora" in data["tags"]
+    assert "PeftModel.from_pretrained" in text
+
+
 def test_models_with_commits_and_weights() -> None:
     text = rendered(model("base", None, "a" * 40), model("x", 0.5, "b" * 40), model("y|z"))
     assert "|  | model | commit | weight |\n" in text

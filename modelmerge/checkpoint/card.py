@@ -88,6 +88,7 @@ def render(
     has_config: bool,
     versions: Mapping[str, str],
     device: str,
+    adapter: bool = False,
 ) -> str:
     """The card's text.
 
@@ -102,17 +103,18 @@ def render(
         has_config: There is a config.json beside the weights, so that transformers can load them.
         versions: Of the packages that bear on the result.
         device: Where it was computed.
+        adapter: What lies beside the card is a PEFT adapter, not a whole model.
     """
     models = [base, *experts]
     license, license_said = _license(models)
     # Only what is on the Hub: it refuses a card whose base_model names anything else.
-    on_hub = list(dict.fromkeys(model.repository for model in models if model.repository))
+    on_hub = list(dict.fromkeys(model.repository for model in (models[:1] if adapter else models) if model.repository))
     data = ModelCardData(
         base_model=on_hub or None,
-        base_model_relation="merge" if on_hub else None,
-        library_name="transformers" if has_config else None,
+        base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
+        library_name="peft" if adapter else "transformers" if has_config else None,
         pipeline_tag=_text(base.front.get("pipeline_tag")) if has_config else None,
-        tags=["merge", "modelmerge", *(method.name for method in reversed(methods))],
+        tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(method.name for method in reversed(methods))],
     )
     for key, value in license.items():
         data[key] = value
@@ -126,7 +128,8 @@ def render(
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
         f"A merge of {len(experts)} fine-tuned model{'s' * (len(experts) != 1)} onto their base {_link(base)}, made "
-        f"by {names} with modelmerge {versions['modelmerge']}.",
+        f"by {names} with modelmerge {versions['modelmerge']}."
+        + (" It is a PEFT adapter: `PeftModel.from_pretrained(base, DIR)` puts it on the base." if adapter else ""),
         "## Models",
         _models(base, experts),
         license_said,

@@ -385,14 +385,18 @@ def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
         methods.append(_applied(recipe.disentangle, summary, job.front, f"{recipe.disentangle}-"))
     methods.append(_applied(recipe.method, method.summary(recipe.method), job.method))
     defaults = Recipe(method="", base="", experts=())
-    settings = {name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed")}
+    settings = {
+        name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    }
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
         methods=methods,
-        settings={f"--{name}": told for name, told in settings.items() if told != getattr(defaults, name)},
+        settings={
+            f"--{name.replace('_', '-')}": value for name, value in settings.items() if value != getattr(defaults, name)
+        },
         command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
-        versions=versions(), device=str(job.source.device),
+        versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
     )  # fmt: skip
 
 
