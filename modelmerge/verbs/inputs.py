@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from modelmerge import method
 from modelmerge.checkpoint import hub
 from modelmerge.checkpoint.reader import Checkpoint, attach, open_checkpoint
 from modelmerge.checkpoint.reference import parse, parse_experts
-from modelmerge.checkpoint.writer import CARD, is_companion
+from modelmerge.checkpoint.writer import CARD, check_output, finished, is_companion
 from modelmerge.engine import Source, default_workers, find_device
 from modelmerge.errors import PlanError, ReferenceNotFound
 from modelmerge.plan import Plan, TensorPlan
@@ -89,7 +89,10 @@ def fingerprint(plan: Plan, *told: Any) -> str:
         for m in plan.models
         for file, stat in m.files.items()
     ]
-    return hashlib.sha256(json.dumps([told, files, versions()], sort_keys=True, default=str).encode()).hexdigest()
+    names = [model.name for model in plan.models]
+    return hashlib.sha256(
+        json.dumps([told, names, files, versions()], sort_keys=True, default=str).encode()
+    ).hexdigest()
 
 
 def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
@@ -142,6 +145,32 @@ def input_paths(plan: Plan) -> list[Path]:
     local = [model for model in plan.models if model.reference.repository is None]
     paths = [path for model in local for path in (model.reference.path, *model.files)]
     return paths if len(local) == len(plan.models) else [*paths, hub.cache_directory()]
+
+
+def begin(
+    plan: Plan,
+    out: Path,
+    determined_by: str,
+    *,
+    force: bool,
+    resume: bool,
+    ready: Callable[[], object] | None,
+    reporter: Reporter,
+) -> dict[str, Any] | None:
+    """The last checks before the work; with `resume`, the manifest of an output that is complete already.
+
+    `ready` is called once all else is known to be well.
+
+    Raises:
+        OutputError: The output would damage something.
+    """
+    done = finished(out, determined_by) if resume else None
+    check_output(out, input_paths(plan), force=force or done is not None)
+    if ready is not None:
+        ready()
+    if done is not None:
+        reporter.note(f"{out} is complete already")
+    return done
 
 
 def wanted(plan: Plan, *, companions: bool, stream: bool = False) -> list[tuple[hub.Repository, list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,18 +14,18 @@ from typing import Any
 from modelmerge import engine, mergekit, method, plan
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
+from modelmerge.checkpoint.writer import CARD, Staging, companions
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.vary import parse, settle
 from modelmerge.verbs.inputs import (
     as_references,
+    begin,
     disentangler,
     downloads,
     fetch,
     fingerprint,
-    input_paths,
     listing,
     open_models,
     record,
@@ -240,9 +240,12 @@ def execute(
     *,
     force: bool = False,
     resume: bool = False,
+    ready: Callable[[], object] | None = None,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Run a prepared merge into `out`; the manifest. The inputs are closed afterwards.
+
+    `ready` is called once it is known that the work can begin.
 
     Raises:
         ModelMergeError: As for `merge`.
@@ -250,8 +253,10 @@ def execute(
     started = time.monotonic()
     job = prepared.job
     try:
-        check_output(out, input_paths(job.plan), force=force)
         determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
+        done = begin(job.plan, out, determined_by, force=force, resume=resume, ready=ready, reporter=reporter)
+        if done is not None:
+            return done
         with Staging(out, job.plan.layout, force=force, resume=resume, fingerprint=determined_by) as staging:
             fetch(job.plan, reporter, companions=True, stream=prepared.stream)
             findings = engine.run(job, staging, reporter)
@@ -265,6 +270,7 @@ def execute(
             staging.write_file(CARD, _card(prepared, out, notes).encode())
             staging.write_indices()
             manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
+            manifest["fingerprint"] = determined_by
             staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
         return manifest
     finally:
@@ -307,17 +313,16 @@ def _normalises(recipe: Recipe) -> bool:
 def _refuse_changed(
     recorded: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
 ) -> None:
-    found = [
-        (m.reference.address(f), digest)
-        for m, files in zip(models, digests, strict=True)
-        for f, digest in files.items()
-    ]
-    for file, digest in found:
-        if recorded and recorded.get(file) != digest:
-            raise RecipeError(
-                f"{file}: not the file that the recipe was made with (its sha256 differs)",
-                hint="restore the file, or run the merge anew without --recipe",
-            )
+    for model, files in zip(models, digests, strict=True):
+        for file, digest in files.items():
+            address, lies = model.reference.address(file), model.reference.location
+            # Where the recipe was published, by the model's name.
+            known = recorded.get(address, recorded.get(address.replace(lies, model.name)))
+            if recorded and known != digest:
+                raise RecipeError(
+                    f"{file}: not the file that the recipe was made with (its sha256 differs)",
+                    hint="restore the file, or run the merge anew without --recipe",
+                )
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
