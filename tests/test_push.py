@@ -92,10 +92,11 @@ def test_nothing_pushed_tells_of_this_machine(
     given = [local[0], "org/expert", "secret=local/expert_1"]
     assert run(capsys, "merge", "ties", *given, "-o", tmp_path / "out", "--push", "org/merged")[0] == 0
     assert run(capsys, "extract", *given, "-o", tmp_path / "vectors", "--push", "org/vectors")[0] == 0
-    for repo in ("org/merged", "org/vectors"):
+    assert run(capsys, *AS_LORA[:2], *given, *AS_LORA[2:], "-o", tmp_path / "adapter", "--push", "org/adapter")[0] == 0
+    for repo in ("org/merged", "org/vectors", "org/adapter"):
         for name, content in hub.files(repo).items():
-            for word in (str(tmp_path), "local/", "hf-cache", "modelmerge-hub-"):
-                assert word.encode() not in content, (repo, name)
+            for place in (str(tmp_path), "local/", "hf-cache", "modelmerge-hub-"):
+                assert place.encode() not in content, (repo, name)
     manifest = json.loads(hub.files("org/merged")["modelmerge.json"])
     assert manifest["recipe"]["base"] == "base"
     assert manifest["recipe"]["experts"] == [f"expert=org/expert@{sha}", "secret=secret"]
@@ -239,7 +240,10 @@ def test_a_pull_request_needs_no_write_access(
     assert hint == "it has: main"
 
 
-@pytest.mark.parametrize("verb", [["merge", "ties"], ["extract"], ["disentangle", "awd", "--experts"]])
+AS_LORA = ["merge", "average", "--as-lora", "2", "--include", "*_proj.weight"]
+
+
+@pytest.mark.parametrize("verb", [["merge", "ties"], AS_LORA, ["extract"], ["disentangle", "awd", "--experts"]])
 def test_an_upload_that_failed_is_taken_up_without_the_work(
     verb: list[str], hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint import card
+from modelmerge.checkpoint.adapter import CONFIG as ADAPTER
 from modelmerge.checkpoint.push import Pushed, Target, check, parse_target, upload
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.checkpoint.writer import CARD
 from modelmerge.errors import HubError, OutputError
-from modelmerge.recipe import published
+from modelmerge.recipe import local_models, published, renamed
 
 
 def push(
@@ -57,6 +58,8 @@ def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
     instead, whole = {}, _manifest(directory / MANIFEST)
     for file in directory.rglob(MANIFEST):
         instead[file.relative_to(directory).as_posix()] = _text(published(_manifest(file)))
+    if (config := directory / ADAPTER).exists():
+        instead[ADAPTER] = _text(renamed(json.loads(config.read_bytes()), local_models(whole)))  # its base's path
     if (directory / CARD).exists():
         text = (directory / CARD).read_text(encoding="utf-8")
         instead[CARD] = card.published(text, whole, published(whole)).encode()

@@ -119,7 +119,7 @@ def extract(
         done = begin(opened.source.plan, out, by, force=force, resume=resume, ready=ready, reporter=reporter)
         if done is not None:
             return done["report"]
-        fetch(opened.source.plan, reporter, companions=False, stream=stream)
+        fetch(opened.source.plan, reporter, beside="nothing", stream=stream)
         measured = vectors.measure(opened.source, opened.tensors, reporter)
         spectra = vectors.spectra(opened.source, wanted, reporter)
         ranks = _ranks(linear, measured, spectra, rank, energy)
@@ -206,7 +206,7 @@ def disentangle(
         done = begin(opened.source.plan, out, by, force=force, resume=resume, ready=ready, reporter=reporter)
         if done is not None:
             return done["report"]
-        fetch(opened.source.plan, reporter, companions=full_experts, stream=stream)
+        fetch(opened.source.plan, reporter, beside="all" if full_experts else "nothing", stream=stream)
         front = fit(opened.source, chosen, linear, reporter)
         measured = _known_from(front)
         measured |= vectors.measure(opened.source, [t for t in opened.tensors if not t.linear], reporter)
@@ -269,7 +269,7 @@ def _plan(
     def read(streamed: bool) -> int:
         return sum(made.stored_bytes(t, experts=True, streamed=streamed) for t in times)
 
-    hub = downloads(made, companions=False, streamed=read(True) if stream else None)
+    hub = downloads(made, beside="nothing", streamed=read(True) if stream else None)
     write = 4 * len(opened.names) * sum(t.numel for t in opened.tensors)
     write += 4 * sum(t.numel for t in linear) if front else 0
     return {
