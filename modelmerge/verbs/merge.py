@@ -19,7 +19,7 @@ from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
-from modelmerge.vary import parse, settle
+from modelmerge.vary import parse, settle, surveyed
 from modelmerge.verbs import adapted
 from modelmerge.verbs.inputs import (
     as_references,
@@ -219,14 +219,16 @@ def prepare(
     if recipe.rest != "base":
         rest_method = method.load(recipe.rest)
         rest = (rest_method, rest_method.options())
-    settings = settle(
-        [parse(told) for told in recipe.vary], (recipe.method, chosen, options), weights,
-        [expert.name for expert in experts], [t.name for t in (*made.select("merge"), *made.select("rest"))],
-    )  # fmt: skip
+    variations, names = [parse(told) for told in recipe.vary], [expert.name for expert in experts]
+    tensors = [tensor.name for tensor in (*made.select("merge"), *made.select("rest"))]
+    settings = settle(variations, (recipe.method, chosen, options), weights, names, tensors)
     for tensor, setting in settings.items():
         if abs(sum(setting.weights)) < 1e-8 and _normalises(recipe):
             raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
-    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings)
+    job = engine.Job(
+        source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings,
+        surveyed(variations, options, names) if variations else None,
+    )  # fmt: skip
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
