@@ -40,6 +40,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
         (["merge", "ties", "BASE", "E0", "-o", "out", "--density", "much"], 2, "--density"),
         (["merge", "ties", "BASE", "E0", "-o", "out", "--reduce", "max"], 2, "--reduce"),
         (["merge", "ties", "BASE", "E0", "-o", "out", "--weight", "E0"], 2, "--weight"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--on-mismatch", "skip"], 2, "--on-mismatch"),
         (["merge", "ties", "BASE", "E0", "-o", "out", "--weight", "expert_7=1"], 2, "did you mean 'expert_0'"),
         (["merge", "ties", "BASE", "E0", "E0", "-o", "out"], 2, "two experts are called"),
         (["merge", "nearswap", "BASE", "E0", "X=E0", "-o", "out"], 2, "'nearswap' takes one expert, and 2 are named"),
