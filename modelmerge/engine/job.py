@@ -62,6 +62,7 @@ class Job:
         front: What disentangles the task vectors before they are merged, with its options, if anything.
         seed: The seed of random draws.
         settings: By tensor, what the method is told instead where something varies.
+        for_survey: The method's options as its survey is told them, where something varies.
     """
 
     source: Source
@@ -71,6 +72,7 @@ class Job:
     front: tuple[Disentangler, Any] | None
     seed: int = 0
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    for_survey: Any = None
 
     @property
     def plan(self) -> Plan:
@@ -81,13 +83,19 @@ class Job:
     def survey(self) -> Survey | None:
         """The whole-model quantity that the method needs."""
         method, options = self.method
-        return method.survey(options)
+        return method.survey(options if self.for_survey is None else self.for_survey)
 
     @property
     def blockwise(self) -> bool:
-        """Whether the method takes tensors cut into blocks."""
+        """Whether the method takes tensors cut into blocks, anywhere or by rows."""
         method, options = self.method
-        return method.blockwise(options)
+        return method.blockwise(options) or self.by_rows
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the method takes blocks of whole rows only."""
+        method, options = self.method
+        return not method.blockwise(options) and method.by_rows(options)
 
     def surveyed(self) -> list[TensorPlan]:
         """The tensors that count in a whole-model quantity: those the method merges, tied ones once."""
@@ -168,6 +176,7 @@ def peak_memory(job: Job) -> dict[str, int]:
     method, _ = job.method
     workspace = method.workspace(tasks)
     block = min(job.source.block, max((t.numel for t in plan.tensors.values()), default=0))
+    block = max([block, *(t.row for t in merged if job.by_rows)])
     # Bytes per element: task vectors and theta_0; the method's own; a survey's integers; stored bytes in and out.
     per_element = 4 * (tasks + 1) + max(4 * workspace, 24) + 8 + 4
     # A survey's counters: the totals of every worker, and the counters of the block each is at.
