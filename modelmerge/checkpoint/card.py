@@ -183,15 +183,25 @@ def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
         known = {key: value for key, value in told[0].items() if value}
         name = known.get("license_name") or known["license"]
         return known, f"License: {name}, which is that of the base and of every expert."
-    said: dict[str, list[str]] = {}
-    for model, license in zip(models, told, strict=True):
-        said.setdefault(license["license_name"] or license["license"] or "", []).append(model.name)
-    unknown = said.pop("", [])
-    words = [f"{license} for {', '.join(f'`{name}`' for name in names)}" for license, names in said.items()]
-    words += [f"not stated for {', '.join(f'`{name}`' for name in unknown)}"] if unknown and said else []
-    if not said:
+    base, *experts = (license["license_name"] or license["license"] for license in told)
+    names: dict[str | None, list[str]] = {}
+    for model, license in zip(models[1:], experts, strict=True):
+        names.setdefault(license, []).append(f"`{model.name}`")
+    words = [f"{base or 'not stated'} for the base"]
+    for license, which in names.items():
+        words.append(f"{license or 'not stated'} for {'every expert' if len(names) == 1 else ', '.join(which)}")
+    if not base and names.keys() == {None}:
         return {}, "License: none of the models states one here. It is for you to choose, within what theirs allow."
     return {}, f"License: {'; '.join(words)}. It is for you to choose, within what these allow."
+
+
+def published(text: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The card as others may see it: models go by the names that `after` has for what `before`, the manifest, has."""
+    text = text.replace(_wrapped(before["command"]), _wrapped(after["command"]))
+    models = [(told["inputs"]["base"], *told["inputs"]["experts"]) for told in (before, after)]
+    for ours, theirs in zip(*models, strict=True):
+        text = text.replace(_code(ours["reference"]), _code(theirs["reference"]))
+    return text
 
 
 def _models(base: Model, experts: Sequence[Model]) -> str:
@@ -202,7 +212,7 @@ def _models(base: Model, experts: Sequence[Model]) -> str:
         ("model", [_link(model) for model in models]),
     ]
     if any(model.commit for model in models):
-        columns.append(("commit", [_code(model.commit[:12]) if model.commit else "" for model in models]))
+        columns.append(("commit", [_commit(model) for model in models]))
     if len({expert.weight for expert in experts}) > 1 or experts[0].weight != 1.0:
         columns.append(("weight", ["" if model.weight is None else f"{model.weight:g}" for model in models]))
     return _table([name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
@@ -212,6 +222,12 @@ def _link(model: Model) -> str:
     if model.repository is None:
         return _code(model.reference)
     return f"[{model.repository}](https://huggingface.co/{model.repository})"
+
+
+def _commit(model: Model) -> str:
+    if model.commit is None:
+        return ""
+    return f"[{_code(model.commit[:12])}](https://huggingface.co/{model.repository}/tree/{model.commit})"
 
 
 def _wrapped(command: str) -> str:
