@@ -87,6 +87,8 @@ def test_has_a_help_line_and_a_paper(name: str) -> None:
     assert method.summary(name).endswith(".")
     assert 10 < len(method.summary(name)) < 120
     assert method.load(name).paper.startswith("https://")
+    if method.load(name).paper.startswith(("https://arxiv.org", "https://doi.org")):
+        assert method.load(name).citation is not None, "the model card cites it"
 
 
 @pytest.mark.parametrize("name", NAMES)

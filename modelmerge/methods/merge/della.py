@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _random, _signs
 
 if TYPE_CHECKING:
@@ -101,6 +101,11 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2406.11617",
+    citation=Citation(
+        "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
+        "Pala Tej Deep and others",
+        "arXiv 2024",
+    ),
     blockwise=lambda options: False,
     workspace=lambda tasks: 9.0,
 )
