@@ -128,11 +128,7 @@ def command(name: str) -> Callable[..., None]:
             typer.Option("--experts", help="Also write base + disentangled task vector, as checkpoints.",
                          rich_help_panel=opt.SHARED_PANEL),
         ] = False,
-        published: Annotated[
-            bool,
-            typer.Option("--published", help="The published algorithm, where the defaults differ; other options win.",
-                         rich_help_panel=opt.METHOD_PANEL),
-        ] = False,
+        published: opt.Published = False,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
         max_shard_size: opt.ShardSize = "5GB",
@@ -152,12 +148,7 @@ def command(name: str) -> Callable[..., None]:
         form = chosen_format(values["form"], values["json"], values["quiet"])
         sink = Sink(form, verbose=values["verbose"])
         out = Path(values["output"]).expanduser()
-        options = {spec: values[spec] for spec in method.option_types(chosen.options)}
-        if values["published"]:
-            given = [
-                spec for spec in options if getattr(context.get_parameter_source(spec), "name", "") == "COMMANDLINE"
-            ]
-            options |= {spec: value for spec, value in chosen.published.items() if spec not in given}
+        options = opt.chosen(chosen, values, context)
         with Bars(sink) as bars:
             report = disentangle(
                 values["base"], values["experts"], out, method=name, full_experts=values["experts_too"],

@@ -48,18 +48,26 @@ def left_singular_vectors_of_product(left: Tensor, right: Tensor, rank: int) -> 
     return q @ u[:, : min(rank, found)]
 
 
-def shared_subspace(taus: Sequence[Tensor], task_rank: int, shared_rank: int) -> Tensor:
+def shared_subspace(
+    taus: Sequence[Tensor],
+    task_rank: int,
+    shared_rank: int,
+    factors: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+) -> Tensor:
     """Basis of the directions the tasks share, float64 [m, k] with k <= shared_rank, orthonormal.
 
     The first `task_rank` left singular vectors of each task vector [m, n], side by side; of that [m, T * task_rank],
-    the first `shared_rank` left singular vectors (Wei et al., arXiv 2501.01230, and their code).
+    the first `shared_rank` left singular vectors (Wei et al., arXiv 2501.01230, and their code). A task vector whose
+    `factors` are known is decomposed through them, and gives no more directions than it has.
     """
-    m = taus[0].shape[0]
-    shared_rank = min(shared_rank, m, task_rank * len(taus))
-    if shared_rank == 0:
-        return taus[0].new_zeros((m, 0), dtype=torch.float64)
-    bases = torch.cat([left_singular_vectors(tau, task_rank) for tau in taus], dim=1)
-    return left_singular_vectors(bases, shared_rank)
+    if min(task_rank, shared_rank) == 0:
+        return taus[0].new_zeros((taus[0].shape[0], 0), dtype=torch.float64)
+    bases = [
+        left_singular_vectors_of_product(*known, task_rank) if known else left_singular_vectors(tau, task_rank)
+        for tau, known in zip(taus, factors or [None] * len(taus), strict=True)
+    ]
+    beside = torch.cat(bases, dim=1)
+    return left_singular_vectors(beside, min(shared_rank, *beside.shape))
 
 
 def singular_values(x: Tensor) -> Tensor:

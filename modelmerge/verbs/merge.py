@@ -75,7 +75,7 @@ def merge(
     disentangle: str | None = None,
     disentangle_options: Mapping[str, Any] | None = None,
     vary: Sequence[str] = (),
-    rest: str = "base",
+    rest: str | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -98,7 +98,8 @@ def merge(
         disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
         disentangle_options: Its options.
         vary: Numbers that differ between experts, tensors or layers, `[EXPERT:]OPTION=V[,V...][@GLOB]` each.
-        rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic.
+        rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
+            the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
@@ -177,16 +178,19 @@ def prepare(
             f"'{recipe.method}' takes {many}, and {len(recipe.experts)} are named",
             hint="`modelmerge merge` lists the methods that take any number",
         )
+    if recipe.rest is None and chosen.matrices:
+        recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
+    left = recipe.rest or "base"
     base, experts = open_models(recipe.base, recipe.experts)
     weights = _weights(recipe, [expert.name for expert in experts])
     made = plan.make_plan(
-        base, experts, matrices=chosen.matrices, rest=recipe.rest,
+        base, experts, matrices=chosen.matrices, rest=left,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
     )  # fmt: skip
     rest = None
-    if recipe.rest != "base":
-        rest_method = method.load(recipe.rest)
+    if left != "base":
+        rest_method = method.load(left)
         rest = (rest_method, rest_method.options())
     settings = settle(
         [parse(told) for told in recipe.vary], (recipe.method, chosen, options), weights,
@@ -247,7 +251,10 @@ def execute(
 
 
 def _check_choices(recipe: Recipe) -> None:
-    for flag, value, choices in (("--rest", recipe.rest, RESTS), ("--dtype", recipe.dtype or DTYPES[0], DTYPES)):
+    for flag, value, choices in (
+        ("--rest", recipe.rest or RESTS[0], RESTS),
+        ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
+    ):
         if value not in choices:
             near = get_close_matches(value, choices, n=1)
             raise UsageError(

@@ -71,6 +71,7 @@ METHOD = Method(
     apply=apply,
     paper="https://arxiv.org/abs/2502.04959",
     matrices=True,
+    rest=lambda options: "average",
     blockwise=lambda options: False,
     workspace=lambda tasks: 25.0,
 )

@@ -50,6 +50,7 @@ METHOD = Method(
     apply=apply,
     paper="https://arxiv.org/abs/2410.19735",
     matrices=True,
+    rest=lambda options: "average",
     blockwise=lambda options: False,
     workspace=lambda tasks: 8.0 * tasks + 16.0,
 )

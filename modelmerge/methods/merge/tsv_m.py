@@ -52,6 +52,7 @@ METHOD = Method(
     apply=apply,
     paper="https://arxiv.org/abs/2412.00081",
     matrices=True,
+    rest=lambda options: "average",
     blockwise=lambda options: False,
     workspace=lambda tasks: 22.0,
 )

@@ -129,6 +129,7 @@ METHOD = Method(
     apply=apply,
     paper="https://arxiv.org/abs/2503.08099",
     matrices=True,
+    rest=lambda options: "average",
     blockwise=lambda options: False,
     workspace=lambda tasks: 12.0,
     squares=3.0,
