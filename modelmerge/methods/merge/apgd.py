@@ -200,7 +200,9 @@ def task_basis(taus: Tensor, options: Options, factors: Sequence[tuple[Tensor, T
     shared_rank = options.shared_rank
     if shared_rank is None:
         shared_rank = smaller // (6 if options.lambda_mode == "paper" else 12)
-    return _linalg.shared_subspace(list(taus), task_rank, shared_rank, factors).float()
+    # What is faithful to the paper is so to its singular vectors too.
+    approximate = options.lambda_mode != "paper"
+    return _linalg.shared_subspace(list(taus), task_rank, shared_rank, factors, approximate=approximate).float()
 
 
 def capped(merged: Tensor, norms: list[float], cap: float, context: Context) -> Tensor:
