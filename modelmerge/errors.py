@@ -3,6 +3,7 @@
 ModelMergeError            one line that names the file, tensor or option; a hint that says what to do
 ├── UsageError             an option or argument is wrong (exit code 2)
 ├── ReferenceNotFound      a name leads to no checkpoint, or to a kind that cannot be read
+├── HubError               the Hugging Face Hub refuses, or cannot be reached
 ├── CheckpointError        a file is malformed, truncated or holds values that cannot be merged
 ├── PlanError              base and experts disagree: all disagreements, in one error
 ├── DeviceError            the device that was named is not there
@@ -12,6 +13,11 @@ ModelMergeError            one line that names the file, tensor or option; a hin
 
 from __future__ import annotations
 
+import re
+
+OUTLINES = "modelmerge-hub-"  # how the temporary directories begin in which repositories of the Hub are shown
+_OUTLINE = re.compile(rf"\S*/{OUTLINES}[^/]+/")
+
 
 class ModelMergeError(Exception):
     """An error with a sentence for the user and, where there is one, a hint that says what to do."""
@@ -19,6 +25,7 @@ class ModelMergeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = _OUTLINE.sub("hf://", message)  # what is shown there is told by the name it has for everybody
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -32,6 +39,10 @@ class UsageError(ModelMergeError):
 
 class ReferenceNotFound(ModelMergeError):
     """A reference that leads to no checkpoint, or to a kind that cannot be read."""
+
+
+class HubError(ModelMergeError):
+    """The Hugging Face Hub refuses, or cannot be reached."""
 
 
 class CheckpointError(ModelMergeError):

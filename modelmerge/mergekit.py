@@ -1,10 +1,20 @@
 """mergekit's YAML configurations as recipes: what a key means there, and which option it is here.
 
 `METHODS` is the whole of the mapping: a method that both have is one row. A key that cannot be honoured is never
-skipped: one error names all of them with their places in the file. Where the result of a run is known to differ from
-mergekit's, for mergekit's is rounded more often or drawn at random, a remark goes into the output's notes.
+skipped: one error names all of them with their places in the file.
 
-Checked against runs of mergekit 0.1.5 (`tests/test_mergekit.py`).
+The result is mergekit's, to rounding in float32, with exceptions where its number depends on storage or on chance:
+
+- `dtype: bfloat16` or `float16` makes it round every model before it subtracts, and compute in that dtype: half of a
+  small task vector can be rounding. (Earlier versions cast the experts to the base's dtype whatever was said.) Here
+  the arithmetic is float32 on the models as they are stored, and the result is rounded once.
+- Without `dtype` it stores the widest dtype among the models, tensor by tensor; here it is the base's.
+- Entries whose task vectors cancel exactly go to the positive side there; here they stay at the base, as in the paper.
+- Of entries that are equal in size at a threshold, common in 16 bits, it keeps some and drops others to make the count;
+  here all are kept.
+- Where entries are dropped at random the draws are other ones.
+
+Checked against runs of mergekit 0.1.5 (`tests/mergekit_runs.py` makes them, `tests/test_mergekit.py` compares).
 """
 
 from __future__ import annotations
@@ -73,6 +83,15 @@ _DENSITY = Parameter("density", "density", 1.0, per_model=True)
 _LAMBDA = Parameter("lambda", "scale", 1.0)
 _INT8_MASK = Parameter("int8_mask", None, False)
 _MEANS: Mapping[Any, Any] = {True: "mean", False: "sum"}
+_GAMMA = Parameter("gamma", "gamma", 0.01, per_model=True)
+_EPSILON = Parameter("epsilon", "epsilon", 0.15, per_model=True)
+_SUM_ONLY = Parameter("normalize", None, False, only=False)
+_RESCALED = Parameter("rescale", None, True, only=True)
+_AS_IT_IS = Parameter("rescale", None, False, only=False)
+_DRAWN = (
+    "mergekit draws other entries, others in every process; it scales what is kept of a tensor to the L1 norm it had, "
+    "and here every entry is divided by its chance to be kept."
+)
 
 
 def _normalize(default: bool) -> Parameter:
@@ -88,9 +107,52 @@ METHODS: Mapping[str, Row] = {
     "task_arithmetic": Row("task-arithmetic", (_WEIGHT, _LAMBDA, _normalize(False), _INT8_MASK)),
     "ties": Row(
         "ties",
-        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _INT8_MASK, Parameter("rescale", None, False, only=False)),
+        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _INT8_MASK, _AS_IT_IS),
         fixed={"trim_scope": "tensor"},
     ),
+    "dare_linear": Row(
+        "dare", (_WEIGHT, _DENSITY, _LAMBDA, _SUM_ONLY, _INT8_MASK, _RESCALED), {"consensus": "linear"}, remark=_DRAWN
+    ),
+    "dare_ties": Row(
+        "dare",
+        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(False), _INT8_MASK, _RESCALED),
+        {"consensus": "ties"},
+        remark=_DRAWN,
+    ),
+    "della": Row(
+        "della",
+        (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _normalize(True), _INT8_MASK, _RESCALED),
+        {"consensus": "ties"},
+        remark=_DRAWN,
+    ),
+    "della_linear": Row(
+        "della",
+        (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _SUM_ONLY, _INT8_MASK, _RESCALED),
+        {"consensus": "linear"},
+        remark=_DRAWN,
+    ),
+    "breadcrumbs": Row(
+        "breadcrumbs",
+        (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM_ONLY, _INT8_MASK, _AS_IT_IS),
+        {"consensus": "linear", "scope": "tensor"},
+    ),
+    "breadcrumbs_ties": Row(
+        "breadcrumbs",
+        (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM_ONLY, _INT8_MASK, _AS_IT_IS),
+        {"consensus": "ties", "scope": "tensor"},
+    ),
+    "sce": Row("sce", (Parameter("select_topk", "density", 1.0), _INT8_MASK), {"scale": 1.0}),
+    "model_stock": Row(
+        "model-stock", (Parameter("filter_wise", "scope", False, words={True: "row", False: "tensor"}),)
+    ),
+    "slerp": Row("slerp", (Parameter("t", "t", REQUIRED),), {"points": "weights"}),
+    "karcher": Row(
+        "karcher",
+        (Parameter("max_iter", None, 10.0), Parameter("tol", None, 1e-5)),
+        {"points": "weights"},
+        inputs="members",
+    ),
+    "nearswap": Row("nearswap", (Parameter("t", "t", REQUIRED),)),
 }
 
 # Every parameter of any method there: those of another method have no effect, which is worth a remark; any other is
@@ -299,6 +361,8 @@ class _Translation:
         """The reference; an adapter on the base (`base+adapter`) is the adapter."""
         if isinstance(given, dict) and set(given) == {"model"}:
             given = given["model"]
+        if isinstance(given, dict) and set(given) == {"model", "lora"}:
+            given = f"{given['model']}+{given['lora']}"
         if isinstance(given, dict) and "path" in given and set(given) <= {"path", "revision"}:
             given = f"{given['path']}@{given['revision']}" if given.get("revision") else given["path"]
         if not isinstance(given, str) or not given:

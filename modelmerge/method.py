@@ -91,6 +91,25 @@ class Survey:
     reads: Callable[[int], float]
 
 
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A paper: its title, the authors as BibTeX has them ("First Last and others"), where and when ("ICML 2025")."""
+
+    title: str
+    authors: str
+    published: str
+
+    def bibtex(self, url: str) -> str:
+        """The entry for a bibliography."""
+        surname, year = self.authors.partition(" and ")[0].split()[-1].lower(), self.published.split()[-1]
+        fields = {
+            "title": f"{{{self.title}}}", "author": self.authors, "howpublished": self.published, "year": year,
+            "url": url,
+        }  # fmt: skip
+        lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+        return f"@misc{{{surname}{year},\n{lines}\n}}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """How task vectors become one.
@@ -99,9 +118,11 @@ class Method:
         options: The method's frozen dataclass of options.
         apply: `(taus [T, *shape], options, context) -> [*shape]`: the merged task vector. Must not write to `taus`.
         paper: Link to the source.
+        citation: The paper, where there is one.
         matrices: It takes the weights of linear layers only; what happens to the rest is `--rest`.
         rest: Given the options, what happens to the rest where `--rest` does not say: base, average, task-arithmetic.
         most_experts: The most experts it takes, where that is part of its definition.
+        normalises: It divides by the sum of the weights, which then must not be zero.
         wants_base: It looks at `context.base`.
         blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
             as blocks [T, n]. Otherwise a tensor comes whole.
@@ -114,9 +135,11 @@ class Method:
     options: type
     apply: Callable[[Tensor, Any, Context], Tensor]
     paper: str
+    citation: Citation | None = None
     matrices: bool = False
     rest: Callable[[Any], str] = lambda options: "base"
     most_experts: int | None = None
+    normalises: bool = False
     wants_base: bool = False
     blockwise: Callable[[Any], bool] = lambda options: True
     survey: Callable[[Any], Survey | None] = lambda options: None
@@ -153,6 +176,7 @@ class Disentangler:
             over the groups.
         descend: `([T, G, n], options, watch) -> Solution`, on the vectors themselves.
         paper: Link to the source.
+        citation: The paper.
         published: The options that make it the published algorithm, where the defaults differ.
     """
 
@@ -161,6 +185,7 @@ class Disentangler:
     solve: Callable[[Tensor, Any, Watch | None], Solution]
     descend: Callable[[Tensor, Any, Watch | None], Solution]
     paper: str
+    citation: Citation
     published: Mapping[str, Any]
 
 

@@ -8,18 +8,26 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
+from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
 from modelmerge.checkpoint.layout import Layout, lay_out
+from modelmerge.checkpoint.matching import is_vocabulary, match, twins
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError
 
 Action = Literal["merge", "rest", "copy"]
 
-# Tensors that hold state, not weights, in the names frameworks give them: a difference of theirs means nothing.
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
+# Ends of the names of what quantised weights consist of.
+_QUANTISED_ENDS = {
+    ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".g_idx": "GPTQ",
+    ".weight.absmax": "bitsandbytes, 4 bits", ".weight.quant_map": "bitsandbytes, 4 bits",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes, 4 bits", ".quant_state.bitsandbytes__fp4": "bitsandbytes, 4 bits",
+    ".SCB": "bitsandbytes, 8 bits", ".weight_format": "bitsandbytes, 8 bits",
+    ".weight_scale": "fp8 or int8", ".weight_scale_inv": "fp8", ".weight_scale_2": "fp4", ".weight_packed": "packed",
+    ".W_q": "HQQ", "_proj_blocks": "MXFP4",
+}  # fmt: skip
 # Two-dimensional weights that are look-up tables or output heads, not linear layers, by the names the field uses.
 _NOT_LINEAR = (
     "*embed*", "*wte.weight", "*wpe.weight", "shared.weight", "*.shared.weight", "*relative_attention_bias*",
@@ -39,11 +47,23 @@ class TensorPlan:
     reason: str
     linear: bool  # the weight of a linear layer
     checked: bool = True  # refuse NaN and Inf
+    rows: int | None = None  # so many all models have; the base's others are kept. None: all have the base's
+    twin: str | None = None  # the tensor before it that it is tied to, in every model
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether its shape differs among the models, which `--on-mismatch` allowed."""
+        return self.rows is not None or self.reason.startswith(_SHAPE)
+
+    @property
+    def common(self) -> int:
+        """Number of elements that all models have; they are its first."""
+        return self.numel if self.rows is None else self.rows * math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +94,10 @@ class Plan:
         """The tensors with that action, in the order of the output's bytes."""
         return [tensor for tensor in self.in_order() if tensor.action == action]
 
-    def stored_bytes(self, tensor: TensorPlan, *, experts: bool) -> int:
-        """Bytes of a tensor in the base and, with `experts`, in every expert."""
+    def stored_bytes(self, tensor: TensorPlan, *, experts: bool, streamed: bool = False) -> int:
+        """Bytes of a tensor in the base and, with `experts`, in every expert; or only in models that are streamed."""
         models = self.models if experts else self.models[:1]
-        return sum(model.stored_bytes(tensor.name) for model in models)
+        return sum(model.stored_bytes(tensor.name) for model in models if model.streamed or not streamed)
 
     @property
     def bytes_written(self) -> int:
@@ -95,6 +115,7 @@ def make_plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_shard_size: int = 5_000_000_000,
+    on_mismatch: str = "error",
 ) -> Plan:
     """The plan for merging `experts` onto `base`.
 
@@ -108,31 +129,38 @@ def make_plan(
             by name (embeddings, output heads).
         exclude: Globs of tensor names to copy from the base, whatever the experts hold.
         max_shard_size: Largest output shard, in bytes.
+        on_mismatch: What becomes of tensors whose shapes differ: `error`; `copy` takes the base's; `common-rows`
+            merges the first rows of embeddings and heads, as many as all have, and keeps the base's others.
 
     Raises:
         PlanError: The models disagree, or there is nothing to merge.
         UsageError: A glob matches no tensor.
     """
     _refuse_quantised((base, *experts))
-    _refuse_idle_globs(base, include, exclude)
-    tensors, complaints = {}, []
+    experts, complaints = _matched(base, experts, include, exclude)
+    _refuse_idle_globs(base, experts, include, exclude)
+    tensors = {}
     for name, info in base.tensors.items():
         linear = is_linear(info, include)
         try:
-            action, reason = _decide(info, experts, matrices, matrices and not linear, rest, include, exclude)
+            rows = _common_rows(info, experts) if on_mismatch == "common-rows" else None
+            left = matrices and not linear
+            action, reason = _decide(info, experts, matrices, left, rest, include, exclude, on_mismatch, rows)
         except PlanError as complaint:
             complaints.append(complaint.message)
             continue
         floating = info.dtype in MERGEABLE_DTYPES
         out_dtype = dtype if dtype and floating else info.dtype
         checked = floating and reason != _EXCLUDED
-        tensors[name] = TensorPlan(name, info.shape, info.dtype, out_dtype, action, reason, linear, checked)
+        tensors[name] = TensorPlan(
+            name, info.shape, info.dtype, out_dtype, action, reason, linear, checked,
+            rows=rows if action != "copy" else None,
+        )  # fmt: skip
     if complaints:
-        raise PlanError(
-            f"the models disagree on {len(complaints)} tensor{'s' * (len(complaints) > 1)}:\n  "
-            + "\n  ".join(complaints),
-            hint="--exclude GLOB copies a tensor from the base",
-        )
+        raise _disagreement(complaints)
+    for name, twin in twins(base, experts).items():
+        if tensors[name].action == tensors[twin].action != "copy":
+            tensors[name] = replace(tensors[name], twin=twin)
     if not any(tensor.action != "copy" for tensor in tensors.values()):
         raise _nothing_to_merge(base, experts, tensors)
     expert_only: dict[str, tuple[str, ...]] = {}
@@ -143,7 +171,19 @@ def make_plan(
     return Plan(base, tuple(experts), tensors, dict(sorted(expert_only.items())), lay_out(entries, max_shard_size))
 
 
+def _disagreement(complaints: Sequence[str]) -> PlanError:
+    hint = "--exclude GLOB copies a tensor from the base"
+    if any(f": {_SHAPE}" in complaint for complaint in complaints):
+        hint += f"; where shapes differ, so does --on-mismatch {ON_MISMATCH[1]}, and there is {ON_MISMATCH[2]}"
+    return PlanError(
+        f"the models disagree on {len(complaints)} tensor{'s' * (len(complaints) > 1)}:\n  " + "\n  ".join(complaints),
+        hint=hint,
+    )
+
+
+ON_MISMATCH = ("error", "copy", "common-rows")
 _EXCLUDED = "excluded"
+_SHAPE = "shape "  # begins whatever is said of shapes that differ
 
 
 def _decide(
@@ -154,8 +194,12 @@ def _decide(
     rest: str,
     include: Sequence[str],
     exclude: Sequence[str],
+    on_mismatch: str,
+    rows: int | None,
 ) -> tuple[Action, str]:
-    """What happens to a tensor of the base, and why; `left`: the method leaves a tensor like this to the rest.
+    """What happens to a tensor of the base, and why.
+
+    `left`: the method leaves a tensor like this to the rest. `rows`: so many are merged, for not all models have more.
 
     Raises:
         PlanError: The experts disagree with the base or with one another.
@@ -169,13 +213,17 @@ def _decide(
         return "copy", "only in the base"
     if info.dtype not in MERGEABLE_DTYPES and info.dtype not in QUANTISED_DTYPES:
         return "copy", f"{info.dtype}, not floating"
-    if info.name.rpartition(".")[2] in _BUFFERS:
+    if info.name.rpartition(".")[2] in BUFFERS:
         return "copy", "a buffer, not a weight"
-    _refuse_disagreement(info, experts, have)
+    shapes = _other_shapes(info, have)
+    if shapes and on_mismatch == "copy" and len(have) == len(experts):
+        return "copy", f"{_SHAPE}{list(info.shape)} in the base, but {shapes}"
+    _refuse_disagreement(info, experts, have, shapes if rows is None else "")
+    few = f": the first {rows} rows, and the base's others" if rows is not None else ""
     if not left:
-        return "merge", "the weight of a linear layer" if matrices else "shared by all"
+        return "merge", ("the weight of a linear layer" if matrices else "shared by all") + few
     reason = "not the weight of a linear layer"
-    return ("copy", reason) if rest == "base" else ("rest", f"{reason}: {rest}")
+    return ("copy", reason) if rest == "base" else ("rest", f"{reason}: {rest}{few}")
 
 
 def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
@@ -188,17 +236,30 @@ def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
     return bool(include) or not _matches(info.name.lower(), _NOT_LINEAR)
 
 
-def _refuse_disagreement(info: TensorInfo, experts: Sequence[Checkpoint], have: Sequence[Checkpoint]) -> None:
+def _other_shapes(info: TensorInfo, have: Sequence[Checkpoint]) -> str:
+    """The experts whose tensor has another shape than the base's, in words; empty where there are none."""
+    held = [(e.name, e.tensors[info.name].shape) for e in have if info.name in e.tensors]
+    return ", ".join(f"{list(shape)} in {name}" for name, shape in held if shape != info.shape)
+
+
+def _common_rows(info: TensorInfo, experts: Sequence[Checkpoint]) -> int | None:
+    """How many rows all models have of a table or head that differs in nothing else; None where that is not so."""
+    shapes = {expert.tensors[info.name].shape for expert in experts if info.name in expert.tensors} | {info.shape}
+    if len(shapes) == 1 or len({(len(shape), shape[1:]) for shape in shapes}) > 1 or not is_vocabulary(info.name):
+        return None
+    return min(shape[0] for shape in shapes) or None
+
+
+def _refuse_disagreement(
+    info: TensorInfo, experts: Sequence[Checkpoint], have: Sequence[Checkpoint], shapes: str
+) -> None:
     lacking = [expert.name for expert in experts if expert not in have]
     if lacking:
         holders = ", ".join(expert.name for expert in have)
         raise PlanError(f"'{info.name}': in {holders}, but missing in {', '.join(lacking)}")
-    held = [(e.name, e.tensors[info.name]) for e in have if info.name in e.tensors]
-    shapes = [(name, theirs.shape) for name, theirs in held if theirs.shape != info.shape]
     if shapes:
-        told = ", ".join(f"{list(shape)} in {name}" for name, shape in shapes)
-        raise PlanError(f"'{info.name}': shape {list(info.shape)} in the base, but {told}")
-    kinds = [(name, theirs.dtype) for name, theirs in held]
+        raise PlanError(f"'{info.name}': {_SHAPE}{list(info.shape)} in the base, but {shapes}")
+    kinds = [(e.name, e.tensors[info.name].dtype) for e in have if info.name in e.tensors]
     odd = [f"{dtype} in {name}" for name, dtype in [("the base", info.dtype), *kinds] if dtype not in MERGEABLE_DTYPES]
     if odd:
         raise PlanError(
@@ -215,12 +276,46 @@ def _refuse_quantised(models: Sequence[Checkpoint]) -> None:
                 f"{model.reference.text}: its weights are quantised ({method}, says its config.json)",
                 hint="use the unquantised weights",
             )
+        for name, info in model.tensors.items():
+            kind = _quantised_kind(name, info)
+            if kind:
+                raise PlanError(
+                    f"{model.reference.text}: its weights are quantised ({kind}, by its tensor '{name}')",
+                    hint="use the unquantised weights",
+                )
 
 
-def _refuse_idle_globs(base: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> None:
-    for flag, globs in (("--include", include), ("--exclude", exclude)):
+def _quantised_kind(name: str, info: TensorInfo) -> str | None:
+    """How weights are quantised that a tensor of this name or dtype belongs to, if they are."""
+    if name.endswith(tuple(_QUANTISED_ENDS)):
+        return next(kind for end, kind in _QUANTISED_ENDS.items() if name.endswith(end))
+    if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in ("I8", "U8", "I32"):
+        return f"{info.dtype} weights"
+    return None
+
+
+def _matched(
+    base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
+) -> tuple[list[Checkpoint], list[str]]:
+    """The experts by the base's names, and what about that is not sure."""
+    found, complaints = [], []
+    for expert in experts:
+        matched, unsure = match(
+            base, expert, lambda name: not _matches(name, exclude) and (not include or _matches(name, include))
+        )
+        found.append(matched)
+        complaints += unsure
+    return found, complaints
+
+
+def _refuse_idle_globs(
+    base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    # What experts alone have can be excluded: then they may have it.
+    excludable = base.tensors.keys() | {name for expert in experts for name in expert.tensors}
+    for flag, globs, names in (("--include", include, base.tensors.keys()), ("--exclude", exclude, excludable)):
         for glob in globs:
-            if not any(fnmatch.fnmatchcase(name, glob) for name in base.tensors):
+            if not any(fnmatch.fnmatchcase(name, glob) for name in names):
                 some = ", ".join(list(base.tensors)[:3])
                 raise UsageError(f"{flag} '{glob}' matches no tensor of the base", hint=f"its names are like: {some}")
 

@@ -1,10 +1,26 @@
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import family
+from tests.hub_server import FakeHub
+
+# The client reads its settings when it is imported: before that, it is pointed at a Hub of our own and away from the
+# user's token and cache. Xet, the Hub's protocol for large files, is off: the server here speaks HTTP and LFS.
+_HUB = FakeHub()
+_HOME = tempfile.mkdtemp(prefix="modelmerge-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+    del os.environ[_name]
+os.environ |= {"HF_ENDPOINT": _HUB.endpoint, "HF_HOME": _HOME, "HF_HUB_DISABLE_XET": "1"}
+
+from tests.checkpoints import family  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +33,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def models(tmp_path: Path) -> list[Path]:
     """A float32 base and three experts: [base, expert_0, expert_1, expert_2]."""
     return family(tmp_path / "models")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """An empty Hub that the real client talks to, here and in processes started from here, with an empty cache."""
+    from huggingface_hub import constants
+
+    assert _HUB.endpoint == constants.ENDPOINT, "the client was imported before it was pointed here"
+    _HUB.clear()
+    cache = tmp_path / "hf-cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    yield _HUB
+    _HUB.clear()

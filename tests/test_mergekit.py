@@ -169,10 +169,11 @@ def test_the_command_and_the_manifest_repeat_the_merge(beside_models: Path) -> N
 
 
 def test_names_and_references_of_models(tmp_path: Path) -> None:
-    text = TIES.replace("models/math", "org/a.b@v1").replace("models/code", "models/base+hub/a.b")
-    (tmp_path / "c.yml").write_text(text)
-    recipe = mergekit.read(tmp_path / "c.yml").recipe
-    assert recipe.experts == ("a.b=org/a.b@v1", "a.b-2=hub/a.b")
+    text = TIES.replace("models/math", "{model: {path: org/a.b, revision: v1}}")
+    for adapter in ("models/base+hub/a.b", "{model: models/base, lora: hub/a.b}"):
+        (tmp_path / "c.yml").write_text(text.replace("models/code", adapter))
+        recipe = mergekit.read(tmp_path / "c.yml").recipe
+        assert recipe.experts == ("a.b=org/a.b@v1", "a.b-2=hub/a.b")
 
 
 @pytest.mark.parametrize("name", mergekit.METHODS)

@@ -188,7 +188,8 @@ def test_in_front_of_a_merge_is_the_two_commands_in_turn(
         assert same_bits(read(tmp_path / f"one-{name}"), read(tmp_path / f"two-{name}")), name
         plain = tmp_path / f"plain-{name}"
         modelmerge.merge(models[0], models[1:], plain, method=name, **more)
-        assert not same_bits(read(plain), read(tmp_path / f"one-{name}"))
+        # Experts made of noise are orthogonal or worse: model-stock may keep the base either way.
+        assert name == "model-stock" or not same_bits(read(plain), read(tmp_path / f"one-{name}"))
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor", "model"])
@@ -397,5 +398,5 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, capsys: pytest.
     assert "did you mean 'awd'" in capsys.readouterr().err
     assert main([*merge, "--disentangle", "awd", "--awd-alpha", "0.5", "--awd-granularity", "model"]) == 0
     assert capsys.readouterr().out.startswith("merged 3 experts with awd + task-arithmetic")
-    card = (tmp_path / "m" / "README.md").read_text()
+    card = (tmp_path / "m" / "README.md").read_text().replace(" \\\n ", "")
     assert "--disentangle awd --awd-alpha 0.5" in card

@@ -2,63 +2,254 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modelmerge.checkpoint.writer import CARD
+
+_FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s", re.DOTALL)
+_LICENSE = ("license", "license_name", "license_link")
+_WIDTH = 90  # characters of a line of shell that a page shows without scrolling
+_START, _END = "<!-- evaluation: written by modelmerge -->", "<!-- end of evaluation -->"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """The base or an expert, as the card tells it.
+
+    `repository` and `commit` are those of a model on the Hub; `weight` is None for the base; `front` is the front
+    matter of the model's own card, empty if it has none.
+    """
+
+    name: str
+    reference: str
+    weight: float | None = None
+    repository: str | None = None
+    commit: str | None = None
+    front: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a method is called, what it does, where it comes from, how to cite it, and its options as typed."""
+
+    name: str
+    summary: str
+    paper: str
+    bibtex: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One number of an evaluation, such as the accuracy on a data set's test split.
+
+    `task` is the Hub's word for it (image-classification, text-generation); `dataset` is what people call the data,
+    `dataset_id` what the Hub does, if it has them; `value` is a share, or in the metric's own unit; `detail` is what
+    else a reader should know, such as how many examples were looked at.
+    """
+
+    task: str
+    dataset: str
+    metric: str
+    value: float
+    dataset_id: str | None = None
+    split: str | None = None
+    detail: str = ""
+
+
+def front_matter(directory: Path | None) -> dict[str, Any]:
+    """The front matter of the card beside a model; empty if there is none that can be read."""
+    try:
+        found = _FRONT.match((directory / CARD).read_text(encoding="utf-8")) if directory is not None else None
+        front = yaml.safe_load(found[1]) if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return {}
+    return {str(key): value for key, value in front.items()} if isinstance(front, dict) else {}
 
 
 def render(
     *,
     title: str,
-    method: str,
-    summary: str,
-    paper: str,
+    base: Model,
+    experts: Sequence[Model],
+    methods: Sequence[Source],
+    settings: Mapping[str, Any],
     command: str,
-    base: str,
-    experts: Sequence[tuple[str, str, float]],
-    options: dict[str, Any],
     notes: Sequence[str],
     has_config: bool,
-    version: str,
+    versions: Mapping[str, str],
+    device: str,
 ) -> str:
     """The card's text.
 
     Args:
         title: The output's name.
-        method: The method's name.
-        summary: Its help line.
-        paper: Link to its source.
+        base: The base.
+        experts: The experts, in their order.
+        methods: What was applied: what disentangled the task vectors, if anything, then what merged them.
+        settings: What every merge can be told, and was, as typed.
         command: The shell line that repeats the merge.
-        base: The base's name.
-        experts: Name, reference and weight of each expert.
-        options: The method's options.
         notes: What a reader should know, a sentence each.
         has_config: There is a config.json beside the weights, so that transformers can load them.
-        version: modelmerge's version.
+        versions: Of the packages that bear on the result.
+        device: Where it was computed.
     """
+    models = [base, *experts]
+    license, license_said = _license(models)
+    # Only what is on the Hub: it refuses a card whose base_model names anything else.
+    on_hub = list(dict.fromkeys(model.repository for model in models if model.repository))
     data = ModelCardData(
-        base_model=[base, *(name for name, _, _ in experts)],
-        base_model_relation="merge",
+        base_model=on_hub or None,
+        base_model_relation="merge" if on_hub else None,
         library_name="transformers" if has_config else None,
-        tags=["merge", "modelmerge", method],
+        pipeline_tag=_text(base.front.get("pipeline_tag")) if has_config else None,
+        tags=["merge", "modelmerge", *(method.name for method in reversed(methods))],
     )
-    rows = [f"| {name} | `{reference}` | {weight:g} |" for name, reference, weight in experts]
-    told = [f"| `{name}` | {'automatic' if value is None else value} |" for name, value in options.items()]
+    for key, value in license.items():
+        data[key] = value
+    names = " after ".join(f"`{method.name}`" for method in reversed(methods))
+    told = [
+        *(item for method in methods for item in method.options.items()),
+        *settings.items(),
+    ]
+    cited = list(dict.fromkeys(method.bibtex for method in reversed(methods) if method.bibtex))
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
-        f"A merge of {len(experts)} fine-tuned model{'s' * (len(experts) != 1)} onto their base `{base}`, made with "
-        f"modelmerge {version}.",
-        "## Experts",
-        "\n".join(["| expert | reference | weight |", "|---|---|---|", *rows]),
+        f"A merge of {len(experts)} fine-tuned model{'s' * (len(experts) != 1)} onto their base {_link(base)}, made "
+        f"by {names} with modelmerge {versions['modelmerge']}.",
+        "## Models",
+        _models(base, experts),
+        license_said,
         "## Method",
-        f"[`{method}`]({paper}): {summary}",
-        *(["\n".join(["| option | value |", "|---|---|", *told])] if told else []),
+        *(f"[`{method.name}`]({method.paper}): {method.summary}" for method in methods),
+        *([_table(("option", "value"), [(_code(name), _value(value)) for name, value in told])] if told else []),
         "## Repeat it",
-        f"```sh\n{command}\n```",
+        f"```sh\n{_wrapped(command)}\n```",
         "`modelmerge.json` holds the complete recipe with the sha256 of every input and output file; "
-        "`modelmerge merge --recipe modelmerge.json -o DIR` replays it.",
+        "`modelmerge merge --recipe modelmerge.json -o DIR` replays it. Made with "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; computed on {device}.",
         *(["## Notes", "\n".join(f"- {note}" for note in notes)] if notes else []),
+        *(["## Citation", "```bibtex\n" + "\n\n".join(cited) + "\n```"] if cited else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def with_results(text: str, results: Sequence[Result], *, name: str) -> str:
+    """The card with an evaluation's results, in place of those it had: a table, and `model-index` for the Hub.
+
+    Args:
+        text: A card.
+        results: What was measured; none takes earlier results out.
+        name: The model's name.
+    """
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data: Any = card.data
+    data.model_name = name if results else None
+    data.eval_results = [
+        EvalResult(
+            task_type=result.task, dataset_type=result.dataset_id or result.dataset, dataset_name=result.dataset,
+            dataset_split=result.split, metric_type=result.metric, metric_value=result.value,
+        )
+        for result in results
+    ] or None  # fmt: skip
+    body = re.sub(rf"{re.escape(_START)}.*?{re.escape(_END)}\n+", "", card.text, flags=re.DOTALL)
+    rows = [(result.dataset, result.split or "", result.metric, f"{result.value:.4g}", result.detail)
+            for result in results]  # fmt: skip
+    if results:
+        shown = _table(("data", "split", "metric", "value", ""), rows, right=(3,))
+        block = f"{_START}\n## Evaluation\n\n{shown}\n{_END}\n\n"
+        before, repeat, after = body.partition("## Repeat it\n")
+        body = f"{before}{block}{repeat}{after}" if repeat else f"{body.rstrip()}\n\n{block}".rstrip("\n") + "\n"
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
+    """The licence for the front matter, and a sentence about it: inherited where all models have the same."""
+    told = [{key: _text(model.front.get(key)) for key in _LICENSE} for model in models]
+    if told[0]["license"] and all(license == told[0] for license in told):
+        known = {key: value for key, value in told[0].items() if value}
+        name = known.get("license_name") or known["license"]
+        return known, f"License: {name}, which is that of the base and of every expert."
+    said: dict[str, list[str]] = {}
+    for model, license in zip(models, told, strict=True):
+        said.setdefault(license["license_name"] or license["license"] or "", []).append(model.name)
+    unknown = said.pop("", [])
+    words = [f"{license} for {', '.join(f'`{name}`' for name in names)}" for license, names in said.items()]
+    words += [f"not stated for {', '.join(f'`{name}`' for name in unknown)}"] if unknown and said else []
+    if not said:
+        return {}, "License: none of the models states one here. It is for you to choose, within what theirs allow."
+    return {}, f"License: {'; '.join(words)}. It is for you to choose, within what these allow."
+
+
+def _models(base: Model, experts: Sequence[Model]) -> str:
+    """A table of the models, with the columns that say something."""
+    models = (base, *experts)
+    columns: list[tuple[str, list[str]]] = [
+        ("", ["base", *(_code(expert.name) for expert in experts)]),
+        ("model", [_link(model) for model in models]),
+    ]
+    if any(model.commit for model in models):
+        columns.append(("commit", [_code(model.commit[:12]) if model.commit else "" for model in models]))
+    if len({expert.weight for expert in experts}) > 1 or experts[0].weight != 1.0:
+        columns.append(("weight", ["" if model.weight is None else f"{model.weight:g}" for model in models]))
+    return _table([name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
+
+
+def _link(model: Model) -> str:
+    if model.repository is None:
+        return _code(model.reference)
+    return f"[{model.repository}](https://huggingface.co/{model.repository})"
+
+
+def _wrapped(command: str) -> str:
+    """A shell line, broken where it is long: between arguments, and not between an option and its value."""
+    words = shlex.split(command)
+    groups = [words[:3]]
+    for before, token in itertools.pairwise(words[2:]):
+        if before.startswith("-"):
+            groups[-1].append(token)
+        else:
+            groups.append([token])
+    lines = [shlex.join(groups[0])]
+    for group in groups[1:]:
+        more = shlex.join(group)
+        if len(lines[-1]) + len(more) < _WIDTH:
+            lines[-1] += f" {more}"
+        else:
+            lines.append(f"  {more}")
+    return " \\\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+    lines = [head, ["---:" if i in right else "---" for i in range(len(head))], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
+
+
+def _code(text: str) -> str:
+    ticks = "``" if "`" in text else "`"
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "automatic"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return ", ".join(_code(str(each)) for each in value)
+    return str(value)
+
+
+def _text(value: Any) -> str | None:
+    """A string of somebody's front matter; None for what is none."""
+    return value if isinstance(value, str) and value else None

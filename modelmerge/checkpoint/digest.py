@@ -44,6 +44,13 @@ class FileDigest:
         self._lock = threading.Lock()
         self._known = _recall(file, self._stat)
 
+    def read(self, buffer: memoryview, position: int, *, follow: bool) -> int:
+        """Read into `buffer` from `position` on; the bytes read. With `follow`, hash as far as that."""
+        got = os.preadv(self.descriptor, [buffer], position)
+        if follow:
+            self.follow(position + got)
+        return got
+
     def follow(self, position: int) -> None:
         """Hash on up to `position`, unless another thread is at it: then a later call catches up."""
         if self._known is None and position > self._position and self._lock.acquire(blocking=False):

@@ -14,6 +14,7 @@ from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import Change, TensorInfo, read_header
 from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
+from modelmerge.checkpoint.wire import Ranges
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 SINGLE = "model.safetensors"
@@ -51,13 +52,19 @@ class Checkpoint:
     vector: VectorOf | None = None  # set where it tells what changed in a base, not a whole model
     remarks: tuple[str, ...] = ()  # what a person should know of how it was read, a clause each
     adapter: peft.Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
-    _digests: dict[Path, FileDigest] = field(default_factory=dict)
+    _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def name(self) -> str:
         """The name the user knows it by."""
         return self.reference.name
+
+    @property
+    def streamed(self) -> bool:
+        """Whether its tensors come over the network as things are."""
+        remote = self.reference.repository
+        return remote is not None and not all(map(remote.is_here, self.files))
 
     def has(self, tensor: str) -> bool:
         """Whether it says anything about a tensor: holds it, or as a task vector knows it to be zero."""
@@ -73,37 +80,59 @@ class Checkpoint:
         Raises:
             CheckpointError: The file ends before that, or cannot be read.
         """
-        digest = self._open(tensor.file)
+        source = self._open(tensor.file)
         if tensor.strides is not None:
-            gather(digest.descriptor, tensor, offset, buffer)
+            assert isinstance(source, FileDigest), "a stream of a tensor whose elements do not lie in their order"
+            gather(source.descriptor, tensor, offset, buffer)
             return
         position, done = tensor.start + offset, 0
         try:
             while done < len(buffer):
-                got = os.preadv(digest.descriptor, [buffer[done:]], position + done)
+                got = source.read(buffer[done:], position + done, follow=follow)
                 if not got:
                     raise CheckpointError(f"{tensor.file}: ended while tensor '{tensor.name}' was read")
                 done += got
         except OSError as error:
             raise CheckpointError(f"{tensor.file}: tensor '{tensor.name}' cannot be read: {error.strerror}") from error
-        if follow:
-            digest.follow(position + done)
 
     def digests(self) -> dict[Path, str]:
-        """The sha256 of every weight file; what reading has not passed yet is read now."""
-        return {file: self._open(file).finish() for file in self.files}
+        """The sha256 of every weight file; what reading has not passed yet is read now.
+
+        Raises:
+            CheckpointError: A file from the Hub is not what the Hub has.
+        """
+        return {file: self._digest(file) for file in self.files}
 
     def close(self) -> None:
         """Let go of the files."""
-        for digest in self._digests.values():
-            digest.close()
-        self._digests.clear()
+        for source in self._sources.values():
+            source.close()
+        self._sources.clear()
 
-    def _open(self, file: Path) -> FileDigest:
+    def look_again(self) -> None:
+        """Take the files as they are now: some may have been fetched since the headers were read."""
+        self.close()
+        self.files = {file: file.stat() for file in self.files}
+
+    def _open(self, file: Path) -> FileDigest | Ranges:
         with self._lock:
-            if file not in self._digests:
-                self._digests[file] = FileDigest(file, self.files[file])
-            return self._digests[file]
+            if file not in self._sources:
+                remote = self.reference.repository
+                if remote is not None and not remote.is_here(file):
+                    self._sources[file] = remote.ranges(file)
+                else:
+                    self._sources[file] = FileDigest(file, self.files[file])
+            return self._sources[file]
+
+    def _digest(self, file: Path) -> str:
+        found = self._open(file).finish()
+        remote = self.reference.repository
+        if remote is not None and found != (remote.sha256(file) or found):
+            raise CheckpointError(
+                f"{file}: not what the Hub has: its copy in the cache is damaged (the sha256 differs)",
+                hint=f"remove {file.resolve()} and run the command again",
+            )
+        return found
 
 
 def open_checkpoint(reference: Reference) -> Checkpoint:
@@ -113,7 +142,7 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
         ReferenceNotFound: The path holds no checkpoint, or a kind that cannot be read.
         CheckpointError: A file of it is malformed.
     """
-    path = reference.path
+    path = reference.path if reference.repository is None else reference.repository.outline()
     if path.is_dir():
         return _open_directory(reference, path)
     if path.suffix in _FOREIGN:
@@ -185,7 +214,7 @@ def attach(expert: Checkpoint, base: Checkpoint) -> Checkpoint:
     tensors = peft.translate(expert.adapter, expert.tensors, base.tensors)
     vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - tensors.keys()))
     remarks = expert.remarks
-    ours = {base.name, base.reference.text.rpartition("/")[2], Path(str(base.config.get("_name_or_path"))).name}
+    ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}
     if expert.adapter.base and Path(expert.adapter.base).name not in ours:
         remarks += (f"it says it was trained on '{expert.adapter.base}', and the base here is '{base.name}'",)
     return replace(expert, tensors=tensors, vector=vector, remarks=remarks)

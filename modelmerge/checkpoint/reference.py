@@ -1,7 +1,9 @@
 """References: how a checkpoint is named on the command line, `[NAME=]REF`.
 
-REF is a path that exists (a checkpoint directory or a `.safetensors` file). What starts with `./`, `/`, `~` or `../`
-is a path even if nothing is there, so that a misspelt path never turns into a request to the Hub.
+REF is a path that exists (a checkpoint directory or a `.safetensors` file), else a repository on the Hub:
+`org/name[@revision]`, or `hf://org/name[/folder or file][@revision]`. A branch, a tag or a pull request (`refs/pr/32`)
+is pinned to its commit here, before anything is read. What starts with `./`, `/`, `~` or `../` is a path even if
+nothing is there, so that a misspelt path never turns into a request to the Hub.
 """
 
 from __future__ import annotations
@@ -13,20 +15,43 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from modelmerge.checkpoint import hub
 from modelmerge.errors import ReferenceNotFound, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
-_HUB = re.compile(r"(hf://)?[\w.\-]+/[\w.\-]+(@.+)?")
+_HUB = re.compile(r"(?:(?P<scheme>hf://))?(?P<repo>[\w.\-]+/[\w.\-]+)(?P<inside>/[^@]+)?(?:@(?P<revision>.+))?")
+_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|json|ya?ml)")
 _GENERIC_STEMS = ("model", "pytorch_model", "adapter_model")
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A named checkpoint: `text` as the user wrote it, `path` where it lies."""
+    """A named checkpoint: `text` as the user wrote it, `path` where it lies.
+
+    Of one on the Hub, `text` holds the commit, and `path` is the outline that `repository` shows it by.
+    """
 
     name: str
     text: str
     path: Path
+    repository: hub.Repository | None = None
+
+    @property
+    def location(self) -> str:
+        """The reference that leads here from any directory."""
+        return str(self.path) if self.repository is None else self.text
+
+    @property
+    def title(self) -> str:
+        """What it is called where it lies: its path, or its repository's name."""
+        return self.text if self.repository is None else self.repository.name
+
+    def address(self, file: Path) -> str:
+        """What a manifest calls a file of it."""
+        return str(file) if self.repository is None else self.repository.address(file)
 
 
 def parse(text: str) -> Reference:
@@ -34,6 +59,7 @@ def parse(text: str) -> Reference:
 
     Raises:
         ReferenceNotFound: Nothing is there, or it is a kind that cannot be read.
+        HubError: The Hub refuses, or cannot be reached.
     """
     name, ref = None, text
     left, equals, right = text.partition("=")
@@ -45,9 +71,12 @@ def parse(text: str) -> Reference:
     except (OSError, RuntimeError, ValueError) as error:  # too long for a name, no such user, a zero byte
         raise ReferenceNotFound(f"'{ref[:200]}' cannot be a path: {error}") from error
     if not found:
-        raise _missing(ref, path)
+        repository = _on_the_hub(ref, path)
+        there = Path(repository.name) / repository.inside
+        name = name or _default_name(there, folder=repository.inside not in repository.files)
+        return Reference(name, repository.text, repository.directory / repository.inside, repository)
     path = path.resolve()
-    return Reference(name or _default_name(path), ref, path)
+    return Reference(name or _default_name(path, folder=path.is_dir()), ref, path)
 
 
 def parse_experts(texts: Iterable[str] | Mapping[str, str]) -> tuple[Reference, ...]:
@@ -69,23 +98,42 @@ def parse_experts(texts: Iterable[str] | Mapping[str, str]) -> tuple[Reference, 
     return experts
 
 
-def _default_name(path: Path) -> str:
-    if path.is_dir():
+def _default_name(path: Path, *, folder: bool) -> str:
+    if folder:
         return path.name or "root"
     return path.parent.name if path.stem in _GENERIC_STEMS else path.stem
 
 
+def _on_the_hub(ref: str, path: Path) -> hub.Repository:
+    """The repository that a reference names which is no path.
+
+    Raises:
+        ReferenceNotFound: It cannot name one, or there is none.
+        HubError: The Hub refuses, or cannot be reached.
+    """
+    match = None if ref.startswith(("./", "../", "/", "~")) else _HUB.fullmatch(ref)
+    if match is None or (not match["scheme"] and (match["inside"] or _FILE.fullmatch(ref))):
+        raise _missing(ref, path)
+    try:
+        validate_repo_id(match["repo"])
+    except HFValidationError:
+        raise _missing(ref, path) from None
+    try:
+        return hub.find(match["repo"], match["revision"], (match["inside"] or "").strip("/"))
+    except ReferenceNotFound as error:
+        near = None if match["scheme"] or match["revision"] else _beside(path)
+        raise ReferenceNotFound(error.message, hint=near or error.hint) from error
+
+
 def _missing(ref: str, path: Path) -> ReferenceNotFound:
-    is_path = ref.startswith(("./", "../", "/", "~")) or ref in (".", "..")
-    if not is_path and _HUB.fullmatch(ref):
-        repo = ref.removeprefix("hf://").partition("@")[0]
-        return ReferenceNotFound(
-            f"'{ref}' is not a path here, and references to the Hugging Face Hub cannot be read yet",
-            hint=f"download it first: hf download {repo} --local-dir {repo.rpartition('/')[2]}",
-        )
-    near = path.parent if path.parent.is_dir() else None
-    beside = sorted(p.name for p in near.iterdir() if not p.name.startswith("."))[:8] if near else []
     return ReferenceNotFound(
         f"'{ref}': no such file or directory",
-        hint=f"{near} holds: {', '.join(beside)}" if beside else "name a checkpoint directory or .safetensors file",
+        hint=_beside(path) or "name a checkpoint directory or .safetensors file",
     )
+
+
+def _beside(path: Path) -> str | None:
+    """What lies where the path should."""
+    near = path.parent
+    beside = sorted(p.name for p in near.iterdir() if not p.name.startswith("."))[:8] if near.is_dir() else []
+    return f"{near} holds: {', '.join(beside)}" if beside else None

@@ -11,13 +11,16 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import fnmatch
 import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.layout import Layout, Shard
@@ -39,9 +42,18 @@ def companions(directory: Path | None) -> dict[str, Path]:
     if directory is None:
         return {}
     found = {file for pattern in _COMPANIONS for file in directory.glob(pattern) if file.is_file()}
-    unwanted = (*_NOT_COMPANIONS, ".index.json")
-    wanted = sorted(f for f in found if not f.name.startswith(".") and not f.name.endswith(unwanted))
-    return {str(file.relative_to(directory)): file for file in wanted}
+    wanted = {str(file.relative_to(directory)): file for file in sorted(found)}
+    return {place: file for place, file in wanted.items() if is_companion(place)}
+
+
+def is_companion(place: str) -> bool:
+    """Whether a file of that place beside a base's weights goes with them."""
+    path = PurePosixPath(place)
+    if path.name.startswith(".") or path.name.endswith((*_NOT_COMPANIONS, ".index.json")):
+        return False
+    # By the parts: a star does not reach into folders.
+    patterns = [PurePosixPath(pattern).parts for pattern in _COMPANIONS]
+    return any(len(parts) == len(path.parts) and all(map(fnmatch.fnmatchcase, path.parts, parts)) for parts in patterns)
 
 
 def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
@@ -126,6 +138,19 @@ class Staging:
         if error is not None:
             self._abandon()
         os.close(self._lock)
+
+    def spool(self) -> BinaryIO:
+        """A nameless file beside the output, for what cannot be laid out before all of it is known."""
+        with self._explained("write beside the output"):
+            return tempfile.TemporaryFile(dir=self._directory)
+
+    def lay_out(self, layout: Layout) -> None:
+        """Make the weight files of a layout that was not known when the output was prepared."""
+        with self._explained("prepare the output"):
+            self._layout = layout
+            self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in layout.shards}
+            self._check_space()
+            self._make_shards()
 
     def is_finished(self, tensor: str) -> bool:
         """Whether an interrupted run has written the tensor's shard already."""

@@ -26,6 +26,7 @@ EXAMPLES = (
     "modelmerge merge task-arithmetic base math code -o merged --scale 0.4",
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
+    "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge apgd --preset clip-b32-8 -o merged",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
@@ -36,7 +37,8 @@ Base = Annotated[
     str,
     typer.Argument(
         metavar="BASE",
-        help="The model the experts were fine-tuned from, as [NAME=]REF: a directory, or a .safetensors or .bin file.",
+        help="The model the experts were fine-tuned from, as [NAME=]REF: a directory, a .safetensors or .bin file, or "
+        "org/name[@revision] on the Hugging Face Hub.",
         show_default=False,
     ),
 ]
@@ -102,6 +104,7 @@ def replay_or_list(
         str | None, typer.Option("-o", "--output", metavar="DIR", help="With --recipe: directory for the result.")
     ] = None,
     device: opt.Device = "auto",
+    stream: opt.Stream = False,
     dry_run: opt.DryRun = False,
     force: opt.Force = False,
     resume: opt.Resume = False,
@@ -122,6 +125,10 @@ def replay_or_list(
         return
     sink = Sink(chosen_format(form, json, quiet), verbose=verbose)
     if preset:
+        if recipe:
+            raise UsageError("--recipe and --preset exclude each other", hint="a recipe names its models")
+        if output:
+            raise UsageError("no method is named", hint=f"merge METHOD --preset {preset} -o {output}")
         show_preset(presets.load(preset), sink)
         return
     if not recipe:
@@ -135,7 +142,7 @@ def replay_or_list(
 
     from modelmerge.verbs.merge import prepare_file
 
-    prepared = prepare_file(Path(recipe).expanduser(), device=device)
+    prepared = prepare_file(Path(recipe).expanduser(), device=device, stream=stream)
     _run(prepared, sink, output, dry_run=dry_run, force=force, resume=resume)
 
 
@@ -158,8 +165,11 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         dtype: opt.Dtype = None,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
+        on_mismatch: opt.OnMismatch = "error",
         max_shard_size: opt.ShardSize = "5GB",
         seed: opt.Seed = 0,
+        as_lora: opt.AsLora = None,
+        stream: opt.Stream = False,
         dry_run: opt.DryRun = False,
         force: opt.Force = False,
         resume: opt.Resume = False,
@@ -170,10 +180,12 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     ) -> None: ...
 
     def run(context: typer.Context, **values: Any) -> None:
+        from modelmerge.checkpoint.as_lora import parse_size
         from modelmerge.verbs.merge import prepare
 
         if preset:
             values |= _of_preset(presets.load(values["preset"]), name, context)
+        small = parse_size(values["as_lora"]) if values["as_lora"] is not None else None
         sink = Sink(chosen_format(values["form"], values["json"], values["quiet"]), verbose=values["verbose"])
         recipe = Recipe(
             method=name,
@@ -188,11 +200,13 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             dtype=values["dtype"],
             include=tuple(values["include"] or ()),
             exclude=tuple(values["exclude"] or ()),
+            on_mismatch=values["on_mismatch"],
             max_shard_size=values["max_shard_size"],
             seed=values["seed"],
+            as_lora=(small.rank or small.energy) if small is not None else None,
         )
         _run(
-            prepare(recipe, device=values["device"]),
+            prepare(recipe, device=values["device"], stream=values["stream"]),
             sink, values["output"], dry_run=values["dry_run"], force=values["force"], resume=values["resume"],
         )  # fmt: skip
 
@@ -289,7 +303,7 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))
-    lines += [escape(remark) for remark in plan["remarks"]]
+    lines += [f"note: {escape(remark)}" for remark in plan["remarks"]]
     if verbose:
         rows = [
             [
@@ -302,12 +316,15 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
             for t in plan["tensors"]
         ]
         lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, left=5))
-    lines += [f"note: {remark}" for remark in plan.get("remarks", ())]
     times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
     files = f" in {len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}" if "shards" in plan else " at most"
     peak = f"peak memory {size(memory['host'])}"
     if memory["device"]:
         peak += f", on the device {size(memory['device'])}"
+    if plan["cache"] and sizes["download"]:
+        cache = plan["cache"]
+        held = "which holds it" if cache["enough"] else "[bold red]too little[/]: --stream stores no weights"
+        lines.append(f"{size(cache['free'])} free in {cache['directory']}, {held}")
     lines.append(
         f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
         f"write {size(sizes['write'])}{files}; {peak}"

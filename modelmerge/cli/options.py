@@ -44,6 +44,14 @@ Resume = Annotated[
         rich_help_panel=SHARED_PANEL,
     ),
 ]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read weights on the Hub tensor by tensor, without storing them: for small disks.",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
     typer.Option(help="Store floating tensors so. Default: as the base does.", rich_help_panel=SHARED_PANEL),
@@ -58,10 +66,28 @@ Exclude = Annotated[
         help="Copy tensors of such names from the base. Repeatable.", metavar="GLOB", rich_help_panel=SHARED_PANEL
     ),
 ]
+OnMismatch = Annotated[
+    Literal["error", "copy", "common-rows"],
+    typer.Option(
+        help="What becomes of tensors whose shapes differ: copy takes the base's; common-rows merges the rows of "
+        "embeddings and heads that all have.",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 ShardSize = Annotated[
     str, typer.Option(help="Largest output file, like 5GB or 200MB.", metavar="SIZE", rich_help_panel=SHARED_PANEL)
 ]
 Seed = Annotated[int, typer.Option(help="Seed of methods that draw at random.", rich_help_panel=SHARED_PANEL)]
+AsLora = Annotated[
+    str | None,
+    typer.Option(
+        "--as-lora",
+        help="Write a PEFT adapter instead of a checkpoint: of this rank, or, below 1, keeping this share of each "
+        "matrix's squared norm.",
+        metavar="RANK|ENERGY",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 Weight = Annotated[
     list[str] | None,
     typer.Option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W", rich_help_panel=SHARED_PANEL),

@@ -48,6 +48,7 @@ def extract(
     exclude: opt.Exclude = None,
     max_shard_size: opt.ShardSize = "5GB",
     device: opt.Device = "auto",
+    stream: opt.Stream = False,
     dry_run: opt.DryRun = False,
     force: opt.Force = False,
     resume: opt.Resume = False,
@@ -67,7 +68,8 @@ def extract(
     with Bars(sink) as bars:
         report = run(
             base, experts, out, rank=rank, energy=energy, include=include or (), exclude=exclude or (),
-            max_shard_size=max_shard_size, device=device, force=force, resume=resume, dry_run=dry_run, reporter=bars,
+            max_shard_size=max_shard_size, device=device, force=force, resume=resume, stream=stream, dry_run=dry_run,
+            reporter=bars,
         )  # fmt: skip
     if dry_run:
         sink.result(report, quiet=str(out), human=plan_lines("extract", report["plan"], sink.verbose))
@@ -133,6 +135,7 @@ def command(name: str) -> Callable[..., None]:
         exclude: opt.Exclude = None,
         max_shard_size: opt.ShardSize = "5GB",
         device: opt.Device = "auto",
+        stream: opt.Stream = False,
         dry_run: opt.DryRun = False,
         force: opt.Force = False,
         resume: opt.Resume = False,
@@ -154,7 +157,7 @@ def command(name: str) -> Callable[..., None]:
                 values["base"], values["experts"], out, method=name, full_experts=values["experts_too"],
                 include=values["include"] or (), exclude=values["exclude"] or (),
                 max_shard_size=values["max_shard_size"], device=values["device"], force=values["force"],
-                resume=values["resume"], dry_run=values["dry_run"], reporter=bars, **options,
+                resume=values["resume"], stream=values["stream"], dry_run=values["dry_run"], reporter=bars, **options,
             )  # fmt: skip
         if values["dry_run"]:
             lines = plan_lines(f"disentangle {name}", report["plan"], sink.verbose)

@@ -89,6 +89,10 @@ class Job:
         method, options = self.method
         return method.blockwise(options)
 
+    def surveyed(self) -> list[TensorPlan]:
+        """The tensors that count in a whole-model quantity: those the method merges, tied ones once."""
+        return [tensor for tensor in self.plan.select("merge") if tensor.numel and tensor.twin is None]
+
     def disentangled(self) -> list[TensorPlan]:
         """The tensors whose task vectors are disentangled before they are merged."""
         chosen = [*self.plan.select("merge"), *self.plan.select("rest")] if self.front else []
@@ -142,15 +146,16 @@ def passes(job: Job) -> float:
 
 
 def _survey_reads(job: Job) -> float:
-    return job.survey.reads(sum(tensor.numel for tensor in job.plan.select("merge"))) if job.survey else 0.0
+    return job.survey.reads(sum(tensor.numel for tensor in job.surveyed())) if job.survey else 0.0
 
 
-def bytes_read(job: Job) -> int:
-    """Bytes of tensors that a run reads, all passes counted."""
+def bytes_read(job: Job, *, streamed: bool = False) -> int:
+    """Bytes of tensors that a run reads, all passes counted; or only from models that are streamed."""
     plan, merged = job.plan, job.plan.select("merge")
-    times = [(1 + _survey_reads(job), merged), (1.0, plan.select("rest")), (1.0, job.disentangled())]
-    read = sum(count * plan.stored_bytes(t, experts=True) for count, tensors in times for t in tensors)
-    return int(read) + sum(plan.stored_bytes(t, experts=False) for t in plan.select("copy"))
+    survey = _survey_reads(job)
+    times = [(1.0, merged), (survey, job.surveyed()), (1.0, plan.select("rest")), (1.0, job.disentangled())]
+    read = sum(c * plan.stored_bytes(t, experts=True, streamed=streamed) for c, tensors in times for t in tensors)
+    return int(read) + sum(plan.stored_bytes(t, experts=False, streamed=streamed) for t in plan.select("copy"))
 
 
 def peak_memory(job: Job) -> dict[str, int]:
@@ -168,8 +173,8 @@ def peak_memory(job: Job) -> dict[str, int]:
     # A survey's counters: the totals of every worker, and the counters of the block each is at.
     counters = 2 * tasks * (1 << 16) * 8 if job.survey else 0
     fitting, kept = front_memory(job.source, job.front, job.disentangled())
-    unfolding = _unfolding(plan, block)
-    streaming = max(int(job.source.workers * (block * per_element + counters + unfolding)), fitting) + kept
+    from_factors = unfolding(plan, block)
+    streaming = max(int(job.source.workers * (block * per_element + counters + from_factors)), fitting) + kept
     whole = 0
     if merged and not job.blockwise:
         sizes = sorted((t.numel for t in merged), reverse=True)
@@ -179,7 +184,7 @@ def peak_memory(job: Job) -> dict[str, int]:
         own = max(t.numel * 4 * workspace + 8 * method.squares * _width(t, tasks) ** 2 for t in merged)
         # At hand and being read ahead: task vectors and theta_0; then the method's own; one result being written.
         whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 + own) + 2 * widest + kept
-        whole += _unfolding(plan, sizes[0])
+        whole += unfolding(plan, sizes[0])
     working = max(streaming, whole)
     return {"host": PROCESS_BYTES + working, "device": 0 if device.type == "cpu" else working}
 
@@ -203,7 +208,7 @@ def vector_memory(
     fitting, kept = front_memory(source, front, linear)
     block = min(source.block, max((t.numel for t in tensors), default=0))
     # Task vectors and theta_0, their float64 copy for inner products, the redundant vector, stored bytes in and out.
-    streaming = source.workers * (block * (4 * (tasks + 1) + 8 * tasks + 16 + 12) + _unfolding(source.plan, block))
+    streaming = source.workers * (block * (4 * (tasks + 1) + 8 * tasks + 16 + 12) + unfolding(source.plan, block))
     whole = 0
     if decomposed:
         largest = max(decomposed, key=lambda tensor: tensor.numel)
@@ -211,15 +216,16 @@ def vector_memory(
         # All task vectors of one matrix as stored and read, one of them in float64 with its factors and their product;
         # and the Gram matrix's eigendecomposition with LAPACK's workspace, measured at eight to nine such matrices.
         whole = largest.numel * (4 * (tasks + 3) + 8 * 5) + 8 * 9 * side * side
-        whole += _unfolding(source.plan, largest.numel)
+        whole += unfolding(source.plan, largest.numel)
     working = max(streaming, fitting, whole) + kept
     return {"host": PROCESS_BYTES + working, "device": 0 if source.device.type == "cpu" else working}
 
 
-def _unfolding(plan: Plan, elements: int) -> int:
+def unfolding(plan: Plan, elements: int) -> int:
     """Bytes that making so many elements of a task vector out of factors takes: the factors and their product."""
     changes = [i.change for e in plan.experts for i in e.tensors.values() if i.change is not None and i.change.factors]
     factors = max((8 * sum(part.numel for part in change.factors or ()) for change in changes), default=0)
+    factors *= len(plan.experts)
     # DoRA: the product again with the base's rows, for norms; two factors for each element.
     each = 4 * bool(changes) + 16 * any(change.magnitude is not None for change in changes)
     return factors + each * elements

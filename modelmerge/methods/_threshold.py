@@ -83,8 +83,21 @@ def per_tensor(taus: Tensor, densities: Sequence[float]) -> Tensor | None:
     for i, density in enumerate(densities):
         kept = max(int(size * density), 1)
         if kept < size:
-            thresholds[i] = flat[i].kthvalue(size - kept + 1).values
+            thresholds[i] = smallest(flat[i : i + 1], size - kept + 1)[0, 0]
     return thresholds
+
+
+def smallest(values: Tensor, *ranks: int) -> Tensor:
+    """The entries of these ranks, counted from 1, in each row of values >= 0 [m, n] that lie in memory: [m, ranks]."""
+    if values.device.type != "cpu":
+        return torch.cat([values.kthvalue(rank, dim=1, keepdim=True).values for rank in ranks], dim=1)
+    # numpy partitions ten times faster than torch selects, and integers faster than floats.
+    bits = values.contiguous().view(torch.int32).clone()
+    stop = bits.shape[1]
+    for rank in sorted(set(ranks), reverse=True):
+        bits[:, :stop].numpy().partition(rank - 1, axis=1)
+        stop = rank - 1
+    return bits[:, [rank - 1 for rank in ranks]].view(torch.float32)
 
 
 def trim(tau: Tensor, threshold: Tensor | None) -> Tensor:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge import method
+from modelmerge.checkpoint import hub
 from modelmerge.checkpoint.reader import Checkpoint, attach, open_checkpoint
 from modelmerge.checkpoint.reference import parse, parse_experts
+from modelmerge.checkpoint.writer import CARD, is_companion
 from modelmerge.engine import Source, default_workers, find_device
 from modelmerge.errors import PlanError, ReferenceNotFound
 from modelmerge.plan import Plan, TensorPlan
 from modelmerge.recipe import FORMAT, versions
+from modelmerge.report import Reporter
 
 
 def as_references(experts: Sequence[str | Path] | Mapping[str, str | Path]) -> tuple[str, ...]:
@@ -30,6 +33,7 @@ def open_models(base: str, experts: Sequence[str]) -> tuple[Checkpoint, tuple[Ch
 
     Raises:
         ReferenceNotFound: A reference leads nowhere.
+        HubError: The Hub refuses, or cannot be reached.
         CheckpointError: A file is malformed.
         PlanError: A task vector or an adapter is of another base, or stands where the base should.
     """
@@ -80,7 +84,11 @@ def disentangler(name: str, values: Mapping[str, Any]) -> tuple[method.Disentang
 
 def fingerprint(plan: Plan, *told: Any) -> str:
     """Digest of everything that determines the weights' bytes, as far as it can be had without reading tensors."""
-    files = [(str(file), stat.st_size, stat.st_mtime_ns) for model in plan.models for file, stat in model.files.items()]
+    files = [
+        (m.reference.address(file), stat.st_size, stat.st_mtime_ns if m.reference.repository is None else 0)
+        for m in plan.models
+        for file, stat in m.files.items()
+    ]
     return hashlib.sha256(json.dumps([told, files, versions()], sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -89,9 +97,10 @@ def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
     return {
         "name": model.name,
         "reference": model.reference.text,
-        "path": str(model.reference.path),
+        "path": model.reference.location,
         "files": {
-            str(file): {"sha256": digest, "bytes": model.files[file].st_size} for file, digest in digests.items()
+            model.reference.address(file): {"sha256": digest, "bytes": model.files[file].st_size}
+            for file, digest in digests.items()
         },
     }
 
@@ -125,9 +134,61 @@ def listing(source: Source, tensors: Iterable[tuple[TensorPlan, str, str]]) -> d
 
 def remarks(plan: Plan) -> list[str]:
     """What a person should know of how the models were read, each with the model's name in front."""
-    return [f"'{model.name}': {remark}" for model in plan.models for remark in model.remarks]
+    return [f"'{model.name}': {remark}." for model in plan.models for remark in model.remarks]
 
 
 def input_paths(plan: Plan) -> list[Path]:
     """Every path that an output must keep away from."""
-    return [path for model in plan.models for path in (model.reference.path, *model.files)]
+    local = [model for model in plan.models if model.reference.repository is None]
+    paths = [path for model in local for path in (model.reference.path, *model.files)]
+    return paths if len(local) == len(plan.models) else [*paths, hub.cache_directory()]
+
+
+def wanted(plan: Plan, *, companions: bool, stream: bool = False) -> list[tuple[hub.Repository, list[str]]]:
+    """What a run needs of the repositories on the Hub: weight files, but for a stream, and what lies beside them.
+
+    Args:
+        plan: The plan.
+        companions: The config and tokenizer files beside the base's weights, and all models' cards, are needed too.
+        stream: Weight files are to be read over ranges, where that can be.
+    """
+    needed = []
+    for model in plan.models:
+        remote = model.reference.repository
+        if remote is None:
+            continue
+        # A tensor whose elements lie in another order would be read over and over again.
+        infos = model.tensors.values()
+        parts = [*infos, *(part for info in infos if info.change for part in info.change.parts)]
+        gathered = {part.file for part in parts if part.strides is not None}
+        places = [remote.place(file) for file in model.files if not stream or file in gathered]
+        if companions and model.directory is not None:
+            folder = f"{remote.inside}/" if remote.inside else ""
+            beside = {place.removeprefix(folder): place for place in remote.files if place.startswith(folder)}
+            places += [beside[CARD]] if CARD in beside else []
+            places += [place for name, place in beside.items() if model is plan.base and is_companion(name)]
+        needed.append((remote, places))
+    return needed
+
+
+def downloads(plan: Plan, *, companions: bool, streamed: int | None) -> dict[str, Any]:
+    """What a plan says of the Hub: bytes to download, and whether the disk of the shared cache holds them.
+
+    `streamed` are the bytes to be read over ranges, where weight files are not stored.
+    """
+    needed = wanted(plan, companions=companions, stream=streamed is not None)
+    stored = sum(hub.download_bytes(remote, places) for remote, places in needed)
+    cache = {"directory": str(hub.cache_directory()), "free": hub.free_bytes(), "enough": stored <= hub.free_bytes()}
+    return {"download": stored + (streamed or 0), "cache": cache if needed and streamed is None else None}
+
+
+def fetch(plan: Plan, reporter: Reporter, *, companions: bool, stream: bool) -> None:
+    """Have what a run needs of repositories on the Hub in the shared cache; nothing to do for local models.
+
+    Raises:
+        HubError: The disk is too small, the Hub refuses, or cannot be reached.
+    """
+    hub.fetch(wanted(plan, companions=companions, stream=stream), reporter)
+    for model in plan.models:
+        if model.reference.repository is not None:
+            model.look_again()

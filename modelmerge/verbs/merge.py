@@ -11,17 +11,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import modelmerge
 from modelmerge import engine, mergekit, method, plan
 from modelmerge.checkpoint import card
+from modelmerge.checkpoint.layout import Layout
+from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
 from modelmerge.errors import RecipeError, UsageError
-from modelmerge.recipe import Recipe, parse_size, read_recipe
+from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.vary import parse, settle
+from modelmerge.verbs import adapted
 from modelmerge.verbs.inputs import (
     as_references,
     disentangler,
+    downloads,
+    fetch,
     fingerprint,
     input_paths,
     listing,
@@ -45,6 +49,7 @@ class Prepared:
     job: engine.Job
     recorded: Mapping[str, str]  # sha256 by input file that a replay must find again; empty for a new merge
     remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
+    stream: bool = False  # read weights on the Hub over ranges, without storing them
 
     def close(self) -> None:
         """Let go of the inputs."""
@@ -53,16 +58,24 @@ class Prepared:
     def describe(self) -> dict[str, Any]:
         """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards."""
         made = self.job.plan
+        size = adapted.size_of(self.recipe)
+        written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
+        streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
+        hub = downloads(made, companions=size is None, streamed=streamed)
         return {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "passes": engine.passes(self.job),
-            "bytes": {"download": 0, "read": engine.bytes_read(self.job), "write": made.bytes_written},
+            "bytes": {
+                "download": hub["download"], "read": engine.bytes_read(self.job), "write": written,
+            },
+            "cache": hub["cache"],
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
-            "remarks": list(self.remarks),
-        }
+            "remarks": [*self.remarks, *remarks(made)],
+            **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
+        }  # fmt: skip
 
 
 def merge(
@@ -79,9 +92,12 @@ def merge(
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    on_mismatch: str = "error",
     max_shard_size: str = "5GB",
     seed: int = 0,
+    as_lora: int | float | None = None,
     device: str = "auto",
+    stream: bool = False,
     force: bool = False,
     resume: bool = False,
     reporter: Reporter = SILENT,
@@ -103,9 +119,14 @@ def merge(
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
+        on_mismatch: What becomes of tensors whose shapes differ: error; copy: the base's; common-rows: of embeddings
+            and heads, the rows that all have are merged and the base's others kept.
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
+        as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
+            this share of its squared norm.
         device: cpu, cuda, cuda:N or auto.
+        stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
         reporter: Is told the progress.
@@ -117,9 +138,11 @@ def merge(
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary), rest=rest,
-        dtype=dtype, include=tuple(include), exclude=tuple(exclude), max_shard_size=max_shard_size, seed=seed,
+        dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
+        max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
-    return execute(prepare(recipe, device=device), Path(out), force=force, resume=resume, reporter=reporter)
+    prepared = prepare(recipe, device=device, stream=stream)
+    return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
 
 def replay(
@@ -127,6 +150,7 @@ def replay(
     out: str | Path,
     *,
     device: str = "auto",
+    stream: bool = False,
     force: bool = False,
     resume: bool = False,
     reporter: Reporter = SILENT,
@@ -137,11 +161,11 @@ def replay(
         RecipeError: The file cannot be read, asks for what there is not, or an input is no longer what it was.
         ModelMergeError: As for `merge`.
     """
-    prepared = prepare_file(Path(file), device=device)
+    prepared = prepare_file(Path(file), device=device, stream=stream)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
 
-def prepare_file(file: Path, *, device: str = "auto") -> Prepared:
+def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> Prepared:
     """Plan the merge that a manifest records or a mergekit YAML describes; nothing is written.
 
     Raises:
@@ -149,9 +173,9 @@ def prepare_file(file: Path, *, device: str = "auto") -> Prepared:
     """
     if file.suffix not in (".yaml", ".yml"):
         recipe, recorded = read_recipe(file)
-        return prepare(recipe, device=device, recorded=recorded)
+        return prepare(recipe, device=device, recorded=recorded, stream=stream)
     translated = mergekit.read(file)
-    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks)
+    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream)
     translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
     return prepared
 
@@ -162,8 +186,9 @@ def prepare(
     device: str = "auto",
     recorded: Mapping[str, str] | None = None,
     remarks: Sequence[str] = (),
+    stream: bool = False,
 ) -> Prepared:
-    """Read the headers of all models and plan the merge; nothing is written.
+    """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -172,6 +197,7 @@ def prepare(
     options = method.make_options(chosen, recipe.method, recipe.options)
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
     _check_choices(recipe)
+    adapted.size_of(recipe)
     if chosen.most_experts is not None and len(recipe.experts) > chosen.most_experts:
         many = "one expert" if chosen.most_experts == 1 else f"{chosen.most_experts} experts at most"
         raise UsageError(
@@ -187,6 +213,7 @@ def prepare(
         base, experts, matrices=chosen.matrices, rest=left,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
+        on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
     rest = None
     if left != "base":
@@ -197,7 +224,7 @@ def prepare(
         [expert.name for expert in experts], [t.name for t in (*made.select("merge"), *made.select("rest"))],
     )  # fmt: skip
     for tensor, setting in settings.items():
-        if abs(sum(setting.weights)) < 1e-8 and "average" in (recipe.method, recipe.rest):
+        if abs(sum(setting.weights)) < 1e-8 and _normalises(recipe):
             raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
     job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings)
     if front is not None:
@@ -206,11 +233,18 @@ def prepare(
         engine.refuse_too_large(job.source, front, job.disentangled())
     complete = dataclasses.replace(
         recipe,
+        base=_pinned(recipe.base, base),
+        experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
-    return Prepared(complete, job, dict(recorded or {}), remarks)
+    return Prepared(complete, job, dict(recorded or {}), remarks, stream)
+
+
+def _pinned(text: str, model: Checkpoint) -> str:
+    """A reference as the card tells it: as it was written, with the commit where the model is on the Hub."""
+    return text if model.reference.repository is None else f"{model.name}={model.reference.text}"
 
 
 def execute(
@@ -229,21 +263,26 @@ def execute(
     started = time.monotonic()
     job = prepared.job
     try:
-        beside = companions(job.plan.base.directory)
+        size = adapted.size_of(prepared.recipe, resume=resume)
+        layout = job.plan.layout if size is None else Layout((), {}, {})
         check_output(out, input_paths(job.plan), force=force)
         determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
-        with Staging(out, job.plan.layout, force=force, resume=resume, fingerprint=determined_by) as staging:
-            findings = engine.run(job, staging, reporter)
+        with Staging(out, layout, force=force, resume=resume, fingerprint=determined_by) as staging:
+            fetch(job.plan, reporter, companions=size is None, stream=prepared.stream)
+            small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
+            findings = engine.run(job, staging, reporter) if small is None else small.findings
             digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
-            _refuse_changed(prepared.recorded, [item for files in digests for item in files.items()])
-            for name, file in beside.items():
+            _refuse_changed(prepared.recorded, job.plan.models, digests)
+            for name, file in companions(job.plan.base.directory if size is None else None).items():
                 staging.write_file(name, file)
-            notes = [*prepared.remarks, *_notes(job, findings)]
+            notes = [*prepared.remarks, *_notes(job, findings), *([adapted.note(small)] if small else [])]
             for note in notes:
                 reporter.note(note)
             staging.write_file(CARD, _card(prepared, out, notes).encode())
             staging.write_indices()
             manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
+            if small is not None:
+                manifest["adapter"] = adapted.report(small)
             staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
         return manifest
     finally:
@@ -254,6 +293,7 @@ def _check_choices(recipe: Recipe) -> None:
     for flag, value, choices in (
         ("--rest", recipe.rest or RESTS[0], RESTS),
         ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
+        ("--on-mismatch", recipe.on_mismatch, plan.ON_MISMATCH),
     ):
         if value not in choices:
             near = get_close_matches(value, choices, n=1)
@@ -272,14 +312,26 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
                 hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(names)}",
             )
     weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
-    if sum(weights) == 0.0 and "average" in (recipe.method, recipe.rest):
+    if sum(weights) == 0.0 and _normalises(recipe):
         raise UsageError("the weights add up to zero: their average does not exist", hint="check --weight")
     return weights
 
 
-def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str]]) -> None:
+def _normalises(recipe: Recipe) -> bool:
+    """Whether a method of the recipe divides by the sum of the weights."""
+    return any(method.load(name).normalises for name in (recipe.method, recipe.rest or "base") if name != "base")
+
+
+def _refuse_changed(
+    recorded: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
+) -> None:
+    found = [
+        (m.reference.address(f), digest)
+        for m, files in zip(models, digests, strict=True)
+        for f, digest in files.items()
+    ]
     for file, digest in found:
-        if recorded and recorded.get(str(file)) != digest:
+        if recorded and recorded.get(file) != digest:
             raise RecipeError(
                 f"{file}: not the file that the recipe was made with (its sha256 differs)",
                 hint="restore the file, or run the merge anew without --recipe",
@@ -287,13 +339,13 @@ def _refuse_changed(recorded: Mapping[str, str], found: Sequence[tuple[Path, str
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
-    read = [f"{remark}." for remark in remarks(job.plan)]
+    read = remarks(job.plan)
     notes = []
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
     if len(notes) > 5:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
-    notes = read + notes
+    notes = read + [f"'{t.name}': {t.reason}." for t in job.plan.tensors.values() if t.mismatched] + notes
     reasons: dict[tuple[str, str], int] = {}
     for _, expert, reason in findings.left_out:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
@@ -326,16 +378,40 @@ def _rounding(job: engine.Job, findings: engine.Findings) -> dict[str, Any] | No
 
 def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
     job, recipe = prepared.job, prepared.recipe
-    told = dict(recipe.options)
-    if recipe.disentangle:
-        told |= {"disentangle": recipe.disentangle}
-        told |= {f"{recipe.disentangle}_{name}": value for name, value in recipe.disentangle_options.items()}
+    methods = []
+    if job.front is not None:
+        assert recipe.disentangle is not None, "the job's front comes from the recipe"
+        summary = method.summary(recipe.disentangle, "disentangle")
+        methods.append(_applied(recipe.disentangle, summary, job.front, f"{recipe.disentangle}-"))
+    methods.append(_applied(recipe.method, method.summary(recipe.method), job.method))
+    defaults = Recipe(method="", base="", experts=())
+    settings = {name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed")}
     return card.render(
-        title=out.resolve().name, method=recipe.method, summary=method.summary(recipe.method),
-        paper=job.method[0].paper, command=recipe.command(str(out)), base=job.plan.base.name,
-        experts=[(e.name, e.reference.text, w) for e, w in zip(job.plan.experts, job.weights, strict=True)],
-        options=told, notes=notes, has_config=bool(job.plan.base.config),
-        version=modelmerge.__version__,
+        title=out.resolve().name, base=_as_told(job.plan.base, None),
+        experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
+        methods=methods,
+        settings={f"--{name}": told for name, told in settings.items() if told != getattr(defaults, name)},
+        command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
+        versions=versions(), device=str(job.source.device),
+    )  # fmt: skip
+
+
+def _applied(
+    name: str, summary: str, chosen: tuple[method.Method | method.Disentangler, Any], prefix: str = ""
+) -> card.Source:
+    """A method as the card tells it, its options as they are typed."""
+    what, options = chosen
+    told = {f"--{prefix}{key.replace('_', '-')}": value for key, value in dataclasses.asdict(options).items()}
+    bibtex = what.citation.bibtex(what.paper) if what.citation else ""
+    return card.Source(name=name, summary=summary, paper=what.paper, bibtex=bibtex, options=told)
+
+
+def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
+    """A model as the card tells it."""
+    remote = model.reference.repository
+    return card.Model(
+        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory),
+        repository=remote.name if remote else None, commit=remote.commit if remote else None,
     )  # fmt: skip
 
 
@@ -350,11 +426,11 @@ def _manifest(
 ) -> dict[str, Any]:
     job, recipe = prepared.job, prepared.recipe
     tensors = job.plan.tensors.values()
-    # Absolute paths, so that the recipe can be replayed from anywhere.
+    # Absolute paths and commits, so that the recipe can be replayed from anywhere.
     located = dataclasses.replace(
         recipe,
-        base=str(job.plan.base.reference.path),
-        experts=tuple(f"{e.name}={e.reference.path}" for e in job.plan.experts),
+        base=job.plan.base.reference.location,
+        experts=tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts),
     )
     return {
         **stamp(job.source),
@@ -370,6 +446,8 @@ def _manifest(
             "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
+            "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
+            "tied": {t.name: t.twin for t in tensors if t.twin is not None},
             "figures": dict(sorted(findings.figures.items())),
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },

@@ -29,6 +29,8 @@ from modelmerge.report import SILENT, Reporter
 from modelmerge.verbs.inputs import (
     as_references,
     disentangler,
+    downloads,
+    fetch,
     fingerprint,
     input_paths,
     listing,
@@ -71,6 +73,7 @@ def extract(
     device: str = "auto",
     force: bool = False,
     resume: bool = False,
+    stream: bool = False,
     dry_run: bool = False,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
@@ -88,6 +91,7 @@ def extract(
         device: cpu, cuda, cuda:N or auto.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
+        stream: Read weights on the Hub over ranges, without storing them in the cache.
         dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
         reporter: Is told the progress.
 
@@ -108,8 +112,9 @@ def extract(
         ranked = sorted((t for t in linear if min(t.shape) <= _RANKED_SIDE), key=lambda t: -t.numel)[:_RANKED_LAYERS]
         wanted = linear if energy is not None else ranked
         if dry_run:
-            return _plan(opened, None, [*wanted, *(linear if rank is not None else [])])
+            return _plan(opened, None, [*wanted, *(linear if rank is not None else [])], stream=stream)
         check_output(out, input_paths(opened.source.plan), force=force)
+        fetch(opened.source.plan, reporter, companions=False, stream=stream)
         measured = vectors.measure(opened.source, opened.tensors, reporter)
         spectra = vectors.spectra(opened.source, wanted, reporter)
         ranks = _ranks(linear, measured, spectra, rank, energy)
@@ -145,6 +150,7 @@ def disentangle(
     device: str = "auto",
     force: bool = False,
     resume: bool = False,
+    stream: bool = False,
     dry_run: bool = False,
     reporter: Reporter = SILENT,
     **options: Any,
@@ -163,6 +169,7 @@ def disentangle(
         device: cpu, cuda, cuda:N or auto.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
+        stream: Read weights on the Hub over ranges, without storing them in the cache.
         dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
         reporter: Is told the progress.
         **options: The method's options.
@@ -184,9 +191,10 @@ def disentangle(
         if not linear:
             raise UsageError("no weight of a linear layer is left to disentangle", hint="check --include and --exclude")
         if dry_run:
-            return _plan(opened, chosen, [])
+            return _plan(opened, chosen, [], stream=stream)
         check_output(out, input_paths(opened.source.plan), force=force)
         refuse_too_large(opened.source, chosen, linear)
+        fetch(opened.source.plan, reporter, companions=full_experts, stream=stream)
         front = fit(opened.source, chosen, linear, reporter)
         measured = _known_from(front)
         measured |= vectors.measure(opened.source, [t for t in opened.tensors if not t.linear], reporter)
@@ -237,19 +245,29 @@ def _open(
 
 
 def _plan(
-    opened: _Opened, front: tuple[Disentangler, Any] | None, decomposed: Sequence[plan.TensorPlan]
+    opened: _Opened,
+    front: tuple[Disentangler, Any] | None,
+    decomposed: Sequence[plan.TensorPlan],
+    *,
+    stream: bool,
 ) -> dict[str, Any]:
     """What a run would do; `write` is what it writes at most, for unchanged tensors are known only once read."""
     made = opened.source.plan
-    once = sum(made.stored_bytes(t, experts=True) for t in opened.tensors)
     linear = [t for t in opened.tensors if t.linear]
-    again = sum(made.stored_bytes(t, experts=True) for t in (linear if front else decomposed))
+    # Once to write, once more to measure; to disentangle or to decompose some another time.
+    times = [*opened.tensors, *(linear if front else [*opened.tensors, *decomposed])]
+
+    def read(streamed: bool) -> int:
+        return sum(made.stored_bytes(t, experts=True, streamed=streamed) for t in times)
+
+    hub = downloads(made, companions=False, streamed=read(True) if stream else None)
     write = 4 * len(opened.names) * sum(t.numel for t in opened.tensors)
     write += 4 * sum(t.numel for t in linear) if front else 0
     return {
         "plan": {
             **listing(opened.source, ((t, "F32", _action(t, front is not None)) for t in made.tensors.values())),
-            "bytes": {"download": 0, "read": (1 if front else 2) * once + again, "write": write},
+            "bytes": {"download": hub["download"], "read": read(False), "write": write},
+            "cache": hub["cache"],
             "peak_memory": vector_memory(opened.source, front, opened.tensors, decomposed),
         }
     }

@@ -44,7 +44,7 @@ def test_random_projection_holds_nearly_all_the_energy_there_is_to_hold(shape: t
     got = _linalg.leading_directions(x, 60)
     assert torch.allclose(got.T @ got, torch.eye(60, dtype=torch.float64), atol=1e-12)
     held = (got.T @ x.double()).square().sum() / (1e-8 * values.double().square()[:60].sum())
-    assert 0.98 < held <= 1 + 1e-6
+    assert (0.985 if decay else 0.92) < held <= 1 + 1e-6
     assert torch.equal(got, _linalg.leading_directions(x, 60))
 
 

@@ -102,7 +102,8 @@ def float64_knots(taus: Tensor, density: float, scale: float, reduce: str) -> Te
     u, s, v = svd(torch.cat(list(taus.double()), 1))
     kept = s > 1e-5 * s[0]
     coordinates = torch.stack(torch.split(s[kept, None] * v[kept], taus.shape[2], dim=1))
-    return u[:, kept] @ float64_ties(coordinates, density, scale, reduce)
+    weights = [1.0] * len(taus)
+    return u[:, kept] @ float64_ties(coordinates, density, scale, reduce, "tensor", weights)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _linalg, _threshold
 
 if TYPE_CHECKING:
@@ -354,6 +354,11 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2501.01230",
+    citation=Citation(
+        "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent",
+        "Yongxian Wei and others",
+        "ICML 2025",
+    ),
     matrices=True,
     rest=lambda options: "base" if options.lambda_mode == "paper" else "average",
     wants_base=True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelmerge.method import Context, Method
+from modelmerge.method import Citation, Context, Method
 from modelmerge.methods._sums import weighted_sum
 
 if TYPE_CHECKING:
@@ -25,4 +25,15 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return weighted_sum(taus, context.weights).div_(sum(context.weights))
 
 
-METHOD = Method(options=Options, apply=apply, paper="https://arxiv.org/abs/2203.05482")
+METHOD = Method(
+    options=Options,
+    apply=apply,
+    paper="https://arxiv.org/abs/2203.05482",
+    citation=Citation(
+        "Model soups: averaging weights of multiple fine-tuned models "
+        "improves accuracy without increasing inference time",
+        "Mitchell Wortsman and others",
+        "ICML 2022",
+    ),
+    normalises=True,
+)

@@ -10,8 +10,8 @@ An entry's draw depends on `--seed`, the tensor's name, the expert's name and th
 nothing else. The density is rounded to a multiple of 2^-16, and the rescaling is by the rounded one.
 
 Deviations: the authors' TIES also trims to the largest 20 % of what is left, which at their density 0.1 is everything;
-here it does not. mergekit rescales a task vector, tensor by tensor, to its L1 norm before the drop instead, and its
-election gives entries that cancel exactly to the positive side.
+here it does not. mergekit scales what is kept of each tensor to the L1 norm it had before instead, and its election
+gives entries that cancel exactly to the positive side.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _random, _signs
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class Options:
     """What DARE can be told."""
 
-    density: float = option(0.1, "Share of the entries that is kept: 1 - p.", above=0.0, maximum=1.0)
-    scale: float = option(0.3, "Factor on the merged task vector.")
+    density: float = option(0.1, "Share of the entries that is kept: 1 - p.", above=0.0, maximum=1.0, varies="expert")
+    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor")
     consensus: Literal["linear", "ties"] = option("linear", "Add everything up, or only what agrees in sign.")
     reduce: Literal["sum", "mean"] = option("sum", "With --consensus ties: what becomes of the entries that agree.")
 
@@ -42,14 +42,17 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the dropped and rescaled task vectors, merged and scaled."""
     part = torch.empty_like(taus[0])
+    densities = context.each("density", options.density)
 
     def dropped() -> Iterator[Tensor]:
-        for i, (tau, weight) in enumerate(zip(taus, context.weights, strict=True)):
-            mask = _random.kept(context, i, tau.numel(), options.density, tau.device)
+        for i, (tau, weight, density) in enumerate(zip(taus, context.weights, densities, strict=True)):
+            mask = _random.kept(context, i, tau.numel(), density, tau.device)
             torch.mul(tau, mask.view_as(tau), out=part)
-            yield part if weight == 1.0 else part.mul_(weight)
+            # Rescaled by the first density at the end, all together; here is what is missing of it.
+            rest = weight * (_random.share(densities[0]) / _random.share(density))
+            yield part if rest == 1.0 else part.mul_(rest)
 
-    factor = options.scale / _random.share(options.density)
+    factor = options.scale / _random.share(densities[0])
     if options.consensus == "ties":
         return _signs.elect(dropped(), context.weights, taus[0], options.reduce).mul_(factor)
     total = torch.zeros_like(part)
@@ -62,5 +65,10 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2311.03099",
+    citation=Citation(
+        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+        "Le Yu and others",
+        "ICML 2024",
+    ),
     workspace=lambda tasks: 10.0,
 )

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _linalg
 from modelmerge.methods._sums import weighted_sum
 
@@ -41,6 +41,11 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2502.04959",
+    citation=Citation(
+        "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
+        "Daniel Marczak and others",
+        "ICML 2025",
+    ),
     matrices=True,
     rest=lambda options: "average",
     blockwise=lambda options: False,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _linalg
 from modelmerge.methods.merge import ties
 
@@ -49,6 +49,7 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2410.19735",
+    citation=Citation("Model merging with SVD to tie the Knots", "George Stoica and others", "ICLR 2025"),
     matrices=True,
     rest=lambda options: "average",
     blockwise=lambda options: False,

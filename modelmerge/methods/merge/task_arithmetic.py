@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods._sums import weighted_sum
 
 if TYPE_CHECKING:
@@ -32,4 +32,9 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return total.mul_(options.scale)
 
 
-METHOD = Method(options=Options, apply=apply, paper="https://arxiv.org/abs/2212.04089")
+METHOD = Method(
+    options=Options,
+    apply=apply,
+    paper="https://arxiv.org/abs/2212.04089",
+    citation=Citation("Editing Models with Task Arithmetic", "Gabriel Ilharco and others", "ICLR 2023"),
+)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _signs, _threshold
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2306.01708",
+    citation=Citation(
+        "TIES-Merging: Resolving Interference When Merging Models", "Prateek Yadav and others", "NeurIPS 2023"
+    ),
     blockwise=lambda options: options.trim_scope == "model",
     survey=lambda options: _threshold.survey(options.density) if options.trim_scope == "model" else None,
     workspace=lambda tasks: 8.0,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _linalg
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2412.00081",
+    citation=Citation(
+        "Task Singular Vectors: Reducing Task Interference in Model Merging",
+        "Antonio Andrea Gargiulo and others",
+        "CVPR 2025",
+    ),
     matrices=True,
     rest=lambda options: "average",
     blockwise=lambda options: False,

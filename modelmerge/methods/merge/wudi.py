@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods._sums import weighted_sum
 
 if TYPE_CHECKING:
@@ -128,6 +128,11 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2503.08099",
+    citation=Citation(
+        "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors",
+        "Runxi Cheng and others",
+        "ICML 2025",
+    ),
     matrices=True,
     rest=lambda options: "average",
     blockwise=lambda options: False,

@@ -1,0 +1,275 @@
+"""From an expert's names to the base's: towers under a prefix, tied weights, names of older formats.
+
+Only what is sure is matched, and the expert's remarks say so; what could be meant in two ways is an error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from modelmerge.checkpoint.header import TensorInfo
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.errors import PlanError
+
+# Ends of the names of tensors that have a row for each token and that models tie to one another.
+_INPUTS = (
+    ".embed_tokens.weight", ".shared.weight", ".wte.weight", ".word_embeddings.weight", ".embed_in.weight",
+    ".token_embedding.weight", ".tok_embeddings.weight",
+)  # fmt: skip
+_HEADS = (
+    ".lm_head.weight", ".lm_head.decoder.weight", ".predictions.decoder.weight", ".proj_out.weight",
+    ".embed_out.weight", ".output.weight", ".generator_lm_head.weight",
+)  # fmt: skip
+_BIASES = (
+    ".lm_head.bias", ".lm_head.decoder.bias", ".predictions.bias", ".predictions.decoder.bias", ".final_logits_bias",
+)  # fmt: skip
+# Names that the one table of an encoder-decoder goes by: models keep any of them, or all.
+_ONE_TABLE = (".shared.weight", ".encoder.embed_tokens.weight", ".decoder.embed_tokens.weight")
+_OLD_ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # of norms, as BERT came from TensorFlow
+_GLANCE, _BLOCK = 1 << 12, 1 << 20  # bytes compared first, and at a time
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token of the vocabulary, by its name."""
+    return _ends(name, (*_INPUTS, *_HEADS, *_BIASES))
+
+
+def match(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str], bool]) -> tuple[Checkpoint, list[str]]:
+    """The expert with its tensors by the base's names, and complaints about ties that are not sure.
+
+    Args:
+        base: The base.
+        expert: An expert. A task vector or an adapter has the base's names already.
+        wanted: Whether a tensor of that name is to be merged; others cause no complaint.
+
+    Raises:
+        PlanError: Several prefixes would make the expert's names the base's.
+        CheckpointError: A file cannot be read.
+    """
+    if expert.vector is not None:
+        return expert, []
+    names, remarks = _under_a_prefix(base, expert)
+    tensors = {names[name]: info for name, info in expert.tensors.items()}
+    remarks += _by_old_names(base, tensors)
+    expert = replace(expert, tensors=tensors)
+    through, complaints = _through_twins(base, expert, wanted)
+    return replace(expert, remarks=(*expert.remarks, *remarks, *through)), complaints
+
+
+def twins(base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, str]:
+    """Tensors that are tied, in the base and in every expert, to another, with that one's name: of a head its table.
+
+    To merge one is to merge both: what is counted over a whole model counts them once.
+    """
+    found: dict[str, str] = {}
+    ties = _Ties(base)
+    # The same one whatever the order of the file.
+    order = {name: (_ends(name, _HEADS), name) for name in base.tensors}
+    for name in base.tensors:
+        for other in ties.candidates(name):
+            first = other not in found and order[other] < order[name]
+            # What the config says is not read up on: a model on the Hub may be far away.
+            own = _says_tied(base) is False and _ends(name, _HEADS) and not _ends(other, _HEADS)
+            if first and not own and all(_same(model, name, other) for model in (base, *experts)):
+                found[name] = other
+                break
+    return found
+
+
+# --- prefixes ---
+
+
+def _under_a_prefix(base: Checkpoint, expert: Checkpoint) -> tuple[dict[str, str], list[str]]:
+    """The base's name of each of the expert's tensors, where most agree once a prefix is added or taken away."""
+    ours, theirs = base.tensors, expert.tensors
+    half = min(len(ours), len(theirs)) / 2
+    identity = {name: name for name in theirs}
+    if len(ours.keys() & theirs.keys()) > half:
+        return identity, []
+    ways: dict[tuple[str, str], dict[str, str]] = {("", ""): identity}
+    for prefix in _prefixes(ours, theirs):
+        ways["with", prefix] = {name: prefix + name if prefix + name in ours else name for name in theirs}
+    for prefix in _prefixes(theirs, ours):
+        ways["without", prefix] = {name: name.removeprefix(prefix) for name in theirs}
+    agreeing = {
+        way: {name for name, new in names.items() if new in ours and ours[new].shape == theirs[name].shape}
+        for way, names in ways.items()
+        if len(set(names.values())) == len(names)
+    }
+    best = max(agreeing, key=lambda way: len(agreeing[way]))
+    if len(agreeing[best]) <= half or best == ("", ""):
+        return identity, []
+    rivals = [way for way in agreeing if way != best and not agreeing[way] < agreeing[best]]
+    if rivals:
+        told = " or ".join(f"{how} '{prefix}' in front" if how else "as they are" for how, prefix in (best, *rivals))
+        raise PlanError(
+            f"'{expert.name}': its names could be the base's {told}; which is meant cannot be told",
+            hint="save it under the base's names",
+        )
+    how, prefix = best
+    count = f"{len(agreeing[best])} of its {len(theirs)} tensors"
+    return ways[best], [f"its names are the base's {how} '{prefix}' in front: {count} are matched so"]
+
+
+def _prefixes(longer: dict[str, TensorInfo], shorter: dict[str, TensorInfo]) -> list[str]:
+    """What stands in front of a name of `shorter` in `longer`, ending in a dot, each once."""
+    found: dict[str, None] = {}
+    for name in longer:
+        dot = name.find(".")
+        while dot >= 0:
+            if name[dot + 1 :] in shorter:
+                found[name[: dot + 1]] = None
+            dot = name.find(".", dot + 1)
+    return list(found)
+
+
+def _by_old_names(base: Checkpoint, tensors: dict[str, TensorInfo]) -> list[str]:
+    """Rename norms that one side calls gamma and beta and the other weight and bias."""
+    count = 0
+    for name in [n for n in base.tensors if n not in tensors]:
+        for left, right in (*_OLD_ENDS, *(ends[::-1] for ends in _OLD_ENDS)):
+            other = name.removesuffix(left) + right
+            if name.endswith(left) and other in tensors and other not in base.tensors:
+                tensors[name] = tensors.pop(other)
+                count += 1
+    return (
+        [f"{count} of its norms are named gamma and beta in one model, weight and bias in the other"] if count else []
+    )
+
+
+# --- ties ---
+
+
+class _Ties:
+    """Which tensors of a model may be one: they lie at one place, or have the names of tied ones."""
+
+    def __init__(self, model: Checkpoint) -> None:
+        self._groups: dict[object, list[str]] = defaultdict(list)
+        for name, info in model.tensors.items():
+            for key in self._keys(name, info):
+                self._groups[key].append(name)
+        self._model = model
+
+    def candidates(self, name: str) -> list[str]:
+        """The other tensors that a tensor may be one with."""
+        info = self._model.tensors[name]
+        found = dict.fromkeys(other for key in self._keys(name, info) for other in self._groups[key])
+        return [other for other in found if other != name]
+
+    @staticmethod
+    def _keys(name: str, info: TensorInfo) -> Iterator[object]:
+        if info.nbytes:
+            yield _place(info)
+            if _ends(name, (*_INPUTS, *_HEADS)):
+                yield "table", info.shape
+            if _ends(name, _BIASES):
+                yield "bias", info.shape
+
+
+def _through_twins(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """Give the expert what it leaves out because it is tied, and take what the base leaves out for that reason."""
+    remarks: list[str] = []
+    complaints: list[str] = []
+    tensors = expert.tensors
+    missing = [name for name in base.tensors if name not in tensors and wanted(name)]
+    extra = [name for name in tensors if name not in base.tensors]
+    if not missing and not extra:
+        return remarks, complaints
+    ours, theirs = _Ties(base), _Ties(expert)
+    untied = [model.name for model in (base, expert) if _says_tied(model) is False]
+    for name in missing:
+        have = [other for other in ours.candidates(name) if other in tensors]
+        tied = next((other for other in have if _same(base, name, other)), None)
+        if tied and not (untied and _ends(name, _HEADS) != _ends(tied, _HEADS)):
+            tensors[name] = tensors[tied]
+            remarks.append(f"it leaves '{name}' out, which in the base is the same as '{tied}': read from there")
+        elif tied:
+            complaints.append(
+                f"'{name}': the same as '{tied}' in the base, but missing in {expert.name}, and the config of "
+                f"{untied[0]} says that they are not tied"
+            )
+        elif have and _ends(name, _HEADS) and _says_tied(expert):
+            complaints.append(
+                f"'{name}': other than '{have[0]}' in the base, but missing in {expert.name}, whose config ties them"
+            )
+    headless = _says_tied(base) is False or any(_ends(name, _HEADS) for name in base.tensors)
+    for name in extra:
+        have = [other for other in theirs.candidates(name) if other in base.tensors]
+        tied = next((other for other in have if _same(expert, name, other)), None)
+        if tied:
+            del tensors[name]
+            remarks.append(f"its '{name}' is the same as its '{tied}' and is left out, as in the base")
+        elif have and _ends(name, _HEADS) and not headless and wanted(name):
+            complaints.append(
+                f"'{name}': of its own in {expert.name}, other than '{have[0]}'; the base has none, and would lose it"
+            )
+    remarks += _one_table(base, expert)
+    return remarks, complaints
+
+
+def _one_table(base: Checkpoint, expert: Checkpoint) -> list[str]:
+    """Match the one table of an encoder-decoder where base and expert keep it under different names."""
+    ours = [name for name in base.tensors if _ends(name, _ONE_TABLE)]
+    theirs = [name for name in expert.tensors if _ends(name, _ONE_TABLE)]
+    if not ours or not theirs or set(ours) & set(theirs):
+        return []
+    if not all(_same(base, ours[0], name) for name in ours) or not all(_same(expert, theirs[0], n) for n in theirs):
+        return []
+    kept = expert.tensors[theirs[0]]
+    for name in theirs:
+        del expert.tensors[name]
+    expert.tensors.update(dict.fromkeys(ours, kept))
+    return [f"its table '{theirs[0]}' is the base's '{ours[0]}'"]
+
+
+def _same(model: Checkpoint, name: str, other: str) -> bool:
+    """Whether two tensors of a model are one: at the same place, or equal to the last byte."""
+    left, right = model.tensors.get(name), model.tensors.get(other)
+    if left is None or right is None:  # a task vector or an adapter that leaves out what did not change
+        return left is right and model.has(name) and model.has(other)
+    if _place(left) == _place(right):
+        return True
+    parts, others = _parts(left), _parts(right)
+    return len(parts) == len(others) and all(map(_equal, [model] * len(parts), parts, others))
+
+
+def _parts(info: TensorInfo) -> tuple[TensorInfo, ...]:
+    return (info.change.parts if info.change is not None else ()) or (info,)
+
+
+def _equal(model: Checkpoint, left: TensorInfo, right: TensorInfo) -> bool:
+    """Whether two stored tensors are equal, byte by byte; a look at the start tells most that are not apart."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    try:
+        start = 0
+        while start < left.nbytes:
+            stop = min(start + (_BLOCK if start else _GLANCE), left.nbytes)
+            blocks = bytearray(stop - start), bytearray(stop - start)
+            for info, block in zip((left, right), blocks, strict=True):
+                model.read_into(info, start, memoryview(block), follow=False)
+            if blocks[0] != blocks[1]:
+                return False
+            start = stop
+        return True
+    finally:
+        model.close()  # what is far away now may have been fetched when it is read in earnest
+
+
+def _place(info: TensorInfo) -> tuple[object, ...]:
+    return info.file, info.start, info.dtype, info.shape, info.strides, info.change
+
+
+def _says_tied(model: Checkpoint) -> bool | None:
+    """Whether the model's config says that its head is its embedding; None where it says nothing."""
+    for config in (model.config, model.config.get("text_config")):
+        told = config.get("tie_word_embeddings") if isinstance(config, dict) else None
+        if isinstance(told, bool):
+            return told
+    return None
+
+
+def _ends(name: str, ends: tuple[str, ...]) -> bool:
+    return f".{name}".endswith(ends)

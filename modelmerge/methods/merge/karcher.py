@@ -1,0 +1,52 @@
+"""Mean of any number of models on the sphere: directions by their Karcher mean, lengths by their mean.
+
+The Karcher (Frechet) mean of directions is the one whose squared angles to them, weighted by --weight, add up to least
+(Grove and Karcher, 1973); for two models it is half the way of slerp. Tensor by tensor, of the weights themselves, as
+in mergekit's karcher, or of the task vectors, which its multislerp approximates by one step. The iteration runs on the
+inner products of the models until it stands still, which costs one pass over the tensor however many steps it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from modelmerge.method import Citation, Context, Method, option
+from modelmerge.methods import _sphere
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the Karcher mean can be told."""
+
+    points: Literal["weights", "task-vectors"] = option("weights", "What is averaged.")
+
+
+def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
+    """[T, *shape] -> [*shape]: the task vector of the mean."""
+    if not bool(taus.any()):
+        return torch.zeros_like(taus[0])
+    base = context.base if options.points == "weights" else None
+    weights = [weight / sum(context.weights) for weight in context.weights]
+    return _sphere.combined(taus, base, _sphere.centre(_sphere.inner_products(taus, base), weights))
+
+
+METHOD = Method(
+    options=Options,
+    apply=apply,
+    paper="https://doi.org/10.1007/BF01425453",
+    citation=Citation(
+        "How to conjugate C1-close group actions",
+        "Karsten Grove and Hermann Karcher",
+        "Mathematische Zeitschrift 132, 1973",
+    ),
+    normalises=True,
+    wants_base=True,
+    blockwise=lambda options: False,
+    workspace=lambda tasks: 5.0,
+)

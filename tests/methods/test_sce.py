@@ -1,0 +1,35 @@
+"""SCE against its definition, written out plainly in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.test_every_method import merged, taus_of
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+def test_agrees_with_float64(density: float, size: float) -> None:
+    taus, weights = taus_of(5) * size, torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0])
+    got = merged("sce", taus, tuple(weights.tolist()), density=density, scale=0.7)
+    wide = taus.double()
+    variance = wide.var(0, unbiased=False).flatten()
+    mask = torch.zeros_like(variance)
+    mask[variance.argsort(descending=True)[: int(density * variance.numel())]] = 1
+    kept = wide * mask.view_as(wide[0])
+    shares = weights.double() * kept.square().mean((1, 2))
+    agreeing = shares[:, None, None] * (kept.sign() == kept.sum(0).sign()) * (kept != 0)
+    want = 0.7 * (agreeing * kept).sum(0) / agreeing.sum(0).clamp(min=1e-300)
+    assert (got.double() - want).norm() <= 1e-5 * want.norm()
+    assert int((got != 0).sum()) == int(density * variance.numel())
+
+
+def test_a_single_expert_keeps_its_task_vector() -> None:
+    taus = taus_of(1)
+    assert torch.allclose(merged("sce", taus), taus[0])
+
+
+def test_experts_that_are_alike_leave_nothing_to_select() -> None:
+    assert not merged("sce", torch.ones(3, 4, 4)).any()
+    assert torch.equal(merged("sce", torch.ones(3, 4, 4), density=1.0), torch.ones(4, 4))

@@ -1,0 +1,100 @@
+"""slerp, the Karcher mean and NearSwap against their definitions, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modelmerge.method import load
+from modelmerge.methods import _sphere
+from tests.test_every_method import context_of, merged, taus_of
+
+
+def base_of(name: str, taus: Tensor) -> Tensor:
+    chosen = load(name)
+    base = context_of(chosen, chosen.options(), taus).base
+    assert base is not None
+    return base.double()
+
+
+def arc(a: Tensor, b: Tensor, t: float) -> Tensor:
+    angle = torch.arccos((a * b).sum() / a.norm() / b.norm())
+    return (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("points", ["weights", "task-vectors"])
+def test_slerp_agrees_with_float64(points: str, size: float, t: float) -> None:
+    taus = taus_of(2) * size
+    base = base_of("slerp", taus) * (points == "weights")
+    want = arc(*(base + taus.double()), t) - base
+    got = merged("slerp", taus, t=t, points=points)
+    # The reference itself loses digits where task vectors are small beside the weights.
+    assert (got.double() - want).norm() <= max(1e-6, 1e-9 / size) * want.norm()
+    shifted = merged("slerp", taus, (1.0, 3.0), t=t, points=points)
+    assert torch.allclose(shifted, merged("slerp", taus, t=3 * t / (1 - t + 3 * t), points=points))
+
+
+def test_slerp_of_one_expert_starts_at_the_base() -> None:
+    taus = taus_of(1) * 100
+    base = base_of("slerp", taus)
+    want = arc(base, base + taus[0].double(), 0.3) - base
+    assert (merged("slerp", taus, t=0.3).double() - want).norm() <= 1e-6 * want.norm()
+    assert torch.allclose(merged("slerp", taus, t=0.3, points="task-vectors"), 0.3 * taus[0])
+
+
+def test_slerp_goes_straight_where_there_is_no_arc() -> None:
+    one = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    for second in (2 * one, -one, 0 * one):
+        got = merged("slerp", torch.stack([one, second]), t=0.25, points="task-vectors")
+        assert torch.allclose(got, 0.75 * one + 0.25 * second, atol=1e-7)
+
+
+def karcher(points: Tensor, alphas: Tensor) -> Tensor:
+    """By small steps on the sphere itself."""
+    flat = points.flatten(1)
+    units = flat / flat.norm(dim=1, keepdim=True)
+    at = units.mean(0) / units.mean(0).norm()
+    for _ in range(300):
+        dots = units @ at
+        angles = dots.clamp(-1, 1).arccos()
+        logs = (angles / angles.sin())[:, None] * (units - dots[:, None] * at)
+        step = 0.5 * (alphas[:, None] * logs).sum(0)
+        at = step.norm().cos() * at + torch.sinc(step.norm() / torch.pi) * step
+    return ((alphas * flat.norm(dim=1)).sum() * at).view_as(points[0])
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+@pytest.mark.parametrize("points", ["weights", "task-vectors"])
+def test_karcher_agrees_with_float64(points: str, size: float) -> None:
+    taus, weights = taus_of(4) * size, (1.0, 2.0, 0.5, 1.5)
+    base = base_of("karcher", taus) * (points == "weights")
+    want = karcher(base + taus.double(), torch.tensor(weights).double() / 5) - base
+    got = merged("karcher", taus, weights, points=points)
+    assert (got.double() - want).norm() <= 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("points", ["weights", "task-vectors"])
+def test_karcher_of_two_is_half_the_way(points: str) -> None:
+    taus = taus_of(2) * 100
+    taus[1] *= taus[0].norm() / taus[1].norm()
+    taus[1] += 0.1
+    base = base_of("karcher", taus) * (points == "weights")
+    one, two = base + taus.double()
+    half = arc(one / one.norm(), two / two.norm(), 0.5) * (one.norm() + two.norm()) / 2
+    assert (merged("karcher", taus, points=points).double() - (half - base)).norm() <= 1e-6 * half.norm()
+
+
+def test_directions_that_cancel_are_no_error() -> None:
+    one = torch.ones(3, 3)
+    assert merged("karcher", torch.stack([one, -one]), points="task-vectors").isfinite().all()
+    assert torch.equal(_sphere.inner_products(torch.zeros(2, 3), None), torch.zeros(2, 2).double())
+
+
+def test_nearswap_follows_its_formula() -> None:
+    taus = taus_of(1)
+    distance = taus[0].double().abs()
+    want = taus[0].double() * (2e-3 / distance.clamp(min=1e-6)).clamp(0, 1)
+    assert (merged("nearswap", taus, t=2e-3).double() - want).norm() <= 1e-6 * want.norm()

@@ -1,0 +1,176 @@
+"""The model card: front matter that the Hub takes, and a text that says what was done."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+import modelmerge
+from modelmerge import method
+from modelmerge.checkpoint import card
+
+
+def model(name: str, weight: float | None = 1.0, commit: str | None = None, **front: Any) -> card.Model:
+    repository = f"org/{name}" if commit else None
+    return card.Model(
+        name=name, reference=f"./{name}", weight=weight, repository=repository, commit=commit, front=front
+    )  # fmt: skip
+
+
+def rendered(base: card.Model, *experts: card.Model, **other: Any) -> str:
+    options = {"--density": 0.2, "--rank": None}
+    source = card.Source(name="ties", summary="Does it.", paper="https://p", bibtex="@misc{x}", options=options)
+    told: dict[str, Any] = {
+        "title": "out", "methods": [source], "settings": {}, "command": "modelmerge merge", "notes": [],
+        "has_config": True, "versions": {"modelmerge": "1"}, "device": "cpu", **other,
+    }  # fmt: skip
+    return card.render(base=base, experts=experts, **told)
+
+
+def front(text: str) -> dict[str, Any]:
+    """The front matter, as yaml reads it; it must be what the Hub's own client makes of it too."""
+    found = yaml.safe_load(text.split("---\n")[1])
+    client = ModelCard(text).data
+    assert isinstance(client, ModelCardData)
+    assert yaml.safe_load(client.to_yaml()) == found
+    return found
+
+
+def test_base_model_names_what_is_on_the_hub_and_nothing_else() -> None:
+    data = front(rendered(model("base", None, "a" * 40), model("x", commit="b" * 40), model("y")))
+    assert data["base_model"] == ["org/base", "org/x"]
+    assert data["base_model_relation"] == "merge"
+    assert data["tags"] == ["merge", "modelmerge", "ties"]
+    assert data["library_name"] == "transformers"
+    local = front(rendered(model("base", None), model("x"), has_config=False))
+    assert not {"base_model", "base_model_relation", "library_name"} & set(local)
+
+
+def test_models_with_commits_and_weights() -> None:
+    text = rendered(model("base", None, "a" * 40), model("x", 0.5, "b" * 40), model("y|z"))
+    assert "|  | model | commit | weight |\n" in text
+    assert "| base | [org/base](https://huggingface.co/org/base) | `aaaaaaaaaaaa` |  |\n" in text
+    assert "| `x` | [org/x](https://huggingface.co/org/x) | `bbbbbbbbbbbb` | 0.5 |\n" in text
+    assert "| `y\\|z` | `./y\\|z` |  | 1 |\n" in text
+    plain = rendered(model("base", None), model("x"))
+    assert "|  | model |\n" in plain
+    assert "| `--density` | 0.2 |\n| `--rank` | automatic |\n" in plain
+
+
+LLAMA = {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE"}
+
+
+@pytest.mark.parametrize(
+    ("fronts", "inherited", "says"),
+    [
+        ([{"license": "mit"}] * 3, {"license": "mit"}, "License: mit, which is that of the base and of every expert."),
+        ([LLAMA] * 2, LLAMA, "License: llama3.1, which is that of the base and of every expert."),
+        ([{"license": "mit"}, {"license": "apache-2.0"}, {"license": "mit"}], {},
+         "License: mit for `m0`, `m2`; apache-2.0 for `m1`. It is for you to choose"),
+        ([LLAMA, {**LLAMA, "license_name": "gemma"}], {}, "License: llama3.1 for `m0`; gemma for `m1`. It is for you"),
+        ([{"license": "mit"}, {}], {}, "License: mit for `m0`; not stated for `m1`. It is for you to choose"),
+        ([{}, {"license": "mit"}], {}, "License: mit for `m1`; not stated for `m0`. It is for you to choose"),
+        ([{}, {}], {}, "License: none of the models states one here. It is for you to choose"),
+        ([{"license": ["mit"]}, {"license": 3}], {}, "License: none of the models states one here."),
+    ],
+)  # fmt: skip
+def test_a_license_is_inherited_where_all_agree(
+    fronts: list[dict[str, Any]], inherited: dict[str, str], says: str
+) -> None:
+    text = rendered(*(model(f"m{i}", 1.0, **each) for i, each in enumerate(fronts)))
+    assert {key: value for key, value in front(text).items() if key.startswith("license")} == inherited
+    assert says in text
+
+
+def test_the_front_matter_of_the_models_is_read_from_their_cards(models: list[Path], tmp_path: Path) -> None:
+    for path in models:
+        (path / "README.md").write_text("---\nlicense: mit\npipeline_tag: text-generation\n---\nHello.\n")
+    modelmerge.merge(models[0], models[1:], tmp_path / "out", method="ties", density=0.5, seed=3)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert front(text)["license"] == "mit"
+    assert front(text)["pipeline_tag"] == "text-generation"
+    for option in (
+        "`--density` | 0.5",
+        "`--scale` | 0.3",
+        "`--reduce` | sum",
+        "`--trim-scope` | model",
+        "`--seed` | 3",
+    ):
+        assert f"| {option} |" in text
+    assert "--rest" not in text
+    assert "TIES-Merging: Resolving Interference When Merging Models" in text
+    assert f"modelmerge {modelmerge.__version__}" in text
+
+
+@pytest.mark.parametrize("text", [b"no front matter", b"---\n: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe---\n", b""])
+def test_a_card_that_cannot_be_read_says_nothing(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(text)
+    assert card.front_matter(tmp_path) == {}
+    assert card.front_matter(None) == card.front_matter(tmp_path / "nowhere") == {}
+
+
+def test_notes_and_disentangling_are_told(models: list[Path], tmp_path: Path) -> None:
+    modelmerge.merge(
+        models[0], models[1:], tmp_path / "out", method="average", disentangle="awd", vary=["weight=2@*q_proj*"]
+    )  # fmt: skip
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "made by `average` after `awd`" in text
+    assert "| `--awd-alpha` | 0.1 |" in text
+    assert "| `--vary` | `weight=2@*q_proj*` |" in text
+    assert front(text)["tags"] == ["merge", "modelmerge", "average", "awd"]
+    assert text.count("@misc{") == 2
+
+
+RESULTS = [
+    card.Result(task="image-classification", dataset="SVHN", metric="accuracy", value=0.78125, split="test",
+                dataset_id="ufldl-stanford/svhn", detail="26,032 images"),
+    card.Result(task="text-generation", dataset="GSM8K", metric="exact_match", value=0.5),
+]  # fmt: skip
+
+
+def test_results_become_a_model_index_and_a_table() -> None:
+    plain = rendered(model("base", None, "a" * 40, license="mit"), model("x", license="mit"), notes=["A note."])
+    text = card.with_results(plain, RESULTS, name="merged")
+    data = front(text)
+    (index,) = data["model-index"]
+    assert index["name"] == "merged"
+    assert index["results"][0] == {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": "SVHN", "type": "ufldl-stanford/svhn", "split": "test"},
+        "metrics": [{"type": "accuracy", "value": 0.78125}],
+    }
+    assert {key: value for key, value in data.items() if key != "model-index"} == front(plain)
+    assert text.index("## Method") < text.index("## Evaluation") < text.index("## Repeat it")
+    assert "| SVHN | test | accuracy | 0.7812 | 26,032 images |" in text
+    assert ModelCard(text).data.eval_results[1].metric_value == 0.5  # type: ignore[attr-defined]
+
+
+def test_results_replace_those_of_an_earlier_evaluation() -> None:
+    plain = rendered(model("base", None), model("x"))
+    once = card.with_results(plain, RESULTS, name="merged")
+    assert card.with_results(once, RESULTS, name="merged") == once
+    again = card.with_results(once, RESULTS[:1], name="merged")
+    assert "GSM8K" not in again
+    assert again.count("## Evaluation") == 1
+    none = card.with_results(once, [], name="merged")
+    assert (front(none), none.split("---\n")[2].strip()) == (front(plain), plain.split("---\n")[2].strip())
+
+
+def test_results_go_into_a_card_of_another_make() -> None:
+    text = card.with_results("---\nlicense: mit\nodd_key: [1]\n---\n# Mine\n\nText.\n", RESULTS, name="mine")
+    assert front(text)["odd_key"] == [1]
+    assert text.index("Text.") < text.index("## Evaluation")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("merge", n) for n in method.names()] + [("disentangle", "awd")])
+def test_a_citation_is_bibtex(kind: Any, name: str) -> None:
+    chosen = method.load(name, kind)
+    if chosen.citation is not None:
+        entry = chosen.citation.bibtex(chosen.paper)
+        assert re.fullmatch(r"@misc\{[a-z]+(19|20)\d\d,\n(  [a-z]+ = \{.+\},\n){4}  url = \{https://.+\}\n\}", entry)
+        assert entry.count("{") == entry.count("}")
