@@ -110,6 +110,41 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
     return recipe, digests
 
 
+def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest as others may see it: models that lie on this machine go by their names, without their paths."""
+    inputs, local = manifest["inputs"], local_models(manifest)
+    told: dict[str, Any] = renamed(dict(manifest), local)
+    for model in (m for each in told["inputs"].values() for m in (each if isinstance(each, list) else [each])):
+        if model["path"] in local.values():
+            model |= {"reference": model["name"], "path": None}
+    if "command" in told:
+        # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see Recipe.command
+        words = shlex.split(manifest["command"])
+        for place, model in enumerate((inputs["base"], *inputs["experts"]), start=3):
+            words[place] = model["name"] if model["path"] in local else words[place]
+        told["command"] = shlex.join([*words[:-1], Path(words[-1]).name])
+    return told
+
+
+def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a manifest's models that lie on this machine, by their paths."""
+    inputs = manifest["inputs"].values()
+    models = [model for told in inputs for model in (told if isinstance(told, list) else [told])]
+    return {model["path"]: model["name"] for model in models if Path(model["path"]).is_absolute()}
+
+
+def renamed(told: Any, names: Mapping[str, str]) -> Any:
+    """JSON with names in the place of paths, in keys and values alike."""
+    if isinstance(told, dict):
+        return {renamed(key, names): renamed(value, names) for key, value in told.items()}
+    if isinstance(told, list):
+        return [renamed(value, names) for value in told]
+    if isinstance(told, str):
+        for path in sorted(names, key=len, reverse=True):
+            told = told.replace(path, names[path])
+    return told
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size like 5GB, 200MB or 1.5GiB; units of 1000 as the Hub's tools use, of 1024 with an i.
 

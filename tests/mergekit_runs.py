@@ -64,6 +64,7 @@ def write_models(root: Path) -> None:
     models = {"base": base}
     for name, scale in (("math", 0.02), ("code", 0.02), ("chat", 0.03), ("fine", 2e-4)):
         models[name] = {key: base[key] + noise for key, noise in drawn(scale).items()}
+    models["base16"] = {key: tensor.bfloat16() for key, tensor in base.items()}
     models["up"] = {key: base[key] + steps[key] for key in base}
     models["down"] = {key: base[key] - steps[key] for key in base}
     shared = drawn(0.03)

@@ -37,6 +37,10 @@ _PAUSES = (0.5, 1.0, 2.0)  # seconds between questions that the Hub was too busy
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _CHUNK = 4 << 20  # bytes of a stream that are read at a time, where less is asked for
 _CHUNKS = 4  # so many are kept of a file: workers go through it side by side
+# What the client raises; RuntimeError and ValueError for uploads that fail and answers that make no sense.
+_CLIENT_ERRORS = (
+    HTTPError, OSError, RuntimeError, ValueError, RevisionResolutionError, XetDownloadError, EntryNotFoundError,
+)  # fmt: skip
 _LOG_IN = "log in: hf auth login, or set HF_TOKEN"
 
 
@@ -187,13 +191,13 @@ def explained(name: str, revision: str | None = None, *, finding: bool = False) 
     """
     try:
         yield
-    except (HTTPError, OSError, RevisionResolutionError, XetDownloadError, EntryNotFoundError) as error:
+    except _CLIENT_ERRORS as error:
         raise explain(error, name, revision, finding=finding) from error
 
 
 def explain(error: Exception, name: str, revision: str | None = None, *, finding: bool = False) -> ModelMergeError:
     """The error of ours that says what an error of the client means; see `explained`."""
-    while isinstance(error, (LocalEntryNotFoundError, RevisionResolutionError)):
+    while isinstance(error, (LocalEntryNotFoundError, RevisionResolutionError, RuntimeError)):
         if not isinstance(error.__cause__, Exception):
             break
         error = error.__cause__
@@ -229,7 +233,7 @@ def explain(error: Exception, name: str, revision: str | None = None, *, finding
     if isinstance(error, OSError) and error.strerror:
         return HubError(f"{name}: {error.strerror}: {error.filename or constants.HF_HUB_CACHE}", hint="free some space")
     told = (str(error) or type(error).__name__).splitlines()[0]
-    return HubError(f"{name}: cannot be downloaded: {told}", hint="run the command again")
+    return HubError(f"{name}: {told}", hint="run the command again")
 
 
 def _refused(error: HfHubHTTPError, name: str) -> HubError:

@@ -16,6 +16,7 @@ from modelmerge.method import Disentangler, Method, bounds, option_types
 METHOD_PANEL = "Options of the method"
 SHARED_PANEL = "Options of every merge"
 PRINT_PANEL = "What is printed"
+HUB_PANEL = "The Hugging Face Hub"
 
 Output = Annotated[
     str, typer.Option("-o", "--output", help="Directory for the result.", metavar="DIR", rich_help_panel=SHARED_PANEL)
@@ -49,8 +50,27 @@ Stream = Annotated[
     typer.Option(
         "--stream",
         help="Read weights on the Hub tensor by tensor, without storing them: for small disks.",
-        rich_help_panel=SHARED_PANEL,
+        rich_help_panel=HUB_PANEL,
     ),
+]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        help="Push the result to this repository, org/name or org/name@branch, made if there is none.",
+        metavar="REPO",
+        rich_help_panel=HUB_PANEL,
+    ),
+]
+Private = Annotated[
+    bool, typer.Option("--private", help="With --push: a private repository.", rich_help_panel=HUB_PANEL)
+]
+CreatePr = Annotated[
+    bool,
+    typer.Option("--create-pr", help="With --push: open a pull request instead.", rich_help_panel=HUB_PANEL),
+]
+CommitMessage = Annotated[
+    str | None,
+    typer.Option(help="With --push: the commit's first line.", metavar="TEXT", rich_help_panel=HUB_PANEL),
 ]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
@@ -143,7 +163,7 @@ Form = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Short for --format json.", rich_help_panel=PRINT_PANEL)]
 Quiet = Annotated[
     bool,
-    typer.Option("-q", "--quiet", help="Short for --format quiet: the output's path.", rich_help_panel=PRINT_PANEL),
+    typer.Option("-q", "--quiet", help="Short for --format quiet: the path or URL.", rich_help_panel=PRINT_PANEL),
 ]
 Verbose = Annotated[
     bool, typer.Option("-v", "--verbose", help="Name every tensor in plans and results.", rich_help_panel=PRINT_PANEL)

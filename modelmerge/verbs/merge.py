@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,19 +15,19 @@ from modelmerge import engine, mergekit, method, plan
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
+from modelmerge.checkpoint.writer import CARD, Staging, companions
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
-from modelmerge.vary import parse, settle
+from modelmerge.vary import parse, settle, surveyed
 from modelmerge.verbs import adapted
 from modelmerge.verbs.inputs import (
     as_references,
+    begin,
     disentangler,
     downloads,
     fetch,
     fingerprint,
-    input_paths,
     listing,
     open_models,
     record,
@@ -61,7 +61,7 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
-        hub = downloads(made, companions=size is None, streamed=streamed)
+        hub = downloads(made, beside="all" if size is None else "cards", streamed=streamed)
         return {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
@@ -177,7 +177,11 @@ def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> P
     translated = mergekit.read(file)
     prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream)
     translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
-    return prepared
+    again = translated.stored_as_mergekit_does(prepared.job.plan)
+    if again is translated:
+        return prepared
+    prepared.close()
+    return prepare(again.recipe, device=device, remarks=again.remarks, stream=stream)
 
 
 def prepare(
@@ -219,14 +223,16 @@ def prepare(
     if left != "base":
         rest_method = method.load(left)
         rest = (rest_method, rest_method.options())
-    settings = settle(
-        [parse(told) for told in recipe.vary], (recipe.method, chosen, options), weights,
-        [expert.name for expert in experts], [t.name for t in (*made.select("merge"), *made.select("rest"))],
-    )  # fmt: skip
+    variations, names = [parse(told) for told in recipe.vary], [expert.name for expert in experts]
+    tensors = [tensor.name for tensor in (*made.select("merge"), *made.select("rest"))]
+    settings = settle(variations, (recipe.method, chosen, options), weights, names, tensors)
     for tensor, setting in settings.items():
         if abs(sum(setting.weights)) < 1e-8 and _normalises(recipe):
             raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
-    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings)
+    job = engine.Job(
+        source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings,
+        surveyed(variations, options, names) if variations else None,
+    )  # fmt: skip
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -253,9 +259,12 @@ def execute(
     *,
     force: bool = False,
     resume: bool = False,
+    ready: Callable[[], object] | None = None,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Run a prepared merge into `out`; the manifest. The inputs are closed afterwards.
+
+    `ready` is called once it is known that the work can begin.
 
     Raises:
         ModelMergeError: As for `merge`.
@@ -263,12 +272,14 @@ def execute(
     started = time.monotonic()
     job = prepared.job
     try:
-        size = adapted.size_of(prepared.recipe, resume=resume)
+        size = adapted.size_of(prepared.recipe)
         layout = job.plan.layout if size is None else Layout((), {}, {})
-        check_output(out, input_paths(job.plan), force=force)
         determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
-        with Staging(out, layout, force=force, resume=resume, fingerprint=determined_by) as staging:
-            fetch(job.plan, reporter, companions=size is None, stream=prepared.stream)
+        done = begin(job.plan, out, determined_by, force=force, resume=resume, ready=ready, reporter=reporter)
+        if done is not None:
+            return done
+        with Staging(out, layout, force=force, resume=resume and size is None, fingerprint=determined_by) as staging:
+            fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
             small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
             findings = engine.run(job, staging, reporter) if small is None else small.findings
             digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
@@ -281,6 +292,7 @@ def execute(
             staging.write_file(CARD, _card(prepared, out, notes).encode())
             staging.write_indices()
             manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
+            manifest["fingerprint"] = determined_by
             if small is not None:
                 manifest["adapter"] = adapted.report(small)
             staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
@@ -325,17 +337,16 @@ def _normalises(recipe: Recipe) -> bool:
 def _refuse_changed(
     recorded: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
 ) -> None:
-    found = [
-        (m.reference.address(f), digest)
-        for m, files in zip(models, digests, strict=True)
-        for f, digest in files.items()
-    ]
-    for file, digest in found:
-        if recorded and recorded.get(file) != digest:
-            raise RecipeError(
-                f"{file}: not the file that the recipe was made with (its sha256 differs)",
-                hint="restore the file, or run the merge anew without --recipe",
-            )
+    for model, files in zip(models, digests, strict=True):
+        for file, digest in files.items():
+            address, lies = model.reference.address(file), model.reference.location
+            # Where the recipe was published, by the model's name.
+            known = recorded.get(address, recorded.get(address.replace(lies, model.name)))
+            if recorded and known != digest:
+                raise RecipeError(
+                    f"{file}: not the file that the recipe was made with (its sha256 differs)",
+                    hint="restore the file, or run the merge anew without --recipe",
+                )
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
@@ -385,14 +396,18 @@ def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
         methods.append(_applied(recipe.disentangle, summary, job.front, f"{recipe.disentangle}-"))
     methods.append(_applied(recipe.method, method.summary(recipe.method), job.method))
     defaults = Recipe(method="", base="", experts=())
-    settings = {name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed")}
+    settings = {
+        name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    }
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
         methods=methods,
-        settings={f"--{name}": told for name, told in settings.items() if told != getattr(defaults, name)},
+        settings={
+            f"--{name.replace('_', '-')}": value for name, value in settings.items() if value != getattr(defaults, name)
+        },
         command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
-        versions=versions(), device=str(job.source.device),
+        versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
     )  # fmt: skip
 
 
