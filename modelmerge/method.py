@@ -126,6 +126,8 @@ class Method:
         wants_base: It looks at `context.base`.
         blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
             as blocks [T, n]. Otherwise a tensor comes whole.
+        by_rows: Given the options, whether `apply` works row by row, so that a tensor that may not be cut anywhere may
+            be cut between rows: as blocks [T, rows, n]. A vector is one row.
         survey: Given the options, the whole-model quantity that `apply` needs, if any.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
@@ -142,6 +144,7 @@ class Method:
     normalises: bool = False
     wants_base: bool = False
     blockwise: Callable[[Any], bool] = lambda options: True
+    by_rows: Callable[[Any], bool] = lambda options: False
     survey: Callable[[Any], Survey | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
     squares: float = 0.0
