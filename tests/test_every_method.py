@@ -191,6 +191,22 @@ def test_cutting_a_tensor_changes_no_bit(name: str, cut: int) -> None:
     assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("cut", [1, 5, 23])
+@pytest.mark.parametrize("name", NAMES)
+def test_cutting_a_tensor_between_rows_changes_no_bit(name: str, cut: int) -> None:
+    chosen, taus = method.load(name), taus_of(takes(name, 4))
+    for values in choices(chosen):
+        options = method.make_options(chosen, name, values)
+        if chosen.blockwise(options) or not chosen.by_rows(options):
+            continue
+        context = context_of(chosen, options, taus)
+        parts = [
+            chosen.apply(taus[:, rows].contiguous(), options, dataclasses.replace(context, start=rows.start * SHAPE[1]))
+            for rows in (slice(0, cut), slice(cut, SHAPE[0]))
+        ]
+        assert torch.equal(torch.cat(parts), chosen.apply(taus, options, context))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_surveys_add_up_over_blocks(name: str) -> None:
     chosen = method.load(name)
