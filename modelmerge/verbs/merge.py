@@ -85,7 +85,7 @@ def merge(
     disentangle: str | None = None,
     disentangle_options: Mapping[str, Any] | None = None,
     vary: Sequence[str] = (),
-    rest: str = "base",
+    rest: str | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -111,7 +111,8 @@ def merge(
         disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
         disentangle_options: Its options.
         vary: Numbers that differ between experts, tensors or layers, `[EXPERT:]OPTION=V[,V...][@GLOB]` each.
-        rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic.
+        rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
+            the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
@@ -204,17 +205,20 @@ def prepare(
             f"'{recipe.method}' takes {many}, and {len(recipe.experts)} are named",
             hint="`modelmerge merge` lists the methods that take any number",
         )
+    if recipe.rest is None and chosen.matrices:
+        recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
+    left = recipe.rest or "base"
     base, experts = open_models(recipe.base, recipe.experts)
     weights = _weights(recipe, [expert.name for expert in experts])
     made = plan.make_plan(
-        base, experts, matrices=chosen.matrices, rest=recipe.rest,
+        base, experts, matrices=chosen.matrices, rest=left,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
     rest = None
-    if recipe.rest != "base":
-        rest_method = method.load(recipe.rest)
+    if left != "base":
+        rest_method = method.load(left)
         rest = (rest_method, rest_method.options())
     variations, names = [parse(told) for told in recipe.vary], [expert.name for expert in experts]
     tensors = [tensor.name for tensor in (*made.select("merge"), *made.select("rest"))]
@@ -296,7 +300,7 @@ def execute(
 
 def _check_choices(recipe: Recipe) -> None:
     for flag, value, choices in (
-        ("--rest", recipe.rest, RESTS),
+        ("--rest", recipe.rest or RESTS[0], RESTS),
         ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
         ("--on-mismatch", recipe.on_mismatch, plan.ON_MISMATCH),
     ):
@@ -324,7 +328,7 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
 
 def _normalises(recipe: Recipe) -> bool:
     """Whether a method of the recipe divides by the sum of the weights."""
-    return any(method.load(name).normalises for name in (recipe.method, recipe.rest) if name != "base")
+    return any(method.load(name).normalises for name in (recipe.method, recipe.rest or "base") if name != "base")
 
 
 def _refuse_changed(
