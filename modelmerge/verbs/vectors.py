@@ -30,7 +30,6 @@ from modelmerge.verbs.inputs import (
     as_references,
     begin,
     disentangler,
-    downloads,
     fetch,
     fingerprint,
     listing,
@@ -39,6 +38,7 @@ from modelmerge.verbs.inputs import (
     remarks,
     source_of,
     stamp,
+    with_downloads,
 )
 
 REDUNDANT = "redundant"  # the folder of the vector that disentangling takes out
@@ -274,17 +274,14 @@ def _plan(
     def read(streamed: bool) -> int:
         return sum(made.stored_bytes(t, experts=True, streamed=streamed) for t in times)
 
-    hub = downloads(made, beside="nothing", streamed=read(True) if stream else None)
     write = 4 * len(opened.names) * sum(t.numel for t in opened.tensors)
     write += 4 * sum(t.numel for t in linear) if front else 0
-    return {
-        "plan": {
-            **listing(opened.source, ((t, "F32", _action(t, front is not None)) for t in made.tensors.values())),
-            "bytes": {"download": hub["download"], "read": read(False), "write": write},
-            "cache": hub["cache"],
-            "peak_memory": vector_memory(opened.source, front, opened.tensors, decomposed),
-        }
+    told = {
+        **listing(opened.source, ((t, "F32", _action(t, front is not None)) for t in made.tensors.values())),
+        "bytes": {"read": read(False), "write": write},
+        "peak_memory": vector_memory(opened.source, front, opened.tensors, decomposed),
     }
+    return {"plan": with_downloads(told, made, beside="nothing", streamed=read(True) if stream else None)}
 
 
 def _action(tensor: plan.TensorPlan, disentangling: bool) -> str:
