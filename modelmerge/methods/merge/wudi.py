@@ -34,14 +34,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from modelmerge.method import Citation, Context, Method, option
+from modelmerge.methods import _presence
 from modelmerge.methods._sums import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# A task vector shorter than this share of the longest one, on one weight, counts as unchanged there.
-NEGLIGIBLE = 1e-3
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -54,19 +51,13 @@ class Options:
     relative_lr: float | None = option(
         None, "adam: learning rate in units of rms(tau), instead of --lr; try 0.1.", above=0.0
     )
-    scale: float = option(1.0, "Factor on the merged task vector.")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    # One by one: all at once they would be widened together.
-    norms = [float(torch.linalg.vector_norm(tau, dtype=torch.float64)) for tau in taus]
-    active = []
-    for i, norm in enumerate(norms):
-        if norm == 0.0 or norm < NEGLIGIBLE * max(norms):
-            context.leave_out(i, "it did not change this weight" if norm == 0.0 else "it hardly changed this weight")
-        else:
-            active.append(i)
+    norms = _presence.changed(taus, context)
+    active = list(norms)
     if not active:
         return torch.zeros_like(taus[0])
     weights = [context.weights[i] for i in active]
