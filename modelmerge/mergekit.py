@@ -1,10 +1,20 @@
 """mergekit's YAML configurations as recipes: what a key means there, and which option it is here.
 
 `METHODS` is the whole of the mapping: a method that both have is one row. A key that cannot be honoured is never
-skipped: one error names all of them with their places in the file. Where the result of a run is known to differ from
-mergekit's, for mergekit's is rounded more often or drawn at random, a remark goes into the output's notes.
+skipped: one error names all of them with their places in the file.
 
-Checked against runs of mergekit 0.1.5 (`tests/test_mergekit.py`).
+The result is mergekit's, to rounding in float32, with exceptions where its number depends on storage or on chance:
+
+- `dtype: bfloat16` or `float16` makes it round every model before it subtracts, and compute in that dtype: half of a
+  small task vector can be rounding. (Earlier versions cast the experts to the base's dtype whatever was said.) Here
+  the arithmetic is float32 on the models as they are stored, and the result is rounded once.
+- Entries whose task vectors cancel exactly go to the positive side there; here they stay at the base, as in the paper.
+- Of entries that are equal in size at a threshold, common in 16 bits, it keeps some and drops others to make the count;
+  here all are kept.
+- Of a tensor of fewer than 1 / density entries, its breadcrumbs keep nothing; here one entry stays.
+- Where entries are dropped at random the draws are other ones.
+
+Checked against runs of mergekit 0.1.5 (`tests/mergekit_runs.py` makes them, `tests/test_mergekit.py` compares).
 """
 
 from __future__ import annotations
@@ -13,7 +23,7 @@ import glob
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +32,13 @@ import yaml
 
 from modelmerge import method
 from modelmerge.errors import RecipeError, UsageError
+from modelmerge.plan import Plan, TensorPlan
 from modelmerge.recipe import Recipe
 from modelmerge.vary import WEIGHT, Variation, layers
 
 REQUIRED: Any = object()
 _DTYPES = ("float32", "float16", "bfloat16")
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HALVES = ("float16", "bfloat16")
 
 
@@ -58,13 +70,16 @@ class Row:
     """A method of mergekit: the method here, what that has to be told besides, and its parameters.
 
     `inputs`: the models are experts of `base_model` (deltas), or stand side by side, the base among them if it is
-    listed (members). `remark` says where the numbers differ.
+    listed (members), or the former if there is a base and the latter with the options `alone` if there is none
+    (either). `experts`: the fewest and the most that mergekit takes. `remark` says where the numbers differ.
     """
 
     method: str
     parameters: tuple[Parameter, ...]
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Literal["deltas", "members"] = "deltas"
+    inputs: Literal["deltas", "members", "either"] = "deltas"
+    alone: Mapping[str, Any] = field(default_factory=dict)
+    experts: tuple[int, int | None] = (1, None)
     remark: str | None = None
 
 
@@ -73,6 +88,16 @@ _DENSITY = Parameter("density", "density", 1.0, per_model=True)
 _LAMBDA = Parameter("lambda", "scale", 1.0)
 _INT8_MASK = Parameter("int8_mask", None, False)
 _MEANS: Mapping[Any, Any] = {True: "mean", False: "sum"}
+_GAMMA = Parameter("gamma", "gamma", 0.01, per_model=True)
+_EPSILON = Parameter("epsilon", "epsilon", 0.15, per_model=True)
+_SUM_ONLY = Parameter("normalize", None, False, only=False)
+_RESCALED = Parameter("rescale", None, True, only=True)
+_AS_IT_IS = Parameter("rescale", None, False, only=False)
+_DRAWN = (
+    "mergekit draws other entries, others in every process; it scales what is kept of a tensor to the L1 norm it had, "
+    "and here every entry is divided by its chance to be kept."
+)
+_TO_THE_END = "has no effect: it iterates until it stands still"
 
 
 def _normalize(default: bool) -> Parameter:
@@ -88,9 +113,66 @@ METHODS: Mapping[str, Row] = {
     "task_arithmetic": Row("task-arithmetic", (_WEIGHT, _LAMBDA, _normalize(False), _INT8_MASK)),
     "ties": Row(
         "ties",
-        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _INT8_MASK, Parameter("rescale", None, False, only=False)),
+        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _INT8_MASK, _AS_IT_IS),
         fixed={"trim_scope": "tensor"},
     ),
+    "dare_linear": Row(
+        "dare", (_WEIGHT, _DENSITY, _LAMBDA, _SUM_ONLY, _INT8_MASK, _RESCALED), {"consensus": "linear"}, remark=_DRAWN
+    ),
+    "dare_ties": Row(
+        "dare",
+        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(False), _INT8_MASK, _RESCALED),
+        {"consensus": "ties"},
+        remark=_DRAWN,
+    ),
+    "della": Row(
+        "della",
+        (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _normalize(True), _INT8_MASK, _RESCALED),
+        {"consensus": "ties"},
+        remark=_DRAWN,
+    ),
+    "della_linear": Row(
+        "della",
+        (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _SUM_ONLY, _INT8_MASK, _RESCALED),
+        {"consensus": "linear"},
+        remark=_DRAWN,
+    ),
+    "breadcrumbs": Row(
+        "breadcrumbs",
+        (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM_ONLY, _INT8_MASK, _AS_IT_IS),
+        {"consensus": "linear", "scope": "tensor"},
+    ),
+    "breadcrumbs_ties": Row(
+        "breadcrumbs",
+        (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM_ONLY, _INT8_MASK, _AS_IT_IS),
+        {"consensus": "ties", "scope": "tensor"},
+    ),
+    "sce": Row("sce", (Parameter("select_topk", "density", 1.0), _INT8_MASK), {"scale": 1.0}),
+    "model_stock": Row(
+        "model-stock",
+        (Parameter("filter_wise", "scope", False, words={True: "row", False: "tensor"}),),
+        experts=(2, None),
+    ),
+    "slerp": Row("slerp", (Parameter("t", "t", REQUIRED),), {"points": "weights"}, experts=(1, 1)),
+    "nuslerp": Row(
+        "slerp",
+        (
+            _WEIGHT,
+            Parameter("nuslerp_flatten", None, True, only=True),
+            Parameter("nuslerp_row_wise", None, False, told="has no effect with nuslerp_flatten"),
+        ),
+        {"t": 0.5, "points": "task-vectors"},
+        inputs="either",
+        alone={"points": "weights"},
+        experts=(2, 2),
+    ),
+    "karcher": Row(
+        "karcher",
+        (Parameter("max_iter", None, 10.0, told=_TO_THE_END), Parameter("tol", None, 1e-5, told=_TO_THE_END)),
+        {"points": "weights"},
+        inputs="members",
+    ),
+    "nearswap": Row("nearswap", (Parameter("t", "t", REQUIRED),), experts=(1, 1)),
 }
 
 # Every parameter of any method there: those of another method have no effect, which is worth a remark; any other is
@@ -136,6 +218,28 @@ class Translated:
                 f"{file}: slices[0] goes over {self.layers} layers of models that have {have}",
                 hint="modelmerge merges whole models; models with layers taken out or repeated need mergekit",
             )
+
+    def stored_as_mergekit_does(self, plan: Plan) -> Translated:
+        """The same where the file says no dtype: mergekit then stores the widest that a tensor has in any model."""
+        if self.recipe.dtype is not None:
+            return self
+        widest = {_widest(tensor, plan) for tensor in plan.in_order() if tensor.action != "copy"}
+        own = {tensor.dtype for tensor in plan.in_order() if tensor.action != "copy"}
+        name = _DTYPE_NAMES.get(next(iter(widest))) if len(widest) == 1 else None
+        if widest == own:
+            return self
+        if name is None:
+            said = "No dtype: tensors are stored as the base does; mergekit stores each in the widest dtype it has."
+            return replace(self, remarks=(*self.remarks, said))
+        said = f"No dtype: stored in {name}, the widest of the models', as mergekit does."
+        return replace(self, recipe=replace(self.recipe, dtype=name), remarks=(*self.remarks, said))
+
+
+def _widest(tensor: TensorPlan, plan: Plan) -> str:
+    """The dtype that holds what all models store of a tensor."""
+    found = {model.tensors[tensor.name].dtype for model in plan.models if tensor.name in model.tensors}
+    found |= {"F32"} if {"F16", "BF16"} <= found else set()
+    return next(dtype for dtype in ("F64", "F32", "F16", "BF16") if dtype in found)
 
 
 def read(file: Path) -> Translated:
@@ -299,6 +403,8 @@ class _Translation:
         """The reference; an adapter on the base (`base+adapter`) is the adapter."""
         if isinstance(given, dict) and set(given) == {"model"}:
             given = given["model"]
+        if isinstance(given, dict) and set(given) == {"model", "lora"}:
+            given = f"{given['model']}+{given['lora']}"
         if isinstance(given, dict) and "path" in given and set(given) <= {"path", "revision"}:
             given = f"{given['path']}@{given['revision']}" if given.get("revision") else given["path"]
         if not isinstance(given, str) or not given:
@@ -354,18 +460,21 @@ class _Translation:
         models: list[_Model],
         dtype: str | None,
     ) -> Recipe | None:
-        if row.inputs == "deltas":
-            if base is None:
-                self.complain("base_model", "is missing: mergekit's method needs it")
+        if row.inputs == "deltas" and base is None:
+            self.complain("base_model", "is missing: mergekit's method needs it")
+        if row.inputs == "deltas" or (row.inputs == "either" and base is not None):
             models = [model for model in models if not self._is_base(model, base)]
         elif base is not None and base not in (model.reference for model in models):
             # As mergekit does: a base that is named but not listed is one more model, with the settings for all.
             models = [*models, _Model(base, _name(base), tuple(shared))]
+        fewest, most = row.experts
+        if not fewest <= len(models) <= (most or len(models)):
+            takes = f"{fewest}" if most == fewest else f"at least {fewest}"
+            self.complain("models", f"this method takes {takes} besides the base, and there are {len(models)}")
         if not models:
-            self.complain("models", "there is nothing to merge")
             return None
         self._refuse_strays(row, shared, models)
-        options, vary = dict(row.fixed), []
+        options, vary = {**row.fixed, **(row.alone if base is None else {})}, []
         weights: dict[str, float] = {}
         for parameter in row.parameters:
             if not parameter.per_model:

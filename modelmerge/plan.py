@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
+from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
 from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.matching import is_vocabulary, match, twins
 from modelmerge.checkpoint.reader import Checkpoint
@@ -19,8 +19,6 @@ from modelmerge.errors import PlanError, UsageError
 
 Action = Literal["merge", "rest", "copy"]
 
-# Tensors that hold state, not weights, in the names frameworks give them: a difference of theirs means nothing.
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
 # Ends of the names of what quantised weights consist of.
 _QUANTISED_ENDS = {
     ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".g_idx": "GPTQ",
@@ -215,7 +213,7 @@ def _decide(
         return "copy", "only in the base"
     if info.dtype not in MERGEABLE_DTYPES and info.dtype not in QUANTISED_DTYPES:
         return "copy", f"{info.dtype}, not floating"
-    if info.name.rpartition(".")[2] in _BUFFERS:
+    if info.name.rpartition(".")[2] in BUFFERS:
         return "copy", "a buffer, not a weight"
     shapes = _other_shapes(info, have)
     if shapes and on_mismatch == "copy" and len(have) == len(experts):
@@ -289,9 +287,8 @@ def _refuse_quantised(models: Sequence[Checkpoint]) -> None:
 
 def _quantised_kind(name: str, info: TensorInfo) -> str | None:
     """How weights are quantised that a tensor of this name or dtype belongs to, if they are."""
-    for end, kind in _QUANTISED_ENDS.items():
-        if name.endswith(end):
-            return kind
+    if name.endswith(tuple(_QUANTISED_ENDS)):
+        return next(kind for end, kind in _QUANTISED_ENDS.items() if name.endswith(end))
     if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in ("I8", "U8", "I32"):
         return f"{info.dtype} weights"
     return None

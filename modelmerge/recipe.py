@@ -28,7 +28,8 @@ class Recipe:
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
     defaults. `vary` says which numbers are others for an expert, a tensor or a layer. `disentangle` names what goes in
     front of the method, with its own options. `dtype` is float32, float16, bfloat16 or None for the base's own.
-    `on_mismatch` is what becomes of tensors whose shapes differ.
+    `on_mismatch` is what becomes of tensors whose shapes differ. `as_lora` is the rank of the PEFT adapter to write
+    instead of a checkpoint or, below 1, the share of the squared norm that it keeps.
     """
 
     method: str
@@ -46,6 +47,7 @@ class Recipe:
     on_mismatch: str = "error"
     max_shard_size: str = "5GB"
     seed: int = 0
+    as_lora: int | float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""
@@ -64,7 +66,7 @@ class Recipe:
         for told in self.vary:
             words += ["--vary", told]
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        for name in ("rest", "dtype", "on_mismatch", "max_shard_size", "seed"):
+        for name in ("rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
             value = getattr(self, name)
             words += [f"--{name.replace('_', '-')}", str(value)] if value != defaults[name] else []
         for name in ("include", "exclude"):

@@ -53,7 +53,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_models(root: Path) -> None:
-    """base, math, code, chat; fine, whose task vector is small; up and down."""
+    """base, math, code, chat; fine, whose task vector is small; up and down; kin_1 and kin_2, which agree."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(scale: float, step: float | None = None) -> dict[str, torch.Tensor]:
@@ -64,8 +64,12 @@ def write_models(root: Path) -> None:
     models = {"base": base}
     for name, scale in (("math", 0.02), ("code", 0.02), ("chat", 0.03), ("fine", 2e-4)):
         models[name] = {key: base[key] + noise for key, noise in drawn(scale).items()}
+    models["base16"] = {key: tensor.bfloat16() for key, tensor in base.items()}
     models["up"] = {key: base[key] + steps[key] for key in base}
     models["down"] = {key: base[key] - steps[key] for key in base}
+    shared = drawn(0.03)
+    for name in ("kin_1", "kin_2"):
+        models[name] = {key: base[key] + shared[key] + noise for key, noise in drawn(0.008).items()}
     for name, state in models.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         save_file(state, root / name / "model.safetensors", metadata={"format": "pt"})

@@ -159,7 +159,7 @@ def test_every_form_of_a_reference_is_pinned(
     assert told["recipe"]["experts"][0] == f"{name}={names[1]}@{expected}"
     assert [*told["inputs"]["experts"][0]["files"]] == [f"hf://{names[1]}@{expected}/model.safetensors"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| {name} | `{names[1]}@{expected}` | 1 |" in card
+    assert f"| `{name}` | [{names[1]}](https://huggingface.co/{names[1]}) | `{expected[:12]}` |" in card
     assert f" {name}={names[1]}@{expected} " in told["command"]
 
 
@@ -186,6 +186,17 @@ def test_a_recipe_is_replayed_from_its_commits(
     assert same(tmp_path / "one", tmp_path / "two")
     merge(capsys, names, tmp_path / "three")
     assert not same(tmp_path / "one", tmp_path / "three"), "main has moved"
+
+
+def test_the_card_names_repositories_and_their_licence(hub: FakeHub, names: list[str], tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    for name in names:
+        hub.add(name, {"README.md": b"---\nlicense: mit\n---\n# a model\n"})
+    modelmerge.merge(names[0], names[1:], tmp_path / "out", method="ties", stream=True)
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.base_model == names
+    assert data.license == "mit"
 
 
 def test_manifests_of_models_on_the_hub_name_no_place_on_this_machine(names: list[str], tmp_path: Path) -> None:

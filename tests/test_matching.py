@@ -121,6 +121,16 @@ def test_the_plan_says_how_names_were_matched(tmp_path: Path, capsys: pytest.Cap
     }
 
 
+def test_a_bare_tower_is_extracted_under_the_bases_names(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", two_towers())
+    expert = write(tmp_path / "sun", inner(expert_state(two_towers(), 0), "vision_model."))
+    modelmerge.extract(base, [expert], tmp_path / "vectors")
+    assert set(read(tmp_path / "vectors" / "sun")) == {n for n in two_towers() if n.startswith("vision_model.")}
+    modelmerge.merge(base, [tmp_path / "vectors" / "sun"], tmp_path / "one", method="average")
+    modelmerge.merge(base, [expert], tmp_path / "two", method="average")
+    assert same(read(tmp_path / "one"), read(tmp_path / "two"))
+
+
 def test_two_prefixes_that_fit_are_refused(tmp_path: Path) -> None:
     state = two_towers(vision=6)
     base = write(tmp_path / "base", state)
@@ -132,11 +142,21 @@ def test_two_prefixes_that_fit_are_refused(tmp_path: Path) -> None:
     assert "with 'text_model.' in front" in caught.value.message
 
 
-def test_a_prefix_that_would_lose_names_that_agree_is_refused(tmp_path: Path) -> None:
-    """The expert's `logit_scale` is the base's as it stands; all others only under a prefix."""
+def test_what_stands_beside_a_tower_keeps_its_name(tmp_path: Path) -> None:
     state = two_towers()
     base = write(tmp_path / "base", state)
     expert = write(tmp_path / "e", {**inner(state, "vision_model."), "logit_scale": state["logit_scale"]})
+    made = planned(base, expert)
+    assert {n for n, t in made.tensors.items() if t.action == "merge"} == {
+        "logit_scale", *(name for name in state if name.startswith("vision_model.")),
+    }  # fmt: skip
+
+
+def test_a_prefix_that_would_take_a_name_that_agrees_is_refused(tmp_path: Path) -> None:
+    """The expert's `scale` is the base's as it stands, all others only under a prefix, where `scale` is another."""
+    state = {**two_towers(), "vision_model.scale": torch.ones(3), "scale": torch.ones(2)}
+    base = write(tmp_path / "base", state)
+    expert = write(tmp_path / "e", {**inner(state, "vision_model."), "scale": torch.ones(2)})
     with pytest.raises(PlanError, match=r"with 'vision_model\.' in front or as they are"):
         planned(base, expert)
 
@@ -227,6 +247,19 @@ def test_tied_tensors_that_all_store_are_merged_as_one(save: Save, tmp_path: Pat
     assert made.tensors[EMBEDDING].twin is None
     assert made.tensors[HEAD].twin == EMBEDDING
     assert planned(base, *experts, exclude=[EMBEDDING]).tensors[HEAD].twin is None
+
+
+def test_task_vectors_of_tied_models_stay_tied(tmp_path: Path) -> None:
+    base = copies(tmp_path / "base", language_model())
+    experts = [write(tmp_path / f"e{i}", language_model(head=None, seed=i)) for i in range(2)]
+    told = modelmerge.extract(base, experts, tmp_path / "vectors")
+    assert [expert["entries_not_restored"] for expert in told["experts"]] == [0, 0]
+    vectors = [tmp_path / "vectors" / f"e{i}" for i in range(2)]
+    modelmerge.merge(base, vectors, tmp_path / "out", method="dare")
+    modelmerge.merge(base, experts, tmp_path / "want", method="dare")
+    got = read(tmp_path / "out")
+    assert torch.equal(got[HEAD], got[EMBEDDING])
+    assert torch.equal(got[EMBEDDING], read(tmp_path / "want")[EMBEDDING])
 
 
 def test_an_untied_expert_of_a_tied_base_keeps_its_own_head(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ SLOW = (
     ["extract", "--rank", "8"],
     ["extract", "--energy", "0.5"],
     ["disentangle", "awd", "--experts"],
+    ["merge", "average", "--as-lora", "8", "--exclude", "embed*"],
+    ["merge", "apgd", "--as-lora", "0.5", "--exclude", "embed*"],
 )
 
 

@@ -14,7 +14,7 @@ from modelmerge import mergekit, method
 from modelmerge.cli import main
 from modelmerge.errors import RecipeError
 from tests import mergekit_runs
-from tests.checkpoints import State, read
+from tests.checkpoints import State, read, write
 
 ORACLE = mergekit_runs.ORACLE
 # Where mergekit's number is wrong, and a test of its own says why.
@@ -43,7 +43,7 @@ def test_the_result_is_mergekits(config: str, beside_models: Path) -> None:
     for name, tensor in want.items():
         assert tensor.dtype == got[name].dtype == torch.float32
         assert (got[name] - tensor).abs().max() <= 1e-6, name
-    base = load_file(ORACLE / "models" / "base" / "model.safetensors")
+    base = read(ORACLE / "models" / "base")
     moved = [name for name in base if (want[name] - base[name]).abs().max() > 1e-3]
     assert len(moved) > 0.8 * len(base)
 
@@ -65,6 +65,24 @@ def test_mergekit_lets_cancelling_entries_go_up(beside_models: Path) -> None:
     for name, tensor in base.items():
         assert torch.equal(ours[name], tensor)
         assert torch.equal(theirs[name] - tensor, (up[name] - tensor).abs())
+
+
+def test_without_a_dtype_the_widest_is_stored(beside_models: Path) -> None:
+    """As in mergekit; where it is not the same for all tensors, a remark says what is done instead."""
+    manifest = modelmerge.replay(mergekit_runs.CONFIGS / "mixed-dtypes.yml", "out")
+    assert manifest["recipe"]["dtype"] == "float32"
+    assert any(note.startswith("No dtype: stored in float32") for note in manifest["notes"])
+    text = (mergekit_runs.CONFIGS / "mixed-dtypes.yml").read_text()
+    write(Path("half"), {key: tensor.half() for key, tensor in read(ORACLE / "models" / "code").items()})
+    Path("c.yml").write_text(text.replace("models/math", "half").replace("models/code", "models/base16"))
+    assert modelmerge.replay("c.yml", "halves")["recipe"]["dtype"] == "float32"
+    text = text.replace("models/code", "code")
+    Path("c.yml").write_text(text.replace("models/math", "models/base16"))
+    wide = {key: t if "mlp" in key else t.bfloat16() for key, t in read(ORACLE / "models" / "code").items()}
+    write(Path("code"), wide)
+    manifest = modelmerge.replay("c.yml", "other")
+    assert manifest["recipe"]["dtype"] is None
+    assert any(note.startswith("No dtype: tensors are stored as the base does") for note in manifest["notes"])
 
 
 TIES = """
@@ -109,10 +127,12 @@ base_model: models/base
         (TIES.replace("models/code", "{path: 7}"), ["models[2].model: only a path or a name on the Hub"]),
         (TIES.replace("models:\n", "modules: {}\nmodles:\n"), ["modles: mergekit has no", "models: mergekit takes"]),
         ("merge_method: ties\nmodules: {default: {}}\n", ["modules: parts of a model", "base_model: is missing"]),
-        ("merge_method: ties\nbase_model: a\nmodels: [b]\n", ["models[0]: has no 'model'", "models: there is nothing"]),
+        ("merge_method: ties\nbase_model: a\nmodels: [b]\n", ["models[0]: has no 'model'", "models: this method"]),
         ("merge_method: ties\nbase_model: a\nslices: [{}, {}]\n", ["slices: several slices stack layers anew"]),
         ("merge_method: ties\nslices: [{residual_weight: 1, sources: [{model: b, layer_range: [1, 4]}]}]\n",
          ["slices[0].residual_weight", "slices[0].sources: each needs the layer_range [0, N]"]),
+        ("merge_method: slerp\nbase_model: a\nmodels: [{model: b}, {model: c}]\nparameters: {t: 0.5}\n",
+         ["models: this method takes 1 besides the base, and there are 2"]),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 2}}]\nparameters: {normalize: false}\n",
          ["parameters.normalize: false with weights that add up to 2"]),
     ],
@@ -169,10 +189,11 @@ def test_the_command_and_the_manifest_repeat_the_merge(beside_models: Path) -> N
 
 
 def test_names_and_references_of_models(tmp_path: Path) -> None:
-    text = TIES.replace("models/math", "org/a.b@v1").replace("models/code", "models/base+hub/a.b")
-    (tmp_path / "c.yml").write_text(text)
-    recipe = mergekit.read(tmp_path / "c.yml").recipe
-    assert recipe.experts == ("a.b=org/a.b@v1", "a.b-2=hub/a.b")
+    text = TIES.replace("models/math", "{model: {path: org/a.b, revision: v1}}")
+    for adapter in ("models/base+hub/a.b", "{model: models/base, lora: hub/a.b}"):
+        (tmp_path / "c.yml").write_text(text.replace("models/code", adapter))
+        recipe = mergekit.read(tmp_path / "c.yml").recipe
+        assert recipe.experts == ("a.b=org/a.b@v1", "a.b-2=hub/a.b")
 
 
 @pytest.mark.parametrize("name", mergekit.METHODS)

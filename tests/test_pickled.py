@@ -410,6 +410,24 @@ def test_lone_files_are_experts_and_nesting_is_in_plan_notes_and_card(tmp_path: 
     assert note in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_every_mixture_of_dtypes_and_formats_is_widened_before_it_is_subtracted(tmp_path: Path) -> None:
+    base = base_state()
+    write(tmp_path / "base", base)
+    kinds = (torch.float16, torch.bfloat16, torch.float64, torch.float32)
+    states = [
+        {n: t.to(kind) if t.is_floating_point() else t for n, t in expert_state(base, i).items()}
+        for i, kind in enumerate(kinds)
+    ]
+    for i, state in enumerate(states):
+        pickled(tmp_path / f"e{i}", state, zipped=bool(i % 2))
+    modelmerge.merge(tmp_path / "base", [tmp_path / f"e{i}" for i in range(4)], tmp_path / "out", method="average")
+    for name, tensor in read(tmp_path / "out").items():
+        if tensor.is_floating_point():
+            mean = torch.stack([state[name].double() for state in states]).mean(0)
+            assert tensor.dtype == torch.float32
+            assert torch.allclose(tensor.double(), mean, atol=1e-7), name
+
+
 def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", base_state())
     (directory / "pytorch_model.bin").write_bytes(b"never read")

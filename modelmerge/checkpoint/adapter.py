@@ -52,7 +52,7 @@ _PARTS = {
     "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
 }  # fmt: skip
 # Layers that GPT-2 and its kin store as [in, out]; others have them under the same names as [out, in].
-_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 # Input embeddings, and output heads that often are the same tensor.
 TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 HEADS = ("lm_head", "embed_out", "output")
@@ -146,7 +146,7 @@ def translate(
             )
         translated[name] = info
 
-    conv1d = _stores_conv1d(base)
+    conv1d = stores_conv1d(base)
     for name, parts in modules.items():
         place = found[f"{name}.weight"]
         add(place, _change(adapter, name, parts, base[place], conv1d), name)
@@ -262,16 +262,23 @@ def _refuse_stacked(modules: Mapping[str, Mapping[str, TensorInfo]], base: Mappi
             )
 
 
-def _stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
+def stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
     """Whether the base stores GPT-2's layers as [in, out], by a bias that tells; None where nothing tells."""
     for name, info in base.items():
         module, _, end = name.rpartition(".")
         bias = base.get(f"{module}.bias")
-        if end == "weight" and module.rpartition(".")[2] in _CONV1D and bias and len(info.shape) == 2:
+        if end == "weight" and module.rpartition(".")[2] in CONV1D and bias and len(info.shape) == 2:
             m, n = info.shape
             if m != n and bias.shape in ((m,), (n,)):
                 return bias.shape == (n,)
     return None
+
+
+def tied_table(base: Mapping[str, TensorInfo]) -> str | None:
+    """The input embedding that is the output head as well, where the base stores one tensor for both."""
+    modules = {name.rpartition(".")[0].rpartition(".")[2]: name for name in base if name.endswith(".weight")}
+    tables = [name for module, name in modules.items() if module in TABLES]
+    return tables[0] if len(tables) == 1 and not modules.keys() & set(HEADS) else None
 
 
 def _change(
@@ -288,7 +295,7 @@ def _change(
         )
     transposed = _is_embedding(parts) or target.shape != shapes[0]
     if not transposed and len(shapes) == 2 and shapes[0] == shapes[1]:  # square: the shape does not tell
-        known = conv1d if module.rpartition(".")[2] in _CONV1D else None
+        known = conv1d if module.rpartition(".")[2] in CONV1D else None
         transposed = bool(adapter.config.get("fan_in_fan_out")) if known is None else known
     left, right = (a, b) if transposed else (b, a)
     origin, magnitude = parts.get("origin"), parts.get("magnitude")
@@ -331,7 +338,7 @@ class _Places:
             if all(name in self._base for name in names):
                 found |= {name: name for name in names}
                 continue
-            tied = self._tied() if all(name.split(".")[-2] in HEADS for name in names) else None
+            tied = tied_table(self._base) if all(name.split(".")[-2] in HEADS for name in names) else None
             if tied is not None and not any(name in self._base for name in names):
                 found |= dict.fromkeys(names, tied)
                 continue
@@ -363,7 +370,7 @@ class _Places:
         saved = self._adapter.config.get("modules_to_save") or ()
         explained = any(word == module or f".{module}.".find(f".{word}.") >= 0 for word in saved)
         explained |= name.endswith(".bias") and self._adapter.config.get("bias") == "all"
-        explained |= module.rpartition(".")[2] in HEADS and self._tied() is not None
+        explained |= module.rpartition(".")[2] in HEADS and tied_table(self._base) is not None
         if not explained:
             raise self._unplaced(info.name)
         return name
@@ -404,12 +411,6 @@ class _Places:
                 return lost  # the names fit: the shapes are complained of with the shapes in hand
             raise self._unplaced(PREFIX + absent[0])
         return fitting[0]
-
-    def _tied(self) -> str | None:
-        """The input embedding that is also the output head, where the base stores one tensor for both."""
-        modules = {name.rpartition(".")[0].rpartition(".")[2]: name for name in self._base if name.endswith(".weight")}
-        tables = [name for module, name in modules.items() if module in TABLES]
-        return tables[0] if len(tables) == 1 and not modules.keys() & set(HEADS) else None
 
     def _ambiguous(self, key: str, places: Sequence[str]) -> PlanError:
         return PlanError(

@@ -26,6 +26,8 @@ DTYPE_BITS = {
 MERGEABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # the floating kinds that arithmetic can be done on
 HALF_DTYPES = ("F16", "BF16")
 QUANTISED_DTYPES = tuple(d for d in DTYPE_BITS if d.startswith(("F8", "F6", "F4")))
+# Tensors that hold state, not weights, in the names frameworks give them: a difference of theirs means nothing.
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a longer header is an attack or not safetensors at all
 
 

@@ -41,23 +41,24 @@ class Layout:
     shard_of: dict[str, Shard]  # key -> its shard
 
 
-def lay_out(entries: Mapping[str, Entry], max_shard_size: int, *, folder: str = "") -> Layout:
+def lay_out(entries: Mapping[str, Entry], max_shard_size: int, *, folder: str = "", filename: str = SINGLE) -> Layout:
     """Files of at most `max_shard_size` bytes of tensors, named and split as transformers does.
 
     Args:
         entries: Name to dtype, shape and bytes, in the order they shall have.
         max_shard_size: In bytes.
         folder: Where in the output the checkpoint goes; ends in a slash, or is empty for the output itself.
+        filename: What a single file is called.
     """
     split = split_state_dict_into_shards_factory(
         {name: nbytes for name, (_, _, nbytes) in entries.items()},
         get_storage_size=lambda nbytes: nbytes,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=filename.replace(".", "{suffix}."),
         max_shard_size=max_shard_size,
     )
     shards = tuple(
         _shard(folder, filename, {name: entries[name] for name in names})
-        for filename, names in (split.filename_to_tensors or {SINGLE: []}).items()
+        for filename, names in (split.filename_to_tensors or {filename: []}).items()
     )
     shard_of = {key: shard for shard in shards for key in shard.tensors}
     indices = {}

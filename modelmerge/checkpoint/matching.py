@@ -15,18 +15,20 @@ from modelmerge.errors import PlanError
 
 # Ends of the names of tensors that have a row for each token and that models tie to one another.
 _INPUTS = (
-    "embed_tokens.weight", "shared.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
-    "token_embedding.weight", "tok_embeddings.weight",
+    ".embed_tokens.weight", ".shared.weight", ".wte.weight", ".word_embeddings.weight", ".embed_in.weight",
+    ".token_embedding.weight", ".tok_embeddings.weight",
 )  # fmt: skip
 _HEADS = (
-    "lm_head.weight", "lm_head.decoder.weight", "predictions.decoder.weight", "proj_out.weight", "embed_out.weight",
-    "output.weight", "generator_lm_head.weight",
+    ".lm_head.weight", ".lm_head.decoder.weight", ".predictions.decoder.weight", ".proj_out.weight",
+    ".embed_out.weight", ".output.weight", ".generator_lm_head.weight",
 )  # fmt: skip
-_BIASES = ("lm_head.bias", "lm_head.decoder.bias", "predictions.bias", "predictions.decoder.bias", "final_logits_bias")
+_BIASES = (
+    ".lm_head.bias", ".lm_head.decoder.bias", ".predictions.bias", ".predictions.decoder.bias", ".final_logits_bias",
+)  # fmt: skip
 # Names that the one table of an encoder-decoder goes by: models keep any of them, or all.
-_ONE_TABLE = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_ONE_TABLE = (".shared.weight", ".encoder.embed_tokens.weight", ".decoder.embed_tokens.weight")
 _OLD_ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # of norms, as BERT came from TensorFlow
-_BLOCK = 1 << 20  # bytes compared at a time
+_GLANCE, _BLOCK = 1 << 12, 1 << 20  # bytes compared first, and at a time
 
 
 def is_vocabulary(name: str) -> bool:
@@ -61,9 +63,6 @@ def twins(base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, str]:
 
     To merge one is to merge both: what is counted over a whole model counts them once.
     """
-    models = [base, *experts]
-    if any(model.vector is not None for model in models):
-        return {}
     found: dict[str, str] = {}
     ties = _Ties(base)
     # The same one whatever the order of the file.
@@ -71,7 +70,9 @@ def twins(base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, str]:
     for name in base.tensors:
         for other in ties.candidates(name):
             first = other not in found and order[other] < order[name]
-            if first and all({name, other} <= m.tensors.keys() and _same(m, name, other) for m in models):
+            # What the config says is not read up on: a model on the Hub may be far away.
+            own = _says_tied(base) is False and _ends(name, _HEADS) and not _ends(other, _HEADS)
+            if first and not own and all(_same(model, name, other) for model in (base, *experts)):
                 found[name] = other
                 break
     return found
@@ -89,7 +90,7 @@ def _under_a_prefix(base: Checkpoint, expert: Checkpoint) -> tuple[dict[str, str
         return identity, []
     ways: dict[tuple[str, str], dict[str, str]] = {("", ""): identity}
     for prefix in _prefixes(ours, theirs):
-        ways["with", prefix] = {name: prefix + name for name in theirs}
+        ways["with", prefix] = {name: prefix + name if prefix + name in ours else name for name in theirs}
     for prefix in _prefixes(theirs, ours):
         ways["without", prefix] = {name: name.removeprefix(prefix) for name in theirs}
     agreeing = {
@@ -172,12 +173,16 @@ def _through_twins(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str],
     remarks: list[str] = []
     complaints: list[str] = []
     tensors = expert.tensors
+    missing = [name for name in base.tensors if name not in tensors and wanted(name)]
+    extra = [name for name in tensors if name not in base.tensors]
+    if not missing and not extra:
+        return remarks, complaints
     ours, theirs = _Ties(base), _Ties(expert)
-    for name in [n for n in base.tensors if n not in tensors and wanted(n)]:
+    untied = [model.name for model in (base, expert) if _says_tied(model) is False]
+    for name in missing:
         have = [other for other in ours.candidates(name) if other in tensors]
         tied = next((other for other in have if _same(base, name, other)), None)
-        untied = [model.name for model in (base, expert) if _says_tied(model) is False]
-        if tied and not (untied and _ends(f"{name}", _HEADS) != _ends(tied, _HEADS)):
+        if tied and not (untied and _ends(name, _HEADS) != _ends(tied, _HEADS)):
             tensors[name] = tensors[tied]
             remarks.append(f"it leaves '{name}' out, which in the base is the same as '{tied}': read from there")
         elif tied:
@@ -190,7 +195,7 @@ def _through_twins(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str],
                 f"'{name}': other than '{have[0]}' in the base, but missing in {expert.name}, whose config ties them"
             )
     headless = _says_tied(base) is False or any(_ends(name, _HEADS) for name in base.tensors)
-    for name in [n for n in tensors if n not in base.tensors]:
+    for name in extra:
         have = [other for other in theirs.candidates(name) if other in base.tensors]
         tied = next((other for other in have if _same(expert, name, other)), None)
         if tied:
@@ -221,24 +226,40 @@ def _one_table(base: Checkpoint, expert: Checkpoint) -> list[str]:
 
 def _same(model: Checkpoint, name: str, other: str) -> bool:
     """Whether two tensors of a model are one: at the same place, or equal to the last byte."""
-    left, right = model.tensors[name], model.tensors[other]
+    left, right = model.tensors.get(name), model.tensors.get(other)
+    if left is None or right is None:  # a task vector or an adapter that leaves out what did not change
+        return left is right and model.has(name) and model.has(other)
     if _place(left) == _place(right):
         return True
+    parts, others = _parts(left), _parts(right)
+    return len(parts) == len(others) and all(map(_equal, [model] * len(parts), parts, others))
+
+
+def _parts(info: TensorInfo) -> tuple[TensorInfo, ...]:
+    return (info.change.parts if info.change is not None else ()) or (info,)
+
+
+def _equal(model: Checkpoint, left: TensorInfo, right: TensorInfo) -> bool:
+    """Whether two stored tensors are equal, byte by byte; a look at the start tells most that are not apart."""
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
-    size = min(_BLOCK, left.nbytes)
-    ours, theirs = bytearray(size), bytearray(size)
-    for start in range(0, left.nbytes, size or 1):
-        stop = min(start + size, left.nbytes)
-        for info, block in ((left, ours), (right, theirs)):
-            model.read_into(info, start, memoryview(block)[: stop - start], follow=False)
-        if ours[: stop - start] != theirs[: stop - start]:
-            return False
-    return True
+    try:
+        start = 0
+        while start < left.nbytes:
+            stop = min(start + (_BLOCK if start else _GLANCE), left.nbytes)
+            blocks = bytearray(stop - start), bytearray(stop - start)
+            for info, block in zip((left, right), blocks, strict=True):
+                model.read_into(info, start, memoryview(block), follow=False)
+            if blocks[0] != blocks[1]:
+                return False
+            start = stop
+        return True
+    finally:
+        model.close()  # what is far away now may have been fetched when it is read in earnest
 
 
 def _place(info: TensorInfo) -> tuple[object, ...]:
-    return info.file, info.start, info.dtype, info.shape, info.strides
+    return info.file, info.start, info.dtype, info.shape, info.strides, info.change
 
 
 def _says_tied(model: Checkpoint) -> bool | None:
@@ -250,5 +271,5 @@ def _says_tied(model: Checkpoint) -> bool | None:
     return None
 
 
-def _ends(name: str, ends: Sequence[str]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+def _ends(name: str, ends: tuple[str, ...]) -> bool:
+    return f".{name}".endswith(ends)

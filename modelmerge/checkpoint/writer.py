@@ -16,9 +16,11 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.layout import Layout, Shard
@@ -136,6 +138,19 @@ class Staging:
         if error is not None:
             self._abandon()
         os.close(self._lock)
+
+    def spool(self) -> BinaryIO:
+        """A nameless file beside the output, for what cannot be laid out before all of it is known."""
+        with self._explained("write beside the output"):
+            return tempfile.TemporaryFile(dir=self._directory)
+
+    def lay_out(self, layout: Layout) -> None:
+        """Make the weight files of a layout that was not known when the output was prepared."""
+        with self._explained("prepare the output"):
+            self._layout = layout
+            self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in layout.shards}
+            self._check_space()
+            self._make_shards()
 
     def is_finished(self, tensor: str) -> bool:
         """Whether an interrupted run has written the tensor's shard already."""

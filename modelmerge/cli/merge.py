@@ -26,6 +26,7 @@ EXAMPLES = (
     "modelmerge merge task-arithmetic base math code -o merged --scale 0.4",
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
+    "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge apgd --preset clip-b32-8 -o merged",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
@@ -124,6 +125,10 @@ def replay_or_list(
         return
     sink = Sink(chosen_format(form, json, quiet), verbose=verbose)
     if preset:
+        if recipe:
+            raise UsageError("--recipe and --preset exclude each other", hint="a recipe names its models")
+        if output:
+            raise UsageError("no method is named", hint=f"merge METHOD --preset {preset} -o {output}")
         show_preset(presets.load(preset), sink)
         return
     if not recipe:
@@ -163,6 +168,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         on_mismatch: opt.OnMismatch = "error",
         max_shard_size: opt.ShardSize = "5GB",
         seed: opt.Seed = 0,
+        as_lora: opt.AsLora = None,
         stream: opt.Stream = False,
         dry_run: opt.DryRun = False,
         force: opt.Force = False,
@@ -174,10 +180,12 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     ) -> None: ...
 
     def run(context: typer.Context, **values: Any) -> None:
+        from modelmerge.checkpoint.as_lora import parse_size
         from modelmerge.verbs.merge import prepare
 
         if preset:
             values |= _of_preset(presets.load(values["preset"]), name, context)
+        small = parse_size(values["as_lora"]) if values["as_lora"] is not None else None
         sink = Sink(chosen_format(values["form"], values["json"], values["quiet"]), verbose=values["verbose"])
         recipe = Recipe(
             method=name,
@@ -195,6 +203,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             on_mismatch=values["on_mismatch"],
             max_shard_size=values["max_shard_size"],
             seed=values["seed"],
+            as_lora=(small.rank or small.energy) if small is not None else None,
         )
         _run(
             prepare(recipe, device=values["device"], stream=values["stream"]),

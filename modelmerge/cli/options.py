@@ -78,6 +78,16 @@ ShardSize = Annotated[
     str, typer.Option(help="Largest output file, like 5GB or 200MB.", metavar="SIZE", rich_help_panel=SHARED_PANEL)
 ]
 Seed = Annotated[int, typer.Option(help="Seed of methods that draw at random.", rich_help_panel=SHARED_PANEL)]
+AsLora = Annotated[
+    str | None,
+    typer.Option(
+        "--as-lora",
+        help="Write a PEFT adapter instead of a checkpoint: of this rank, or, below 1, keeping this share of each "
+        "matrix's squared norm.",
+        metavar="RANK|ENERGY",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 Weight = Annotated[
     list[str] | None,
     typer.Option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W", rich_help_panel=SHARED_PANEL),

@@ -13,6 +13,7 @@ written meanwhile.
 
 from __future__ import annotations
 
+from modelmerge.engine.adapting import Adapted, adapt, adapted_bytes, adapted_memory
 from modelmerge.engine.job import (
     Findings,
     Job,
@@ -30,9 +31,13 @@ from modelmerge.engine.merging import run
 from modelmerge.engine.rounding import stored_narrow
 
 __all__ = [
+    "Adapted",
     "Findings",
     "Job",
     "Source",
+    "adapt",
+    "adapted_bytes",
+    "adapted_memory",
     "bytes_read",
     "default_workers",
     "find_device",

@@ -173,8 +173,8 @@ def peak_memory(job: Job) -> dict[str, int]:
     # A survey's counters: the totals of every worker, and the counters of the block each is at.
     counters = 2 * tasks * (1 << 16) * 8 if job.survey else 0
     fitting, kept = front_memory(job.source, job.front, job.disentangled())
-    unfolding = _unfolding(plan, block)
-    streaming = max(int(job.source.workers * (block * per_element + counters + unfolding)), fitting) + kept
+    from_factors = unfolding(plan, block)
+    streaming = max(int(job.source.workers * (block * per_element + counters + from_factors)), fitting) + kept
     whole = 0
     if merged and not job.blockwise:
         sizes = sorted((t.numel for t in merged), reverse=True)
@@ -184,7 +184,7 @@ def peak_memory(job: Job) -> dict[str, int]:
         own = max(t.numel * 4 * workspace + 8 * method.squares * _width(t, tasks) ** 2 for t in merged)
         # At hand and being read ahead: task vectors and theta_0; then the method's own; one result being written.
         whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 + own) + 2 * widest + kept
-        whole += _unfolding(plan, sizes[0])
+        whole += unfolding(plan, sizes[0])
     working = max(streaming, whole)
     return {"host": PROCESS_BYTES + working, "device": 0 if device.type == "cpu" else working}
 
@@ -208,7 +208,7 @@ def vector_memory(
     fitting, kept = front_memory(source, front, linear)
     block = min(source.block, max((t.numel for t in tensors), default=0))
     # Task vectors and theta_0, their float64 copy for inner products, the redundant vector, stored bytes in and out.
-    streaming = source.workers * (block * (4 * (tasks + 1) + 8 * tasks + 16 + 12) + _unfolding(source.plan, block))
+    streaming = source.workers * (block * (4 * (tasks + 1) + 8 * tasks + 16 + 12) + unfolding(source.plan, block))
     whole = 0
     if decomposed:
         largest = max(decomposed, key=lambda tensor: tensor.numel)
@@ -216,15 +216,16 @@ def vector_memory(
         # All task vectors of one matrix as stored and read, one of them in float64 with its factors and their product;
         # and the Gram matrix's eigendecomposition with LAPACK's workspace, measured at eight to nine such matrices.
         whole = largest.numel * (4 * (tasks + 3) + 8 * 5) + 8 * 9 * side * side
-        whole += _unfolding(source.plan, largest.numel)
+        whole += unfolding(source.plan, largest.numel)
     working = max(streaming, fitting, whole) + kept
     return {"host": PROCESS_BYTES + working, "device": 0 if source.device.type == "cpu" else working}
 
 
-def _unfolding(plan: Plan, elements: int) -> int:
+def unfolding(plan: Plan, elements: int) -> int:
     """Bytes that making so many elements of a task vector out of factors takes: the factors and their product."""
     changes = [i.change for e in plan.experts for i in e.tensors.values() if i.change is not None and i.change.factors]
     factors = max((8 * sum(part.numel for part in change.factors or ()) for change in changes), default=0)
+    factors *= len(plan.experts)
     # DoRA: the product again with the base's rows, for norms; two factors for each element.
     each = 4 * bool(changes) + 16 * any(change.magnitude is not None for change in changes)
     return factors + each * elements

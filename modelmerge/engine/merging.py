@@ -47,7 +47,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
         return findings
     front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
     merged = job.surveyed()
-    measured = _survey(job, job.survey, front, merged, reporter) if job.survey else None
+    measured = surveyed(job, job.survey, front, merged, reporter) if job.survey else None
 
     wholes = [t for t in todo if t.action == "merge" and not job.blockwise]
     streamed = [t for t in todo if t not in wholes]
@@ -70,7 +70,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     return findings
 
 
-def _survey(job: Job, survey: Survey, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter) -> Tensor:
+def surveyed(job: Job, survey: Survey, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter) -> Tensor:
     """What the method's survey concludes from the tensors it will merge."""
     search = survey.find(sum(tensor.numel for tensor in merged))
     wanted, checked = next(search), False
@@ -153,6 +153,22 @@ def _merged(
     factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
 ) -> Tensor:
     """The piece's merged values, flat, as they will be stored; `theta_0` is used up."""
+    delta = merged_vector(job, piece, theta_0, taus, measured, findings, factors)
+    if findings.rounding is not None:
+        findings.rounding.merged.append(squared(delta))
+    return rounded(piece, theta_0.add_(delta), rounding=findings.rounding)
+
+
+def merged_vector(
+    job: Job,
+    piece: Piece,
+    theta_0: Tensor,
+    taus: Tensor,
+    measured: Tensor | None,
+    findings: Findings,
+    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
+) -> Tensor:
+    """The piece's merged task vector."""
     chosen = job.method if piece.tensor.action == "merge" else job.rest
     assert chosen is not None, "the plan leaves tensors to a method that the job does not name"
     method, options = chosen
@@ -176,6 +192,4 @@ def _merged(
     if piece.tensor.rows is not None:
         delta = delta.contiguous()
         delta.view(-1)[max(piece.tensor.common - piece.start, 0) :] = 0
-    if findings.rounding is not None:
-        findings.rounding.merged.append(squared(delta))
-    return rounded(piece, theta_0.add_(delta), rounding=findings.rounding)
+    return delta

@@ -21,7 +21,7 @@ from modelmerge.plan import Plan, TensorPlan
 
 Found = TypeVar("Found")
 
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 
@@ -50,6 +50,7 @@ class Loader:
     def __init__(self, source: Source, elements: int, stored: int, device: torch.device) -> None:
         self._source = source
         self._models = source.plan.models
+        self._right: dict[str, tuple[TensorInfo, Tensor]] = {}  # by expert, the last right factor
         self._device = device
         pinned = device.type == "cuda"
         self._raw = torch.empty(stored, dtype=torch.uint8, pin_memory=pinned)
@@ -156,32 +157,33 @@ class Loader:
         """The factors as [rows, r], times the scale, and [r, n], of the rows from `first` to `last`."""
         assert change.factors is not None
         left, right = change.factors
+        if self._right.get(expert.name, (None,))[0] is not right:  # every piece of a tensor needs the whole of it
+            values = self._rows(expert, right, 0, right.numel)
+            values = values.view(right.shape).T if change.transposed else values.view(right.shape[0], -1)
+            self._right[expert.name] = right, values
+        _, values = self._right[expert.name]
         if change.transposed:
-            m = left.shape[1]
-            rows = [self._rows(expert, left, k * m + first, k * m + last) for k in range(left.shape[0])]
-            factors = torch.stack(rows).T, self._rows(expert, right, 0, right.numel).view(right.shape).T
+            rank, m = left.shape
+            rows = torch.stack([self._rows(expert, left, k * m + first, k * m + last) for k in range(rank)]).T
         else:
             rank = left.shape[1]
-            factors = (
-                self._rows(expert, left, first * rank, last * rank).view(-1, rank),
-                self._rows(expert, right, 0, right.numel).view(rank, -1),
-            )
-        if factors[0].dtype != factors[1].dtype:
-            return factors[0].double() * change.scale, factors[1].double()
-        return factors[0] * change.scale, factors[1]
+            rows = self._rows(expert, left, first * rank, last * rank).view(-1, rank)
+        if rows.dtype != values.dtype:
+            rows, values = rows.double(), values.double()
+        return rows * change.scale, values
 
     def _rows(self, model: Checkpoint, info: TensorInfo, start: int, stop: int) -> Tensor:
         """A stored tensor's elements from `start` to `stop`, flat, on the device, float32 or (if stored so) float64."""
         size = item_bytes(info.dtype)
         raw = torch.empty((stop - start) * size, dtype=torch.uint8)
         model.read_into(info, start * size, _buffer(raw))
-        values = raw.view(_TORCH_DTYPES[info.dtype]).to(self._device)
+        values = raw.view(TORCH_DTYPES[info.dtype]).to(self._device)
         return values if values.dtype == torch.float64 else values.float()
 
     def copy(self, piece: Piece) -> Tensor:
         """The base's own elements, flat, in the output's dtype (raw bytes where it stays the same)."""
         raw = self._read(self._models[0], piece)
-        if piece.tensor.checked and not bool(raw.view(_TORCH_DTYPES[piece.tensor.dtype]).float().sum().isfinite()):
+        if piece.tensor.checked and not bool(raw.view(TORCH_DTYPES[piece.tensor.dtype]).float().sum().isfinite()):
             self._refuse_nonfinite(piece, self._models[:1])
         if piece.tensor.out_dtype == piece.tensor.dtype:
             return raw
@@ -213,7 +215,7 @@ class Loader:
 
     def stored(self, model: Checkpoint, piece: Piece) -> Tensor:
         """A model's elements, flat, as stored, on the device; in a buffer that the next call writes over."""
-        return self._read(model, piece).view(_TORCH_DTYPES[model.tensors[piece.tensor.name].dtype]).to(self._device)
+        return self._read(model, piece).view(TORCH_DTYPES[model.tensors[piece.tensor.name].dtype]).to(self._device)
 
     def _read(self, model: Checkpoint, piece: Piece) -> Tensor:
         info = model.tensors[piece.tensor.name]
@@ -241,11 +243,19 @@ def whole(source: Source, tensor: TensorPlan, *, check: bool) -> tuple[Piece, Te
     return piece, *Loader(source, tensor.numel, stored, torch.device("cpu")).load(piece, check=check)
 
 
+def loaded(source: Source, tensor: TensorPlan) -> Tensor:
+    """The base's own tensor, flat, as the output stores it, on the host (raw bytes where its dtype stays the same)."""
+    loader = Loader(source, tensor.numel, source.plan.base.stored_bytes(tensor.name), torch.device("cpu"))
+    return loader.copy(Piece(tensor, 0, tensor.numel))
+
+
 def known_factors(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
     """Each expert's task vector [m, n] as factors [m, r] and [r, n], float32 on the device; None for one that has none.
 
     None at all where no expert has any. An expert that did not change the tensor has factors of rank 0.
     """
+    if tensor.rows is not None:  # the task vectors are cut
+        return None
     found: list[tuple[Tensor, Tensor] | None] = []
     loader = Loader(source, 0, 0, source.device)
     for expert in source.plan.experts:
@@ -307,7 +317,7 @@ def rounded(piece: Piece, merged: Tensor, *, check: bool = True, rounding: Round
     Raises:
         CheckpointError: With `check`, a value does not fit the dtype.
     """
-    dtype = _TORCH_DTYPES[piece.tensor.out_dtype]
+    dtype = TORCH_DTYPES[piece.tensor.out_dtype]
     stored = merged.to(dtype)
     # As in loading: a sum first, a closer look only where it is not finite. What is lost is NaN wherever a value is.
     if rounding is not None and dtype != merged.dtype:

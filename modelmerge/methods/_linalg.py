@@ -139,6 +139,22 @@ def _eigen(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return vectors[:, len(squares) - count :].flip(1), s[:count]
 
 
+def balanced(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of `low_rank`, each with the square roots of the singular values: neither is larger than the other.
+
+    [m, rank] and [rank, n], float64.
+    """
+    left, right = low_rank(x, rank)
+    values = (
+        torch.linalg.vector_norm(right, dim=1) if x.shape[0] <= x.shape[1] else torch.linalg.vector_norm(left, dim=0)
+    )
+    roots = values.sqrt()
+    inverse = torch.where(roots > 0, 1 / roots, 0.0)
+    if x.shape[0] <= x.shape[1]:
+        return left * roots, right * inverse[:, None]
+    return left * inverse, right * roots[:, None]
+
+
 def remove_subspace(x: Tensor, basis: Tensor) -> Tensor:
     """`x - B (B^T x)`, in place: x [m, n] without its part in the span of the orthonormal basis B [m, k]."""
     return x.sub_(basis @ (basis.T @ x)) if basis.shape[1] else x

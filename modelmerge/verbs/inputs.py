@@ -13,7 +13,7 @@ from modelmerge import method
 from modelmerge.checkpoint import hub
 from modelmerge.checkpoint.reader import Checkpoint, attach, open_checkpoint
 from modelmerge.checkpoint.reference import parse, parse_experts
-from modelmerge.checkpoint.writer import is_companion
+from modelmerge.checkpoint.writer import CARD, is_companion
 from modelmerge.engine import Source, default_workers, find_device
 from modelmerge.errors import PlanError, ReferenceNotFound
 from modelmerge.plan import Plan, TensorPlan
@@ -145,11 +145,11 @@ def input_paths(plan: Plan) -> list[Path]:
 
 
 def wanted(plan: Plan, *, companions: bool, stream: bool = False) -> list[tuple[hub.Repository, list[str]]]:
-    """What a run needs of the repositories on the Hub: the weight files, but for a stream, and the base's companions.
+    """What a run needs of the repositories on the Hub: weight files, but for a stream, and what lies beside them.
 
     Args:
         plan: The plan.
-        companions: The config and tokenizer files beside the base's weights are needed too.
+        companions: The config and tokenizer files beside the base's weights, and all models' cards, are needed too.
         stream: Weight files are to be read over ranges, where that can be.
     """
     needed = []
@@ -162,10 +162,11 @@ def wanted(plan: Plan, *, companions: bool, stream: bool = False) -> list[tuple[
         parts = [*infos, *(part for info in infos if info.change for part in info.change.parts)]
         gathered = {part.file for part in parts if part.strides is not None}
         places = [remote.place(file) for file in model.files if not stream or file in gathered]
-        if companions and model is plan.base and model.directory is not None:
+        if companions and model.directory is not None:
             folder = f"{remote.inside}/" if remote.inside else ""
-            beside = [place for place in remote.files if place.startswith(folder)]
-            places += [place for place in beside if is_companion(place.removeprefix(folder))]
+            beside = {place.removeprefix(folder): place for place in remote.files if place.startswith(folder)}
+            places += [beside[CARD]] if CARD in beside else []
+            places += [place for name, place in beside.items() if model is plan.base and is_companion(name)]
         needed.append((remote, places))
     return needed
 

@@ -13,12 +13,14 @@ from typing import Any
 
 from modelmerge import engine, mergekit, method, plan
 from modelmerge.checkpoint import card
+from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.vary import parse, settle
+from modelmerge.verbs import adapted
 from modelmerge.verbs.inputs import (
     as_references,
     disentangler,
@@ -56,20 +58,23 @@ class Prepared:
     def describe(self) -> dict[str, Any]:
         """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards."""
         made = self.job.plan
+        size = adapted.size_of(self.recipe)
+        written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
-        hub = downloads(made, companions=True, streamed=streamed)
+        hub = downloads(made, companions=size is None, streamed=streamed)
         return {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "passes": engine.passes(self.job),
             "bytes": {
-                "download": hub["download"], "read": engine.bytes_read(self.job), "write": made.bytes_written,
+                "download": hub["download"], "read": engine.bytes_read(self.job), "write": written,
             },
             "cache": hub["cache"],
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made)],
+            **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
         }  # fmt: skip
 
 
@@ -90,6 +95,7 @@ def merge(
     on_mismatch: str = "error",
     max_shard_size: str = "5GB",
     seed: int = 0,
+    as_lora: int | float | None = None,
     device: str = "auto",
     stream: bool = False,
     force: bool = False,
@@ -116,6 +122,8 @@ def merge(
             and heads, the rows that all have are merged and the base's others kept.
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
+        as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
+            this share of its squared norm.
         device: cpu, cuda, cuda:N or auto.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
@@ -130,7 +138,7 @@ def merge(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary), rest=rest,
         dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-        max_shard_size=max_shard_size, seed=seed,
+        max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
     prepared = prepare(recipe, device=device, stream=stream)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
@@ -168,7 +176,11 @@ def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> P
     translated = mergekit.read(file)
     prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream)
     translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
-    return prepared
+    again = translated.stored_as_mergekit_does(prepared.job.plan)
+    if again is translated:
+        return prepared
+    prepared.close()
+    return prepare(again.recipe, device=device, remarks=again.remarks, stream=stream)
 
 
 def prepare(
@@ -188,6 +200,7 @@ def prepare(
     options = method.make_options(chosen, recipe.method, recipe.options)
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
     _check_choices(recipe)
+    adapted.size_of(recipe)
     if chosen.most_experts is not None and len(recipe.experts) > chosen.most_experts:
         many = "one expert" if chosen.most_experts == 1 else f"{chosen.most_experts} experts at most"
         raise UsageError(
@@ -250,21 +263,26 @@ def execute(
     started = time.monotonic()
     job = prepared.job
     try:
+        size = adapted.size_of(prepared.recipe, resume=resume)
+        layout = job.plan.layout if size is None else Layout((), {}, {})
         check_output(out, input_paths(job.plan), force=force)
         determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
-        with Staging(out, job.plan.layout, force=force, resume=resume, fingerprint=determined_by) as staging:
-            fetch(job.plan, reporter, companions=True, stream=prepared.stream)
-            findings = engine.run(job, staging, reporter)
+        with Staging(out, layout, force=force, resume=resume, fingerprint=determined_by) as staging:
+            fetch(job.plan, reporter, companions=size is None, stream=prepared.stream)
+            small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
+            findings = engine.run(job, staging, reporter) if small is None else small.findings
             digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
             _refuse_changed(prepared.recorded, job.plan.models, digests)
-            for name, file in companions(job.plan.base.directory).items():
+            for name, file in companions(job.plan.base.directory if size is None else None).items():
                 staging.write_file(name, file)
-            notes = [*prepared.remarks, *_notes(job, findings)]
+            notes = [*prepared.remarks, *_notes(job, findings), *([adapted.note(small)] if small else [])]
             for note in notes:
                 reporter.note(note)
             staging.write_file(CARD, _card(prepared, out, notes).encode())
             staging.write_indices()
             manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
+            if small is not None:
+                manifest["adapter"] = adapted.report(small)
             staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
         return manifest
     finally:
@@ -390,9 +408,11 @@ def _applied(
 
 def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
     """A model as the card tells it."""
+    remote = model.reference.repository
     return card.Model(
-        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory)
-    )
+        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory),
+        repository=remote.name if remote else None, commit=remote.commit if remote else None,
+    )  # fmt: skip
 
 
 def _manifest(

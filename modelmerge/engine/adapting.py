@@ -1,0 +1,188 @@
+"""Merging into an adapter: the merged task vector as factors, matrix by matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_change
+from modelmerge.checkpoint.header import DTYPE_BITS
+from modelmerge.checkpoint.layout import Entry
+from modelmerge.engine.front import fit
+from modelmerge.engine.job import PROCESS_BYTES, SMALL, Findings, Job, prepare_process, threads, unfolding
+from modelmerge.engine.merging import merged_vector, surveyed
+from modelmerge.engine.rounding import squared
+from modelmerge.engine.stream import TORCH_DTYPES, as_bytes, known_factors, loaded, piece_bytes, rounded, whole
+from modelmerge.methods import _linalg
+from modelmerge.plan import TensorPlan
+from modelmerge.report import Reporter
+
+_ROWS = 1 << 22  # elements of a product that is made only to be measured
+
+
+@dataclass(slots=True)
+class Adapted:
+    """What a merge became as an adapter.
+
+    `entries`: dtype, shape and bytes of each key of the adapter's file, and `places` where in the spool they lie.
+    `ranks`, and `lost` and `merged`, squared norms of what the factors miss and of the merged task vector: by tensor.
+    `saved`: the modules that are kept whole, with their tensors. `biases`: those of adapted layers.
+    """
+
+    findings: Findings = field(default_factory=Findings)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    merged: dict[str, float] = field(default_factory=dict)
+    saved: dict[str, list[str]] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+
+    def relative_error(self, tensor: str | None = None) -> float:
+        """`||merged - factors|| / ||merged||`, of one tensor's merged task vector or of the whole one."""
+        names = self.merged if tensor is None else (tensor,)
+        size = sum(self.merged[name] for name in names)
+        return (sum(self.lost.get(name, 0.0) for name in names) / size) ** 0.5 if size else 0.0
+
+
+def adapt(
+    job: Job, table: Mapping[str, Role], wanted: Size, dtype: str, spool: BinaryIO, reporter: Reporter
+) -> Adapted:
+    """Merge every tensor of the plan, and spool what an adapter holds of it.
+
+    Args:
+        job: The merge.
+        table: What becomes of each tensor.
+        wanted: How small the factors shall be.
+        dtype: safetensors dtype of the factors.
+        spool: Gets the bytes.
+        reporter: Is told the progress.
+
+    Raises:
+        CheckpointError: A weight is NaN or Inf, or a file cannot be read.
+        OutputError: A tensor changes that an adapter has no place for; or the spool cannot be written.
+    """
+    prepare_process()
+    plan, adapted = job.plan, Adapted()
+    todo = [t for t in plan.in_order() if t.action != "copy" and t.numel]
+    # What has no place is found out first: not at the end of a long merge.
+    todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
+    adapted.findings.merged = len(todo)
+    front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
+    measured = surveyed(job, job.survey, front, job.surveyed(), reporter) if job.survey else None
+    reporter.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
+    kept: set[str] = set()  # tensors that changed and are not low-rank
+    for tensor in todo:
+        role = table[tensor.name]
+        piece, theta_0, taus = whole(job.source, tensor, check=job.survey is None or tensor.action == "rest")
+        theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
+        with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
+            if front is not None:
+                front.take_out(piece, taus)
+            factors = known_factors(job.source, tensor) if front is None else None
+            delta = merged_vector(job, piece, theta_0, taus, measured, adapted.findings, factors)
+            del taus
+            square = squared(delta)
+            if square and role.kind == "no place":
+                raise refuse_change(tensor.name)
+            if square:
+                adapted.merged[tensor.name] = square
+            if square and role.kind == "low rank":
+                del theta_0
+                _spool_factors(adapted, tensor, role, delta, wanted, dtype, spool)
+            elif square:
+                kept.add(tensor.name)
+                values = rounded(piece, theta_0.add_(delta))
+                _spool(adapted, key(role, tensor.name, "whole"), tensor.out_dtype, values, tensor.shape, spool)
+        reporter.advance(piece_bytes(plan, piece), tensor.name)
+    _complete(job, adapted, table, kept, dtype, spool)
+    return adapted
+
+
+def _spool_factors(
+    adapted: Adapted, tensor: TensorPlan, role: Role, delta: Tensor, wanted: Size, dtype: str, spool: BinaryIO
+) -> None:
+    if wanted.rank is not None:
+        rank = min(wanted.rank, *tensor.shape)
+    else:
+        shares = _linalg.singular_values(delta).square().cumsum(0)
+        # The smallest rank whose share reaches the energy, but for rounding of the sums.
+        rank = int((shares >= shares[-1] * ((wanted.energy or 0.0) - 1e-12)).float().argmax()) + 1
+    left, right = (factor.to(TORCH_DTYPES[dtype]) for factor in _linalg.balanced(delta, rank))
+    adapted.ranks[tensor.name] = rank
+    step, lost = max(_ROWS // tensor.shape[1], 1), 0.0
+    for first in range(0, len(delta), step):
+        rows = left[first : first + step].double() @ right.double()
+        lost += float((delta[first : first + step] - rows).square().sum())
+    adapted.lost[tensor.name] = lost
+    a, b = (left.T, right.T) if role.transposed else (right, left)
+    for part, factor in (("A", a), ("B", b)):
+        _spool(adapted, key(role, tensor.name, part), dtype, factor.contiguous().cpu(), tuple(factor.shape), spool)
+
+
+def _complete(
+    job: Job, adapted: Adapted, table: Mapping[str, Role], kept: set[str], dtype: str, spool: BinaryIO
+) -> None:
+    """Spool what peft wants with the tensors that are kept: the rest of their modules, the layers of biases."""
+    tensors = job.plan.tensors
+    adapted.saved = kept_whole(kept, table)
+    for name in (name for names in adapted.saved.values() for name in names if name not in kept):
+        values = loaded(job.source, tensors[name])
+        _spool(adapted, key(table[name], name, "whole"), tensors[name].out_dtype, values, tensors[name].shape, spool)
+    weights = {table[name].module for name in adapted.ranks}
+    adapted.biases = sorted(name for name in kept if table[name].kind == "bias")
+    for name in adapted.biases:
+        if table[name].module not in weights:
+            _spool_nothing(adapted, tensors[f"{table[name].module}.weight"], table, dtype, spool)
+
+
+def _spool_nothing(
+    adapted: Adapted, tensor: TensorPlan, table: Mapping[str, Role], dtype: str, spool: BinaryIO
+) -> None:
+    """Factors of rank 1 that change nothing: peft keeps a bias only with the layer it adapts."""
+    m, n = tensor.shape[::-1] if table[tensor.name].transposed else tensor.shape
+    adapted.ranks[tensor.name] = 1
+    for part, shape in (("A", (1, n)), ("B", (m, 1))):
+        nothing = torch.zeros(shape, dtype=TORCH_DTYPES[dtype])
+        _spool(adapted, key(table[tensor.name], tensor.name, part), dtype, nothing, shape, spool)
+
+
+def _spool(adapted: Adapted, name: str, dtype: str, values: Tensor, shape: tuple[int, ...], spool: BinaryIO) -> None:
+    data = as_bytes(values.flatten())
+    adapted.places[name] = spool.tell()
+    adapted.entries[name] = (dtype, shape, len(data))
+    spool.write(data)
+
+
+def adapted_memory(job: Job) -> dict[str, int]:
+    """The most anonymous memory that `adapt` needs, in bytes, `host` and `device`."""
+    tasks, plan = len(job.plan.experts), job.plan
+    todo = [t for t in plan.tensors.values() if t.action != "copy"]
+    method, _ = job.method
+    largest = max((t.numel for t in todo), default=0)
+    widest = max((model.stored_bytes(t.name) for t in todo for model in plan.models), default=0)
+    # Task vectors, theta_0 and the merged one, the method's own, bytes as stored.
+    merging = int(largest * 4 * (tasks + 2 + method.workspace(tasks))) + 2 * widest + unfolding(plan, largest)
+    # The merged one in float64 with its factors, and the eigendecomposition: see `vector_memory`.
+    matrices = [t for t in todo if len(t.shape) == 2]
+    side = max((min(t.shape) for t in matrices), default=0)
+    splitting = largest * (4 + 8 * 5) + 8 * 9 * side * side
+    working = max(merging, splitting)
+    return {"host": PROCESS_BYTES + working, "device": 0 if job.source.device.type == "cpu" else working}
+
+
+def adapted_bytes(job: Job, table: Mapping[str, Role], wanted: Size, dtype: str) -> int:
+    """The most bytes that the adapter can have."""
+    total = 0
+    for tensor in job.plan.tensors.values():
+        role = table[tensor.name]
+        if tensor.action != "copy" and role.kind == "low rank":
+            m, n = tensor.shape
+            total += min(wanted.rank or m, m, n) * (m + n) * DTYPE_BITS[dtype] // 8
+        elif tensor.action != "copy" and role.kind != "no place":
+            total += tensor.numel * DTYPE_BITS[tensor.out_dtype] // 8
+    return total

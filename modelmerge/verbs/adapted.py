@@ -1,0 +1,107 @@
+"""merge --as-lora: the merged task vector as a PEFT adapter instead of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from modelmerge import engine, plan
+from modelmerge.checkpoint import as_lora
+from modelmerge.checkpoint.adapter import CONFIG, WEIGHTS
+from modelmerge.checkpoint.writer import Staging
+from modelmerge.errors import OutputError, UsageError
+from modelmerge.recipe import Recipe
+from modelmerge.report import Reporter
+from modelmerge.verbs.inputs import listing
+
+_BLOCK = 1 << 24  # bytes copied at a time
+# What a plan calls the fate of a tensor that the merge may change.
+_ACTIONS = {
+    "low rank": "low rank", "bias": "keep if changed", "whole": "keep if changed", "no place": "refuse if changed",
+}  # fmt: skip
+
+
+def size_of(recipe: Recipe, *, resume: bool = False) -> as_lora.Size | None:
+    """The size of the adapter that a recipe asks for, if it does.
+
+    Raises:
+        UsageError: It is no size, or another option has no effect beside it.
+    """
+    if recipe.as_lora is None:
+        return None
+    if resume:
+        raise UsageError("--resume has no effect with --as-lora: an adapter is written at the end, in one file")
+    if recipe.max_shard_size != next(f.default for f in dataclasses.fields(Recipe) if f.name == "max_shard_size"):
+        raise UsageError("--max-shard-size has no effect with --as-lora: peft reads one file")
+    return as_lora.parse_size(recipe.as_lora)
+
+
+def describe(job: engine.Job, recipe: Recipe, size: as_lora.Size) -> dict[str, Any]:
+    """What a plan says otherwise than for a checkpoint."""
+    table, dtype = as_lora.roles(job.plan.base), _dtype(recipe)
+    told = []
+    for tensor in job.plan.tensors.values():
+        kind = table[tensor.name].kind
+        action = "leave out" if tensor.action == "copy" else _ACTIONS[kind]
+        told.append((tensor, dtype if kind == "low rank" else tensor.out_dtype, action))
+    return {
+        "tensors": listing(job.source, told)["tensors"],
+        "peak_memory": engine.adapted_memory(job),
+        "shards": [WEIGHTS],
+    }
+
+
+def most_bytes(job: engine.Job, recipe: Recipe, size: as_lora.Size) -> int:
+    """The most bytes that the adapter's weights can have."""
+    return engine.adapted_bytes(job, as_lora.roles(job.plan.base), size, _dtype(recipe))
+
+
+def run(job: engine.Job, recipe: Recipe, size: as_lora.Size, staging: Staging, reporter: Reporter) -> engine.Adapted:
+    """Merge into an adapter's two files.
+
+    Raises:
+        OutputError: A tensor changes that an adapter has no place for, or no linear layer changes.
+    """
+    base, table = job.plan.base, as_lora.roles(job.plan.base)
+    with staging.spool() as spool:
+        adapted = engine.adapt(job, table, size, _dtype(recipe), spool, reporter)
+        if not adapted.ranks:
+            raise OutputError(
+                "the merge changes no weight of a linear layer: there is nothing to write as a LoRA",
+                hint="write a whole checkpoint, without --as-lora",
+            )
+        staging.lay_out(as_lora.lay_out_adapter(adapted.entries))
+        for key, (_, _, nbytes) in adapted.entries.items():
+            spool.seek(adapted.places[key])
+            for start in range(0, nbytes, _BLOCK):
+                staging.write(key, start, memoryview(spool.read(min(_BLOCK, nbytes - start))))
+    config = as_lora.config(base, adapted.ranks, adapted.saved, table, biases=bool(adapted.biases))
+    staging.write_file(CONFIG, config)
+    return adapted
+
+
+def report(adapted: engine.Adapted) -> dict[str, Any]:
+    """What a manifest says of an adapter."""
+    return {
+        "relative_error": adapted.relative_error(),
+        "tensors": {
+            name: {"rank": rank, "relative_error": adapted.relative_error(name) if name in adapted.merged else 0.0}
+            for name, rank in adapted.ranks.items()
+        },
+        "modules_to_save": sorted(adapted.saved),
+        "biases": adapted.biases,
+    }
+
+
+def note(adapted: engine.Adapted) -> str:
+    """What a person should know of an adapter."""
+    ranks = sorted(set(adapted.ranks.values()))
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    whole = f"{len(adapted.saved)} modules and {len(adapted.biases)} biases that are no LoRA are kept whole"
+    kept = f"; {whole}" if adapted.saved or adapted.biases else ""
+    return f"Written as a PEFT adapter of {rank}: its relative error is {adapted.relative_error():.2%}{kept}."
+
+
+def _dtype(recipe: Recipe) -> str:
+    """The safetensors dtype of the factors."""
+    return plan.dtype_of(recipe.dtype or "float32")
