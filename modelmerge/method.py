@@ -197,7 +197,8 @@ def option(
     """A field of a method's options: its default, its help, and its bounds (`above` excludes the bound itself).
 
     A number that `varies` by tensor can be another one in each tensor (`--vary`), for it is used in `apply` alone. One
-    that varies by expert is read by `context.each`, and cannot vary where the method surveys.
+    that varies by expert is read by `context.each`; where the method surveys, it can differ between the experts alone,
+    and the survey is given a tuple of one for each in its place.
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum}
     return field(default=default, metadata={"help": help, **bounds, "varies": varies})

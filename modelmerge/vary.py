@@ -38,6 +38,11 @@ class Variation:
         tensors = f"@{self.tensors}" if self.tensors else ""
         return f"{expert}{self.option.replace('_', '-')}={','.join(map(written, self.values))}{tensors}"
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether it is the same in all tensors."""
+        return self.tensors is None and len(self.values) == 1
+
     def at(self, depth: float) -> float:
         """The value at a depth from 0, the first layer, to 1, the last."""
         place = depth * (len(self.values) - 1)
@@ -157,6 +162,20 @@ def settle(
     return found
 
 
+def surveyed(variations: Sequence[Variation], options: Any, experts: Sequence[str]) -> Any:
+    """The options as a survey is told them: a tuple, one value for each expert, where the experts differ."""
+    varied: dict[str, Any] = {}
+    for variation in variations:
+        if variation.option == WEIGHT or not variation.everywhere:
+            continue
+        value = variation.values[0]
+        before = varied.get(variation.option, getattr(options, variation.option))
+        values = before if isinstance(before, tuple) else (before,) * len(experts)
+        each = tuple(value if variation.expert in (None, e) else v for e, v in zip(experts, values, strict=True))
+        varied[variation.option] = each if variation.expert is not None else value
+    return dataclasses.replace(options, **varied)
+
+
 def _check(
     variation: Variation, chosen: tuple[str, Method, Any], experts: Sequence[str], tensors: Sequence[str]
 ) -> None:
@@ -187,9 +206,10 @@ def _check(
             f"{told}: {variation.option.replace('_', '-')} is nothing of '{name}' that can vary",
             hint=f"did you mean '{near[0]}'?" if near else f"what can: {', '.join(may)}",
         )
-    if varying[variation.option] == "expert" and method.survey(options) is not None:
+    if varying[variation.option] == "expert" and method.survey(options) is not None and not variation.everywhere:
         raise UsageError(
-            f"{told}: with these options of '{name}', {variation.option} is a share of the whole task vector",
+            f"{told}: with these options of '{name}', {variation.option} is a share of the whole task vector, and can "
+            "differ between experts only",
             hint="--trim-scope tensor counts it in each tensor",
         )
     if variation.expert is not None and varying[variation.option] != "expert":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from modelmerge import mergekit, method
 
@@ -31,10 +31,15 @@ def mergekit_table() -> str:
     rows += [f"| `{key}` | {told} |" for key, told in mergekit.KEYS.items()]
     rows += ["", "| `merge_method` | here | its `parameters` |", "|---|---|---|"]
     for name, row in mergekit.METHODS.items():
-        fixed = "".join(f" --{option.replace('_', '-')} {value}" for option, value in row.fixed.items())
+        here = f"`{row.method}{typed(row.fixed)}`"
+        here += f"; without a `base_model` `{row.method}{typed({**row.fixed, **row.alone})}`" if row.alone else ""
         told = "<br>".join(f"`{parameter.key}`: {becomes(parameter)}" for parameter in row.parameters)
-        rows.append(f"| `{name}` | `{row.method}{fixed}` | {told} |")
+        rows.append(f"| `{name}` | {here} | {told} |")
     return "\n".join(rows)
+
+
+def typed(options: Mapping[str, Any]) -> str:
+    return "".join(f" --{option.replace('_', '-')} {value}" for option, value in options.items())
 
 
 def becomes(parameter: mergekit.Parameter) -> str:

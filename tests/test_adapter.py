@@ -506,6 +506,31 @@ def test_nan_in_a_factor_is_named(tmp_path: Path) -> None:
         merged_here(base, [adapter], tmp_path / "never")
 
 
+def test_dora_cannot_rescale_zeros(tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
+    for file, key in ((base / "model.safetensors", FIRST.removeprefix("base_model.model.") + "weight"),
+                      (adapter / "adapter_model.safetensors", FIRST + "lora_B.weight")):  # fmt: skip
+        state = load_file(file)
+        state[key][3] = 0
+        save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"'{FIRST}lora_magnitude_vector' rescales weights that are all zero"):
+        merged_here(base, [adapter], tmp_path / "never")
+
+
+def test_a_base_that_stores_tied_weights_twice(tmp_path: Path) -> None:
+    base = base_of("llama-tied", tmp_path / "base")
+    adapters = [adapter_of(base, tmp_path / t, target_modules=[t, "q_proj"]) for t in ("embed_tokens", "lm_head")]
+    want = [merged_by_peft(base, adapter, tmp_path / "peft" / adapter.name) for adapter in adapters]
+    state = load_file(base / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    for adapter, one in zip(adapters, want, strict=True):
+        got = merged_here(base, [adapter], tmp_path / "merged" / adapter.name)
+        assert distance(one, got, one) < TOLERANCE
+        assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
+
+
 def test_an_adapter_is_no_base_and_needs_its_weights(tmp_path: Path) -> None:
     base = base_of("llama", tmp_path / "base")
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])

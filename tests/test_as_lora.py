@@ -145,6 +145,18 @@ def test_what_has_no_place_is_refused_if_it_changed(
     modelmerge.merge(base, fine, tmp_path / "out", method="average", as_lora=2)
 
 
+def test_tied_weights_that_the_base_stores_twice_are_refused_too(tmp_path: Path) -> None:
+    base = base_of("llama-tied", tmp_path / "base")
+    state = load_file(base / "model.safetensors")
+    save_file(
+        state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()},
+        base / "model.safetensors", metadata={"format": "pt"},
+    )  # fmt: skip
+    expert = tuned(base, tmp_path / "e", 0, keep=("embed_tokens",))
+    with pytest.raises(OutputError, match=r"changes 'lm_head\.weight', which a PEFT adapter has no place for"):
+        modelmerge.merge(base, [expert], tmp_path / "out", method="average", as_lora=2)
+
+
 def test_no_linear_layer_changed(tmp_path: Path) -> None:
     base = base_of("llama", tmp_path / "base")
     expert = tuned(base, tmp_path / "e", 0, keep=("proj", "lm_head"))

@@ -51,11 +51,25 @@ def test_base_model_names_what_is_on_the_hub_and_nothing_else() -> None:
     assert not {"base_model", "base_model_relation", "library_name"} & set(local)
 
 
+def test_an_adapter_says_that_it_is_one() -> None:
+    text = rendered(model("base", None, "a" * 40), model("x", commit="b" * 40), adapter=True)
+    data = front(text)
+    assert data["base_model"] == ["org/base"]
+    assert data["base_model_relation"] == "adapter"
+    assert data["library_name"] == "peft"
+    assert "lora" in data["tags"]
+    assert "PeftModel.from_pretrained" in text
+
+
 def test_models_with_commits_and_weights() -> None:
     text = rendered(model("base", None, "a" * 40), model("x", 0.5, "b" * 40), model("y|z"))
     assert "|  | model | commit | weight |\n" in text
-    assert "| base | [org/base](https://huggingface.co/org/base) | `aaaaaaaaaaaa` |  |\n" in text
-    assert "| `x` | [org/x](https://huggingface.co/org/x) | `bbbbbbbbbbbb` | 0.5 |\n" in text
+    assert (
+        "| base | [org/base](https://huggingface.co/org/base) | [`aaaaaaaaaaaa`](https://huggingface.co/org/base/tree/"
+        in text
+    )
+    link = f"[`bbbbbbbbbbbb`](https://huggingface.co/org/x/tree/{'b' * 40})"
+    assert f"| `x` | [org/x](https://huggingface.co/org/x) | {link} | 0.5 |\n" in text
     assert "| `y\\|z` | `./y\\|z` |  | 1 |\n" in text
     plain = rendered(model("base", None), model("x"))
     assert "|  | model |\n" in plain
@@ -71,10 +85,11 @@ LLAMA = {"license": "other", "license_name": "llama3.1", "license_link": "LICENS
         ([{"license": "mit"}] * 3, {"license": "mit"}, "License: mit, which is that of the base and of every expert."),
         ([LLAMA] * 2, LLAMA, "License: llama3.1, which is that of the base and of every expert."),
         ([{"license": "mit"}, {"license": "apache-2.0"}, {"license": "mit"}], {},
-         "License: mit for `m0`, `m2`; apache-2.0 for `m1`. It is for you to choose"),
-        ([LLAMA, {**LLAMA, "license_name": "gemma"}], {}, "License: llama3.1 for `m0`; gemma for `m1`. It is for you"),
-        ([{"license": "mit"}, {}], {}, "License: mit for `m0`; not stated for `m1`. It is for you to choose"),
-        ([{}, {"license": "mit"}], {}, "License: mit for `m1`; not stated for `m0`. It is for you to choose"),
+         "License: mit for the base; apache-2.0 for `m1`; mit for `m2`. It is for you to choose"),
+        ([LLAMA, {**LLAMA, "license_name": "gemma"}], {},
+         "License: llama3.1 for the base; gemma for every expert. It is for you"),
+        ([{"license": "mit"}, {}], {}, "License: mit for the base; not stated for every expert. It is"),
+        ([{}, {"license": "mit"}], {}, "License: not stated for the base; mit for every expert. It is"),
         ([{}, {}], {}, "License: none of the models states one here. It is for you to choose"),
         ([{"license": ["mit"]}, {"license": 3}], {}, "License: none of the models states one here."),
     ],

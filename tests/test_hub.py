@@ -159,7 +159,8 @@ def test_every_form_of_a_reference_is_pinned(
     assert told["recipe"]["experts"][0] == f"{name}={names[1]}@{expected}"
     assert [*told["inputs"]["experts"][0]["files"]] == [f"hf://{names[1]}@{expected}/model.safetensors"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| `{name}` | [{names[1]}](https://huggingface.co/{names[1]}) | `{expected[:12]}` |" in card
+    page = f"https://huggingface.co/{names[1]}"
+    assert f"| `{name}` | [{names[1]}]({page}) | [`{expected[:12]}`]({page}/tree/{expected}) |" in card
     assert f" {name}={names[1]}@{expected} " in told["command"]
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from modelmerge import method, presets
 from modelmerge.cli import main
-from tests.checkpoints import base_state, expert_state, write
+from tests.checkpoints import State, base_state, expert_state, read, write
+from tests.hub_server import FakeHub
 
 MINE = "clip-b32-8"
 
@@ -86,3 +90,28 @@ def test_include_comes_from_the_preset_unless_it_is_given(monkeypatch: pytest.Mo
     assert published["recipe"]["options"]["eta"] == 0.15
     assert published["recipe"]["include"] == ["*Attention.q.weight", "*Attention.v.weight"]
     assert (published["tensors"]["merged"], other["tensors"]["merged"]) == (2, 1)
+
+
+def test_a_preset_is_fetched_from_the_hub(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As these repositories are: a pickled base of two towers, experts that hold one tower and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    preset, generator = presets.load(MINE), torch.Generator().manual_seed(0)
+    names = [f"{tower}_model.encoder.layers.0.mlp.fc{i}.weight" for tower in ("text", "vision") for i in (1, 2)]
+    base: State = {name: torch.randn(24, 24, generator=generator) for name in names}
+    file = io.BytesIO()
+    torch.save({**base, "vision_model.embeddings.position_ids": torch.arange(5)[None]}, file)
+    commits = [hub.add(preset.base, {"pytorch_model.bin": file.getvalue(), "config.json": b'{"model_type": "clip"}'})]
+    for reference in preset.experts.values():
+        tower = {name: base[name] + 0.01 * torch.randn(24, 24, generator=generator) for name in names[2:]}
+        commits.append(hub.add(reference, {"model.safetensors": save(tower), "README.md": b"---\nlicense: mit\n---\n"}))
+    manifest = merge(capsys, "apgd", "--steps", "2")
+    told = [manifest["recipe"]["base"], *manifest["recipe"]["experts"]]
+    assert told[0] == f"{preset.base}@{commits[0]}"
+    assert told[1:] == [f"{n}={r}@{c}" for (n, r), c in zip(preset.experts.items(), commits[1:], strict=True)]
+    merged = read(Path("out"))
+    assert {name for name in names if torch.equal(merged[name], base[name])} == set(names[:2])
+    svhn = preset.experts["svhn"]
+    commit = f"[`{commits[5][:12]}`](https://huggingface.co/{svhn}/tree/{commits[5]})"
+    assert f"| `svhn` | [{svhn}](https://huggingface.co/{svhn}) | {commit} |" in Path("out/README.md").read_text()

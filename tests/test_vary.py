@@ -11,6 +11,7 @@ import torch
 import modelmerge
 from modelmerge import method, vary
 from modelmerge.errors import UsageError
+from modelmerge.methods import _threshold
 from tests.checkpoints import base_state, expert_state, read, write
 
 
@@ -95,7 +96,8 @@ def test_the_rest_goes_by_the_weights_too(models: list[Path], tmp_path: Path) ->
         ("ties", "expert_9:weight=1", "names 'expert_9', which is no expert"),
         ("ties", "sclae=1", "did you mean 'scale'"),
         ("ties", "reduce=1", "what can: weight, density, scale"),
-        ("ties", "density=1@*norm*", "density is a share of the whole task vector --trim-scope tensor"),
+        ("ties", "density=1@*norm*", "whole task vector, and can differ between experts only --trim"),
+        ("ties", "expert_0:density=0.1,0.5", "whole task vector, and can differ between experts only --trim"),
         ("ties", "expert_0:scale=1", "scale is one number for all experts"),
         ("ties", "scale=1@*colour*", r"'\*colour\*' matches no tensor that is merged"),
         ("ties", "scale=inf", "--scale must be finite"),
@@ -108,6 +110,28 @@ def test_what_cannot_vary_is_refused(method: str, told: str, says: str, models: 
     with pytest.raises(UsageError) as refused:
         modelmerge.merge(models[0], models[1:], tmp_path / "out", method=method, vary=[told])
     assert re.search(says, f"{refused.value.message} {refused.value.hint}")
+
+
+@pytest.mark.parametrize(
+    "told", [["density=0.5", "expert_2:density=0.05"], ["expert_0:density=0.6", "expert_1:density=1"]]
+)
+@pytest.mark.parametrize("sampled", [1 << 24, 1])
+def test_a_density_of_the_whole_model_can_differ_between_experts(
+    told: list[str], sampled: int, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_threshold, "SAMPLED", sampled)
+    densities = {"density=0.5": (0.5, 0.5, 0.05), "expert_0:density=0.6": (0.6, 1.0, 0.2)}[told[0]]
+    modelmerge.merge(models[0], models[1:], tmp_path / "out", method="ties", scale=1.0, vary=told)
+    states, got = [read(path) for path in models], read(tmp_path / "out")
+    names = [name for name, tensor in states[0].items() if tensor.is_floating_point()]
+    ups, downs = torch.zeros(1), torch.zeros(1)
+    for density, expert in zip(densities, states[1:], strict=True):
+        tau = torch.cat([(expert[name] - states[0][name]).flatten() for name in names])
+        kept = tau * (tau.abs() >= tau.abs().sort(descending=True).values[min(int(density * len(tau)), len(tau) - 1)])
+        ups, downs = ups + kept.clamp(min=0), downs + kept.clamp(max=0)
+    want = torch.where(ups + downs > 0, ups, torch.where(ups + downs < 0, downs, 0.0))
+    merged = torch.cat([(got[name] - states[0][name]).flatten() for name in names])
+    assert torch.allclose(merged, want, atol=1e-7)
 
 
 def test_a_density_out_of_bounds_is_refused(models: list[Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from modelmerge.checkpoint.adapter import CONV1D, HEADS, PREFIX, WEIGHTS, stores_conv1d, tied_table
 from modelmerge.checkpoint.header import BUFFERS, TensorInfo
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out
+from modelmerge.checkpoint.matching import doubled_tables
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import OutputError, UsageError
 
@@ -119,11 +120,11 @@ def _is_linear(name: str, info: TensorInfo) -> bool:
 
 
 def _shared_tables(base: Checkpoint) -> set[str]:
-    """Embeddings that the model uses under several names, where the base stores one."""
+    """Embeddings that the model uses under several names, whether the base stores one or both."""
     tied = tied_table(base.tensors)
     classes = base.config.get("architectures") or [""]
     has_head = re.search(r"CausalLM|LMHead|ConditionalGeneration|MaskedLM|PreTraining|^$", str(classes[0]))
-    shared = {name for name in base.tensors if name.split(".")[-2:] == ["shared", "weight"]}
+    shared = {name for name in base.tensors if name.split(".")[-2:] == ["shared", "weight"]} | doubled_tables(base)
     if tied is not None and base.config.get("tie_word_embeddings", True) and has_head:
         shared.add(tied)
     return shared

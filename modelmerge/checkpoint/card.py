@@ -88,6 +88,7 @@ def render(
     has_config: bool,
     versions: Mapping[str, str],
     device: str,
+    adapter: bool = False,
 ) -> str:
     """The card's text.
 
@@ -102,17 +103,18 @@ def render(
         has_config: There is a config.json beside the weights, so that transformers can load them.
         versions: Of the packages that bear on the result.
         device: Where it was computed.
+        adapter: What lies beside the card is a PEFT adapter, not a whole model.
     """
     models = [base, *experts]
     license, license_said = _license(models)
     # Only what is on the Hub: it refuses a card whose base_model names anything else.
-    on_hub = list(dict.fromkeys(model.repository for model in models if model.repository))
+    on_hub = list(dict.fromkeys(model.repository for model in (models[:1] if adapter else models) if model.repository))
     data = ModelCardData(
         base_model=on_hub or None,
-        base_model_relation="merge" if on_hub else None,
-        library_name="transformers" if has_config else None,
+        base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
+        library_name="peft" if adapter else "transformers" if has_config else None,
         pipeline_tag=_text(base.front.get("pipeline_tag")) if has_config else None,
-        tags=["merge", "modelmerge", *(method.name for method in reversed(methods))],
+        tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(method.name for method in reversed(methods))],
     )
     for key, value in license.items():
         data[key] = value
@@ -126,7 +128,8 @@ def render(
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
         f"A merge of {len(experts)} fine-tuned model{'s' * (len(experts) != 1)} onto their base {_link(base)}, made "
-        f"by {names} with modelmerge {versions['modelmerge']}.",
+        f"by {names} with modelmerge {versions['modelmerge']}."
+        + (" It is a PEFT adapter: `PeftModel.from_pretrained(base, DIR)` puts it on the base." if adapter else ""),
         "## Models",
         _models(base, experts),
         license_said,
@@ -180,13 +183,14 @@ def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
         known = {key: value for key, value in told[0].items() if value}
         name = known.get("license_name") or known["license"]
         return known, f"License: {name}, which is that of the base and of every expert."
-    said: dict[str, list[str]] = {}
-    for model, license in zip(models, told, strict=True):
-        said.setdefault(license["license_name"] or license["license"] or "", []).append(model.name)
-    unknown = said.pop("", [])
-    words = [f"{license} for {', '.join(f'`{name}`' for name in names)}" for license, names in said.items()]
-    words += [f"not stated for {', '.join(f'`{name}`' for name in unknown)}"] if unknown and said else []
-    if not said:
+    base, *experts = (license["license_name"] or license["license"] for license in told)
+    names: dict[str | None, list[str]] = {}
+    for model, license in zip(models[1:], experts, strict=True):
+        names.setdefault(license, []).append(f"`{model.name}`")
+    words = [f"{base or 'not stated'} for the base"]
+    for license, which in names.items():
+        words.append(f"{license or 'not stated'} for {'every expert' if len(names) == 1 else ', '.join(which)}")
+    if not base and names.keys() == {None}:
         return {}, "License: none of the models states one here. It is for you to choose, within what theirs allow."
     return {}, f"License: {'; '.join(words)}. It is for you to choose, within what these allow."
 
@@ -199,7 +203,7 @@ def _models(base: Model, experts: Sequence[Model]) -> str:
         ("model", [_link(model) for model in models]),
     ]
     if any(model.commit for model in models):
-        columns.append(("commit", [_code(model.commit[:12]) if model.commit else "" for model in models]))
+        columns.append(("commit", [_commit(model) for model in models]))
     if len({expert.weight for expert in experts}) > 1 or experts[0].weight != 1.0:
         columns.append(("weight", ["" if model.weight is None else f"{model.weight:g}" for model in models]))
     return _table([name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
@@ -209,6 +213,12 @@ def _link(model: Model) -> str:
     if model.repository is None:
         return _code(model.reference)
     return f"[{model.repository}](https://huggingface.co/{model.repository})"
+
+
+def _commit(model: Model) -> str:
+    if model.commit is None:
+        return ""
+    return f"[{_code(model.commit[:12])}](https://huggingface.co/{model.repository}/tree/{model.commit})"
 
 
 def _wrapped(command: str) -> str:

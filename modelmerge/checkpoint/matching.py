@@ -49,7 +49,7 @@ def match(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str], bool]) -
         CheckpointError: A file cannot be read.
     """
     if expert.vector is not None:
-        return expert, []
+        return _through_adapted_twins(base, expert), []
     names, remarks = _under_a_prefix(base, expert)
     tensors = {names[name]: info for name, info in expert.tensors.items()}
     remarks += _by_old_names(base, tensors)
@@ -76,6 +76,15 @@ def twins(base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, str]:
                 found[name] = other
                 break
     return found
+
+
+def doubled_tables(base: Checkpoint) -> set[str]:
+    """Embeddings and heads that the base stores twice though they are one, by both names."""
+    if _says_tied(base) is False:
+        return set()
+    ties = _Ties(base)
+    tables = [name for name in base.tensors if _ends(name, (*_INPUTS, *_HEADS))]
+    return {name for name in tables if any(_same(base, name, other) for other in ties.candidates(name))}
 
 
 # --- prefixes ---
@@ -207,6 +216,20 @@ def _through_twins(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str],
             )
     remarks += _one_table(base, expert)
     return remarks, complaints
+
+
+def _through_adapted_twins(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
+    """An adapter that changes one of two tied tensors, both of which the base stores, changes the other as well."""
+    adapted = [name for name, info in expert.tensors.items() if info.change is not None and info.change.factors]
+    tables = [name for name in adapted if is_vocabulary(name)] if expert.adapter is not None else []
+    if not tables or _says_tied(base) is False:
+        return expert
+    ties, tensors = _Ties(base), dict(expert.tensors)
+    for name in tables:
+        for other in ties.candidates(name):
+            if other not in expert.tensors and _same(base, name, other):
+                tensors[other] = replace(expert.tensors[name], name=other)
+    return replace(expert, tensors=tensors)
 
 
 def _one_table(base: Checkpoint, expert: Checkpoint) -> list[str]:

@@ -158,7 +158,7 @@ def _spool(adapted: Adapted, name: str, dtype: str, values: Tensor, shape: tuple
     spool.write(data)
 
 
-def adapted_memory(job: Job) -> dict[str, int]:
+def adapted_memory(job: Job, wanted: Size) -> dict[str, int]:
     """The most anonymous memory that `adapt` needs, in bytes, `host` and `device`."""
     tasks, plan = len(job.plan.experts), job.plan
     todo = [t for t in plan.tensors.values() if t.action != "copy"]
@@ -167,10 +167,13 @@ def adapted_memory(job: Job) -> dict[str, int]:
     widest = max((model.stored_bytes(t.name) for t in todo for model in plan.models), default=0)
     # Task vectors, theta_0 and the merged one, the method's own, bytes as stored.
     merging = int(largest * 4 * (tasks + 2 + method.workspace(tasks))) + 2 * widest + unfolding(plan, largest)
-    # The merged one in float64 with its factors, and the eigendecomposition: see `vector_memory`.
-    matrices = [t for t in todo if len(t.shape) == 2]
-    side = max((min(t.shape) for t in matrices), default=0)
-    splitting = largest * (4 + 8 * 5) + 8 * 9 * side * side
+    # The merged one in float64 with its factors, and the eigendecomposition: see `vector_memory`. A small rank of a
+    # large matrix needs some vectors of that number.
+    splitting = 0
+    for m, n in (t.shape for t in todo if len(t.shape) == 2):
+        exact = wanted.rank is None or not _linalg.iterates((m, n), wanted.rank)
+        needed = m * n * 8 * 5 + 8 * 9 * min(m, n) ** 2 if exact else 8 * 6 * (m + n) * (wanted.rank or 0) + 24 * _ROWS
+        splitting = max(splitting, 4 * m * n + needed)
     working = max(merging, splitting)
     return {"host": PROCESS_BYTES + working, "device": 0 if job.source.device.type == "cpu" else working}
 

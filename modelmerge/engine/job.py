@@ -62,6 +62,7 @@ class Job:
         front: What disentangles the task vectors before they are merged, with its options, if anything.
         seed: The seed of random draws.
         settings: By tensor, what the method is told instead where something varies.
+        for_survey: The method's options as its survey is told them, where something varies.
     """
 
     source: Source
@@ -71,6 +72,7 @@ class Job:
     front: tuple[Disentangler, Any] | None
     seed: int = 0
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    for_survey: Any = None
 
     @property
     def plan(self) -> Plan:
@@ -81,7 +83,7 @@ class Job:
     def survey(self) -> Survey | None:
         """The whole-model quantity that the method needs."""
         method, options = self.method
-        return method.survey(options)
+        return method.survey(options if self.for_survey is None else self.for_survey)
 
     @property
     def blockwise(self) -> bool:

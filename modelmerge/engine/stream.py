@@ -205,6 +205,13 @@ class Loader:
                         f"{info.file}: tensor '{part.name}' of '{model.name}' holds {kind}",
                         hint=f"--exclude '{info.name}' copies it from the base unchecked, if that is meant to be so",
                     )
+            if info.change is not None and info.change.magnitude is not None:
+                factors = self._rescaling(model, info.change, piece.tensor, 0, piece.tensor.shape[0])
+                if not bool(factors.isfinite().all()):
+                    raise CheckpointError(
+                        f"{info.file}: '{info.change.magnitude.name}' rescales weights that are all zero in the base",
+                        hint=f"--exclude '{info.name}' copies them from the base",
+                    )
 
     def _widened(self, model: Checkpoint, piece: Piece) -> Tensor:
         """A model's elements, flat, in float32, or float64 where they are stored so; in a buffer."""

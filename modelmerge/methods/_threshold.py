@@ -39,9 +39,12 @@ def dropped(numel: int, density: float) -> int:
     return numel - int(numel * density)
 
 
-def survey(density: float) -> Survey | None:
-    """The survey that finds each task's threshold over all its entries [T]; none where everything is kept."""
-    if density >= 1.0:
+def survey(density: float | tuple[float, ...]) -> Survey | None:
+    """The survey that finds each task's threshold over all its entries [T]; none where everything is kept.
+
+    The density is one for all tasks, or one for each.
+    """
+    if density >= 1.0 if isinstance(density, float) else min(density) >= 1.0:
         return None
     return Survey(
         find=lambda numel: _find(numel, density),
@@ -49,20 +52,26 @@ def survey(density: float) -> Survey | None:
     )
 
 
-def _find(numel: int, density: float) -> Generator[Pass, Tensor, Tensor]:
+def _ranks(numel: int, density: float | tuple[float, ...], counts: Tensor) -> Tensor:
+    """The ranks [T] of the tasks' thresholds among `numel` magnitudes, counted from 1, where `counts` [T, n] is."""
+    densities = [density] * len(counts) if isinstance(density, float) else density
+    return torch.tensor([max(dropped(numel, each), 1) for each in densities], device=counts.device)
+
+
+def _find(numel: int, density: float | tuple[float, ...]) -> Generator[Pass, Tensor, Tensor]:
     if numel >= SAMPLED:
         guess = yield from _count(density, _SHARE)
         first = (guess.view(torch.int32) - _LOW_BUCKETS // 2).clamp(min=0)
         counts = yield Pass(lambda taus, total: _count_window(taus, first, total), _LOW_BUCKETS + 1)
         window, above = counts[:, :-1], counts[:, -1]
-        rank = max(dropped(numel, density), 1) - (numel - above - window.sum(1))
+        rank = _ranks(numel, density, counts) - (numel - above - window.sum(1))
         within = (window.cumsum(1) < rank[:, None]).sum(1)
         if bool(((rank > 0) & (within < _LOW_BUCKETS)).all()):
             return (first + within).to(torch.int32).view(torch.float32)
     return (yield from _count(density, 1))
 
 
-def _count(density: float, share: int) -> Generator[Pass, Tensor, Tensor]:
+def _count(density: float | tuple[float, ...], share: int) -> Generator[Pass, Tensor, Tensor]:
     """The thresholds [T] of the entries that passes of that share see."""
     high = yield Pass(_count_high, _HIGH_BUCKETS, share)
     bucket, rank = _bucket(high, density)
@@ -143,11 +152,11 @@ def _at_least(offset: Tensor, bound: int) -> Tensor | int:
     return (offset >= bound).sum() if offset.device.type != "cpu" else int((offset.numpy() >= bound).sum())
 
 
-def _bucket(high: Tensor, density: float) -> tuple[Tensor, Tensor]:
+def _bucket(high: Tensor, density: float | tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """The bucket that holds each task's threshold [T], and the threshold's rank within it, counted from 1 [T]."""
     numel = int(high[0].sum())
-    rank = max(dropped(numel, density), 1)
+    rank = _ranks(numel, density, high)
     cumulative = high.cumsum(1)
-    bucket = (cumulative < rank).sum(1)
+    bucket = (cumulative < rank[:, None]).sum(1)
     before = (cumulative - high).gather(1, bucket[:, None]).squeeze(1)
     return bucket, rank - before

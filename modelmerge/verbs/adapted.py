@@ -46,7 +46,7 @@ def describe(job: engine.Job, recipe: Recipe, size: as_lora.Size) -> dict[str, A
         told.append((tensor, dtype if kind == "low rank" else tensor.out_dtype, action))
     return {
         "tensors": listing(job.source, told)["tensors"],
-        "peak_memory": engine.adapted_memory(job),
+        "peak_memory": engine.adapted_memory(job, size),
         "shards": [WEIGHTS],
     }
 

@@ -19,7 +19,7 @@ from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
-from modelmerge.vary import parse, settle
+from modelmerge.vary import parse, settle, surveyed
 from modelmerge.verbs import adapted
 from modelmerge.verbs.inputs import (
     as_references,
@@ -219,14 +219,16 @@ def prepare(
     if recipe.rest != "base":
         rest_method = method.load(recipe.rest)
         rest = (rest_method, rest_method.options())
-    settings = settle(
-        [parse(told) for told in recipe.vary], (recipe.method, chosen, options), weights,
-        [expert.name for expert in experts], [t.name for t in (*made.select("merge"), *made.select("rest"))],
-    )  # fmt: skip
+    variations, names = [parse(told) for told in recipe.vary], [expert.name for expert in experts]
+    tensors = [tensor.name for tensor in (*made.select("merge"), *made.select("rest"))]
+    settings = settle(variations, (recipe.method, chosen, options), weights, names, tensors)
     for tensor, setting in settings.items():
         if abs(sum(setting.weights)) < 1e-8 and _normalises(recipe):
             raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
-    job = engine.Job(source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings)
+    job = engine.Job(
+        source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings,
+        surveyed(variations, options, names) if variations else None,
+    )  # fmt: skip
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -385,14 +387,18 @@ def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
         methods.append(_applied(recipe.disentangle, summary, job.front, f"{recipe.disentangle}-"))
     methods.append(_applied(recipe.method, method.summary(recipe.method), job.method))
     defaults = Recipe(method="", base="", experts=())
-    settings = {name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed")}
+    settings = {
+        name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    }
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
         methods=methods,
-        settings={f"--{name}": told for name, told in settings.items() if told != getattr(defaults, name)},
+        settings={
+            f"--{name.replace('_', '-')}": value for name, value in settings.items() if value != getattr(defaults, name)
+        },
         command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
-        versions=versions(), device=str(job.source.device),
+        versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
     )  # fmt: skip
 
 

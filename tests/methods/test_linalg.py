@@ -32,3 +32,29 @@ def test_a_product_has_no_more_directions_than_its_rank() -> None:
     assert _linalg.left_singular_vectors_of_product(left, right, 6).shape == (30, 3)
     assert _linalg.left_singular_vectors_of_product(torch.zeros(30, 6), right, 6).shape == (30, 0)
     assert _linalg.left_singular_vectors_of_product(left[:, :0], right[:0], 6).shape == (30, 0)
+
+
+@pytest.mark.parametrize("shape", [(700, 520), (520, 700)])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
+def test_quick_factors_are_as_good_as_the_best(shape: tuple[int, int], decay: float) -> None:
+    """From a flat spectrum, where no few directions stand out, to a steep one."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(side, 520, generator=generator)).Q for side in shape)
+    values = torch.arange(1, 521).float().pow(-decay)
+    x = (u * values) @ v.T
+    assert _linalg.iterates(shape, 12)
+    left, right = _linalg.balanced(x, 12)
+    assert torch.allclose(left.norm(dim=0), right.norm(dim=1), rtol=1e-6)
+    best = values[12:].square().sum().sqrt().item()
+    assert (x - left @ right).norm().item() <= 1.002 * best
+    again = _linalg.balanced(x, 12)
+    assert torch.equal(left, again[0])
+
+
+def test_quick_factors_of_a_product_lose_nothing() -> None:
+    left, right = factors(700, 600, 8)
+    x = left @ right
+    a, b = _linalg.balanced(x, 12)
+    assert (x - a @ b).norm() <= 1e-6 * x.norm()
+    assert torch.isfinite(a).all()
+    assert torch.isfinite(b).all()
