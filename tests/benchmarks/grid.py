@@ -15,13 +15,13 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 
 import torch
 from torch import Tensor
 
 from modelmerge import method
-from tests.benchmarks.choose import State, Vectors, disentangled, merged, own_scores, vectors_of
+from tests.benchmarks.choose import State, Vectors, cell, disentangled, merged, own_scores, vectors_of
 from tests.benchmarks.experts import SETS, ExpertSet, build
 
 HERE = Path(__file__).parent
@@ -103,7 +103,7 @@ def table(columns: Mapping[str, list[Figures]], variant: str) -> list[str]:
                  for column in columns.values()]  # fmt: skip
         if all(cells):
             overall = mean(mean(values) for values in cells)
-            rows.append((name.startswith("("), overall, name, [f"{mean(v):.1f} ± {pstdev(v):.1f}" for v in cells]))
+            rows.append((name.startswith("("), overall, name, [cell(values) for values in cells]))
     lines = ["| | " + " | ".join(columns) + " | mean |", "|---|" + "---:|" * (len(columns) + 1)]
     for _, overall, name, cells in sorted(rows, key=lambda row: (not row[0], -row[1])):
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {overall:.1f} |")
@@ -138,7 +138,8 @@ def main() -> None:
         "",
         f"Written by `python -m tests.benchmarks.grid {command}`.",
         "Mean accuracy over the tasks on the test split, per cent; mean and standard deviation over seeds (each seed",
-        "changes data split and training). The last column is the mean over the sets; the rows are ordered by it.",
+        "changes data split and training); without one, a single seed. The last column is the mean over the sets; the rows",
+        "are ordered by it.",
     ]
     for variant in VARIANTS:
         lines += ["", f"## {TITLES[variant]}", "", *table(columns, variant)]

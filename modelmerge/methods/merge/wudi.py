@@ -41,6 +41,7 @@ from modelmerge.methods._sums import weighted_sum
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What WUDI can be told."""
