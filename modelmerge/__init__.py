@@ -9,16 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "disentangle", "extract", "merge", "replay"]
+__all__ = ["__version__", "disentangle", "extract", "merge", "push", "replay"]
 
 if TYPE_CHECKING:
     from modelmerge.verbs.merge import merge, replay
+    from modelmerge.verbs.push import push
     from modelmerge.verbs.vectors import disentangle, extract
 
 
 def __getattr__(name: str) -> Any:
     # Importing a verb imports torch, which takes seconds; `modelmerge --help` and `--version` shall not.
-    home = {"merge": "merge", "replay": "merge", "extract": "vectors", "disentangle": "vectors"}.get(name)
-    if home is not None:
+    homes = {"replay": "merge", "extract": "vectors", "disentangle": "vectors"}
+    home = homes.get(name, name)
+    if name in __all__:
         return getattr(importlib.import_module(f"modelmerge.verbs.{home}"), name)
     raise AttributeError(f"module 'modelmerge' has no attribute '{name}'")

@@ -56,6 +56,11 @@ class TensorPlan:
         return math.prod(self.shape)
 
     @property
+    def row(self) -> int:
+        """Number of elements of a row: what lies below the first dimension; a vector is one row."""
+        return math.prod(self.shape[1:]) if len(self.shape) > 1 else self.numel
+
+    @property
     def mismatched(self) -> bool:
         """Whether its shape differs among the models, which `--on-mismatch` allowed."""
         return self.rows is not None or self.reason.startswith(_SHAPE)

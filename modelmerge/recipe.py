@@ -27,9 +27,10 @@ class Recipe:
 
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
     defaults. `vary` says which numbers are others for an expert, a tensor or a layer. `disentangle` names what goes in
-    front of the method, with its own options. `dtype` is float32, float16, bfloat16 or None for the base's own.
-    `on_mismatch` is what becomes of tensors whose shapes differ. `as_lora` is the rank of the PEFT adapter to write
-    instead of a checkpoint or, below 1, the share of the squared norm that it keeps.
+    front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
+    choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
+    whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
+    share of the squared norm that it keeps.
     """
 
     method: str
@@ -40,7 +41,7 @@ class Recipe:
     disentangle: str | None = None
     disentangle_options: Mapping[str, Any] = field(default_factory=dict)
     vary: tuple[str, ...] = ()
-    rest: str = "base"
+    rest: str | None = None
     dtype: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -107,6 +108,41 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
             hint="give the modelmerge.json of a merged checkpoint",
         ) from error
     return recipe, digests
+
+
+def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest as others may see it: models that lie on this machine go by their names, without their paths."""
+    inputs, local = manifest["inputs"], local_models(manifest)
+    told: dict[str, Any] = renamed(dict(manifest), local)
+    for model in (m for each in told["inputs"].values() for m in (each if isinstance(each, list) else [each])):
+        if model["path"] in local.values():
+            model |= {"reference": model["name"], "path": None}
+    if "command" in told:
+        # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see Recipe.command
+        words = shlex.split(manifest["command"])
+        for place, model in enumerate((inputs["base"], *inputs["experts"]), start=3):
+            words[place] = model["name"] if model["path"] in local else words[place]
+        told["command"] = shlex.join([*words[:-1], Path(words[-1]).name])
+    return told
+
+
+def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a manifest's models that lie on this machine, by their paths."""
+    inputs = manifest["inputs"].values()
+    models = [model for told in inputs for model in (told if isinstance(told, list) else [told])]
+    return {model["path"]: model["name"] for model in models if Path(model["path"]).is_absolute()}
+
+
+def renamed(told: Any, names: Mapping[str, str]) -> Any:
+    """JSON with names in the place of paths, in keys and values alike."""
+    if isinstance(told, dict):
+        return {renamed(key, names): renamed(value, names) for key, value in told.items()}
+    if isinstance(told, list):
+        return [renamed(value, names) for value in told]
+    if isinstance(told, str):
+        for path in sorted(names, key=len, reverse=True):
+            told = told.replace(path, names[path])
+    return told
 
 
 def parse_size(text: str) -> int:

@@ -87,6 +87,8 @@ def test_has_a_help_line_and_a_paper(name: str) -> None:
     assert method.summary(name).endswith(".")
     assert 10 < len(method.summary(name)) < 120
     assert method.load(name).paper.startswith("https://")
+    if method.load(name).paper.startswith(("https://arxiv.org", "https://doi.org")):
+        assert method.load(name).citation is not None, "the model card cites it"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -187,6 +189,22 @@ def test_cutting_a_tensor_changes_no_bit(name: str, cut: int) -> None:
         block = dataclasses.replace(context, start=start, base=base)
         parts.append(chosen.apply(taus[:, start:stop].contiguous(), options, block))
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 23])
+@pytest.mark.parametrize("name", NAMES)
+def test_cutting_a_tensor_between_rows_changes_no_bit(name: str, cut: int) -> None:
+    chosen, taus = method.load(name), taus_of(takes(name, 4))
+    for values in choices(chosen):
+        options = method.make_options(chosen, name, values)
+        if chosen.blockwise(options) or not chosen.by_rows(options):
+            continue
+        context = context_of(chosen, options, taus)
+        parts = [
+            chosen.apply(taus[:, rows].contiguous(), options, dataclasses.replace(context, start=rows.start * SHAPE[1]))
+            for rows in (slice(0, cut), slice(cut, SHAPE[0]))
+        ]
+        assert torch.equal(torch.cat(parts), chosen.apply(taus, options, context))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -195,6 +195,15 @@ def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
     return {}, f"License: {'; '.join(words)}. It is for you to choose, within what these allow."
 
 
+def published(text: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The card as others may see it: models go by the names that `after` has for what `before`, the manifest, has."""
+    text = text.replace(_wrapped(before["command"]), _wrapped(after["command"]))
+    models = [(told["inputs"]["base"], *told["inputs"]["experts"]) for told in (before, after)]
+    for ours, theirs in zip(*models, strict=True):
+        text = text.replace(_code(ours["reference"]), _code(theirs["reference"]))
+    return text
+
+
 def _models(base: Model, experts: Sequence[Model]) -> str:
     """A table of the models, with the columns that say something."""
     models = (base, *experts)

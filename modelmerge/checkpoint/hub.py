@@ -30,7 +30,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from modelmerge.checkpoint import outline
-from modelmerge.checkpoint.wire import LIBRARY, Client, Ranges, explained
+from modelmerge.checkpoint.wire import LIBRARY, Chunks, Client, Ranges, explained
 from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound
 from modelmerge.report import Reporter
 
@@ -61,6 +61,7 @@ class Repository:
 
     def __init__(self, name: str, commit: str, files: Mapping[str, RemoteFile], inside: str = "") -> None:
         self.name, self.commit, self.files, self.inside = name, commit, files, inside
+        self._chunks = Chunks()
         root = tempfile.mkdtemp(prefix=OUTLINES)
         weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
         self.directory = Path(root).resolve() / f"{name}@{commit[:12]}"
@@ -155,7 +156,7 @@ class Repository:
 
     def _ranges(self, place: str) -> Ranges:
         remote = self.files[place]
-        return Ranges(self.name, self.commit, place, remote.size, remote.sha256 or "")
+        return Ranges(self.name, self.commit, place, remote.size, remote.sha256 or "", self._chunks)
 
     def _make_room(self, place: str) -> Path:
         file = self.directory / place

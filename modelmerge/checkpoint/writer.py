@@ -20,7 +20,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.layout import Layout, Shard
@@ -85,6 +85,18 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
 def _refuse_content(target: Path, *, force: bool) -> None:
     if not force and target.is_dir() and any(target.iterdir()):
         raise OutputError(f"the output {target} is not empty", hint="name another directory, or replace it: --force")
+
+
+def finished(output: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The manifest of an output that is complete, undamaged and of the job with that fingerprint; None otherwise."""
+    try:
+        manifest: dict[str, Any] = json.loads((output / MANIFEST).read_bytes())
+        if manifest["fingerprint"] != fingerprint:
+            return None
+        whole = all(sha256(output / name) == entry["sha256"] for name, entry in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if whole else None
 
 
 class Staging:

@@ -17,8 +17,11 @@ from modelmerge.errors import UsageError
 from modelmerge.recipe import Recipe, parse_weights
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
+    from modelmerge.checkpoint.push import Target
     from modelmerge.verbs.merge import Prepared
 
 EXAMPLES = (
@@ -105,6 +108,10 @@ def replay_or_list(
     ] = None,
     device: opt.Device = "auto",
     stream: opt.Stream = False,
+    push: opt.Push = None,
+    private: opt.Private = False,
+    create_pr: opt.CreatePr = False,
+    commit_message: opt.CommitMessage = None,
     dry_run: opt.DryRun = False,
     force: opt.Force = False,
     resume: opt.Resume = False,
@@ -142,8 +149,9 @@ def replay_or_list(
 
     from modelmerge.verbs.merge import prepare_file
 
+    target = destination(push, private=private, create_pr=create_pr, message=commit_message)
     prepared = prepare_file(Path(recipe).expanduser(), device=device, stream=stream)
-    _run(prepared, sink, output, dry_run=dry_run, force=force, resume=resume)
+    _run(prepared, sink, output, target, dry_run=dry_run, force=force, resume=resume)
 
 
 def command(name: str, *, preset: bool = False) -> Callable[..., None]:
@@ -160,7 +168,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         weight: opt.Weight = None,
         vary: opt.Vary = None,
         disentangle: opt.Disentangle = None,
-        rest: opt.Rest = "base",
+        rest: opt.Rest = None,
         device: opt.Device = "auto",
         dtype: opt.Dtype = None,
         include: opt.Include = None,
@@ -170,6 +178,10 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         seed: opt.Seed = 0,
         as_lora: opt.AsLora = None,
         stream: opt.Stream = False,
+        push: opt.Push = None,
+        private: opt.Private = False,
+        create_pr: opt.CreatePr = False,
+        commit_message: opt.CommitMessage = None,
         dry_run: opt.DryRun = False,
         force: opt.Force = False,
         resume: opt.Resume = False,
@@ -191,7 +203,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             method=name,
             base=values["base"],
             experts=tuple(values["experts"]),
-            options={spec: values[spec] for spec in method.option_types(chosen.options)},
+            options=opt.chosen(chosen, values, context),
             weights=parse_weights(values["weight"] or ()),
             vary=tuple(values["vary"] or ()),
             disentangle=values["disentangle"],
@@ -205,16 +217,23 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             seed=values["seed"],
             as_lora=(small.rank or small.energy) if small is not None else None,
         )
+        target = destination(
+            values["push"], private=values["private"], create_pr=values["create_pr"], message=values["commit_message"]
+        )
         _run(
-            prepare(recipe, device=values["device"], stream=values["stream"]),
-            sink, values["output"], dry_run=values["dry_run"], force=values["force"], resume=values["resume"],
+            prepare(recipe, device=values["device"], stream=values["stream"]), sink, values["output"], target,
+            dry_run=values["dry_run"], force=values["force"], resume=values["resume"],
         )  # fmt: skip
 
     arguments = [opt.of_argument("context", typer.Context)]
     arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
     in_front = [parameter for front, told in fronts.items() for parameter in opt.of_front(front, told)]
     # Required parameters first, as in any signature; the method's own options head the help page.
-    return opt.with_parameters(run, [*arguments, *opt.of_method(chosen), *opt.shared(shared), *in_front])
+    published = opt.shared(_published) if chosen.published else []
+    return opt.with_parameters(run, [*arguments, *opt.of_method(chosen), *published, *opt.shared(shared), *in_front])
+
+
+def _published(published: opt.Published = False) -> None: ...
 
 
 def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dict[str, Any]:
@@ -242,14 +261,50 @@ def _front_options(fronts: dict[str, method.Disentangler], values: dict[str, Any
     return given
 
 
-def _run(prepared: Prepared, sink: Sink, output: str, *, dry_run: bool, force: bool, resume: bool) -> None:
+def destination(push: str | None, **told: Any) -> Target | None:
+    """Where the result is to be pushed, if anywhere."""
+    if push is None:
+        for word, value in told.items():
+            if value:
+                word = opt.flag("commit_message" if word == "message" else word)
+                raise UsageError(f"{word} has no effect without --push REPO")
+        return None
+    from modelmerge.checkpoint.push import parse_target
+
+    return parse_target(push, **told)
+
+
+def finish(sink: Sink, target: Target | None, out: Path, data: dict[str, Any], human: list[str | Table]) -> None:
+    """Push the finished output, where that is asked for, and print the result."""
+    quiet = str(out)
+    if target is not None:
+        from modelmerge.verbs.push import push_to
+
+        done = push_to(target, out, progress=sink.form == "human" and sink.margin.is_terminal)
+        quiet, data = done.url, {**data, "url": done.url, "commit": done.commit}
+        human = [*human, f"[bold green]pushed[/] to [bold]{done.url}[/]"]
+    sink.result(data, quiet=quiet, human=human)
+
+
+def checked(target: Target | None, *, create: bool = True) -> dict[str, Any] | None:
+    """What there is where the result is to be pushed; an error if that would be refused."""
+    if target is None:
+        return None
+    from modelmerge.checkpoint.push import check
+
+    return check(target, create=create)
+
+
+def _run(
+    prepared: Prepared, sink: Sink, output: str, target: Target | None, *, dry_run: bool, force: bool, resume: bool
+) -> None:
     from pathlib import Path
 
     from modelmerge.verbs.merge import execute
 
     out = Path(output).expanduser()
     if dry_run:
-        plan = prepared.describe()
+        plan = {**prepared.describe(), "push": checked(target, create=False)}
         prepared.close()
         sink.result(
             {"plan": plan},
@@ -258,7 +313,7 @@ def _run(prepared: Prepared, sink: Sink, output: str, *, dry_run: bool, force: b
         )
         return
     with Bars(sink) as bars:
-        manifest = execute(prepared, out, force=force, resume=resume, reporter=bars)
+        manifest = execute(prepared, out, force=force, resume=resume, ready=lambda: checked(target), reporter=bars)
     weights = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors"))
     counts = manifest["tensors"]
     done = [f"{counts['merged']} tensors merged"]
@@ -277,7 +332,7 @@ def _run(prepared: Prepared, sink: Sink, output: str, *, dry_run: bool, force: b
         )
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
-    sink.result({"output": str(out), "manifest": manifest}, quiet=str(out), human=lines)
+    finish(sink, target, out, {"output": str(out), "manifest": manifest}, lines)
 
 
 def _with_front(name: str, front: str | None) -> str:
@@ -325,4 +380,8 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
         f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
         f"write {size(sizes['write'])}{files}; {peak}"
     )
+    if plan["push"]:
+        what = [word for word in ("new", "private") if plan["push"][word]]
+        what += ["as a pull request"] if plan["push"]["pull_request"] else []
+        lines.append(f"push to {plan['push']['repository']} {', '.join(what)}".rstrip())
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
@@ -16,6 +16,7 @@ from modelmerge.method import Disentangler, Method, bounds, option_types
 METHOD_PANEL = "Options of the method"
 SHARED_PANEL = "Options of every merge"
 PRINT_PANEL = "What is printed"
+HUB_PANEL = "The Hugging Face Hub"
 
 Output = Annotated[
     str, typer.Option("-o", "--output", help="Directory for the result.", metavar="DIR", rich_help_panel=SHARED_PANEL)
@@ -49,8 +50,27 @@ Stream = Annotated[
     typer.Option(
         "--stream",
         help="Read weights on the Hub tensor by tensor, without storing them: for small disks.",
-        rich_help_panel=SHARED_PANEL,
+        rich_help_panel=HUB_PANEL,
     ),
+]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        help="Push the result to this repository, org/name or org/name@branch, made if there is none.",
+        metavar="REPO",
+        rich_help_panel=HUB_PANEL,
+    ),
+]
+Private = Annotated[
+    bool, typer.Option("--private", help="With --push: a private repository.", rich_help_panel=HUB_PANEL)
+]
+CreatePr = Annotated[
+    bool,
+    typer.Option("--create-pr", help="With --push: open a pull request instead.", rich_help_panel=HUB_PANEL),
+]
+CommitMessage = Annotated[
+    str | None,
+    typer.Option(help="With --push: the commit's first line.", metavar="TEXT", rich_help_panel=HUB_PANEL),
 ]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
@@ -121,10 +141,19 @@ Disentangle = Annotated[
     ),
 ]
 Rest = Annotated[
-    Literal["base", "average", "task-arithmetic"],
+    Literal["base", "average", "task-arithmetic"] | None,
     typer.Option(
-        help="What becomes of tensors that a method for linear layers leaves: copied from the base, or merged so.",
+        help="What becomes of tensors that a method for linear layers leaves: copied from the base, or merged so. "
+        "Default: the method's own choice, told by --dry-run.",
         rich_help_panel=SHARED_PANEL,
+    ),
+]
+Published = Annotated[
+    bool,
+    typer.Option(
+        "--published",
+        help="The published algorithm, where the defaults differ; other options win.",
+        rich_help_panel=METHOD_PANEL,
     ),
 ]
 Form = Annotated[
@@ -134,7 +163,7 @@ Form = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Short for --format json.", rich_help_panel=PRINT_PANEL)]
 Quiet = Annotated[
     bool,
-    typer.Option("-q", "--quiet", help="Short for --format quiet: the output's path.", rich_help_panel=PRINT_PANEL),
+    typer.Option("-q", "--quiet", help="Short for --format quiet: the path or URL.", rich_help_panel=PRINT_PANEL),
 ]
 Verbose = Annotated[
     bool, typer.Option("-v", "--verbose", help="Name every tensor in plans and results.", rich_help_panel=PRINT_PANEL)
@@ -152,6 +181,15 @@ def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:
         )
         made.append(_keyword(spec.name, Annotated[types[spec.name], declared], spec.default))
     return made
+
+
+def chosen(method: Method | Disentangler, values: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
+    """The method's options as they were typed, over those of --published where that is asked for."""
+    options = {spec: values[spec] for spec in option_types(method.options)}
+    if not values.get("published"):
+        return options
+    given = {spec for spec in options if getattr(context.get_parameter_source(spec), "name", "") == "COMMANDLINE"}
+    return options | {spec: value for spec, value in method.published.items() if spec not in given}
 
 
 def of_front(name: str, method: Disentangler) -> list[inspect.Parameter]:

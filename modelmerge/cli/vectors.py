@@ -10,7 +10,7 @@ import typer
 
 from modelmerge import method
 from modelmerge.cli import options as opt
-from modelmerge.cli.merge import Base, Experts, chosen_format, list_methods, plan_lines
+from modelmerge.cli.merge import Base, Experts, checked, chosen_format, destination, finish, list_methods, plan_lines
 from modelmerge.cli.output import Bars, Sink, table
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ def extract(
     max_shard_size: opt.ShardSize = "5GB",
     device: opt.Device = "auto",
     stream: opt.Stream = False,
+    push: opt.Push = None,
+    private: opt.Private = False,
+    create_pr: opt.CreatePr = False,
+    commit_message: opt.CommitMessage = None,
     dry_run: opt.DryRun = False,
     force: opt.Force = False,
     resume: opt.Resume = False,
@@ -65,16 +69,18 @@ def extract(
 
     sink = Sink(chosen_format(form, json, quiet), verbose=verbose)
     out = Path(output).expanduser()
+    target = destination(push, private=private, create_pr=create_pr, message=commit_message)
     with Bars(sink) as bars:
         report = run(
             base, experts, out, rank=rank, energy=energy, include=include or (), exclude=exclude or (),
             max_shard_size=max_shard_size, device=device, force=force, resume=resume, stream=stream, dry_run=dry_run,
-            reporter=bars,
+            ready=lambda: checked(target), reporter=bars,
         )  # fmt: skip
     if dry_run:
+        report["plan"]["push"] = checked(target, create=False)
         sink.result(report, quiet=str(out), human=plan_lines("extract", report["plan"], sink.verbose))
         return
-    sink.result({"output": str(out), **report}, quiet=str(out), human=[*_extracted(report), f"\n[bold]{out}[/]"])
+    finish(sink, target, out, {"output": str(out), **report}, [*_extracted(report), f"\n[bold]{out}[/]"])
 
 
 def _extracted(report: dict[str, Any]) -> list[str | Table]:
@@ -130,16 +136,16 @@ def command(name: str) -> Callable[..., None]:
             typer.Option("--experts", help="Also write base + disentangled task vector, as checkpoints.",
                          rich_help_panel=opt.SHARED_PANEL),
         ] = False,
-        published: Annotated[
-            bool,
-            typer.Option("--published", help="The published algorithm, where the defaults differ; other options win.",
-                         rich_help_panel=opt.METHOD_PANEL),
-        ] = False,
+        published: opt.Published = False,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
         max_shard_size: opt.ShardSize = "5GB",
         device: opt.Device = "auto",
         stream: opt.Stream = False,
+        push: opt.Push = None,
+        private: opt.Private = False,
+        create_pr: opt.CreatePr = False,
+        commit_message: opt.CommitMessage = None,
         dry_run: opt.DryRun = False,
         force: opt.Force = False,
         resume: opt.Resume = False,
@@ -155,25 +161,25 @@ def command(name: str) -> Callable[..., None]:
         form = chosen_format(values["form"], values["json"], values["quiet"])
         sink = Sink(form, verbose=values["verbose"])
         out = Path(values["output"]).expanduser()
-        options = {spec: values[spec] for spec in method.option_types(chosen.options)}
-        if values["published"]:
-            given = [
-                spec for spec in options if getattr(context.get_parameter_source(spec), "name", "") == "COMMANDLINE"
-            ]
-            options |= {spec: value for spec, value in chosen.published.items() if spec not in given}
+        options = opt.chosen(chosen, values, context)
+        target = destination(
+            values["push"], private=values["private"], create_pr=values["create_pr"], message=values["commit_message"]
+        )
         with Bars(sink) as bars:
             report = disentangle(
                 values["base"], values["experts"], out, method=name, full_experts=values["experts_too"],
                 include=values["include"] or (), exclude=values["exclude"] or (),
                 max_shard_size=values["max_shard_size"], device=values["device"], force=values["force"],
-                resume=values["resume"], stream=values["stream"], dry_run=values["dry_run"], reporter=bars, **options,
+                resume=values["resume"], stream=values["stream"], dry_run=values["dry_run"],
+                ready=lambda: checked(target), reporter=bars, **options,
             )  # fmt: skip
         if values["dry_run"]:
+            report["plan"]["push"] = checked(target, create=False)
             lines = plan_lines(f"disentangle {name}", report["plan"], sink.verbose)
             sink.result(report, quiet=str(out), human=lines)
             return
         human = [*_disentangled(report), f"\n[bold]{out}[/]"]
-        sink.result({"output": str(out), **report}, quiet=str(out), human=human)
+        finish(sink, target, out, {"output": str(out), **report}, human)
 
     words = {"context": typer.Context, "base": Base, "experts": Experts}
     arguments = [opt.of_argument(word, kind) for word, kind in words.items()]

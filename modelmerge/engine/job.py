@@ -87,9 +87,15 @@ class Job:
 
     @property
     def blockwise(self) -> bool:
-        """Whether the method takes tensors cut into blocks."""
+        """Whether the method takes tensors cut into blocks, anywhere or by rows."""
         method, options = self.method
-        return method.blockwise(options)
+        return method.blockwise(options) or self.by_rows
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the method takes blocks of whole rows only."""
+        method, options = self.method
+        return not method.blockwise(options) and method.by_rows(options)
 
     def surveyed(self) -> list[TensorPlan]:
         """The tensors that count in a whole-model quantity: those the method merges, tied ones once."""
@@ -170,6 +176,7 @@ def peak_memory(job: Job) -> dict[str, int]:
     method, _ = job.method
     workspace = method.workspace(tasks)
     block = min(job.source.block, max((t.numel for t in plan.tensors.values()), default=0))
+    block = max([block, *(t.row for t in merged if job.by_rows)])
     # Bytes per element: task vectors and theta_0; the method's own; a survey's integers; stored bytes in and out.
     per_element = 4 * (tasks + 1) + max(4 * workspace, 24) + 8 + 4
     # A survey's counters: the totals of every worker, and the counters of the block each is at.

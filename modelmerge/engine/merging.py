@@ -53,6 +53,9 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     streamed = [t for t in todo if t not in wholes]
     reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in todo))
 
+    def in_rows(tensor: TensorPlan) -> bool:
+        return job.by_rows and tensor.action == "merge"
+
     def merge_piece(piece: Piece, loader: Loader) -> None:
         if piece.tensor.action == "copy":
             data = loader.copy(piece)
@@ -61,11 +64,14 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
             theta_0, taus = loader.load(piece, check=job.survey is None or piece.tensor.action == "rest")
             if front is not None:
                 front.take_out(piece, taus)
+            if in_rows(piece.tensor):
+                theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
             data = _merged(job, piece, theta_0, taus, measured, findings)
         staging.write(piece.tensor.name, piece.start * item_bytes(piece.tensor.out_dtype), as_bytes(data))
         reporter.advance(piece_bytes(plan, piece), piece.tensor.name)
 
-    in_parallel(job.source, list(pieces(streamed, job.source.block)), merge_piece)
+    cut = [piece for t in streamed for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
+    in_parallel(job.source, cut, merge_piece)
     _run_whole(job, front, wholes, measured, findings, staging, reporter)
     return findings
 

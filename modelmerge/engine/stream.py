@@ -232,12 +232,14 @@ class Loader:
         return raw
 
 
-def pieces(tensors: Sequence[TensorPlan], block: int, *, sampled: bool = False) -> Iterator[Piece]:
-    """The tensors cut into pieces of about `block` elements, matrices between rows."""
+def pieces(
+    tensors: Sequence[TensorPlan], block: int, *, sampled: bool = False, by_rows: bool = False
+) -> Iterator[Piece]:
+    """The tensors cut into pieces of about `block` elements, matrices between rows; `by_rows` no row of any is cut."""
     for tensor in tensors:
         # Kinds that pack several elements into a byte are only ever copied, and are cut by bytes.
         count = tensor.numel * DTYPE_BITS[tensor.dtype] // 8 // item_bytes(tensor.dtype)
-        width = tensor.shape[1] if len(tensor.shape) == 2 else 1
+        width = tensor.row if by_rows or len(tensor.shape) == 2 else 1
         step = max(block // width, 1) * width
         for start in range(0, count, step):
             yield Piece(tensor, start, min(start + step, count), sampled=sampled)

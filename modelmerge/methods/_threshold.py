@@ -87,21 +87,25 @@ def per_tensor(taus: Tensor, densities: Sequence[float]) -> Tensor | None:
     """
     if min(densities) >= 1.0:
         return None
-    flat = taus.reshape(len(taus), -1).abs()  # a scale is 0-d
+    flat = taus.reshape(len(taus), -1)  # a scale is 0-d
     size, thresholds = flat.shape[1], flat.new_zeros(len(flat))
+    sizes = torch.empty_like(flat[:1])
     for i, density in enumerate(densities):
         kept = max(int(size * density), 1)
         if kept < size:
-            thresholds[i] = smallest(flat[i : i + 1], size - kept + 1)[0, 0]
+            thresholds[i] = smallest(torch.abs(flat[i : i + 1], out=sizes), size - kept + 1)[0, 0]
     return thresholds
 
 
 def smallest(values: Tensor, *ranks: int) -> Tensor:
-    """The entries of these ranks, counted from 1, in each row of values >= 0 [m, n] that lie in memory: [m, ranks]."""
+    """The entries of these ranks, counted from 1, in each row of values >= 0 [m, n]: [m, ranks].
+
+    The values are put in another order.
+    """
     if values.device.type != "cpu":
         return torch.cat([values.kthvalue(rank, dim=1, keepdim=True).values for rank in ranks], dim=1)
     # numpy partitions ten times faster than torch selects, and integers faster than floats.
-    bits = values.contiguous().view(torch.int32).clone()
+    bits = values.view(torch.int32)
     stop = bits.shape[1]
     for rank in sorted(set(ranks), reverse=True):
         bits[:, :stop].numpy().partition(rank - 1, axis=1)

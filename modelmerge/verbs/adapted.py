@@ -21,7 +21,7 @@ _ACTIONS = {
 }  # fmt: skip
 
 
-def size_of(recipe: Recipe, *, resume: bool = False) -> as_lora.Size | None:
+def size_of(recipe: Recipe) -> as_lora.Size | None:
     """The size of the adapter that a recipe asks for, if it does.
 
     Raises:
@@ -29,8 +29,6 @@ def size_of(recipe: Recipe, *, resume: bool = False) -> as_lora.Size | None:
     """
     if recipe.as_lora is None:
         return None
-    if resume:
-        raise UsageError("--resume has no effect with --as-lora: an adapter is written at the end, in one file")
     if recipe.max_shard_size != next(f.default for f in dataclasses.fields(Recipe) if f.name == "max_shard_size"):
         raise UsageError("--max-shard-size has no effect with --as-lora: peft reads one file")
     return as_lora.parse_size(recipe.as_lora)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modelmerge import method
 from modelmerge.checkpoint import hub
 from modelmerge.checkpoint.reader import Checkpoint, attach, open_checkpoint
 from modelmerge.checkpoint.reference import parse, parse_experts
-from modelmerge.checkpoint.writer import CARD, is_companion
+from modelmerge.checkpoint.wire import STREAM_BYTES
+from modelmerge.checkpoint.writer import CARD, check_output, finished, is_companion
 from modelmerge.engine import Source, default_workers, find_device
 from modelmerge.errors import PlanError, ReferenceNotFound
 from modelmerge.plan import Plan, TensorPlan
 from modelmerge.recipe import FORMAT, versions
 from modelmerge.report import Reporter
+
+Beside = Literal["all", "cards", "nothing"]  # what of the files beside the weights a run needs
 
 
 def as_references(experts: Sequence[str | Path] | Mapping[str, str | Path]) -> tuple[str, ...]:
@@ -89,7 +92,10 @@ def fingerprint(plan: Plan, *told: Any) -> str:
         for m in plan.models
         for file, stat in m.files.items()
     ]
-    return hashlib.sha256(json.dumps([told, files, versions()], sort_keys=True, default=str).encode()).hexdigest()
+    names = [model.name for model in plan.models]
+    return hashlib.sha256(
+        json.dumps([told, names, files, versions()], sort_keys=True, default=str).encode()
+    ).hexdigest()
 
 
 def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
@@ -144,12 +150,38 @@ def input_paths(plan: Plan) -> list[Path]:
     return paths if len(local) == len(plan.models) else [*paths, hub.cache_directory()]
 
 
-def wanted(plan: Plan, *, companions: bool, stream: bool = False) -> list[tuple[hub.Repository, list[str]]]:
+def begin(
+    plan: Plan,
+    out: Path,
+    determined_by: str,
+    *,
+    force: bool,
+    resume: bool,
+    ready: Callable[[], object] | None,
+    reporter: Reporter,
+) -> dict[str, Any] | None:
+    """The last checks before the work; with `resume`, the manifest of an output that is complete already.
+
+    `ready` is called once all else is known to be well.
+
+    Raises:
+        OutputError: The output would damage something.
+    """
+    done = finished(out, determined_by) if resume else None
+    check_output(out, input_paths(plan), force=force or done is not None)
+    if ready is not None:
+        ready()
+    if done is not None:
+        reporter.note(f"{out} is complete already")
+    return done
+
+
+def wanted(plan: Plan, *, beside: Beside, stream: bool = False) -> list[tuple[hub.Repository, list[str]]]:
     """What a run needs of the repositories on the Hub: weight files, but for a stream, and what lies beside them.
 
     Args:
         plan: The plan.
-        companions: The config and tokenizer files beside the base's weights, and all models' cards, are needed too.
+        beside: Of what lies beside the weights: the models' cards, and with `all` the base's companions too.
         stream: Weight files are to be read over ranges, where that can be.
     """
     needed = []
@@ -162,33 +194,37 @@ def wanted(plan: Plan, *, companions: bool, stream: bool = False) -> list[tuple[
         parts = [*infos, *(part for info in infos if info.change for part in info.change.parts)]
         gathered = {part.file for part in parts if part.strides is not None}
         places = [remote.place(file) for file in model.files if not stream or file in gathered]
-        if companions and model.directory is not None:
+        if beside != "nothing" and model.directory is not None:
             folder = f"{remote.inside}/" if remote.inside else ""
-            beside = {place.removeprefix(folder): place for place in remote.files if place.startswith(folder)}
-            places += [beside[CARD]] if CARD in beside else []
-            places += [place for name, place in beside.items() if model is plan.base and is_companion(name)]
+            lies = {place.removeprefix(folder): place for place in remote.files if place.startswith(folder)}
+            whole = beside == "all" and model is plan.base
+            places += [place for name, place in lies.items() if name == CARD or (whole and is_companion(name))]
         needed.append((remote, places))
     return needed
 
 
-def downloads(plan: Plan, *, companions: bool, streamed: int | None) -> dict[str, Any]:
-    """What a plan says of the Hub: bytes to download, and whether the disk of the shared cache holds them.
+def with_downloads(told: dict[str, Any], plan: Plan, *, beside: Beside, streamed: int | None) -> dict[str, Any]:
+    """A plan as it is told, with the bytes to download, the shared cache they go to, and a stream's memory.
 
     `streamed` are the bytes to be read over ranges, where weight files are not stored.
     """
-    needed = wanted(plan, companions=companions, stream=streamed is not None)
+    needed = wanted(plan, beside=beside, stream=streamed is not None)
     stored = sum(hub.download_bytes(remote, places) for remote, places in needed)
+    told["bytes"] = {"download": stored + (streamed or 0), **told["bytes"]}
     cache = {"directory": str(hub.cache_directory()), "free": hub.free_bytes(), "enough": stored <= hub.free_bytes()}
-    return {"download": stored + (streamed or 0), "cache": cache if needed and streamed is None else None}
+    told["cache"] = cache if needed and streamed is None else None
+    if streamed:
+        told["peak_memory"]["host"] += STREAM_BYTES * sum(model.streamed for model in plan.models)
+    return told
 
 
-def fetch(plan: Plan, reporter: Reporter, *, companions: bool, stream: bool) -> None:
+def fetch(plan: Plan, reporter: Reporter, *, beside: Beside, stream: bool) -> None:
     """Have what a run needs of repositories on the Hub in the shared cache; nothing to do for local models.
 
     Raises:
         HubError: The disk is too small, the Hub refuses, or cannot be reached.
     """
-    hub.fetch(wanted(plan, companions=companions, stream=stream), reporter)
+    hub.fetch(wanted(plan, beside=beside, stream=stream), reporter)
     for model in plan.models:
         if model.reference.repository is not None:
             model.look_again()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +15,7 @@ from modelmerge import engine, mergekit, method, plan
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.writer import CARD, Staging, check_output, companions
+from modelmerge.checkpoint.writer import CARD, Staging, companions
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
@@ -23,17 +23,17 @@ from modelmerge.vary import parse, settle, surveyed
 from modelmerge.verbs import adapted
 from modelmerge.verbs.inputs import (
     as_references,
+    begin,
     disentangler,
-    downloads,
     fetch,
     fingerprint,
-    input_paths,
     listing,
     open_models,
     record,
     remarks,
     source_of,
     stamp,
+    with_downloads,
 )
 
 DTYPES = tuple(plan.DTYPES)
@@ -61,21 +61,18 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
-        hub = downloads(made, companions=size is None, streamed=streamed)
-        return {
+        told = {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "passes": engine.passes(self.job),
-            "bytes": {
-                "download": hub["download"], "read": engine.bytes_read(self.job), "write": written,
-            },
-            "cache": hub["cache"],
+            "bytes": {"read": engine.bytes_read(self.job), "write": written},
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made)],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
-        }  # fmt: skip
+        }
+        return with_downloads(told, made, beside="all" if size is None else "cards", streamed=streamed)
 
 
 def merge(
@@ -88,7 +85,7 @@ def merge(
     disentangle: str | None = None,
     disentangle_options: Mapping[str, Any] | None = None,
     vary: Sequence[str] = (),
-    rest: str = "base",
+    rest: str | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -114,7 +111,8 @@ def merge(
         disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
         disentangle_options: Its options.
         vary: Numbers that differ between experts, tensors or layers, `[EXPERT:]OPTION=V[,V...][@GLOB]` each.
-        rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic.
+        rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
+            the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
@@ -207,17 +205,20 @@ def prepare(
             f"'{recipe.method}' takes {many}, and {len(recipe.experts)} are named",
             hint="`modelmerge merge` lists the methods that take any number",
         )
+    if recipe.rest is None and chosen.matrices:
+        recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
+    left = recipe.rest or "base"
     base, experts = open_models(recipe.base, recipe.experts)
     weights = _weights(recipe, [expert.name for expert in experts])
     made = plan.make_plan(
-        base, experts, matrices=chosen.matrices, rest=recipe.rest,
+        base, experts, matrices=chosen.matrices, rest=left,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
     rest = None
-    if recipe.rest != "base":
-        rest_method = method.load(recipe.rest)
+    if left != "base":
+        rest_method = method.load(left)
         rest = (rest_method, rest_method.options())
     variations, names = [parse(told) for told in recipe.vary], [expert.name for expert in experts]
     tensors = [tensor.name for tensor in (*made.select("merge"), *made.select("rest"))]
@@ -255,9 +256,12 @@ def execute(
     *,
     force: bool = False,
     resume: bool = False,
+    ready: Callable[[], object] | None = None,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Run a prepared merge into `out`; the manifest. The inputs are closed afterwards.
+
+    `ready` is called once it is known that the work can begin.
 
     Raises:
         ModelMergeError: As for `merge`.
@@ -265,12 +269,14 @@ def execute(
     started = time.monotonic()
     job = prepared.job
     try:
-        size = adapted.size_of(prepared.recipe, resume=resume)
+        size = adapted.size_of(prepared.recipe)
         layout = job.plan.layout if size is None else Layout((), {}, {})
-        check_output(out, input_paths(job.plan), force=force)
         determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
-        with Staging(out, layout, force=force, resume=resume, fingerprint=determined_by) as staging:
-            fetch(job.plan, reporter, companions=size is None, stream=prepared.stream)
+        done = begin(job.plan, out, determined_by, force=force, resume=resume, ready=ready, reporter=reporter)
+        if done is not None:
+            return done
+        with Staging(out, layout, force=force, resume=resume and size is None, fingerprint=determined_by) as staging:
+            fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
             small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
             findings = engine.run(job, staging, reporter) if small is None else small.findings
             digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
@@ -283,6 +289,7 @@ def execute(
             staging.write_file(CARD, _card(prepared, out, notes).encode())
             staging.write_indices()
             manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
+            manifest["fingerprint"] = determined_by
             if small is not None:
                 manifest["adapter"] = adapted.report(small)
             staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
@@ -293,7 +300,7 @@ def execute(
 
 def _check_choices(recipe: Recipe) -> None:
     for flag, value, choices in (
-        ("--rest", recipe.rest, RESTS),
+        ("--rest", recipe.rest or RESTS[0], RESTS),
         ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
         ("--on-mismatch", recipe.on_mismatch, plan.ON_MISMATCH),
     ):
@@ -321,23 +328,22 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
 
 def _normalises(recipe: Recipe) -> bool:
     """Whether a method of the recipe divides by the sum of the weights."""
-    return any(method.load(name).normalises for name in (recipe.method, recipe.rest) if name != "base")
+    return any(method.load(name).normalises for name in (recipe.method, recipe.rest or "base") if name != "base")
 
 
 def _refuse_changed(
     recorded: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
 ) -> None:
-    found = [
-        (m.reference.address(f), digest)
-        for m, files in zip(models, digests, strict=True)
-        for f, digest in files.items()
-    ]
-    for file, digest in found:
-        if recorded and recorded.get(file) != digest:
-            raise RecipeError(
-                f"{file}: not the file that the recipe was made with (its sha256 differs)",
-                hint="restore the file, or run the merge anew without --recipe",
-            )
+    for model, files in zip(models, digests, strict=True):
+        for file, digest in files.items():
+            address, lies = model.reference.address(file), model.reference.location
+            # Where the recipe was published, by the model's name.
+            known = recorded.get(address, recorded.get(address.replace(lies, model.name)))
+            if recorded and known != digest:
+                raise RecipeError(
+                    f"{file}: not the file that the recipe was made with (its sha256 differs)",
+                    hint="restore the file, or run the merge anew without --recipe",
+                )
 
 
 def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from modelmerge import plan
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out, together
 from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT, VECTOR_KIND
-from modelmerge.checkpoint.writer import Staging, check_output, companions
+from modelmerge.checkpoint.writer import Staging, companions
 from modelmerge.engine import Source, vector_memory, vectors
 from modelmerge.engine.front import Entanglement, Front, fit
 from modelmerge.engine.job import prepare_process, refuse_too_large
@@ -28,16 +28,16 @@ from modelmerge.recipe import parse_size
 from modelmerge.report import SILENT, Reporter
 from modelmerge.verbs.inputs import (
     as_references,
+    begin,
     disentangler,
-    downloads,
     fetch,
     fingerprint,
-    input_paths,
     listing,
     open_models,
     record,
     source_of,
     stamp,
+    with_downloads,
 )
 
 REDUNDANT = "redundant"  # the folder of the vector that disentangling takes out
@@ -75,6 +75,7 @@ def extract(
     resume: bool = False,
     stream: bool = False,
     dry_run: bool = False,
+    ready: Callable[[], object] | None = None,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Write each expert's task vector, float32, into a directory of its own under `out`; what was found about them.
@@ -93,6 +94,7 @@ def extract(
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
+        ready: Called once it is known that the work can begin.
         reporter: Is told the progress.
 
     Raises:
@@ -113,8 +115,11 @@ def extract(
         wanted = linear if energy is not None else ranked
         if dry_run:
             return _plan(opened, None, [*wanted, *(linear if rank is not None else [])], stream=stream)
-        check_output(out, input_paths(opened.source.plan), force=force)
-        fetch(opened.source.plan, reporter, companions=False, stream=stream)
+        by = fingerprint(opened.source.plan, "extract", rank, energy, include, exclude, max_shard_size)
+        done = begin(opened.source.plan, out, by, force=force, resume=resume, ready=ready, reporter=reporter)
+        if done is not None:
+            return done["report"]
+        fetch(opened.source.plan, reporter, beside="nothing", stream=stream)
         measured = vectors.measure(opened.source, opened.tensors, reporter)
         spectra = vectors.spectra(opened.source, wanted, reporter)
         ranks = _ranks(linear, measured, spectra, rank, energy)
@@ -122,7 +127,6 @@ def extract(
             lay_out(_entries(opened, measured, i, ranks), parse_size(max_shard_size), folder=f"{name}/")
             for i, name in enumerate(opened.names)
         )
-        by = fingerprint(opened.source.plan, "extract", rank, energy, include, exclude, max_shard_size)
         with Staging(out, layout, force=force, resume=resume, fingerprint=by) as staging:
             output = vectors.Wanted(tuple(f"{name}/" for name in opened.names), ranks=ranks)
             errors = vectors.write(opened.source, opened.tensors, None, output, staging, reporter)
@@ -131,7 +135,7 @@ def extract(
                 "ranks": _rank_report(opened, [t for t in wanted if t in ranked], spectra),
                 "low_rank": _low_rank_report(opened, measured, ranks, errors),
             }
-            _publish(opened, "extract", report, measured, ranks, None, staging, started, include, exclude)
+            _publish(opened, "extract", report, measured, ranks, None, staging, started, include, exclude, by)
         return report
     finally:
         opened.source.plan.close()
@@ -152,6 +156,7 @@ def disentangle(
     resume: bool = False,
     stream: bool = False,
     dry_run: bool = False,
+    ready: Callable[[], object] | None = None,
     reporter: Reporter = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
@@ -171,6 +176,7 @@ def disentangle(
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
+        ready: Called once it is known that the work can begin.
         reporter: Is told the progress.
         **options: The method's options.
 
@@ -192,9 +198,15 @@ def disentangle(
             raise UsageError("no weight of a linear layer is left to disentangle", hint="check --include and --exclude")
         if dry_run:
             return _plan(opened, chosen, [], stream=stream)
-        check_output(out, input_paths(opened.source.plan), force=force)
         refuse_too_large(opened.source, chosen, linear)
-        fetch(opened.source.plan, reporter, companions=full_experts, stream=stream)
+        by = fingerprint(
+            opened.source.plan, "disentangle", method, dataclasses.asdict(chosen[1]), include, exclude, max_shard_size,
+            full_experts,
+        )  # fmt: skip
+        done = begin(opened.source.plan, out, by, force=force, resume=resume, ready=ready, reporter=reporter)
+        if done is not None:
+            return done["report"]
+        fetch(opened.source.plan, reporter, beside="all" if full_experts else "nothing", stream=stream)
         front = fit(opened.source, chosen, linear, reporter)
         measured = _known_from(front)
         measured |= vectors.measure(opened.source, [t for t in opened.tensors if not t.linear], reporter)
@@ -209,9 +221,6 @@ def disentangle(
         everything = list(opened.source.plan.tensors.values())
         if full_experts:
             folders += [_full_layout(everything, size, f"{FULL}/{name}/") for name in opened.names]
-        by = fingerprint(
-            opened.source.plan, "disentangle", method, dataclasses.asdict(chosen[1]), include, exclude, full_experts
-        )
         with Staging(out, together(folders), force=force, resume=resume, fingerprint=by) as staging:
             output = vectors.Wanted(
                 tuple(f"{name}/" for name in opened.names),
@@ -223,7 +232,7 @@ def disentangle(
             if full_experts:
                 _copy_companions(opened, staging)
             report = _report(opened, chosen, method, front)
-            _publish(opened, "disentangle", report, measured, {}, chosen[0], staging, started, include, exclude)
+            _publish(opened, "disentangle", report, measured, {}, chosen[0], staging, started, include, exclude, by)
         return report
     finally:
         opened.source.plan.close()
@@ -260,17 +269,14 @@ def _plan(
     def read(streamed: bool) -> int:
         return sum(made.stored_bytes(t, experts=True, streamed=streamed) for t in times)
 
-    hub = downloads(made, companions=False, streamed=read(True) if stream else None)
     write = 4 * len(opened.names) * sum(t.numel for t in opened.tensors)
     write += 4 * sum(t.numel for t in linear) if front else 0
-    return {
-        "plan": {
-            **listing(opened.source, ((t, "F32", _action(t, front is not None)) for t in made.tensors.values())),
-            "bytes": {"download": hub["download"], "read": read(False), "write": write},
-            "cache": hub["cache"],
-            "peak_memory": vector_memory(opened.source, front, opened.tensors, decomposed),
-        }
+    told = {
+        **listing(opened.source, ((t, "F32", _action(t, front is not None)) for t in made.tensors.values())),
+        "bytes": {"read": read(False), "write": write},
+        "peak_memory": vector_memory(opened.source, front, opened.tensors, decomposed),
     }
+    return {"plan": with_downloads(told, made, beside="nothing", streamed=read(True) if stream else None)}
 
 
 def _action(tensor: plan.TensorPlan, disentangling: bool) -> str:
@@ -473,6 +479,7 @@ def _publish(
     started: float,
     include: Sequence[str],
     exclude: Sequence[str],
+    fingerprint: str,
 ) -> None:
     """Write every directory's manifest, then that of the whole."""
     models = opened.source.plan.models
@@ -510,6 +517,7 @@ def _publish(
         "exclude": list(exclude),
         "report": report,
         "seconds": round(time.monotonic() - started, 3),
+        "fingerprint": fingerprint,
         "files": staging.listing(),
     }
     staging.publish(_text(whole))

@@ -13,12 +13,15 @@ both do not fit; entries that equal the smallest or the largest that is kept are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _signs, _threshold
+from modelmerge.methods._blocks import in_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,30 +42,43 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the trimmed task vectors, merged and scaled."""
-    densities, gammas = context.each("density", options.density), context.each("gamma", options.gamma)
+    each = zip(context.each("density", options.density), context.each("gamma", options.gamma), strict=True)
+    if options.scope == "row" and taus.ndim > 2:
+        rows = taus.flatten(2)
+        limits = [ends(tau.abs(), *shares) for tau, shares in zip(rows, each, strict=True)]
+        return _merged(rows, limits, options, context).view(taus.shape[1:])
+    sizes = torch.empty_like(taus[0]).view(1, -1)
+    limits = [ends(torch.abs(tau.reshape(1, -1), out=sizes), *shares) for tau, shares in zip(taus, each, strict=True)]
+    return in_blocks(taus, lambda block: _merged(block[:, None], limits, options, context)[0])
+
+
+def _merged(taus: Tensor, limits: Sequence[Tensor], options: Options, context: Context) -> Tensor:
+    """[T, m, n] with the ends [m, 2] of each -> [m, n]."""
 
     def trimmed() -> Iterator[Tensor]:
-        for tau, weight, density, gamma in zip(taus, context.weights, densities, gammas, strict=True):
-            rows = tau.flatten(1) if options.scope == "row" and tau.ndim > 1 else tau.reshape(1, -1)
-            kept = middle(rows, density, gamma).view_as(tau)
+        for tau, limit, weight in zip(taus, limits, context.weights, strict=True):
+            kept = middle(tau, limit)
             yield kept if weight == 1.0 else kept.mul_(weight)
 
     if options.consensus == "ties":
         return _signs.elect(trimmed(), context.weights, taus[0], "sum").mul_(options.scale)
-    parts = trimmed()
-    total = next(parts)
-    for part in parts:
+    total = torch.zeros_like(taus[0])
+    for part in trimmed():
         total.add_(part)
     return total.mul_(options.scale)
 
 
-def middle(rows: Tensor, density: float, gamma: float) -> Tensor:
-    """A copy of [m, n] with the outliers and the small entries of each row set to zero."""
-    count = rows.shape[1]
+def ends(sizes: Tensor, density: float, gamma: float) -> Tensor:
+    """The least and the largest magnitude that is kept of each row of magnitudes [m, n], which lose their order."""
+    count = sizes.shape[1]
     kept = max(int(density * count), 1)
     top = count - min(int(gamma * count), count - kept)
+    return _threshold.smallest(sizes, top - kept + 1, top)
+
+
+def middle(rows: Tensor, limits: Tensor) -> Tensor:
+    """A copy of [m, n] with what lies outside each row's limits [m, 2] set to zero."""
     sizes = rows.abs()
-    limits = _threshold.smallest(sizes, top - kept + 1, top)
     return rows * (sizes >= limits[:, :1]).logical_and_(sizes <= limits[:, 1:])
 
 
@@ -76,5 +92,6 @@ METHOD = Method(
         "ECCV 2024",
     ),
     blockwise=lambda options: False,
-    workspace=lambda tasks: 8.0,
+    by_rows=lambda options: options.scope == "row",
+    workspace=lambda tasks: 3.0,
 )

@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _random, _signs
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_CHUNK = 1 << 18  # entries that are ranked at a time, to stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +61,11 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 def pruned_by_rank(tau: Tensor, expert: int, density: float, epsilon: float, context: Context) -> Tensor:
     """MagPrune of one task vector [*shape], kept entries divided by their chance."""
     rows = tau.flatten(1) if tau.ndim > 1 else tau.reshape(1, -1)
-    drawn = _random.draws(context, expert, tau.numel(), tau.device).view(rows.shape)
-    kept = torch.empty_like(rows)
-    step = max(_CHUNK // rows.shape[1], 1)
-    for start in range(0, len(rows), step):
-        some = slice(start, start + step)
-        level = chances(rows[some], density, epsilon)
-        mask = drawn[some].float().add_(_random.LEVELS // 2) < level
-        torch.div(rows[some], level.clamp_(min=1.0).mul_(1 / _random.LEVELS), out=kept[some]).mul_(mask)
-    return kept.view_as(tau)
+    drawn = _random.draws(context, expert, tau.numel(), tau.device).view(rows.shape).float()
+    level = chances(rows, density, epsilon)
+    mask = level.gt(drawn.add_(_random.LEVELS // 2))
+    kept = torch.div(rows, level.clamp_(min=1.0).mul_(1 / _random.LEVELS), out=drawn)
+    return kept.mul_(mask).view_as(tau)
 
 
 def chances(rows: Tensor, density: float, epsilon: float) -> Tensor:
@@ -101,6 +95,12 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2406.11617",
+    citation=Citation(
+        "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
+        "Pala Tej Deep and others",
+        "arXiv 2024",
+    ),
     blockwise=lambda options: False,
-    workspace=lambda tasks: 9.0,
+    by_rows=lambda options: True,
+    workspace=lambda tasks: 14.0,
 )

@@ -66,7 +66,7 @@ def selected(taus: Tensor, density: float) -> Tensor:
     count = int(int(variance.count_nonzero()) * density)
     if count == 0:
         return torch.zeros_like(variance)
-    limit = _threshold.smallest(variance.view(1, -1), variance.numel() - count + 1)[0, 0]
+    limit = _threshold.smallest(variance.reshape(1, -1).clone(), variance.numel() - count + 1)[0, 0]
     return (variance >= limit).to(variance.dtype)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _signs, _threshold
+from modelmerge.methods._blocks import in_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +38,13 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the trimmed entries that agree with the elected sign, reduced and scaled."""
-    thresholds = context.measured
-    if options.trim_scope == "tensor":
-        thresholds = _threshold.per_tensor(taus, context.each("density", options.density))
+    if options.trim_scope == "model":
+        return _merged(taus, context.measured, options, context)
+    thresholds = _threshold.per_tensor(taus, context.each("density", options.density))
+    return in_blocks(taus, lambda block: _merged(block, thresholds, options, context))
 
+
+def _merged(taus: Tensor, thresholds: Tensor | None, options: Options, context: Context) -> Tensor:
     def trimmed() -> Iterator[Tensor]:
         for i, weight in enumerate(context.weights):
             kept = _threshold.trim(taus[i], None if thresholds is None else thresholds[i])

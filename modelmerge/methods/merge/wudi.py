@@ -129,6 +129,7 @@ METHOD = Method(
         "ICML 2025",
     ),
     matrices=True,
+    rest=lambda options: "average",
     blockwise=lambda options: False,
     workspace=lambda tasks: 12.0,
     squares=3.0,

@@ -1,0 +1,90 @@
+"""Weigh each entry of each task vector by how much it matters and how well it agrees, drop the lowest, then average.
+
+PCB-Merging (Du et al., NeurIPS 2024). With T experts, and magnitudes |tau_i| cut off at their 0.01 % quantiles from
+either end, over the whole model: an entry scores `exp(T m^2) tanh(tau_i sum_j tau_j)`, where m is its magnitude from 0
+(the lower quantile) to 1 (the upper). Each task keeps the share `--ratio` of its highest scores, counted from 0 (the
+lowest that is kept) to 1 (the highest); the merged entry is the mean of the cut-off task vectors weighted by these,
+times `--scale`. --weight multiplies a task vector in that mean, not its score.
+
+This is what the authors' code does. Their paper instead normalises by a softmax over the parameters, and sums the
+agreement over the tasks after it. An expert whose magnitudes or scores are all alike has no say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from modelmerge.method import Context, Method, Pass, Survey, option
+from modelmerge.methods import _order
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TAIL = 1e-4  # the share of the magnitudes that is cut off at either end
+# Elements of the widest vector registers, and more: exp and tanh of a whole register and of single numbers differ in
+# the last bit, and where a block ends must not matter.
+_LANES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What PCB-Merging can be told."""
+
+    ratio: float = option(0.2, "Share of each task vector's entries that is kept.", above=0.0, maximum=1.0)
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
+
+
+def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
+    """[T, *shape] -> [*shape]: the mean of the task vectors, weighted by the scores that are kept."""
+    assert context.measured is not None
+    flat = taus.reshape(len(taus), -1)
+    limits, ends = context.measured[:, :2], context.measured[:, 2:]
+    merged, divisor = torch.zeros_like(flat[0]), torch.zeros_like(flat[0])
+    for i, share in enumerate(_share(scores(flat, limits), ends)):
+        divisor.add_(share)
+        cut = flat[i].abs().clamp_(limits[i, 0], limits[i, 1]).mul_(flat[i].sign())
+        merged.add_(share.mul_(cut if context.weights[i] == 1.0 else cut.mul_(context.weights[i])))
+    return merged.div_(divisor.clamp_(min=1e-12)).mul_(options.scale).view(taus.shape[1:])
+
+
+def scores(taus: Tensor, limits: Tensor) -> Tensor:
+    """Each entry's score [T, n], from task vectors [T, n] and the ends of their magnitudes [T, 2]."""
+    count = taus.shape[1]
+    padded = torch.nn.functional.pad(taus, (0, -count % _LANES))
+    agreement = padded[0].clone()
+    for tau in padded[1:]:
+        agreement.add_(tau)
+    agreement = torch.mul(padded, agreement).tanh_()
+    matters = _share(padded.abs(), limits).square_().mul_(len(taus)).exp_()
+    return agreement.mul_(matters)[:, :count].contiguous()
+
+
+def _share(values: Tensor, ends: Tensor) -> Tensor:
+    """Where each value [T, n] lies between its task's ends [T, 2], from 0 to 1; 0 where the ends are one; in place."""
+    low, high = ends[:, :1], ends[:, 1:]
+    reach = torch.where(high > low, high - low, torch.inf)
+    return values.clamp_(low, high).sub_(low).div_(reach)
+
+
+def _survey(options: Options) -> Survey:
+    def find(numel: int) -> Generator[Pass, Tensor, Tensor]:
+        tails = (int(numel * _TAIL) + 1, max(int(numel * (1 - _TAIL) - 1), 0) + 1)
+        limits = yield from _order.by_rank(lambda taus: taus.abs(), tails)
+        kept = (min(int(numel * (1 - options.ratio)) + 1, numel), numel)
+        ends = yield from _order.by_rank(lambda taus: scores(taus, limits), kept)
+        return torch.cat([limits, ends], dim=1)
+
+    return Survey(find=find, reads=lambda numel: 4.0)
+
+
+METHOD = Method(
+    options=Options,
+    apply=apply,
+    paper="https://arxiv.org/abs/2410.02396",
+    survey=_survey,
+    workspace=lambda tasks: 4.0 * tasks + 4.0,
+)

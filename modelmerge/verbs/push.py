@@ -1,0 +1,94 @@
+"""push: a finished directory to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modelmerge.checkpoint import card
+from modelmerge.checkpoint.adapter import CONFIG as ADAPTER
+from modelmerge.checkpoint.push import Pushed, Target, check, parse_target, upload
+from modelmerge.checkpoint.reader import MANIFEST
+from modelmerge.checkpoint.writer import CARD
+from modelmerge.errors import HubError, OutputError
+from modelmerge.recipe import local_models, published, renamed
+
+
+def push(
+    directory: str | Path,
+    to: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    progress: bool = False,
+) -> dict[str, str]:
+    """Push what merge, extract or disentangle wrote; the page's `url` and the `commit`.
+
+    Models that lie on this machine go by their names there: the copies of the manifest and of the card on the Hub tell
+    no paths.
+
+    Args:
+        directory: A finished output.
+        to: `org/name`, or `org/name@branch`; made if it does not exist.
+        private: Make it a private repository; refuse a public one.
+        create_pr: Open a pull request instead of committing.
+        commit_message: The commit's first line.
+        progress: Draw the client's progress bars.
+
+    Raises:
+        ModelMergeError: See `modelmerge.errors` for the kinds.
+    """
+    target = parse_target(to, private=private, create_pr=create_pr, message=commit_message)
+    _manifest(Path(directory, MANIFEST))  # before a repository is made for nothing
+    check(target)
+    done = push_to(target, Path(directory), progress=progress)
+    return {"url": done.url, "commit": done.commit}
+
+
+def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
+    """Push a finished output to a target that has been checked.
+
+    Raises:
+        OutputError: The directory is no finished output.
+        HubError: The Hub refuses, or cannot be reached.
+    """
+    instead, whole = {}, _manifest(directory / MANIFEST)
+    for file in directory.rglob(MANIFEST):
+        instead[file.relative_to(directory).as_posix()] = _text(published(_manifest(file)))
+    if (config := directory / ADAPTER).exists():
+        instead[ADAPTER] = _text(renamed(json.loads(config.read_bytes()), local_models(whole)))  # its base's path
+    if (directory / CARD).exists():
+        text = (directory / CARD).read_text(encoding="utf-8")
+        instead[CARD] = card.published(text, whole, published(whole)).encode()
+    try:
+        return upload(target, directory, instead, target.message or _message(whole), progress=progress)
+    except HubError as error:
+        raise HubError(
+            error.message, hint=f"{directory} is complete: the same command with --resume goes on from here"
+        ) from error
+
+
+def _manifest(file: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{file.parent} holds no finished output: {MANIFEST} is missing or malformed",
+            hint="push what merge, extract or disentangle wrote",
+        ) from error
+    return manifest
+
+
+def _text(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=2) + "\n").encode()
+
+
+def _message(manifest: Mapping[str, Any]) -> str:
+    count = len(manifest["inputs"]["experts"])
+    experts = f"{count} expert{'s' * (count != 1)}"
+    if "recipe" in manifest:
+        return f"Merge of {experts} by {manifest['recipe']['method']}"
+    return f"{'Disentangled t' if manifest.get('kind') == 'disentangle' else 'T'}ask vectors of {experts}"

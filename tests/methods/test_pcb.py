@@ -1,0 +1,64 @@
+"""PCB-Merging against its definition, written out plainly in float64, and whole-model order statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modelmerge.method import Survey
+from modelmerge.methods import _order
+from modelmerge.methods.merge import pcb
+from tests.test_every_method import merged, surveyed, taus_of
+
+
+def between(values: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Each row cut off at the entries of these places in its order, and the same from 0 to 1."""
+    order = values.sort(1).values
+    cut = values.clamp(order[:, low, None], order[:, high, None])
+    return cut, (cut - order[:, low, None]) / (order[:, high, None] - order[:, low, None])
+
+
+def reference(taus: Tensor, weights: Tensor, ratio: float) -> Tensor:
+    flat = taus.double().flatten(1)
+    tasks, count = flat.shape
+    sizes, matters = between(flat.abs(), int(count * 1e-4), int(count * (1 - 1e-4) - 1))
+    score = (tasks * matters**2).exp() * (flat * flat.sum(0)).tanh()
+    _, share = between(score, min(int(count * (1 - ratio)), count - 1), count - 1)
+    total = (share * flat.sign() * sizes * weights[:, None]).sum(0) / share.sum(0).clamp(min=1e-12)
+    return total.view(taus.shape[1:])
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("size", [1e-2, 1.0, 50.0])
+def test_agrees_with_float64(size: float, ratio: float) -> None:
+    taus, weights = taus_of(5) * size, torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0])
+    got = merged("pcb", taus, tuple(weights.tolist()), ratio=ratio, scale=0.7)
+    want = 0.7 * reference(taus, weights.double(), ratio)
+    assert (got.double() - want).norm() <= 1e-4 * want.norm()
+
+
+def test_scores_do_not_depend_on_where_a_block_ends() -> None:
+    taus = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    limits = torch.tensor([[0.1, 2.0]]).repeat(3, 1)
+    whole = pcb.scores(taus, limits)
+    for first, last in ((0, 1), (1, 8), (3, 777), (999, 1000), (17, 33)):
+        assert torch.equal(pcb.scores(taus[:, first:last].contiguous(), limits), whole[:, first:last])
+
+
+def test_numbers_by_rank_are_those_of_a_sort() -> None:
+    generator = torch.Generator().manual_seed(3)
+    values = torch.cat([
+        torch.randn(2, 5000, generator=generator) * 10.0 ** torch.randint(-40, 30, (2, 5000), generator=generator),
+        torch.full((2, 300), -0.25), torch.zeros(2, 200),
+    ], dim=1)  # fmt: skip
+    ranks = (1, 2, 600, 2500, 2501, 5499, 5500, 600)
+    found = surveyed(Survey(find=lambda numel: _order.by_rank(lambda v: v, ranks), reads=lambda numel: 2.0), values)
+    assert torch.equal(found, values.sort(1).values[:, [rank - 1 for rank in ranks]])
+
+
+def test_experts_without_a_change_have_no_say() -> None:
+    taus = taus_of(3)
+    taus[1] = 0
+    got = merged("pcb", taus)
+    assert (got != 0).double().mean() <= 0.4
