@@ -138,8 +138,8 @@ def main() -> None:
         "",
         f"Written by `python -m tests.benchmarks.grid {command}`.",
         "Mean accuracy over the tasks on the test split, per cent; mean and standard deviation over seeds (each seed",
-        "changes data split and training); without one, a single seed. The last column is the mean over the sets; the rows",
-        "are ordered by it.",
+        "changes data split and training); without one, a single seed. The last column is the mean over the sets; the",
+        "rows are ordered by it.",
     ]
     for variant in VARIANTS:
         lines += ["", f"## {TITLES[variant]}", "", *table(columns, variant)]
