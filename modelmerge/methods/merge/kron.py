@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Context, Method, option
+from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _linalg, _presence
 from modelmerge.methods._sums import weighted_sum
 
@@ -120,7 +120,10 @@ def _square(x: Tensor) -> float:
 METHOD = Method(
     options=Options,
     apply=apply,
-    paper="https://arxiv.org/abs/2111.09832",
+    paper="https://arxiv.org/abs/2111.09832",  # Fisher merging, of which this is a kind
+    citation=Citation(
+        "Merging Models with Fisher-Weighted Averaging", "Michael Matena and Colin Raffel", "NeurIPS 2022"
+    ),
     matrices=True,
     wants_base=True,
     blockwise=lambda options: False,
