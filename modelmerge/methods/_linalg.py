@@ -152,6 +152,22 @@ def leading_triplets(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return left, s, (left.T @ x).div_(s[:, None])
 
 
+def quick_triplets(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`leading_triplets`, but by subspace iteration where that is quicker: large matrices, ranks small beside them.
+
+    Iterated, the triplets keep all but some 1e-4 of the squared norm that the best ones of that rank keep.
+    """
+    if not iterates(x.shape, rank):
+        return leading_triplets(x, rank)
+    if x.shape[0] > x.shape[1]:
+        right, s, left = quick_triplets(x.T, rank)
+        return left.T, s, right.T
+    left, right = _iterated(x, rank, rank + _SPARE)
+    s = torch.linalg.vector_norm(right, dim=1)
+    s = s[s > SUPPORT * s[0]]
+    return left[:, : len(s)], s, right[: len(s)] / s[:, None]
+
+
 def polar(x: Tensor) -> tuple[Tensor, Tensor]:
     """The polar factor `U V^T` of x [m, n] over its singular directions, and their singular values [k], float64.
 
