@@ -86,5 +86,5 @@ METHOD = Method(
     apply=apply,
     paper="https://arxiv.org/abs/2410.02396",
     survey=_survey,
-    workspace=lambda tasks: 4.0 * tasks + 4.0,
+    workspace=lambda tasks: 8.0 * tasks + 8.0,
 )
