@@ -35,6 +35,7 @@ from modelmerge.verbs.inputs import (
     listing,
     open_models,
     record,
+    remarks,
     source_of,
     stamp,
     with_downloads,
@@ -119,6 +120,8 @@ def extract(
         done = begin(opened.source.plan, out, by, force=force, resume=resume, ready=ready, reporter=reporter)
         if done is not None:
             return done["report"]
+        for remark in remarks(opened.source.plan):
+            reporter.note(remark)
         fetch(opened.source.plan, reporter, beside="nothing", stream=stream)
         measured = vectors.measure(opened.source, opened.tensors, reporter)
         spectra = vectors.spectra(opened.source, wanted, reporter)
@@ -206,6 +209,8 @@ def disentangle(
         done = begin(opened.source.plan, out, by, force=force, resume=resume, ready=ready, reporter=reporter)
         if done is not None:
             return done["report"]
+        for remark in remarks(opened.source.plan):
+            reporter.note(remark)
         fetch(opened.source.plan, reporter, beside="all" if full_experts else "nothing", stream=stream)
         front = fit(opened.source, chosen, linear, reporter)
         measured = _known_from(front)
@@ -515,6 +520,7 @@ def _publish(
         "inputs": {"base": base, "experts": [record(m, d) for m, d in zip(models[1:], digests[1:], strict=True)]},
         "include": list(include),
         "exclude": list(exclude),
+        "remarks": remarks(opened.source.plan),
         "report": report,
         "seconds": round(time.monotonic() - started, 3),
         "fingerprint": fingerprint,
