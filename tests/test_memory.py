@@ -77,7 +77,7 @@ def anonymous_peak(words: list[str]) -> int:
 
 QUICK = (["merge", "ties"], ["merge", "apgd"], ["merge", "average", "--disentangle", "awd"])
 SLOW = (
-    *(["merge", name] for name in ("wudi", "tsv-m", "iso-c", "iso-cts", "knots")),
+    *(["merge", name] for name in ("kron", "wudi", "tsv-m", "iso-c", "iso-cts", "knots")),
     ["merge", "wudi", "--solver", "adam", "--steps", "2"],
     ["merge", "average"],
     ["merge", "ties", "--trim-scope", "tensor"],

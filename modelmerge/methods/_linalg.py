@@ -91,6 +91,11 @@ def singular_values(x: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0).sqrt()
 
 
+def spectral_norm(x: Tensor) -> float:
+    """The largest singular value of x [m, n]."""
+    return float(singular_values(x)[0])
+
+
 def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors [m, rank] and [rank, n], float64, of the best approximation of x [m, n] of that rank (Eckart-Young).
 

@@ -25,7 +25,6 @@ from modelmerge.verbs.inputs import (
     as_references,
     begin,
     disentangler,
-    downloads,
     fetch,
     fingerprint,
     listing,
@@ -34,6 +33,7 @@ from modelmerge.verbs.inputs import (
     remarks,
     source_of,
     stamp,
+    with_downloads,
 )
 
 DTYPES = tuple(plan.DTYPES)
@@ -61,21 +61,18 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
-        hub = downloads(made, beside="all" if size is None else "cards", streamed=streamed)
-        return {
+        told = {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "passes": engine.passes(self.job),
-            "bytes": {
-                "download": hub["download"], "read": engine.bytes_read(self.job), "write": written,
-            },
-            "cache": hub["cache"],
+            "bytes": {"read": engine.bytes_read(self.job), "write": written},
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made)],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
-        }  # fmt: skip
+        }
+        return with_downloads(told, made, beside="all" if size is None else "cards", streamed=streamed)
 
 
 def merge(

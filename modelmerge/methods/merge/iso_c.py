@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Options:
     """What Iso-C can be told."""
 
-    scale: float = option(1.0, "Factor on the merged task vector.")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

@@ -35,7 +35,7 @@ class Options:
     common_fraction: float = option(
         0.8, "Share of the directions that are taken from the sum of the task vectors.", minimum=0.0, maximum=1.0
     )
-    scale: float = option(1.0, "Factor on the merged task vector.")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

@@ -33,7 +33,7 @@ class Options:
     """What KnOTS can be told."""
 
     density: float = option(0.2, "Share of the coordinates that is kept.", above=0.0, maximum=1.0)
-    scale: float = option(0.6, "Factor on the merged task vector.")
+    scale: float = option(0.6, "Factor on the merged task vector.", varies="tensor")
     reduce: Literal["sum", "mean"] = option("mean", "What becomes of the coordinates that agree in sign.")
 
 

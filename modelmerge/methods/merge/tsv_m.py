@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Options:
     """What TSV-Merge can be told."""
 
-    scale: float = option(1.0, "Factor on the merged task vector.")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
