@@ -120,6 +120,7 @@ class Method:
         paper: Link to the source.
         citation: The paper, where there is one.
         matrices: It takes the weights of linear layers only; what happens to the rest is `--rest`.
+        rest: Given the options, what happens to the rest where `--rest` does not say: base, average, task-arithmetic.
         most_experts: The most experts it takes, where that is part of its definition.
         normalises: It divides by the sum of the weights, which then must not be zero.
         wants_base: It looks at `context.base`.
@@ -130,6 +131,7 @@ class Method:
         survey: Given the options, the whole-model quantity that `apply` needs, if any.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
+        published: The options that make it the published algorithm, where the defaults differ.
     """
 
     options: type
@@ -137,6 +139,7 @@ class Method:
     paper: str
     citation: Citation | None = None
     matrices: bool = False
+    rest: Callable[[Any], str] = lambda options: "base"
     most_experts: int | None = None
     normalises: bool = False
     wants_base: bool = False
@@ -145,6 +148,7 @@ class Method:
     survey: Callable[[Any], Survey | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
     squares: float = 0.0
+    published: Mapping[str, Any] = field(default_factory=dict)
 
 
 Watch = Callable[[float], None]  # is told a solver's loss as it goes
@@ -238,7 +242,10 @@ def make_options(method: Method | Disentangler, name: str, values: Mapping[str, 
             have = f"it has: {', '.join(specs)}" if specs else "it has no options"
             raise UsageError(f"'{name}' has no option '{key}'", hint=f"did you mean '{near[0]}'?" if near else have)
         checked[key] = _check(specs[key], types[key], value)
-    return method.options(**checked)
+    try:
+        return method.options(**checked)
+    except ValueError as error:  # options that exclude one another
+        raise UsageError(f"'{name}': {error}") from error
 
 
 def check_option(method: Method | Disentangler, option: str, value: Any) -> Any:

@@ -179,7 +179,7 @@ def make_plan(
 def _disagreement(complaints: Sequence[str]) -> PlanError:
     hint = "--exclude GLOB copies a tensor from the base"
     if any(f": {_SHAPE}" in complaint for complaint in complaints):
-        hint += f"; where shapes differ, so does --on-mismatch {ON_MISMATCH[1]}, and there is {ON_MISMATCH[2]}"
+        hint += "; so does --on-mismatch copy where shapes differ, and --on-mismatch common-rows merges what all have"
     return PlanError(
         f"the models disagree on {len(complaints)} tensor{'s' * (len(complaints) > 1)}:\n  " + "\n  ".join(complaints),
         hint=hint,
@@ -224,7 +224,7 @@ def _decide(
     if shapes and on_mismatch == "copy" and len(have) == len(experts):
         return "copy", f"{_SHAPE}{list(info.shape)} in the base, but {shapes}"
     _refuse_disagreement(info, experts, have, shapes if rows is None else "")
-    few = f": the first {rows} rows, and the base's others" if rows is not None else ""
+    few = f": the first {rows} rows are merged, the base's others kept" if rows is not None else ""
     if not left:
         return "merge", ("the weight of a linear layer" if matrices else "shared by all") + few
     reason = "not the weight of a linear layer"

@@ -27,9 +27,10 @@ class Recipe:
 
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
     defaults. `vary` says which numbers are others for an expert, a tensor or a layer. `disentangle` names what goes in
-    front of the method, with its own options. `dtype` is float32, float16, bfloat16 or None for the base's own.
-    `on_mismatch` is what becomes of tensors whose shapes differ. `as_lora` is the rank of the PEFT adapter to write
-    instead of a checkpoint or, below 1, the share of the squared norm that it keeps.
+    front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
+    choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
+    whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
+    share of the squared norm that it keeps.
     """
 
     method: str
@@ -40,7 +41,7 @@ class Recipe:
     disentangle: str | None = None
     disentangle_options: Mapping[str, Any] = field(default_factory=dict)
     vary: tuple[str, ...] = ()
-    rest: str = "base"
+    rest: str | None = None
     dtype: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

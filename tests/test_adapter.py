@@ -541,6 +541,43 @@ def test_an_adapter_is_no_base_and_needs_its_weights(tmp_path: Path) -> None:
         merged_here(base, [adapter], tmp_path / "never")
 
 
+def test_a_head_of_its_own_needs_a_place(tmp_path: Path) -> None:
+    base = base_of("llama-tied", tmp_path / "base")
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    with pytest.raises(PlanError, match=r"'base_model\.model\.lm_head\.weight' is a head of its own"):
+        merged_here(base, [adapter_of(base, tmp_path / "adapter", **options)], tmp_path / "never")
+    tied = adapter_of(
+        base, tmp_path / "tied", target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    want = merged_by_peft(base, tied, tmp_path / "peft")
+    got = merged_here(base, [tied], tmp_path / "merged")
+    assert distance(want, got, got) < TOLERANCE
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_what_peft_turned_into_a_plain_lora(start: str, tmp_path: Path) -> None:
+    """As the hint for such an adapter says."""
+    base = base_of("llama", tmp_path / "base")
+    adapted = quiet_peft(load(base), target_modules=["q_proj"], init_lora_weights=start)
+    config = adapted.peft_config["default"]
+    config.init_lora_weights = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(tmp_path / "start")
+        config.init_lora_weights = start
+        with torch.no_grad():
+            for tensor in adapted.parameters():
+                if tensor.requires_grad:
+                    tensor.add_(0.1 * torch.randn_like(tensor))
+        adapted.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+        adapted.save_pretrained(tmp_path / "raw")
+        want = adapted.merge_and_unload().state_dict()
+    got = merged_here(base, [tmp_path / "plain"], tmp_path / "merged")
+    assert distance(want, got, got) < 2e-6
+    with pytest.raises(ReferenceNotFound, match=f"init_lora_weights is '{start}'"):
+        merged_here(base, [tmp_path / "raw"], tmp_path / "never")
+
+
 def test_both_names_of_a_tied_tensor_are_refused(tmp_path: Path) -> None:
     base = base_of("llama-tied", tmp_path / "base")
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=["embed_tokens", "lm_head"])

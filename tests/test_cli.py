@@ -140,7 +140,7 @@ def test_an_error_with_json_is_one_object_too(tmp_path: Path, capsys: pytest.Cap
 def test_dry_run_tells_the_plan_and_writes_nothing(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = run(capsys, "merge", "apgd", *models, "-o", tmp_path / "out", "--dry-run", "--json")
+    code, out, _ = run(capsys, "merge", "apgd", *models, "-o", tmp_path / "out", "--published", "--dry-run", "--json")
     plan = json.loads(out)["plan"]
     assert code == 0
     assert not (tmp_path / "out").exists()

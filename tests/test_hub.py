@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,7 +72,7 @@ def cached(tmp_path: Path) -> list[str]:
 
 def large(root: Path, *, shards: int = 1) -> list[Path]:
     """A base and an expert of some 3 MB."""
-    base = {**base_state(), "model.wide.weight": torch.randn(600, 1200, generator=torch.Generator().manual_seed(7))}
+    base = {**base_state(), "model.wide.weight": torch.randn(300, 2400, generator=torch.Generator().manual_seed(7))}
     return [write(root / "base", base, shards=shards), write(root / "expert", expert_state(base, 0), shards=shards)]
 
 
@@ -78,15 +80,16 @@ def large(root: Path, *, shards: int = 1) -> list[Path]:
 
 
 def test_models_on_the_hub_merge_to_the_same_bits_as_on_disk(
-    hub: FakeHub, names: list[str], local: list[Path], tmp_path: Path
+    hub: FakeHub, names: list[str], local: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     modelmerge.merge(local[0], local[1:], tmp_path / "here", method="ties")
     modelmerge.merge(names[0], names[1:], tmp_path / "there", method="ties")
     assert same(tmp_path / "here", tmp_path / "there")
     for file in ("config.json", "tokenizer.json"):
         assert (tmp_path / "there" / file).read_bytes() == (local[0] / file).read_bytes()
     assert not hub.asked("expert_.*tokenizer"), "of the experts, only what is merged"
-    assert not list(Path(tempfile.gettempdir()).glob(f"{OUTLINES}*/org/base*")), "an outline was left behind"
+    assert not list(tmp_path.glob(f"{OUTLINES}*")), "an outline was left behind"
 
 
 def test_local_and_remote_models_mix(names: list[str], local: list[Path], tmp_path: Path) -> None:
@@ -305,7 +308,7 @@ def test_a_stream_gives_the_same_bits_and_fills_no_cache(
     monkeypatch.setattr(wire, "_CHUNK", 1 << 18)
     base, expert = large(tmp_path / "local")
     second = write(tmp_path / "local" / "second", expert_state(base_state(), 3) | {
-        "model.wide.weight": torch.randn(600, 1200, generator=torch.Generator().manual_seed(8))})  # fmt: skip
+        "model.wide.weight": torch.randn(300, 2400, generator=torch.Generator().manual_seed(8))})  # fmt: skip
     for directory in (base, expert, second):
         hub.add(f"org/{directory.name}", directory)
     remote = ["org/base", "org/expert", "org/second"]
@@ -406,6 +409,20 @@ def test_a_signed_address_that_has_expired_is_asked_for_anew(
     with pytest.raises(modelmerge.errors.HubError, match="may not do this"):
         modelmerge.merge("org/base", ["org/expert"], tmp_path / "no", method="average", stream=True)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_connection_that_stalls_is_given_up_and_taken_up(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_TIMEOUT", 0.3)
+    base, expert = large(tmp_path / "local")
+    for directory in (base, expert):
+        hub.add(f"org/{directory.name}", directory)
+    modelmerge.merge(base, [expert], tmp_path / "here", method="average")
+    hub.fail("GET /cdn", pause=1.0, after=3, times=2)
+    modelmerge.merge("org/base", ["org/expert"], tmp_path / "there", method="average", stream=True)
+    assert same(tmp_path / "here", tmp_path / "there")
+    assert not any(fault.times for fault in hub.faults)
 
 
 def test_a_server_without_ranges_is_told_of(
@@ -561,10 +578,11 @@ def test_an_error_in_a_remote_file_names_it_by_its_repository(
 # Without a connection
 
 
-OFFLINE = """
+TWO = """
 import sys
 from modelmerge.cli import main
-sys.exit(main(sys.argv[1:]))
+at = sys.argv.index("then")
+print(main(sys.argv[1:at]), main(sys.argv[at + 1 :]))
 """
 
 
@@ -575,16 +593,12 @@ def test_what_the_cache_holds_needs_no_connection(
     merge(capsys, names[:2], tmp_path / "one")
     change = {"HF_HUB_OFFLINE": "1"} if how == "HF_HUB_OFFLINE" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
     hub.requests.clear()
-
-    def without(*words: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-c", OFFLINE, "merge", "ties", *map(str, words)]
-        return subprocess.run(line, env={**os.environ, **change}, capture_output=True, text=True, check=False)
-
-    done = without(*names[:2], "-o", tmp_path / "two", "-q")
-    assert done.returncode == 0, done.stderr
+    words = ["merge", "ties", *names[:2], "-o", str(tmp_path / "two"), "-q"]
+    words += ["then", "merge", "ties", *names, "-o", str(tmp_path / "three")]
+    line = [sys.executable, "-c", TWO, *words]
+    done = subprocess.run(line, env={**os.environ, **change}, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path / 'two'}\n0 1\n"
     assert same(tmp_path / "one", tmp_path / "two")
-    done = without(*names, "-o", tmp_path / "three")
-    assert done.returncode == 1
     told = "HF_HUB_OFFLINE forbids to ask the Hub" if how == "HF_HUB_OFFLINE" else "127.0.0.1:9 cannot be reached"
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert error.startswith("error: 'org/expert_1' is not a path here, and ")
@@ -592,25 +606,45 @@ def test_what_the_cache_holds_needs_no_connection(
     assert not hub.requests
 
 
+class Ear:
+    """Hears the progress."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int]] = []
+        self.done: dict[str, int] = {}
+
+    def stage(self, label: str, total: int, unit: str = "bytes") -> None:
+        self.stages.append((label, total))
+
+    def advance(self, amount: int, item: str) -> None:
+        label = self.stages[-1][0]
+        self.done[label] = self.done.get(label, 0) + amount
+
+    def note(self, message: str) -> None:
+        pass
+
+
 def test_progress_is_told_in_bytes(names: list[str], local: list[Path], tmp_path: Path) -> None:
-    class Ear:
-        def __init__(self) -> None:
-            self.stages: list[tuple[str, int]] = []
-            self.done: dict[str, int] = {}
-
-        def stage(self, label: str, total: int, unit: str = "bytes") -> None:
-            self.stages.append((label, total))
-
-        def advance(self, amount: int, item: str) -> None:
-            label = self.stages[-1][0]
-            self.done[label] = self.done.get(label, 0) + amount
-
-        def note(self, message: str) -> None:
-            pass
-
     ear = Ear()
     modelmerge.merge(names[0], names[1:], tmp_path / "out", method="average", reporter=ear)
     files = [m / "model.safetensors" for m in local] + [local[0] / "tokenizer.json"]
     total = sum(file.stat().st_size for file in files)
     assert ear.stages[0] == ("downloading", total)
     assert ear.done["downloading"] == total
+
+
+def test_progress_of_the_protocol_that_the_server_here_does_not_speak() -> None:
+    """Over Xet the client tells of bytes on the network and of bytes of the file: only the file's count."""
+    reporting = pytest.importorskip("huggingface_hub.utils._xet_progress_reporting")
+    ear = Ear()
+    ear.stage("downloading", 100)
+    bar = hub_module._progress(ear, "model.safetensors", threading.Event())
+    words = {"reconstruction_desc": "", "transfer_desc": "", "log_level": 30, "tqdm_class": bar, "total": 100}
+    with reporting.XetDownloadProgressReporter(name="test", **words) as told:
+        for whole, network in ((0, 30), (60, 50), (100, 70)):
+            report = SimpleNamespace(
+                total_bytes=100, total_bytes_completed=whole, total_transfer_bytes_completed=network,
+                total_bytes_completion_rate=None, total_transfer_bytes_completion_rate=None,
+            )  # fmt: skip
+            told.update_progress(report, {})
+    assert ear.done == {"downloading": 100}

@@ -17,6 +17,7 @@ from modelmerge.cli import main
 from modelmerge.errors import PlanError
 from modelmerge.plan import Plan, make_plan
 from tests.checkpoints import State, expert_state, read, write
+from tests.hub_server import FakeHub
 from tests.test_pickled import pickled, same
 
 
@@ -125,6 +126,10 @@ def test_a_bare_tower_is_extracted_under_the_bases_names(tmp_path: Path) -> None
     base = write(tmp_path / "base", two_towers())
     expert = write(tmp_path / "sun", inner(expert_state(two_towers(), 0), "vision_model."))
     modelmerge.extract(base, [expert], tmp_path / "vectors")
+    manifest = json.loads((tmp_path / "vectors" / "modelmerge.json").read_bytes())
+    assert manifest["remarks"] == [
+        "'sun': its names are the base's with 'vision_model.' in front: 5 of its 5 tensors are matched so."
+    ]
     assert set(read(tmp_path / "vectors" / "sun")) == {n for n in two_towers() if n.startswith("vision_model.")}
     modelmerge.merge(base, [tmp_path / "vectors" / "sun"], tmp_path / "one", method="average")
     modelmerge.merge(base, [expert], tmp_path / "two", method="average")
@@ -249,6 +254,16 @@ def test_tied_tensors_that_all_store_are_merged_as_one(save: Save, tmp_path: Pat
     assert planned(base, *experts, exclude=[EMBEDDING]).tensors[HEAD].twin is None
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["fetched", "streamed"])
+def test_ties_of_a_base_on_the_hub_are_found_without_fetching_it(hub: FakeHub, stream: bool, tmp_path: Path) -> None:
+    hub.add("org/base", copies(tmp_path / "base", language_model()))
+    expert = write(tmp_path / "e", language_model(head=None, seed=0))
+    modelmerge.merge("org/base", [expert], tmp_path / "out", method="average", stream=stream)
+    modelmerge.merge(tmp_path / "base", [expert], tmp_path / "want", method="average")
+    assert same(read(tmp_path / "out"), read(tmp_path / "want"))
+    assert torch.equal(read(tmp_path / "out")[HEAD], read(tmp_path / "out")[EMBEDDING])
+
+
 def test_task_vectors_of_tied_models_stay_tied(tmp_path: Path) -> None:
     base = copies(tmp_path / "base", language_model())
     experts = [write(tmp_path / f"e{i}", language_model(head=None, seed=i)) for i in range(2)]
@@ -368,7 +383,9 @@ def test_common_rows_are_merged_and_the_others_are_the_bases(
             mean = torch.stack([s[name][:common].double() for s in states[1:]]).mean(0)
             assert torch.allclose(got[name][:common].double(), mean, atol=1e-6 if dtype == torch.float32 else 2e-3)
         assert manifest["tensors"]["common_rows"][name] == common
-        assert f"'{name}': shared by all: the first {common} rows, and the base's others." in manifest["notes"]
+        assert (
+            f"'{name}': shared by all: the first {common} rows are merged, the base's others kept." in manifest["notes"]
+        )
     assert "--on-mismatch common-rows" in manifest["command"]
     assert (
         modelmerge.replay(tmp_path / "out", tmp_path / "again")["files"]["model.safetensors"]

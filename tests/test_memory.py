@@ -75,15 +75,18 @@ def anonymous_peak(words: list[str]) -> int:
     return peak
 
 
-QUICK = (["merge", "ties"], ["merge", "apgd", "--steps", "2"], ["merge", "average", "--disentangle", "awd"])
+QUICK = (["merge", "ties"], ["merge", "apgd"], ["merge", "average", "--disentangle", "awd"])
 SLOW = (
-    *(["merge", name] for name in ("wudi", "tsv-m", "iso-c", "iso-cts", "knots")),
+    *(["merge", name] for name in ("kron", "wudi", "tsv-m", "iso-c", "iso-cts", "knots")),
     ["merge", "wudi", "--solver", "adam", "--steps", "2"],
     ["merge", "average"],
     ["merge", "ties", "--trim-scope", "tensor"],
-    *(["merge", name] for name in ("dare", "della", "pcb", "consensus", "breadcrumbs", "sce", "model-stock", "karcher")),
+    *(
+        ["merge", name]
+        for name in ("dare", "della", "pcb", "consensus", "breadcrumbs", "sce", "model-stock", "karcher")
+    ),
     ["merge", "dare", "--consensus", "ties", "--reduce", "mean"],
-    ["merge", "apgd", "--solver", "exact"],
+    ["merge", "apgd", "--steps", "2"],
     [
         "merge",
         "average",

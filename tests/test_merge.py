@@ -38,7 +38,8 @@ def in_memory(name: str, base: State, experts: list[State], **values: Any) -> St
     if survey is not None:
         everything = torch.cat([tau.reshape(len(experts), -1) for tau in taus.values()], dim=1)
         measured = surveyed(survey, everything)
-    result = dict(base)
+    left = chosen.rest(options) if chosen.matrices else "base"
+    result = dict(base) if left == "base" else in_memory(left, base, experts)
     for key in kept:
         context = Context(
             tensor=key, weights=(1.0,) * len(experts), experts=tuple(f"expert_{i}" for i in range(len(experts))),

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import random
 import struct
 import zipfile
 from collections import OrderedDict
@@ -311,10 +312,35 @@ def test_a_damaged_file_is_refused_by_name(case: str, zipped: bool, tmp_path: Pa
 def test_every_truncation_of_a_legacy_file_is_noticed(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(3), "v": torch.ones(2)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     content = (tmp_path / "m.pt").read_bytes()
-    for length in range(len(content)):
+    for length in range(0, len(content), 3):
         (tmp_path / "m.pt").write_bytes(content[:length])
         with pytest.raises(CheckpointError):
             read_pickle(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_whatever_a_damaged_file_says_the_error_is_deliberate(zipped: bool, tmp_path: Path) -> None:
+    """And where it is read for all that, nothing is read from outside the file."""
+    state = {"a": torch.ones(4, 4), "b": torch.ones(3).half(), "t": torch.ones(4, 4).T}
+    file = tmp_path / "m.pt"
+    torch.save(state, file, _use_new_zipfile_serialization=zipped)
+    good, chance = file.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(500):
+        damaged = bytearray(good)
+        place = chance.randrange(len(damaged))
+        damaged[place : place + chance.randrange(3)] = chance.randbytes(chance.randrange(1, 3))
+        file.write_bytes(damaged)
+        try:
+            model = open_checkpoint(parse(str(file)))
+        except (CheckpointError, ReferenceNotFound):
+            refused += 1
+            continue
+        for info in model.tensors.values():
+            if info.nbytes < 1000:
+                model.read_into(info, 0, memoryview(bytearray(info.nbytes)))
+        model.close()
+    assert 100 < refused < 500
 
 
 @pytest.mark.parametrize(

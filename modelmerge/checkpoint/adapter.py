@@ -121,9 +121,11 @@ def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def translate(
-    adapter: Adapter, tensors: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]
+    adapter: Adapter, tensors: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo], *, tied: bool
 ) -> dict[str, TensorInfo]:
     """The adapter's tensors as changes to those of the base, by the base's names.
+
+    `tied`: where the base has no output head, its embedding is it.
 
     Names may differ by words in front, as between a model and the model inside it: each group of layers must fit in
     exactly one way, shapes included. Whole modules that the base lacks, such as a new head, keep their own names.
@@ -133,7 +135,7 @@ def translate(
         PlanError: A key fits no tensor of the base, or several.
     """
     modules, whole = _sorted_keys(adapter, tensors)
-    places = _Places(adapter, base)
+    places = _Places(adapter, base, tied_table(base) if tied else None)
     _refuse_stacked(modules, base)
     found = places.find({f"{name}.weight": _shapes(parts) for name, parts in modules.items()})
     translated: dict[str, TensorInfo] = {}
@@ -319,9 +321,10 @@ class _Places:
     `model.language_model.layers` may be `language_model.model.layers`, and nothing becomes something else.
     """
 
-    def __init__(self, adapter: Adapter, base: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, adapter: Adapter, base: Mapping[str, TensorInfo], table: str | None) -> None:
         self._adapter = adapter
         self._base = base
+        self._table = table  # the embedding that is the head as well
         self._rules: set[tuple[int, str]] = {(0, "")}  # words taken off, words put on
 
     def find(self, wanted: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, str]:
@@ -338,7 +341,7 @@ class _Places:
             if all(name in self._base for name in names):
                 found |= {name: name for name in names}
                 continue
-            tied = tied_table(self._base) if all(name.split(".")[-2] in HEADS for name in names) else None
+            tied = self._table if all(name.split(".")[-2] in HEADS for name in names) else None
             if tied is not None and not any(name in self._base for name in names):
                 found |= dict.fromkeys(names, tied)
                 continue
@@ -370,7 +373,14 @@ class _Places:
         saved = self._adapter.config.get("modules_to_save") or ()
         explained = any(word == module or f".{module}.".find(f".{word}.") >= 0 for word in saved)
         explained |= name.endswith(".bias") and self._adapter.config.get("bias") == "all"
-        explained |= module.rpartition(".")[2] in HEADS and tied_table(self._base) is not None
+        if self._table is not None and module.rpartition(".")[2] in HEADS:
+            if not self._adapter.config.get("ensure_weight_tying"):
+                raise PlanError(
+                    f"{self._adapter.file.parent}: '{info.name}' is a head of its own; the base's is tied to "
+                    f"'{self._table}', and would lose it",
+                    hint="give the base a head of its own: save it untied, with tie_word_embeddings false",
+                )
+            explained = True
         if not explained:
             raise self._unplaced(info.name)
         return name

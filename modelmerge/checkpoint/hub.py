@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,11 +31,12 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from modelmerge.checkpoint import outline
-from modelmerge.checkpoint.wire import LIBRARY, Client, Ranges, explained
+from modelmerge.checkpoint.wire import LIBRARY, Chunks, Client, Ranges, explained
 from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound
 from modelmerge.report import Reporter
 
 _DOWNLOADS = 4  # files at a time
+_REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 _KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of a checkpoint's files; readers prefer the first
 _TOKENIZER = ("tokenizer", "vocab", "merges", "added_tokens", "special_tokens")
@@ -61,6 +63,7 @@ class Repository:
 
     def __init__(self, name: str, commit: str, files: Mapping[str, RemoteFile], inside: str = "") -> None:
         self.name, self.commit, self.files, self.inside = name, commit, files, inside
+        self._chunks = Chunks()
         root = tempfile.mkdtemp(prefix=OUTLINES)
         weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
         self.directory = Path(root).resolve() / f"{name}@{commit[:12]}"
@@ -101,7 +104,7 @@ class Repository:
         folder = inside.parent if self.inside in self.files else inside
         beside = [place for place in self.files if PurePosixPath(place).parent == folder]
         weights = [place for place in beside if place.endswith(_WEIGHTS)]
-        with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        with ThreadPoolExecutor(_REQUESTS) as pool:
             list(pool.map(self.bring, filter(self._is_looked_into, beside)))
             wanted = self._checkpoint(weights, self.directory / folder)
             list(pool.map(self._draw, weights, (place in wanted for place in weights)))
@@ -155,7 +158,7 @@ class Repository:
 
     def _ranges(self, place: str) -> Ranges:
         remote = self.files[place]
-        return Ranges(self.name, self.commit, place, remote.size, remote.sha256 or "")
+        return Ranges(self.name, self.commit, place, remote.size, remote.sha256 or "", self._chunks)
 
     def _make_room(self, place: str) -> Path:
         file = self.directory / place
@@ -238,8 +241,9 @@ def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter
         close_session()  # breaks off what is under way
         raise
     finally:
+        patience = time.monotonic() + 5.0
         for thread in threads:
-            thread.join(5.0)
+            thread.join(max(patience - time.monotonic(), 0.0))
 
 
 def _work_off(waiting: SimpleQueue[tuple[Future[None], Callable[[], None]]], stop: threading.Event) -> None:
@@ -278,7 +282,10 @@ class _Interrupted(Exception):
 
 
 class _NoProgress:
-    """What the client asks of a progress bar, doing nothing."""
+    """What the client asks of a progress bar, doing nothing.
+
+    It has no `total`, as bars have that the client draws: then the client leaves sums to others.
+    """
 
     def __init__(self, *words: object, **named: object) -> None:
         pass
@@ -289,11 +296,16 @@ class _NoProgress:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *words, **named: None
-
     def update(self, amount: float | None = 1) -> None:
-        """So much more has come."""
+        """So much more of the file is there."""
+
+    def update_transfer(self, amount: float | None = 1) -> None:
+        """So much more has come over the network, which may be less than it makes of the file."""
+
+    def set_postfix_str(self, *words: object, **named: object) -> None:
+        """The speed, as text."""
+
+    set_transfer_postfix_str = refresh = close = set_postfix_str
 
 
 def _progress(reporter: Reporter, place: str, stop: threading.Event) -> Any:

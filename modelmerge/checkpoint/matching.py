@@ -118,7 +118,7 @@ def _under_a_prefix(base: Checkpoint, expert: Checkpoint) -> tuple[dict[str, str
             hint="save it under the base's names",
         )
     how, prefix = best
-    count = f"{len(agreeing[best])} of its {len(theirs)} tensors"
+    count = f"{sum(new in ours for new in ways[best].values())} of its {len(theirs)} tensors"
     return ways[best], [f"its names are the base's {how} '{prefix}' in front: {count} are matched so"]
 
 

@@ -16,6 +16,7 @@ import math
 import mmap
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -54,6 +55,13 @@ _KINDS = {
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _DEPTH = 3  # so far down a state dict is looked for
 _TRAINING = ("optim", "sched", "scaler", "rng", "callbacks", "loops")  # in the names of what is never the weights
+# What pickles of torch.save consist of: protocol 2, in the part of it that torch.load(weights_only=True) reads.
+_OPCODES = {
+    "PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "NEWOBJ", "BINPERSID", "NONE", "NEWTRUE", "NEWFALSE",
+    "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS",
+    "SETITEM", "SETITEMS", "BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1",
+    "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT",
+}  # fmt: skip
 # Names that may stand in a pickle for things that nobody here needs.
 _IGNORED = {
     ("torch", "device"), ("torch", "Tensor"), ("torch.nn.parameter", "Parameter"),
@@ -218,7 +226,12 @@ _PLAIN: dict[tuple[str, str], Any] = {
 
 def _unpickled(file: Path, stream: BinaryIO, items: dict[Any, int] | None = None) -> Any:
     """A pickle's content; `items` gets the bytes of an element of each storage it speaks of."""
+    start = stream.tell()
     try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if opcode.name not in _OPCODES or (opcode.name == "LONG_BINPUT" and int(argument or 0) > count):
+                raise pickle.UnpicklingError(f"{opcode.name} {argument} is nothing that torch.save writes")
+        stream.seek(start)
         return _Unpickler(file, stream, {} if items is None else items).load()
     except CheckpointError:
         raise
@@ -236,11 +249,12 @@ def _open_archive(file: Path, stream: BinaryIO) -> tuple[Any, Places]:
     size = os.fstat(stream.fileno()).st_size
 
     def place(entry: zipfile.ZipInfo) -> tuple[int, int]:
-        stream.seek(entry.header_offset)
+        offset = min(max(entry.header_offset, 0), size)
+        stream.seek(offset)
         header = stream.read(_LOCAL_HEADER)
         if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
             raise CheckpointError(f"{file}: damaged at '{entry.filename}'", hint="copy or download the file again")
-        start = entry.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", header[26:]))
+        start = offset + _LOCAL_HEADER + sum(struct.unpack("<HH", header[26:]))
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise CheckpointError(
                 f"{file}: '{entry.filename}' is compressed in it, as torch.save never does",
@@ -260,7 +274,7 @@ def _open_archive(file: Path, stream: BinaryIO) -> tuple[Any, Places]:
     try:
         with zipfile.ZipFile(stream) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, struct.error, UnicodeError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
         raise CheckpointError(
             f"{file}: truncated or damaged: {error}", hint="copy or download the file again"
         ) from error

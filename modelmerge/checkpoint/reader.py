@@ -211,7 +211,8 @@ def attach(expert: Checkpoint, base: Checkpoint) -> Checkpoint:
     """
     if expert.adapter is None:
         return expert
-    tensors = peft.translate(expert.adapter, expert.tensors, base.tensors)
+    tied = base.config.get("tie_word_embeddings", True) is not False
+    tensors = peft.translate(expert.adapter, expert.tensors, base.tensors, tied=tied)
     vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - tensors.keys()))
     remarks = expert.remarks
     ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_url
@@ -35,13 +36,33 @@ _TIMEOUT = 20.0  # seconds without a byte before a connection counts as dead
 _TRIES = 5  # attempts without progress before giving up
 _PAUSES = (0.5, 1.0, 2.0)  # seconds between questions that the Hub was too busy to answer
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
-_CHUNK = 4 << 20  # bytes of a stream that are read at a time, where less is asked for
-_CHUNKS = 4  # so many are kept of a file: workers go through it side by side
+_CHUNK = 8 << 20  # bytes of a stream that are read at a time, where less is asked for
+_CHUNKS = 3  # so many are kept of a repository
+STREAM_BYTES = (_CHUNKS + 1) * _CHUNK  # memory that the stream of a repository takes
 # What the client raises; RuntimeError and ValueError for uploads that fail and answers that make no sense.
 _CLIENT_ERRORS = (
     HTTPError, OSError, RuntimeError, ValueError, RevisionResolutionError, XetDownloadError, EntryNotFoundError,
 )  # fmt: skip
 _LOG_IN = "log in: hf auth login, or set HF_TOKEN"
+
+
+class Chunks:
+    """The last few chunks of what is streamed from a repository: workers go through it side by side."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, url: str, index: int, read: Callable[[], bytes]) -> bytes:
+        """A chunk of the file at that address, read if it is not among them."""
+        with self._lock:
+            if (url, index) in self._kept:
+                self._kept.move_to_end((url, index))
+            else:
+                self._kept[url, index] = read()
+                if len(self._kept) > _CHUNKS:
+                    self._kept.popitem(last=False)
+            return self._kept[url, index]
 
 
 class Ranges:
@@ -50,14 +71,13 @@ class Ranges:
     Thread-safe. Its digest is the one that the Hub gives, for the bytes do not all pass here once and in order.
     """
 
-    def __init__(self, name: str, commit: str, place: str, size: int, sha256: str) -> None:
+    def __init__(self, name: str, commit: str, place: str, size: int, sha256: str, chunks: Chunks) -> None:
         self._told = f"{name}/{place}"
         self._size = size
         self._sha256 = sha256
         self._url = hf_hub_url(name, place, revision=commit)
         self._location = ""  # where the Hub redirects to: asking there at once spares it a request
-        self._chunks: OrderedDict[int, bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._chunks = chunks
 
     def read(self, buffer: memoryview, position: int, *, follow: bool) -> int:
         """Fill `buffer` from `position` on as far as the file goes; the bytes read.
@@ -74,7 +94,7 @@ class Ranges:
         done = 0
         while done < count:
             index, start = divmod(position + done, _CHUNK)
-            part = self._chunk(index)[start : start + count - done]
+            part = self._chunks.get(self._url, index, partial(self._chunk, index))[start : start + count - done]
             buffer[done : done + len(part)] = part
             done += len(part)
         return count
@@ -90,19 +110,10 @@ class Ranges:
         return self._sha256
 
     def close(self) -> None:
-        """Let go of what was read."""
-        self._chunks.clear()
+        """Nothing to let go of: connections are the client's."""
 
     def _chunk(self, index: int) -> bytes:
-        with self._lock:
-            if index in self._chunks:
-                self._chunks.move_to_end(index)
-            else:
-                start = index * _CHUNK
-                self._chunks[index] = self.slice(start, min(start + _CHUNK, self._size))
-                if len(self._chunks) > _CHUNKS:
-                    self._chunks.popitem(last=False)
-            return self._chunks[index]
+        return self.slice(index * _CHUNK, min((index + 1) * _CHUNK, self._size))
 
     def _fill(self, buffer: memoryview, position: int) -> None:
         """Fill `buffer` with the bytes from `position` on: all of them, or an error."""
@@ -213,6 +224,8 @@ def explain(error: Exception, name: str, revision: str | None = None, *, finding
         return ReferenceNotFound(f"{name} has no revision '{revision or 'main'}'", hint=_revisions(name))
     if isinstance(error, DisabledRepoError):
         return HubError(f"{name} has been disabled", hint=f"see {page}")
+    if isinstance(error, OfflineModeIsEnabled) and not finding:
+        return HubError(f"{name}: HF_HUB_OFFLINE forbids to ask the Hub", hint="unset HF_HUB_OFFLINE")
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError)):
         what = f"{name}@{revision}" if revision else name
         if finding:

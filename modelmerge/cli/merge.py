@@ -41,7 +41,7 @@ Base = Annotated[
     typer.Argument(
         metavar="BASE",
         help="The model the experts were fine-tuned from, as [NAME=]REF: a directory, a .safetensors or .bin file, or "
-        "org/name[@revision] on the Hugging Face Hub.",
+        "org/name@revision on the Hugging Face Hub.",
         show_default=False,
     ),
 ]
@@ -168,7 +168,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         weight: opt.Weight = None,
         vary: opt.Vary = None,
         disentangle: opt.Disentangle = None,
-        rest: opt.Rest = "base",
+        rest: opt.Rest = None,
         device: opt.Device = "auto",
         dtype: opt.Dtype = None,
         include: opt.Include = None,
@@ -203,7 +203,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             method=name,
             base=values["base"],
             experts=tuple(values["experts"]),
-            options={spec: values[spec] for spec in method.option_types(chosen.options)},
+            options=opt.chosen(chosen, values, context),
             weights=parse_weights(values["weight"] or ()),
             vary=tuple(values["vary"] or ()),
             disentangle=values["disentangle"],
@@ -229,7 +229,11 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
     in_front = [parameter for front, told in fronts.items() for parameter in opt.of_front(front, told)]
     # Required parameters first, as in any signature; the method's own options head the help page.
-    return opt.with_parameters(run, [*arguments, *opt.of_method(chosen), *opt.shared(shared), *in_front])
+    published = opt.shared(_published) if chosen.published else []
+    return opt.with_parameters(run, [*arguments, *opt.of_method(chosen), *published, *opt.shared(shared), *in_front])
+
+
+def _published(published: opt.Published = False) -> None: ...
 
 
 def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dict[str, Any]:

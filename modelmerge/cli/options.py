@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
@@ -141,10 +141,19 @@ Disentangle = Annotated[
     ),
 ]
 Rest = Annotated[
-    Literal["base", "average", "task-arithmetic"],
+    Literal["base", "average", "task-arithmetic"] | None,
     typer.Option(
-        help="What becomes of tensors that a method for linear layers leaves: copied from the base, or merged so.",
+        help="What becomes of tensors that a method for linear layers leaves: copied from the base, or merged so. "
+        "Default: the method's own choice, told by --dry-run.",
         rich_help_panel=SHARED_PANEL,
+    ),
+]
+Published = Annotated[
+    bool,
+    typer.Option(
+        "--published",
+        help="The published algorithm, where the defaults differ; other options win.",
+        rich_help_panel=METHOD_PANEL,
     ),
 ]
 Form = Annotated[
@@ -172,6 +181,15 @@ def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:
         )
         made.append(_keyword(spec.name, Annotated[types[spec.name], declared], spec.default))
     return made
+
+
+def chosen(method: Method | Disentangler, values: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
+    """The method's options as they were typed, over those of --published where that is asked for."""
+    options = {spec: values[spec] for spec in option_types(method.options)}
+    if not values.get("published"):
+        return options
+    given = {spec for spec in options if getattr(context.get_parameter_source(spec), "name", "") == "COMMANDLINE"}
+    return options | {spec: value for spec, value in method.published.items() if spec not in given}
 
 
 def of_front(name: str, method: Disentangler) -> list[inspect.Parameter]:

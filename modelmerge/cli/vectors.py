@@ -136,11 +136,7 @@ def command(name: str) -> Callable[..., None]:
             typer.Option("--experts", help="Also write base + disentangled task vector, as checkpoints.",
                          rich_help_panel=opt.SHARED_PANEL),
         ] = False,
-        published: Annotated[
-            bool,
-            typer.Option("--published", help="The published algorithm, where the defaults differ; other options win.",
-                         rich_help_panel=opt.METHOD_PANEL),
-        ] = False,
+        published: opt.Published = False,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
         max_shard_size: opt.ShardSize = "5GB",
@@ -165,12 +161,7 @@ def command(name: str) -> Callable[..., None]:
         form = chosen_format(values["form"], values["json"], values["quiet"])
         sink = Sink(form, verbose=values["verbose"])
         out = Path(values["output"]).expanduser()
-        options = {spec: values[spec] for spec in method.option_types(chosen.options)}
-        if values["published"]:
-            given = [
-                spec for spec in options if getattr(context.get_parameter_source(spec), "name", "") == "COMMANDLINE"
-            ]
-            options |= {spec: value for spec, value in chosen.published.items() if spec not in given}
+        options = opt.chosen(chosen, values, context)
         target = destination(
             values["push"], private=values["private"], create_pr=values["create_pr"], message=values["commit_message"]
         )

@@ -13,6 +13,7 @@ from modelmerge import method
 from modelmerge.checkpoint import hub
 from modelmerge.checkpoint.reader import Checkpoint, attach, open_checkpoint
 from modelmerge.checkpoint.reference import parse, parse_experts
+from modelmerge.checkpoint.wire import STREAM_BYTES
 from modelmerge.checkpoint.writer import CARD, check_output, finished, is_companion
 from modelmerge.engine import Source, default_workers, find_device
 from modelmerge.errors import PlanError, ReferenceNotFound
@@ -202,15 +203,19 @@ def wanted(plan: Plan, *, beside: Beside, stream: bool = False) -> list[tuple[hu
     return needed
 
 
-def downloads(plan: Plan, *, beside: Beside, streamed: int | None) -> dict[str, Any]:
-    """What a plan says of the Hub: bytes to download, and whether the disk of the shared cache holds them.
+def with_downloads(told: dict[str, Any], plan: Plan, *, beside: Beside, streamed: int | None) -> dict[str, Any]:
+    """A plan as it is told, with the bytes to download, the shared cache they go to, and a stream's memory.
 
     `streamed` are the bytes to be read over ranges, where weight files are not stored.
     """
     needed = wanted(plan, beside=beside, stream=streamed is not None)
     stored = sum(hub.download_bytes(remote, places) for remote, places in needed)
+    told["bytes"] = {"download": stored + (streamed or 0), **told["bytes"]}
     cache = {"directory": str(hub.cache_directory()), "free": hub.free_bytes(), "enough": stored <= hub.free_bytes()}
-    return {"download": stored + (streamed or 0), "cache": cache if needed and streamed is None else None}
+    told["cache"] = cache if needed and streamed is None else None
+    if streamed:
+        told["peak_memory"]["host"] += STREAM_BYTES * sum(model.streamed for model in plan.models)
+    return told
 
 
 def fetch(plan: Plan, reporter: Reporter, *, beside: Beside, stream: bool) -> None:

@@ -25,7 +25,6 @@ from modelmerge.verbs.inputs import (
     as_references,
     begin,
     disentangler,
-    downloads,
     fetch,
     fingerprint,
     listing,
@@ -34,6 +33,7 @@ from modelmerge.verbs.inputs import (
     remarks,
     source_of,
     stamp,
+    with_downloads,
 )
 
 DTYPES = tuple(plan.DTYPES)
@@ -61,21 +61,18 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
-        hub = downloads(made, beside="all" if size is None else "cards", streamed=streamed)
-        return {
+        told = {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "passes": engine.passes(self.job),
-            "bytes": {
-                "download": hub["download"], "read": engine.bytes_read(self.job), "write": written,
-            },
-            "cache": hub["cache"],
+            "bytes": {"read": engine.bytes_read(self.job), "write": written},
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made)],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
-        }  # fmt: skip
+        }
+        return with_downloads(told, made, beside="all" if size is None else "cards", streamed=streamed)
 
 
 def merge(
@@ -88,7 +85,7 @@ def merge(
     disentangle: str | None = None,
     disentangle_options: Mapping[str, Any] | None = None,
     vary: Sequence[str] = (),
-    rest: str = "base",
+    rest: str | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -114,7 +111,8 @@ def merge(
         disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
         disentangle_options: Its options.
         vary: Numbers that differ between experts, tensors or layers, `[EXPERT:]OPTION=V[,V...][@GLOB]` each.
-        rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic.
+        rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
+            the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
@@ -207,17 +205,20 @@ def prepare(
             f"'{recipe.method}' takes {many}, and {len(recipe.experts)} are named",
             hint="`modelmerge merge` lists the methods that take any number",
         )
+    if recipe.rest is None and chosen.matrices:
+        recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
+    left = recipe.rest or "base"
     base, experts = open_models(recipe.base, recipe.experts)
     weights = _weights(recipe, [expert.name for expert in experts])
     made = plan.make_plan(
-        base, experts, matrices=chosen.matrices, rest=recipe.rest,
+        base, experts, matrices=chosen.matrices, rest=left,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
     rest = None
-    if recipe.rest != "base":
-        rest_method = method.load(recipe.rest)
+    if left != "base":
+        rest_method = method.load(left)
         rest = (rest_method, rest_method.options())
     variations, names = [parse(told) for told in recipe.vary], [expert.name for expert in experts]
     tensors = [tensor.name for tensor in (*made.select("merge"), *made.select("rest"))]
@@ -299,7 +300,7 @@ def execute(
 
 def _check_choices(recipe: Recipe) -> None:
     for flag, value, choices in (
-        ("--rest", recipe.rest, RESTS),
+        ("--rest", recipe.rest or RESTS[0], RESTS),
         ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
         ("--on-mismatch", recipe.on_mismatch, plan.ON_MISMATCH),
     ):
@@ -327,7 +328,7 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
 
 def _normalises(recipe: Recipe) -> bool:
     """Whether a method of the recipe divides by the sum of the weights."""
-    return any(method.load(name).normalises for name in (recipe.method, recipe.rest) if name != "base")
+    return any(method.load(name).normalises for name in (recipe.method, recipe.rest or "base") if name != "base")
 
 
 def _refuse_changed(

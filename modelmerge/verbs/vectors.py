@@ -30,14 +30,15 @@ from modelmerge.verbs.inputs import (
     as_references,
     begin,
     disentangler,
-    downloads,
     fetch,
     fingerprint,
     listing,
     open_models,
     record,
+    remarks,
     source_of,
     stamp,
+    with_downloads,
 )
 
 REDUNDANT = "redundant"  # the folder of the vector that disentangling takes out
@@ -119,6 +120,8 @@ def extract(
         done = begin(opened.source.plan, out, by, force=force, resume=resume, ready=ready, reporter=reporter)
         if done is not None:
             return done["report"]
+        for remark in remarks(opened.source.plan):
+            reporter.note(remark)
         fetch(opened.source.plan, reporter, beside="nothing", stream=stream)
         measured = vectors.measure(opened.source, opened.tensors, reporter)
         spectra = vectors.spectra(opened.source, wanted, reporter)
@@ -206,6 +209,8 @@ def disentangle(
         done = begin(opened.source.plan, out, by, force=force, resume=resume, ready=ready, reporter=reporter)
         if done is not None:
             return done["report"]
+        for remark in remarks(opened.source.plan):
+            reporter.note(remark)
         fetch(opened.source.plan, reporter, beside="all" if full_experts else "nothing", stream=stream)
         front = fit(opened.source, chosen, linear, reporter)
         measured = _known_from(front)
@@ -269,17 +274,14 @@ def _plan(
     def read(streamed: bool) -> int:
         return sum(made.stored_bytes(t, experts=True, streamed=streamed) for t in times)
 
-    hub = downloads(made, beside="nothing", streamed=read(True) if stream else None)
     write = 4 * len(opened.names) * sum(t.numel for t in opened.tensors)
     write += 4 * sum(t.numel for t in linear) if front else 0
-    return {
-        "plan": {
-            **listing(opened.source, ((t, "F32", _action(t, front is not None)) for t in made.tensors.values())),
-            "bytes": {"download": hub["download"], "read": read(False), "write": write},
-            "cache": hub["cache"],
-            "peak_memory": vector_memory(opened.source, front, opened.tensors, decomposed),
-        }
+    told = {
+        **listing(opened.source, ((t, "F32", _action(t, front is not None)) for t in made.tensors.values())),
+        "bytes": {"read": read(False), "write": write},
+        "peak_memory": vector_memory(opened.source, front, opened.tensors, decomposed),
     }
+    return {"plan": with_downloads(told, made, beside="nothing", streamed=read(True) if stream else None)}
 
 
 def _action(tensor: plan.TensorPlan, disentangling: bool) -> str:
@@ -518,6 +520,7 @@ def _publish(
         "inputs": {"base": base, "experts": [record(m, d) for m, d in zip(models[1:], digests[1:], strict=True)]},
         "include": list(include),
         "exclude": list(exclude),
+        "remarks": remarks(opened.source.plan),
         "report": report,
         "seconds": round(time.monotonic() - started, 3),
         "fingerprint": fingerprint,

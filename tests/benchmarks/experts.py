@@ -7,18 +7,22 @@ the same for a seed on one machine; the text also changes with the version of Py
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import shutil
 import sysconfig
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -73,6 +77,46 @@ def _reproducible(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+_kept: Iterator[State] | None = None  # trained weights to be handed out instead of training
+_trained: list[State] = []  # what was trained, in order
+
+
+def _keep(train: Callable[..., State]) -> Callable[..., State]:
+    @functools.wraps(train)
+    def remembered(*told: Any, **options: Any) -> State:
+        state = train(*told, **options) if _kept is None else next(_kept)
+        _trained.append(state)
+        return state
+
+    return remembered
+
+
+def build(name: str, seed: int, cache: Path | None = None) -> ExpertSet:
+    """The set of that name; with a directory `cache`, trained once and then read from there.
+
+    Empty it when the training changes: files are known by set and seed only.
+    """
+    global _kept
+    if cache is None:
+        return SETS[name](seed)
+    shelf = cache / f"{name}-{seed}"
+    _trained.clear()
+    if shelf.exists():
+        _kept = iter([load_file(file) for file in sorted(shelf.iterdir())])
+    try:
+        expert_set = SETS[name](seed)
+    finally:
+        _kept = None
+    if not shelf.exists():
+        with tempfile.TemporaryDirectory(dir=cache) as unfinished:
+            for i, state in enumerate(_trained):
+                save_file({key: tensor.contiguous() for key, tensor in state.items()}, Path(unfinished) / f"{i:02}")
+            shutil.copytree(unfinished, f"{unfinished}-whole")
+        Path(f"{unfinished}-whole").rename(shelf)
+    return expert_set
+
+
+@_keep
 def _train(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -133,8 +177,8 @@ def build_digits(seed: int) -> ExpertSet:
     """The demo's experts: a transformer, six views of the digits, short fine-tuning with SGD."""
     tasks, evaluate = _views(seed)
     with _reproducible(seed):
-        base = digits.train_base(tasks, seed=seed)
-        experts = {name: digits.train_expert(base, task, seed=seed) for name, task in tasks.items()}
+        base = _keep(digits.train_base)(tasks, seed=seed)
+        experts = {name: _keep(digits.train_expert)(base, task, seed=seed) for name, task in tasks.items()}
     return ExpertSet("digits", "transformer, six views of digits, short SGD", base, experts, evaluate)
 
 
@@ -142,7 +186,7 @@ def build_lora(seed: int) -> ExpertSet:
     """The demo's network and views, fine-tuned by low-rank updates of the attention alone."""
     tasks, evaluate = _views(seed)
     with _reproducible(seed):
-        base = digits.train_base(tasks, seed=seed)
+        base = _keep(digits.train_base)(tasks, seed=seed)
         experts = {}
         for name, task in tasks.items():
             network = digits._build(seed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,18 @@ from torch import Tensor
 
 import modelmerge
 from modelmerge import method
+from modelmerge.cli import main
+from modelmerge.errors import UsageError
 from modelmerge.method import Context
 from modelmerge.methods import _linalg
 from modelmerge.methods.merge import apgd
+from tests.checkpoints import read
 from tests.test_every_method import merged, taus_of
+
+PUBLISHED = {
+    "solver": "adam", "lambda_mode": "paper", "eta": 0.07, "density": 0.3, "steps": 400, "lr": 1e-4, "ridge": None,
+    "norm_cap": None,
+}  # fmt: skip
 
 
 def loss(correction: Tensor, taus: Tensor, lambdas: list[float], inner: str) -> Tensor:
@@ -43,7 +53,7 @@ def test_the_descent_agrees_with_float64_autograd(shape: tuple[int, int], inner:
     taus = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1)) * 3e-3
     lambdas = [0.07 / tau.norm().item() for tau in taus]
     options = apgd.Options(inner=inner, steps=60)
-    basis = apgd.task_basis(list(taus), options)
+    basis = apgd.task_basis(taus, options)
     got = apgd.descend(taus, lambdas, basis, options, Context(tensor="w", weights=(1.0,) * len(taus)))
     want = float64_descent(taus, lambdas, basis, options)
     assert (got.double() - want).norm() <= 1e-4 * want.norm()
@@ -100,7 +110,7 @@ def test_ranks_of_zero_mean_no_projection() -> None:
     taus = taus_of(2)
     lambdas = [0.07 / tau.norm().item() for tau in taus]
     options = apgd.Options(shared_rank=0, steps=20)
-    assert apgd.task_basis(list(taus), options).shape == (24, 0)
+    assert apgd.task_basis(taus, options).shape == (24, 0)
     want = float64_descent(taus, lambdas, torch.zeros(24, 0), options)
     got = apgd.descend(taus, lambdas, torch.zeros(24, 0), options, Context(tensor="w", weights=(1.0, 1.0)))
     assert (got.double() - want).norm() <= 1e-4 * want.norm()
@@ -186,7 +196,7 @@ def test_the_exact_solver_finds_the_shortest_minimiser(case: str, shared_rank: i
     taus = CASES[case]()
     lambdas = [0.3 * taus[0].norm().item() / tau.norm().item() for tau in taus]
     options = apgd.Options(solver="exact", inner=inner, shared_rank=shared_rank, ridge=1e-9)
-    basis = apgd.task_basis(list(taus), options)
+    basis = apgd.task_basis(taus, options)
     got = apgd.solve(taus, lambdas, basis, options, quiet(len(taus))).double()
     want = dense_minimiser(taus, lambdas, basis, inner)
     assert (got - want).norm() <= 1e-3 * want.norm()
@@ -209,8 +219,8 @@ def test_the_exact_solver_finds_the_shortest_minimiser(case: str, shared_rank: i
 def test_the_exact_solver_converges_where_the_system_is_singular(case: str, make: Callable[[], Tensor]) -> None:
     taus, told = make(), dict[str, float]()
     options = apgd.Options(solver="exact", lambda_mode="relative")
-    lambdas = apgd.task_lambdas([tau.norm().item() for tau in taus], [1.0] * len(taus), options)
-    basis = apgd.task_basis(list(taus), options)
+    lambdas = apgd.task_lambdas(taus, [tau.norm().item() for tau in taus], [1.0] * len(taus), options)
+    basis = apgd.task_basis(taus, options)
     got = apgd.solve(taus, lambdas, basis, options, quiet(len(taus), told)).double()
     assert got.isfinite().all(), case
     assert told.get("iterations", 0) < 200  # none at all where there is no basis
@@ -220,18 +230,18 @@ def test_the_exact_solver_converges_where_the_system_is_singular(case: str, make
     assert got.norm() < 100 * taus.norm()
 
 
-@pytest.mark.parametrize("solver", ["exact", "adam"])
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"solver": "exact", "lambda_mode": "relative", "density": 0.5},
+        {"solver": "exact", "norm_cap": 1e9},
+        {"solver": "adam", "lambda_mode": "relative", "relative_lr": 0.3, "steps": 50, "tolerance": 0.0},
+    ],
+    ids=["exact, relative", "exact, matched", "adam, relative"],
+)
 @pytest.mark.parametrize("factor", [10.0, 1e-3])
-def test_relative_lambdas_are_free_of_scale(factor: float, solver: str) -> None:
+def test_relative_lambdas_are_free_of_scale(factor: float, told: dict[str, Any]) -> None:
     taus = taus_of(4)
-    told = {
-        "solver": solver,
-        "lambda_mode": "relative",
-        "relative_lr": 0.3,
-        "density": 0.5,
-        "steps": 50,
-        "tolerance": 0.0,
-    }
     one, other = (merged("apgd", vectors, **told) for vectors in (taus, taus * factor))
     assert (other - factor * one).norm() <= 1e-3 * factor * one.norm()
 
@@ -242,12 +252,129 @@ def test_a_tolerance_stops_adam_and_changes_next_to_nothing() -> None:
     results, steps = [], []
     for tolerance in (0.0, 1e-11, 0.5):
         options, told = apgd.Options(tolerance=tolerance, steps=400), dict[str, float]()
-        basis = apgd.task_basis(list(taus), options)
+        basis = apgd.task_basis(taus, options)
         results.append(apgd.descend(taus, lambdas, basis, options, quiet(3, told)))
         steps.append(told["steps"])
     assert steps[0] == 400
     assert steps[2] < 200
     assert (results[1] - results[0]).norm() <= 1e-4 * results[0].norm()
+
+
+@pytest.mark.parametrize(
+    ("taus", "scale"),
+    [
+        (taus_of(1).repeat(3, 1, 1), 1 / 3),  # experts that agree: their mean
+        (torch.eye(4).view(4, 2, 2), 1 / 2),  # at right angles: 1 / sqrt(T)
+        (taus_of(1) * torch.tensor([1.0, -1.0])[:, None, None], 1.0),  # that cancel: not blown up
+    ],
+    ids=["equal", "orthogonal", "opposite"],
+)
+def test_matched_lambdas_keep_the_length_of_a_task_vector(taus: Tensor, scale: float) -> None:
+    lambdas = apgd.task_lambdas(taus, [tau.norm().item() for tau in taus], [1.0] * len(taus), apgd.Options())
+    assert lambdas == pytest.approx([scale] * len(taus), rel=1e-5)
+
+
+def test_matched_lambdas_even_out_the_tasks_and_keep_the_weights() -> None:
+    taus = taus_of(3) * torch.tensor([1.0, 4.0, 0.2])[:, None, None]
+    norms = [tau.norm().item() for tau in taus]
+    lambdas = apgd.task_lambdas(taus, norms, [1.0, 1.0, 1.0], apgd.Options())
+    assert [lam * norm for lam, norm in zip(lambdas, norms, strict=True)] == pytest.approx([lambdas[0] * norms[0]] * 3)
+    merged_ = torch.tensordot(torch.tensor(lambdas), taus, dims=1)
+    assert merged_.norm().item() == pytest.approx(sum(norms) / 3, rel=1e-5)
+    assert apgd.task_lambdas(taus, norms, [2.0, 1.0, 1.0], apgd.Options())[0] == pytest.approx(2 * lambdas[0])
+
+
+@pytest.mark.parametrize("cap", [0.02, 0.3])
+def test_a_merged_vector_beyond_the_cap_is_shortened_to_it(cap: float) -> None:
+    taus, told = taus_of(4), dict[str, float]()
+    weight = torch.randn(24, 18, generator=torch.Generator().manual_seed(9))
+    chosen = method.load("apgd")
+
+    def run(norm_cap: float) -> Tensor:
+        context = Context(tensor="w", weights=(1.0,) * 4, base=weight, tell=told.update)
+        return chosen.apply(taus, apgd.Options(norm_cap=norm_cap), context)
+
+    free = run(1e9)
+    assert "shortened" not in told
+    got = run(cap)
+    mean = sum(tau.norm().item() for tau in taus) / 4
+    bound = cap * (mean * (mean + weight.norm().item())) ** 0.5
+    assert got.norm().item() == pytest.approx(min(bound, free.norm().item()), rel=1e-5)
+    assert torch.allclose(got, free * (got.norm() / free.norm()), rtol=1e-5)
+    if bound < free.norm().item():
+        assert told["shortened"] == pytest.approx(bound / free.norm().item(), rel=1e-5)
+
+
+def test_a_larger_ridge_ends_nearer_to_no_correction() -> None:
+    taus, norms = taus_of(4), []
+    for ridge in (1e-4, 0.1, 1.0, 1e3):
+        options = apgd.Options(ridge=ridge)
+        lambdas = apgd.task_lambdas(taus, [tau.norm().item() for tau in taus], [1.0] * 4, options)
+        norms.append(apgd.solve(taus, lambdas, apgd.task_basis(taus, options), options, quiet(4)).norm().item())
+    assert norms == sorted(norms, reverse=True)
+    assert norms[-1] < 1e-2 * norms[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ({}, {"solver": "exact", "lambda_mode": "matched", "density": 1.0, "ridge": 1.0, "norm_cap": 0.45}),
+        ({"solver": "adam"}, PUBLISHED),
+        ({"steps": 400}, PUBLISHED),
+        ({"eta": 0.07}, PUBLISHED),
+        ({"lambda_mode": "paper"}, PUBLISHED),
+        ({"scale": 0.4}, {"solver": "exact", "lambda_mode": "relative", "density": 1.0, "norm_cap": None}),
+        ({"solver": "exact", "eta": 0.15}, {"lambda_mode": "paper", "density": 0.3, "ridge": 1e-4, "steps": None}),
+    ],
+    ids=str,
+)
+def test_options_follow_from_one_another(given: dict[str, Any], want: dict[str, Any]) -> None:
+    chosen = method.load("apgd")
+    options = dataclasses.asdict(method.make_options(chosen, "apgd", given))
+    assert want.items() <= options.items()
+    # A manifest records what followed, and reading it back changes nothing.
+    assert dataclasses.asdict(method.make_options(chosen, "apgd", options)) == options
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"solver": "exact", "steps": 5}, "--steps has no effect with --solver exact"),
+        ({"solver": "exact", "relative_lr": 0.3}, "--relative-lr has no effect with --solver exact"),
+        ({"solver": "adam", "ridge": 0.1}, "--ridge has no effect with --solver adam"),
+        ({"lambda_mode": "matched", "eta": 0.1}, "--eta has no effect with --lambda-mode matched"),
+        ({"solver": "adam", "scale": 0.3}, "--scale has no effect with --lambda-mode paper"),
+    ],
+)
+def test_options_without_effect_are_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        method.make_options(method.load("apgd"), "apgd", given)
+
+
+def test_published_on_the_command_line(models: list[Path], tmp_path: Path) -> None:
+    words = ["merge", "apgd", *map(str, models), "--steps", "3", "-q"]
+    assert main([*words, "-o", str(tmp_path / "a"), "--published"]) == 0
+    assert main([*words, "-o", str(tmp_path / "b"), "--solver", "adam", "--rest", "base"]) == 0
+    assert main([*words[:-3], "-o", str(tmp_path / "c"), "-q"]) == 0
+    first, second, third = (read(tmp_path / name) for name in "abc")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    origin = read(models[0])
+    assert torch.equal(first["model.layers.0.norm.weight"], origin["model.layers.0.norm.weight"])
+    assert not torch.equal(third["model.layers.0.norm.weight"], origin["model.layers.0.norm.weight"])
+    assert not torch.equal(third["model.layers.0.q_proj.weight"], first["model.layers.0.q_proj.weight"])
+
+
+def test_bases_of_low_rank_experts_come_from_their_factors() -> None:
+    generator = torch.Generator().manual_seed(5)
+    factors = [(torch.randn(24, 2, generator=generator), torch.randn(2, 18, generator=generator)) for _ in range(3)]
+    taus = torch.stack([left @ right for left, right in factors])
+    options = apgd.Options(task_rank=2, shared_rank=3)
+    got, want = apgd.task_basis(taus, options, factors), apgd.task_basis(taus, options)
+    assert torch.allclose(got @ got.T, want @ want.T, atol=1e-5)
+    told: dict[str, Any] = {"tensor": "w", "weights": (1.0,) * 3, "base": torch.randn(24, 18, generator=generator)}
+    one = method.load("apgd").apply(taus, options, Context(**told))
+    other = method.load("apgd").apply(taus, options, Context(**told, factors=tuple(factors)))
+    assert (one - other).norm() <= 1e-4 * one.norm()
 
 
 def test_the_exact_solver_is_told_in_the_manifest(models: list[Path], tmp_path: Path) -> None:

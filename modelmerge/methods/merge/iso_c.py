@@ -47,6 +47,7 @@ METHOD = Method(
         "ICML 2025",
     ),
     matrices=True,
+    rest=lambda options: "average",
     blockwise=lambda options: False,
     workspace=lambda tasks: 16.0,
 )

@@ -76,6 +76,7 @@ METHOD = Method(
         "ICML 2025",
     ),
     matrices=True,
+    rest=lambda options: "average",
     blockwise=lambda options: False,
     workspace=lambda tasks: 25.0,
 )

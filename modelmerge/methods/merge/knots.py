@@ -51,6 +51,7 @@ METHOD = Method(
     paper="https://arxiv.org/abs/2410.19735",
     citation=Citation("Model merging with SVD to tie the Knots", "George Stoica and others", "ICLR 2025"),
     matrices=True,
+    rest=lambda options: "average",
     blockwise=lambda options: False,
     workspace=lambda tasks: 8.0 * tasks + 16.0,
 )

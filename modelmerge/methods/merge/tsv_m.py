@@ -57,6 +57,7 @@ METHOD = Method(
         "CVPR 2025",
     ),
     matrices=True,
+    rest=lambda options: "average",
     blockwise=lambda options: False,
     workspace=lambda tasks: 22.0,
 )

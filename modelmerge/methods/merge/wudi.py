@@ -13,7 +13,8 @@ two matrices that do not depend on the number of experts, so a step costs 2 m n^
 pass. Adam's constants fit task vectors of CLIP's size; `--relative-lr` fits any.
 
 `--solver exact`, the default, replaces the steps by a ridge towards M0: `r ||M - M0||^2` is added, and M follows from
-one Cholesky factorisation, whatever the size of the task vectors:
+one Cholesky factorisation, whatever the size of the task vectors. r is `ridge` times the mean eigenvalue of
+`sum_i C_i`, which is T / n, so that wide and narrow weights are treated alike:
 
     M = M0 + sum_i (w_i tau_i - M0) C_i (sum_i C_i + r)^-1
 
@@ -34,13 +35,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from modelmerge.method import Citation, Context, Method, option
+from modelmerge.methods import _presence
 from modelmerge.methods._sums import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# A task vector shorter than this share of the longest one, on one weight, counts as unchanged there.
-NEGLIGIBLE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +47,9 @@ class Options:
     """What WUDI can be told."""
 
     solver: Literal["exact", "adam"] = option("exact", "exact: a ridge solve; adam: the published descent.")
-    ridge: float = option(0.1, "exact: pull towards the sum of the task vectors.", minimum=1e-9)
+    ridge: float = option(
+        0.3, "exact: pull towards the sum of the task vectors, in units of the mean eigenvalue.", minimum=1e-9
+    )
     steps: int = option(300, "adam: steps.", minimum=0)
     lr: float = option(1e-5, "adam: learning rate, in units of the weights.", above=0.0)
     relative_lr: float | None = option(
@@ -59,14 +60,8 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    # One by one: all at once they would be widened together.
-    norms = [float(torch.linalg.vector_norm(tau, dtype=torch.float64)) for tau in taus]
-    active = []
-    for i, norm in enumerate(norms):
-        if norm == 0.0 or norm < NEGLIGIBLE * max(norms):
-            context.leave_out(i, "it did not change this weight" if norm == 0.0 else "it hardly changed this weight")
-        else:
-            active.append(i)
+    norms = _presence.changed(taus, context)
+    active = list(norms)
     if not active:
         return torch.zeros_like(taus[0])
     weights = [context.weights[i] for i in active]
@@ -79,7 +74,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
     """The minimiser [m, n] with the ridge, from task vectors [T, m, n] and their sum."""
     tasks, m, n = taus.shape
-    origin = start.double()
+    origin, ridge = start.double(), options.ridge * tasks / n
     if n <= tasks * m:
         inner, covariance = (origin.new_zeros(n, n) for _ in range(2))
         pull = torch.zeros_like(origin)
@@ -89,12 +84,12 @@ def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor,
             inner += covariance
             pull.addmm_(unit.mul_(weight * norm).sub_(origin), covariance)
         del covariance, unit
-        inner.diagonal().add_(options.ridge)
+        inner.diagonal().add_(ridge)
         return origin.add_(torch.cholesky_solve(pull.T, torch.linalg.cholesky(inner)).T).float()
     # Few rows: the same by the rows' own Gram matrix, A^T A + r = (A A^T + r) on the other side.
     rows = torch.cat([tau.double() / norm for tau, norm in zip(taus, norms, strict=True)])
     inner = rows @ rows.T
-    inner.diagonal().add_(options.ridge)
+    inner.diagonal().add_(ridge)
     pull = torch.cat(
         [
             (unit * (weight * norm) - origin) @ unit.T
@@ -134,6 +129,7 @@ METHOD = Method(
         "ICML 2025",
     ),
     matrices=True,
+    rest=lambda options: "average",
     blockwise=lambda options: False,
     workspace=lambda tasks: 12.0,
     squares=3.0,

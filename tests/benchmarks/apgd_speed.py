@@ -1,0 +1,199 @@
+"""What APGD costs on one ViT-B/32 block and how that grows, beside the published loop.
+
+    python -m tests.benchmarks.apgd_speed                      writes RESULTS-apgd-speed.md beside this file
+    python -m tests.benchmarks.apgd_speed --device cuda:0      the same on a GPU
+
+The published loop is written here as the paper's code has it: full singular value decompositions, the loss by
+autograd, an m x m projection matrix, Adam. It is linear in its steps, so `--reference-steps` of them are run and scaled
+to 400. Everything is measured in one run, side by side; seconds are this process's CPU time (on a GPU: wall time,
+synchronised). The last column is what the matrix products of the iterations would take at the rate of one large
+product in the same run, as a share of all seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelmerge import method
+from modelmerge.method import Context
+
+HERE = Path(__file__).parent
+BLOCK = ((768, 768),) * 4 + ((3072, 768), (768, 3072))
+TASKS, STEPS = 8, 400
+WIDTHS, COUNTS = (768, 1536, 3072), (2, 4, 8, 16)
+FORMS: dict[str, dict[str, Any]] = {
+    "adam, all 400 steps": {"solver": "adam", "tolerance": 0.0},
+    "adam, default stop": {"solver": "adam"},
+    "default (exact)": {},
+}
+
+
+def task_vectors(tasks: int, m: int, n: int, device: torch.device) -> Tensor:
+    """Task vectors as fine-tuning makes them, [T, m, n]: falling singular values, a part in common, rms 5e-4."""
+    generator = torch.Generator().manual_seed(m + n)
+
+    def one() -> Tensor:
+        rank = min(m, n) // 4
+        left = torch.randn(m, rank, generator=generator) * torch.arange(1, rank + 1) ** -0.5
+        return left @ torch.randn(rank, n, generator=generator) + 0.3 * torch.randn(m, n, generator=generator)
+
+    shared = one()
+    taus = torch.stack([one() + 0.3 * shared for _ in range(tasks)])
+    return taus.mul_(5e-4 / taus.square().mean().sqrt()).to(device)
+
+
+def published(taus: Tensor, steps: int) -> tuple[float, float]:
+    """Seconds of the published algorithm: its decompositions, and one of its steps."""
+    tasks, m, n = taus.shape
+    smaller = min(m, n)
+
+    def bases() -> Tensor:
+        each = [torch.linalg.svd(tau, full_matrices=False).U[:, : smaller // tasks] for tau in taus]
+        basis = torch.linalg.svd(torch.cat(each, 1), full_matrices=False).U[:, : smaller // 6]
+        return basis @ basis.T
+
+    seconds, projection = timed(bases, taus.device)
+    lambdas = [0.07 / tau.norm() for tau in taus]
+    correction = torch.zeros_like(taus[0], requires_grad=True)
+    adam = torch.optim.Adam([correction], lr=1e-4)
+
+    def descend() -> None:
+        for _ in range(steps):
+            adam.zero_grad()
+            merged = sum(lam * (tau + correction) for lam, tau in zip(lambdas, taus, strict=True))
+            loss = sum((tau * (merged - tau)).sum(1).square().sum() for tau in taus)
+            loss.backward()
+            correction.grad.sub_(projection @ correction.grad)
+            adam.step()
+
+    return seconds, timed(descend, taus.device)[0] / steps
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds that `work` takes, and what it gives."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        found = work()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - started, found
+    started = time.process_time()
+    found = work()
+    return time.process_time() - started, found
+
+
+def ours(taus: Tensor, options: dict[str, Any], repeats: int) -> tuple[float, dict[str, float]]:
+    """Seconds of the merge of one weight, bases included, and what the method tells of it."""
+    chosen = method.load("apgd")
+    told = method.make_options(chosen, "apgd", options)
+    figures: dict[str, float] = {}
+    context = Context(
+        tensor="w", weights=(1.0,) * len(taus), base=taus[0] * 30, tell=figures.update,
+        measured=taus.abs().flatten(1)[:, ::97].quantile(0.7, 1) if told.density < 1.0 else None,
+    )  # fmt: skip
+    return median(timed(lambda: chosen.apply(taus, told, context), taus.device)[0] for _ in range(repeats)), figures
+
+
+def products(taus: Tensor, options: dict[str, Any], figures: dict[str, float]) -> float:
+    """FLOP of the matrix products of what is iterated: projections, and inner products with the task vectors."""
+    tasks, m, n = taus.shape
+    told = method.make_options(method.load("apgd"), "apgd", options)
+    rank = min(m, n) // (6 if told.lambda_mode == "paper" else 12)
+    times = figures.get("steps", figures.get("iterations", 0) + 1)
+    return times * (4.0 * m * n * rank + 4.0 * m * n * tasks)
+
+
+def rates(device: torch.device) -> tuple[float, float]:
+    """FLOP/s of a large float32 product and bytes/s of a copy (read and written), as measured now."""
+    a, b = torch.randn(2, 2048, 2048, device=device)
+    timed(lambda: a @ b, device)
+    product = median(timed(lambda: a @ b, device)[0] for _ in range(5))
+    source = torch.randn(64 << 20, device=device)
+    target = torch.empty_like(source)
+    timed(lambda: target.copy_(source), device)
+    copy = median(timed(lambda: target.copy_(source), device)[0] for _ in range(5))
+    return 2 * 2048**3 / product, 2 * source.nbytes / copy
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The slope of log seconds over log size, by least squares."""
+    x, y = ([math.log(value) for value in values] for values in (sizes, seconds))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    along = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return along / sum((a - mean_x) ** 2 for a in x)
+
+
+def block(device: torch.device, reference_steps: int, repeats: int) -> list[str]:
+    """The table of one ViT-B/32 block with eight tasks."""
+    flops, copied = rates(device)
+    weights = [task_vectors(TASKS, m, n, device) for m, n in BLOCK]
+    found = [published(taus, reference_steps) for taus in weights]
+    reference = sum(bases + STEPS * step for bases, step in found)
+    share = sum(bases for bases, _ in found)
+    lines = [
+        f"Measured beside: {flops / 1e9:,.0f} GFLOP/s in a float32 product of 2048, {copied / 1e9:.1f} GB/s in a copy.",
+        "",
+        "| one block, 8 tasks | seconds | ratio to the published loop | share of the product rate |",
+        "|---|---:|---:|---:|",
+        f"| published loop ({reference_steps} steps, scaled to {STEPS}; {share:.1f} s of it decompositions) "
+        f"| {reference:.1f} | 1 | |",
+    ]
+    for label, options in FORMS.items():
+        results = [ours(taus, options, repeats) for taus in weights]
+        seconds = sum(took for took, _ in results)
+        work = sum(products(taus, options, figures) for taus, (_, figures) in zip(weights, results, strict=True))
+        lines.append(f"| {label} | {seconds:.2f} | {reference / seconds:.1f} x | {work / flops / seconds:.0%} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def growth(device: torch.device, repeats: int) -> list[str]:
+    """Seconds by width (square weights, eight tasks) and by the number of tasks (768 x 768), with exponents."""
+    forms = {"adam, 20 steps": {"solver": "adam", "steps": 20, "tolerance": 0.0}, "default (exact)": {}}
+    lines = ["| growth | " + " | ".join(map(str, WIDTHS)) + " | exponent |", "|---|" + "---:|" * (len(WIDTHS) + 1)]
+    for label, options in forms.items():
+        took = [ours(task_vectors(TASKS, n, n, device), options, repeats)[0] for n in WIDTHS]
+        cells = " | ".join(f"{seconds:.2f} s" for seconds in took)
+        lines.append(f"| {label}, by width | {cells} | {exponent(WIDTHS, took):.2f} |")
+        print(lines[-1], flush=True)
+    lines += ["", "| growth | " + " | ".join(f"T = {count}" for count in COUNTS) + " | exponent |"]
+    lines.append("|---|" + "---:|" * (len(COUNTS) + 1))
+    for label, options in forms.items():
+        took = [ours(task_vectors(count, 768, 768, device), options, repeats)[0] for count in COUNTS]
+        cells = " | ".join(f"{seconds:.2f} s" for seconds in took)
+        lines.append(f"| {label}, by tasks | {cells} | {exponent(COUNTS, took):.2f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--reference-steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    told = parser.parse_args()
+    device = torch.device(told.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    head = (
+        f"## {name}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n"
+        f"Written by `python -m tests.benchmarks.apgd_speed --device {told.device} --reference-steps "
+        f"{told.reference_steps} --repeats {told.repeats}`.\n"
+    )
+    lines = [head, *block(device, told.reference_steps, told.repeats), "", *growth(device, told.repeats)]
+    kind = "" if device.type == "cpu" else "-" + device.type
+    (HERE / f"RESULTS-apgd-speed{kind}.md").write_text("# The cost of APGD\n\n" + "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

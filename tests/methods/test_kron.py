@@ -1,0 +1,125 @@
+"""The two-sided weighting against its definition, solved as one dense linear system in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modelmerge import method
+from tests.test_every_method import context_of, merged, taus_of
+
+
+def half(x: Tensor) -> Tensor:
+    """The square root of a Gram matrix, at trace 1."""
+    values, vectors = torch.linalg.eigh(x)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root / root.trace()
+
+
+def float64_minimiser(taus: Tensor, ridge: float, weights: tuple[float, ...] | None = None) -> Tensor:
+    taus = taus.double()
+    tasks, m, n = taus.shape
+    wanted = taus * torch.tensor(weights or (1.0,) * tasks, dtype=torch.float64)[:, None, None]
+    pull = ridge * tasks / (m * n)
+    system = pull * torch.eye(m * n, dtype=torch.float64)
+    target = pull * wanted.sum(0).flatten()
+    for tau, want in zip(taus, wanted, strict=True):
+        weighting = torch.kron(half(tau @ tau.T), half(tau.T @ tau))
+        system += weighting
+        target += weighting @ want.flatten()
+    return torch.linalg.solve(system, target).view(m, n)
+
+
+@pytest.mark.parametrize("ridge", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (10, 10), (1, 15), (15, 1)])
+def test_finds_the_minimiser(shape: tuple[int, int], ridge: float) -> None:
+    taus = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1)) * 1e-3
+    want = float64_minimiser(taus, ridge)
+    got = merged("kron", taus, ridge=ridge, damping=0.0, tolerance=1e-6)
+    assert (got.double() - want).norm() <= 1e-4 * want.norm()
+
+
+def test_the_default_tolerance_is_near_enough() -> None:
+    taus = taus_of(4)
+    want = float64_minimiser(taus, 1.0)
+    assert (merged("kron", taus, damping=0.0).double() - want).norm() <= 1e-2 * want.norm()
+
+
+def test_weights_scale_what_each_expert_wants() -> None:
+    taus, weights = taus_of(3), (0.5, 2.0, 0.0)
+    want = float64_minimiser(taus, 1.0, weights)
+    got = merged("kron", taus, weights, damping=0.0, tolerance=1e-6)
+    assert (got.double() - want).norm() <= 1e-4 * want.norm()
+
+
+def test_one_expert_comes_out_as_itself() -> None:
+    tau = taus_of(1)
+    assert torch.allclose(merged("kron", tau, damping=0.0), tau[0], atol=1e-8)
+
+
+def test_a_large_ridge_is_task_arithmetic() -> None:
+    taus = taus_of(3)
+    assert torch.allclose(merged("kron", taus, ridge=1e9, damping=0.0), taus.sum(0), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("base", [1.0, 0.05, 0.0])
+def test_damping_shortens_what_is_large_beside_its_weight(base: float) -> None:
+    taus = taus_of(3)
+    chosen = method.load("kron")
+    theta_0 = base * torch.randn(taus.shape[1:], generator=torch.Generator().manual_seed(5))
+    plain = merged("kron", taus, damping=0.0)
+    damped = chosen.apply(taus, chosen.options(), context_of(chosen, chosen.options(), taus, base=theta_0))
+    size = torch.linalg.matrix_norm(plain, 2) / torch.linalg.matrix_norm(theta_0, 2) if base else 0.0
+    assert torch.allclose(damped * (1 + size), plain, rtol=1e-4, atol=1e-9)
+
+
+def test_scale_is_a_factor() -> None:
+    taus = taus_of(3)
+    assert torch.allclose(merged("kron", taus, scale=0.5), 0.5 * merged("kron", taus), rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_it_is_free_of_units(factor: float) -> None:
+    """A model and its task vectors in other units give the merge in those units."""
+    taus = taus_of(3)
+    chosen = method.load("kron")
+    options = chosen.options()
+    context = context_of(chosen, options, taus)
+    assert context.base is not None
+    there = context_of(chosen, options, taus, base=factor * context.base)
+    one, other = chosen.apply(taus, options, context), chosen.apply(factor * taus, options, there)
+    assert (other - factor * one).norm() <= 1e-3 * other.norm()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: taus_of(1).repeat(4, 1, 1),
+        lambda: taus_of(1) * torch.tensor([1.0, -1.0])[:, None, None],
+        lambda: taus_of(30),
+        lambda: taus_of(4) * torch.tensor([1.0, 1e-6, 0.0, 1.0])[:, None, None],
+        lambda: taus_of(3)[:, :, :2] @ taus_of(3, seed=5)[:, :2] * 1e2,
+        lambda: taus_of(3) * (torch.arange(18) != 4),
+        lambda: taus_of(3) * 1e6,
+    ],
+    ids=["identical", "opposite", "more tasks than columns", "nearly zero", "low rank", "a dead column", "huge"],
+)
+def test_awkward_task_vectors(make: object) -> None:
+    assert callable(make)
+    taus = make()
+    got = merged("kron", taus, damping=0.0)
+    assert got.isfinite().all()
+    assert got.norm() <= 2 * taus.sum(0).norm() + 2 * taus.norm()
+
+
+def test_a_negligible_task_vector_is_left_out_and_said() -> None:
+    taus = taus_of(4)
+    taus[2] *= 1e-5
+    told: list[tuple[int, str]] = []
+    chosen = method.load("kron")
+    options = chosen.options()
+    context = context_of(chosen, options, taus, leave_out=lambda i, why: told.append((i, why)))
+    with_it = chosen.apply(taus, options, context)
+    assert told == [(2, "it hardly changed this weight")]
+    assert torch.equal(with_it, merged("kron", taus[[0, 1, 3]]))
