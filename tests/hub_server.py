@@ -55,6 +55,7 @@ class Fault:
     status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
     cut_after: int = -1  # bytes of the body, then the connection breaks
+    delay: float = 0.0  # seconds before the answer
     pause: float = 0.0  # seconds before each 16 KiB of the body
     ignore_range: bool = False
 
@@ -184,6 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
                     fault.times -= 1
                     self.fault = fault
                     break
+        if self.fault and self.fault.delay:
+            time.sleep(self.fault.delay)
         if self.fault and self.fault.status:
             return self._refuse(self.fault.status, "", "made to fail", self.fault.headers)
         if token and token not in _USERS:

@@ -218,10 +218,12 @@ def test_each_tensor_is_read_once(models: list[Path], merged: Path, monkeypatch:
 
 
 def test_models_of_every_kind(models: list[Path], merged: Path, tmp_path: Path, hub: FakeHub) -> None:
-    modelmerge.merge(models[0], models[1:], tmp_path / "adapter", method="ties", include=["*proj.weight"], as_lora=16)
+    linear = {"method": "ties", "include": ["*proj.weight"]}
+    modelmerge.merge(models[0], models[1:], tmp_path / "whole", **linear)
+    modelmerge.merge(models[0], models[1:], tmp_path / "adapter", as_lora=16, **linear)
     hub.add("org/merged", {file.name: file.read_bytes() for file in merged.iterdir()})
     report = evaluate_weights(
-        [merged, tmp_path / "adapter", f"file={merged / 'model.safetensors'}", "hubbed=org/merged"],
+        [merged, tmp_path / "whole", tmp_path / "adapter", f"file={merged / 'model.safetensors'}", "hubbed=org/merged"],
         base=models[0], experts=[str(model) for model in models[1:]],
         per_layer=True,
     )  # fmt: skip
@@ -229,8 +231,8 @@ def test_models_of_every_kind(models: list[Path], merged: Path, tmp_path: Path, 
     assert told["file"] == told["hubbed"] == told["ties"]
     for layer in (report["tensors"][name]["models"] for name in MATRICES):
         for name in ("expert_0", "expert_1"):
-            close(layer["adapter"]["experts"][name]["cosine"], layer["ties"]["experts"][name]["cosine"], 1e-4)
-    assert report["models"][2]["files"][str(merged / "model.safetensors")]["sha256"]
+            close(layer["adapter"]["experts"][name]["cosine"], layer["whole"]["experts"][name]["cosine"], 1e-4)
+    assert report["models"][3]["files"][str(merged / "model.safetensors")]["sha256"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

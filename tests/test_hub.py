@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -604,25 +606,45 @@ def test_what_the_cache_holds_needs_no_connection(
     assert not hub.requests
 
 
+class Ear:
+    """Hears the progress."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int]] = []
+        self.done: dict[str, int] = {}
+
+    def stage(self, label: str, total: int, unit: str = "bytes") -> None:
+        self.stages.append((label, total))
+
+    def advance(self, amount: int, item: str) -> None:
+        label = self.stages[-1][0]
+        self.done[label] = self.done.get(label, 0) + amount
+
+    def note(self, message: str) -> None:
+        pass
+
+
 def test_progress_is_told_in_bytes(names: list[str], local: list[Path], tmp_path: Path) -> None:
-    class Ear:
-        def __init__(self) -> None:
-            self.stages: list[tuple[str, int]] = []
-            self.done: dict[str, int] = {}
-
-        def stage(self, label: str, total: int, unit: str = "bytes") -> None:
-            self.stages.append((label, total))
-
-        def advance(self, amount: int, item: str) -> None:
-            label = self.stages[-1][0]
-            self.done[label] = self.done.get(label, 0) + amount
-
-        def note(self, message: str) -> None:
-            pass
-
     ear = Ear()
     modelmerge.merge(names[0], names[1:], tmp_path / "out", method="average", reporter=ear)
     files = [m / "model.safetensors" for m in local] + [local[0] / "tokenizer.json"]
     total = sum(file.stat().st_size for file in files)
     assert ear.stages[0] == ("downloading", total)
     assert ear.done["downloading"] == total
+
+
+def test_progress_of_the_protocol_that_the_server_here_does_not_speak() -> None:
+    """Over Xet the client tells of bytes on the network and of bytes of the file: only the file's count."""
+    reporting = pytest.importorskip("huggingface_hub.utils._xet_progress_reporting")
+    ear = Ear()
+    ear.stage("downloading", 100)
+    bar = hub_module._progress(ear, "model.safetensors", threading.Event())
+    words = {"reconstruction_desc": "", "transfer_desc": "", "log_level": 30, "tqdm_class": bar, "total": 100}
+    with reporting.XetDownloadProgressReporter(name="test", **words) as told:
+        for whole, network in ((0, 30), (60, 50), (100, 70)):
+            report = SimpleNamespace(
+                total_bytes=100, total_bytes_completed=whole, total_transfer_bytes_completed=network,
+                total_bytes_completion_rate=None, total_transfer_bytes_completion_rate=None,
+            )  # fmt: skip
+            told.update_progress(report, {})
+    assert ear.done == {"downloading": 100}

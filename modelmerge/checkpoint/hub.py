@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,7 @@ from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound
 from modelmerge.report import Reporter
 
 _DOWNLOADS = 4  # files at a time
+_REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 _KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of a checkpoint's files; readers prefer the first
 _TOKENIZER = ("tokenizer", "vocab", "merges", "added_tokens", "special_tokens")
@@ -102,7 +104,7 @@ class Repository:
         folder = inside.parent if self.inside in self.files else inside
         beside = [place for place in self.files if PurePosixPath(place).parent == folder]
         weights = [place for place in beside if place.endswith(_WEIGHTS)]
-        with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        with ThreadPoolExecutor(_REQUESTS) as pool:
             list(pool.map(self.bring, filter(self._is_looked_into, beside)))
             wanted = self._checkpoint(weights, self.directory / folder)
             list(pool.map(self._draw, weights, (place in wanted for place in weights)))
@@ -239,8 +241,9 @@ def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter
         close_session()  # breaks off what is under way
         raise
     finally:
+        patience = time.monotonic() + 5.0
         for thread in threads:
-            thread.join(5.0)
+            thread.join(max(patience - time.monotonic(), 0.0))
 
 
 def _work_off(waiting: SimpleQueue[tuple[Future[None], Callable[[], None]]], stop: threading.Event) -> None:
@@ -279,7 +282,10 @@ class _Interrupted(Exception):
 
 
 class _NoProgress:
-    """What the client asks of a progress bar, doing nothing."""
+    """What the client asks of a progress bar, doing nothing.
+
+    It has no `total`, as bars have that the client draws: then the client leaves sums to others.
+    """
 
     def __init__(self, *words: object, **named: object) -> None:
         pass
@@ -290,11 +296,16 @@ class _NoProgress:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *words, **named: None
-
     def update(self, amount: float | None = 1) -> None:
-        """So much more has come."""
+        """So much more of the file is there."""
+
+    def update_transfer(self, amount: float | None = 1) -> None:
+        """So much more has come over the network, which may be less than it makes of the file."""
+
+    def set_postfix_str(self, *words: object, **named: object) -> None:
+        """The speed, as text."""
+
+    set_transfer_postfix_str = refresh = close = set_postfix_str
 
 
 def _progress(reporter: Reporter, place: str, stop: threading.Event) -> Any:

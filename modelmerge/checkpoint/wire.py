@@ -224,6 +224,8 @@ def explain(error: Exception, name: str, revision: str | None = None, *, finding
         return ReferenceNotFound(f"{name} has no revision '{revision or 'main'}'", hint=_revisions(name))
     if isinstance(error, DisabledRepoError):
         return HubError(f"{name} has been disabled", hint=f"see {page}")
+    if isinstance(error, OfflineModeIsEnabled) and not finding:
+        return HubError(f"{name}: HF_HUB_OFFLINE forbids to ask the Hub", hint="unset HF_HUB_OFFLINE")
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError)):
         what = f"{name}@{revision}" if revision else name
         if finding:

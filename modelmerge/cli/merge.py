@@ -41,7 +41,7 @@ Base = Annotated[
     typer.Argument(
         metavar="BASE",
         help="The model the experts were fine-tuned from, as [NAME=]REF: a directory, a .safetensors or .bin file, or "
-        "org/name[@revision] on the Hugging Face Hub.",
+        "org/name@revision on the Hugging Face Hub.",
         show_default=False,
     ),
 ]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Context, Method, Pass, Survey, option
+from modelmerge.method import Citation, Context, Method, Pass, Survey, option
 from modelmerge.methods import _order
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2410.02396",
+    citation=Citation("Parameter Competition Balancing for Model Merging", "Guodong Du and others", "NeurIPS 2024"),
     survey=_survey,
-    workspace=lambda tasks: 4.0 * tasks + 4.0,
+    workspace=lambda tasks: 8.0 * tasks + 8.0,
 )
