@@ -4,8 +4,8 @@
     python -m tests.benchmarks.grid --keep DIR                 trained experts and figures stay in DIR between runs
     python -m tests.benchmarks.grid --methods kron wudi --sets many
 
-The table goes to `RESULTS-grid.md` beside this file. The best scale is a factor on the merged task vector, chosen on
-the validation split and reported on the test split, by climbing from 1 through `SCALES`.
+The table goes to `RESULTS-grid.md` beside this file, or to `--out`. The best scale is a factor on the merged task
+vector, chosen on the validation split and reported on the test split, by climbing from 1 through `SCALES`.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--methods", nargs="+", default=list(method.names()), choices=list(method.names()))
+    parser.add_argument("--out", default="RESULTS-grid.md", help="name of the table's file beside this one")
     parser.add_argument("--keep", type=Path, help="directory for trained experts and figures; empty it to start anew")
     told = parser.parse_args()
     torch.set_num_threads(1)
@@ -131,8 +132,13 @@ def main() -> None:
                 print(f"{name} seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
             if file:
                 file.write_text(json.dumps(found))
-            columns.setdefault(name, []).append(found)
+            columns.setdefault(name, []).append(
+                {v: {m: x for m, x in figures.items() if m[0] == "(" or m in told.methods}
+                 for v, figures in found.items()}
+            )  # fmt: skip
     command = f"--sets {' '.join(told.sets)} --seeds {' '.join(map(str, told.seeds))}"
+    if len(told.methods) < len(method.names()):
+        command += f" --methods {' '.join(told.methods)} --out {told.out}"
     lines = [
         "# Every method on every set",
         "",
@@ -143,7 +149,7 @@ def main() -> None:
     ]
     for variant in VARIANTS:
         lines += ["", f"## {TITLES[variant]}", "", *table(columns, variant)]
-    (HERE / "RESULTS-grid.md").write_text("\n".join(lines) + "\n")
+    (HERE / told.out).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -16,8 +16,7 @@ and is multiplied by `scale / (1 + damping * ||M|| / ||theta_0||)`, in spectral 
 the weight it is added to, the experts' features no longer add up, and half of it serves all of them better.
 
 WUDI is this without L_i, with tau^T tau for the inputs and without the damping. It is this package's own: no paper
-describes it. What it is worth on small real experts is measured by `tests/benchmarks/grid.py`; ridge and damping were
-chosen there, and the accuracy hardly depends on either within a factor of three.
+describes it. `tests/benchmarks/kron.md` has the reasons, the figures on small real experts, and what else was tried.
 
 Each iteration costs 4 T m n min(m, n) + 2 T min(m, n)^3 FLOP, and 15 to 30 are taken. An expert that did not change a
 weight is left out of it, and said. The tensors that are not weights of linear layers: `--rest average` is what the
