@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -353,3 +354,8 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what `--dty
 def dtype_of(name: str) -> str:
     """The safetensors dtype of the name that `--dtype` takes."""
     return DTYPES[name]
+
+
+def layer_type(tensor: str) -> str:
+    """A tensor's name with the numbers of its layers left open: `model.layers.*.q_proj.weight`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)

@@ -100,6 +100,13 @@ def test_every_option_has_help_and_a_default_that_is_allowed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_factor_on_the_merged_task_vector_may_vary_over_tensors(name: str) -> None:
+    for spec in dataclasses.fields(method.load(name).options):
+        if spec.name == "scale" and "merged task vector" in spec.metadata["help"]:
+            assert spec.metadata["varies"] == "tensor"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_keeps_shape_dtype_and_device(name: str) -> None:
     result = merged(name, taus_of(takes(name, 4)))
     assert result.shape == SHAPE

@@ -81,6 +81,11 @@ SLOW = (
     ["merge", "wudi", "--solver", "adam", "--steps", "2"],
     ["merge", "average"],
     ["merge", "ties", "--trim-scope", "tensor"],
+    *(
+        ["merge", name]
+        for name in ("dare", "della", "pcb", "consensus", "breadcrumbs", "sce", "model-stock", "karcher")
+    ),
+    ["merge", "dare", "--consensus", "ties", "--reduce", "mean"],
     ["merge", "apgd", "--steps", "2"],
     [
         "merge",

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import modelmerge
 from modelmerge.checkpoint import wire
@@ -306,6 +307,23 @@ def test_pushed_task_vectors_stand_for_their_experts(
     assert (tmp_path / "there/model.safetensors").read_bytes() == (tmp_path / "here/model.safetensors").read_bytes()
     sha = hub.repos["org/vectors"].refs["main"]
     assert told["recipe"]["experts"] == [f"expert_{i}=hf://org/vectors/expert_{i}@{sha}" for i in range(2)]
+
+
+def test_transformers_loads_what_was_pushed(hub: FakeHub, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    for i, name in enumerate(("base", "one", "two")):
+        torch.manual_seed(i)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name, max_shard_size="20kB")
+        hub.add(f"org/{name}", tmp_path / name)
+    modelmerge.merge("org/base", ["org/one", "org/two"], tmp_path / "out", method="average", stream=True)
+    modelmerge.push(tmp_path / "out", "org/merged")
+    tokens = torch.arange(10)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(which)(tokens).logits for which in ("org/merged", tmp_path / "out")]
+    assert torch.equal(*logits)
 
 
 def test_push_in_python(hub: FakeHub, local: list[Path], tmp_path: Path) -> None:

@@ -39,8 +39,7 @@ _DOWNLOADS = 4  # files at a time
 _REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 _KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of a checkpoint's files; readers prefer the first
-_TOKENIZER = ("tokenizer", "vocab", "merges", "added_tokens", "special_tokens")
-_SMALL_JSON = 10_000_000  # bytes: no config and no index is longer
+_LOOKED_INTO = ("config.json", "adapter_config.json", "modelmerge.json")  # by readers, to know what a checkpoint is
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ class Repository:
         beside = [place for place in self.files if PurePosixPath(place).parent == folder]
         weights = [place for place in beside if place.endswith(_WEIGHTS)]
         with ThreadPoolExecutor(_REQUESTS) as pool:
-            list(pool.map(self.bring, filter(self._is_looked_into, beside)))
+            list(pool.map(self.bring, filter(_is_looked_into, beside)))
             wanted = self._checkpoint(weights, self.directory / folder)
             list(pool.map(self._draw, weights, (place in wanted for place in weights)))
         return self.directory / inside
@@ -127,11 +126,6 @@ class Repository:
     def is_cached(self, place: str) -> bool:
         """Whether the shared cache has a file."""
         return isinstance(try_to_load_from_cache(self.name, place, revision=self.commit), str)
-
-    def _is_looked_into(self, place: str) -> bool:
-        """Whether a reader may want to know what a file says, to know what the checkpoint is."""
-        name = PurePosixPath(place).name
-        return name.endswith(".json") and not name.startswith(_TOKENIZER) and self.files[place].size <= _SMALL_JSON
 
     def _checkpoint(self, weights: Sequence[str], folder: Path) -> set[str]:
         """Of weight files side by side, those that a reader may open: not the copies of the model in other kinds."""
@@ -275,6 +269,11 @@ def free_bytes() -> int:
 def cache_directory() -> Path:
     """The cache that all Hugging Face tools share."""
     return Path(constants.HF_HUB_CACHE).expanduser().resolve()
+
+
+def _is_looked_into(place: str) -> bool:
+    name = PurePosixPath(place).name
+    return name in _LOOKED_INTO or name.endswith(".index.json")
 
 
 class _Interrupted(Exception):

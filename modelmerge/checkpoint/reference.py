@@ -86,16 +86,25 @@ def parse_experts(texts: Iterable[str] | Mapping[str, str]) -> tuple[Reference, 
         UsageError: There is no expert, or two have one name.
     """
     items = [f"{name}={ref}" for name, ref in texts.items()] if isinstance(texts, Mapping) else list(texts)
-    experts = tuple(parse(item) for item in items)
-    if not experts:
+    if not items:
         raise UsageError("no expert is named", hint="give at least one expert after the base: BASE EXPERT...")
-    twice = [name for name, count in Counter(expert.name for expert in experts).items() if count > 1]
+    return parse_all(items, "expert")
+
+
+def parse_all(texts: Iterable[str], kind: str) -> tuple[Reference, ...]:
+    """The references, in the order given; each name once. `kind` is what errors call them.
+
+    Raises:
+        UsageError: Two have one name.
+    """
+    found = tuple(parse(text) for text in texts)
+    twice = [name for name, count in Counter(each.name for each in found).items() if count > 1]
     if twice:
-        where = ", ".join(expert.text for expert in experts if expert.name == twice[0])
+        where = ", ".join(each.text for each in found if each.name == twice[0])
         raise UsageError(
-            f"two experts are called '{twice[0]}': {where}", hint="name them apart: first=PATH second=OTHER_PATH"
+            f"two {kind}s are called '{twice[0]}': {where}", hint="name them apart: first=PATH second=OTHER_PATH"
         )
-    return experts
+    return found
 
 
 def _default_name(path: Path, *, folder: bool) -> str:

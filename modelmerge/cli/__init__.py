@@ -18,7 +18,7 @@ import typer
 
 import modelmerge
 from modelmerge import method
-from modelmerge.cli import demo, merge, vectors
+from modelmerge.cli import demo, evaluate, merge, vectors
 from modelmerge.cli.output import Sink
 from modelmerge.errors import ModelMergeError
 
@@ -71,6 +71,7 @@ def build(words: Sequence[str]) -> typer.Typer:
     )
     for kind, callback, command, lines in kinds:
         app.add_typer(_methods(kind, callback, command, lines, words), name=kind)
+    evaluate.add_suites(app)
     app.command(epilog=merge.examples(demo.EXAMPLES))(demo.demo)
     return app
 

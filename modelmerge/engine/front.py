@@ -129,7 +129,7 @@ def _fit_rows(
             solution = method.solve(grams, options, None)
         loss = solution.losses[-1].item() / len(grams)
         reporter.advance(piece_bytes(source.plan, piece), f"{piece.tensor.name}  loss {loss:.4f}")
-        return solution, _entanglement(grams, solution)
+        return solution, entanglement_of(grams, solution)
 
     groups, losses = 0, torch.zeros(())
     for piece, (solution, part) in gathered(source, tensors, solve):
@@ -199,11 +199,11 @@ def _share_out(source: Source, solution: Solution, grams: Mapping[str, Tensor], 
         group = i if options.granularity == "tensor" else 0
         own = Solution(solution.coefficients[group][None], solution.active[group][None], solution.losses)
         front.settle(name, own, source.device)
-        front.entanglement[name] = _entanglement(gram[None], own)
+        front.entanglement[name] = entanglement_of(gram[None], own)
     front.losses = (solution.losses.cpu() / len(solution.active)).tolist()
 
 
-def _entanglement(grams: Tensor, solution: Solution) -> Entanglement:
+def entanglement_of(grams: Tensor, solution: Solution) -> Entanglement:
     """Inner products of all groups together, before and after: with `v_i = tau_i - active_i delta`, U K U^T."""
     identity = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
     change = identity - solution.active.to(grams.dtype)[:, :, None] * solution.coefficients[:, None, :]

@@ -252,6 +252,17 @@ def whole(source: Source, tensor: TensorPlan, *, check: bool) -> tuple[Piece, Te
     return piece, *Loader(source, tensor.numel, stored, torch.device("cpu")).load(piece, check=check)
 
 
+def wholes(source: Source, tensors: Sequence[TensorPlan], *, check: bool) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    """`whole` for one tensor after the other, on the source's device, the next one being read meanwhile."""
+    with ThreadPoolExecutor(1, "read") as reading:
+        ahead = reading.submit(whole, source, tensors[0], check=check) if tensors else None
+        for i in range(len(tensors)):
+            assert ahead is not None
+            piece, theta_0, taus = ahead.result()
+            ahead = reading.submit(whole, source, tensors[i + 1], check=check) if i + 1 < len(tensors) else None
+            yield piece, theta_0.to(source.device), taus.to(source.device)
+
+
 def loaded(source: Source, tensor: TensorPlan) -> Tensor:
     """The base's own tensor, flat, as the output stores it, on the host (raw bytes where its dtype stays the same)."""
     loader = Loader(source, tensor.numel, source.plan.base.stored_bytes(tensor.name), torch.device("cpu"))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from modelmerge import method
 from modelmerge.checkpoint import hub
 from modelmerge.checkpoint.reader import Checkpoint, attach, open_checkpoint
-from modelmerge.checkpoint.reference import parse, parse_experts
+from modelmerge.checkpoint.reference import Reference, parse, parse_experts
 from modelmerge.checkpoint.wire import STREAM_BYTES
 from modelmerge.checkpoint.writer import CARD, check_output, finished, is_companion
 from modelmerge.engine import Source, default_workers, find_device
@@ -40,7 +40,11 @@ def open_models(base: str, experts: Sequence[str]) -> tuple[Checkpoint, tuple[Ch
         CheckpointError: A file is malformed.
         PlanError: A task vector or an adapter is of another base, or stands where the base should.
     """
-    reference, others = parse(base), parse_experts(experts)
+    return open_references(parse(base), parse_experts(experts))
+
+
+def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+    """`open_models` for references that have been parsed."""
     origin = open_checkpoint(reference)
     if origin.adapter is not None:
         raise ReferenceNotFound(

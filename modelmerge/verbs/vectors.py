@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -358,7 +357,7 @@ def _describe(opened: _Opened, measured: Mapping[str, Measured]) -> dict[str, An
     entries = sum(tensor.numel for tensor in opened.tensors)
     kinds: dict[str, list[Measured]] = {}
     for tensor in opened.tensors:
-        kinds.setdefault(layer_type(tensor.name), []).append(measured[tensor.name])
+        kinds.setdefault(plan.layer_type(tensor.name), []).append(measured[tensor.name])
     norms = total.gram.diagonal().sqrt().tolist()
     return {
         "experts": [
@@ -378,11 +377,6 @@ def _describe(opened: _Opened, measured: Mapping[str, Measured]) -> dict[str, An
             "layer_types": {kind: _cosines(_sum(parts).gram) for kind, parts in kinds.items()},
         },
     }
-
-
-def layer_type(tensor: str) -> str:
-    """A tensor's name with the numbers of its layers left open: `model.layers.*.q_proj.weight`."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)
 
 
 def _sum(parts: Iterable[Measured]) -> Measured:

@@ -56,6 +56,21 @@ def _llama_widths(size: int) -> tuple[int, int, int]:
     return (2048, 5632, 32_000) if size < 8_000_000_000 else (4096, 11_008, 32_000)
 
 
+def config(shapes: Shapes) -> dict[str, object]:
+    """A Llama's configuration, which other tools look for; of the CLIP, a name."""
+    if "lm_head.weight" not in shapes:
+        return {"model_type": "benchmark"}
+    vocabulary, hidden = shapes["lm_head.weight"]
+    head = 64
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden,
+        "intermediate_size": shapes["model.layers.0.mlp.up_proj.weight"][0],
+        "num_hidden_layers": 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")),
+        "num_attention_heads": hidden // head, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "num_key_value_heads": shapes["model.layers.0.self_attn.k_proj.weight"][0] // head,
+    }  # fmt: skip
+
+
 def clip_shapes() -> Shapes:
     """The vision tower of CLIP ViT-B/32 with its projection, as transformers names it."""
     width, inner = 768, 3072
@@ -102,7 +117,7 @@ class _Files:
         if limit is not None:
             index = {"metadata": {"total_size": item * numel(shapes)}, "weight_map": weight_map}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-        (directory / "config.json").write_text('{"model_type": "benchmark"}\n')
+        (directory / "config.json").write_text(json.dumps(config(shapes)) + "\n")
         self._stream: BinaryIO | None = None
 
     def append(self, name: str, tensor: Tensor) -> None:

@@ -37,6 +37,7 @@ SHARD_SIZE = {"single": "5GB", "sharded": "200MB"}  # of the output; that of the
 _SHOWN = {"single": "one file", "sharded": "200 MB shards"}
 _POLL = 0.02  # seconds between two looks at a child's memory
 _SETTLED = 2.5  # seconds: modelmerge remembers no digest of a file younger than 2 s
+_PLACES = ("--workdir", "--results", "--python")  # options that name places of this machine
 START = "import torch, safetensors.torch, modelmerge.engine"
 
 
@@ -99,7 +100,7 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     told = _parse(argv)
-    with _work_directory(told.workdir) as work:
+    with work_directory(told.workdir) as work:
         rows = [row for family in _families(told.family) for row in _measure_family(work, family, told)]
     text = _report(rows, told, sys.argv[1:] if argv is None else argv)
     told.results.write_text(text, encoding="utf-8")
@@ -114,7 +115,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clip-experts", type=int, default=8, help="experts of the CLIP (default: 8)")
     parser.add_argument("--family", choices=("llama", "clip", "both"), default="both")
     parser.add_argument("--runs", type=int, default=3, help="runs of each thing (default: 3)")
-    parser.add_argument("--methods", nargs="+", choices=known, default=[name for name in known if name != "apgd"])
+    parser.add_argument("--methods", nargs="+", choices=known, default=["average", "task-arithmetic", "ties", "dare"])
     parser.add_argument("--apgd", action="store_true", help="run apgd on the CLIP too, once: it takes minutes")
     parser.add_argument("--apgd-steps", type=int, default=20, help="steps of that run (default: 20)")
     parser.add_argument("--workdir", type=Path, help="keep the checkpoints here (default: a temporary directory)")
@@ -128,7 +129,7 @@ def _families(name: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def _work_directory(given: Path | None) -> Iterator[Path]:
+def work_directory(given: Path | None) -> Iterator[Path]:
     if given is not None:
         given.mkdir(parents=True, exist_ok=True)
         yield given.resolve()
@@ -137,20 +138,20 @@ def _work_directory(given: Path | None) -> Iterator[Path]:
         yield Path(directory)
 
 
-def _say(*words: object) -> None:
+def say(*words: object) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
 # Inputs
 
 
-def _generated(work: Path, family: str, told: argparse.Namespace) -> list[Inputs]:
+def generated(work: Path, family: str, told: argparse.Namespace) -> list[Inputs]:
     """The family's inputs in every layout; made now unless they are there."""
     experts = told.experts if family == "llama" else told.clip_experts
     directory = work / (f"llama-{told.size}-{experts}" if family == "llama" else f"clip-{experts}")
     complete = directory / "complete"
     if not complete.exists():
-        _say(f"{family}: making a base and {experts} experts")
+        say(f"{family}: making a base and {experts} experts")
         shutil.rmtree(directory, ignore_errors=True)
         command = [sys.executable, "-m", "tests.benchmarks.generate", family, str(directory)]
         subprocess.run([*command, "--size", told.size, "--experts", str(experts)], check=True)
@@ -164,7 +165,7 @@ def _generated(work: Path, family: str, told: argparse.Namespace) -> list[Inputs
 
 
 def _measure_family(work: Path, family: str, told: argparse.Namespace) -> list[Row]:
-    return [row for inputs in _generated(work, family, told) for row in _measure(work, inputs, told)]
+    return [row for inputs in generated(work, family, told) for row in _measure(work, inputs, told)]
 
 
 def _measure(work: Path, inputs: Inputs, told: argparse.Namespace) -> list[Row]:
@@ -175,11 +176,11 @@ def _measure(work: Path, inputs: Inputs, told: argparse.Namespace) -> list[Row]:
         pair[0].promised = pair[1].promised = _promise(work, inputs, name)
     _run_floor(work, inputs)  # unmeasured: brings the inputs into the page cache
     for number in range(told.runs):
-        _say(f"{inputs.family}, {_SHOWN[inputs.layout]}: round {number + 1} of {told.runs}")
-        start.runs.append(_run([sys.executable, "-c", START]))
+        say(f"{inputs.family}, {_SHOWN[inputs.layout]}: round {number + 1} of {told.runs}")
+        start.runs.append(run([sys.executable, "-c", START]))
         floor.runs.append(_run_floor(work, inputs))
         for name, pair in merges.items():
-            for row, usage in zip(pair, _run_merges(work, inputs, name), strict=True):
+            for row, usage in zip(pair, run_merges(work, inputs, name), strict=True):
                 row.runs.append(usage)
     rows = [start, floor, *(row for pair in merges.values() for row in pair)]
     if inputs.family == "clip" and (told.apgd or "apgd" in told.methods):
@@ -193,12 +194,12 @@ def _row(inputs: Inputs, what: str, digests: str = "") -> Row:
 
 def _measure_apgd(work: Path, inputs: Inputs, steps: int) -> Row:
     """One run only: it takes minutes, and its time is not that of reading and writing."""
-    _say(f"{inputs.family}: apgd with {steps} steps")
+    say(f"{inputs.family}: apgd with {steps} steps")
     options = ("--steps", str(steps))
     row = _row(inputs, f"apgd, {steps} steps", "cold")
     row.promised = _promise(work, inputs, "apgd", options)
-    with _cache(work) as environment:
-        row.runs.append(_run_merge(work, inputs, "apgd", environment, options))
+    with cache(work) as environment:
+        row.runs.append(run_merge(work, inputs, "apgd", environment, options))
     return row
 
 
@@ -216,25 +217,25 @@ def _promise(work: Path, inputs: Inputs, name: str, options: Sequence[str] = ())
     return int(json.loads(told)["plan"]["peak_memory"]["host"])
 
 
-def _run_merges(work: Path, inputs: Inputs, name: str) -> tuple[Usage, Usage]:
+def run_merges(work: Path, inputs: Inputs, name: str) -> tuple[Usage, Usage]:
     """A merge that has to hash its inputs, and the same again now that their digests are remembered."""
-    with _cache(work) as environment:
-        cold = _run_merge(work, inputs, name, environment)
-        return cold, _run_merge(work, inputs, name, environment)
+    with cache(work) as environment:
+        cold = run_merge(work, inputs, name, environment)
+        return cold, run_merge(work, inputs, name, environment)
 
 
 @contextmanager
-def _cache(work: Path) -> Iterator[dict[str, str]]:
+def cache(work: Path) -> Iterator[dict[str, str]]:
     """The environment of a modelmerge that remembers no digest yet."""
     with tempfile.TemporaryDirectory(prefix="cache-", dir=work) as directory:
         yield {**os.environ, "MODELMERGE_CACHE": directory}
 
 
-def _run_merge(
+def run_merge(
     work: Path, inputs: Inputs, name: str, environment: Mapping[str, str], options: Sequence[str] = ()
 ) -> Usage:
     try:
-        return _run([*_merge_command(work, inputs, name, options), "-f", "-q"], environment)
+        return run([*_merge_command(work, inputs, name, options), "-f", "-q"], environment)
     finally:
         shutil.rmtree(work / "out", ignore_errors=True)
 
@@ -242,7 +243,7 @@ def _run_merge(
 def _run_floor(work: Path, inputs: Inputs) -> Usage:
     models = [str(model) for model in inputs.models]
     try:
-        return _run([sys.executable, "-c", f"from {MODULE} import floor; floor()", str(work / "out"), *models])
+        return run([sys.executable, "-c", f"from {MODULE} import floor; floor()", str(work / "out"), *models])
     finally:
         shutil.rmtree(work / "out", ignore_errors=True)
 
@@ -272,7 +273,7 @@ def floor() -> None:
             del state
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
     """Run a child to its end, watching its memory.
 
     Raises:
@@ -346,24 +347,24 @@ def _as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _report(rows: Sequence[Row], told: argparse.Namespace, argv: Sequence[str]) -> str:
-    parts = ["# Merge speed and memory", _made_by(argv), _machine(), _EXPLANATION.strip()]
+    parts = ["# Merge speed and memory", made_by(argv), machine(), _EXPLANATION.strip()]
     for family, layout in dict.fromkeys((row.family, row.layout) for row in rows):
         some = [row for row in rows if (row.family, row.layout) == (family, layout)]
-        parts += [f"## {_title(some, told)}", _table([_HEAD, *(_cells(row, rows) for row in some)])]
+        parts += [f"## {_title(some, told)}", table([_HEAD, *(_cells(row, rows) for row in some)])]
     return "\n\n".join(parts) + "\n"
 
 
-def _made_by(argv: Sequence[str]) -> str:
+def made_by(argv: Sequence[str], module: str = MODULE) -> str:
     """The command, without the options that name places of this machine."""
     words, skip = [], False
     for word in argv:
-        if not skip and word.partition("=")[0] not in ("--workdir", "--results"):
+        if not skip and word.partition("=")[0] not in _PLACES:
             words.append(word)
-        skip = word in ("--workdir", "--results")
-    return f"Written by `{' '.join(['python -m', MODULE, *words])}`; do not edit."
+        skip = word in _PLACES
+    return f"Written by `{' '.join(['python -m', module, *words])}`; do not edit."
 
 
-def _machine() -> str:
+def machine() -> str:
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "safetensors"))
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -401,12 +402,11 @@ def _cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
+def table(lines: Sequence[Sequence[str]], left: Sequence[int] = (0, 1)) -> str:
     """A Markdown table that can be read as plain text too: words to the left, numbers to the right."""
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    left = 2
-    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    body = [[c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+    rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    body = [[c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
             for line in lines]  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in [body[0], rule, *body[1:]])
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from modelmerge import method
 from modelmerge.methods import _linalg
 from modelmerge.methods.merge import iso_cts
 from tests.methods.test_ties import reference as float64_ties
-from tests.test_every_method import merged
+from tests.test_every_method import context_of, merged
 
 SHAPES = [(24, 18), (18, 24), (20, 20), (3, 40), (40, 3)]
 
@@ -192,3 +193,20 @@ def test_gram_matrices_lose_nothing_that_counts(shape: tuple[int, int], conditio
     left, some, right = _linalg.leading_triplets(x, 12)
     assert torch.allclose(some, s[:12], rtol=1e-8)
     assert torch.allclose((left * some) @ right, (u[:, :12] * s[:12]) @ v[:12], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["tsv-m", "kron"])
+@pytest.mark.parametrize("shape", [(24, 18), (18, 24)])
+def test_known_factors_give_the_same_merge(name: str, shape: tuple[int, int]) -> None:
+    """Also where one expert's are not known, one changed nothing, and one's rank is more than it needs."""
+    generator = torch.Generator().manual_seed(1)
+    pairs = [(torch.randn(shape[0], r, generator=generator), torch.randn(r, shape[1], generator=generator) * 1e-3)
+             for r in (2, 3, 4, 0)]  # fmt: skip
+    pairs[1][0][:, 2] = pairs[1][0][:, 1]
+    taus = torch.stack([left @ right for left, right in pairs])
+    chosen = method.load(name)
+    options = chosen.options()
+    want = chosen.apply(taus, options, context_of(chosen, options, taus))
+    known = (*pairs[:2], None, pairs[3])
+    got = chosen.apply(taus, options, context_of(chosen, options, taus, factors=known))
+    assert (got - want).norm() <= 1e-4 * want.norm()

@@ -26,6 +26,7 @@ figures were made with.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         return torch.zeros_like(taus[0])
     vectors = taus if len(norms) == len(taus) else taus[list(norms)]
     weights = [context.weights[i] for i in norms]
-    merged = solve(vectors, weights, options, context)
+    factors = [context.factors[i] if context.factors else None for i in norms]
+    merged = solve(vectors, weights, factors, options, context)
     factor = options.scale
     if options.damping:
         assert context.base is not None, "the method wants the base"
@@ -68,13 +70,20 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return merged.mul_(factor)
 
 
-def solve(taus: Tensor, weights: list[float], options: Options, context: Context) -> Tensor:
-    """The minimiser [m, n], from task vectors [T, m, n]."""
+def solve(
+    taus: Tensor,
+    weights: list[float],
+    factors: Sequence[tuple[Tensor, Tensor] | None],
+    options: Options,
+    context: Context,
+) -> Tensor:
+    """The minimiser [m, n], from task vectors [T, m, n] and what is known of their factors."""
     if taus.shape[1] > taus.shape[2]:
-        return solve(taus.mT, weights, options, context).T.contiguous()
+        turned = [(known[1].T, known[0].T) if known else None for known in factors]
+        return solve(taus.mT, weights, turned, options, context).T.contiguous()
     tasks, m, n = taus.shape
     ridge = options.ridge * tasks / (m * n)
-    halves = [_half_weightings(tau) for tau in taus]
+    halves = [_half_weightings(tau, known) for tau, known in zip(taus, factors, strict=True)]
 
     def weighted(x: Tensor, i: int) -> Tensor:
         """L_i x R_i."""
@@ -106,9 +115,9 @@ def solve(taus: Tensor, weights: list[float], options: Options, context: Context
     return merged
 
 
-def _half_weightings(tau: Tensor) -> tuple[Tensor, Tensor]:
+def _half_weightings(tau: Tensor, factors: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """L [m, m] and a factor W [k, n] of R = W^T W, both of trace 1, of a task vector [m, n] with m <= n; float32."""
-    left, s, right = _linalg.leading_triplets(tau, tau.shape[0])
+    left, s, right = _linalg.leading_triplets(tau, tau.shape[0], factors)
     s = s / s.sum()
     return ((left * s) @ left.T).float(), (right * s.sqrt()[:, None]).float()
 

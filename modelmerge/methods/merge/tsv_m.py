@@ -37,8 +37,9 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     rank = max(min(taus.shape[1:]) // len(taus), 1)
     lefts, values, rights = [], [], []
-    for tau, weight in zip(taus, context.weights, strict=True):
-        left, s, right = _linalg.leading_triplets(tau, rank)
+    factors = context.factors or (None,) * len(taus)
+    for tau, weight, known in zip(taus, context.weights, factors, strict=True):
+        left, s, right = _linalg.leading_triplets(tau, rank, known)
         lefts.append(left)
         values.append(s * weight)
         rights.append(right)

@@ -1,0 +1,227 @@
+"""`modelmerge eval SUITE MODEL...`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelmerge import suites
+from modelmerge.cli import options as opt
+from modelmerge.cli.merge import chosen_format, examples
+from modelmerge.cli.output import Bars, Sink, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXAMPLES = (
+    "modelmerge eval                                              (lists the suites)",
+    "modelmerge eval weights merged                               (its modelmerge.json names base and experts)",
+    "modelmerge eval weights ties apgd --base base --expert math --expert code=runs/9",
+)
+_SHOWN_COSINES = 12  # experts: a wider matrix does not fit a terminal, and is in the JSON
+_PANEL = "Options of the suite"
+
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL",
+        help="The models to evaluate, as [NAME=]REF each: a directory, a file, an adapter, or org/name[@revision] on "
+        "the Hugging Face Hub.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="The model the experts were fine-tuned from.", metavar="REF", rich_help_panel=_PANEL),
+]
+Expert = Annotated[
+    list[str] | None,
+    typer.Option("--expert", help="A fine-tuned model. Repeatable.", metavar="[NAME=]REF", rich_help_panel=_PANEL),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("-q", "--quiet", help="Short for --format quiet: figures alone.", rich_help_panel=opt.PRINT_PANEL),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Look at tensors of such names only. Repeatable.", metavar="GLOB", rich_help_panel=_PANEL),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(help="Leave out tensors of such names. Repeatable.", metavar="GLOB", rich_help_panel=_PANEL),
+]
+
+
+def add_suites(app: typer.Typer) -> None:
+    """Add `eval` and its suites to the application."""
+    made = typer.Typer(
+        rich_markup_mode="rich", invoke_without_command=True, epilog=examples(EXAMPLES),
+        subcommand_metavar="SUITE MODEL...",
+    )  # fmt: skip
+    made.callback()(_list)
+    for name, command in COMMANDS.items():
+        made.command(name, help=suites.summary(name), epilog=examples(EXAMPLES))(command)
+    app.add_typer(made, name="eval")
+
+
+def _list(context: typer.Context, form: opt.Form = "human", json: opt.Json = False, quiet: Quiet = False) -> None:
+    """Evaluate merged models: their weights beside the experts', or their scores at tasks.
+
+    Without a suite, list what there is.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    listed = [{"suite": name, "summary": suites.summary(name)} for name in suites.names()]
+    Sink(chosen_format(form, json, quiet)).result(
+        {"suites": listed},
+        quiet="\n".join(suites.names()),
+        human=[
+            table(None, ["suite", ""], [[s["suite"], s["summary"]] for s in listed], left=2),
+            "\nmodelmerge eval SUITE MODEL...      (SUITE --help for its options)",
+        ],
+    )
+
+
+def _weights(
+    models: Models,
+    base: Base = None,
+    expert: Expert = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Tell the figures of each tensor too.", rich_help_panel=_PANEL)
+    ] = False,
+    decompose: Annotated[
+        bool,
+        typer.Option(
+            "--decompose/--no-decompose",
+            help="Decompose matrices: subspace alignment, singular task interference, where APGD would arrive. Most "
+            "of the time goes there.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = True,
+    include: Include = None,
+    exclude: Exclude = None,
+    on_mismatch: opt.OnMismatch = "error",
+    device: opt.Device = "auto",
+    form: opt.Form = "human",
+    json: opt.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    from modelmerge.verbs.evaluate import evaluate_weights
+
+    sink = Sink(chosen_format(form, json, quiet))
+    with Bars(sink) as bars:
+        report = evaluate_weights(
+            models, base=base, experts=expert or (), per_layer=per_layer, decompose=decompose, include=include or (),
+            exclude=exclude or (), on_mismatch=on_mismatch, device=device, reporter=bars,
+        )  # fmt: skip
+    for note in report["notes"]:
+        sink.note(note)
+    cosines = [
+        f"{model}\t{expert}\t{'-' if told['cosine'] is None else format(told['cosine'], '.6f')}"
+        for model, figures in report["model"]["models"].items()
+        for expert, told in figures["experts"].items()
+    ]
+    sink.result(report, quiet="\n".join(cosines), human=_told(report))
+
+
+COMMANDS = {"weights": _weights}
+
+
+def _told(report: dict[str, Any]) -> list[str | Table]:
+    model, kinds = report["model"], report["layer_types"]
+    experts, models = list(model["experts"]["norms"]), list(model["models"])
+    own = model["experts"]
+    shown = experts if len(experts) <= _SHOWN_COSINES else []
+    rows = [
+        [name, _size(own["norms"][name]), _percent(own["relative_norms"][name]),
+         *(_number(own["cosines"][i][experts.index(other)]) for other in shown)]
+        for i, name in enumerate(experts)
+    ]  # fmt: skip
+    cosine = [f"cos {name}" for name in shown]
+    lines: list[str | Table] = [table("Experts' task vectors", ["", "norm", "of the base's", *cosine], rows)]
+    conflicts = [_conflicts(name, told["experts"]) for name, told in {"whole model": model, **kinds}.items()]
+    lines += [
+        "",
+        table(
+            "Conflicts between the experts",
+            ["", "sign conflict", "minority signs", "mean |cos|", "after AWD", "interference", "APGD's start", "end"],
+            conflicts,
+        ),
+        "",
+        table("Merged models", ["", *models], _compared(model["models"], experts, report["models"])),
+    ]
+    for name in models:
+        groups = {**kinds, **report.get("tensors", {})}
+        table_rows = [_layer(kind, told["models"][name], experts) for kind, told in groups.items()]
+        columns = ["", "norm", "APGD's gap", *(f"cos {expert}" for expert in shown), "mean cos", "mean alignment"]
+        lines += ["", table(f"{name}, by layer", columns, [row if shown else _without(row) for row in table_rows])]
+    lines.append(f"\n{report['remark']}")
+    return lines
+
+
+def _conflicts(name: str, told: Mapping[str, Any]) -> list[str]:
+    interference, awd, apgd = (
+        told[key] or {} for key in ("singular_task_interference", "awd_orthogonality", "apgd_gap")
+    )
+    return [
+        name, _percent(told["sign_conflict"]), _percent(told["minority_sign_share"]), _number(awd.get("before")),
+        _number(awd.get("after")), _number(interference.get("relative")), _number(apgd.get("start")),
+        _number(apgd.get("solved")),
+    ]  # fmt: skip
+
+
+def _compared(models: Mapping[str, Any], experts: list[str], inputs: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each figure, a column for each model."""
+    told = list(models.values())
+    measured = [model["measured_rounding"] for model in inputs]
+    rounding = [
+        _percent(exact) if exact is not None else _about(model["expected_rounding"])
+        for exact, model in zip(measured, told, strict=True)
+    ]
+    rows = [
+        ["norm", *(_size(model["norm"]) for model in told)],
+        ["of the base's", *(_percent(model["relative_norm"]) for model in told)],
+        ["lost to rounding", *rounding],
+        ["APGD's gap (base: 1)", *(_number(model["apgd_gap"]) for model in told)],
+    ]
+    for label, key in (("cosine", "cosine"), ("distance", "relative_distance"), ("alignment", "subspace_alignment")):
+        for expert in experts:
+            rows.append([f"{label} {expert}", *(_number(model["experts"][expert][key]) for model in told)])
+    return rows
+
+
+def _layer(name: str, told: Mapping[str, Any], experts: list[str]) -> list[str]:
+    own = [told["experts"][expert] for expert in experts]
+    return [
+        name, _size(told["norm"]), _number(told["apgd_gap"]), *(_number(each["cosine"]) for each in own),
+        _number(_mean([each["cosine"] for each in own])),
+        _number(_mean([each["subspace_alignment"] for each in own])),
+    ]  # fmt: skip
+
+
+def _without(row: list[str]) -> list[str]:
+    """A layer's row with none of the cosines but their mean."""
+    return [*row[:3], *row[-2:]]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _size(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.3g} %"
+
+
+def _about(value: float | None) -> str:
+    return "-" if value is None else f"about {_percent(value)}"

@@ -1,0 +1,17 @@
+"""What `eval` measures, a file for each suite: weights beside weights, or models at their tasks."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+
+def names() -> tuple[str, ...]:
+    """The suites, by name, found by their files; nothing is imported."""
+    return tuple(sorted(file.stem for file in Path(__file__).parent.glob("[!_]*.py")))
+
+
+def summary(name: str) -> str:
+    """A suite's help line: the first line of its file's docstring, read without importing it."""
+    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]

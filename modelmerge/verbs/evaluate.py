@@ -1,0 +1,137 @@
+"""evaluate: what a merge is worth, by its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from modelmerge import plan
+from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
+from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_experts
+from modelmerge.engine.job import prepare_process
+from modelmerge.errors import UsageError
+from modelmerge.report import SILENT, Reporter
+from modelmerge.suites import weights
+from modelmerge.verbs.inputs import as_references, fetch, open_references, record, remarks, source_of, stamp
+
+
+def evaluate_weights(
+    models: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    base: str | Path | None = None,
+    experts: Sequence[str | Path] | Mapping[str, str | Path] = (),
+    per_layer: bool = False,
+    decompose: bool = True,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    on_mismatch: str = "error",
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """How the weights of merged models stand to those of the experts, in one pass over the tensors.
+
+    Args:
+        models: References of the models to look at, `[NAME=]REF` each, or a mapping of name to reference.
+        base: Reference of the base. Where it or the experts are not given, a merge's own `modelmerge.json` names them.
+        experts: References of the experts.
+        per_layer: Tell the figures of each tensor too, not only of the model and of each type of layer.
+        decompose: Also find what takes decompositions of matrices: subspace alignment, singular task interference, and
+            where APGD would start and arrive.
+        include: Globs of the tensors to look at; all if empty.
+        exclude: Globs of the tensors to leave out.
+        on_mismatch: What becomes of tensors whose shapes differ: error, copy (they are left out), common-rows.
+        device: cpu, cuda, cuda:N or auto.
+        reporter: Is told the progress.
+
+    Returns:
+        The figures as plain data: `model`, `layer_types`, `tensors`, with `experts` and `models` in each; see
+        `modelmerge.suites.weights` and the papers named in `modelmerge.suites._interference`.
+
+    Raises:
+        ModelMergeError: See `modelmerge.errors` for the kinds.
+    """
+    prepare_process()
+    if on_mismatch not in plan.ON_MISMATCH:
+        raise UsageError(f"--on-mismatch must be one of {', '.join(plan.ON_MISMATCH)}, not '{on_mismatch}'")
+    looked_at = parse_all(as_references(models), "model")
+    base, told = _origins(looked_at, base, as_references(experts))
+    others = parse_experts(told)
+    taken = {expert.name for expert in others}
+    # Readers tell models apart by their names; an expert may be looked at as a model too.
+    apart = [replace(m, name=f"model {m.name}") if m.name in taken else m for m in looked_at]
+    origin, opened = open_references(parse(str(base)), [*others, *apart])
+    made = plan.make_plan(
+        origin, opened, matrices=False, include=include, exclude=exclude, on_mismatch=on_mismatch
+    )  # fmt: skip
+    try:
+        source = source_of(made, device)
+        fetch(made, reporter, beside="nothing", stream=False)
+        tensors = [tensor for tensor in made.select("merge") if tensor.numel and tensor.twin is None]
+        sums = weights.measure(source, len(others), tensors, reporter, decompose=decompose)
+        names, columns = [expert.name for expert in others], [model.name for model in looked_at]
+        report = weights.describe(sums, names, columns, per_layer=per_layer)
+        inputs = [record(model, model.digests()) for model in made.models]
+        merged = list(zip(columns, inputs[1 + len(others) :], opened[len(others) :], strict=True))
+        return {
+            "suite": "weights",
+            **stamp(source),
+            "base": inputs[0],
+            "experts": inputs[1 : 1 + len(others)],
+            "models": [
+                {**entry, "name": name, "measured_rounding": _measured_rounding(model)}
+                for name, entry, model in merged
+            ],
+            "remark": weights.REMARK,
+            "notes": remarks(made),
+            "left_out": {t.name: t.reason for t in made.tensors.values() if t.action == "copy"},
+            **report,
+        }  # fmt: skip
+    finally:
+        made.close()
+
+
+def _origins(
+    models: Sequence[Reference], base: str | Path | None, experts: tuple[str, ...]
+) -> tuple[str | Path, tuple[str, ...]]:
+    """The base and the experts, from the models' manifests where they are not named.
+
+    Raises:
+        UsageError: No manifest names them, or several name different ones.
+    """
+    if base is not None and experts:
+        return base, experts
+    found = {model.name: _inputs(model) for model in models}
+    known = [inputs for inputs in found.values() if inputs is not None]
+    silent = next((name for name, inputs in found.items() if inputs is None), None)
+    if silent is not None and not known:
+        lacking = " and ".join([*(["--base"] if base is None else []), *(["--expert"] if not experts else [])])
+        raise UsageError(
+            f"{lacking} must be named: beside '{silent}' lies no {MANIFEST} of a merge that would tell",
+            hint="--base REF --expert NAME=REF --expert NAME=REF",
+        )
+    if any(inputs != known[0] for inputs in known):
+        raise UsageError(
+            "the models are merges of different experts", hint="name those to compare with: --base REF --expert REF"
+        )
+    return base if base is not None else known[0][0], experts or known[0][1]
+
+
+def _inputs(model: Reference) -> tuple[str, tuple[str, ...]] | None:
+    """The base and the experts of a merge, as its manifest has them."""
+    try:
+        inputs = json.loads((model.path / MANIFEST).read_bytes())["inputs"]
+        return str(inputs["base"]["path"]), tuple(f"{e['name']}={e['path']}" for e in inputs["experts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _measured_rounding(model: Checkpoint) -> float | None:
+    """What storing lost of the merged task vector, as the merge itself measured it."""
+    try:
+        assert model.directory is not None
+        return json.loads((model.directory / MANIFEST).read_bytes())["rounding"]["relative_error"]
+    except (AssertionError, OSError, ValueError, KeyError, TypeError):
+        return None
