@@ -17,10 +17,11 @@ def method_table(kind: Literal["merge", "disentangle"]) -> str:
     rows = ["| method | what it does | options (default) |", "|---|---|---|"]
     for name in method.names(kind):
         chosen = method.load(name, kind)
-        told = []
-        for spec in dataclasses.fields(chosen.options):
-            default = "automatic" if spec.default is None else spec.default
-            told.append(f"`--{spec.name.replace('_', '-')}` ({default})")
+        # As they follow from one another where none is given: `-` has no effect then, or is found for each tensor.
+        defaults = {
+            name: "-" if value is None else value for name, value in dataclasses.asdict(chosen.options()).items()
+        }
+        told = [f"`--{name.replace('_', '-')}` ({default})" for name, default in defaults.items()]
         rows.append(f"| [`{name}`]({chosen.paper}) | {method.summary(name, kind)} | {' '.join(told)} |")
     return "\n".join(rows)
 

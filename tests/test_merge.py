@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ import modelmerge
 from modelmerge import engine, method
 from modelmerge.errors import CheckpointError, DeviceError, RecipeError, UsageError
 from modelmerge.method import Context
+from modelmerge.recipe import Recipe
+from modelmerge.verbs.merge import prepare
 from tests.checkpoints import State, base_state, expert_state, family, read, write
 from tests.test_every_method import surveyed, takes
 
@@ -295,3 +298,27 @@ def test_an_expert_may_have_the_name_of_the_base(tmp_path: Path) -> None:
     manifest = modelmerge.merge(paths[0], paths[1:], tmp_path / "out", method="average")
     assert manifest["inputs"]["base"]["path"] != manifest["inputs"]["experts"][0]["path"]
     assert same_bits(read(tmp_path / "out"), read(paths[1]))
+
+
+def test_what_does_not_fit_on_the_device_is_merged_on_the_cpu(
+    models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(method="apgd", base=str(models[0]), experts=tuple(map(str, models[1:])))
+    prepared = prepare(recipe, device="cpu")
+    source = dataclasses.replace(prepared.job.source, device=torch.device("cuda", 1))
+    job = dataclasses.replace(prepared.job, source=source)
+    sizes = {t.name: t.numel for t in job.plan.select("merge")}
+    monkeypatch.setattr(engine.job, "_free_memory", lambda device: 10**12)
+    assert engine.beyond_device(job) == set()
+    everything = engine.peak_memory(job)["device"]
+    monkeypatch.setattr(engine.job, "_free_memory", lambda device: 0)
+    assert engine.beyond_device(job) == set(sizes)
+    assert engine.peak_memory(job)["device"] <= everything
+    assert engine.beyond_device(prepared.job) == set()
+    largest = max(sizes, key=lambda name: sizes[name])
+    needed = engine.job._whole_bytes(job, [job.plan.tensors[largest]] * 2)
+    monkeypatch.setattr(engine.job, "_free_memory", lambda device: int(needed * 1.2))
+    assert engine.beyond_device(job) == set()
+    monkeypatch.setattr(engine.job, "_free_memory", lambda device: needed)  # a tenth is kept free
+    assert largest in engine.beyond_device(job)
+    prepared.close()

@@ -29,6 +29,8 @@ CUDA_BLOCK = 1 << 24
 SAMPLE_RUN = 1 << 14
 # Matrices of up to so many elements go through a method on one thread: they are done before others have woken up.
 SMALL = 1 << 18
+# Share of a device's free memory that is planned with; the rest is for fragments and the libraries' own.
+_USABLE = 0.9
 # Anonymous memory of a process that has imported torch and the packages around it, in bytes, with room for the
 # allocator's slack; measured 120 to 190 MB.
 PROCESS_BYTES = 230_000_000
@@ -184,18 +186,32 @@ def peak_memory(job: Job) -> dict[str, int]:
     fitting, kept = front_memory(job.source, job.front, job.disentangled())
     from_factors = unfolding(plan, block)
     streaming = max(int(job.source.workers * (block * per_element + counters + from_factors)), fitting) + kept
-    whole = 0
+    whole = on_device = 0
     if merged and not job.blockwise:
-        sizes = sorted((t.numel for t in merged), reverse=True)
         widest = max(model.stored_bytes(t.name) for t in merged for model in plan.models)
-        ahead = sizes[1] if len(sizes) > 1 else 0
-        # The method's own: copies of the tensor, and squares of its width.
-        own = max(t.numel * 4 * workspace + 8 * method.squares * _width(t, tasks) ** 2 for t in merged)
-        # At hand and being read ahead: task vectors and theta_0; then the method's own; one result being written.
-        whole = int((sizes[0] + ahead) * 4 * (tasks + 1) + sizes[0] * 4 + own) + 2 * widest + kept
-        whole += unfolding(plan, sizes[0])
+        whole = _whole_bytes(job, merged) + 2 * widest + kept + unfolding(plan, max(t.numel for t in merged))
+        left = beyond_device(job)
+        on_device = _whole_bytes(job, [t for t in merged if t.name not in left])
     working = max(streaming, whole)
-    return {"host": PROCESS_BYTES + working, "device": 0 if device.type == "cpu" else working}
+    on_device = 0 if device.type == "cpu" else max(streaming, on_device)
+    return {"host": PROCESS_BYTES + working, "device": on_device}
+
+
+def _whole_bytes(job: Job, tensors: Sequence[TensorPlan]) -> int:
+    """Bytes that merging whole tensors takes: two of them as task vectors, one in the method's hands, one result."""
+    tasks, (method, _) = len(job.plan.experts), job.method
+    sizes = [*sorted((t.numel for t in tensors), reverse=True), 0, 0]
+    # The method's own: copies of the tensor, and squares of its width.
+    own = [t.numel * 4 * method.workspace(tasks) + 8 * method.squares * _width(t, tasks) ** 2 for t in tensors]
+    return int((sizes[0] + sizes[1]) * 4 * (tasks + 1) + sizes[0] * 4 + max(own, default=0))
+
+
+def beyond_device(job: Job) -> frozenset[str]:
+    """The tensors whose merge would not fit in the device's free memory beside the next one: the CPU merges those."""
+    if job.source.device.type == "cpu" or job.blockwise:
+        return frozenset()
+    free = _free_memory(job.source.device) or 0
+    return frozenset(t.name for t in job.plan.select("merge") if _whole_bytes(job, [t, t]) > _USABLE * free)
 
 
 def _width(tensor: TensorPlan, tasks: int) -> int:
@@ -298,6 +314,15 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a CUDA device this thread's own inside the block.
+
+    Pinned memory and streams belong to the current device, which is the first one unless a thread says otherwise: a run
+    on another card would take memory on that one too.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def prepare_process() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modelmerge.checkpoint.writer import Staging
 from modelmerge.engine.front import Front, fit
-from modelmerge.engine.job import SAMPLE_RUN, SMALL, Findings, Job, prepare_process, threads
+from modelmerge.engine.job import SAMPLE_RUN, SMALL, Findings, Job, beyond_device, current, prepare_process, threads
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.stream import (
     Loader,
@@ -123,18 +123,26 @@ def _run_whole(
     reporter: Reporter,
 ) -> None:
     """Merge tensors that a method wants whole: read one ahead, write one behind."""
-    with ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
+    device, left = job.source.device, beyond_device(job)
+    sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-        def read(tensor: TensorPlan) -> Future[tuple[Piece, Tensor, Tensor]]:
-            return reading.submit(whole, job.source, tensor, check=job.survey is None)
+    def fetch(tensor: TensorPlan) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
+        with current(device):
+            piece, theta_0, taus = whole(job.source, tensor, check=job.survey is None)
+            return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
+
+    with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
+
+        def read(tensor: TensorPlan) -> Future[tuple[Piece, Tensor, Tensor, Callable[[], None]]]:
+            return reading.submit(fetch, tensor)
 
         ahead = read(tensors[0]) if tensors else None
         behind: Future[None] | None = None
         for i, tensor in enumerate(tensors):
             assert ahead is not None
-            piece, theta_0, taus = ahead.result()
+            piece, theta_0, taus, arrive = ahead.result()
             ahead = read(tensors[i + 1]) if i + 1 < len(tensors) else None
-            theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
+            arrive()
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
                 if front is not None:
                     front.take_out(piece, taus)
@@ -147,6 +155,27 @@ def _run_whole(
             reporter.advance(piece_bytes(job.plan, piece), tensor.name)
         if behind is not None:
             behind.result()
+
+
+def _sent(theta_0: Tensor, taus: Tensor, stream: torch.cuda.Stream | None) -> tuple[Tensor, Tensor, Callable[[], None]]:
+    """The tensors on the stream's device, and what to call before they are used; as they are without a stream.
+
+    The copy runs beside the work of other streams; calling makes the current stream, not the processor, wait for it.
+    """
+    if stream is None:
+        return theta_0, taus, lambda: None
+    with torch.cuda.stream(stream):
+        there = [tensor.pin_memory().to(stream.device, non_blocking=True) for tensor in (theta_0, taus)]
+        copied = torch.cuda.Event()
+        copied.record(stream)
+
+    def arrive() -> None:
+        own = torch.cuda.current_stream(stream.device)
+        own.wait_event(copied)
+        for tensor in there:
+            tensor.record_stream(own)  # its memory is not given to another copy before this stream is done with it
+
+    return there[0], there[1], arrive
 
 
 def _merged(
@@ -186,7 +215,7 @@ def merged_vector(
         findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
 
     def tell(figures: Mapping[str, float]) -> None:
-        findings.figures[piece.tensor.name] = dict(figures)
+        findings.figures.setdefault(piece.tensor.name, {}).update(figures)
 
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,

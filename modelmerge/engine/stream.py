@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modelmerge.checkpoint.header import DTYPE_BITS, Change, TensorInfo
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.engine.job import Source, threads
+from modelmerge.engine.job import Source, current, threads
 from modelmerge.engine.rounding import Rounding, squared
 from modelmerge.errors import CheckpointError
 from modelmerge.plan import Plan, TensorPlan
@@ -297,14 +297,15 @@ def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, 
     capacity = max((piece.stop - piece.start for piece in pieces), default=0)
 
     def serve() -> None:
-        loader = Loader(source, capacity, capacity * 8, source.device)  # 8: the widest dtype there is
         try:
-            while not stop.is_set():
-                with mutex:
-                    piece = next(queue, None)
-                if piece is None:
-                    return
-                work(piece, loader)
+            with current(source.device):
+                loader = Loader(source, capacity, capacity * 8, source.device)  # 8: the widest dtype there is
+                while not stop.is_set():
+                    with mutex:
+                        piece = next(queue, None)
+                    if piece is None:
+                        return
+                    work(piece, loader)
         except BaseException:
             stop.set()
             raise

@@ -61,6 +61,10 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
+        left = engine.beyond_device(self.job)
+        beyond = (
+            [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
+        )
         told = {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
@@ -69,7 +73,7 @@ class Prepared:
             "bytes": {"read": engine.bytes_read(self.job), "write": written},
             "peak_memory": engine.peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
-            "remarks": [*self.remarks, *remarks(made)],
+            "remarks": [*self.remarks, *remarks(made), *beyond],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
         }
         return with_downloads(told, made, beside="all" if size is None else "cards", streamed=streamed)
