@@ -1,21 +1,61 @@
-"""evaluate: what a merge is worth, by its weights."""
+"""evaluate: merged models by their weights, or by their scores at tasks."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from modelmerge import plan
-from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
+from modelmerge.checkpoint import card
+from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_experts
+from modelmerge.checkpoint.writer import CARD, companions, replace_file
+from modelmerge.engine import find_device
 from modelmerge.engine.job import prepare_process
-from modelmerge.errors import UsageError
+from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.recipe import versions
 from modelmerge.report import SILENT, Reporter
-from modelmerge.suites import weights
-from modelmerge.verbs.inputs import as_references, fetch, open_references, record, remarks, source_of, stamp
+from modelmerge.suites import _cache, custom, weights
+from modelmerge.suites._scores import check_gates, differences, parse_gate, summarise
+from modelmerge.verbs.inputs import (
+    as_references,
+    fetch,
+    fetch_whole,
+    open_references,
+    record,
+    remarks,
+    source_of,
+    stamp,
+)
+
+
+def evaluate(
+    models: Sequence[str | Path] | Mapping[str, str | Path], *, suite: str = "custom", **options: Any
+) -> dict[str, Any]:
+    """Evaluate models by a suite of `modelmerge eval`; its report.
+
+    Args:
+        models: References of the models, `[NAME=]REF` each, or a mapping of name to reference.
+        suite: `custom`: by a function, `metric=`, see `evaluate_custom`; `weights`: see `evaluate_weights`.
+        **options: The suite's options.
+
+    Raises:
+        ModelMergeError: See `modelmerge.errors` for the kinds.
+    """
+    if suite not in SUITES:
+        near = get_close_matches(suite, SUITES, n=1)
+        raise UsageError(
+            f"there is no suite '{suite}'",
+            hint=f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(SUITES)}",
+        )
+    return SUITES[suite](models, **options)
 
 
 def evaluate_weights(
@@ -77,7 +117,7 @@ def evaluate_weights(
         merged = list(zip(columns, inputs[1 + len(others) :], opened[len(others) :], strict=True))
         return {
             "suite": "weights",
-            **stamp(source),
+            **stamp(source.device),
             "base": inputs[0],
             "experts": inputs[1 : 1 + len(others)],
             "models": [
@@ -135,3 +175,223 @@ def _measured_rounding(model: Checkpoint) -> float | None:
         return json.loads((model.directory / MANIFEST).read_bytes())["rounding"]["relative_error"]
     except (AssertionError, OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def evaluate_custom(
+    models: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    metric: custom.Metric | str,
+    tasks: Sequence[str] = (),
+    base: str | Path | None = None,
+    experts: Sequence[str | Path] | Mapping[str, str | Path] = (),
+    seed: int = 0,
+    cache: bool = True,
+    key: str | None = None,
+    compare: str | Path | None = None,
+    fail_under: Sequence[str] = (),
+    update_card: bool = False,
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """The scores of models at tasks, by a function that is given each model.
+
+    Args:
+        models: References of the models to evaluate, `[NAME=]REF` each, or a mapping of name to reference.
+        metric: A function, or `FILE:FUNCTION`. It is given a model (`modelmerge.suites.custom.Model`: a mapping of
+            tensor names to tensors that are read when asked for, with `path`, `name` and `device`), and returns a
+            score, or a mapping of tasks to scores. A score is a number, more is better, or a mapping: `score` with
+            `count` and `stderr`; `correct` and `count`; or `items`, the score of each item, with `ids` if there are.
+        tasks: Call the function for each of these, as `metric(model, task)`; each is kept as soon as it is done.
+        base: The base, to be evaluated too; adapters and task vectors need it.
+        experts: The experts, to be evaluated too; a task's scores are normalised by the expert of its name.
+        seed: Python's, numpy's and torch's generators are seeded with it before each call.
+        cache: Do not measure again what was measured before.
+        key: With a function that is no `FILE:FUNCTION`: what the cache knows it by; without it, nothing is cached.
+        compare: An earlier report, as a file: differences to it, with their significance.
+        fail_under: Least values, `avg=0.70`, `normalized=0.95` or `TASK=0.8`; whether they are met is in `gate`.
+        update_card: Write the scores into each model's card; they must be directories here.
+        device: What the function is told to compute on: cpu, cuda, cuda:N or auto.
+        reporter: Is told the progress.
+
+    Returns:
+        `tasks`; `models`, each with `role` (base, expert or model), `scores` by task, `average` and `normalised`;
+        `comparison` and `gate` where asked for; the seed, versions, and sha256 of all models.
+
+    Raises:
+        ModelMergeError: The function raises, or returns what is no score; see `modelmerge.errors` for other kinds.
+    """
+    gates = [parse_gate(text) for text in fail_under]
+    script = metric if callable(metric) else custom.load_script(metric)
+    if not isinstance(script, custom.Script):
+        script = custom.Script(script, getattr(script, "__name__", "metric"), key or "")
+    custom.check_metric(script.metric, script.label, by_task=bool(tasks))
+    looked_at, others = parse_all(as_references(models), "model"), parse_all(as_references(experts), "expert")
+    start = parse(str(base)) if base is not None else None
+    if not looked_at:
+        raise UsageError("no model is named", hint="give at least one MODEL")
+    if any(gate.what == "normalized" for gate in gates) and not others:
+        raise UsageError("--fail-under normalized needs the experts", hint="--expert TASK=REF for each task")
+    if update_card:
+        _refuse_cardless(looked_at)
+    earlier = _read_report(Path(compare)) if compare is not None else None
+    found = find_device(device)
+    opened = _open_all(start, [*others, *looked_at])
+    roles = [*(["base"] if start else []), *(["expert"] * len(others)), *(["model"] * len(looked_at))]
+    try:
+        fetch_whole(opened, reporter)
+        reporter.stage("evaluating", len(opened) * max(len(tasks), 1), "runs")
+        rows = []
+        for role, model in zip(roles, opened, strict=True):
+            entry = record(model, model.digests())
+            digest = _digest(model, opened[0] if model.vector is not None else None)
+            scores, cached = _scores(
+                script, custom.Model(model, opened[0], found), tasks, digest, seed, cache, str(found), reporter
+            )
+            rows.append({**entry, "role": role, "digest": digest, "scores": scores, "cached": cached})
+            _refuse_other_tasks(rows)
+    finally:
+        for model in opened:
+            model.close()
+    names = list(rows[0]["scores"])
+    summarise(names, rows)
+    report: dict[str, Any] = {
+        "suite": "custom", **stamp(found), "metric": {"function": script.label, "sha256": script.digest or None},
+        "seed": seed, "tasks": names, "models": rows, "notes": _notes(rows),
+    }  # fmt: skip
+    if earlier is not None:
+        report["comparison"] = {"with": str(compare), "models": differences(report, earlier)}
+    if gates:
+        report["gate"] = check_gates(gates, names, rows)
+    if update_card:
+        for reference, row in zip(looked_at, rows[-len(looked_at) :], strict=True):
+            _write_card(reference, row)
+    return report
+
+
+SUITES: dict[str, Callable[..., dict[str, Any]]] = {"custom": evaluate_custom, "weights": evaluate_weights}
+
+
+def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Checkpoint]:
+    """The base, if there is one, and the others.
+
+    Raises:
+        UsageError: One of them is a change to a base that is not named.
+    """
+    if base is not None:
+        origin, opened = open_references(base, others)
+        return [origin, *opened]
+    alone = [open_checkpoint(reference) for reference in others]
+    for model in alone:
+        if model.adapter is not None or model.vector is not None:
+            kind = "a PEFT adapter" if model.adapter is not None else "a task vector"
+            raise UsageError(f"'{model.name}' is {kind}: its base must be named", hint="--base REF")
+    return alone
+
+
+def _digest(model: Checkpoint, base: Checkpoint | None) -> str:
+    """Of everything about a model that a score can depend on: its weights, what lies beside them, and its base's."""
+    beside = {place: sha256(file) for place, file in companions(model.directory).items()}
+    told = [sorted(model.digests().values()), beside, _digest(base, None) if base is not None else None]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _scores(
+    script: custom.Script,
+    model: custom.Model,
+    tasks: Sequence[str],
+    digest: str,
+    seed: int,
+    cache: bool,
+    device: str,
+    reporter: Reporter,
+) -> tuple[dict[str, Any], list[str]]:
+    """A model's scores by task, and the tasks whose scores were known."""
+    scores: dict[str, Any] = {}
+    known: list[str] = []
+    for task in tasks or (None,):
+        told = {"suite": "custom", "model": digest, "metric": script.digest, "task": task, "seed": seed}
+        name = _cache.key({**told, "device": device, "versions": versions()})
+        entry = _cache.recall(name) if cache and script.digest else None
+        if entry is None:
+            started = time.monotonic()
+            measured = custom.measure(script.metric, script.label, model, task, seed)
+            model.check()
+            entry = {
+                **told,
+                "scores": {each: score.to_dict() for each, score in measured.items()},
+                "seconds": round(time.monotonic() - started, 3),
+            }
+            if script.digest:
+                _cache.remember(name, entry)
+        else:
+            known += entry["scores"]
+        scores |= entry["scores"]
+        reporter.advance(1, f"{model.name} {task or ''}".rstrip())
+    return scores, known
+
+
+def _refuse_other_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
+    first, last = rows[0], rows[-1]
+    odd = sorted(first["scores"].keys() ^ last["scores"].keys())
+    if odd:
+        holder = first if odd[0] in first["scores"] else last
+        lacking = last if holder is first else first
+        raise ModelMergeError(
+            f"'{holder['name']}' has a score for '{odd[0]}', and '{lacking['name']}' has none",
+            hint="the function must return the same tasks for every model",
+        )
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    known, every = sum(len(row["cached"]) for row in rows), sum(len(row["scores"]) for row in rows)
+    if not known:
+        return []
+    return [f"{known} of {every} scores were measured before, with the same script, seed and models; --no-cache "
+            "measures again."]  # fmt: skip
+
+
+def _read_report(file: Path) -> dict[str, Any]:
+    """An earlier report.
+
+    Raises:
+        ModelMergeError: It cannot be read, or is none with scores.
+    """
+    try:
+        report = json.loads(file.expanduser().read_bytes())
+        if not report["tasks"] or not all(model["scores"] for model in report["models"]):
+            raise ValueError
+    except OSError as error:
+        raise ModelMergeError(f"--compare {file}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelMergeError(
+            f"--compare {file}: no report of scores", hint="save one: modelmerge eval custom ... --json > report.json"
+        ) from error
+    return report
+
+
+def _refuse_cardless(models: Sequence[Reference]) -> None:
+    for model in models:
+        if model.repository is not None or not model.path.is_dir():
+            raise UsageError(
+                f"--update-card: '{model.text}' is no directory here, whose card could be written",
+                hint="evaluate the directory, then push it",
+            )
+
+
+def _write_card(reference: Reference, row: Mapping[str, Any]) -> None:
+    """Put a model's scores into its card."""
+    place = reference.path / CARD
+    text = place.read_text(encoding="utf-8") if place.exists() else f"# {reference.name}\n"
+    kind = card.front_matter(reference.path).get("pipeline_tag")
+    results = []
+    for task, score in row["scores"].items():
+        detail = [f"{score['count']:,} items" if score["count"] else ""]
+        detail += [f"standard error {score['stderr']:.2g}" if score["stderr"] else ""]
+        detail += [f"{score['normalised']:.1%} of the expert's" if score["normalised"] is not None else ""]
+        results.append(
+            card.Result(
+                task=kind if isinstance(kind, str) else "other", dataset=task, metric=score["metric"],
+                value=score["score"], detail=", ".join(part for part in detail if part),
+            )
+        )  # fmt: skip
+    replace_file(reference.path, CARD, card.with_results(text, results, name=reference.name).encode())
