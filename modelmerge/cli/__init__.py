@@ -21,6 +21,7 @@ from modelmerge import method
 from modelmerge.cli import demo, evaluate, merge, vectors
 from modelmerge.cli.output import Sink
 from modelmerge.errors import ModelMergeError
+from modelmerge.verbs.auto import AUTO, SUMMARY
 
 EXAMPLES = (
     "modelmerge demo",
@@ -105,13 +106,14 @@ def _methods(
     )  # fmt: skip
     app.callback()(callback)
     asked = _completing() or words
-    for name in method.names(kind):
+    for name in (*method.names(kind), *((AUTO,) if kind == "merge" else ())):
         usage = (
             f"modelmerge {kind} {name} base math code -o out",
             f"modelmerge {kind} {name} base first=a/final second=b/final -o out -q",
         )
         made = command(name) if name in asked else _unasked
-        app.command(name, help=method.summary(name, kind), epilog=merge.examples(usage))(made)
+        summary = SUMMARY if name == AUTO else method.summary(name, kind)
+        app.command(name, help=summary, epilog=merge.examples(usage))(made)
     return app
 
 

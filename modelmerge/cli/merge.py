@@ -15,6 +15,7 @@ from modelmerge.cli import options as opt
 from modelmerge.cli.output import Bars, Format, Sink, size, table
 from modelmerge.errors import UsageError
 from modelmerge.recipe import Recipe, parse_weights
+from modelmerge.verbs.auto import AUTO, SUMMARY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,9 +72,10 @@ def examples(lines: tuple[str, ...]) -> str:
 def list_methods(kind: str, sink: Sink) -> None:
     """Print the methods of a kind."""
     listed = [{"method": name, "summary": method.summary(name, kind)} for name in method.names(kind)]
+    listed += [{"method": AUTO, "summary": SUMMARY}] if kind == "merge" else []
     shown = table(None, ["method", ""], [[m["method"], m["summary"]] for m in listed], left=2)
     usage = f"\nmodelmerge {kind} METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
-    sink.result({"methods": listed}, quiet="\n".join(method.names(kind)), human=[shown, usage])
+    sink.result({"methods": listed}, quiet="\n".join(m["method"] for m in listed), human=[shown, usage])
 
 
 def show_preset(preset: presets.Preset, sink: Sink) -> None:
@@ -159,7 +161,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
 
     With a preset there are no arguments.
     """
-    chosen = method.load(name)
+    chosen = None if name == AUTO else method.load(name)
     fronts = {front: method.load(front, "disentangle") for front in method.names("disentangle")}
 
     def shared(
@@ -203,7 +205,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             method=name,
             base=values["base"],
             experts=tuple(values["experts"]),
-            options=opt.chosen(chosen, values, context),
+            options=opt.chosen(chosen, values, context) if chosen else {},
             weights=parse_weights(values["weight"] or ()),
             vary=tuple(values["vary"] or ()),
             disentangle=values["disentangle"],
@@ -229,8 +231,9 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
     in_front = [parameter for front, told in fronts.items() for parameter in opt.of_front(front, told)]
     # Required parameters first, as in any signature; the method's own options head the help page.
-    published = opt.shared(_published) if chosen.published else []
-    return opt.with_parameters(run, [*arguments, *opt.of_method(chosen), *published, *opt.shared(shared), *in_front])
+    own = opt.of_method(chosen) if chosen else []
+    own += opt.shared(_published) if chosen and chosen.published else []
+    return opt.with_parameters(run, [*arguments, *own, *opt.shared(shared), *in_front])
 
 
 def _published(published: opt.Published = False) -> None: ...

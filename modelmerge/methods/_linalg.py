@@ -217,13 +217,13 @@ def iterated(x: Tensor, rank: int, iterations: int = _ITERATIONS) -> tuple[Tenso
     kept = 0.0
     for _ in range(iterations):
         basis = torch.linalg.qr((x @ start.to(x.dtype)).double()).Q  # [m, k]
-        image = (x.T @ basis.to(x.dtype)).double()  # [n, k]: x is basis @ image^T, but for what is not in the basis
-        before, kept = kept, float(image.square().sum())
-        start, upper = torch.linalg.qr(image)
+        start = x.T @ basis.to(x.dtype)  # [n, k]: x is basis @ start^T, but for what is not in the basis
+        before, kept = kept, float(start.double().square().sum())
         if kept - before <= _GAIN * kept:
             break
+    right, upper = torch.linalg.qr(start.double())
     u, values, vh = torch.linalg.svd(upper.T)
-    return basis @ u[:, :rank], values[:rank], vh[:rank] @ start.T
+    return basis @ u[:, :rank], values[:rank], vh[:rank] @ right.T
 
 
 def remove_subspace(x: Tensor, basis: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.method import Context
-from modelmerge.methods import _linalg
+from modelmerge.methods import _linalg, _presence
 from modelmerge.methods.disentangle import awd
 from modelmerge.methods.merge import apgd
 
@@ -100,7 +100,7 @@ def apgd_gaps(taus: Tensor, base: Tensor, tensor: str) -> tuple[float, float]:
     """
     options = apgd.Options()
     norms = torch.linalg.vector_norm(taus, dim=(1, 2), dtype=torch.float64).tolist()
-    active = [i for i, norm in enumerate(norms) if norm > apgd.NEGLIGIBLE * max(norms)]
+    active = [i for i, norm in enumerate(norms) if norm > _presence.NEGLIGIBLE * max(norms)]
     if not active:
         return 0.0, 0.0
     even = [1.0] * len(taus)

@@ -21,6 +21,7 @@ from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.vary import parse, settle, surveyed
 from modelmerge.verbs import adapted
+from modelmerge.verbs.auto import AUTO, choose
 from modelmerge.verbs.inputs import (
     as_references,
     begin,
@@ -110,7 +111,7 @@ def merge(
         base: Reference of the base.
         experts: References of the experts, `[NAME=]REF` each, or a mapping of name to reference.
         out: Where the merged checkpoint shall be.
-        method: A merge method's name; `options` are its own, by their Python names.
+        method: A merge method's name, or `auto`; `options` are the method's own, by their Python names.
         weights: Weight of each expert by name; 1 where none is given.
         disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
         disentangle_options: Its options.
@@ -198,6 +199,15 @@ def prepare(
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
     """
+    opened = None
+    if recipe.method == AUTO:
+        if recipe.options:
+            raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
+        opened = open_models(recipe.base, recipe.experts)
+        choice = choose(opened[1])
+        recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
+        told = "".join(f" --{name} {value}" for name, value in choice.options.items())
+        remarks = [*remarks, f"The method is {choice.method}{told}: {choice.reason}."]
     chosen = method.load(recipe.method)
     options = method.make_options(chosen, recipe.method, recipe.options)
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
@@ -212,7 +222,7 @@ def prepare(
     if recipe.rest is None and chosen.matrices:
         recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
     left = recipe.rest or "base"
-    base, experts = open_models(recipe.base, recipe.experts)
+    base, experts = opened or open_models(recipe.base, recipe.experts)
     weights = _weights(recipe, [expert.name for expert in experts])
     made = plan.make_plan(
         base, experts, matrices=chosen.matrices, rest=left,

@@ -42,13 +42,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _linalg, _threshold
+from modelmerge.methods import _linalg, _presence, _threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# A task vector shorter than this share of the longest one, on one weight, counts as unchanged there.
-NEGLIGIBLE = 1e-3
 
 # Losses are looked at every so many steps of Adam. On a GPU the loss of the look before is waited for, so that the
 # queue never runs dry, and the answer still does not depend on timing.
@@ -145,15 +142,8 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     merged = torch.zeros_like(taus[0])
-    norms = torch.linalg.vector_norm(taus, dim=(1, 2), dtype=torch.float64).tolist()
-    if max(norms) == 0.0:
-        return merged
-    active = []
-    for i, norm in enumerate(norms):
-        if norm == 0.0 or norm < NEGLIGIBLE * max(norms):
-            context.leave_out(i, "it did not change this weight" if norm == 0.0 else "it hardly changed this weight")
-        elif context.weights[i] != 0.0:
-            active.append(i)
+    norms = _presence.changed(taus, context)
+    active = [i for i in norms if context.weights[i] != 0.0]
     if not active:
         return merged
     vectors = taus if len(active) == len(taus) else taus[active]

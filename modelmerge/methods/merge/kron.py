@@ -19,8 +19,8 @@ WUDI is this without L_i, with tau^T tau for the inputs and without the damping.
 describes it. `tests/benchmarks/kron.md` has the reasons, the figures on small real experts, and what else was tried.
 
 Each iteration costs 4 T m n min(m, n) + 2 T min(m, n)^3 FLOP, and 15 to 30 are taken. An expert that did not change a
-weight is left out of it, and said. The tensors that are not weights of linear layers: `--rest average` is what the
-figures were made with.
+weight is left out of it, and said. The tensors that are not weights of linear layers are
+averaged.
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ METHOD = Method(
         "Merging Models with Fisher-Weighted Averaging", "Michael Matena and Colin Raffel", "NeurIPS 2022"
     ),
     matrices=True,
+    rest=lambda options: "average",
     wants_base=True,
     blockwise=lambda options: False,
     workspace=lambda tasks: 2.0 * tasks + 12.0,

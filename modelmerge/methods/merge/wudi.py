@@ -18,8 +18,8 @@ one Cholesky factorisation, whatever the size of the task vectors. r is `ridge` 
 
     M = M0 + sum_i (w_i tau_i - M0) C_i (sum_i C_i + r)^-1
 
-The tensors that are not weights of linear layers: the authors' code for vision leaves them at the base (`--rest base`)
-and so do embeddings and norms in theirs for language; fusion_bench averages them (`--rest average`).
+The tensors that are not weights of linear layers are averaged, as fusion_bench's code does; the authors' script for
+vision leaves them at the base (`--rest base`).
 
 Paper and code: the paper divides by ||tau_i||^2, as here; one of the authors' scripts divides by ||tau_i||.
 
