@@ -385,6 +385,8 @@ def _write_card(reference: Reference, row: Mapping[str, Any]) -> None:
     kind = card.front_matter(reference.path).get("pipeline_tag")
     results = []
     for task, score in row["scores"].items():
+        if score["score"] is None:
+            continue
         detail = [f"{score['count']:,} items" if score["count"] else ""]
         detail += [f"standard error {score['stderr']:.2g}" if score["stderr"] else ""]
         detail += [f"{score['normalised']:.1%} of the expert's" if score["normalised"] is not None else ""]
