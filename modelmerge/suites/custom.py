@@ -8,7 +8,7 @@ import inspect
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,66 +17,12 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 
-from modelmerge import plan
-from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.engine import Source
-from modelmerge.engine.stream import TORCH_DTYPES, read_tensor, whole
 from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.suites._model import Model
 from modelmerge.suites._scores import Score, read_score
 
 Metric = Callable[..., Any]  # (model) or (model, task) -> a score, or a mapping of tasks to scores
-
-
-class Model(Mapping[str, Tensor]):
-    """A model as a function sees it: its tensors by name, each read when it is asked for, and where it lies.
-
-    `dict(model)` is a state dict. An adapter or a task vector gives the base's tensors with its changes, in the base's
-    dtypes.
-
-    Args:
-        opened: The model, its weights on this machine.
-        base: The base, where `opened` is an adapter or a task vector of it.
-        device: Where a function that computes should do it; the tensors are on the CPU.
-    """
-
-    def __init__(self, opened: Checkpoint, base: Checkpoint | None, device: torch.device) -> None:
-        self.name = opened.name
-        self.reference = opened.reference.text
-        self.path = opened.reference.path  # a directory with config and tokenizer, or a lone file of weights
-        self.device = device
-        self._opened = opened
-        self._source: Source | None = None
-        if opened.vector is not None:
-            assert base is not None, "a change needs what it changes"
-            made = plan.make_plan(base, [opened], matrices=False)
-            self._source = Source(made, torch.device("cpu"), 1)
-
-    def check(self) -> None:
-        """Make sure that its files are what they were when it was opened.
-
-        Raises:
-            CheckpointError: One has changed since.
-        """
-        self._opened.digests()
-
-    def __getitem__(self, tensor: str) -> Tensor:
-        if self._source is None:
-            if tensor not in self._opened.tensors:
-                raise KeyError(tensor)
-            return read_tensor(self._opened, tensor)
-        planned = self._source.plan.tensors[tensor]
-        if planned.action == "copy" or not planned.numel:
-            return read_tensor(self._source.plan.base, tensor)
-        _, theta_0, taus = whole(self._source, planned, check=True)
-        return (theta_0 + taus[0]).to(TORCH_DTYPES[planned.dtype])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._opened.tensors if self._source is None else self._source.plan.tensors)
-
-    def __len__(self) -> int:
-        return len(self._opened.tensors if self._source is None else self._source.plan.tensors)
 
 
 @dataclass(frozen=True, slots=True)

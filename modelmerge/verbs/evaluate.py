@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -12,28 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge import plan
-from modelmerge.checkpoint import card
-from modelmerge.checkpoint.digest import sha256
-from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
+from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_experts
-from modelmerge.checkpoint.writer import CARD, companions, replace_file
-from modelmerge.engine import find_device
 from modelmerge.engine.job import prepare_process
-from modelmerge.errors import ModelMergeError, UsageError
-from modelmerge.recipe import versions
+from modelmerge.errors import UsageError
 from modelmerge.report import SILENT, Reporter
-from modelmerge.suites import _cache, custom, weights
-from modelmerge.suites._scores import check_gates, differences, parse_gate, summarise
+from modelmerge.suites import custom, weights
+from modelmerge.suites._model import Model
+from modelmerge.suites._scores import Score
 from modelmerge.verbs.inputs import (
     as_references,
     fetch,
-    fetch_whole,
     open_references,
     record,
     remarks,
     source_of,
     stamp,
 )
+from modelmerge.verbs.scores import Bench, run
 
 
 def evaluate(
@@ -220,180 +214,22 @@ def evaluate_custom(
     Raises:
         ModelMergeError: The function raises, or returns what is no score; see `modelmerge.errors` for other kinds.
     """
-    gates = [parse_gate(text) for text in fail_under]
     script = metric if callable(metric) else custom.load_script(metric)
     if not isinstance(script, custom.Script):
         script = custom.Script(script, getattr(script, "__name__", "metric"), key or "")
     custom.check_metric(script.metric, script.label, by_task=bool(tasks))
-    looked_at, others = parse_all(as_references(models), "model"), parse_all(as_references(experts), "expert")
-    start = parse(str(base)) if base is not None else None
-    if not looked_at:
-        raise UsageError("no model is named", hint="give at least one MODEL")
-    if any(gate.what == "normalized" for gate in gates) and not others:
-        raise UsageError("--fail-under normalized needs the experts", hint="--expert TASK=REF for each task")
-    if update_card:
-        _refuse_cardless(looked_at)
-    earlier = _read_report(Path(compare)) if compare is not None else None
-    found = find_device(device)
-    opened = _open_all(start, [*others, *looked_at])
-    roles = [*(["base"] if start else []), *(["expert"] * len(others)), *(["model"] * len(looked_at))]
-    try:
-        fetch_whole(opened, reporter)
-        reporter.stage("evaluating", len(opened) * max(len(tasks), 1), "runs")
-        rows = []
-        for role, model in zip(roles, opened, strict=True):
-            entry = record(model, model.digests())
-            digest = _digest(model, opened[0] if model.vector is not None else None)
-            scores, cached = _scores(
-                script, custom.Model(model, opened[0], found), tasks, digest, seed, cache, str(found), reporter
-            )
-            rows.append({**entry, "role": role, "digest": digest, "scores": scores, "cached": cached})
-            _refuse_other_tasks(rows)
-    finally:
-        for model in opened:
-            model.close()
-    names = list(rows[0]["scores"])
-    summarise(names, rows)
-    report: dict[str, Any] = {
-        "suite": "custom", **stamp(found), "metric": {"function": script.label, "sha256": script.digest or None},
-        "seed": seed, "tasks": names, "models": rows, "notes": _notes(rows),
-    }  # fmt: skip
-    if earlier is not None:
-        report["comparison"] = {"with": str(compare), "models": differences(report, earlier)}
-    if gates:
-        report["gate"] = check_gates(gates, names, rows)
-    if update_card:
-        for reference, row in zip(looked_at, rows[-len(looked_at) :], strict=True):
-            _write_card(reference, row)
-    return report
+
+    def measure(model: Model, task: str | None) -> dict[str, Score]:
+        return custom.measure(script.metric, script.label, model, task, seed)
+
+    bench = Bench(
+        suite="custom", about={"metric": {"function": script.label, "sha256": script.digest or None}},
+        tasks=tuple(tasks) or (None,), depends=(lambda task: script.digest) if script.digest else None, measure=measure,
+    )  # fmt: skip
+    return run(
+        bench, models, base, experts, seed=seed, cache=cache, compare=compare, fail_under=fail_under,
+        update_card=update_card, device=device, reporter=reporter,
+    )  # fmt: skip
 
 
 SUITES: dict[str, Callable[..., dict[str, Any]]] = {"custom": evaluate_custom, "weights": evaluate_weights}
-
-
-def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Checkpoint]:
-    """The base, if there is one, and the others.
-
-    Raises:
-        UsageError: One of them is a change to a base that is not named.
-    """
-    if base is not None:
-        origin, opened = open_references(base, others)
-        return [origin, *opened]
-    alone = [open_checkpoint(reference) for reference in others]
-    for model in alone:
-        if model.adapter is not None or model.vector is not None:
-            kind = "a PEFT adapter" if model.adapter is not None else "a task vector"
-            raise UsageError(f"'{model.name}' is {kind}: its base must be named", hint="--base REF")
-    return alone
-
-
-def _digest(model: Checkpoint, base: Checkpoint | None) -> str:
-    """Of everything about a model that a score can depend on: its weights, what lies beside them, and its base's."""
-    beside = {place: sha256(file) for place, file in companions(model.directory).items()}
-    told = [sorted(model.digests().values()), beside, _digest(base, None) if base is not None else None]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _scores(
-    script: custom.Script,
-    model: custom.Model,
-    tasks: Sequence[str],
-    digest: str,
-    seed: int,
-    cache: bool,
-    device: str,
-    reporter: Reporter,
-) -> tuple[dict[str, Any], list[str]]:
-    """A model's scores by task, and the tasks whose scores were known."""
-    scores: dict[str, Any] = {}
-    known: list[str] = []
-    for task in tasks or (None,):
-        told = {"suite": "custom", "model": digest, "metric": script.digest, "task": task, "seed": seed}
-        name = _cache.key({**told, "device": device, "versions": versions()})
-        entry = _cache.recall(name) if cache and script.digest else None
-        if entry is None:
-            started = time.monotonic()
-            measured = custom.measure(script.metric, script.label, model, task, seed)
-            model.check()
-            entry = {
-                **told,
-                "scores": {each: score.to_dict() for each, score in measured.items()},
-                "seconds": round(time.monotonic() - started, 3),
-            }
-            if script.digest:
-                _cache.remember(name, entry)
-        else:
-            known += entry["scores"]
-        scores |= entry["scores"]
-        reporter.advance(1, f"{model.name} {task or ''}".rstrip())
-    return scores, known
-
-
-def _refuse_other_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
-    first, last = rows[0], rows[-1]
-    odd = sorted(first["scores"].keys() ^ last["scores"].keys())
-    if odd:
-        holder = first if odd[0] in first["scores"] else last
-        lacking = last if holder is first else first
-        raise ModelMergeError(
-            f"'{holder['name']}' has a score for '{odd[0]}', and '{lacking['name']}' has none",
-            hint="the function must return the same tasks for every model",
-        )
-
-
-def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    known, every = sum(len(row["cached"]) for row in rows), sum(len(row["scores"]) for row in rows)
-    if not known:
-        return []
-    return [f"{known} of {every} scores were measured before, with the same script, seed and models; --no-cache "
-            "measures again."]  # fmt: skip
-
-
-def _read_report(file: Path) -> dict[str, Any]:
-    """An earlier report.
-
-    Raises:
-        ModelMergeError: It cannot be read, or is none with scores.
-    """
-    try:
-        report = json.loads(file.expanduser().read_bytes())
-        if not report["tasks"] or not all(model["scores"] for model in report["models"]):
-            raise ValueError
-    except OSError as error:
-        raise ModelMergeError(f"--compare {file}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelMergeError(
-            f"--compare {file}: no report of scores", hint="save one: modelmerge eval custom ... --json > report.json"
-        ) from error
-    return report
-
-
-def _refuse_cardless(models: Sequence[Reference]) -> None:
-    for model in models:
-        if model.repository is not None or not model.path.is_dir():
-            raise UsageError(
-                f"--update-card: '{model.text}' is no directory here, whose card could be written",
-                hint="evaluate the directory, then push it",
-            )
-
-
-def _write_card(reference: Reference, row: Mapping[str, Any]) -> None:
-    """Put a model's scores into its card."""
-    place = reference.path / CARD
-    text = place.read_text(encoding="utf-8") if place.exists() else f"# {reference.name}\n"
-    kind = card.front_matter(reference.path).get("pipeline_tag")
-    results = []
-    for task, score in row["scores"].items():
-        if score["score"] is None:
-            continue
-        detail = [f"{score['count']:,} items" if score["count"] else ""]
-        detail += [f"standard error {score['stderr']:.2g}" if score["stderr"] else ""]
-        detail += [f"{score['normalised']:.1%} of the expert's" if score["normalised"] is not None else ""]
-        results.append(
-            card.Result(
-                task=kind if isinstance(kind, str) else "other", dataset=task, metric=score["metric"],
-                value=score["score"], detail=", ".join(part for part in detail if part),
-            )
-        )  # fmt: skip
-    replace_file(reference.path, CARD, card.with_results(text, results, name=reference.name).encode())
