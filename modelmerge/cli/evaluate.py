@@ -297,11 +297,12 @@ def _finish(report: dict[str, Any], sink: Sink) -> None:
     """Print a report of scores, whatever the suite; exit code 1 where a gate is not passed."""
     for note in report["notes"]:
         sink.note(note)
-    averages = [f"{model['average']:.6g}" for model in report["models"] if model["role"] == "model"]
+    averages = [_plain(model["average"]) for model in report["models"] if model["role"] == "model"]
     sink.result(report, quiet="\n".join(averages), human=_scored(report))
     failures = report.get("gate", {}).get("failures", [])
     for failure in failures:
-        sink.failed(f"'{failure['model']}' has {failure['value']:.4g}, and --fail-under asks for {failure['gate']}")
+        value = "n/a" if failure["value"] is None else f"{failure['value']:.4g}"
+        sink.failed(f"'{failure['model']}' has {value}, and --fail-under asks for {failure['gate']}")
     if failures:
         raise typer.Exit(1)
 
@@ -309,9 +310,12 @@ def _finish(report: dict[str, Any], sink: Sink) -> None:
 def _scored(report: dict[str, Any]) -> list[str | Table]:
     tasks, models = report["tasks"], report["models"]
     # Shares are told in per cent.
-    share = all(0.0 <= model["scores"][task]["score"] <= 1.0 for model in models for task in tasks)
+    share = all(0.0 <= told["score"] <= 1.0 for told in _known(models))
+    lower = [task for task in tasks if models[0]["scores"][task].get("lower")]
     normalised = any(model["normalised"] is not None for model in models)
-    best = {task: _best(models, [model["scores"][task]["score"] for model in models]) for task in tasks}
+    best = {
+        task: _best(models, [model["scores"][task]["score"] for model in models], least=task in lower) for task in tasks
+    }
     best_average = _best(models, [model["average"] for model in models])
     best_normalised = _best(models, [model["normalised"] for model in models])
     rows: list[list[str | Text]] = []
@@ -323,7 +327,12 @@ def _scored(report: dict[str, Any]) -> list[str | Table]:
         if normalised:
             row.append(_cell(model["normalised"], None, share=True, bold=model is best_normalised))
         rows.append(row)
-    columns = ["", *tasks, "average", *(["normalised"] if normalised else [])]
+    columns = [
+        "",
+        *(f"{task} (less is better)" if task in lower else task for task in tasks),
+        "average",
+        *(["normalised"] if normalised else []),
+    ]
     counts = {task: [model["scores"][task]["count"] for model in models] for task in tasks}
     if all(each == own[0] and each is not None for own in counts.values() for each in own):
         rows.append(["items", *(f"{own[0]:,}" for own in counts.values()), *[""] * (1 + normalised)])
@@ -337,19 +346,28 @@ def _scored(report: dict[str, Any]) -> list[str | Table]:
     return lines
 
 
+def _known(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [score for model in models for score in model["scores"].values() if score["score"] is not None]
+
+
+def _plain(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.6g}"
+
+
 def _errors(models: list[dict[str, Any]]) -> bool:
     return any(score["stderr"] is not None for model in models for score in model["scores"].values())
 
 
-def _best(models: list[dict[str, Any]], values: list[float | None]) -> dict[str, Any] | None:
-    """Of several models that are no base and no expert, the one with the largest value."""
-    own = [(value, i) for i, value in enumerate(values) if models[i]["role"] == "model" and value is not None]
+def _best(models: list[dict[str, Any]], values: list[float | None], *, least: bool = False) -> dict[str, Any] | None:
+    """Of several models that are no base and no expert, the one with the largest value, or the least."""
+    own = [(-value if least else value, i) for i, value in enumerate(values)
+           if models[i]["role"] == "model" and value is not None]  # fmt: skip
     return models[max(own)[1]] if len(own) > 1 else None
 
 
 def _cell(value: float | None, error: float | None, share: bool, *, bold: bool) -> str | Text:
     if value is None:
-        return "-"
+        return "n/a"
     shown = f"{100 * value:.1f}" if share else f"{value:.4g}"
     if error is not None:
         shown += f" ±{100 * error:.1f}" if share else f" ±{error:.2g}"
@@ -366,7 +384,8 @@ def _differences(comparison: dict[str, Any], share: bool) -> list[str | Table]:
             error = "" if told["stderr"] is None else f"±{unit * told['stderr']:.2g}"
             p = "-" if told["p"] is None else "< 0.001" if told["p"] < 0.001 else f"{told['p']:.3f}"
             way = {True: "paired", False: "unpaired", None: ""}[told.get("paired")]
-            rows.append([names, task, f"{unit * told['difference']:+.3g}", error, p, way])
+            difference = "n/a" if told["difference"] is None else f"{unit * told['difference']:+.3g}"
+            rows.append([names, task, difference, error, p, way])
             names = ""
     title = f"Differences to {comparison['with']}" + (", percentage points" if share else "")
     return ["", table(title, ["", "task", "difference", "", "p", ""], rows, left=2)]

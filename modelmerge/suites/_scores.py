@@ -17,24 +17,31 @@ _EXACT = 1000  # so many discordant items are counted exactly; more are as good 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """How well a model does at a task; more is better.
+    """How well a model does at a task; more is better, except where `lower` is set.
 
-    `count` items were looked at; `stderr` is the standard error over the draw of the items; `items` are the scores of
-    each, and `ids` what they are called, where they are known; `metric` is what the number is.
+    `value` is None where there is none to tell, as of a correlation with what is constant. `count` items were looked
+    at; `stderr` is the standard error over the draw of the items; `items` are the scores of each, and `ids` what they
+    are called, where they are known; `metric` is what the number is, and `figures` are those of other metrics.
     """
 
-    value: float
+    value: float | None
     count: int | None = None
     stderr: float | None = None
     items: tuple[float, ...] | None = None
     ids: tuple[str, ...] | None = None
     metric: str = "score"
+    lower: bool = False
+    figures: Mapping[str, float | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, as `read_score` takes it."""
-        told = {"score": self.value, "count": self.count, "stderr": self.stderr, "metric": self.metric}
+        """As plain data; `lower` and `figures` only where they say something."""
+        told: dict[str, Any] = {
+            "score": self.value, "count": self.count, "stderr": self.stderr, "metric": self.metric,
+        }  # fmt: skip
         lists = {"items": self.items, "ids": self.ids}
-        return told | {name: list(values) for name, values in lists.items() if values is not None}
+        told |= {name: list(values) for name, values in lists.items() if values is not None}
+        told |= {"lower": True} if self.lower else {}
+        return told | ({"figures": dict(self.figures)} if self.figures is not None else {})
 
 
 def read_score(told: Any, where: str) -> Score:
@@ -111,28 +118,39 @@ def plain(name: str) -> str:
     return re.sub(r"[\W_]+", " ", name).strip().lower()
 
 
-def summarise(tasks: Sequence[str], models: Sequence[dict[str, Any]]) -> None:
+def summarise(tasks: Sequence[str], models: Sequence[dict[str, Any]], experts: Mapping[str, str] | None = None) -> None:
     """Add to each model its `average`, its standard error, and scores `normalised` by the task's expert, in place.
 
-    A task's expert is the one of the task's name. A model's own `normalised` is the mean over the tasks that have one.
+    A task's expert is the one of the task's name, or of the name that `experts` has for it. A model's own `normalised`
+    is the mean over the tasks that have one. Tasks where less is better are in neither mean; a model that lacks a
+    score, whose mean would be over fewer tasks than that of others, has none.
     """
-    experts = {plain(model["name"]): model for model in models if model["role"] == "expert"}
+    known = {plain(model["name"]): model for model in models if model["role"] == "expert"}
+    own = {task: known.get(plain((experts or {}).get(task, task))) for task in tasks}
     for model in models:
-        for task in tasks:
-            own = model["scores"][task]
-            best = experts[plain(task)]["scores"][task]["score"] if plain(task) in experts else None
-            own["normalised"] = own["score"] / best if best else None
-        scores = [model["scores"][task] for task in tasks]
-        model["average"] = statistics.fmean(score["score"] for score in scores)
-        model["average_stderr"] = _mean_error([score["stderr"] for score in scores])
-        shares = [score["normalised"] for score in scores if score["normalised"] is not None]
-        model["normalised"] = statistics.fmean(shares) if shares else None
+        scores, shares = {task: model["scores"][task] for task in tasks}, []
+        for task, told in scores.items():
+            expert = own[task]
+            best = expert["scores"][task]["score"] if expert is not None and not told.get("lower") else None
+            told["normalised"] = told["score"] / best if best and told["score"] is not None else None
+            shares += [told["normalised"]] if best else []
+        counted = [told for told in scores.values() if not told.get("lower")]
+        model["average"] = _mean([told["score"] for told in counted])
+        model["average_stderr"] = None
+        if model["average"] is not None:
+            model["average_stderr"] = _mean_error([told["stderr"] for told in counted])
+        model["normalised"] = _mean(shares)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 def _mean_error(errors: Sequence[float | None]) -> float | None:
     """The standard error of a mean of independent numbers with these; None where one is unknown."""
     known = [error for error in errors if error is not None]
-    return math.hypot(*known) / len(known) if len(known) == len(errors) else None
+    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,37 +182,52 @@ def parse_gate(text: str) -> Gate:
     return Gate(names.get(what, what), number)
 
 
-def check_gates(gates: Sequence[Gate], tasks: Sequence[str], models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def check_gates(
+    gates: Sequence[Gate],
+    tasks: Sequence[str],
+    models: Sequence[Mapping[str, Any]],
+    experts: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Whether the models that are no base and no expert reach every gate, and where they do not.
+
+    A value that there is none of reaches no gate. `experts` as for `summarise`.
 
     Raises:
         UsageError: A gate names no task, or what was not measured.
     """
     failures = []
+    least = [task for task in tasks if not models[0]["scores"][task].get("lower")]
     for gate in gates:
         if gate.what not in ("avg", "normalized", *tasks):
             raise UsageError(
                 f"--fail-under names '{gate.what}', which is no task",
                 hint=f"there are avg, normalized, {', '.join(tasks)}",
             )
+        if not least or gate.what in {*tasks} - {*least}:
+            raise UsageError(
+                f"--fail-under {gate}: less is better, and the gate is a least value",
+                hint=f"there are avg, normalized, {', '.join(least)}" if least else "name another with --metric",
+            )
         for model in (model for model in models if model["role"] == "model"):
             if gate.what == "avg":
                 value = model["average"]
             elif gate.what == "normalized":
-                value = _normalised(model, tasks)
+                value = _normalised(model, least, experts or {})
             else:
                 value = model["scores"][gate.what]["score"]
-            if value < gate.least:
+            if value is None or value < gate.least:
                 failures.append({"model": model["name"], "gate": str(gate), "value": value})
     return {"gates": [str(gate) for gate in gates], "passed": not failures, "failures": failures}
 
 
-def _normalised(model: Mapping[str, Any], tasks: Sequence[str]) -> float:
-    lacking = [task for task in tasks if model["scores"][task]["normalised"] is None]
+def _normalised(model: Mapping[str, Any], tasks: Sequence[str], experts: Mapping[str, str]) -> float | None:
+    scores = {task: model["scores"][task] for task in tasks}
+    lacking = [task for task, told in scores.items() if told["normalised"] is None and told["score"] is not None]
     if lacking:
+        name = experts.get(lacking[0], lacking[0])
         raise UsageError(
-            f"--fail-under normalized: there is no expert called '{lacking[0]}' with a score at that task",
-            hint=f"name it: --expert {lacking[0]}=REF",
+            f"--fail-under normalized: there is no expert called '{name}' with a score at that task",
+            hint=f"name it: --expert {name}=REF",
         )
     return model["normalised"]
 
@@ -223,14 +256,24 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict
 def _of_pair(
     model: Mapping[str, Any], before: Mapping[str, Any], tasks: Sequence[str], *, same_items: bool
 ) -> dict[str, Any]:
-    found = {task: _difference(model["scores"][task], before["scores"][task], same_items) for task in tasks}
-    average = statistics.fmean(each["difference"] for each in found.values())
-    error = _mean_error([each["stderr"] for each in found.values()])
+    found = {}
+    for task in tasks:
+        ours, theirs = model["scores"][task], before["scores"][task]
+        if ours["metric"] != theirs["metric"]:
+            raise UsageError(f"--compare: '{task}' is {ours['metric']} here, and {theirs['metric']} there")
+        found[task] = _difference(ours, theirs, same_items)
+    counted = [told for task, told in found.items() if not model["scores"][task].get("lower")]
+    average = _mean([told["difference"] for told in counted])
+    error = _mean_error([told["stderr"] for told in counted])
     return {
         "model": model["name"],
         "other": before["name"],
         "tasks": found,
-        "average": {"difference": average, "stderr": error, "p": _two_sided(average, error)},
+        "average": {
+            "difference": average,
+            "stderr": error,
+            "p": None if average is None else _two_sided(average, error),
+        },
     }
 
 
@@ -240,6 +283,8 @@ def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], same_items: 
     Paired where the items are the same: those with the same ids, or, without any, as many by the same function. Items
     that are all 0 or 1 go through McNemar's test, exact for few discordant ones; others are taken as normal.
     """
+    if ours["score"] is None or theirs["score"] is None:
+        return {"difference": None, "stderr": None, "p": None, "paired": False}
     difference = ours["score"] - theirs["score"]
     mine, other = ours.get("items") or [], theirs.get("items") or []
     same = ours.get("ids") == theirs.get("ids") and (same_items or ours.get("ids") is not None)

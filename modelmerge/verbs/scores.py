@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Bench:
             is cached.
         measure: The scores of a model at a task, by task.
         onto_base: Models are seen by the base's names, and what they lack is the base's; there must be one.
+        experts: By task, what the expert for it is called, where that is not the task's name.
+        versions: Of packages that bear on the scores, besides modelmerge's own.
     """
 
     suite: str
@@ -45,6 +47,8 @@ class Bench:
     depends: Callable[[str | None], Any] | None
     measure: Callable[[Model, str | None], dict[str, Score]]
     onto_base: bool = False
+    experts: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def run(
@@ -92,15 +96,16 @@ def run(
         for model in opened:
             model.close()
     names = list(rows[0]["scores"])
-    summarise(names, rows)
+    summarise(names, rows, bench.experts)
+    stamped = stamp(found)
     report: dict[str, Any] = {
-        "suite": bench.suite, **stamp(found), **bench.about, "seed": seed, "tasks": names, "models": rows,
-        "notes": _notes(rows),
+        "suite": bench.suite, **stamped, "versions": {**stamped["versions"], **bench.versions}, **bench.about,
+        "seed": seed, "tasks": names, "models": rows, "notes": _notes(rows),
     }  # fmt: skip
     if earlier is not None:
         report["comparison"] = {"with": str(compare), "models": differences(report, earlier)}
     if gates:
-        report["gate"] = check_gates(gates, names, rows)
+        report["gate"] = check_gates(gates, names, rows, bench.experts)
     if update_card:
         for reference, row in zip(looked_at, rows[-len(looked_at) :], strict=True):
             _write_card(reference, row)
@@ -141,7 +146,7 @@ def _scores(
         keeps = bench.depends is not None
         told = {"suite": bench.suite, "model": digest, "task": task, "seed": seed,
                 "depends": bench.depends(task) if bench.depends is not None else None}  # fmt: skip
-        name = _cache.key({**told, "device": device, "versions": versions()})
+        name = _cache.key({**told, "device": device, "versions": {**versions(), **bench.versions}})
         entry = _cache.recall(name) if cache and keeps else None
         if entry is None:
             started = time.monotonic()
@@ -215,6 +220,8 @@ def _write_card(reference: Reference, row: Mapping[str, Any]) -> None:
     kind = card.front_matter(reference.path).get("pipeline_tag")
     results = []
     for task, score in row["scores"].items():
+        if score["score"] is None:
+            continue
         detail = [f"{score['count']:,} items" if score["count"] else ""]
         detail += [f"standard error {score['stderr']:.2g}" if score["stderr"] else ""]
         detail += [f"{score['normalised']:.1%} of the expert's" if score["normalised"] is not None else ""]
