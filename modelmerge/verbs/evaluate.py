@@ -91,6 +91,8 @@ def evaluate_weights(
     if on_mismatch not in plan.ON_MISMATCH:
         raise UsageError(f"--on-mismatch must be one of {', '.join(plan.ON_MISMATCH)}, not '{on_mismatch}'")
     looked_at = parse_all(as_references(models), "model")
+    if not looked_at:
+        raise UsageError("no model is named", hint="give at least one MODEL")
     base, told = _origins(looked_at, base, as_references(experts))
     others = parse_experts(told)
     taken = {expert.name for expert in others}
