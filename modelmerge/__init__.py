@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "disentangle", "extract", "merge", "push", "replay"]
+__all__ = ["__version__", "disentangle", "evaluate", "extract", "merge", "push", "replay"]
 
 if TYPE_CHECKING:
+    from modelmerge.verbs.evaluate import evaluate
     from modelmerge.verbs.merge import merge, replay
     from modelmerge.verbs.push import push
     from modelmerge.verbs.vectors import disentangle, extract

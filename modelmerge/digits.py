@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -241,11 +242,23 @@ def accuracy(state: Mapping[str, Tensor], task: Task) -> float:
     Returns:
         The share of images answered right, from 0 to 1.
     """
+    return int(right(state, task).sum()) / len(task.test_y)
+
+
+def right(state: Mapping[str, Tensor], task: Task) -> Tensor:
+    """Which images of a task's test split a model answers right, bool [n]."""
     network = _build(seed=0)
     network.load_state_dict(state)
     with torch.no_grad():
         answers = network(task.test_x, torch.full_like(task.test_y, task.index)).argmax(1)
-    return int((answers == task.test_y).sum()) / len(task.test_y)
+    return answers == task.test_y
+
+
+def scores(model: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """A model's scores at all tasks, image by image, for `eval custom --script modelmerge.digits:scores`."""
+    return {
+        name: {"items": right(model, task).int().tolist(), "metric": "accuracy"} for name, task in load_tasks().items()
+    }
 
 
 def _build(seed: int) -> _Network:

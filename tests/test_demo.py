@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,29 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFi
     assert rows["average"]["mean"] < rows["task-arithmetic"]["mean"]
     assert Path(told["manifests"]["apgd"]).is_file()
     assert told["commands"]["apgd"].startswith("modelmerge merge apgd ")
+    _evaluated(tmp_path / "demo", rows, capsys)
+
+
+def _evaluated(demo: Path, rows: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """`eval` finds what the demo has measured, and knows the experts of its merges."""
+    words = ["eval", "custom", "--script", "modelmerge.digits:scores", str(demo / "merged" / "apgd")]
+    experts = [word for task in digits.TASKS for word in ("--expert", str(demo / "experts" / task))]
+    assert main([*words, *experts, "--base", str(demo / "base"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    models = {model["name"]: model for model in told["models"]}
+    assert told["tasks"] == list(digits.TASKS)
+    for name, model in models.items():
+        for task, accuracy in rows[name]["accuracy"].items():
+            assert model["scores"][task]["score"] == pytest.approx(accuracy)
+        assert model["average"] == pytest.approx(rows[name]["mean"])
+    assert models["apgd"]["normalised"] == pytest.approx(
+        sum(rows["apgd"]["accuracy"][task] / rows[task]["accuracy"][task] for task in digits.TASKS) / len(digits.TASKS)
+    )
+    assert models["base"]["normalised"] < models["apgd"]["normalised"] < 1.0
+    assert main(["eval", "weights", str(demo / "merged" / "apgd"), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["model"]
+    assert list(figures["experts"]["norms"]) == list(digits.TASKS)
+    assert figures["models"]["apgd"]["apgd_gap"] < 1.0
 
 
 def test_the_correction_of_apgd_pays(tmp_path: Path) -> None:

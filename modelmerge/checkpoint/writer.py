@@ -87,6 +87,34 @@ def _refuse_content(target: Path, *, force: bool) -> None:
         raise OutputError(f"the output {target} is not empty", hint="name another directory, or replace it: --force")
 
 
+def replace_file(output: Path, name: str, content: bytes) -> None:
+    """Put another file in the place of one in a finished output, and its digest into the manifest, if there is one.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    manifest = output / MANIFEST
+    try:
+        told = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
+        _replace(output / name, content)
+        if name in told.get("files", {}):
+            told["files"][name] = {"sha256": sha256(output / name), "bytes": len(content)}
+            _replace(manifest, (json.dumps(told, indent=2) + "\n").encode())
+    except (OSError, ValueError, AttributeError) as error:
+        raise OutputError(f"{output / name} cannot be written: {error}") from error
+
+
+def _replace(file: Path, content: bytes) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        if file.exists():
+            shutil.copymode(file, temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def finished(output: Path, fingerprint: str) -> dict[str, Any] | None:
     """The manifest of an output that is complete, undamaged and of the job with that fingerprint; None otherwise."""
     try:

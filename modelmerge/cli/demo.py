@@ -77,6 +77,9 @@ def demo(
             ),
             "\nAn expert masters its own task; a merge has to hold all six. Every method ran at its defaults.",
             f"\nThe models are in [bold]{out}[/]. This made the best merge:\n  {story.commands[best.model]}",
+            f"\nHow a merge stands to the experts, by its weights, and what all merges score:\n"
+            f"  modelmerge eval weights {out}/merged/{best.model.replace(' ', '')}\n"
+            f"  modelmerge eval custom {out}/merged/* --script modelmerge.digits:scores",
             f"\nWith your own models, look before you merge:\n  modelmerge merge {line} --dry-run",
         ],
     )

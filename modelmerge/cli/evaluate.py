@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,11 +14,16 @@ from modelmerge.cli.output import Bars, Sink, table
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 EXAMPLES = (
     "modelmerge eval                                              (lists the suites)",
     "modelmerge eval weights merged                               (its modelmerge.json names base and experts)",
     "modelmerge eval weights ties apgd --base base --expert math --expert code=runs/9",
+    "modelmerge eval custom merged --script metric.py:accuracy",
+    "modelmerge eval custom ties apgd --script metric.py:accuracy --base base --expert svhn --expert mnist",
+    "modelmerge eval custom merged --script metric.py:accuracy --json > today.json",
+    "modelmerge eval custom merged --script metric.py:accuracy --compare today.json --fail-under avg=0.70",
 )
 _SHOWN_COSINES = 12  # experts: a wider matrix does not fit a terminal, and is in the JSON
 _PANEL = "Options of the suite"
@@ -51,6 +56,34 @@ Include = Annotated[
 Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Leave out tensors of such names. Repeatable.", metavar="GLOB", rich_help_panel=_PANEL),
+]
+
+
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", help="Measure again what was measured before.", rich_help_panel=_PANEL),
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        "--compare",
+        help="Tell the differences to an earlier report, written by --json, and their significance.",
+        metavar="FILE",
+        rich_help_panel=_PANEL,
+    ),
+]
+FailUnder = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-under",
+        help="Exit with 1 if a MODEL has less: avg=0.70, normalized=0.95 or TASK=0.8. Repeatable.",
+        metavar="WHAT=LEAST",
+        rich_help_panel=_PANEL,
+    ),
+]
+UpdateCard = Annotated[
+    bool,
+    typer.Option("--update-card", help="Write the scores into each MODEL's model card.", rich_help_panel=_PANEL),
 ]
 
 
@@ -126,7 +159,166 @@ def _weights(
     sink.result(report, quiet="\n".join(cosines), human=_told(report))
 
 
-COMMANDS = {"weights": _weights}
+def _custom(
+    models: Models,
+    script: Annotated[
+        str,
+        typer.Option(
+            "--script",
+            metavar="FILE:FUNCTION",
+            help="A Python function that is given a model and returns its score, or a mapping of tasks to scores. Or "
+            "package.module:FUNCTION.",
+            rich_help_panel=_PANEL,
+        ),
+    ],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="Call FUNCTION(model, task) for this task. Repeatable.",
+            metavar="NAME",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
+    ] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--expert",
+            help="Evaluate this expert too; scores at the task of its name are normalised by it. Repeatable.",
+            metavar="[TASK=]REF",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of Python's, numpy's and torch's generators.", rich_help_panel=_PANEL)
+    ] = 0,
+    no_cache: NoCache = False,
+    compare: Compare = None,
+    fail_under: FailUnder = None,
+    update_card: UpdateCard = False,
+    device: opt.Device = "auto",
+    form: opt.Form = "human",
+    json: opt.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    import contextlib
+    import sys
+
+    from modelmerge.verbs.evaluate import evaluate_custom
+
+    sink = Sink(chosen_format(form, json, quiet))
+    # What a script prints is no result.
+    with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
+        report = evaluate_custom(
+            models, metric=script, tasks=task or (), base=base, experts=expert or (), seed=seed, cache=not no_cache,
+            compare=compare, fail_under=fail_under or (), update_card=update_card, device=device, reporter=bars,
+        )  # fmt: skip
+    _finish(report, sink)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"custom": _custom, "weights": _weights}
+
+
+def _finish(report: dict[str, Any], sink: Sink) -> None:
+    """Print a report of scores, whatever the suite; exit code 1 where a gate is not passed."""
+    for note in report["notes"]:
+        sink.note(note)
+    averages = [_plain(model["average"]) for model in report["models"] if model["role"] == "model"]
+    sink.result(report, quiet="\n".join(averages), human=_scored(report))
+    failures = report.get("gate", {}).get("failures", [])
+    for failure in failures:
+        value = "n/a" if failure["value"] is None else f"{failure['value']:.4g}"
+        sink.failed(f"'{failure['model']}' has {value}, and --fail-under asks for {failure['gate']}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _scored(report: dict[str, Any]) -> list[str | Table]:
+    tasks, models = report["tasks"], report["models"]
+    # Shares are told in per cent.
+    share = all(0.0 <= told["score"] <= 1.0 for told in _known(models))
+    lower = [task for task in tasks if models[0]["scores"][task].get("lower")]
+    normalised = any(model["normalised"] is not None for model in models)
+    best = {
+        task: _best(models, [model["scores"][task]["score"] for model in models], least=task in lower) for task in tasks
+    }
+    best_average = _best(models, [model["average"] for model in models])
+    best_normalised = _best(models, [model["normalised"] for model in models])
+    rows: list[list[str | Text]] = []
+    for model in models:
+        told = model["scores"]
+        row: list[str | Text] = [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}"]
+        row += [_cell(told[task]["score"], told[task]["stderr"], share, bold=model is best[task]) for task in tasks]
+        row.append(_cell(model["average"], model["average_stderr"], share, bold=model is best_average))
+        if normalised:
+            row.append(_cell(model["normalised"], None, share=True, bold=model is best_normalised))
+        rows.append(row)
+    columns = [
+        "",
+        *(f"{task} (less is better)" if task in lower else task for task in tasks),
+        "average",
+        *(["normalised"] if normalised else []),
+    ]
+    counts = {task: [model["scores"][task]["count"] for model in models] for task in tasks}
+    if all(each == own[0] and each is not None for own in counts.values() for each in own):
+        rows.append(["items", *(f"{own[0]:,}" for own in counts.values()), *[""] * (1 + normalised)])
+    metrics = {model["scores"][task]["metric"] for model in models for task in tasks}
+    title = (
+        f"{', '.join(sorted(metrics))}{', per cent' if share else ''}{', ± standard error' if _errors(models) else ''}"
+    )
+    lines: list[str | Table] = [table(title[0].upper() + title[1:], columns, rows)]
+    if "comparison" in report:
+        lines += _differences(report["comparison"], share)
+    return lines
+
+
+def _known(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [score for model in models for score in model["scores"].values() if score["score"] is not None]
+
+
+def _plain(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.6g}"
+
+
+def _errors(models: list[dict[str, Any]]) -> bool:
+    return any(score["stderr"] is not None for model in models for score in model["scores"].values())
+
+
+def _best(models: list[dict[str, Any]], values: list[float | None], *, least: bool = False) -> dict[str, Any] | None:
+    """Of several models that are no base and no expert, the one with the largest value, or the least."""
+    own = [(-value if least else value, i) for i, value in enumerate(values)
+           if models[i]["role"] == "model" and value is not None]  # fmt: skip
+    return models[max(own)[1]] if len(own) > 1 else None
+
+
+def _cell(value: float | None, error: float | None, share: bool, *, bold: bool) -> str | Text:
+    if value is None:
+        return "n/a"
+    shown = f"{100 * value:.1f}" if share else f"{value:.4g}"
+    if error is not None:
+        shown += f" ±{100 * error:.1f}" if share else f" ±{error:.2g}"
+    from rich.text import Text
+
+    return Text(shown, style="bold") if bold else shown
+
+
+def _differences(comparison: dict[str, Any], share: bool) -> list[str | Table]:
+    rows, unit = [], 100 if share else 1
+    for pair in comparison["models"]:
+        names = pair["model"] if pair["model"] == pair["other"] else f"{pair['model']} - {pair['other']}"
+        for task, told in {**pair["tasks"], "average": pair["average"]}.items():
+            error = "" if told["stderr"] is None else f"±{unit * told['stderr']:.2g}"
+            p = "-" if told["p"] is None else "< 0.001" if told["p"] < 0.001 else f"{told['p']:.3f}"
+            way = {True: "paired", False: "unpaired", None: ""}[told.get("paired")]
+            difference = "n/a" if told["difference"] is None else f"{unit * told['difference']:+.3g}"
+            rows.append([names, task, difference, error, p, way])
+            names = ""
+    title = f"Differences to {comparison['with']}" + (", percentage points" if share else "")
+    return ["", table(title, ["", "task", "difference", "", "p", ""], rows, left=2)]
 
 
 def _told(report: dict[str, Any]) -> list[str | Table]:

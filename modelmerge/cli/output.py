@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from modelmerge.errors import ModelMergeError
 
@@ -51,6 +53,10 @@ class Sink:
         """Say something a person should know; nothing in quiet form."""
         if self.form != "quiet":
             self.margin.print(f"[yellow]note:[/] {escape(message)}")
+
+    def failed(self, message: str) -> None:
+        """Say on stderr that a result is not what was asked for; the result itself has been printed."""
+        self.margin.print(f"[bold red]error:[/] {escape(message)}")
 
     def error(self, error: ModelMergeError) -> None:
         """Say what went wrong and what to do, on stderr; with JSON, also as the one object on stdout."""
@@ -122,11 +128,11 @@ def size(count: int) -> str:
     raise AssertionError("unreachable")
 
 
-def table(title: str | None, columns: list[str], rows: list[list[str]], *, left: int = 1) -> Table:
-    """A plain table; the first `left` columns are text, the others numbers."""
+def table(title: str | None, columns: list[str], rows: Sequence[Sequence[str | Text]], *, left: int = 1) -> Table:
+    """A plain table; the first `left` columns are words, the others numbers. A cell may have a style of its own."""
     made = Table(title=title, box=None, pad_edge=False, padding=(0, 1), header_style="bold", title_justify="left")
     for i, column in enumerate(columns):
         made.add_column(column, justify="left" if i < left else "right", no_wrap=True)
     for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
+        made.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
     return made

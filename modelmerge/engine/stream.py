@@ -24,6 +24,11 @@ Found = TypeVar("Found")
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+_OTHER_DTYPES = {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +266,21 @@ def wholes(source: Source, tensors: Sequence[TensorPlan], *, check: bool) -> Ite
             piece, theta_0, taus = ahead.result()
             ahead = reading.submit(whole, source, tensors[i + 1], check=check) if i + 1 < len(tensors) else None
             yield piece, theta_0.to(source.device), taus.to(source.device)
+
+
+def read_tensor(model: Checkpoint, name: str) -> Tensor:
+    """A tensor as the model stores it, on the host.
+
+    Raises:
+        CheckpointError: The file ends before it, or it is of a dtype that torch lacks.
+    """
+    info = model.tensors[name]
+    dtype = (TORCH_DTYPES | _OTHER_DTYPES).get(info.dtype)
+    if dtype is None:
+        raise CheckpointError(f"{info.file}: tensor '{name}' is {info.dtype}, which torch has no dtype for")
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    model.read_into(info, 0, _buffer(raw))
+    return raw.view(dtype).view(info.shape)
 
 
 def loaded(source: Source, tensor: TensorPlan) -> Tensor:

@@ -1,10 +1,11 @@
-"""evaluate: what a merge is worth, by its weights."""
+"""evaluate: merged models by their weights, or by their scores at tasks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,41 @@ from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_e
 from modelmerge.engine.job import prepare_process
 from modelmerge.errors import UsageError
 from modelmerge.report import SILENT, Reporter
-from modelmerge.suites import weights
-from modelmerge.verbs.inputs import as_references, fetch, open_references, record, remarks, source_of, stamp
+from modelmerge.suites import custom, weights
+from modelmerge.suites._model import Model
+from modelmerge.suites._scores import Score
+from modelmerge.verbs.inputs import (
+    as_references,
+    fetch,
+    open_references,
+    record,
+    remarks,
+    source_of,
+    stamp,
+)
+from modelmerge.verbs.scores import Bench, run
+
+
+def evaluate(
+    models: Sequence[str | Path] | Mapping[str, str | Path], *, suite: str = "custom", **options: Any
+) -> dict[str, Any]:
+    """Evaluate models by a suite of `modelmerge eval`; its report.
+
+    Args:
+        models: References of the models, `[NAME=]REF` each, or a mapping of name to reference.
+        suite: `custom`: by a function, `metric=`, see `evaluate_custom`; `weights`: see `evaluate_weights`.
+        **options: The suite's options.
+
+    Raises:
+        ModelMergeError: See `modelmerge.errors` for the kinds.
+    """
+    if suite not in SUITES:
+        near = get_close_matches(suite, SUITES, n=1)
+        raise UsageError(
+            f"there is no suite '{suite}'",
+            hint=f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(SUITES)}",
+        )
+    return SUITES[suite](models, **options)
 
 
 def evaluate_weights(
@@ -77,7 +111,7 @@ def evaluate_weights(
         merged = list(zip(columns, inputs[1 + len(others) :], opened[len(others) :], strict=True))
         return {
             "suite": "weights",
-            **stamp(source),
+            **stamp(source.device),
             "base": inputs[0],
             "experts": inputs[1 : 1 + len(others)],
             "models": [
@@ -135,3 +169,67 @@ def _measured_rounding(model: Checkpoint) -> float | None:
         return json.loads((model.directory / MANIFEST).read_bytes())["rounding"]["relative_error"]
     except (AssertionError, OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def evaluate_custom(
+    models: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    metric: custom.Metric | str,
+    tasks: Sequence[str] = (),
+    base: str | Path | None = None,
+    experts: Sequence[str | Path] | Mapping[str, str | Path] = (),
+    seed: int = 0,
+    cache: bool = True,
+    key: str | None = None,
+    compare: str | Path | None = None,
+    fail_under: Sequence[str] = (),
+    update_card: bool = False,
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """The scores of models at tasks, by a function that is given each model.
+
+    Args:
+        models: References of the models to evaluate, `[NAME=]REF` each, or a mapping of name to reference.
+        metric: A function, or `FILE:FUNCTION`. It is given a model (`modelmerge.suites.custom.Model`: a mapping of
+            tensor names to tensors that are read when asked for, with `path`, `name` and `device`), and returns a
+            score, or a mapping of tasks to scores. A score is a number, more is better, or a mapping: `score` with
+            `count` and `stderr`; `correct` and `count`; or `items`, the score of each item, with `ids` if there are.
+        tasks: Call the function for each of these, as `metric(model, task)`; each is kept as soon as it is done.
+        base: The base, to be evaluated too; adapters and task vectors need it.
+        experts: The experts, to be evaluated too; a task's scores are normalised by the expert of its name.
+        seed: Python's, numpy's and torch's generators are seeded with it before each call.
+        cache: Do not measure again what was measured before.
+        key: With a function that is no `FILE:FUNCTION`: what the cache knows it by; without it, nothing is cached.
+        compare: An earlier report, as a file: differences to it, with their significance.
+        fail_under: Least values, `avg=0.70`, `normalized=0.95` or `TASK=0.8`; whether they are met is in `gate`.
+        update_card: Write the scores into each model's card; they must be directories here.
+        device: What the function is told to compute on: cpu, cuda, cuda:N or auto.
+        reporter: Is told the progress.
+
+    Returns:
+        `tasks`; `models`, each with `role` (base, expert or model), `scores` by task, `average` and `normalised`;
+        `comparison` and `gate` where asked for; the seed, versions, and sha256 of all models.
+
+    Raises:
+        ModelMergeError: The function raises, or returns what is no score; see `modelmerge.errors` for other kinds.
+    """
+    script = metric if callable(metric) else custom.load_script(metric)
+    if not isinstance(script, custom.Script):
+        script = custom.Script(script, getattr(script, "__name__", "metric"), key or "")
+    custom.check_metric(script.metric, script.label, by_task=bool(tasks))
+
+    def measure(model: Model, task: str | None) -> dict[str, Score]:
+        return custom.measure(script.metric, script.label, model, task, seed)
+
+    bench = Bench(
+        suite="custom", about={"metric": {"function": script.label, "sha256": script.digest or None}},
+        tasks=tuple(tasks) or (None,), depends=(lambda task: script.digest) if script.digest else None, measure=measure,
+    )  # fmt: skip
+    return run(
+        bench, models, base, experts, seed=seed, cache=cache, compare=compare, fail_under=fail_under,
+        update_card=update_card, device=device, reporter=reporter,
+    )  # fmt: skip
+
+
+SUITES: dict[str, Callable[..., dict[str, Any]]] = {"custom": evaluate_custom, "weights": evaluate_weights}

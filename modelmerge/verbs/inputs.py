@@ -115,11 +115,11 @@ def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
     }
 
 
-def stamp(source: Source) -> dict[str, Any]:
+def stamp(device: object) -> dict[str, Any]:
     """What every manifest says of its making: the format, where, when, with which versions."""
     return {
         "format": FORMAT,
-        "device": str(source.device),
+        "device": str(device),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
     }
@@ -191,20 +191,28 @@ def wanted(plan: Plan, *, beside: Beside, stream: bool = False) -> list[tuple[hu
     needed = []
     for model in plan.models:
         remote = model.reference.repository
-        if remote is None:
-            continue
-        # A tensor whose elements lie in another order would be read over and over again.
-        infos = model.tensors.values()
-        parts = [*infos, *(part for info in infos if info.change for part in info.change.parts)]
-        gathered = {part.file for part in parts if part.strides is not None}
-        places = [remote.place(file) for file in model.files if not stream or file in gathered]
-        if beside != "nothing" and model.directory is not None:
-            folder = f"{remote.inside}/" if remote.inside else ""
-            lies = {place.removeprefix(folder): place for place in remote.files if place.startswith(folder)}
+        if remote is not None:
             whole = beside == "all" and model is plan.base
-            places += [place for name, place in lies.items() if name == CARD or (whole and is_companion(name))]
-        needed.append((remote, places))
+            needed.append((remote, _places(model, remote, cards=beside != "nothing", companions=whole, stream=stream)))
     return needed
+
+
+def _places(
+    model: Checkpoint, remote: hub.Repository, *, cards: bool, companions: bool, stream: bool = False
+) -> list[str]:
+    """The files of a model's repository that are needed, by their place there."""
+    # A tensor whose elements lie in another order would be read over and over again.
+    infos = model.tensors.values()
+    parts = [*infos, *(part for info in infos if info.change for part in info.change.parts)]
+    gathered = {part.file for part in parts if part.strides is not None}
+    places = [remote.place(file) for file in model.files if not stream or file in gathered]
+    if model.directory is not None:
+        folder = f"{remote.inside}/" if remote.inside else ""
+        lies = {place.removeprefix(folder): place for place in remote.files if place.startswith(folder)}
+        places += [
+            place for name, place in lies.items() if (cards and name == CARD) or (companions and is_companion(name))
+        ]
+    return places
 
 
 def with_downloads(told: dict[str, Any], plan: Plan, *, beside: Beside, streamed: int | None) -> dict[str, Any]:
@@ -232,3 +240,15 @@ def fetch(plan: Plan, reporter: Reporter, *, beside: Beside, stream: bool) -> No
     for model in plan.models:
         if model.reference.repository is not None:
             model.look_again()
+
+
+def fetch_whole(models: Iterable[Checkpoint], reporter: Reporter) -> None:
+    """Have whole models from the Hub in the shared cache, with what lies beside their weights.
+
+    Raises:
+        HubError: The disk is too small, the Hub refuses, or cannot be reached.
+    """
+    remote = [(model, model.reference.repository) for model in models if model.reference.repository is not None]
+    hub.fetch([(there, _places(model, there, cards=False, companions=True)) for model, there in remote], reporter)
+    for model, _ in remote:
+        model.look_again()

@@ -459,7 +459,7 @@ def _manifest(
         experts=tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts),
     )
     return {
-        **stamp(job.source),
+        **stamp(job.source.device),
         "recipe": located.to_dict(),
         "command": recipe.command(str(out)),
         "inputs": {

@@ -483,7 +483,7 @@ def _publish(
     """Write every directory's manifest, then that of the whole."""
     models = opened.source.plan.models
     digests = [model.digests() for model in models]
-    common = stamp(opened.source)
+    common = stamp(opened.source.device)
     base = record(models[0], digests[0])
     staging.write_indices()
     for i, name in enumerate(opened.names):

@@ -1,0 +1,316 @@
+"""Scores of models at tasks: what one is, what they come to, how two reports differ, whether a gate is passed."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelmerge.errors import ModelMergeError, UsageError
+
+_KEYS = ("score", "correct", "items", "count", "stderr", "ids", "metric")  # of a score that is told as a mapping
+_EXACT = 1000  # so many discordant items are counted exactly; more are as good as normal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How well a model does at a task; more is better, except where `lower` is set.
+
+    `value` is None where there is none to tell, as of a correlation with what is constant. `count` items were looked
+    at; `stderr` is the standard error over the draw of the items; `items` are the scores of each, and `ids` what they
+    are called, where they are known; `metric` is what the number is, and `figures` are those of other metrics.
+    """
+
+    value: float | None
+    count: int | None = None
+    stderr: float | None = None
+    items: tuple[float, ...] | None = None
+    ids: tuple[str, ...] | None = None
+    metric: str = "score"
+    lower: bool = False
+    figures: Mapping[str, float | None] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; `lower` and `figures` only where they say something."""
+        told: dict[str, Any] = {
+            "score": self.value, "count": self.count, "stderr": self.stderr, "metric": self.metric,
+        }  # fmt: skip
+        lists = {"items": self.items, "ids": self.ids}
+        told |= {name: list(values) for name, values in lists.items() if values is not None}
+        told |= {"lower": True} if self.lower else {}
+        return told | ({"figures": dict(self.figures)} if self.figures is not None else {})
+
+
+def read_score(told: Any, where: str) -> Score:
+    """The score that somebody's function returned.
+
+    Args:
+        told: A number; or a mapping with `items`, the score of each item (their mean is the score); or with `correct`
+            and `count` (their ratio); or with `score` and, if known, `count` and `stderr`. `metric` names the number,
+            and `ids` the items.
+        where: What errors call it.
+
+    Raises:
+        ModelMergeError: It is none of these, or not finite.
+    """
+    if not isinstance(told, Mapping):
+        return Score(value=_number(told, where))
+    odd = [key for key in told if key not in _KEYS]
+    ways = [key for key in ("items", "correct", "score") if told.get(key) is not None]
+    if odd or not ways:
+        raise ModelMergeError(
+            f"{where}: {'unknown key ' + repr(odd[0]) if odd else 'no score in it'}",
+            hint=f"a score is a number, or a mapping with some of: {', '.join(_KEYS)}",
+        )
+    metric, ids = str(told.get("metric") or "score"), told.get("ids")
+    count = None if told.get("count") is None else _count(told["count"], where)
+    stderr = None if told.get("stderr") is None else _number(told["stderr"], f"{where}, stderr")
+    if ways[0] == "items":
+        items = tuple(_number(item, f"{where}, item {i}") for i, item in enumerate(told["items"]))
+        if not items:
+            raise ModelMergeError(f"{where}: there are no items", hint="is the data set empty?")
+        if ids is not None and len(ids) != len(items):
+            raise ModelMergeError(f"{where}: {len(items)} items, and {len(ids)} ids")
+        spread = statistics.stdev(items) / math.sqrt(len(items)) if len(items) > 1 else None
+        return Score(
+            value=statistics.fmean(items), count=len(items), stderr=spread, items=items, metric=metric,
+            ids=None if ids is None else tuple(map(str, ids)),
+        )  # fmt: skip
+    if ways[0] == "correct":
+        correct = _number(told["correct"], f"{where}, correct")
+        if not count or not 0 <= correct <= count:
+            raise ModelMergeError(
+                f"{where}: {correct:g} correct of {count}", hint="give correct and count of all items"
+            )
+        share = correct / count
+        return Score(value=share, count=count, stderr=math.sqrt(share * (1 - share) / count), metric=metric)
+    return Score(value=_number(told["score"], where), count=count, stderr=stderr, metric=metric)
+
+
+def _number(value: Any, where: str) -> float:
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a scalar of torch or numpy
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ModelMergeError(
+            f"{where}: {_shown(value)} is no number", hint="return a number, or a mapping of tasks to numbers"
+        )
+    if not math.isfinite(value):
+        raise ModelMergeError(f"{where}: the score is {value}", hint="a score must be a finite number")
+    return float(value)
+
+
+def _count(value: Any, where: str) -> int:
+    number = _number(value, f"{where}, count")
+    if number < 1 or number != int(number):
+        raise ModelMergeError(f"{where}: a count of {number:g}", hint="the count is the number of items looked at")
+    return int(number)
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+def plain(name: str) -> str:
+    """A name for comparison: in lower case, whatever is between the words a space."""
+    return re.sub(r"[\W_]+", " ", name).strip().lower()
+
+
+def summarise(tasks: Sequence[str], models: Sequence[dict[str, Any]], experts: Mapping[str, str] | None = None) -> None:
+    """Add to each model its `average`, its standard error, and scores `normalised` by the task's expert, in place.
+
+    A task's expert is the one of the task's name, or of the name that `experts` has for it. A model's own `normalised`
+    is the mean over the tasks that have one. Tasks where less is better are in neither mean; a model that lacks a
+    score, whose mean would be over fewer tasks than that of others, has none.
+    """
+    known = {plain(model["name"]): model for model in models if model["role"] == "expert"}
+    own = {task: known.get(plain((experts or {}).get(task, task))) for task in tasks}
+    for model in models:
+        scores, shares = {task: model["scores"][task] for task in tasks}, []
+        for task, told in scores.items():
+            expert = own[task]
+            best = expert["scores"][task]["score"] if expert is not None and not told.get("lower") else None
+            told["normalised"] = told["score"] / best if best and told["score"] is not None else None
+            shares += [told["normalised"]] if best else []
+        counted = [told for told in scores.values() if not told.get("lower")]
+        model["average"] = _mean([told["score"] for told in counted])
+        model["average_stderr"] = None
+        if model["average"] is not None:
+            model["average_stderr"] = _mean_error([told["stderr"] for told in counted])
+        model["normalised"] = _mean(shares)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def _mean_error(errors: Sequence[float | None]) -> float | None:
+    """The standard error of a mean of independent numbers with these; None where one is unknown."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A least value: of the average, of the normalised average, or of a task."""
+
+    what: str
+    least: float
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return f"{self.what}={self.least:g}"
+
+
+def parse_gate(text: str) -> Gate:
+    """The gate of `--fail-under`: `avg=0.70`, `normalized=0.95` or `TASK=0.8`.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    what, equals, least = text.rpartition("=")
+    try:
+        number = float(least)
+    except ValueError:
+        number = math.nan
+    if not equals or not what or not math.isfinite(number):
+        raise UsageError(f"--fail-under '{text}' is no name and number", hint="as in avg=0.70 or normalized=0.95")
+    names = {"average": "avg", "normalised": "normalized"}
+    return Gate(names.get(what, what), number)
+
+
+def check_gates(
+    gates: Sequence[Gate],
+    tasks: Sequence[str],
+    models: Sequence[Mapping[str, Any]],
+    experts: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Whether the models that are no base and no expert reach every gate, and where they do not.
+
+    A value that there is none of reaches no gate. `experts` as for `summarise`.
+
+    Raises:
+        UsageError: A gate names no task, or what was not measured.
+    """
+    failures = []
+    least = [task for task in tasks if not models[0]["scores"][task].get("lower")]
+    for gate in gates:
+        if gate.what not in ("avg", "normalized", *tasks):
+            raise UsageError(
+                f"--fail-under names '{gate.what}', which is no task",
+                hint=f"there are avg, normalized, {', '.join(tasks)}",
+            )
+        if not least or gate.what in {*tasks} - {*least}:
+            raise UsageError(
+                f"--fail-under {gate}: less is better, and the gate is a least value",
+                hint=f"there are avg, normalized, {', '.join(least)}" if least else "name another with --metric",
+            )
+        for model in (model for model in models if model["role"] == "model"):
+            if gate.what == "avg":
+                value = model["average"]
+            elif gate.what == "normalized":
+                value = _normalised(model, least, experts or {})
+            else:
+                value = model["scores"][gate.what]["score"]
+            if value is None or value < gate.least:
+                failures.append({"model": model["name"], "gate": str(gate), "value": value})
+    return {"gates": [str(gate) for gate in gates], "passed": not failures, "failures": failures}
+
+
+def _normalised(model: Mapping[str, Any], tasks: Sequence[str], experts: Mapping[str, str]) -> float | None:
+    scores = {task: model["scores"][task] for task in tasks}
+    lacking = [task for task, told in scores.items() if told["normalised"] is None and told["score"] is not None]
+    if lacking:
+        name = experts.get(lacking[0], lacking[0])
+        raise UsageError(
+            f"--fail-under normalized: there is no expert called '{name}' with a score at that task",
+            hint=f"name it: --expert {name}=REF",
+        )
+    return model["normalised"]
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The differences of our models to theirs of the same name, or of the only one here to the only one there.
+
+    Raises:
+        UsageError: No model or no task is in both.
+    """
+    mine, other = ([m for m in report["models"] if m["role"] == "model"] for report in (ours, theirs))
+    named = {model["name"]: model for model in theirs["models"]}
+    pairs = [(model, named[model["name"]]) for model in ours["models"] if model["name"] in named]
+    if not any(model["role"] == "model" for model, _ in pairs) and len(mine) == len(other) == 1:
+        pairs.append((mine[0], other[0]))
+    tasks = [task for task in ours["tasks"] if task in theirs["tasks"]]
+    if not pairs or not tasks:
+        raise UsageError(
+            f"--compare: no {'task' if pairs else 'model'} is in both reports",
+            hint="models go by their names: NAME=REF gives one",
+        )
+    same = all(ours.get(key) == theirs.get(key) for key in ("metric", "seed"))
+    return [_of_pair(model, before, tasks, same_items=same) for model, before in pairs]
+
+
+def _of_pair(
+    model: Mapping[str, Any], before: Mapping[str, Any], tasks: Sequence[str], *, same_items: bool
+) -> dict[str, Any]:
+    found = {}
+    for task in tasks:
+        ours, theirs = model["scores"][task], before["scores"][task]
+        if ours["metric"] != theirs["metric"]:
+            raise UsageError(f"--compare: '{task}' is {ours['metric']} here, and {theirs['metric']} there")
+        found[task] = _difference(ours, theirs, same_items)
+    counted = [told for task, told in found.items() if not model["scores"][task].get("lower")]
+    average = _mean([told["difference"] for told in counted])
+    error = _mean_error([told["stderr"] for told in counted])
+    return {
+        "model": model["name"],
+        "other": before["name"],
+        "tasks": found,
+        "average": {
+            "difference": average,
+            "stderr": error,
+            "p": None if average is None else _two_sided(average, error),
+        },
+    }
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], same_items: bool) -> dict[str, Any]:
+    """Ours less theirs, its standard error, and how likely so much is by chance (two-sided p).
+
+    Paired where the items are the same: those with the same ids, or, without any, as many by the same function. Items
+    that are all 0 or 1 go through McNemar's test, exact for few discordant ones; others are taken as normal.
+    """
+    if ours["score"] is None or theirs["score"] is None:
+        return {"difference": None, "stderr": None, "p": None, "paired": False}
+    difference = ours["score"] - theirs["score"]
+    mine, other = ours.get("items") or [], theirs.get("items") or []
+    same = ours.get("ids") == theirs.get("ids") and (same_items or ours.get("ids") is not None)
+    if not mine or len(mine) != len(other) or not same:
+        known = [score["stderr"] for score in (ours, theirs) if score["stderr"] is not None]
+        error = math.hypot(*known) if len(known) == 2 else None
+        return {"difference": difference, "stderr": error, "p": _two_sided(difference, error), "paired": False}
+    steps = [a - b for a, b in zip(mine, other, strict=True)]
+    error = statistics.stdev(steps) / math.sqrt(len(steps)) if len(steps) > 1 else None
+    binary = all(item in (0.0, 1.0) for item in (*mine, *other))
+    p = mcnemar(sum(s > 0 for s in steps), sum(s < 0 for s in steps)) if binary else _two_sided(difference, error)
+    return {"difference": difference, "stderr": error, "p": p, "paired": True}
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """The two-sided p of so many items gained and lost, were both equally likely (McNemar 1947; exact: binomial)."""
+    discordant, fewer = gained + lost, min(gained, lost)
+    if not discordant:
+        return 1.0
+    if discordant > _EXACT:
+        return math.erfc(max(abs(gained - lost) - 1, 0) / math.sqrt(2 * discordant))
+    return min(1.0, 2 * sum(math.comb(discordant, k) for k in range(fewer + 1)) / 2**discordant)
+
+
+def _two_sided(difference: float, error: float | None) -> float | None:
+    """How likely a normal variable of that standard error is as far from zero; None where the error is not known."""
+    if difference == 0.0 or not error:
+        return 1.0 if difference == 0.0 else None
+    return math.erfc(abs(difference) / (error * math.sqrt(2)))
