@@ -91,6 +91,18 @@ def parse_experts(texts: Iterable[str] | Mapping[str, str]) -> tuple[Reference, 
     return parse_all(items, "expert")
 
 
+def parse_models(texts: Iterable[str]) -> tuple[Reference, ...]:
+    """The models to evaluate, in the order given; each name once.
+
+    Raises:
+        UsageError: There is no model, or two have one name.
+    """
+    found = parse_all(texts, "model")
+    if not found:
+        raise UsageError("no model is named", hint="give at least one MODEL")
+    return found
+
+
 def parse_all(texts: Iterable[str], kind: str) -> tuple[Reference, ...]:
     """The references, in the order given; each name once. `kind` is what errors call them.
 

@@ -20,6 +20,7 @@ EXAMPLES = (
     "modelmerge eval                                              (lists the suites)",
     "modelmerge eval weights merged                               (its modelmerge.json names base and experts)",
     "modelmerge eval weights ties apgd --base base --expert math --expert code=runs/9",
+    "modelmerge eval clip merged --data svhn=images/svhn --data dtd=images/dtd --limit 500",
     "modelmerge eval custom merged --script metric.py:accuracy",
     "modelmerge eval custom ties apgd --script metric.py:accuracy --base base --expert svhn --expert mnist",
     "modelmerge eval custom merged --script metric.py:accuracy --json > today.json",
@@ -59,6 +60,15 @@ Exclude = Annotated[
 ]
 
 
+TaskExpert = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert",
+        help="Evaluate this expert too; scores at the task of its name are normalised by it. Repeatable.",
+        metavar="[TASK=]REF",
+        rich_help_panel=_PANEL,
+    ),
+]
 NoCache = Annotated[
     bool,
     typer.Option("--no-cache", help="Measure again what was measured before.", rich_help_panel=_PANEL),
@@ -184,15 +194,7 @@ def _custom(
         str | None,
         typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
     ] = None,
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--expert",
-            help="Evaluate this expert too; scores at the task of its name are normalised by it. Repeatable.",
-            metavar="[TASK=]REF",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
+    expert: TaskExpert = None,
     seed: Annotated[
         int, typer.Option(help="Seed of Python's, numpy's and torch's generators.", rich_help_panel=_PANEL)
     ] = 0,
@@ -220,7 +222,75 @@ def _custom(
     _finish(report, sink)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"custom": _custom, "weights": _weights}
+def _clip(
+    models: Models,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            help="A folder that holds a folder of images for each class (or such folders in test/). Repeatable.",
+            metavar="[TASK=]DIR",
+            rich_help_panel=_PANEL,
+        ),
+    ],
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--classes",
+            help="The classes' names, one a line, or FOLDER<tab>NAME. Default: the folders'. Repeatable.",
+            metavar="[TASK=]FILE",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template",
+            help="A prompt with {} for the class's name. Repeatable: their embeddings are averaged. Default: "
+            "'a photo of a {}.'",
+            metavar="TEXT",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            help="The whole CLIP model, with tokenizer and image processor; evaluated too. Default: what the merge's "
+            "modelmerge.json names.",
+            metavar="REF",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    expert: TaskExpert = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Look at so many images of each folder, drawn with --seed.", rich_help_panel=_PANEL),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.", rich_help_panel=_PANEL)] = 32,
+    seed: Annotated[int, typer.Option(help="Of the images that --limit draws.", rich_help_panel=_PANEL)] = 0,
+    no_cache: NoCache = False,
+    compare: Compare = None,
+    fail_under: FailUnder = None,
+    update_card: UpdateCard = False,
+    device: opt.Device = "auto",
+    form: opt.Form = "human",
+    json: opt.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    from modelmerge.verbs.evaluate import evaluate_clip
+
+    sink = Sink(chosen_format(form, json, quiet))
+    with Bars(sink) as bars:
+        report = evaluate_clip(
+            models, data=data, classes=classes or (), templates=template or (), limit=limit, batch_size=batch_size,
+            base=base, experts=expert or (), seed=seed, cache=not no_cache, compare=compare,
+            fail_under=fail_under or (), update_card=update_card, device=device, reporter=bars,
+        )  # fmt: skip
+    _finish(report, sink)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"clip": _clip, "custom": _custom, "weights": _weights}
 
 
 def _finish(report: dict[str, Any], sink: Sink) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +12,11 @@ from typing import Any
 
 from modelmerge import plan
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
-from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_experts
+from modelmerge.checkpoint.reference import Reference, parse, parse_experts, parse_models
 from modelmerge.engine.job import prepare_process
-from modelmerge.errors import UsageError
+from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.report import SILENT, Reporter
-from modelmerge.suites import custom, weights
+from modelmerge.suites import clip, custom, weights
 from modelmerge.suites._model import Model
 from modelmerge.suites._scores import Score
 from modelmerge.verbs.inputs import (
@@ -37,7 +38,8 @@ def evaluate(
 
     Args:
         models: References of the models, `[NAME=]REF` each, or a mapping of name to reference.
-        suite: `custom`: by a function, `metric=`, see `evaluate_custom`; `weights`: see `evaluate_weights`.
+        suite: `custom`: by a function, `metric=`, see `evaluate_custom`; `clip`: on images, see `evaluate_clip`;
+            `weights`: see `evaluate_weights`.
         **options: The suite's options.
 
     Raises:
@@ -90,7 +92,7 @@ def evaluate_weights(
     prepare_process()
     if on_mismatch not in plan.ON_MISMATCH:
         raise UsageError(f"--on-mismatch must be one of {', '.join(plan.ON_MISMATCH)}, not '{on_mismatch}'")
-    looked_at = parse_all(as_references(models), "model")
+    looked_at = parse_models(as_references(models))
     base, told = _origins(looked_at, base, as_references(experts))
     others = parse_experts(told)
     taken = {expert.name for expert in others}
@@ -128,27 +130,30 @@ def evaluate_weights(
 
 
 def _origins(
-    models: Sequence[Reference], base: str | Path | None, experts: tuple[str, ...]
+    models: Sequence[Reference], base: str | Path | None, experts: tuple[str, ...], *, base_alone: bool = False
 ) -> tuple[str | Path, tuple[str, ...]]:
     """The base and the experts, from the models' manifests where they are not named.
 
     Raises:
         UsageError: No manifest names them, or several name different ones.
     """
-    if base is not None and experts:
+    if base is not None and (experts or base_alone):
         return base, experts
     found = {model.name: _inputs(model) for model in models}
     known = [inputs for inputs in found.values() if inputs is not None]
     silent = next((name for name, inputs in found.items() if inputs is None), None)
     if silent is not None and not known:
-        lacking = " and ".join([*(["--base"] if base is None else []), *(["--expert"] if not experts else [])])
+        lacking = " and ".join(
+            [*(["--base"] if base is None else []), *(["--expert"] if not (experts or base_alone) else [])]
+        )
         raise UsageError(
             f"{lacking} must be named: beside '{silent}' lies no {MANIFEST} of a merge that would tell",
-            hint="--base REF --expert NAME=REF --expert NAME=REF",
+            hint="--base REF" + " --expert NAME=REF --expert NAME=REF" * (not base_alone),
         )
-    if any(inputs != known[0] for inputs in known):
+    if len({inputs[0] if base_alone else inputs for inputs in known}) > 1:
         raise UsageError(
-            "the models are merges of different experts", hint="name those to compare with: --base REF --expert REF"
+            f"the models are merges of different {'bases' if base_alone else 'experts'}",
+            hint="name those to compare with: --base REF" + " --expert REF" * (not base_alone),
         )
     return base if base is not None else known[0][0], experts or known[0][1]
 
@@ -232,4 +237,104 @@ def evaluate_custom(
     )  # fmt: skip
 
 
-SUITES: dict[str, Callable[..., dict[str, Any]]] = {"custom": evaluate_custom, "weights": evaluate_weights}
+def evaluate_clip(
+    models: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    data: Sequence[str | Path] | Mapping[str, str | Path],
+    classes: Sequence[str] | Mapping[str, str | Path] = (),
+    templates: Sequence[str] = (),
+    limit: int | None = None,
+    batch_size: int = 32,
+    base: str | Path | None = None,
+    experts: Sequence[str | Path] | Mapping[str, str | Path] = (),
+    seed: int = 0,
+    cache: bool = True,
+    compare: str | Path | None = None,
+    fail_under: Sequence[str] = (),
+    update_card: bool = False,
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """The accuracy of CLIP models as zero-shot classifiers, on folders of images.
+
+    Models may hold the vision tower alone, or be adapters: what they lack is the base's.
+
+    Args:
+        models: References of the models to evaluate.
+        data: Folders that hold a folder of images for each class, `[NAME=]DIR` each, or a mapping of name to folder.
+        classes: Text files with the classes' names for the prompts, `[NAME=]FILE` each; see
+            `modelmerge.suites.clip.find_images`.
+        templates: Prompts with `{}` for the class's name; their embeddings are averaged. Default: "a photo of a {}.".
+        limit: Look at so many images of each folder, drawn with the seed.
+        batch_size: Images at a time.
+        base: A whole CLIP model with tokenizer and image processor, to be evaluated too. Where it is not given, a
+            merge's own `modelmerge.json` names it.
+        experts: As for `evaluate_custom`, like all that follows.
+        seed: Of the images that `limit` draws.
+        cache: Do not measure again what was measured before.
+        compare: An earlier report.
+        fail_under: Least values.
+        update_card: Write the accuracies into each model's card.
+        device: Where the model runs.
+        reporter: Is told the progress.
+
+    Raises:
+        ModelMergeError: transformers or pillow are not installed (`pip install 'modelmerge[clip]'`); a model is no
+            CLIP model; a folder or an image cannot be read; see `modelmerge.errors` for other kinds.
+    """
+    for module, package in (("PIL", "pillow"), ("transformers", "transformers")):
+        if importlib.util.find_spec(module) is None:
+            raise ModelMergeError(f"eval clip needs {package}", hint="pip install 'modelmerge[clip]'")
+    for flag, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1, not {value}")
+    classifier = clip.Classifier(clip.check_templates(templates), batch_size)
+    folders, files = _named_paths(data), _named_paths(classes)
+    if not folders:
+        raise UsageError("no data are named", hint="--data NAME=DIR, a folder that holds a folder for each class")
+    for name in files:
+        if name not in folders:
+            raise UsageError(f"--classes names '{name}', which is no data set", hint=f"there are: {', '.join(folders)}")
+    found = {name: clip.find_images(name, folder, files.get(name), limit, seed) for name, folder in folders.items()}
+    origin, _ = _origins(parse_models(as_references(models)), base, (), base_alone=True)
+    bench = Bench(
+        suite="clip",
+        about={
+            "templates": list(classifier.templates),
+            "data": {
+                name: {"path": str(images.root), "classes": len(images.classes), "images": len(images.images)}
+                for name, images in found.items()
+            },
+        },
+        tasks=tuple(found), onto_base=True,
+        depends=lambda task: [found[str(task)].digest, list(classifier.templates)],
+        measure=lambda model, task: classifier.measure(model, found[str(task)]),
+    )  # fmt: skip
+    return run(
+        bench, models, origin, experts, seed=seed, cache=cache, compare=compare, fail_under=fail_under,
+        update_card=update_card, device=device, reporter=reporter,
+    )  # fmt: skip
+
+
+def _named_paths(told: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
+    """`[NAME=]PATH` by name; by default the last part is the name, without an ending.
+
+    Raises:
+        UsageError: Two have one name.
+    """
+    if isinstance(told, Mapping):
+        return {name: Path(path).expanduser() for name, path in told.items()}
+    found: dict[str, Path] = {}
+    for text in map(str, told):
+        name, equals, rest = text.partition("=")
+        path = Path(rest if equals and not Path(text).exists() else text).expanduser()
+        name = name if equals and str(path) != text else path.resolve().stem
+        if name in found:
+            raise UsageError(f"two paths are called '{name}': {found[name]}, {path}", hint="name them apart: NAME=PATH")
+        found[name] = path
+    return found
+
+
+SUITES: dict[str, Callable[..., dict[str, Any]]] = {
+    "clip": evaluate_clip, "custom": evaluate_custom, "weights": evaluate_weights,
+}  # fmt: skip

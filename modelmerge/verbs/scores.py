@@ -13,7 +13,7 @@ from typing import Any
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
-from modelmerge.checkpoint.reference import Reference, parse, parse_all
+from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_models
 from modelmerge.checkpoint.writer import CARD, companions, replace_file
 from modelmerge.engine import find_device
 from modelmerge.errors import ModelMergeError, UsageError
@@ -71,10 +71,8 @@ def run(
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
     gates = [parse_gate(text) for text in fail_under]
-    looked_at, others = parse_all(as_references(models), "model"), parse_all(as_references(experts), "expert")
+    looked_at, others = parse_models(as_references(models)), parse_all(as_references(experts), "expert")
     start = parse(str(base)) if base is not None else None
-    if not looked_at:
-        raise UsageError("no model is named", hint="give at least one MODEL")
     if any(gate.what == "normalized" for gate in gates) and not others:
         raise UsageError("--fail-under normalized needs the experts", hint="--expert TASK=REF for each task")
     if update_card:
