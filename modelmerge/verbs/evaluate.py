@@ -18,6 +18,7 @@ from modelmerge.report import SILENT, Reporter
 from modelmerge.suites import custom, weights
 from modelmerge.suites._model import Model
 from modelmerge.suites._scores import Score
+from modelmerge.verbs.evaluate_clip import evaluate_clip
 from modelmerge.verbs.inputs import (
     as_references,
     fetch,
@@ -37,7 +38,8 @@ def evaluate(
 
     Args:
         models: References of the models, `[NAME=]REF` each, or a mapping of name to reference.
-        suite: `custom`: by a function, `metric=`, see `evaluate_custom`; `weights`: see `evaluate_weights`.
+        suite: `custom`: by a function, `metric=`, see `evaluate_custom`; `clip`: images, see `evaluate_clip`;
+            `weights`: see `evaluate_weights`.
         **options: The suite's options.
 
     Raises:
@@ -234,4 +236,6 @@ def evaluate_custom(
     )  # fmt: skip
 
 
-SUITES: dict[str, Callable[..., dict[str, Any]]] = {"custom": evaluate_custom, "weights": evaluate_weights}
+SUITES: dict[str, Callable[..., dict[str, Any]]] = {
+    "clip": evaluate_clip, "custom": evaluate_custom, "weights": evaluate_weights,
+}  # fmt: skip
