@@ -547,5 +547,8 @@ def test_a_file_that_changes_while_it_is_evaluated_is_an_error(models: list[Path
 def test_suites_by_name(models: list[Path], tmp_path: Path) -> None:
     modelmerge.merge(models[0], models[1:], tmp_path / "merged", method="ties")
     assert modelmerge.evaluate([tmp_path / "merged"], suite="weights")["suite"] == "weights"
+    for which, more in (("weights", {}), ("custom", {"metric": len})):
+        with pytest.raises(UsageError, match="no model is named"):
+            modelmerge.evaluate([], suite=which, **more)
     with pytest.raises(UsageError, match="there is no suite 'wieghts'"):
         modelmerge.evaluate([tmp_path / "merged"], suite="wieghts")

@@ -20,6 +20,8 @@ EXAMPLES = (
     "modelmerge eval                                              (lists the suites)",
     "modelmerge eval weights merged                               (its modelmerge.json names base and experts)",
     "modelmerge eval weights ties apgd --base base --expert math --expert code=runs/9",
+    "modelmerge eval clip merged --task clip8 --base openai/clip-vit-base-patch32 --limit 500",
+    "modelmerge eval clip merged --data svhn=images/svhn --data photos=images/photos --limit 500",
     "modelmerge eval lm merged --tasks gsm8k,ifeval --batch-size auto",
     "modelmerge eval lm merged --tasks flan_t5_glue --expert cola --expert mnli --fail-under normalized=0.9",
     "modelmerge eval custom merged --script metric.py:accuracy",
@@ -61,6 +63,15 @@ Exclude = Annotated[
 ]
 
 
+TaskExpert = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert",
+        help="Evaluate this expert too; scores at the task of its name are normalised by it. Repeatable.",
+        metavar="[TASK=]REF",
+        rich_help_panel=_PANEL,
+    ),
+]
 NoCache = Annotated[
     bool,
     typer.Option("--no-cache", help="Measure again what was measured before.", rich_help_panel=_PANEL),
@@ -186,15 +197,7 @@ def _custom(
         str | None,
         typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
     ] = None,
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--expert",
-            help="Evaluate this expert too; scores at the task of its name are normalised by it. Repeatable.",
-            metavar="[TASK=]REF",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
+    expert: TaskExpert = None,
     seed: Annotated[
         int, typer.Option(help="Seed of Python's, numpy's and torch's generators.", rich_help_panel=_PANEL)
     ] = 0,
@@ -218,6 +221,109 @@ def _custom(
         report = evaluate_custom(
             models, metric=script, tasks=task or (), base=base, experts=expert or (), seed=seed, cache=not no_cache,
             compare=compare, fail_under=fail_under or (), update_card=update_card, device=device, reporter=bars,
+        )  # fmt: skip
+    _finish(report, sink)
+
+
+def _clip(
+    models: Models,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="A published task, as eurosat or eurosat:motion_blur; clip8 are the papers' eight, clip8-ood the "
+            "corrupted ones. Repeatable.",
+            metavar="NAME[:SPLIT]",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="Images of your own: a folder with a folder for each class, parquet files, or org/name[@revision] on "
+            "the Hub. Under a published task's name it has that task's classes and prompts. Repeatable.",
+            metavar="[NAME=]DATA",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--classes",
+            help="Of --data: class names for the prompts, one in each line, or LABEL<tab>NAME; or JSON. Default: the "
+            "data set's own. Repeatable.",
+            metavar="[NAME=]FILE",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template",
+            help="A prompt with {} for the class; the embeddings of several are averaged. Repeatable. Default: the "
+            "task's, or 'a photo of a {}.'",
+            metavar="TEXT",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="With --data: the split. Default: test, or the only one.", rich_help_panel=_PANEL),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="With --data: of data that have several.", rich_help_panel=_PANEL)
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option("--image-column", help="With --data: where it is not clear.", rich_help_panel=_PANEL)
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option("--label-column", help="With --data: where it is not clear.", rich_help_panel=_PANEL)
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            help="A whole CLIP model: evaluated too, and completes vision towers and adapters.",
+            metavar="REF",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    expert: TaskExpert = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            "--heads",
+            help="A folder of text heads, TASK.safetensors: used where there, written where not. With them a vision "
+            "tower alone can be evaluated. Default: the cache.",
+            metavar="DIR",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", help="So many images of each task, drawn with --seed.", rich_help_panel=_PANEL),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the images that --limit draws.", rich_help_panel=_PANEL)] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.", rich_help_panel=_PANEL)] = 64,
+    no_cache: NoCache = False,
+    compare: Compare = None,
+    fail_under: FailUnder = None,
+    update_card: UpdateCard = False,
+    device: opt.Device = "auto",
+    form: opt.Form = "human",
+    json: opt.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    from modelmerge.verbs.evaluate_clip import evaluate_clip
+
+    sink = Sink(chosen_format(form, json, quiet))
+    with Bars(sink) as bars:
+        report = evaluate_clip(
+            models, tasks=task or (), data=data or (), classes=classes or (), templates=template or (), split=split,
+            config=config, image_column=image_column, label_column=label_column, base=base, experts=expert or (),
+            heads=heads, limit=limit, seed=seed, batch_size=batch_size, cache=not no_cache, compare=compare,
+            fail_under=fail_under or (), update_card=update_card, device=device, reporter=bars,
         )  # fmt: skip
     _finish(report, sink)
 
@@ -310,7 +416,7 @@ def _lm(
     json: opt.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    from modelmerge.verbs.evaluate import evaluate_lm
+    from modelmerge.verbs.evaluate_lm import evaluate_lm
 
     sink = Sink(chosen_format(form, json, quiet))
     names = [name for told in task or () for name in told.split(",") if name]
@@ -325,7 +431,7 @@ def _lm(
     _finish(report, sink)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"custom": _custom, "lm": _lm, "weights": _weights}
+COMMANDS: dict[str, Callable[..., None]] = {"clip": _clip, "custom": _custom, "lm": _lm, "weights": _weights}
 
 
 def _finish(report: dict[str, Any], sink: Sink) -> None:

@@ -29,6 +29,9 @@ CUDA_BLOCK = 1 << 24
 SAMPLE_RUN = 1 << 14
 # Matrices of up to so many elements go through a method on one thread: they are done before others have woken up.
 SMALL = 1 << 18
+# Matrices of up to so many elements are merged several at a time, each on one thread: products and decompositions of
+# that size gain little from a second thread (1.2 x at 768 x 768), and memory is that of a few of them.
+MODEST = 1 << 22
 # Share of a device's free memory that is planned with; the rest is for fragments and the libraries' own.
 _USABLE = 0.9
 # Anonymous memory of a process that has imported torch and the packages around it, in bytes, with room for the
@@ -197,13 +200,28 @@ def peak_memory(job: Job) -> dict[str, int]:
     return {"host": PROCESS_BYTES + working, "device": on_device}
 
 
+def together(job: Job, tensor: TensorPlan) -> bool:
+    """Whether a whole tensor is merged beside others, by one thread each."""
+    return job.source.device.type == "cpu" and tensor.numel <= MODEST
+
+
 def _whole_bytes(job: Job, tensors: Sequence[TensorPlan]) -> int:
-    """Bytes that merging whole tensors takes: two of them as task vectors, one in the method's hands, one result."""
+    """Bytes that merging whole tensors takes.
+
+    Of those in turn: two as task vectors, one of them in the method's hands, one result. Of those side by side: all
+    that with one as task vectors, and what is read of it, for each worker.
+    """
     tasks, (method, _) = len(job.plan.experts), job.method
-    sizes = [*sorted((t.numel for t in tensors), reverse=True), 0, 0]
-    # The method's own: copies of the tensor, and squares of its width.
-    own = [t.numel * 4 * method.workspace(tasks) + 8 * method.squares * _width(t, tasks) ** 2 for t in tensors]
-    return int((sizes[0] + sizes[1]) * 4 * (tasks + 1) + sizes[0] * 4 + max(own, default=0))
+
+    def own(tensor: TensorPlan) -> float:
+        """The method's own: copies of the tensor, and squares of its width."""
+        return tensor.numel * 4 * (method.workspace(tasks) + 1) + 8 * method.squares * _width(tensor, tasks) ** 2
+
+    in_turn = [t for t in tensors if not together(job, t)]
+    sizes = [*sorted((t.numel for t in in_turn), reverse=True), 0, 0]
+    one = (sizes[0] + sizes[1]) * 4 * (tasks + 1) + max(map(own, in_turn), default=0)
+    beside = (t.numel * (4 * (tasks + 1) + 8) + own(t) for t in tensors if together(job, t))
+    return int(max(one, job.source.workers * max(beside, default=0)))
 
 
 def beyond_device(job: Job) -> frozenset[str]:

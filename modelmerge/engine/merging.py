@@ -11,7 +11,17 @@ from torch import Tensor
 
 from modelmerge.checkpoint.writer import Staging
 from modelmerge.engine.front import Front, fit
-from modelmerge.engine.job import SAMPLE_RUN, SMALL, Findings, Job, beyond_device, current, prepare_process, threads
+from modelmerge.engine.job import (
+    SAMPLE_RUN,
+    SMALL,
+    Findings,
+    Job,
+    beyond_device,
+    current,
+    prepare_process,
+    threads,
+    together,
+)
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.stream import (
     Loader,
@@ -122,7 +132,39 @@ def _run_whole(
     staging: Staging,
     reporter: Reporter,
 ) -> None:
-    """Merge tensors that a method wants whole: read one ahead, write one behind."""
+    """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
+
+    def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Tensor:
+        if front is not None:
+            front.take_out(piece, taus)
+        # What a front has changed is no product any more.
+        factors = known_factors(job.source, piece.tensor) if front is None else None
+        return _merged(job, piece, theta_0, taus, measured, findings, factors)
+
+    def merge_alone(tensor: TensorPlan) -> None:
+        piece, theta_0, taus = whole(job.source, tensor, check=job.survey is None)
+        staging.write(tensor.name, 0, as_bytes(merge(piece, theta_0, taus)))
+        reporter.advance(piece_bytes(job.plan, piece), tensor.name)
+
+    modest = [tensor for tensor in tensors if together(job, tensor)]
+    with threads(1), ThreadPoolExecutor(job.source.workers, "merge") as pool:
+        futures = [pool.submit(merge_alone, tensor) for tensor in modest]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # an error ends the others, too
+    _run_in_turn(job, [tensor for tensor in tensors if not together(job, tensor)], merge, staging, reporter)
+
+
+def _run_in_turn(
+    job: Job,
+    tensors: Sequence[TensorPlan],
+    merge: Callable[[Piece, Tensor, Tensor], Tensor],
+    staging: Staging,
+    reporter: Reporter,
+) -> None:
+    """Merge tensors one after the other: read one ahead, write one behind."""
     device, left = job.source.device, beyond_device(job)
     sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -144,11 +186,7 @@ def _run_whole(
             ahead = read(tensors[i + 1]) if i + 1 < len(tensors) else None
             arrive()
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
-                if front is not None:
-                    front.take_out(piece, taus)
-                # What a front has changed is no product any more.
-                factors = known_factors(job.source, tensor) if front is None else None
-                data = _merged(job, piece, theta_0, taus, measured, findings, factors)
+                data = merge(piece, theta_0, taus)
             if behind is not None:
                 behind.result()
             behind = writing.submit(staging.write, tensor.name, 0, as_bytes(data))

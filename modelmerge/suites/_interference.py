@@ -57,8 +57,8 @@ def subspace_alignment(taus: Tensor, merged: Tensor) -> Tensor:
     squares = values.square()
     outside = squares.sum() - squares.cumsum(0)
     rank = int((outside > SUBSPACE_ERROR**2 * squares.sum()).sum()) + 1
-    basis = left[:, :rank].T.contiguous()
-    inside = torch.stack([torch.linalg.vector_norm(basis @ tau.double()) for tau in taus])
+    basis = left[:, :rank].T.to(taus.dtype).contiguous()
+    inside = torch.stack([torch.linalg.vector_norm(basis @ tau, dtype=torch.float64) for tau in taus])
     return inside / norms
 
 

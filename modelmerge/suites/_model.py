@@ -57,6 +57,10 @@ class Model(Mapping[str, Tensor]):
         planned = self._source.plan.tensors[tensor]
         if planned.action == "copy" or not planned.numel:
             return read_tensor(self._source.plan.base, tensor)
+        own = self._source.plan.experts[0]
+        info = own.tensors.get(tensor)
+        if info is not None and info.change is None and info.shape == planned.shape:
+            return read_tensor(own, tensor)  # as it is, not by way of a difference
         _, theta_0, taus = whole(self._source, planned, check=True)
         return (theta_0 + taus[0]).to(TORCH_DTYPES[planned.dtype])
 

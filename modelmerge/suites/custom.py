@@ -68,7 +68,9 @@ def _import(name: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise ModelMergeError(f"--script {name} cannot be imported: {_in_words(error)}") from error
+        raise ModelMergeError(
+            f"--script {name} cannot be imported: {_in_words(error)}", hint=f"a file is named whole: {name}.py:FUNCTION"
+        ) from error
     if not str(getattr(module, "__file__", None)).endswith(".py"):
         raise UsageError(f"--script {name} is no module in Python", hint="name a file: metric.py:accuracy")
     return module

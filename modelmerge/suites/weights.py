@@ -91,7 +91,10 @@ def measure(
         sums[piece.tensor.name] = sums[piece.tensor.name] + part if piece.start else part
     for piece, theta_0, taus in wholes(source, whole, check=True):
         with threads(1 if piece.tensor.numel <= SMALL else torch.get_num_threads()):
-            part = _look(source, experts, piece, theta_0, taus)
+            # Some rows at a time, as if it were cut: float64 copies of the whole would be the largest thing in memory.
+            step = max(source.block // piece.tensor.row, 1)
+            rows = zip(theta_0.split(step), taus.split(step, dim=1), strict=True)
+            part = _sum(_look(source, experts, piece, *some) for some in rows)
             sums[piece.tensor.name] = _decomposed(part, piece, theta_0, taus[:experts], taus[experts:])
         reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
     for name, told in sums.items():
@@ -115,7 +118,7 @@ def _look(source: Source, experts: int, piece: Piece, theta_0: Tensor, taus: Ten
         for k, merged in enumerate([*taus[experts:], torch.zeros_like(taus[0])]):
             gaps[k] = _interference.gap(taus[:experts], merged)
     return Sums(
-        entries=piece.stop - piece.start, base_square=float(theta_0.double().square().sum()),
+        entries=theta_0.numel(), base_square=float(theta_0.double().square().sum()),
         gram=(wide @ wide.T).cpu(), signs=_interference.sign_counts(taus[:experts]).cpu(), rounding=rounding,
         gaps=gaps, solved=torch.zeros(2, dtype=torch.float64), solved_base=0.0,
         alignments=torch.zeros(len(models), experts, dtype=torch.float64),
