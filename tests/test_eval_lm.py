@@ -138,8 +138,8 @@ def test_likelihoods_are_those_of_transformers(world: World) -> None:
 def test_batches_do_not_matter(world: World) -> None:
     """An item's answer is its own, whatever it is padded beside."""
     for model, task in ((world.t5, "flan_t5_glue_sst2"), (world.llama, "first_colour")):
-        alone, together = (scores(model, world, task, batch_size=size)[task]["items"] for size in (1, 60))
-        assert alone == together
+        told = [scores(model, world, task, batch_size=size, limit=20)[task]["items"] for size in (1, 20, "auto")]
+        assert told[0] == told[1] == told[2]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks for it
@@ -319,6 +319,40 @@ def test_one_report_for_all(world: World, tmp_path: Path, capsys: pytest.Capture
     assert "6 of 6 scores were measured before" in err
     assert "Differences to" in out
     assert "Exact_match, spearman, per cent" in out
+
+
+@pytest.mark.parametrize(("expert", "by"), [("cola", 0.936), ("cola_lora-16", 0.929)])
+def test_without_experts_the_published_ones_serve(
+    expert: str, by: float, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = copy(world.t5, tmp_path / "flan-t5-base")
+    copy(world.t5, tmp_path / expert)
+    out = tmp_path / "merged"
+    assert main(["merge", "average", str(base), str(tmp_path / expert), "-q", "-o", str(out)]) == 0
+    capsys.readouterr()
+    words = [out, "--include-path", world.tasks, "--json", "--tasks"]
+    report = json.loads(run(capsys, *words, "flan_t5_glue_sst2,first_colour")[1])
+    merged = report["models"][0]
+    assert merged["normalised_by_published"] == pytest.approx(merged["scores"]["flan_t5_glue_sst2"]["score"] / by)
+    assert report["published"]["model"] == "flan-t5-base"
+    assert "not measured here; over flan_t5_glue_sst2" in report["notes"][0]
+    report = json.loads(run(capsys, *words, "flan_t5_glue_sst2", "--expert", f"sst2={world.t5}")[1])
+    assert "published" not in report
+    assert "published" not in json.loads(run(capsys, *words, "first_colour")[1])
+
+
+def test_published_scores_are_whole() -> None:
+    for base, kinds in lm.published().items():
+        assert {"zero-shot", "lora-experts"} <= kinds.keys(), base
+        for scores_ in kinds.values():
+            assert list(scores_) == list(PUBLISHED)
+            assert all(0.5 < score < 1.0 for score in scores_.values())
+    # The means that the table is published with.
+    tables = lm.published()
+    means = {
+        (base, kind): 100 * statistics.fmean(told.values()) for base in tables for kind, told in tables[base].items()
+    }
+    assert means["flan-t5-base", "zero-shot"] == pytest.approx(75.7, abs=0.1)
 
 
 def test_the_cache_knows_data_and_settings(world: World, tmp_path: Path) -> None:

@@ -135,14 +135,15 @@ def summarise(tasks: Sequence[str], models: Sequence[dict[str, Any]], experts: M
             told["normalised"] = told["score"] / best if best and told["score"] is not None else None
             shares += [told["normalised"]] if best else []
         counted = [told for told in scores.values() if not told.get("lower")]
-        model["average"] = _mean([told["score"] for told in counted])
+        model["average"] = mean([told["score"] for told in counted])
         model["average_stderr"] = None
         if model["average"] is not None:
             model["average_stderr"] = _mean_error([told["stderr"] for told in counted])
-        model["normalised"] = _mean(shares)
+        model["normalised"] = mean(shares)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a value is missing, or all are."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
@@ -263,7 +264,7 @@ def _of_pair(
             raise UsageError(f"--compare: '{task}' is {ours['metric']} here, and {theirs['metric']} there")
         found[task] = _difference(ours, theirs, same_items)
     counted = [told for task, told in found.items() if not model["scores"][task].get("lower")]
-    average = _mean([told["difference"] for told in counted])
+    average = mean([told["difference"] for told in counted])
     error = _mean_error([told["stderr"] for told in counted])
     return {
         "model": model["name"],

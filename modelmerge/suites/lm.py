@@ -375,6 +375,11 @@ class Harness:
         return {name: name.removeprefix(OURS) for name in self.tasks if name.startswith(OURS)}
 
 
+def published() -> dict[str, dict[str, dict[str, float]]]:
+    """By base, the scores published for it and its experts at our own tasks, by the experts' names."""
+    return json.loads(Path(__file__).with_suffix(".json").read_bytes())["published"]
+
+
 def versions() -> dict[str, str]:
     """Of the packages that bear on scores."""
     return {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "datasets", "peft")}

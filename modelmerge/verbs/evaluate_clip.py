@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.digest import sha256
-from modelmerge.checkpoint.reader import MANIFEST, open_checkpoint
+from modelmerge.checkpoint.reader import open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse_all
 from modelmerge.engine.job import prepare_process
 from modelmerge.errors import UsageError
@@ -19,7 +19,7 @@ from modelmerge.suites._images import Items, Task
 from modelmerge.suites._model import Model
 from modelmerge.suites._scores import Score, plain
 from modelmerge.verbs.inputs import as_references
-from modelmerge.verbs.scores import Bench, run
+from modelmerge.verbs.scores import Bench, merged_from, run
 
 _PACKAGES = ("transformers", "datasets", "pillow")
 
@@ -187,7 +187,7 @@ def _base_of(models: Sequence[Reference]) -> str | None:
     """
     if all(open_checkpoint(model).tensors.keys() >= {clip.TEXT_PROJECTION} for model in models):
         return None
-    named = {_merged({"path": model.path})["base"] for model in models if _merged({"path": model.path})}
+    named = {merged_from({"path": model.path})["base"] for model in models if merged_from({"path": model.path})}
     if len(named) > 1:
         raise UsageError("the models are merges of different bases", hint="name the CLIP model: --base REF")
     return next(iter(named), None)
@@ -246,7 +246,7 @@ def _name_of(text: str) -> str:
 def _mark_unseen(report: dict[str, Any], tasks: Sequence[Task]) -> None:
     """Add to each merge the tasks that none of its experts is for, and say how it does there."""
     for row in report["models"]:
-        names = _merged(row).get("experts")
+        names = merged_from(row).get("experts")
         if row["role"] != "model" or not names:
             continue
         row["unseen"] = [task.name for task in tasks if not any(_is_for(task, name) for name in names)]
@@ -267,7 +267,7 @@ def _normalise_by_published(report: dict[str, Any], tasks: Sequence[Task]) -> No
     bases = [row["path"] for row in report["models"] if row["role"] == "base"]
     usual = [task for task in tasks if task.published and task.split in (None, "test")]
     for row in rows:
-        base = Path((bases[0] if bases else _merged(row).get("base", "")).partition("@")[0]).name
+        base = Path((bases[0] if bases else merged_from(row).get("base", "")).partition("@")[0]).name
         if base not in known or any(row["scores"][t.name]["normalised"] is not None for t in tasks) or not usual:
             continue
         shares = {t.name: row["scores"][t.name]["score"] / known[base]["experts"][t.head] for t in usual}
@@ -277,12 +277,3 @@ def _normalise_by_published(report: dict[str, Any], tasks: Sequence[Task]) -> No
             f"'{row['name']}' has {row['normalised_by_published']:.1%} of the accuracy published for the experts of "
             f"{base} (FusionBench), not measured here; over {', '.join(shares)}"
         )
-
-
-def _merged(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a merge's manifest says of its base and its experts."""
-    try:
-        inputs = json.loads((Path(row["path"]) / MANIFEST).read_bytes())["inputs"]
-        return {"base": str(inputs["base"]["path"]), "experts": [str(each["name"]) for each in inputs["experts"]]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}

@@ -9,7 +9,8 @@ from typing import Any
 from modelmerge.engine import find_device
 from modelmerge.report import SILENT, Reporter
 from modelmerge.suites import lm
-from modelmerge.verbs.scores import Bench, run
+from modelmerge.suites._scores import mean
+from modelmerge.verbs.scores import Bench, merged_from, run
 
 
 def evaluate_lm(
@@ -63,6 +64,8 @@ def evaluate_lm(
 
     Returns:
         As for `evaluate_custom`; each score has `figures`, those of all the task's metrics by the harness's names.
+        Where scores at `flan_t5_glue` are published for the base's experts, and these were not measured, there are
+        `published` and each model's `normalised_by_published`.
 
     Raises:
         ModelMergeError: lm-evaluation-harness is not installed (`pip install 'modelmerge[lm]'`); there is no such
@@ -82,7 +85,37 @@ def evaluate_lm(
         base_counts=True, items=lambda task: harness.items(str(task)), experts=harness.experts(),
         versions=lm.versions(),
     )  # fmt: skip
-    return run(
+    report = run(
         bench, models, base, experts, seed=seed, cache=cache, compare=compare, fail_under=fail_under,
         update_card=update_card, device=device, reporter=reporter,
     )  # fmt: skip
+    _normalise_by_published(report, harness.experts())
+    return report
+
+
+def _normalise_by_published(report: dict[str, Any], experts: Mapping[str, str]) -> None:
+    """Where no expert was measured: scores at our own tasks by those published for the experts of the same base.
+
+    Of a merge of adapters, by its experts' names, those of adapters.
+    """
+    known, rows = lm.published() if experts else {}, report["models"]
+    bases = [row["path"] for row in rows if row["role"] == "base"]
+    for row in (row for row in rows if row["role"] == "model"):
+        inputs = merged_from(row)
+        base = Path((bases[0] if bases else inputs.get("base", "")).partition("@")[0]).name
+        scores = {task: row["scores"][task] for task in experts}
+        if base not in known or any(told["normalised"] is not None for told in scores.values()):
+            continue
+        adapters = any("lora" in path.lower() for path in inputs.get("paths", ())) or "experts" not in known[base]
+        kind = "lora-experts" if adapters else "experts"
+        shares = [
+            told["score"] / known[base][kind][experts[task]] if told["score"] is not None else None
+            for task, told in scores.items()
+        ]
+        report["published"] = {"model": base, **known[base]}
+        row["normalised_by_published"] = mean(shares)
+        if row["normalised_by_published"] is not None:
+            report["notes"].append(
+                f"'{row['name']}' has {row['normalised_by_published']:.1%} of the scores published for the {kind} of "
+                f"{base} (FusionBench), not measured here; over {', '.join(scores)}"
+            )

@@ -12,7 +12,7 @@ from typing import Any
 
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.digest import sha256
-from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
+from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all
 from modelmerge.checkpoint.writer import CARD, companions, replace_file
 from modelmerge.engine import find_device
@@ -118,6 +118,19 @@ def run(
         for reference, row in zip(looked_at, rows[-len(looked_at) :], strict=True):
             _write_card(reference, row)
     return report
+
+
+def merged_from(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A merge's base and experts: `base`, a path, and `experts`, their names, with their `paths`; empty for others."""
+    try:
+        inputs = json.loads((Path(row["path"]) / MANIFEST).read_bytes())["inputs"]
+        return {
+            "base": str(inputs["base"]["path"]),
+            "experts": [str(each["name"]) for each in inputs["experts"]],
+            "paths": [str(each["path"]) for each in inputs["experts"]],
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Checkpoint]:
