@@ -174,7 +174,8 @@ def _depends(items: Items, limit: int | None, folder: Path | None) -> dict[str, 
     """What a model's score depends on besides the model and the seed."""
     kept = folder / f"{items.task.head}.safetensors" if folder is not None else None
     label = [items.task.image, items.task.label]
-    return _described(items) | {
+    told = {key: value for key, value in _described(items).items() if key != "data"}  # which `identity` stands for
+    return told | {
         "limit": limit, "columns": label, "head": sha256(kept) if kept is not None and kept.exists() else None,
     }  # fmt: skip
 
