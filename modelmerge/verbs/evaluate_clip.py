@@ -105,6 +105,7 @@ def evaluate_clip(
                "heads": None if folder is None else str(folder)},
         tasks=tuple(loaded), depends=lambda task: _depends(loaded[str(task)], limit, folder),
         measure=_Measurer(loaded, folder, batch_size, reporter), onto_base=base is not None,
+        items=lambda task: len(loaded[str(task)].ids),
         experts={task: expert for task, expert in names.items() if expert is not None},
         versions={package: _version(package) for package in _PACKAGES},
     )  # fmt: skip
