@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,8 @@ EXAMPLES = (
     "modelmerge eval weights ties apgd --base base --expert math --expert code=runs/9",
     "modelmerge eval clip merged --task clip8 --base openai/clip-vit-base-patch32 --limit 500",
     "modelmerge eval clip merged --data svhn=images/svhn --data photos=images/photos --limit 500",
+    "modelmerge eval lm merged --tasks gsm8k,ifeval --batch-size auto",
+    "modelmerge eval lm merged --tasks flan_t5_glue --expert cola --expert mnli --fail-under normalized=0.9",
     "modelmerge eval custom merged --script metric.py:accuracy",
     "modelmerge eval custom ties apgd --script metric.py:accuracy --base base --expert svhn --expert mnist",
     "modelmerge eval custom merged --script metric.py:accuracy --json > today.json",
@@ -326,7 +328,110 @@ def _clip(
     _finish(report, sink)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"clip": _clip, "custom": _custom, "weights": _weights}
+def _lm(
+    models: Models,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            help="Tasks, groups or tags of lm-evaluation-harness, or flan_t5_glue; * and ? stand for more. Default: "
+            "all of --include-path. Repeatable, or with commas between.",
+            metavar="NAME,...",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    include_path: Annotated[
+        str | None,
+        typer.Option(
+            "--include-path",
+            help="A directory of tasks of your own, as the harness's YAML files. Python code that they name will run.",
+            metavar="DIR",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(help="So many items of each task, the first; below 1, this share.", rich_help_panel=_PANEL),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            "--num-fewshot", help="Solved examples in front of each item. Default: the task's.", rich_help_panel=_PANEL
+        ),
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", help="Items at a time, or auto.", metavar="N", rich_help_panel=_PANEL)
+    ] = "8",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help="What the score is, such as acc_norm or exact_match,strict-match. Default: the task's first where "
+            "more is better; all are in the JSON. Repeatable.",
+            metavar="[TASK=]NAME",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        typer.Option(help="What the model computes in; auto: as it is stored.", rich_help_panel=_PANEL),
+    ] = "auto",
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template", help="Put items as a conversation, as chat models want.", rich_help_panel=_PANEL
+        ),
+    ] = False,
+    confirm_run_unsafe_code: Annotated[
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code",
+            help="Run tasks that execute code which the model writes: on this machine, as you.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
+    ] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--expert",
+            help="Evaluate this expert too; scores at the task of its name are normalised by it (those at "
+            "flan_t5_glue_cola by cola). Repeatable.",
+            metavar="[TASK=]REF",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="In the place of the harness's own seeds.", rich_help_panel=_PANEL)
+    ] = None,
+    no_cache: NoCache = False,
+    compare: Compare = None,
+    fail_under: FailUnder = None,
+    update_card: UpdateCard = False,
+    device: opt.Device = "auto",
+    form: opt.Form = "human",
+    json: opt.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    from modelmerge.verbs.evaluate_lm import evaluate_lm
+
+    sink = Sink(chosen_format(form, json, quiet))
+    names = [name for told in task or () for name in told.split(",") if name]
+    with Bars(sink) as bars:
+        report = evaluate_lm(
+            models, tasks=names, include_path=include_path, limit=limit, num_fewshot=num_fewshot,
+            batch_size=batch_size, dtype=dtype, apply_chat_template=apply_chat_template,
+            confirm_run_unsafe_code=confirm_run_unsafe_code, metrics=metric or (), base=base, experts=expert or (),
+            seed=seed, cache=not no_cache, compare=compare, fail_under=fail_under or (), update_card=update_card,
+            device=device, reporter=bars,
+        )  # fmt: skip
+    _finish(report, sink)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"clip": _clip, "custom": _custom, "lm": _lm, "weights": _weights}
 
 
 def _finish(report: dict[str, Any], sink: Sink) -> None:

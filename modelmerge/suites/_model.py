@@ -32,8 +32,9 @@ class Model(Mapping[str, Tensor]):
         self.reference = opened.reference.text
         self.path = opened.reference.path  # a directory with config and tokenizer, or a lone file of weights
         self.device = device
-        self._opened = opened
+        self.opened = opened
         self._source: Source | None = None
+        self.base = base
         self.base_path = base.reference.path if base is not None else None
         if opened.vector is not None or onto_base:
             assert base is not None, "a change needs what it changes"
@@ -46,13 +47,13 @@ class Model(Mapping[str, Tensor]):
         Raises:
             CheckpointError: One has changed since.
         """
-        self._opened.digests()
+        self.opened.digests()
 
     def __getitem__(self, tensor: str) -> Tensor:
         if self._source is None:
-            if tensor not in self._opened.tensors:
+            if tensor not in self.opened.tensors:
                 raise KeyError(tensor)
-            return read_tensor(self._opened, tensor)
+            return read_tensor(self.opened, tensor)
         planned = self._source.plan.tensors[tensor]
         if planned.action == "copy" or not planned.numel:
             return read_tensor(self._source.plan.base, tensor)
@@ -64,7 +65,7 @@ class Model(Mapping[str, Tensor]):
         return (theta_0 + taus[0]).to(TORCH_DTYPES[planned.dtype])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._opened.tensors if self._source is None else self._source.plan.tensors)
+        return iter(self.opened.tensors if self._source is None else self._source.plan.tensors)
 
     def __len__(self) -> int:
-        return len(self._opened.tensors if self._source is None else self._source.plan.tensors)
+        return len(self.opened.tensors if self._source is None else self._source.plan.tensors)

@@ -19,6 +19,7 @@ from modelmerge.suites import custom, weights
 from modelmerge.suites._model import Model
 from modelmerge.suites._scores import Score
 from modelmerge.verbs.evaluate_clip import evaluate_clip
+from modelmerge.verbs.evaluate_lm import evaluate_lm
 from modelmerge.verbs.inputs import (
     as_references,
     fetch,
@@ -39,7 +40,7 @@ def evaluate(
     Args:
         models: References of the models, `[NAME=]REF` each, or a mapping of name to reference.
         suite: `custom`: by a function, `metric=`, see `evaluate_custom`; `clip`: images, see `evaluate_clip`;
-            `weights`: see `evaluate_weights`.
+            `lm`: language models, see `evaluate_lm`; `weights`: see `evaluate_weights`.
         **options: The suite's options.
 
     Raises:
@@ -237,5 +238,5 @@ def evaluate_custom(
 
 
 SUITES: dict[str, Callable[..., dict[str, Any]]] = {
-    "clip": evaluate_clip, "custom": evaluate_custom, "weights": evaluate_weights,
+    "clip": evaluate_clip, "custom": evaluate_custom, "lm": evaluate_lm, "weights": evaluate_weights,
 }  # fmt: skip

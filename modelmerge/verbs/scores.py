@@ -37,6 +37,8 @@ class Bench:
             is cached.
         measure: The scores of a model at a task, by task.
         onto_base: Models are seen by the base's names, and what they lack is the base's; there must be one.
+        base_counts: Scores may depend on the base too, by what lies beside its weights.
+        items: How many items a task has, where `measure` advances the progress by them itself.
         experts: By task, what the expert for it is called, where that is not the task's name.
         versions: Of packages that bear on the scores, besides modelmerge's own.
     """
@@ -47,6 +49,8 @@ class Bench:
     depends: Callable[[str | None], Any] | None
     measure: Callable[[Model, str | None], dict[str, Score]]
     onto_base: bool = False
+    base_counts: bool = False
+    items: Callable[[str | None], int] | None = None
     experts: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -57,7 +61,7 @@ def run(
     base: str | Path | None,
     experts: Sequence[str | Path] | Mapping[str, str | Path],
     *,
-    seed: int,
+    seed: int | None,
     cache: bool,
     compare: str | Path | None,
     fail_under: Sequence[str],
@@ -85,11 +89,13 @@ def run(
     roles = [*(["base"] if start else []), *(["expert"] * len(others)), *(["model"] * len(looked_at))]
     try:
         fetch_whole(opened, reporter)
-        reporter.stage("evaluating", len(opened) * len(bench.tasks), "runs")
+        each = len(bench.tasks) if bench.items is None else sum(map(bench.items, bench.tasks))
+        reporter.stage("evaluating", len(opened) * each, "runs" if bench.items is None else "items")
         rows = []
         for role, model in zip(roles, opened, strict=True):
             entry = record(model, model.digests())
-            digest = _digest(model, opened[0] if model.vector is not None or bench.onto_base else None)
+            with_base = model.vector is not None or bench.onto_base or (bench.base_counts and start is not None)
+            digest = _digest(model, opened[0] if with_base else None)
             seen = Model(model, opened[0] if start else None, found, onto_base=bench.onto_base)
             scores, cached = _scores(bench, seen, digest, seed, cache, str(found), reporter)
             rows.append({**entry, "role": role, "digest": digest, "scores": scores, "cached": cached})
@@ -139,7 +145,7 @@ def _digest(model: Checkpoint, base: Checkpoint | None) -> str:
 
 
 def _scores(
-    bench: Bench, model: Model, digest: str, seed: int, cache: bool, device: str, reporter: Reporter
+    bench: Bench, model: Model, digest: str, seed: int | None, cache: bool, device: str, reporter: Reporter
 ) -> tuple[dict[str, Any], list[str]]:
     """A model's scores by task, and the tasks whose scores were known."""
     scores: dict[str, Any] = {}
@@ -163,8 +169,11 @@ def _scores(
                 _cache.remember(name, entry)
         else:
             known += entry["scores"]
+            if bench.items is not None:
+                reporter.advance(bench.items(task), "measured before")
         scores |= entry["scores"]
-        reporter.advance(1, f"{model.name} {task or ''}".rstrip())
+        if bench.items is None:
+            reporter.advance(1, f"{model.name} {task or ''}".rstrip())
     return scores, known
 
 
