@@ -216,10 +216,18 @@ class _Handler(BaseHTTPRequestHandler):
                     "gated": "manual" if made.gated else False, "siblings": siblings, "downloads": 0}  # fmt: skip
             self._json(told)
 
-    def _tree(self, repo: str, revision: str) -> None:
+    def _tree(self, repo: str, revision: str, folder: str | None = None) -> None:
         if commit := self._commit(repo, revision):
             entries: list[dict[str, Any]] = []
+            inside = f"{folder}/" if folder else ""
             for name, content in self.server_hub.repos[repo].commits[commit].items():
+                below = name.removeprefix(inside)
+                if not name.startswith(inside):
+                    continue
+                if self.query.get("recursive") == ["false"] and "/" in below:
+                    child = {"type": "directory", "path": inside + below.partition("/")[0], "size": 0, "oid": "0" * 40}
+                    entries += [child] if child not in entries else []
+                    continue
                 entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": _blob(content)}
                 if name.endswith(_LARGE):
                     digest = hashlib.sha256(content).hexdigest()
@@ -421,10 +429,11 @@ def _blob(content: bytes) -> str:
 
 
 _REPO, _REVISION = r"([\w.\-]+/[\w.\-]+)", r"([^/]+)"
+_KIND = "(?:models|datasets)"  # a data set is a repository too, read in the same way
 _ROUTES: tuple[tuple[tuple[str, ...], str, Any], ...] = (
-    (("GET",), f"/api/models/{_REPO}", lambda handler, repo: handler._info(repo, None)),
-    (("GET",), f"/api/models/{_REPO}/revision/{_REVISION}", _Handler._info),
-    (("GET",), f"/api/models/{_REPO}/tree/{_REVISION}", _Handler._tree),
+    (("GET",), f"/api/{_KIND}/{_REPO}", lambda handler, repo: handler._info(repo, None)),
+    (("GET",), f"/api/{_KIND}/{_REPO}/revision/{_REVISION}", _Handler._info),
+    (("GET",), f"/api/{_KIND}/{_REPO}/tree/{_REVISION}(?:/(.+))?", _Handler._tree),
     (("GET",), f"/api/models/{_REPO}/refs", _Handler._refs),
     (("GET",), f"/api/models/{_REPO}/auth-check(/write)?", _Handler._auth_check),
     (("GET",), "/api/whoami-v2", _Handler._whoami),
@@ -435,5 +444,5 @@ _ROUTES: tuple[tuple[tuple[str, ...], str, Any], ...] = (
     (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler._lfs_batch),
     (("PUT",), "/lfs/(.+)", _Handler._lfs_put),
     (("GET", "HEAD"), "/cdn/(.+)", _Handler._cdn),
-    (("GET", "HEAD"), f"/{_REPO}/resolve/{_REVISION}/(.+)", _Handler._resolve),
+    (("GET", "HEAD"), f"(?:/datasets)?/{_REPO}/resolve/{_REVISION}/(.+)", _Handler._resolve),
 )

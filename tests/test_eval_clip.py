@@ -26,6 +26,7 @@ from modelmerge.suites._images import Items, Task
 from modelmerge.suites._model import Model
 from tests import clip_models
 from tests.checkpoints import base_state, write
+from tests.hub_server import FakeHub
 
 CPU = torch.device("cpu")
 PROMPTED = [name.replace("_", " ") for name in clip_models.COLOURS]
@@ -595,6 +596,28 @@ def test_a_base_in_another_precision_does_not_round_the_model(base: Path, worse:
     seen = Model(opened, origin, CPU, onto_base=True)
     for name, tensor in load_file(worse / "model.safetensors").items():
         assert torch.equal(seen[name], tensor), name
+
+
+def test_data_on_the_hub_are_taken_at_a_commit(
+    hub: FakeHub, base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", images, lambda name, i: name)
+    commit = hub.add("org/colours", tmp_path)
+    first = evaluate([base], data=["org/colours"])
+    assert first["data"]["colours"]["images"] == 48
+    assert commit in first["data"]["colours"]["identity"]
+    fewer = clip_models.folder(tmp_path / "fewer", each=2)
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", fewer, lambda name, i: name)
+    hub.add("org/colours", {"data/test-00000-of-00001.parquet": next((tmp_path / "data").iterdir()).read_bytes()})
+    assert evaluate([base], data=["org/colours"])["data"]["colours"]["images"] == 12
+    again = evaluate([base], data=[f"org/colours@{commit}"])
+    assert again["models"][0]["scores"] == first["models"][0]["scores"]
+    assert again["models"][0]["cached"] == ["colours"]
+    with pytest.raises(ModelMergeError, match="data set 'org/nothing'"):
+        evaluate([base], data=["org/nothing"])
+    with pytest.raises(ModelMergeError, match="has no split 'validation'"):
+        evaluate([base], data=["org/colours"], split="validation")
 
 
 # The published tasks.

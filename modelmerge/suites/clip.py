@@ -333,7 +333,7 @@ def measure(
         if not bool(logits.isfinite().all()):
             raise CheckpointError(f"'{name}' gives NaN or Inf on '{items.task.name}'", hint="are its weights damaged?")
         right += (logits.argmax(dim=-1) == labels).float().tolist()
-        reporter.advance(0, f"{name} {items.task.name}: {len(right):,} of {len(items.ids):,} images")
+        reporter.advance(len(labels), f"{name} {items.task.name}")
     return read_score({"items": right, "ids": items.ids, "metric": "accuracy"}, f"'{name}' on '{items.task.name}'")
 
 

@@ -50,8 +50,8 @@ class Story:
 def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) -> Story:
     """Train a base and six experts, merge them by every method at its defaults, measure all on held-out images.
 
-    Methods that take fewer experts are left out. Task arithmetic is also run behind each disentangling method, and
-    over a range of scales.
+    Methods that take fewer experts are left out. Task arithmetic is also run behind each disentangling method, and over
+    a range of scales.
 
     Args:
         out: An empty or new directory: gets `base/`, `experts/NAME/` and `merged/METHOD/`.

@@ -105,6 +105,7 @@ def evaluate_clip(
                "heads": None if folder is None else str(folder)},
         tasks=tuple(loaded), depends=lambda task: _depends(loaded[str(task)], limit, folder),
         measure=_Measurer(loaded, folder, batch_size, reporter), onto_base=base is not None,
+        items=lambda task: len(loaded[str(task)].ids),
         experts={task: expert for task, expert in names.items() if expert is not None},
         versions={package: _version(package) for package in _PACKAGES},
     )  # fmt: skip
@@ -174,7 +175,8 @@ def _depends(items: Items, limit: int | None, folder: Path | None) -> dict[str, 
     """What a model's score depends on besides the model and the seed."""
     kept = folder / f"{items.task.head}.safetensors" if folder is not None else None
     label = [items.task.image, items.task.label]
-    return _described(items) | {
+    told = {key: value for key, value in _described(items).items() if key != "data"}  # which `identity` stands for
+    return told | {
         "limit": limit, "columns": label, "head": sha256(kept) if kept is not None and kept.exists() else None,
     }  # fmt: skip
 
