@@ -138,8 +138,8 @@ def test_likelihoods_are_those_of_transformers(world: World) -> None:
 def test_batches_do_not_matter(world: World) -> None:
     """An item's answer is its own, whatever it is padded beside."""
     for model, task in ((world.t5, "flan_t5_glue_sst2"), (world.llama, "first_colour")):
-        told = [scores(model, world, task, batch_size=size, limit=20)[task]["items"] for size in (1, 20, "auto")]
-        assert told[0] == told[1] == told[2]
+        alone, together = (scores(model, world, task, batch_size=size, limit=20)[task]["items"] for size in (1, 20))
+        assert alone == together
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks for it
@@ -347,12 +347,6 @@ def test_published_scores_are_whole() -> None:
         for scores_ in kinds.values():
             assert list(scores_) == list(PUBLISHED)
             assert all(0.5 < score < 1.0 for score in scores_.values())
-    # The means that the table is published with.
-    tables = lm.published()
-    means = {
-        (base, kind): 100 * statistics.fmean(told.values()) for base in tables for kind, told in tables[base].items()
-    }
-    assert means["flan-t5-base", "zero-shot"] == pytest.approx(75.7, abs=0.1)
 
 
 def test_the_cache_knows_data_and_settings(world: World, tmp_path: Path) -> None:
