@@ -497,7 +497,7 @@ def test_a_copy_of_a_published_task_has_its_classes_and_prompts_and_published_fi
         clip_models.image(colour, generator).save(folder / name / "0.png")
     long = clip_models.untrained(longest=120)
     base = clip_models.save(long, tmp_path / "clip-vit-base-patch32")
-    report = evaluate([f"again={base}"], base=base, data=[f"eurosat={folder}"])
+    report = evaluate([f"again={base}"], base=base, data=[f"eurosat={folder}", images])
     told = report["data"]["eurosat"]
     assert told["classes"][0] == "annual crop land"
     assert told["classes"][-1] == "lake or sea"
