@@ -34,6 +34,7 @@ def test_every_command_in_the_readme_is_right_usage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_tasks").mkdir()
+    (tmp_path / "my_tasks" / "first.yaml").write_text("task: first\n")
     code = main(shlex.split(line, comments=True)[1:])
     # The models it names are not there: 1. Words that are not the command's own would be 2.
     err = capsys.readouterr().err
