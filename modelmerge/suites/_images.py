@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.errors import HubError, ModelMergeError, UsageError
 from modelmerge.suites._scores import plain
 
 TEMPLATE = "a photo of a {}."
@@ -305,11 +305,20 @@ def _is_empty(path: Path) -> bool:
 
 def _from_hub(datasets: Any, task: Task) -> tuple[Any, str]:
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     name, _, revision = task.data.partition("@")
     commit = revision or None
     if not constants.is_offline_mode():
-        commit = HfApi().dataset_info(name, revision=commit).sha
+        try:
+            commit = HfApi().dataset_info(name, revision=commit).sha
+        except HfHubHTTPError:
+            raise
+        except HTTPError as error:
+            raise HubError(
+                f"the Hub cannot be reached for data set '{name}': {error}",
+                hint="check the connection, or name a local copy with --data; HF_HUB_OFFLINE=1 takes what is cached",
+            ) from error
     splits = datasets.get_dataset_split_names(name, task.config, revision=commit)
     split = _split(task, splits)
     return datasets.load_dataset(name, task.config, split=split, revision=commit), f"{name}@{commit}:{task.config}"
