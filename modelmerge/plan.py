@@ -157,7 +157,7 @@ def make_plan(
             rule = next((i for i, rule in enumerate(rules) if rule.takes(name, linear=linear)), None)
             left = matrices and not linear and rule is None
             why = "the weight of a linear layer" if matrices else "shared by all"
-            why = why if rule is None else f"--rule '{rules[rule].tensors}'"
+            why = why if rule is None else f"--rule '{rules[rule].tensors}': {rules[rule].name}"
             action, reason = _decide(info, experts, why, left, rest, include, exclude, on_mismatch, rows)
         except PlanError as complaint:
             complaints.append(complaint.message)
@@ -214,7 +214,8 @@ def _decide(
 ) -> tuple[Action, str]:
     """What happens to a tensor of the base, and why.
 
-    `why`: it is merged, where it is. `left`: the method leaves a tensor like this to the rest. `rows`: so many are merged, for not all models have more.
+    `why`: it is merged, where it is. `left`: the method leaves a tensor like this to the rest. `rows`: so many are
+    merged, for not all models have more.
 
     Raises:
         PlanError: The experts disagree with the base or with one another.

@@ -184,9 +184,7 @@ def _setting(
             if variation.expert in (None, expert):
                 values[i] = value
     here = tuple(each.pop(WEIGHT))
-    return Setting(
-        dataclasses.replace(options, **plain), here, {name: tuple(values) for name, values in each.items()}
-    )
+    return Setting(dataclasses.replace(options, **plain), here, {name: tuple(values) for name, values in each.items()})
 
 
 def surveyed(variations: Sequence[Variation], share: Share, experts: Sequence[str]) -> Any:
@@ -203,9 +201,7 @@ def surveyed(variations: Sequence[Variation], share: Share, experts: Sequence[st
     return dataclasses.replace(share.options, **varied)
 
 
-def _check(
-    variation: Variation, shares: Sequence[Share], experts: Sequence[str], tensors: Sequence[str]
-) -> None:
+def _check(variation: Variation, shares: Sequence[Share], experts: Sequence[str], tensors: Sequence[str]) -> None:
     told = f"--vary '{variation}'"
     if variation.expert is not None and variation.expert not in experts:
         near = get_close_matches(variation.expert, experts, n=1)

@@ -82,13 +82,13 @@ def render(
     base: Model,
     experts: Sequence[Model],
     methods: Sequence[Source],
-    front: Source | None,
     settings: Mapping[str, Any],
     command: str,
     notes: Sequence[str],
     has_config: bool,
     versions: Mapping[str, str],
     device: str,
+    front: Source | None = None,
     adapter: bool = False,
 ) -> str:
     """The card's text.
@@ -98,13 +98,13 @@ def render(
         base: The base.
         experts: The experts, in their order.
         methods: What merged the task vectors: the merge's own method, then those that rules gave some tensors to.
-        front: What disentangled the task vectors before, if anything.
         settings: What every merge can be told, and was, as typed.
         command: The shell line that repeats the merge.
         notes: What a reader should know, a sentence each.
         has_config: There is a config.json beside the weights, so that transformers can load them.
         versions: Of the packages that bear on the result.
         device: Where it was computed.
+        front: What disentangled the task vectors before, if anything.
         adapter: What lies beside the card is a PEFT adapter, not a whole model.
     """
     models, before = [base, *experts], [front] if front else []

@@ -87,7 +87,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
 
 def surveyed(job: Job, front: Front | None, reporter: Reporter) -> dict[str, Tensor]:
     """By tensor, what its method's survey concludes from all the tensors that the method merges."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for part in job.parts:
         if part.survey is not None:
             found |= dict.fromkeys((tensor.name for tensor in part.tensors), _survey(job, part, front, reporter))

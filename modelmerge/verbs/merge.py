@@ -144,8 +144,8 @@ def merge(
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary),
-        rule=tuple(rule), rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-        max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
+        rule=tuple(rule), rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude),
+        on_mismatch=on_mismatch, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
     prepared = prepare(recipe, device=device, stream=stream)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
@@ -456,7 +456,10 @@ def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
 
 
 def _applied(
-    name: str, kind: Literal["merge", "disentangle"], chosen: method.Method | method.Disentangler, options: Mapping[str, Any]
+    name: str,
+    kind: Literal["merge", "disentangle"],
+    chosen: method.Method | method.Disentangler,
+    options: Mapping[str, Any],
 ) -> card.Source:
     """A method as the card tells it, its options as they are typed."""
     prefix = f"{name}-" if kind == "disentangle" else ""
