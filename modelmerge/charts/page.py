@@ -157,13 +157,13 @@ def _radar(chart: Scores) -> dict[str, Any]:
     turns = [2 * math.pi * i / len(tasks) for i in range(len(tasks))]
     ways = [(math.sin(turn), -math.cos(turn)) for turn in turns]  # clockwise from the top
     spokes = []
-    for (across, down), lines, task in zip(ways, labels, tasks, strict=True):
-        half = 15 * len(lines) / 2
+    for (across, down), words, task in zip(ways, labels, tasks, strict=True):
+        half = 15 * len(words) / 2
         anchor = "middle" if abs(across) < 1e-6 else "start" if across > 0 else "end"
         top = y + down * (radius + 14 + half) - half
         spokes.append({"x": round(x + across * radius, 2), "y": round(y + down * radius, 2), "anchor": anchor,
                        "label": round(x + across * (radius + 14), 2), "task": task,
-                       "lines": [(round(top + 15 * i + 11.5, 2), line) for i, line in enumerate(lines)]})  # fmt: skip
+                       "lines": [(round(top + 15 * i + 11.5, 2), line) for i, line in enumerate(words)]})  # fmt: skip
 
     def point(value: float, turn: int) -> tuple[float, float]:
         across, down = ways[turn]

@@ -70,6 +70,14 @@ Exclude = Annotated[
 ]
 
 
+OnMismatch = Annotated[
+    Literal["error", "copy", "common-rows"],
+    typer.Option(
+        help="What becomes of tensors whose shapes differ: copy leaves them out; common-rows looks at the rows of "
+        "embeddings and heads that all have.",
+        rich_help_panel=_PANEL,
+    ),
+]
 TaskExpert = Annotated[
     list[str] | None,
     typer.Option(
@@ -138,6 +146,16 @@ BaseToo = Annotated[
     typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
 ]
 
+Device = Annotated[
+    str,
+    typer.Option(
+        envvar="MODELMERGE_DEVICE",
+        help="cpu, cuda, cuda:1, or auto: a CUDA device if there is one.",
+        metavar="NAME",
+        rich_help_panel=_PANEL,
+    ),
+]
+
 
 def add_suites(app: typer.Typer) -> None:
     """Add `eval` and its suites to the application."""
@@ -188,10 +206,10 @@ def _weights(
     ] = True,
     include: Include = None,
     exclude: Exclude = None,
-    on_mismatch: opt.OnMismatch = "error",
+    on_mismatch: OnMismatch = "error",
     plot: Plot = None,
     page: Report = None,
-    device: opt.Device = "auto",
+    device: Device = "auto",
     form: opt.Form = "human",
     json: opt.Json = False,
     quiet: Quiet = False,
@@ -420,7 +438,7 @@ def _shared(
     plot: Plot = None,
     chart: Chart = "auto",
     page: Report = None,
-    device: opt.Device = "auto",
+    device: Device = "auto",
     form: opt.Form = "human",
     json: opt.Json = False,
     quiet: Quiet = False,
