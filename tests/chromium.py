@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--remote-debugging-pipe",
 )  # fmt: skip
 _PATIENCE = 60.0  # seconds, of a machine that is busy
@@ -91,6 +91,11 @@ class Browser:
         """The page as it is printed, as a PDF."""
         file.write_bytes(base64.b64decode(self.send("Page.printToPDF", printBackground=False)["data"]))
 
+    def close(self) -> None:
+        """End the browser."""
+        self._session = None
+        self.send("Browser.close")
+
     def _next(self) -> dict[str, Any]:
         deadline = time.monotonic() + _PATIENCE
         while b"\0" not in self._buffer:
@@ -119,9 +124,11 @@ def browser() -> Iterator[Browser]:
         try:
             os.close(theirs_in)
             os.close(theirs_out)
-            yield Browser(ours_in, ours_out)
+            made = Browser(ours_in, ours_out)
+            yield made
+            made.close()
         finally:
-            os.close(ours_out)  # it ends by itself when nobody speaks to it
+            os.close(ours_out)
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:

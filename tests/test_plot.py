@@ -213,7 +213,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
 
 def test_weights_are_heatmaps_of_cosines() -> None:
     told = {"norms": {"a": 1.0, "b": 2.0}, "cosines": [[1.0, 0.02], [0.02, 1.0]]}
-    layer = {"experts": told, "models": {"m": {"experts": {"a": {"cosine": 0.4}, "b": {"cosine": None}}}}}
+    layer = {"entries": 4, "experts": told, "models": {"m": {"experts": {"a": {"cosine": 0.4}, "b": {"cosine": None}}}}}
     report = {"suite": "weights", "model": layer, "layer_types": {"mlp": layer}, "tensors": {"mlp.0": layer}}
     pairs, layers = figures.of_weights(report)
     assert pairs.values == ((1.0, 0.02), (0.02, 1.0))

@@ -211,11 +211,16 @@ def of_weights(report: Mapping[str, Any]) -> list[Heatmap]:
         name: [[layer["models"][name]["experts"][e]["cosine"] for e in experts] for layer in layers.values()]
         for name in told["models"]
     }
-    known = [abs(v) for rows in by_model.values() for row in rows for v in row if v is not None]
+    # The cosine of what has but one entry is 1 or -1, whatever it is.
+    wide = [layer["entries"] > 1 for layer in layers.values()]
+    known = [
+        abs(v) for rows in by_model.values() for row, more in zip(rows, wide, strict=True) for v in row
+        if more and v is not None
+    ]  # fmt: skip
     limit = _round_up(max(known, default=1.0)) or 1.0  # the same for all models, so that shades compare
     for name, rows in by_model.items():
         title = f"Cosines of {name} with each expert, by layer"
-        found.append(heatmap(title, list(layers), experts, rows, what="cosine", limit=limit))
+        found.append(heatmap(title, [*layers], experts, rows, what="cosine", limit=limit))
     return found
 
 

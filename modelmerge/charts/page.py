@@ -32,8 +32,11 @@ _TOLD = {
     "suite", "format", "created", "device", "versions", "tasks", "models", "notes", "comparison", "gate", "base",
     "experts", "model", "layer_types", "tensors", "remark", "own_experts",
 }  # fmt: skip
-# Of a model, what is in the tables.
-_OF_INPUTS = {"name", "role", "reference", "path", "files", "scores", "average", "average_stderr", "normalised"}
+# Of a model, what is in the tables, or stands for what is.
+_OF_INPUTS = {
+    "name", "role", "reference", "path", "files", "scores", "average", "average_stderr", "normalised", "digest",
+    "cached",
+}  # fmt: skip
 _MARKERS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",  # a disc, a square, a diamond
     "M-4-4h8v8h-8Z",
@@ -252,5 +255,7 @@ def _setting(value: Any) -> tuple[str, str]:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if len(text) <= 100 and not isinstance(value, dict):
         return text, ""
-    count = f"{len(value)} values" if isinstance(value, list | dict) else f"{len(text)} characters"
-    return count, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
+    size, what = (len(value), "value") if isinstance(value, list | dict) else (len(text), "character")
+    return f"{size} {what}{'s' * (size != 1)}", value if isinstance(value, str) else json.dumps(
+        value, ensure_ascii=False, indent=1
+    )
