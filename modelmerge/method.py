@@ -37,7 +37,7 @@ class Context:
     """What a method is told besides the task vectors.
 
     `weights` are the experts' weights (`--weight`) and `experts` their names, in the order of the task vectors.
-    `measured` is what the method's survey concluded. `base` is `theta_0` [*shape], for methods that want it; it must
+    `measured` is what the method's survey concluded, or the tensor's moments. `base` is `theta_0` [*shape], for methods that want it; it must
     not be written to. `factors` are, for each expert whose task vector [m, n] is known to be a product, the two of it,
     [m, r] and [r, n] with r = 0 for no change, and None for the others; None at all where no expert's is, or where the
     task vectors are cut or have been changed since. `seed` is that of random draws, and `start` the place in its tensor
@@ -129,6 +129,8 @@ class Method:
         by_rows: Given the options, whether `apply` works row by row, so that a tensor that may not be cut anywhere may
             be cut between rows: as blocks [T, rows, n]. A vector is one row.
         survey: Given the options, the whole-model quantity that `apply` needs, if any.
+        moments: Given the options, what each tensor has to be measured by first, if anything: `(taus [T, n], base [n])
+            -> [k]`, float64, of a block; what it gives for a tensor's blocks, added up, is `context.measured` there.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
         published: The options that make it the published algorithm, where the defaults differ.
@@ -146,6 +148,7 @@ class Method:
     blockwise: Callable[[Any], bool] = lambda options: True
     by_rows: Callable[[Any], bool] = lambda options: False
     survey: Callable[[Any], Survey | None] = lambda options: None
+    moments: Callable[[Any], Callable[[Tensor, Tensor], Tensor] | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
     squares: float = 0.0
     published: Mapping[str, Any] = field(default_factory=dict)
@@ -200,15 +203,19 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     varies: Literal["tensor", "expert"] | None = None,
+    linear: bool = False,
 ) -> Any:
     """A field of a method's options: its default, its help, and its bounds (`above` excludes the bound itself).
 
     A number that `varies` by tensor can be another one in each tensor (`--vary`), for it is used in `apply` alone. One
     that varies by expert is read by `context.each`; where the method surveys, it can differ between the experts alone,
     and the survey is given a tuple of one for each in its place.
+
+    One that is `linear` multiplies the merged task vector, in float32, as the last thing that `apply` does: the result
+    is this number times the one at 1, bit for bit, and one pass over the models serves all its values (`--search`).
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum}
-    return field(default=default, metadata={"help": help, **bounds, "varies": varies})
+    return field(default=default, metadata={"help": help, **bounds, "varies": varies, "linear": linear})
 
 
 def bounds(spec: dataclasses.Field[Any]) -> str:
@@ -246,6 +253,11 @@ def make_options(method: Method | Disentangler, name: str, values: Mapping[str, 
         return method.options(**checked)
     except ValueError as error:  # options that exclude one another
         raise UsageError(f"'{name}': {error}") from error
+
+
+def is_linear(method: Method, option: str) -> bool:
+    """Whether the merged task vector is this option times what it is at 1, to the bit."""
+    return any(spec.name == option and spec.metadata["linear"] for spec in dataclasses.fields(method.options))
 
 
 def check_option(method: Method | Disentangler, option: str, value: Any) -> Any:

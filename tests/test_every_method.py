@@ -25,11 +25,11 @@ def taus_of(experts: int = 4, seed: int = 0) -> Tensor:
     return 1e-2 * own + 3e-3 * shared
 
 
-def measured(chosen: Method, options: Any, taus: Tensor) -> Tensor | None:
-    survey = chosen.survey(options)
-    if survey is None:
-        return None
-    return surveyed(survey, taus.reshape(len(taus), -1))
+def measured(chosen: Method, options: Any, taus: Tensor, base: Tensor) -> Tensor | None:
+    survey, moments = chosen.survey(options), chosen.moments(options)
+    if moments is not None:
+        return moments(taus.reshape(len(taus), -1), base.reshape(-1))
+    return None if survey is None else surveyed(survey, taus.reshape(len(taus), -1))
 
 
 def surveyed(survey: Survey, taus: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def context_of(chosen: Method, options: Any, taus: Tensor, **told: Any) -> Conte
         "tensor": "w",
         "weights": (1.0,) * len(taus),
         "experts": tuple(f"e{i}" for i in range(len(taus))),
-        "measured": measured(chosen, options, taus),
+        "measured": measured(chosen, options, taus, base),
         "base": base if chosen.wants_base else None,
     } | told
     return Context(**told)
@@ -104,6 +104,26 @@ def test_a_factor_on_the_merged_task_vector_may_vary_over_tensors(name: str) -> 
     for spec in dataclasses.fields(method.load(name).options):
         if spec.name == "scale" and "merged task vector" in spec.metadata["help"]:
             assert spec.metadata["varies"] == "tensor"
+            assert spec.metadata["linear"]
+
+
+LINEAR = [
+    (n, spec.name)
+    for n in NAMES
+    for spec in dataclasses.fields(method.load(n).options)
+    if method.is_linear(method.load(n), spec.name)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), LINEAR)
+def test_an_option_that_is_declared_linear_multiplies_what_it_is_at_one_to_the_bit(name: str, option: str) -> None:
+    chosen, taus = method.load(name), taus_of(takes(name, 4))
+    weights = (0.5, 1.0, 2.0, 1.5)[: len(taus)]
+    for values in choices(chosen):
+        unit = merged(name, taus, weights, **{**values, option: 1.0})
+        assert unit.any()
+        for value in (0.3, 1.7, -0.4, 0.0, 0.1 + 0.2):
+            assert torch.equal(merged(name, taus, weights, **{**values, option: value}), unit * value), (values, value)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -231,6 +251,18 @@ def test_surveys_add_up_over_blocks(name: str) -> None:
                 parts = [counted(wanted, part) for part in taus.split(100, dim=1)]
                 assert torch.equal(torch.stack(parts).sum(0), whole)
                 wanted = search.send(whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_add_up_over_blocks(name: str) -> None:
+    moments = method.load(name).moments(method.load(name).options())
+    if moments is None:
+        return
+    taus, base = torch.randn(takes(name, 4), 10_000), torch.randn(10_000)
+    whole = moments(taus, base)
+    parts = [moments(*part) for part in zip(taus.split(3333, dim=1), base.split(3333), strict=True)]
+    assert whole.dtype == torch.float64
+    assert torch.allclose(torch.stack(parts).sum(0), whole, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.gpu

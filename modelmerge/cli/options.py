@@ -132,6 +132,24 @@ Vary = Annotated[
         rich_help_panel=SHARED_PANEL,
     ),
 ]
+Rule = Annotated[
+    list[str] | None,
+    typer.Option(
+        help='Another method for tensors of such names: "*attn*=tsv-m scale=0.8". Repeatable; the first that takes a '
+        "tensor counts, and what none takes goes by the command's own method.",
+        metavar="GLOB=METHOD [OPTION=V]...",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
+LayerScale = Annotated[
+    str | None,
+    typer.Option(
+        help="Factors on all task vectors, from the first layer to the last (0.5,1.2), or a JSON or YAML file: a list "
+        "over the layers, or {GLOB: factor or list}.",
+        metavar="V,V[,V...]|FILE",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 Disentangle = Annotated[
     str | None,
     typer.Option(
@@ -168,6 +186,24 @@ Quiet = Annotated[
 Verbose = Annotated[
     bool, typer.Option("-v", "--verbose", help="Name every tensor in plans and results.", rich_help_panel=PRINT_PANEL)
 ]
+
+
+def written(
+    device: Device = "auto",
+    stream: Stream = False,
+    push: Push = None,
+    private: Private = False,
+    create_pr: CreatePr = False,
+    commit_message: CommitMessage = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    resume: Resume = False,
+    form: Form = "human",
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """What every command takes that writes a directory; for its signature alone."""
 
 
 def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.writer import Staging
-from modelmerge.engine.front import Front, fit
+from modelmerge.engine.given import Factors, Given, give
 from modelmerge.engine.job import (
-    SAMPLE_RUN,
     SMALL,
     Findings,
     Job,
@@ -29,16 +27,17 @@ from modelmerge.engine.stream import (
     as_bytes,
     in_parallel,
     item_bytes,
-    known_factors,
     piece_bytes,
     pieces,
     rounded,
     whole,
 )
-from modelmerge.method import Context, Pass, Survey
+from modelmerge.method import Context
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
 from modelmerge.vary import Setting
+
+_REACH = 1 << 30  # bytes: little beside the memory that systems give to files
 
 
 def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
@@ -55,94 +54,66 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return findings
-    front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
-    merged = job.surveyed()
-    measured = surveyed(job, job.survey, front, merged, reporter) if job.survey else None
+    given = give(job, reporter)
 
-    wholes = [t for t in todo if t.action == "merge" and not job.blockwise]
-    streamed = [t for t in todo if t not in wholes]
-    reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in todo))
+    wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
+    streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
+    measured = [t for t in streamed if t.action != "copy" and job.part(t).moments is not None]
+    streamed = [t for t in streamed if t not in measured]
+    read = [*todo, *measured]  # the latter twice
+    reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in read))
 
     def in_rows(tensor: TensorPlan) -> bool:
-        return job.by_rows and tensor.action == "merge"
+        return tensor.action != "copy" and job.part(tensor).by_rows
 
     def merge_piece(piece: Piece, loader: Loader) -> None:
         if piece.tensor.action == "copy":
             data = loader.copy(piece)
         else:
-            # What a survey has read it has checked.
-            theta_0, taus = loader.load(piece, check=job.survey is None or piece.tensor.action == "rest")
-            if front is not None:
-                front.take_out(piece, taus)
+            theta_0, taus = loader.load(piece, check=given.unchecked(piece.tensor))
+            given.ready(piece, taus)
             if in_rows(piece.tensor):
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
-            data = _merged(job, piece, theta_0, taus, measured, findings)
+            data = _merged(given, piece, theta_0, taus, findings)
         staging.write(piece.tensor.name, piece.start * item_bytes(piece.tensor.out_dtype), as_bytes(data))
         reporter.advance(piece_bytes(plan, piece), piece.tensor.name)
 
-    cut = [piece for t in streamed for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
-    in_parallel(job.source, cut, merge_piece)
-    _run_whole(job, front, wholes, measured, findings, staging, reporter)
+    def merge_cut(tensors: Sequence[TensorPlan]) -> None:
+        cut = [piece for t in tensors for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
+        in_parallel(job.source, cut, merge_piece)
+
+    merge_cut(streamed)
+    for some in _in_reach(given, measured):
+        given.measure(some, reporter)
+        merge_cut(some)
+    _run_whole(given, wholes, findings, staging, reporter)
     return findings
 
 
-def surveyed(job: Job, survey: Survey, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter) -> Tensor:
-    """What the method's survey concludes from the tensors it will merge."""
-    search = survey.find(sum(tensor.numel for tensor in merged))
-    wanted, checked = next(search), False
-    while True:
-        full = wanted.share == 1
-        total = _one_pass(job, wanted, front, merged, reporter, check=full and not checked)
-        checked = checked or full
-        try:
-            wanted = search.send(total)
-        except StopIteration as found:
-            measured: Tensor = found.value
-            return measured
-
-
-def _one_pass(
-    job: Job, wanted: Pass, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter, *, check: bool
-) -> Tensor:
-    sampled = wanted.share > 1
-    runs = list(pieces(merged, SAMPLE_RUN if sampled else job.source.block, sampled=sampled))[:: wanted.share]
-    reporter.stage("sampling" if sampled else "measuring", sum(piece_bytes(job.plan, run) for run in runs))
-    parts: dict[int, Tensor] = {}  # one running total per worker
-
-    def add(piece: Piece, loader: Loader) -> None:
-        _, taus = loader.load(piece, check=check)
-        if front is not None:
-            front.take_out(piece, taus)
-        mine = threading.get_ident()
-        if mine not in parts:
-            parts[mine] = taus.new_zeros((len(taus), wanted.counters), dtype=torch.int64)
-        wanted.measure(taus, parts[mine])
-        reporter.advance(piece_bytes(job.plan, piece), piece.tensor.name)
-
-    in_parallel(job.source, runs, add)
-    return torch.stack(list(parts.values())).sum(0)
+def _in_reach(given: Given, tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
+    """The tensors in groups that are still in the page cache when they are read the second time."""
+    group: list[TensorPlan] = []
+    for tensor in tensors:
+        group.append(tensor)
+        if sum(given.job.plan.stored_bytes(t, experts=True) for t in group) >= _REACH:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _run_whole(
-    job: Job,
-    front: Front | None,
-    tensors: Sequence[TensorPlan],
-    measured: Tensor | None,
-    findings: Findings,
-    staging: Staging,
-    reporter: Reporter,
+    given: Given, tensors: Sequence[TensorPlan], findings: Findings, staging: Staging, reporter: Reporter
 ) -> None:
     """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
+    job = given.job
 
     def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Tensor:
-        if front is not None:
-            front.take_out(piece, taus)
-        # What a front has changed is no product any more.
-        factors = known_factors(job.source, piece.tensor) if front is None else None
-        return _merged(job, piece, theta_0, taus, measured, findings, factors)
+        given.ready(piece, taus)
+        return _merged(given, piece, theta_0, taus, findings, given.factors(piece.tensor))
 
     def merge_alone(tensor: TensorPlan) -> None:
-        piece, theta_0, taus = whole(job.source, tensor, check=job.survey is None)
+        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
         staging.write(tensor.name, 0, as_bytes(merge(piece, theta_0, taus)))
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
@@ -154,23 +125,24 @@ def _run_whole(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # an error ends the others, too
-    _run_in_turn(job, [tensor for tensor in tensors if not together(job, tensor)], merge, staging, reporter)
+    _run_in_turn(given, [tensor for tensor in tensors if not together(job, tensor)], merge, staging, reporter)
 
 
 def _run_in_turn(
-    job: Job,
+    given: Given,
     tensors: Sequence[TensorPlan],
     merge: Callable[[Piece, Tensor, Tensor], Tensor],
     staging: Staging,
     reporter: Reporter,
 ) -> None:
     """Merge tensors one after the other: read one ahead, write one behind."""
+    job = given.job
     device, left = job.source.device, beyond_device(job)
     sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(tensor: TensorPlan) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
         with current(device):
-            piece, theta_0, taus = whole(job.source, tensor, check=job.survey is None)
+            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
             return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
@@ -217,37 +189,22 @@ def _sent(theta_0: Tensor, taus: Tensor, stream: torch.cuda.Stream | None) -> tu
 
 
 def _merged(
-    job: Job,
-    piece: Piece,
-    theta_0: Tensor,
-    taus: Tensor,
-    measured: Tensor | None,
-    findings: Findings,
-    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
+    given: Given, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
 ) -> Tensor:
     """The piece's merged values, flat, as they will be stored; `theta_0` is used up."""
-    delta = merged_vector(job, piece, theta_0, taus, measured, findings, factors)
+    delta = merged_vector(given, piece, theta_0, taus, findings, factors)
     if findings.rounding is not None:
         findings.rounding.merged.append(squared(delta))
     return rounded(piece, theta_0.add_(delta), rounding=findings.rounding)
 
 
 def merged_vector(
-    job: Job,
-    piece: Piece,
-    theta_0: Tensor,
-    taus: Tensor,
-    measured: Tensor | None,
-    findings: Findings,
-    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
+    given: Given, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
 ) -> Tensor:
     """The piece's merged task vector."""
-    chosen = job.method if piece.tensor.action == "merge" else job.rest
-    assert chosen is not None, "the plan leaves tensors to a method that the job does not name"
-    method, options = chosen
-    setting = job.settings.get(piece.tensor.name) or Setting(options, job.weights, {})
-    if piece.tensor.action == "merge":
-        options = setting.options
+    job = given.job
+    part = job.part(piece.tensor)
+    setting = job.settings.get(piece.tensor.name) or Setting(part.options, job.weights, {})
 
     def leave_out(expert: int, reason: str) -> None:
         findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
@@ -255,13 +212,16 @@ def merged_vector(
     def tell(figures: Mapping[str, float]) -> None:
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
 
+    measured = given.measured.get(piece.tensor.name)
+    if measured is None and part.moments is not None:  # it is here as a whole
+        measured = part.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
         experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
-        base=theta_0 if method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
+        base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip
-    delta = method.apply(taus, options, context)
+    delta = part.method.apply(taus, setting.options, context)
     if piece.tensor.rows is not None:
         delta = delta.contiguous()
         delta.view(-1)[max(piece.tensor.common - piece.start, 0) :] = 0

@@ -34,7 +34,7 @@ class Options:
     """What DARE can be told."""
 
     density: float = option(0.1, "Share of the entries that is kept: 1 - p.", above=0.0, maximum=1.0, varies="expert")
-    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor", linear=True)
     consensus: Literal["linear", "ties"] = option("linear", "Add everything up, or only what agrees in sign.")
     reduce: Literal["sum", "mean"] = option("sum", "With --consensus ties: what becomes of the entries that agree.")
 
@@ -43,24 +43,25 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the dropped and rescaled task vectors, merged and scaled."""
     part, densities = torch.empty_like(taus[0]), context.each("density", options.density)
     # Rescaled by the first density at the end, all together; here is what is missing of it.
-    rests = [w * (_random.share(densities[0]) / _random.share(d)) for w, d in zip(context.weights, densities, strict=True)]
+    first = _random.share(densities[0])
+    rests = [w * (first / _random.share(density)) for w, density in zip(context.weights, densities, strict=True)]
 
     def dropped() -> Iterator[Tensor]:
         for i, (tau, density, rest) in enumerate(zip(taus, densities, rests, strict=True)):
             kept = _random.keep(context, i, density, part).mul_(tau)
             yield kept if rest == 1.0 else kept.mul_(rest)
 
-    factor = options.scale / _random.share(densities[0])
     if options.consensus == "ties":
-        return _signs.elect(dropped(), context.weights, taus[0], options.reduce).mul_(factor)
-    total = torch.zeros_like(part)
-    if all(rest == 1.0 for rest in rests):
+        total = _signs.elect(dropped(), context.weights, taus[0], options.reduce)
+    elif all(rest == 1.0 for rest in rests):
+        total = torch.zeros_like(part)
         for i, tau in enumerate(taus):  # a product with 1 or 0 is exact, fused with the sum or not
             total.addcmul_(tau, _random.keep(context, i, densities[i], part))
     else:
+        total = torch.zeros_like(part)
         for kept in dropped():
             total.add_(kept)
-    return total.mul_(factor)
+    return total.mul_(1.0 / first).mul_(options.scale)
 
 
 METHOD = Method(
