@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -27,6 +28,7 @@ from modelmerge.engine.stream import (
     as_bytes,
     in_parallel,
     item_bytes,
+    loader_of,
     piece_bytes,
     pieces,
     rounded,
@@ -112,12 +114,15 @@ def _run_whole(
         given.ready(piece, taus)
         return _merged(given, piece, theta_0, taus, findings, given.factors(piece.tensor))
 
+    modest, own = [tensor for tensor in tensors if together(job, tensor)], threading.local()
+
     def merge_alone(tensor: TensorPlan) -> None:
-        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
+        if not hasattr(own, "loader"):
+            own.loader = loader_of(job.source, modest)
+        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=own.loader)
         staging.write(tensor.name, 0, as_bytes(merge(piece, theta_0, taus)))
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
-    modest = [tensor for tensor in tensors if together(job, tensor)]
     with threads(1), ThreadPoolExecutor(job.source.workers, "merge") as pool:
         futures = [pool.submit(merge_alone, tensor) for tensor in modest]
         try:
@@ -140,22 +145,25 @@ def _run_in_turn(
     device, left = job.source.device, beyond_device(job)
     sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def fetch(tensor: TensorPlan) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
+    loaders = [loader_of(job.source, tensors[turn::2]) for turn in (0, 1)]  # one is read into, one is merged from
+
+    def fetch(turn: int) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
+        tensor = tensors[turn]
         with current(device):
-            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
+            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=loaders[turn % 2])
             return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
 
-        def read(tensor: TensorPlan) -> Future[tuple[Piece, Tensor, Tensor, Callable[[], None]]]:
-            return reading.submit(fetch, tensor)
+        def read(turn: int) -> Future[tuple[Piece, Tensor, Tensor, Callable[[], None]]]:
+            return reading.submit(fetch, turn)
 
-        ahead = read(tensors[0]) if tensors else None
+        ahead = read(0) if tensors else None
         behind: Future[None] | None = None
         for i, tensor in enumerate(tensors):
             assert ahead is not None
             piece, theta_0, taus, arrive = ahead.result()
-            ahead = read(tensors[i + 1]) if i + 1 < len(tensors) else None
+            ahead = read(i + 1) if i + 1 < len(tensors) else None
             arrive()
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
                 data = merge(piece, theta_0, taus)
