@@ -31,6 +31,7 @@ from modelmerge.engine.job import (
 )
 from modelmerge.engine.merging import run
 from modelmerge.engine.rounding import stored_narrow
+from modelmerge.methods._lambdas import Mode as TaskLambda
 
 __all__ = [
     "Adapted",
@@ -38,6 +39,7 @@ __all__ = [
     "Job",
     "Part",
     "Source",
+    "TaskLambda",
     "adapt",
     "adapted_bytes",
     "adapted_memory",
