@@ -20,7 +20,7 @@ from modelmerge.verbs.merge import prepare
 from tests.checkpoints import State, base_state, expert_state, family, read, write
 from tests.test_every_method import surveyed, takes
 
-NAMES = method.names()
+NAMES = method.data_free()
 
 
 def in_memory(name: str, base: State, experts: list[State], **values: Any) -> State:

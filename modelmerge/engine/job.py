@@ -228,7 +228,7 @@ def beyond_device(job: Job) -> frozenset[str]:
     """The tensors whose merge would not fit in the device's free memory beside the next one: the CPU merges those."""
     if job.source.device.type == "cpu" or job.blockwise:
         return frozenset()
-    free = _free_memory(job.source.device) or 0
+    free = free_memory(job.source.device) or 0
     return frozenset(t.name for t in job.plan.select("merge") if _whole_bytes(job, [t, t]) > _USABLE * free)
 
 
@@ -302,7 +302,7 @@ def refuse_too_large(source: Source, front: tuple[Disentangler, Any] | None, ten
         UsageError: With the bytes it needs and the bytes there are.
     """
     needed, _ = front_memory(source, front, tensors)
-    free = _free_memory(source.device)
+    free = free_memory(source.device)
     if free is not None and needed > free:
         raise UsageError(
             f"disentangling whole vectors (--solver descent) needs {needed:,} bytes of memory, and {free:,} are free",
@@ -310,7 +310,8 @@ def refuse_too_large(source: Source, front: tuple[Disentangler, Any] | None, ten
         )
 
 
-def _free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of memory that are free on a device; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
