@@ -222,7 +222,7 @@ def _published(published: opt.Published = False) -> None: ...
 def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:
     """The unlabelled data that the command line names."""
     words = [parameter.name for parameter in opt.shared(opt.unlabelled)]
-    given = {word: values[word] for word in words if values[word]}
+    given = {word: values[word] for word in words if values[word] is not None}
     return {{"task": "tasks", "template": "templates"}.get(word, word): value for word, value in given.items()}
 
 

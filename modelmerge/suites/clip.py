@@ -185,7 +185,7 @@ def _in_order(head: Head, task: Task, classes: Sequence[str], file: Path) -> Hea
     return replace(head, weight=head.weight[order], classes=tuple(classes))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def make_head(source: Parts, classes: Sequence[str], templates: Sequence[str]) -> Head:
     """A text head by a model's text tower.
 
@@ -396,7 +396,7 @@ def _config(model: Parts) -> Mapping[str, Any]:
     what = f"a {kind} model" if kind else "a model without a config.json that says what it is"
     raise ModelMergeError(
         f"'{model.name}' is {what}, not CLIP",
-        hint="eval clip takes CLIP models and their vision towers; for others: eval lm, or eval custom --script",
+        hint="images are for CLIP models and their vision towers; others go with --script, or eval lm",
     )
 
 

@@ -454,6 +454,12 @@ def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
         summary = method.summary(recipe.disentangle, "disentangle")
         methods.append(_applied(recipe.disentangle, summary, job.front, f"{recipe.disentangle}-"))
     methods.append(_applied(recipe.method, method.summary(recipe.method), job.method))
+    if recipe.coefficients:
+        count = len(recipe.coefficients)
+        notes = [
+            *notes,
+            f"The coefficients of {count} tensors were found on unlabelled data; `modelmerge.json` has them.",
+        ]
     defaults = Recipe(method="", base="", experts=())
     settings = {
         name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed", "as_lora")
