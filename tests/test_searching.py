@@ -414,6 +414,10 @@ def test_words_and_exit_codes(
 def test_other_methods_look_at_no_data(small: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'ties' looks at no data"):
         modelmerge.merge(small[0], small[1:], tmp_path / "out", method="ties", unlabelled={"script": "x.py:f"})
+    with pytest.raises(UsageError, match="'adamerging' finds weights for all tensors on data, and takes no --rule"):
+        run(small, tmp_path / "out", lambda expert: (Network(), rows()), rule=["upper*=average"])
+    with pytest.raises(UsageError, match="'adamerging' finds weights for all tensors on data, and takes no --rule"):
+        modelmerge.merge(small[0], small[1:], tmp_path / "out", method="ties", rule=["upper*=adamerging"])
     with pytest.raises(UsageError, match="unlabelled data are not told by 'task'"):
         modelmerge.merge(small[0], small[1:], tmp_path / "out", method="adamerging", unlabelled={"task": ["svhn"]})
 

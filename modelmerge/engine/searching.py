@@ -64,24 +64,24 @@ def find_weights(job: Job, make: Callable[[], Sequence[Problem]], reporter: Repo
         ModelMergeError: A module cannot be called with its data, or does not give logits.
     """
     prepare_process()
-    method, options = job.method
-    assert method.finder is not None, "only methods with a finder look for weights"
+    (part,) = job.parts
+    assert part.method.finder is not None, "only methods with a finder look for weights"
     # Tied tensors are one: they have one value and the same weights.
-    tied = {t.name: t.twin or t.name for t in job.plan.select("merge") if t.numel}
+    tied = {t.name: t.twin or t.name for t in part.tensors if t.numel}
     with current(job.source.device):
-        changed, still = _read(job, [t for t in job.plan.select("merge") if t.numel and t.twin is None], reporter)
+        changed, still = _read(job, part.surveyed(), reporter)
         if not changed:
             raise PlanError(
                 "all experts are the same as the base: there are no weights to find", hint="check the references"
             )
-        finder, problems = method.finder(changed, options), make()
+        finder, problems = part.method.finder(changed, part.options), make()
         values = {name: finder.values.get(first, still.get(first)) for name, first in tied.items()}
         for problem in problems:
             _put_in(problem, values, changed, job)
         for value in finder.values.values():
             value.requires_grad_()
         losses = [_loss_of(problem, finder) for problem in problems]
-        reporter.stage("adapting", options.steps, "steps")
+        reporter.stage("adapting", part.options.steps, "steps")
         told: list[list[float]] = []
         for step in finder.steps(losses):
             if not told:
@@ -97,7 +97,7 @@ def search_memory(job: Job) -> dict[str, int]:
 
     `host`, and `device` (0 on the CPU).
     """
-    tensors, tasks = [t for t in job.plan.select("merge") if t.twin is None], len(job.plan.experts)
+    tensors, tasks = [t for t in job.merged() if t.twin is None], len(job.plan.experts)
     fitting, kept = front_memory(job.source, job.front, job.disentangled())
     # theta_0 and the task vectors, the merged model and its gradient.
     models = 4 * (tasks + 3) * sum(t.numel for t in tensors)

@@ -99,17 +99,17 @@ class Read:
         return [self._of_images(expert.name, parts, tower, digest, job) for expert in job.plan.experts]
 
     def _of_script(self, script: Script, expert: Checkpoint, job: engine.Job) -> Problem:
-        _, options = job.method
+        options = job.parts[0].options
         told = Model(expert, job.plan.base, job.source.device)
         module, batches = _unlabelled.classifier_of(script, told, options.batch_size, job.seed)
         where = f"{script.label} for '{expert.name}'"
-        merged = [tensor.name for tensor in job.plan.select("merge")]
+        merged = [tensor.name for tensor in job.merged()]
         names = _unlabelled.names_in(list(module.state_dict()), merged, where)
         predict = _unlabelled.predictor(where, module, batches, job.source.device)
         return Problem(expert.name, module, names, predict)
 
     def _of_images(self, name: str, parts: clip.Parts, tower: clip.Tower, digest: str, job: engine.Job) -> Problem:
-        (_, options), items = job.method, self.items[name]
+        options, items = job.parts[0].options, self.items[name]
         try:
             head = clip.find_head(items.task, items.classes, parts, self.data.heads, digest)
         except UsageError as error:
@@ -207,7 +207,7 @@ def _paired(tasks: Sequence[Task], experts: Sequence[str]) -> dict[str, Task]:
 
 def with_coefficients(job: engine.Job, coefficients: Mapping[str, Mapping[str, float]]) -> engine.Job:
     """The job with its experts' weights times the coefficients, by tensor and expert."""
-    options, settings = job.method[1], dict(job.settings)
+    options, settings = job.parts[0].options, dict(job.settings)
     experts = [expert.name for expert in job.plan.experts]
     for tensor, told in coefficients.items():
         known = settings.get(tensor) or Setting(options, job.weights, {})
