@@ -259,6 +259,20 @@ def test_awd_in_front_is_the_two_commands_in_turn(small: list[Path], tmp_path: P
     ).read_bytes()
 
 
+def test_a_layer_scale_is_part_of_the_task_vectors(small: list[Path], tmp_path: Path) -> None:
+    def script(expert: Any) -> Any:
+        return Network(), rows()
+
+    plain = run(small, tmp_path / "plain", script)
+    told = run(small, tmp_path / "told", script, layer_scale={"lower*": 0.5, "*": 2.0})
+    assert plain["search"]["entropy"][0] != told["search"]["entropy"][0]
+    base, *others, merged = (load_file(p / "model.safetensors") for p in (*small, tmp_path / "told"))
+    for key, factor in (("lower.weight", 0.5), ("upper.weight", 2.0)):
+        own = coefficients(told)[key].values()
+        sum_of = sum(factor * c * (other[key] - base[key]) for c, other in zip(own, others, strict=True))
+        torch.testing.assert_close(merged[key], base[key] + sum_of)
+
+
 def test_an_adapter_can_be_written(small: list[Path], tmp_path: Path) -> None:
     (small[0] / "config.json").write_text('{"model_type": "x"}')
     manifest = run(

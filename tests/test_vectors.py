@@ -285,7 +285,7 @@ def test_one_expert_is_nothing_to_disentangle(models: list[Path], tmp_path: Path
 def test_a_descent_that_does_not_fit_is_refused_beforehand(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(job, "free_memory", lambda device: 1000)
     for run in (
         lambda: modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method="awd", solver="descent",
                                        granularity="model"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelmerge.engine.front import fit
+from modelmerge.engine.given import give
 from modelmerge.engine.job import PROCESS_BYTES, Job, current, free_memory, front_memory, prepare_process
 from modelmerge.engine.stream import piece_bytes, wholes
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
@@ -129,14 +129,13 @@ def _read(
     job: Job, tensors: Sequence[TensorPlan], reporter: Reporter
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """`theta_0` and task vectors of the tensors that change, by name; and `theta_0` of those that do not."""
-    front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
+    given = give(job, reporter)
     reporter.stage("reading", sum(job.plan.stored_bytes(t, experts=True) for t in tensors))
     changed: dict[str, tuple[Tensor, Tensor]] = {}
     still: dict[str, Tensor] = {}
     for piece, theta_0, taus in wholes(job.source, tensors, check=True):
         name = piece.tensor.name
-        if front is not None:
-            front.take_out(piece, taus)
+        given.ready(piece, taus)
         setting = job.settings.get(name)
         for tau, weight in zip(taus, job.weights if setting is None else setting.weights, strict=True):
             if weight != 1.0:
