@@ -75,7 +75,7 @@ def test_what_did_not_change_is_left_out_and_listed(tmp_path: Path) -> None:
     assert same_bits(read(tmp_path / "direct"), read(tmp_path / "by_vectors"))
 
 
-@pytest.mark.parametrize("name", method.names())
+@pytest.mark.parametrize("name", method.data_free())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_task_vectors_is_merging_the_experts(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     count = takes(name, 3)
@@ -170,7 +170,7 @@ def test_in_front_of_a_merge_is_the_two_commands_in_turn(
     models = family(tmp_path / "m", dtype=torch.bfloat16)
     told = {"granularity": granularity, "solver": solver, "steps": 30}
     modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method="awd", **told)
-    for name in method.names():
+    for name in method.data_free():
         more: dict[str, Any] = {"steps": 5} if name == "apgd" else {}
         if takes(name, 3) < 3:
             continue
@@ -285,7 +285,7 @@ def test_one_expert_is_nothing_to_disentangle(models: list[Path], tmp_path: Path
 def test_a_descent_that_does_not_fit_is_refused_beforehand(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(job, "free_memory", lambda device: 1000)
     for run in (
         lambda: modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method="awd", solver="descent",
                                        granularity="model"),

@@ -31,6 +31,7 @@ from modelmerge.engine.job import (
 )
 from modelmerge.engine.merging import run
 from modelmerge.engine.rounding import stored_narrow
+from modelmerge.engine.searching import Problem, Search, find_weights, refuse_search_beyond_memory, search_memory
 from modelmerge.methods._lambdas import Mode as TaskLambda
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "Findings",
     "Job",
     "Part",
+    "Problem",
+    "Search",
     "Source",
     "TaskLambda",
     "adapt",
@@ -47,10 +50,13 @@ __all__ = [
     "bytes_read",
     "default_workers",
     "find_device",
+    "find_weights",
     "passes",
     "peak_memory",
+    "refuse_search_beyond_memory",
     "refuse_too_large",
     "run",
+    "search_memory",
     "stored_narrow",
     "threads",
     "vector_memory",

@@ -290,7 +290,7 @@ def beyond_device(job: Job) -> frozenset[str]:
     wholes = job.wholes()
     if job.source.device.type == "cpu" or not wholes:
         return frozenset()
-    free = _free_memory(job.source.device) or 0
+    free = free_memory(job.source.device) or 0
     return frozenset(t.name for t in wholes if _whole_bytes(job, [t, t]) > _USABLE * free)
 
 
@@ -364,7 +364,7 @@ def refuse_too_large(source: Source, front: tuple[Disentangler, Any] | None, ten
         UsageError: With the bytes it needs and the bytes there are.
     """
     needed, _ = front_memory(source, front, tensors)
-    free = _free_memory(source.device)
+    free = free_memory(source.device)
     if free is not None and needed > free:
         raise UsageError(
             f"disentangling whole vectors (--solver descent) needs {needed:,} bytes of memory, and {free:,} are free",
@@ -372,7 +372,8 @@ def refuse_too_large(source: Source, front: tuple[Disentangler, Any] | None, ten
         )
 
 
-def _free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of memory that are free on a device; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
