@@ -257,12 +257,12 @@ def test_larv_from_files_is_larv_by_hand(tmp_path: Path) -> None:
     base, *experts = (read(path) for path in paths)
     contrasts, conflicts = {}, {}
     for i in range(4):
-        pairs = [
-            (base[f"h.{i}.{name}.weight"], e[f"h.{i}.{name}.weight"] - base[f"h.{i}.{name}.weight"])
-            for name in ("attn", "mlp") for e in experts if i != 1 or e is experts[0]
-        ]  # fmt: skip
-        contrasts[i] = sum(_larv.effective_rank(b) / _larv.effective_rank(t) for b, t in pairs) / len(pairs)
-        conflicts[i] = sum(_larv.conflict(b, t) for b, t in pairs) / len(pairs)
+        updates = {
+            base[f"h.{i}.{name}.weight"]: sum(e[f"h.{i}.{name}.weight"] - base[f"h.{i}.{name}.weight"] for e in experts)
+            for name in ("attn", "mlp")
+        }
+        contrasts[i] = sum(_larv.effective_rank(b) / _larv.effective_rank(t) for b, t in updates.items()) / 2
+        conflicts[i] = sum(_larv.conflict(b, t) for b, t in updates.items()) / 2
     factors = _larv.tiers(_larv.scores(contrasts, conflicts, {i: (i + 1) / 4 for i in range(4)}))
     assert sorted(factors.values()) == [0.8, 1.0, 1.0, 1.2]
     want = {name: factors[int(name[2])] for name in base if name.startswith("h.")}

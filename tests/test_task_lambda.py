@@ -21,7 +21,7 @@ from tests.test_merge import same_bits
 
 FLOATING = list(SHAPES)
 MODES = ("relative", "matched", "paper")
-NAMES = [name for name in method.names() if not method.load(name).own_lambda]
+NAMES = [name for name in method.data_free() if not method.load(name).own_lambda]
 
 
 @pytest.fixture

@@ -92,12 +92,11 @@ def _by_larv(job: Job, front: Front | None, reporter: Reporter) -> dict[str, flo
     for piece, theta_0, taus in wholes(job.source, matrices, check=True):
         if front is not None:
             front.take_out(piece, taus)
-        layer, changed = layer_of(piece.tensor.name), [tau for tau in taus if bool(tau.any())]
+        layer, update = layer_of(piece.tensor.name), taus.sum(0)
         assert layer is not None, "only tensors in layers are looked at"
-        rank = _larv.effective_rank(theta_0) if changed and bool(theta_0.any()) else 0.0
-        if rank:
-            contrasts[layer] += [rank / _larv.effective_rank(tau) for tau in changed]
-            conflicts[layer] += [_larv.conflict(theta_0, tau) for tau in changed]
+        if bool(update.any()) and bool(theta_0.any()):
+            contrasts[layer].append(_larv.effective_rank(theta_0) / _larv.effective_rank(update))
+            conflicts[layer].append(_larv.conflict(theta_0, update))
         reporter.advance(piece_bytes(job.plan, piece), piece.tensor.name)
     count = layers(tensor.name for tensor in job.merged())
     score = _larv.scores(
