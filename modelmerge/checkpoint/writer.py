@@ -179,10 +179,16 @@ class Staging:
             self._abandon()
         os.close(self._lock)
 
-    def spool(self) -> BinaryIO:
-        """A nameless file beside the output, for what cannot be laid out before all of it is known."""
+    def spool(self, nbytes: int = 0) -> BinaryIO:
+        """A nameless file beside the output, for what cannot be laid out before all of it is known.
+
+        Of so many bytes from the start, where that is known: a disk that is too small shows before the work.
+        """
         with self._explained("write beside the output"):
-            return tempfile.TemporaryFile(dir=self._directory)
+            made = tempfile.TemporaryFile(dir=self._directory)
+            if nbytes:
+                _claim_space(made.fileno(), nbytes)
+            return made
 
     def lay_out(self, layout: Layout) -> None:
         """Make the weight files of a layout that was not known when the output was prepared."""
@@ -316,10 +322,7 @@ class Staging:
             (self._directory / shard.filename).parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._directory / shard.filename, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             self._descriptors[shard.filename] = descriptor
-            if hasattr(os, "posix_fallocate"):  # claims the space now: a full disk shows before the work, not after
-                os.posix_fallocate(descriptor, 0, shard.file_bytes)
-            else:
-                os.ftruncate(descriptor, shard.file_bytes)
+            _claim_space(descriptor, shard.file_bytes)
             _write_all(descriptor, memoryview(shard.header), 0)
             if not self._missing[shard.filename]:
                 self._finish(shard)
@@ -379,6 +382,14 @@ def _claim(directory: Path, target: Path) -> int:
             if os.path.samestat(os.fstat(descriptor), directory.stat()):
                 return descriptor
         os.close(descriptor)
+
+
+def _claim_space(descriptor: int, nbytes: int) -> None:
+    """Make a file so long, with its space claimed now: a full disk shows before the work, not after."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+    else:
+        os.ftruncate(descriptor, nbytes)
 
 
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:

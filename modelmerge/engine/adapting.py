@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -14,9 +14,10 @@ from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.checkpoint.layout import Entry
 from modelmerge.engine.front import fit
 from modelmerge.engine.job import PROCESS_BYTES, SMALL, Findings, Job, prepare_process, threads, unfolding
-from modelmerge.engine.merging import merged_vector, surveyed
+from modelmerge.engine.merging import merged_vector
 from modelmerge.engine.rounding import squared
 from modelmerge.engine.stream import TORCH_DTYPES, as_bytes, known_factors, loaded, piece_bytes, rounded, whole
+from modelmerge.engine.surveying import surveyed
 from modelmerge.methods import _linalg
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
@@ -50,7 +51,13 @@ class Adapted:
 
 
 def adapt(
-    job: Job, table: Mapping[str, Role], wanted: Size, dtype: str, spool: BinaryIO, reporter: Reporter
+    job: Job,
+    table: Mapping[str, Role],
+    wanted: Size,
+    dtype: str,
+    spool: BinaryIO,
+    scratch: Callable[[int], BinaryIO],
+    reporter: Reporter,
 ) -> Adapted:
     """Merge every tensor of the plan, and spool what an adapter holds of it.
 
@@ -60,6 +67,7 @@ def adapt(
         wanted: How small the factors shall be.
         dtype: safetensors dtype of the factors.
         spool: Gets the bytes.
+        scratch: Makes a nameless file of so many bytes.
         reporter: Is told the progress.
 
     Raises:
@@ -72,8 +80,8 @@ def adapt(
     # What has no place is found out first: not at the end of a long merge.
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
-    front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
-    measured = surveyed(job, job.survey, front, job.surveyed(), reporter) if job.survey else None
+    front = fit(job.source, job.front, job.disentangled(), scratch, reporter) if job.front else None
+    measured = surveyed(job.source, job.survey, front, job.surveyed(), reporter) if job.survey else None
     reporter.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
     kept: set[str] = set()  # tensors that changed and are not low-rank
     for tensor in todo:

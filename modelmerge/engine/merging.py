@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,7 +11,6 @@ from torch import Tensor
 from modelmerge.checkpoint.writer import Staging
 from modelmerge.engine.front import Front, fit
 from modelmerge.engine.job import (
-    SAMPLE_RUN,
     SMALL,
     Findings,
     Job,
@@ -35,7 +33,8 @@ from modelmerge.engine.stream import (
     rounded,
     whole,
 )
-from modelmerge.method import Context, Pass, Survey
+from modelmerge.engine.surveying import surveyed
+from modelmerge.method import Context
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
 from modelmerge.vary import Setting
@@ -55,9 +54,8 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return findings
-    front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
-    merged = job.surveyed()
-    measured = surveyed(job, job.survey, front, merged, reporter) if job.survey else None
+    front = fit(job.source, job.front, job.disentangled(), staging.spool, reporter) if job.front else None
+    measured = surveyed(job.source, job.survey, front, job.surveyed(), reporter) if job.survey else None
 
     wholes = [t for t in todo if t.action == "merge" and not job.blockwise]
     streamed = [t for t in todo if t not in wholes]
@@ -84,43 +82,6 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     in_parallel(job.source, cut, merge_piece)
     _run_whole(job, front, wholes, measured, findings, staging, reporter)
     return findings
-
-
-def surveyed(job: Job, survey: Survey, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter) -> Tensor:
-    """What the method's survey concludes from the tensors it will merge."""
-    search = survey.find(sum(tensor.numel for tensor in merged))
-    wanted, checked = next(search), False
-    while True:
-        full = wanted.share == 1
-        total = _one_pass(job, wanted, front, merged, reporter, check=full and not checked)
-        checked = checked or full
-        try:
-            wanted = search.send(total)
-        except StopIteration as found:
-            measured: Tensor = found.value
-            return measured
-
-
-def _one_pass(
-    job: Job, wanted: Pass, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter, *, check: bool
-) -> Tensor:
-    sampled = wanted.share > 1
-    runs = list(pieces(merged, SAMPLE_RUN if sampled else job.source.block, sampled=sampled))[:: wanted.share]
-    reporter.stage("sampling" if sampled else "measuring", sum(piece_bytes(job.plan, run) for run in runs))
-    parts: dict[int, Tensor] = {}  # one running total per worker
-
-    def add(piece: Piece, loader: Loader) -> None:
-        _, taus = loader.load(piece, check=check)
-        if front is not None:
-            front.take_out(piece, taus)
-        mine = threading.get_ident()
-        if mine not in parts:
-            parts[mine] = taus.new_zeros((len(taus), wanted.counters), dtype=torch.int64)
-        wanted.measure(taus, parts[mine])
-        reporter.advance(piece_bytes(job.plan, piece), piece.tensor.name)
-
-    in_parallel(job.source, runs, add)
-    return torch.stack(list(parts.values())).sum(0)
 
 
 def _run_whole(
