@@ -65,10 +65,11 @@ def build(words: Sequence[str]) -> typer.Typer:
         help="Merge fine-tuned experts of one base model into one checkpoint.",
     )
     app.callback()(_root)
-    app.command(epilog=merge.examples(vectors.EXTRACT_EXAMPLES))(vectors.extract)
+    app.command("extract", epilog=merge.examples(vectors.EXTRACT_EXAMPLES))(vectors.extract())
+    merging = functools.partial(merge.command, preset=_names_preset(words))
     kinds = (
         ("disentangle", vectors.disentangle_or_list, vectors.command, vectors.DISENTANGLE_EXAMPLES),
-        ("merge", merge.replay_or_list, functools.partial(merge.command, preset=_names_preset(words)), merge.EXAMPLES),
+        ("merge", merge.replay_or_list(), merging, merge.EXAMPLES),
     )
     for kind, callback, command, lines in kinds:
         app.add_typer(_methods(kind, callback, command, lines, words), name=kind)

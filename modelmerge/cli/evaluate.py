@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,7 +11,7 @@ import typer
 
 from modelmerge import suites
 from modelmerge.cli import options as opt
-from modelmerge.cli.merge import chosen_format, examples
+from modelmerge.cli.merge import chosen_format, examples, sink_of
 from modelmerge.cli.output import Bars, Sink, table
 
 if TYPE_CHECKING:
@@ -100,6 +102,12 @@ UpdateCard = Annotated[
 ]
 
 
+BaseToo = Annotated[
+    str | None,
+    typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
+]
+
+
 def add_suites(app: typer.Typer) -> None:
     """Add `eval` and its suites to the application."""
     made = typer.Typer(
@@ -173,7 +181,6 @@ def _weights(
 
 
 def _custom(
-    models: Models,
     script: Annotated[
         str,
         typer.Option(
@@ -193,40 +200,16 @@ def _custom(
             rich_help_panel=_PANEL,
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
-    ] = None,
+    base: BaseToo = None,
     expert: TaskExpert = None,
     seed: Annotated[
         int, typer.Option(help="Seed of Python's, numpy's and torch's generators.", rich_help_panel=_PANEL)
     ] = 0,
-    no_cache: NoCache = False,
-    compare: Compare = None,
-    fail_under: FailUnder = None,
-    update_card: UpdateCard = False,
-    device: opt.Device = "auto",
-    form: opt.Form = "human",
-    json: opt.Json = False,
-    quiet: Quiet = False,
-) -> None:
-    import contextlib
-    import sys
-
-    from modelmerge.verbs.evaluate import evaluate_custom
-
-    sink = Sink(chosen_format(form, json, quiet))
-    # What a script prints is no result.
-    with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
-        report = evaluate_custom(
-            models, metric=script, tasks=task or (), base=base, experts=expert or (), seed=seed, cache=not no_cache,
-            compare=compare, fail_under=fail_under or (), update_card=update_card, device=device, reporter=bars,
-        )  # fmt: skip
-    _finish(report, sink)
+) -> dict[str, Any]:
+    return {"metric": script, "tasks": task or (), "base": base, "experts": expert or (), "seed": seed}
 
 
 def _clip(
-    models: Models,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -306,30 +289,15 @@ def _clip(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the images that --limit draws.", rich_help_panel=_PANEL)] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.", rich_help_panel=_PANEL)] = 64,
-    no_cache: NoCache = False,
-    compare: Compare = None,
-    fail_under: FailUnder = None,
-    update_card: UpdateCard = False,
-    device: opt.Device = "auto",
-    form: opt.Form = "human",
-    json: opt.Json = False,
-    quiet: Quiet = False,
-) -> None:
-    from modelmerge.verbs.evaluate_clip import evaluate_clip
-
-    sink = Sink(chosen_format(form, json, quiet))
-    with Bars(sink) as bars:
-        report = evaluate_clip(
-            models, tasks=task or (), data=data or (), classes=classes or (), templates=template or (), split=split,
-            config=config, image_column=image_column, label_column=label_column, base=base, experts=expert or (),
-            heads=heads, limit=limit, seed=seed, batch_size=batch_size, cache=not no_cache, compare=compare,
-            fail_under=fail_under or (), update_card=update_card, device=device, reporter=bars,
-        )  # fmt: skip
-    _finish(report, sink)
+) -> dict[str, Any]:
+    return {
+        "tasks": task or (), "data": data or (), "classes": classes or (), "templates": template or (), "split": split,
+        "config": config, "image_column": image_column, "label_column": label_column, "base": base,
+        "experts": expert or (), "heads": heads, "limit": limit, "seed": seed, "batch_size": batch_size,
+    }  # fmt: skip
 
 
 def _lm(
-    models: Models,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -390,10 +358,7 @@ def _lm(
             rich_help_panel=_PANEL,
         ),
     ] = False,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
-    ] = None,
+    base: BaseToo = None,
     expert: Annotated[
         list[str] | None,
         typer.Option(
@@ -407,6 +372,17 @@ def _lm(
     seed: Annotated[
         int | None, typer.Option(help="In the place of the harness's own seeds.", rich_help_panel=_PANEL)
     ] = None,
+) -> dict[str, Any]:
+    names = [name for told in task or () for name in told.split(",") if name]
+    return {
+        "tasks": names, "include_path": include_path, "limit": limit, "num_fewshot": num_fewshot,
+        "batch_size": batch_size, "dtype": dtype, "apply_chat_template": apply_chat_template,
+        "confirm_run_unsafe_code": confirm_run_unsafe_code, "metrics": metric or (), "base": base,
+        "experts": expert or (), "seed": seed,
+    }  # fmt: skip
+
+
+def _shared(
     no_cache: NoCache = False,
     compare: Compare = None,
     fail_under: FailUnder = None,
@@ -416,22 +392,36 @@ def _lm(
     json: opt.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    from modelmerge.verbs.evaluate_lm import evaluate_lm
-
-    sink = Sink(chosen_format(form, json, quiet))
-    names = [name for told in task or () for name in told.split(",") if name]
-    with Bars(sink) as bars:
-        report = evaluate_lm(
-            models, tasks=names, include_path=include_path, limit=limit, num_fewshot=num_fewshot,
-            batch_size=batch_size, dtype=dtype, apply_chat_template=apply_chat_template,
-            confirm_run_unsafe_code=confirm_run_unsafe_code, metrics=metric or (), base=base, experts=expert or (),
-            seed=seed, cache=not no_cache, compare=compare, fail_under=fail_under or (), update_card=update_card,
-            device=device, reporter=bars,
-        )  # fmt: skip
-    _finish(report, sink)
+    """What every suite of scores takes; for its signature alone."""
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"clip": _clip, "custom": _custom, "lm": _lm, "weights": _weights}
+def _scores(suite: str, own: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """The command of a suite that gives scores. `own` declares the suite's options and hands them on by their names."""
+    parameters = opt.shared(own)
+    words = [parameter.name for parameter in parameters]
+
+    def run(**values: Any) -> None:
+        from modelmerge.verbs.evaluate import SUITES
+
+        sink = sink_of(values)
+        # What a suite's own code prints is no result.
+        with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
+            report = SUITES[suite](
+                values["models"], cache=not values["no_cache"], compare=values["compare"],
+                fail_under=values["fail_under"] or (), update_card=values["update_card"], device=values["device"],
+                reporter=bars, **own(**{word: values[word] for word in words}),
+            )  # fmt: skip
+        _finish(report, sink)
+
+    return opt.with_parameters(run, [opt.of_argument("models", Models), *parameters, *opt.shared(_shared)])
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "clip": _scores("clip", _clip),
+    "custom": _scores("custom", _custom),
+    "lm": _scores("lm", _lm),
+    "weights": _weights,
+}
 
 
 def _finish(report: dict[str, Any], sink: Sink) -> None:

@@ -64,6 +64,11 @@ def chosen_format(form: str, json: bool, quiet: bool) -> Format:
     return typing.cast(Format, asked.pop() if asked else "human")
 
 
+def sink_of(values: Mapping[str, Any]) -> Sink:
+    """Where the results of a command go whose options are these."""
+    return Sink(chosen_format(values["form"], values["json"], values["quiet"]), verbose=values.get("verbose", False))
+
+
 def examples(lines: tuple[str, ...]) -> str:
     """Examples for the foot of a help page."""
     return "\n\n".join(("[bold]Examples[/]", *(f"[dim]$[/] {line}" for line in lines)))
@@ -101,59 +106,51 @@ def _as_typed(options: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def replay_or_list(
-    context: typer.Context,
-    recipe: RecipeFile = None,
-    preset: opt.Preset = None,
-    output: Annotated[
-        str | None, typer.Option("-o", "--output", metavar="DIR", help="With --recipe: directory for the result.")
-    ] = None,
-    device: opt.Device = "auto",
-    stream: opt.Stream = False,
-    push: opt.Push = None,
-    private: opt.Private = False,
-    create_pr: opt.CreatePr = False,
-    commit_message: opt.CommitMessage = None,
-    dry_run: opt.DryRun = False,
-    force: opt.Force = False,
-    resume: opt.Resume = False,
-    form: opt.Form = "human",
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-) -> None:
-    """Merge experts of one base into one checkpoint.
+def replay_or_list() -> Callable[..., None]:
+    """What `merge` does without a method: list what there is, or repeat a merge."""
 
-    Without a method, list what there is; with --recipe, repeat a merge to the same bits.
-    """
-    if context.invoked_subcommand is not None:
-        if preset:
-            raise UsageError("--preset stands before the method", hint=f"merge METHOD --preset {preset} -o DIR")
-        if recipe:
-            raise UsageError("--recipe and a method exclude each other", hint="the recipe names its method")
-        return
-    sink = Sink(chosen_format(form, json, quiet), verbose=verbose)
-    if preset:
-        if recipe:
+    def own(
+        recipe: RecipeFile = None,
+        preset: opt.Preset = None,
+        output: Annotated[
+            str | None, typer.Option("-o", "--output", metavar="DIR", help="With --recipe: directory for the result.")
+        ] = None,
+    ) -> None: ...
+
+    def run(context: typer.Context, **values: Any) -> None:
+        """Merge experts of one base into one checkpoint.
+
+        Without a method, list what there is; with --recipe, repeat a merge to the same bits.
+        """
+        recipe, preset, output = values["recipe"], values["preset"], values["output"]
+        if context.invoked_subcommand is not None:
+            if preset:
+                raise UsageError("--preset stands before the method", hint=f"merge METHOD --preset {preset} -o DIR")
+            if recipe:
+                raise UsageError("--recipe and a method exclude each other", hint="the recipe names its method")
+            return
+        if preset and recipe:
             raise UsageError("--recipe and --preset exclude each other", hint="a recipe names its models")
-        if output:
+        if output and preset:
             raise UsageError("no method is named", hint=f"merge METHOD --preset {preset} -o {output}")
-        show_preset(presets.load(preset), sink)
-        return
-    if not recipe:
-        if output:
+        if output and not recipe:
             raise UsageError("no method is named", hint=f"there are: {', '.join(method.names())}")
-        list_methods("merge", sink)
-        return
-    if not output:
-        raise UsageError("--recipe needs an output directory", hint="give -o DIR")
-    from pathlib import Path
+        if preset:
+            show_preset(presets.load(preset), sink_of(values))
+        elif not recipe:
+            list_methods("merge", sink_of(values))
+        elif not output:
+            raise UsageError("--recipe needs an output directory", hint="give -o DIR")
+        else:
+            from pathlib import Path
 
-    from modelmerge.verbs.merge import prepare_file
+            from modelmerge.verbs.merge import prepare_file
 
-    target = destination(push, private=private, create_pr=create_pr, message=commit_message)
-    prepared = prepare_file(Path(recipe).expanduser(), device=device, stream=stream)
-    _run(prepared, sink, output, target, dry_run=dry_run, force=force, resume=resume)
+            file = Path(recipe).expanduser()
+            _run(lambda: prepare_file(file, device=values["device"], stream=values["stream"]), values)
+
+    arguments = [opt.of_argument("context", typer.Context)]
+    return opt.with_parameters(run, [*arguments, *opt.shared(own), *opt.shared(opt.written)])
 
 
 def command(name: str, *, preset: bool = False) -> Callable[..., None]:
@@ -171,7 +168,6 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         vary: opt.Vary = None,
         disentangle: opt.Disentangle = None,
         rest: opt.Rest = None,
-        device: opt.Device = "auto",
         dtype: opt.Dtype = None,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
@@ -179,18 +175,6 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         max_shard_size: opt.ShardSize = "5GB",
         seed: opt.Seed = 0,
         as_lora: opt.AsLora = None,
-        stream: opt.Stream = False,
-        push: opt.Push = None,
-        private: opt.Private = False,
-        create_pr: opt.CreatePr = False,
-        commit_message: opt.CommitMessage = None,
-        dry_run: opt.DryRun = False,
-        force: opt.Force = False,
-        resume: opt.Resume = False,
-        form: opt.Form = "human",
-        json: opt.Json = False,
-        quiet: opt.Quiet = False,
-        verbose: opt.Verbose = False,
     ) -> None: ...
 
     def run(context: typer.Context, **values: Any) -> None:
@@ -200,7 +184,6 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         if preset:
             values |= _of_preset(presets.load(values["preset"]), name, context)
         small = parse_size(values["as_lora"]) if values["as_lora"] is not None else None
-        sink = Sink(chosen_format(values["form"], values["json"], values["quiet"]), verbose=values["verbose"])
         recipe = Recipe(
             method=name,
             base=values["base"],
@@ -219,13 +202,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             seed=values["seed"],
             as_lora=(small.rank or small.energy) if small is not None else None,
         )
-        target = destination(
-            values["push"], private=values["private"], create_pr=values["create_pr"], message=values["commit_message"]
-        )
-        _run(
-            prepare(recipe, device=values["device"], stream=values["stream"]), sink, values["output"], target,
-            dry_run=values["dry_run"], force=values["force"], resume=values["resume"],
-        )  # fmt: skip
+        _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"]), values)
 
     arguments = [opt.of_argument("context", typer.Context)]
     arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
@@ -233,7 +210,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     # Required parameters first, as in any signature; the method's own options head the help page.
     own = opt.of_method(chosen) if chosen else []
     own += opt.shared(_published) if chosen and chosen.published else []
-    return opt.with_parameters(run, [*arguments, *own, *opt.shared(shared), *in_front])
+    return opt.with_parameters(run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *in_front])
 
 
 def _published(published: opt.Published = False) -> None: ...
@@ -264,9 +241,10 @@ def _front_options(fronts: dict[str, method.Disentangler], values: dict[str, Any
     return given
 
 
-def destination(push: str | None, **told: Any) -> Target | None:
+def destination(values: Mapping[str, Any]) -> Target | None:
     """Where the result is to be pushed, if anywhere."""
-    if push is None:
+    told = {"private": values["private"], "create_pr": values["create_pr"], "message": values["commit_message"]}
+    if values["push"] is None:
         for word, value in told.items():
             if value:
                 word = opt.flag("commit_message" if word == "message" else word)
@@ -274,7 +252,7 @@ def destination(push: str | None, **told: Any) -> Target | None:
         return None
     from modelmerge.checkpoint.push import parse_target
 
-    return parse_target(push, **told)
+    return parse_target(values["push"], **told)
 
 
 def finish(sink: Sink, target: Target | None, out: Path, data: dict[str, Any], human: list[str | Table]) -> None:
@@ -298,15 +276,15 @@ def checked(target: Target | None, *, create: bool = True) -> dict[str, Any] | N
     return check(target, create=create)
 
 
-def _run(
-    prepared: Prepared, sink: Sink, output: str, target: Target | None, *, dry_run: bool, force: bool, resume: bool
-) -> None:
+def _run(prepare: Callable[[], Prepared], values: Mapping[str, Any]) -> None:
+    """Prepare a merge and do what the options say."""
     from pathlib import Path
 
     from modelmerge.verbs.merge import execute
 
-    out = Path(output).expanduser()
-    if dry_run:
+    sink, target, force, resume = sink_of(values), destination(values), values["force"], values["resume"]
+    prepared, out = prepare(), Path(values["output"]).expanduser()
+    if values["dry_run"]:
         plan = {**prepared.describe(), "push": checked(target, create=False)}
         prepared.close()
         sink.result(

@@ -170,6 +170,24 @@ Verbose = Annotated[
 ]
 
 
+def written(
+    device: Device = "auto",
+    stream: Stream = False,
+    push: Push = None,
+    private: Private = False,
+    create_pr: CreatePr = False,
+    commit_message: CommitMessage = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    resume: Resume = False,
+    form: Form = "human",
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """What every command takes that writes a directory; for its signature alone."""
+
+
 def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:
     """A keyword parameter for Typer for each field of the method's options."""
     types = option_types(method.options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,17 @@ import typer
 
 from modelmerge import method
 from modelmerge.cli import options as opt
-from modelmerge.cli.merge import Base, Experts, checked, chosen_format, destination, finish, list_methods, plan_lines
+from modelmerge.cli.merge import (
+    Base,
+    Experts,
+    checked,
+    chosen_format,
+    destination,
+    finish,
+    list_methods,
+    plan_lines,
+    sink_of,
+)
 from modelmerge.cli.output import Bars, Sink, table
 
 if TYPE_CHECKING:
@@ -27,60 +38,63 @@ DISENTANGLE_EXAMPLES = (
     "modelmerge disentangle awd base math code -o vectors --published",
     "modelmerge merge task-arithmetic base vectors/math vectors/code -o merged",
 )
+_MODELS = (opt.of_argument("base", Base), opt.of_argument("experts", Experts))
 _SHOWN_COSINES = 12  # experts: a wider matrix does not fit a terminal, and is in the JSON
 
 
-def extract(
-    base: Base,
-    experts: Experts,
-    output: opt.Output,
-    rank: Annotated[
-        int | None,
-        typer.Option(help="Write linear layers as factors of at most this rank.", rich_help_panel="Low rank"),
-    ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(
-            help="Write them as factors that keep this share of the squared norm.", rich_help_panel="Low rank"
-        ),
-    ] = None,
-    include: opt.Include = None,
-    exclude: opt.Exclude = None,
-    max_shard_size: opt.ShardSize = "5GB",
-    device: opt.Device = "auto",
-    stream: opt.Stream = False,
-    push: opt.Push = None,
-    private: opt.Private = False,
-    create_pr: opt.CreatePr = False,
-    commit_message: opt.CommitMessage = None,
-    dry_run: opt.DryRun = False,
-    force: opt.Force = False,
-    resume: opt.Resume = False,
-    form: opt.Form = "human",
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
+def extract() -> Callable[..., None]:
+    """The Typer command `extract`."""
+
+    def own(
+        output: opt.Output,
+        rank: Annotated[
+            int | None,
+            typer.Option(help="Write linear layers as factors of at most this rank.", rich_help_panel="Low rank"),
+        ] = None,
+        energy: Annotated[
+            float | None,
+            typer.Option(
+                help="Write them as factors that keep this share of the squared norm.", rich_help_panel="Low rank"
+            ),
+        ] = None,
+        include: opt.Include = None,
+        exclude: opt.Exclude = None,
+        max_shard_size: opt.ShardSize = "5GB",
+    ) -> None: ...
+
+    def run(**values: Any) -> None:
+        """Write each expert's task vector (expert minus base, float32), and tell how they relate.
+
+        A task vector's directory can stand for the expert wherever an EXPERT is named, with the same base.
+        """
+        from modelmerge.verbs.vectors import extract
+
+        told = {"rank": values["rank"], "energy": values["energy"]}
+        _write(functools.partial(extract, **told), values, "extract", _extracted)
+
+    return opt.with_parameters(run, [*_MODELS, *opt.shared(own), *opt.shared(opt.written)])
+
+
+def _write(
+    verb: Callable[..., dict[str, Any]],
+    values: Mapping[str, Any],
+    head: str,
+    lines: Callable[[dict[str, Any]], list[str | Table]],
 ) -> None:
-    """Write each expert's task vector (expert minus base, float32), and tell how they relate.
-
-    A task vector's directory can stand for the expert wherever an EXPERT is named, with the same base.
-    """
-    from modelmerge.verbs.vectors import extract as run
-
-    sink = Sink(chosen_format(form, json, quiet), verbose=verbose)
-    out = Path(output).expanduser()
-    target = destination(push, private=private, create_pr=create_pr, message=commit_message)
+    """Run a verb that writes task vectors with the options that all such verbs have, and print what it tells."""
+    sink, target, out = sink_of(values), destination(values), Path(values["output"]).expanduser()
     with Bars(sink) as bars:
-        report = run(
-            base, experts, out, rank=rank, energy=energy, include=include or (), exclude=exclude or (),
-            max_shard_size=max_shard_size, device=device, force=force, resume=resume, stream=stream, dry_run=dry_run,
+        report = verb(
+            values["base"], values["experts"], out, include=values["include"] or (), exclude=values["exclude"] or (),
+            max_shard_size=values["max_shard_size"], device=values["device"], force=values["force"],
+            resume=values["resume"], stream=values["stream"], dry_run=values["dry_run"],
             ready=lambda: checked(target), reporter=bars,
         )  # fmt: skip
-    if dry_run:
+    if values["dry_run"]:
         report["plan"]["push"] = checked(target, create=False)
-        sink.result(report, quiet=str(out), human=plan_lines("extract", report["plan"], sink.verbose))
+        sink.result(report, quiet=str(out), human=plan_lines(head, report["plan"], sink.verbose))
         return
-    finish(sink, target, out, {"output": str(out), **report}, [*_extracted(report), f"\n[bold]{out}[/]"])
+    finish(sink, target, out, {"output": str(out), **report}, [*lines(report), f"\n[bold]{out}[/]"])
 
 
 def _extracted(report: dict[str, Any]) -> list[str | Table]:
@@ -140,50 +154,17 @@ def command(name: str) -> Callable[..., None]:
         include: opt.Include = None,
         exclude: opt.Exclude = None,
         max_shard_size: opt.ShardSize = "5GB",
-        device: opt.Device = "auto",
-        stream: opt.Stream = False,
-        push: opt.Push = None,
-        private: opt.Private = False,
-        create_pr: opt.CreatePr = False,
-        commit_message: opt.CommitMessage = None,
-        dry_run: opt.DryRun = False,
-        force: opt.Force = False,
-        resume: opt.Resume = False,
-        form: opt.Form = "human",
-        json: opt.Json = False,
-        quiet: opt.Quiet = False,
-        verbose: opt.Verbose = False,
     ) -> None: ...  # fmt: skip
 
     def run(context: typer.Context, **values: Any) -> None:
         from modelmerge.verbs.vectors import disentangle
 
-        form = chosen_format(values["form"], values["json"], values["quiet"])
-        sink = Sink(form, verbose=values["verbose"])
-        out = Path(values["output"]).expanduser()
-        options = opt.chosen(chosen, values, context)
-        target = destination(
-            values["push"], private=values["private"], create_pr=values["create_pr"], message=values["commit_message"]
-        )
-        with Bars(sink) as bars:
-            report = disentangle(
-                values["base"], values["experts"], out, method=name, full_experts=values["experts_too"],
-                include=values["include"] or (), exclude=values["exclude"] or (),
-                max_shard_size=values["max_shard_size"], device=values["device"], force=values["force"],
-                resume=values["resume"], stream=values["stream"], dry_run=values["dry_run"],
-                ready=lambda: checked(target), reporter=bars, **options,
-            )  # fmt: skip
-        if values["dry_run"]:
-            report["plan"]["push"] = checked(target, create=False)
-            lines = plan_lines(f"disentangle {name}", report["plan"], sink.verbose)
-            sink.result(report, quiet=str(out), human=lines)
-            return
-        human = [*_disentangled(report), f"\n[bold]{out}[/]"]
-        finish(sink, target, out, {"output": str(out), **report}, human)
+        told = {"method": name, "full_experts": values["experts_too"], **opt.chosen(chosen, values, context)}
+        _write(functools.partial(disentangle, **told), values, f"disentangle {name}", _disentangled)
 
-    words = {"context": typer.Context, "base": Base, "experts": Experts}
-    arguments = [opt.of_argument(word, kind) for word, kind in words.items()]
-    return opt.with_parameters(run, [*arguments, *opt.of_method(chosen), *opt.shared(shared)])
+    arguments = [opt.of_argument("context", typer.Context), *_MODELS]
+    parameters = [*arguments, *opt.of_method(chosen), *opt.shared(shared), *opt.shared(opt.written)]
+    return opt.with_parameters(run, parameters)
 
 
 def _disentangled(report: dict[str, Any]) -> list[str | Table]:

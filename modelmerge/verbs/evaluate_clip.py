@@ -19,7 +19,7 @@ from modelmerge.suites._images import Items, Task
 from modelmerge.suites._model import Model
 from modelmerge.suites._scores import Score, plain
 from modelmerge.verbs.inputs import as_references
-from modelmerge.verbs.scores import Bench, merged_from, run
+from modelmerge.verbs.scores import Bench, base_name, merged_from, normalise_by_published, run
 
 _PACKAGES = ("transformers", "datasets", "pillow")
 
@@ -265,17 +265,12 @@ def _mark_unseen(report: dict[str, Any], tasks: Sequence[Task]) -> None:
 def _normalise_by_published(report: dict[str, Any], tasks: Sequence[Task]) -> None:
     """Where no expert was measured: accuracies by those published for the experts of the same base."""
     known = _images.published()["published"]
-    rows = [row for row in report["models"] if row["role"] == "model"]
-    bases = [row["path"] for row in report["models"] if row["role"] == "base"]
     usual = [task for task in tasks if task.published and task.split in (None, "test")]
-    for row in rows:
-        base = Path((bases[0] if bases else merged_from(row).get("base", "")).partition("@")[0]).name
+    for row in (row for row in report["models"] if row["role"] == "model"):
+        base = base_name(report, row)
         if base not in known or any(row["scores"][t.name]["normalised"] is not None for t in tasks) or not usual:
             continue
         shares = {t.name: row["scores"][t.name]["score"] / known[base]["experts"][t.head] for t in usual}
-        row["normalised_by_published"] = sum(shares.values()) / len(shares)
-        report["published"] = {"model": base, **known[base]}
-        report["notes"].append(
-            f"'{row['name']}' has {row['normalised_by_published']:.1%} of the accuracy published for the experts of "
-            f"{base} (FusionBench), not measured here; over {', '.join(shares)}"
+        normalise_by_published(
+            report, row, shares, of="accuracy published for the experts", known={"model": base, **known[base]}
         )

@@ -9,8 +9,7 @@ from typing import Any
 from modelmerge.engine import find_device
 from modelmerge.report import SILENT, Reporter
 from modelmerge.suites import lm
-from modelmerge.suites._scores import mean
-from modelmerge.verbs.scores import Bench, merged_from, run
+from modelmerge.verbs.scores import Bench, base_name, merged_from, normalise_by_published, run
 
 
 def evaluate_lm(
@@ -98,24 +97,19 @@ def _normalise_by_published(report: dict[str, Any], experts: Mapping[str, str]) 
 
     Of a merge of adapters, by its experts' names, those of adapters.
     """
-    known, rows = lm.published() if experts else {}, report["models"]
-    bases = [row["path"] for row in rows if row["role"] == "base"]
-    for row in (row for row in rows if row["role"] == "model"):
-        inputs = merged_from(row)
-        base = Path((bases[0] if bases else inputs.get("base", "")).partition("@")[0]).name
+    known = lm.published() if experts else {}
+    for row in (row for row in report["models"] if row["role"] == "model"):
+        base = base_name(report, row)
         scores = {task: row["scores"][task] for task in experts}
         if base not in known or any(told["normalised"] is not None for told in scores.values()):
             continue
-        adapters = any("lora" in path.lower() for path in inputs.get("paths", ())) or "experts" not in known[base]
+        paths = merged_from(row).get("paths", ())
+        adapters = any("lora" in path.lower() for path in paths) or "experts" not in known[base]
         kind = "lora-experts" if adapters else "experts"
-        shares = [
-            told["score"] / known[base][kind][experts[task]] if told["score"] is not None else None
+        shares = {
+            task: told["score"] / known[base][kind][experts[task]] if told["score"] is not None else None
             for task, told in scores.items()
-        ]
-        report["published"] = {"model": base, **known[base]}
-        row["normalised_by_published"] = mean(shares)
-        if row["normalised_by_published"] is not None:
-            report["notes"].append(
-                f"'{row['name']}' has {row['normalised_by_published']:.1%} of the scores published for the {kind} of "
-                f"{base} (FusionBench), not measured here; over {', '.join(scores)}"
-            )
+        }
+        normalise_by_published(
+            report, row, shares, of=f"scores published for the {kind}", known={"model": base, **known[base]}
+        )

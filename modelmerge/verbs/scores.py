@@ -21,7 +21,7 @@ from modelmerge.recipe import versions
 from modelmerge.report import Reporter
 from modelmerge.suites import _cache
 from modelmerge.suites._model import Model
-from modelmerge.suites._scores import Score, check_gates, differences, parse_gate, summarise
+from modelmerge.suites._scores import Score, check_gates, differences, mean, parse_gate, summarise
 from modelmerge.verbs.inputs import as_references, fetch_whole, open_references, record, stamp
 
 
@@ -131,6 +131,33 @@ def merged_from(row: Mapping[str, Any]) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def base_name(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The repository's name of the base that was evaluated too, or that a merge was made from; else empty."""
+    bases = [each["path"] for each in report["models"] if each["role"] == "base"]
+    return Path((bases[0] if bases else merged_from(row).get("base", "")).partition("@")[0]).name
+
+
+def normalise_by_published(
+    report: dict[str, Any],
+    row: dict[str, Any],
+    shares: Mapping[str, float | None],
+    *,
+    of: str,
+    known: Mapping[str, Any],
+) -> None:
+    """Put a model's mean share of published scores beside its own, where no expert was measured; the note says so.
+
+    `shares` are by task, `known` is what is published, `of` what the shares are of, and `model` in it the base's name.
+    """
+    report["published"] = known
+    row["normalised_by_published"] = mean(list(shares.values()))
+    if row["normalised_by_published"] is not None:
+        report["notes"].append(
+            f"'{row['name']}' has {row['normalised_by_published']:.1%} of the {of} of {known['model']} (FusionBench), "
+            f"not measured here; over {', '.join(shares)}"
+        )
 
 
 def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Checkpoint]:
