@@ -127,6 +127,33 @@ def finished(output: Path, fingerprint: str) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
+class Scratch:
+    """A nameless file of so many bytes, written and read in any order from any thread; gone with its process."""
+
+    def __init__(self, directory: Path, nbytes: int) -> None:
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by its owner
+        try:
+            if nbytes:
+                _claim_space(self._file.fileno(), nbytes)
+        except OSError:
+            self._file.close()
+            raise
+
+    def write(self, place: int, data: memoryview) -> None:
+        """Write at a place, in bytes from the start."""
+        _write_all(self._file.fileno(), data, place)
+
+    def read_into(self, place: int, data: memoryview) -> None:
+        """Fill `data` with what was written at a place."""
+        done = 0
+        while done < len(data):
+            done += os.preadv(self._file.fileno(), [data[done:]], place + done)
+
+    def close(self) -> None:
+        """Let go of the file, which frees its bytes."""
+        self._file.close()
+
+
 class Staging:
     """The directory in which an output grows, and what has been written there.
 
@@ -152,6 +179,7 @@ class Staging:
         self._fingerprint = fingerprint
         self._descriptors: dict[str, int] = {}
         self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in layout.shards}
+        self._scratches: list[Scratch] = []
         self._mutex = threading.Lock()
         self._lock = -1
         self.digests: dict[str, str] = {}  # file name -> sha256, of finished files
@@ -175,20 +203,27 @@ class Staging:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        for scratch in self._scratches:
+            scratch.close()
         if error is not None:
             self._abandon()
         os.close(self._lock)
 
-    def spool(self, nbytes: int = 0) -> BinaryIO:
-        """A nameless file beside the output, for what cannot be laid out before all of it is known.
-
-        Of so many bytes from the start, where that is known: a disk that is too small shows before the work.
-        """
+    def spool(self) -> BinaryIO:
+        """A nameless file beside the output, for what cannot be laid out before all of it is known."""
         with self._explained("write beside the output"):
-            made = tempfile.TemporaryFile(dir=self._directory)
-            if nbytes:
-                _claim_space(made.fileno(), nbytes)
-            return made
+            return tempfile.TemporaryFile(dir=self._directory)
+
+    def scratch(self, nbytes: int) -> Scratch:
+        """Room of so many bytes beside the output, for as long as the staging directory is there.
+
+        Raises:
+            OutputError: There is not so much, which shows before the work, not after.
+        """
+        with self._explained(f"keep {nbytes:,} bytes beside the output"):
+            made = Scratch(self._directory, nbytes)
+        self._scratches.append(made)
+        return made
 
     def lay_out(self, layout: Layout) -> None:
         """Make the weight files of a layout that was not known when the output was prepared."""
@@ -342,7 +377,7 @@ class Staging:
             os.replace(temporary, self._directory / _JOURNAL)
 
     def _abandon(self) -> None:
-        keep = self._resume and any(shard.filename in self.digests for shard in self._layout.shards)
+        keep = self._resume and bool(self.digests)
         if not keep:
             shutil.rmtree(self._directory, ignore_errors=True)
 

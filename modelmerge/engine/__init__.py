@@ -25,6 +25,7 @@ from modelmerge.engine.job import (
     passes,
     peak_memory,
     refuse_too_large,
+    scratch_bytes,
     threads,
     vector_memory,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "peak_memory",
     "refuse_too_large",
     "run",
+    "scratch_bytes",
     "stored_narrow",
     "threads",
     "vector_memory",

@@ -12,6 +12,7 @@ from torch import Tensor
 from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_change
 from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.checkpoint.layout import Entry
+from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.front import fit
 from modelmerge.engine.job import PROCESS_BYTES, SMALL, Findings, Job, prepare_process, threads, unfolding
 from modelmerge.engine.merging import merged_vector
@@ -56,7 +57,7 @@ def adapt(
     wanted: Size,
     dtype: str,
     spool: BinaryIO,
-    scratch: Callable[[int], BinaryIO],
+    scratch: Callable[[int], Scratch],
     reporter: Reporter,
 ) -> Adapted:
     """Merge every tensor of the plan, and spool what an adapter holds of it.
@@ -67,7 +68,7 @@ def adapt(
         wanted: How small the factors shall be.
         dtype: safetensors dtype of the factors.
         spool: Gets the bytes.
-        scratch: Makes a nameless file of so many bytes.
+        scratch: Gives room of so many bytes on the disk.
         reporter: Is told the progress.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 
 from modelmerge.engine.rounding import Rounding
 from modelmerge.errors import DeviceError, UsageError
-from modelmerge.method import Disentangler, Method, Survey
+from modelmerge.method import Correction, Disentangler, Method, Survey
 from modelmerge.plan import Plan, TensorPlan
 from modelmerge.vary import Setting
 
@@ -155,18 +155,42 @@ def default_workers(device: torch.device) -> int:
 
 def passes(job: Job) -> float:
     """How many times task vectors are read: to merge, for the method's survey, and to disentangle."""
-    return 1.0 + _survey_reads(job) + (job.front is not None)
+    return 1.0 + _survey_reads(job) + front_reads(job.front, job.disentangled())
 
 
 def _survey_reads(job: Job) -> float:
     return job.survey.reads(sum(tensor.numel for tensor in job.surveyed())) if job.survey else 0.0
 
 
+def front_reads(front: tuple[Disentangler, Any] | None, tensors: Sequence[TensorPlan]) -> float:
+    """How many times the tensors' task vectors are read to find out how they are disentangled."""
+    if front is None:
+        return 0.0
+    chosen, options = front
+    survey = chosen.by.survey(options) if isinstance(chosen.by, Correction) else None
+    return 1.0 + (survey.reads(sum(tensor.numel for tensor in tensors)) if survey else 0.0)
+
+
+def scratch_bytes(source: Source, front: tuple[Disentangler, Any] | None, tensors: Sequence[TensorPlan]) -> int:
+    """Bytes that matrices take on the disk while they wait for the merge."""
+    if front is None or not isinstance(front[0].by, Correction):
+        return 0
+    count = front[0].by.matrices(front[1], len(source.plan.experts))
+    return sum(matrix_bytes(tensor, count) for tensor in tensors)
+
+
+def matrix_bytes(tensor: TensorPlan, count: int) -> int:
+    """Bytes of so many float32 matrices of the tensor's shape."""
+    return 4 * tensor.numel * count
+
+
 def bytes_read(job: Job, *, streamed: bool = False) -> int:
     """Bytes of tensors that a run reads, all passes counted; or only from models that are streamed."""
     plan, merged = job.plan, job.plan.select("merge")
     survey = _survey_reads(job)
-    times = [(1.0, merged), (survey, job.surveyed()), (1.0, plan.select("rest")), (1.0, job.disentangled())]
+    apart = job.disentangled()
+    fitting = front_reads(job.front, apart)
+    times = [(1.0, merged), (survey, job.surveyed()), (1.0, plan.select("rest")), (fitting, apart)]
     read = sum(c * plan.stored_bytes(t, experts=True, streamed=streamed) for c, tensors in times for t in tensors)
     return int(read) + sum(plan.stored_bytes(t, experts=False, streamed=streamed) for t in plan.select("copy"))
 
@@ -200,28 +224,34 @@ def peak_memory(job: Job) -> dict[str, int]:
     return {"host": PROCESS_BYTES + working, "device": on_device}
 
 
-def together(job: Job, tensor: TensorPlan) -> bool:
-    """Whether a whole tensor is merged beside others, by one thread each."""
-    return job.source.device.type == "cpu" and tensor.numel <= MODEST
+def together(source: Source, tensor: TensorPlan) -> bool:
+    """Whether a whole tensor is worked on beside others, by one thread each."""
+    return source.device.type == "cpu" and tensor.numel <= MODEST
 
 
 def _whole_bytes(job: Job, tensors: Sequence[TensorPlan]) -> int:
-    """Bytes that merging whole tensors takes.
+    """Bytes that merging whole tensors takes."""
+    tasks, (method, _) = len(job.plan.experts), job.method
+    return _bytes_of_wholes(job.source, tensors, method.workspace(tasks), method.squares)
+
+
+def _bytes_of_wholes(source: Source, tensors: Sequence[TensorPlan], workspace: float, squares: float = 0.0) -> int:
+    """Bytes that work on whole tensors takes, of a method with that workspace and so many squares.
 
     Of those in turn: two as task vectors, one of them in the method's hands, one result. Of those side by side: all
     that with one as task vectors, and what is read of it, for each worker.
     """
-    tasks, (method, _) = len(job.plan.experts), job.method
+    tasks = len(source.plan.experts)
 
     def own(tensor: TensorPlan) -> float:
         """The method's own: copies of the tensor, and squares of its width."""
-        return tensor.numel * 4 * (method.workspace(tasks) + 1) + 8 * method.squares * _width(tensor, tasks) ** 2
+        return tensor.numel * 4 * (workspace + 1) + 8 * squares * _width(tensor, tasks) ** 2
 
-    in_turn = [t for t in tensors if not together(job, t)]
+    in_turn = [t for t in tensors if not together(source, t)]
     sizes = [*sorted((t.numel for t in in_turn), reverse=True), 0, 0]
     one = (sizes[0] + sizes[1]) * 4 * (tasks + 1) + max(map(own, in_turn), default=0)
-    beside = (t.numel * (4 * (tasks + 1) + 8) + own(t) for t in tensors if together(job, t))
-    return int(max(one, job.source.workers * max(beside, default=0)))
+    beside = (t.numel * (4 * (tasks + 1) + 8) + own(t) for t in tensors if together(source, t))
+    return int(max(one, source.workers * max(beside, default=0)))
 
 
 def beyond_device(job: Job) -> frozenset[str]:
@@ -230,6 +260,14 @@ def beyond_device(job: Job) -> frozenset[str]:
         return frozenset()
     free = _free_memory(job.source.device) or 0
     return frozenset(t.name for t in job.plan.select("merge") if _whole_bytes(job, [t, t]) > _USABLE * free)
+
+
+def correcting_beyond(source: Source, by: Correction, options: Any, tensors: Sequence[TensorPlan]) -> frozenset[str]:
+    """The tensors whose correction would not fit in the device's free memory: it is found on the CPU."""
+    if source.device.type == "cpu":
+        return frozenset()
+    free, workspace = _free_memory(source.device) or 0, by.workspace(options, len(source.plan.experts))
+    return frozenset(t.name for t in tensors if _bytes_of_wholes(source, [t, t], workspace) > _USABLE * free)
 
 
 def _width(tensor: TensorPlan, tasks: int) -> int:
@@ -281,6 +319,14 @@ def front_memory(
     if front is None or not tensors:
         return 0, 0
     options, tasks = front[1], len(source.plan.experts)
+    block = min(source.block, max(t.numel for t in tensors))
+    if isinstance(front[0].by, Correction):
+        by = front[0].by
+        widest = max(model.stored_bytes(t.name) for t in tensors for model in source.plan.models)
+        found = _bytes_of_wholes(source, tensors, by.workspace(options, tasks)) + 2 * widest
+        # Afterwards, the matrices' part of what each worker is at.
+        whole = max(t.numel for t in tensors)
+        return found + unfolding(source.plan, whole), by.matrices(options, tasks) * 4 * source.workers * block
     rows = sum(t.shape[0] for t in tensors)
     kept = tasks * 8 * {"row": rows, "tensor": len(tensors), "model": 1}[options.granularity]
     largest, total = max(t.numel for t in tensors), sum(t.numel for t in tensors)
@@ -288,7 +334,6 @@ def front_memory(
         elements = total if options.granularity == "model" else 2 * largest
         # Read as float32; iterated on in float64, with delta, its gradient and a temporary of each.
         return elements * (4 * (tasks + 1) + 8 * (2 * tasks + 4)), kept
-    block = min(source.block, largest)
     # Task vectors once more in float64, and some 24 arrays of T x T numbers for each row while it is solved.
     width = min(t.shape[1] for t in tensors)
     groups = -(-block // width) if options.granularity == "row" else 1
@@ -301,6 +346,8 @@ def refuse_too_large(source: Source, front: tuple[Disentangler, Any] | None, ten
     Raises:
         UsageError: With the bytes it needs and the bytes there are.
     """
+    if front is None or isinstance(front[0].by, Correction):
+        return
     needed, _ = front_memory(source, front, tensors)
     free = _free_memory(source.device)
     if free is not None and needed > free:

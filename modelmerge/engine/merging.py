@@ -54,7 +54,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return findings
-    front = fit(job.source, job.front, job.disentangled(), staging.spool, reporter) if job.front else None
+    front = fit(job.source, job.front, job.disentangled(), staging.scratch, reporter) if job.front else None
     measured = surveyed(job.source, job.survey, front, job.surveyed(), reporter) if job.survey else None
 
     wholes = [t for t in todo if t.action == "merge" and not job.blockwise]
@@ -107,7 +107,7 @@ def _run_whole(
         staging.write(tensor.name, 0, as_bytes(merge(piece, theta_0, taus)))
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
-    modest = [tensor for tensor in tensors if together(job, tensor)]
+    modest = [tensor for tensor in tensors if together(job.source, tensor)]
     with threads(1), ThreadPoolExecutor(job.source.workers, "merge") as pool:
         futures = [pool.submit(merge_alone, tensor) for tensor in modest]
         try:
@@ -115,7 +115,7 @@ def _run_whole(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # an error ends the others, too
-    _run_in_turn(job, [tensor for tensor in tensors if not together(job, tensor)], merge, staging, reporter)
+    _run_in_turn(job, [tensor for tensor in tensors if not together(job.source, tensor)], merge, staging, reporter)
 
 
 def _run_in_turn(

@@ -74,7 +74,9 @@ def find(taus: Tensor, options: Options, context: Context) -> Corrected:
         matrices = torch.zeros_like(taus)
         matrices[active] = found.correction
         summed = torch.tensordot(torch.tensor(lambdas).to(taus), found.correction, dims=1)
-    return Corrected(matrices, numbers, _losses(taus if len(active) == len(taus) else taus[active], found, summed, options))
+    return Corrected(
+        matrices, numbers, _losses(taus if len(active) == len(taus) else taus[active], found, summed, options)
+    )
 
 
 def _losses(taus: Tensor, found: apgd.Found, summed: Tensor, options: Options) -> tuple[float, float]:
@@ -107,7 +109,9 @@ METHOD = Disentangler(
         survey=lambda options: _threshold.survey(options.density) if options.trim_scope == "model" else None,
         # Beside what `merge apgd` needs, the loss takes the task vectors once more; with a matrix for each, Adam's
         # state, gradients and the result are as many.
-        workspace=lambda options, tasks: apgd.METHOD.workspace(tasks) + (5.0 * tasks if options.descends_on_each else 1),
+        workspace=lambda options, tasks: (
+            apgd.METHOD.workspace(tasks) + (5.0 * tasks if options.descends_on_each else 1)
+        ),
     ),
     paper=apgd.METHOD.paper,
     citation=apgd.CITATION,
