@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modelmerge.engine import threads
+
 OnStep = Callable[[int, int], None]
 State = dict[str, Tensor]
 
@@ -249,7 +251,7 @@ def right(state: Mapping[str, Tensor], task: Task) -> Tensor:
     """Which images of a task's test split a model answers right, bool [n]."""
     network = _build(seed=0)
     network.load_state_dict(state)
-    with torch.no_grad():
+    with torch.no_grad(), threads(1):  # the network is too small to share out
         answers = network(task.test_x, torch.full_like(task.test_y, task.index)).argmax(1)
     return answers == task.test_y
 

@@ -246,15 +246,19 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     varies: Literal["tensor", "expert"] | None = None,
+    linear: bool = False,
 ) -> Any:
     """A field of a method's options: its default, its help, and its bounds (`above` excludes the bound itself).
 
     A number that `varies` by tensor can be another one in each tensor (`--vary`), for it is used in `apply` alone. One
     that varies by expert is read by `context.each`; where the method surveys, it can differ between the experts alone,
     and the survey is given a tuple of one for each in its place.
+
+    One that is `linear` multiplies the merged task vector, in float32, as the last thing that `apply` does: the result
+    is this number times the one at 1, bit for bit, and one pass over the models serves all its values (`--search`).
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum}
-    return field(default=default, metadata={"help": help, **bounds, "varies": varies})
+    return field(default=default, metadata={"help": help, **bounds, "varies": varies, "linear": linear})
 
 
 def bounds(spec: dataclasses.Field[Any]) -> str:
@@ -292,6 +296,11 @@ def make_options(method: Method | Disentangler, name: str, values: Mapping[str, 
         return method.options(**checked)
     except ValueError as error:  # options that exclude one another
         raise UsageError(f"'{name}': {error}") from error
+
+
+def is_linear(method: Method, option: str) -> bool:
+    """Whether the merged task vector is this option times what it is at 1, to the bit."""
+    return any(spec.name == option and spec.metadata["linear"] for spec in dataclasses.fields(method.options))
 
 
 def check_option(method: Method | Disentangler, option: str, value: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,20 @@ import modelmerge
 from modelmerge import digits, method
 from modelmerge.cli import main
 from modelmerge.engine import threads
-from modelmerge.verbs.demo import suited, train
+from modelmerge.verbs.demo import suited
 from tests.checkpoints import read
 
 
-def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "-o", str(tmp_path / "demo"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The demo's directory, and what it prints as JSON."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    words = [sys.executable, "-m", "modelmerge", "demo", "-o", str(out), "--json"]
+    return out, json.loads(subprocess.run(words, capture_output=True, check=True, text=True).stdout)
+
+
+def test_the_demo_tells_the_whole_story(demo: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    out, told = demo
     rows = {row["model"]: row for row in told["models"]}
     merges = {name for name, row in rows.items() if row["kind"] == "merge"}
     assert merges == {
@@ -37,7 +46,7 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFi
     for name in suited(len(digits.TASKS)):
         assert base["mean"] + 0.01 < rows[name]["mean"] < own_mean
         # What the table says is what lies on disk.
-        merged, task = read(tmp_path / "demo" / "merged" / name), digits.load_tasks()["mirrored"]
+        merged, task = read(out / "merged" / name), digits.load_tasks()["mirrored"]
         assert digits.accuracy(merged, task) == rows[name]["accuracy"]["mirrored"]
     reach = {row["scale"]: (row["task-arithmetic"], row["awd + task-arithmetic"]) for row in told["scales"]}
     assert reach[0.3] == (rows["task-arithmetic"]["mean"], rows["awd + task-arithmetic"]["mean"])
@@ -46,7 +55,7 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFi
     assert rows["average"]["mean"] < rows["task-arithmetic"]["mean"]
     assert Path(told["manifests"]["apgd"]).is_file()
     assert told["commands"]["apgd"].startswith("modelmerge merge apgd ")
-    _evaluated(tmp_path / "demo", rows, capsys)
+    _evaluated(out, rows, capsys)
 
 
 def _evaluated(demo: Path, rows: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,14 +80,12 @@ def _evaluated(demo: Path, rows: dict[str, Any], capsys: pytest.CaptureFixture[s
     assert figures["models"]["apgd"]["apgd_gap"] < 1.0
 
 
-def test_the_correction_of_apgd_pays(tmp_path: Path) -> None:
-    tasks = digits.load_tasks()
-    train(tmp_path, tasks)
-    scores = {}
+def test_the_correction_of_apgd_pays(demo: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    tasks, scores = digits.load_tasks(), {}
     for steps in (0, 400):
         out = tmp_path / f"out{steps}"
-        experts = [tmp_path / "experts" / name for name in tasks]
-        modelmerge.merge(tmp_path / "base", experts, out, method="apgd", steps=steps)
+        experts = [demo[0] / "experts" / name for name in tasks]
+        modelmerge.merge(demo[0] / "base", experts, out, method="apgd", steps=steps)
         scores[steps] = sum(digits.accuracy(read(out), task) for task in tasks.values()) / len(tasks)
     assert scores[400] > scores[0] + 0.02
 

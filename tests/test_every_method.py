@@ -104,6 +104,26 @@ def test_a_factor_on_the_merged_task_vector_may_vary_over_tensors(name: str) -> 
     for spec in dataclasses.fields(method.load(name).options):
         if spec.name == "scale" and "merged task vector" in spec.metadata["help"]:
             assert spec.metadata["varies"] == "tensor"
+            assert spec.metadata["linear"]
+
+
+LINEAR = [
+    (n, spec.name)
+    for n in NAMES
+    for spec in dataclasses.fields(method.load(n).options)
+    if method.is_linear(method.load(n), spec.name)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), LINEAR)
+def test_an_option_that_is_declared_linear_multiplies_what_it_is_at_one_to_the_bit(name: str, option: str) -> None:
+    chosen, taus = method.load(name), taus_of(takes(name, 4))
+    weights = (0.5, 1.0, 2.0, 1.5)[: len(taus)]
+    for values in choices(chosen):
+        unit = merged(name, taus, weights, **{**values, option: 1.0})
+        assert unit.any()
+        for value in (0.3, 1.7, -0.4, 0.0, 0.1 + 0.2):
+            assert torch.equal(merged(name, taus, weights, **{**values, option: value}), unit * value), (values, value)
 
 
 @pytest.mark.parametrize("name", NAMES)

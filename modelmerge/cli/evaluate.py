@@ -65,6 +65,14 @@ Exclude = Annotated[
 ]
 
 
+OnMismatch = Annotated[
+    Literal["error", "copy", "common-rows"],
+    typer.Option(
+        help="What becomes of tensors whose shapes differ: copy leaves them out; common-rows looks at the rows of "
+        "embeddings and heads that all have.",
+        rich_help_panel=_PANEL,
+    ),
+]
 TaskExpert = Annotated[
     list[str] | None,
     typer.Option(
@@ -105,6 +113,16 @@ UpdateCard = Annotated[
 BaseToo = Annotated[
     str | None,
     typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
+]
+
+Device = Annotated[
+    str,
+    typer.Option(
+        envvar="MODELMERGE_DEVICE",
+        help="cpu, cuda, cuda:1, or auto: a CUDA device if there is one.",
+        metavar="NAME",
+        rich_help_panel=_PANEL,
+    ),
 ]
 
 
@@ -156,8 +174,8 @@ def _weights(
     ] = True,
     include: Include = None,
     exclude: Exclude = None,
-    on_mismatch: opt.OnMismatch = "error",
-    device: opt.Device = "auto",
+    on_mismatch: OnMismatch = "error",
+    device: Device = "auto",
     form: opt.Form = "human",
     json: opt.Json = False,
     quiet: Quiet = False,
@@ -387,7 +405,7 @@ def _shared(
     compare: Compare = None,
     fail_under: FailUnder = None,
     update_card: UpdateCard = False,
-    device: opt.Device = "auto",
+    device: Device = "auto",
     form: opt.Form = "human",
     json: opt.Json = False,
     quiet: Quiet = False,

@@ -19,7 +19,7 @@ from torch import Tensor
 from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.job import SMALL, Source, correcting_beyond, matrix_bytes, threads, together
 from modelmerge.engine.stream import Loader, Piece, as_bytes, gathered, known_factors, piece_bytes, whole, wholes
-from modelmerge.engine.surveying import surveyed
+from modelmerge.engine.surveying import run_survey
 from modelmerge.method import Context, Correction, Disentangler, Redundancy, Solution, Watch
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
@@ -172,7 +172,7 @@ def _fit_matrices(
         places[tensor.name] = end
         end += matrix_bytes(tensor, count)
     front = Correcting(by, scratch(end), count, places)
-    measured = surveyed(source, survey, None, tensors, reporter) if survey else None
+    measured = run_survey(source, survey, None, tensors, reporter) if survey else None
     reporter.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
     losses: dict[str, tuple[float, float]] = {}
 

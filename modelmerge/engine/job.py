@@ -7,8 +7,9 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,60 +57,98 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """The tensors of a merge that one method takes.
+
+    Args:
+        name: The method's name.
+        method: The method.
+        options: Its options.
+        tensors: What it merges, in the order of the output's bytes.
+        glob: The names that a rule gave to it; None for the merge's own method and the one for the rest.
+        for_survey: The options as its survey is told them, where something varies.
+    """
+
+    name: str
+    method: Method
+    options: Any
+    tensors: tuple[TensorPlan, ...]
+    glob: str | None = None
+    for_survey: Any = None
+
+    @property
+    def rest(self) -> bool:
+        """Whether it is for what a method for linear layers leaves."""
+        return bool(self.tensors) and self.tensors[0].action == "rest"
+
+    @property
+    def survey(self) -> Survey | None:
+        """The quantity of all its tensors together that the method needs."""
+        return self.method.survey(self.options if self.for_survey is None else self.for_survey)
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether the method takes tensors cut into blocks, anywhere or by rows."""
+        return self.method.blockwise(self.options) or self.by_rows
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the method takes blocks of whole rows only."""
+        return not self.method.blockwise(self.options) and self.method.by_rows(self.options)
+
+    def surveyed(self) -> list[TensorPlan]:
+        """The tensors that count in its survey: those it merges, tied ones once."""
+        return [tensor for tensor in self.tensors if tensor.numel and tensor.twin is None]
+
+    def reads(self) -> float:
+        """How many times its survey reads the task vectors."""
+        return self.survey.reads(sum(tensor.numel for tensor in self.surveyed())) if self.survey else 0.0
+
+
+@dataclass(frozen=True)
 class Job:
     """A merge, ready to run.
 
     Args:
         source: Where the task vectors come from.
-        method: The method with its options.
-        rest: The method for tensors that `method` does not take, with its options, if they are merged at all.
+        parts: The methods, each with the tensors that it merges; together they merge all that is not copied.
         weights: Each expert's weight.
         front: What disentangles the task vectors before they are merged, with its options, if anything.
         seed: The seed of random draws.
-        settings: By tensor, what the method is told instead where something varies.
-        for_survey: The method's options as its survey is told them, where something varies.
+        settings: By tensor, what its method is told instead where something varies.
     """
 
     source: Source
-    method: tuple[Method, Any]
-    rest: tuple[Method, Any] | None
+    parts: tuple[Part, ...]
     weights: tuple[float, ...]
     front: tuple[Disentangler, Any] | None
     seed: int = 0
     settings: Mapping[str, Setting] = field(default_factory=dict)
-    for_survey: Any = None
 
     @property
     def plan(self) -> Plan:
         """What happens to each tensor."""
         return self.source.plan
 
-    @property
-    def survey(self) -> Survey | None:
-        """The whole-model quantity that the method needs."""
-        method, options = self.method
-        return method.survey(options if self.for_survey is None else self.for_survey)
+    @cached_property
+    def _takers(self) -> dict[str, Part]:
+        return {tensor.name: part for part in self.parts for tensor in part.tensors}
 
-    @property
-    def blockwise(self) -> bool:
-        """Whether the method takes tensors cut into blocks, anywhere or by rows."""
-        method, options = self.method
-        return method.blockwise(options) or self.by_rows
+    def part(self, tensor: TensorPlan) -> Part:
+        """The part that merges the tensor."""
+        return self._takers[tensor.name]
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether the method takes blocks of whole rows only."""
-        method, options = self.method
-        return not method.blockwise(options) and method.by_rows(options)
+    def merged(self) -> list[TensorPlan]:
+        """All that is merged, in the order of the output's bytes."""
+        return [tensor for tensor in self.plan.in_order() if tensor.action != "copy"]
 
-    def surveyed(self) -> list[TensorPlan]:
-        """The tensors that count in a whole-model quantity: those the method merges, tied ones once."""
-        return [tensor for tensor in self.plan.select("merge") if tensor.numel and tensor.twin is None]
+    def wholes(self) -> list[TensorPlan]:
+        """The tensors that their method wants whole."""
+        return [tensor for part in self.parts if not part.blockwise for tensor in part.tensors]
 
     def disentangled(self) -> list[TensorPlan]:
         """The tensors whose task vectors are disentangled before they are merged."""
-        chosen = [*self.plan.select("merge"), *self.plan.select("rest")] if self.front else []
-        return [tensor for tensor in chosen if tensor.linear]
+        return [tensor for tensor in self.merged() if tensor.linear] if self.front else []
 
 
 @dataclass(slots=True)
@@ -154,12 +193,9 @@ def default_workers(device: torch.device) -> int:
 
 
 def passes(job: Job) -> float:
-    """How many times task vectors are read: to merge, for the method's survey, and to disentangle."""
-    return 1.0 + _survey_reads(job) + front_reads(job.front, job.disentangled())
-
-
-def _survey_reads(job: Job) -> float:
-    return job.survey.reads(sum(tensor.numel for tensor in job.surveyed())) if job.survey else 0.0
+    """How many times task vectors are read at most: to merge, for their method's survey, and to disentangle."""
+    fitting = front_reads(job.front, job.disentangled())
+    return 1.0 + max((part.reads() for part in job.parts), default=0.0) + fitting
 
 
 def front_reads(front: tuple[Disentangler, Any] | None, tensors: Sequence[TensorPlan]) -> float:
@@ -186,11 +222,10 @@ def matrix_bytes(tensor: TensorPlan, count: int) -> int:
 
 def bytes_read(job: Job, *, streamed: bool = False) -> int:
     """Bytes of tensors that a run reads, all passes counted; or only from models that are streamed."""
-    plan, merged = job.plan, job.plan.select("merge")
-    survey = _survey_reads(job)
+    plan = job.plan
     apart = job.disentangled()
     fitting = front_reads(job.front, apart)
-    times = [(1.0, merged), (survey, job.surveyed()), (1.0, plan.select("rest")), (fitting, apart)]
+    times = [(1.0, job.merged()), (fitting, apart), *((part.reads(), part.surveyed()) for part in job.parts)]
     read = sum(c * plan.stored_bytes(t, experts=True, streamed=streamed) for c, tensors in times for t in tensors)
     return int(read) + sum(plan.stored_bytes(t, experts=False, streamed=streamed) for t in plan.select("copy"))
 
@@ -201,24 +236,23 @@ def peak_memory(job: Job) -> dict[str, int]:
     Mapped files and the page cache are not counted; the run does not need them.
     """
     tasks, plan, device = len(job.plan.experts), job.plan, job.source.device
-    merged = plan.select("merge")
-    method, _ = job.method
-    workspace = method.workspace(tasks)
+    workspace = max((part.method.workspace(tasks) for part in job.parts), default=0.0)
     block = min(job.source.block, max((t.numel for t in plan.tensors.values()), default=0))
-    block = max([block, *(t.row for t in merged if job.by_rows)])
+    block = max([block, *(t.row for part in job.parts if part.by_rows for t in part.tensors)])
     # Bytes per element: task vectors and theta_0; the method's own; a survey's integers; stored bytes in and out.
     per_element = 4 * (tasks + 1) + max(4 * workspace, 24) + 8 + 4
     # A survey's counters: the totals of every worker, and the counters of the block each is at.
-    counters = 2 * tasks * (1 << 16) * 8 if job.survey else 0
+    counters = 2 * tasks * (1 << 16) * 8 if any(part.survey for part in job.parts) else 0
     fitting, kept = front_memory(job.source, job.front, job.disentangled())
     from_factors = unfolding(plan, block)
     streaming = max(int(job.source.workers * (block * per_element + counters + from_factors)), fitting) + kept
     whole = on_device = 0
-    if merged and not job.blockwise:
-        widest = max(model.stored_bytes(t.name) for t in merged for model in plan.models)
-        whole = _whole_bytes(job, merged) + 2 * widest + kept + unfolding(plan, max(t.numel for t in merged))
+    wholes = job.wholes()
+    if wholes:
+        widest = max(model.stored_bytes(t.name) for t in wholes for model in plan.models)
+        whole = _whole_bytes(job, wholes) + 2 * widest + kept + unfolding(plan, max(t.numel for t in wholes))
         left = beyond_device(job)
-        on_device = _whole_bytes(job, [t for t in merged if t.name not in left])
+        on_device = _whole_bytes(job, [t for t in wholes if t.name not in left])
     working = max(streaming, whole)
     on_device = 0 if device.type == "cpu" else max(streaming, on_device)
     return {"host": PROCESS_BYTES + working, "device": on_device}
@@ -231,43 +265,50 @@ def together(source: Source, tensor: TensorPlan) -> bool:
 
 def _whole_bytes(job: Job, tensors: Sequence[TensorPlan]) -> int:
     """Bytes that merging whole tensors takes."""
-    tasks, (method, _) = len(job.plan.experts), job.method
-    return _bytes_of_wholes(job.source, tensors, method.workspace(tasks), method.squares)
+    tasks = len(job.plan.experts)
+
+    def own(tensor: TensorPlan) -> float:
+        """The method's own: copies of the tensor, and squares of its width."""
+        method = job.part(tensor).method
+        return tensor.numel * 4 * method.workspace(tasks) + 8 * method.squares * _width(tensor, tasks) ** 2
+
+    return _bytes_of_wholes(job.source, tensors, own)
 
 
-def _bytes_of_wholes(source: Source, tensors: Sequence[TensorPlan], workspace: float, squares: float = 0.0) -> int:
-    """Bytes that work on whole tensors takes, of a method with that workspace and so many squares.
+def _bytes_of_wholes(source: Source, tensors: Sequence[TensorPlan], own: Callable[[TensorPlan], float]) -> int:
+    """Bytes that work on whole tensors takes, `own` being what it takes beside the task vectors and its result.
 
     Of those in turn: two as task vectors, one of them in the method's hands, one result. Of those side by side: all
     that with one as task vectors, and what is read of it, for each worker.
     """
     tasks = len(source.plan.experts)
-
-    def own(tensor: TensorPlan) -> float:
-        """The method's own: copies of the tensor, and squares of its width."""
-        return tensor.numel * 4 * (workspace + 1) + 8 * squares * _width(tensor, tasks) ** 2
-
     in_turn = [t for t in tensors if not together(source, t)]
     sizes = [*sorted((t.numel for t in in_turn), reverse=True), 0, 0]
-    one = (sizes[0] + sizes[1]) * 4 * (tasks + 1) + max(map(own, in_turn), default=0)
-    beside = (t.numel * (4 * (tasks + 1) + 8) + own(t) for t in tensors if together(source, t))
+    one = (sizes[0] + sizes[1]) * 4 * (tasks + 1) + max((own(t) + 4 * t.numel for t in in_turn), default=0)
+    beside = (t.numel * (4 * (tasks + 1) + 12) + own(t) for t in tensors if together(source, t))
     return int(max(one, source.workers * max(beside, default=0)))
 
 
 def beyond_device(job: Job) -> frozenset[str]:
     """The tensors whose merge would not fit in the device's free memory beside the next one: the CPU merges those."""
-    if job.source.device.type == "cpu" or job.blockwise:
+    wholes = job.wholes()
+    if job.source.device.type == "cpu" or not wholes:
         return frozenset()
     free = _free_memory(job.source.device) or 0
-    return frozenset(t.name for t in job.plan.select("merge") if _whole_bytes(job, [t, t]) > _USABLE * free)
+    return frozenset(t.name for t in wholes if _whole_bytes(job, [t, t]) > _USABLE * free)
 
 
 def correcting_beyond(source: Source, by: Correction, options: Any, tensors: Sequence[TensorPlan]) -> frozenset[str]:
     """The tensors whose correction would not fit in the device's free memory: it is found on the CPU."""
     if source.device.type == "cpu":
         return frozenset()
-    free, workspace = _free_memory(source.device) or 0, by.workspace(options, len(source.plan.experts))
-    return frozenset(t.name for t in tensors if _bytes_of_wholes(source, [t, t], workspace) > _USABLE * free)
+    free = _free_memory(source.device) or 0
+    return frozenset(t.name for t in tensors if _correcting_bytes(source, by, options, [t, t]) > _USABLE * free)
+
+
+def _correcting_bytes(source: Source, by: Correction, options: Any, tensors: Sequence[TensorPlan]) -> int:
+    workspace = by.workspace(options, len(source.plan.experts))
+    return _bytes_of_wholes(source, tensors, lambda tensor: tensor.numel * 4 * workspace)
 
 
 def _width(tensor: TensorPlan, tasks: int) -> int:
@@ -319,17 +360,17 @@ def front_memory(
     if front is None or not tensors:
         return 0, 0
     options, tasks = front[1], len(source.plan.experts)
-    block = min(source.block, max(t.numel for t in tensors))
+    largest, total = max(t.numel for t in tensors), sum(t.numel for t in tensors)
+    block = min(source.block, largest)
     if isinstance(front[0].by, Correction):
         by = front[0].by
         widest = max(model.stored_bytes(t.name) for t in tensors for model in source.plan.models)
-        found = _bytes_of_wholes(source, tensors, by.workspace(options, tasks)) + 2 * widest
-        # Afterwards, the matrices' part of what each worker is at.
-        whole = max(t.numel for t in tensors)
-        return found + unfolding(source.plan, whole), by.matrices(options, tasks) * 4 * source.workers * block
+        found = _correcting_bytes(source, by, options, tensors) + 2 * widest + unfolding(source.plan, largest)
+        # Afterwards, the matrices of what each worker is at.
+        at_once = source.workers * max([block, *(t.numel for t in tensors if together(source, t))])
+        return found, 4 * by.matrices(options, tasks) * max(at_once, largest)
     rows = sum(t.shape[0] for t in tensors)
     kept = tasks * 8 * {"row": rows, "tensor": len(tensors), "model": 1}[options.granularity]
-    largest, total = max(t.numel for t in tensors), sum(t.numel for t in tensors)
     if options.solver == "descent" and options.granularity != "row":
         elements = total if options.granularity == "model" else 2 * largest
         # Read as float32; iterated on in float64, with delta, its gradient and a temporary of each.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from modelmerge.engine.front import Front
 
 
-def surveyed(
+def run_survey(
     source: Source, survey: Survey, front: Front | None, tensors: Sequence[TensorPlan], reporter: Reporter
 ) -> Tensor:
     """What a survey concludes from the tensors' task vectors, as they are behind the front.

@@ -35,7 +35,7 @@ class Options:
     gamma: float = option(
         0.006, "Share of the largest entries that is dropped.", minimum=0.0, maximum=1.0, varies="expert"
     )
-    scale: float = option(0.2, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(0.2, "Factor on the merged task vector.", varies="tensor", linear=True)
     consensus: Literal["linear", "ties"] = option("linear", "Add everything up, or only what agrees in sign.")
     scope: Literal["tensor", "row"] = option("tensor", "Where the shares are counted: in each tensor, or each row.")
 

@@ -31,7 +31,7 @@ class Options:
         0.4, "How far an entry must stand out from the other tasks' to be wanted.", minimum=0.0, varies="tensor"
     )
     min_tasks: int = option(2, "Entries are kept that so many tasks want.", minimum=0)
-    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor", linear=True)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

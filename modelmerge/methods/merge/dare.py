@@ -34,7 +34,7 @@ class Options:
     """What DARE can be told."""
 
     density: float = option(0.1, "Share of the entries that is kept: 1 - p.", above=0.0, maximum=1.0, varies="expert")
-    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor", linear=True)
     consensus: Literal["linear", "ties"] = option("linear", "Add everything up, or only what agrees in sign.")
     reduce: Literal["sum", "mean"] = option("sum", "With --consensus ties: what becomes of the entries that agree.")
 
@@ -52,13 +52,13 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
             rest = weight * (_random.share(densities[0]) / _random.share(density))
             yield part if rest == 1.0 else part.mul_(rest)
 
-    factor = options.scale / _random.share(densities[0])
     if options.consensus == "ties":
-        return _signs.elect(dropped(), context.weights, taus[0], options.reduce).mul_(factor)
-    total = torch.zeros_like(part)
-    for kept in dropped():
-        total.add_(kept)
-    return total.mul_(factor)
+        total = _signs.elect(dropped(), context.weights, taus[0], options.reduce)
+    else:
+        total = torch.zeros_like(part)
+        for kept in dropped():
+            total.add_(kept)
+    return total.mul_(1.0 / _random.share(densities[0])).mul_(options.scale)
 
 
 METHOD = Method(

@@ -36,7 +36,7 @@ class Options:
     epsilon: float = option(
         0.07, "How far chances reach below and above the density.", minimum=0.0, maximum=0.5, varies="expert"
     )
-    scale: float = option(1.1, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(1.1, "Factor on the merged task vector.", varies="tensor", linear=True)
     consensus: Literal["ties", "linear"] = option("ties", "Add up only what agrees in sign, or everything.")
     reduce: Literal["mean", "sum"] = option("mean", "With --consensus ties: what becomes of the entries that agree.")
 

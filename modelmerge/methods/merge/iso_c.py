@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 class Options:
     """What Iso-C can be told."""
 
-    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     factor, s = _linalg.polar(weighted_sum(taus, context.weights))
-    return factor.mul_(options.scale * s.mean() if len(s) else 0.0).float()
+    return factor.mul_(s.mean() if len(s) else 0.0).float().mul_(options.scale)
 
 
 METHOD = Method(

@@ -35,7 +35,7 @@ class Options:
     common_fraction: float = option(
         0.8, "Share of the directions that are taken from the sum of the task vectors.", minimum=0.0, maximum=1.0
     )
-    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
@@ -56,7 +56,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     mean = torch.cat(values).mean() if any(len(s) for s in values) else 0.0
     left, _ = _linalg.polar(torch.cat(lefts, dim=1))
     right, _ = _linalg.polar(torch.cat(rights))
-    return (left @ right).mul_(options.scale * mean).float()
+    return (left @ right).mul_(mean).float().mul_(options.scale)
 
 
 def ranks(smaller: int, tasks: int, fraction: float) -> tuple[int, int]:

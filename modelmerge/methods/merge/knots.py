@@ -33,7 +33,7 @@ class Options:
     """What KnOTS can be told."""
 
     density: float = option(0.2, "Share of the coordinates that is kept.", above=0.0, maximum=1.0)
-    scale: float = option(0.6, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(0.6, "Factor on the merged task vector.", varies="tensor", linear=True)
     reduce: Literal["sum", "mean"] = option("mean", "What becomes of the coordinates that agree in sign.")
 
 
@@ -41,8 +41,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     basis = _linalg.joint_left_vectors(taus).float()
     coordinates = torch.stack([basis.T @ tau for tau in taus])
-    told = ties.Options(density=options.density, scale=options.scale, reduce=options.reduce, trim_scope="tensor")
-    return basis @ ties.apply(coordinates, told, context)
+    told = ties.Options(density=options.density, scale=1.0, reduce=options.reduce, trim_scope="tensor")
+    return (basis @ ties.apply(coordinates, told, context)).mul_(options.scale)
 
 
 METHOD = Method(

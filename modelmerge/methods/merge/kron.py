@@ -47,7 +47,7 @@ class Options:
 
     ridge: float = option(1.0, "Pull towards the sum of the task vectors, in units of the mean weighting.", above=0.0)
     damping: float = option(1.0, "How much a merged vector as large as its weight is shortened.", minimum=0.0)
-    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
     tolerance: float = option(1e-3, "Conjugate gradients stop at this relative residual.", above=0.0)
 
 
@@ -60,13 +60,12 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     weights = [context.weights[i] for i in norms]
     factors = [context.factors[i] if context.factors else None for i in norms]
     merged = solve(vectors, weights, factors, options, context)
-    factor = options.scale
     if options.damping:
         assert context.base is not None, "the method wants the base"
         # A weight that is zero at the base has no features to disturb.
         size = _linalg.spectral_norm(context.base)
-        factor /= (1.0 + options.damping * _linalg.spectral_norm(merged) / size) if size else 1.0
-    return merged.mul_(factor)
+        merged.mul_(1.0 / (1.0 + options.damping * _linalg.spectral_norm(merged) / size) if size else 1.0)
+    return merged.mul_(options.scale)
 
 
 def solve(

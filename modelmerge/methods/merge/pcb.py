@@ -35,7 +35,7 @@ class Options:
     """What PCB-Merging can be told."""
 
     ratio: float = option(0.2, "Share of each task vector's entries that is kept.", above=0.0, maximum=1.0)
-    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

@@ -32,7 +32,7 @@ class Options:
     density: float = option(
         0.1, "Share of each tensor's entries that is selected.", above=0.0, maximum=1.0, varies="tensor"
     )
-    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

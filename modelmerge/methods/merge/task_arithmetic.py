@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Options:
     """What task arithmetic can be told."""
 
-    scale: float = option(0.3, "Factor on the sum of the task vectors.", varies="tensor")
+    scale: float = option(0.3, "Factor on the sum of the task vectors.", varies="tensor", linear=True)
     reduce: Literal["sum", "mean"] = option("sum", "Add the task vectors up, or take their mean by --weight.")
 
 

@@ -29,7 +29,7 @@ class Options:
     """What TIES can be told."""
 
     density: float = option(0.2, "Share of the entries that is kept.", above=0.0, maximum=1.0, varies="expert")
-    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor", linear=True)
     reduce: Literal["sum", "mean"] = option("sum", "What becomes of the entries that agree in sign.")
     trim_scope: Literal["model", "tensor"] = option(
         "model", "Where the share is counted: over the whole task vector, or in each tensor."

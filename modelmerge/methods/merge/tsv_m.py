@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Options:
     """What TSV-Merge can be told."""
 
-    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
@@ -45,7 +45,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         rights.append(right)
     left, _ = _linalg.polar(torch.cat(lefts, dim=1))
     right, _ = _linalg.polar(torch.cat(rights))
-    return ((left * (options.scale * torch.cat(values))) @ right).float()
+    return ((left * torch.cat(values)) @ right).float().mul_(options.scale)
 
 
 METHOD = Method(

@@ -55,7 +55,7 @@ class Options:
     relative_lr: float | None = option(
         None, "adam: learning rate in units of rms(tau), instead of --lr; try 0.1.", above=0.0
     )
-    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor")
+    scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

@@ -1,0 +1,450 @@
+"""Charts as SVG, PNG and PDF files, by matplotlib (extra `plot`). Sizes are in inches, type in points.
+
+Everything is as large as its words need: rows are never closer than their labels are high, so that nothing overlaps.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from modelmerge.charts import colours
+from modelmerge.charts.figures import Chart, Heatmap, Scores, Series
+from modelmerge.checkpoint.writer import replace_file
+from modelmerge.errors import ModelMergeError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".svg", ".png", ".pdf")
+Kind = Literal["auto", "bars", "radar"]
+RADAR = range(3, 21)  # so many tasks a radar chart can show; by itself it is chosen from _FROM on
+_FROM = 5
+_WIDTH, _MARGIN, _BETWEEN = 5.6, 8.0, 0.3  # of axes; what may stand out from them; between two of them
+_LINE, _CHARACTER = 0.14, 0.062  # a line's height and a character's width, at most
+_BAR, _GAP, _LABEL = 0.155, 0.15, 26  # a bar; between tasks; characters in a line of a task's name
+_ROW, _COLUMN = 0.2, 0.5  # of a heatmap
+_MOST_ROWS = 60.0  # the height of a heatmap: more rows are lower, and only some are named
+_DOTS, _MOST_DOTS = 200, 60_000  # per inch, and along an edge: Agg's canvas ends at 65,536
+_MARKERS = "osD^vP*X"
+_HATCHES = ("", "///", "...", "xxx")
+_RULE, _FAINT = "#d5d8dc", "#5f6670"
+_SMALL, _TITLE = 6.5, 9.0
+_HALO = {"facecolor": colours.PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
+_CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))
+_SETTINGS = {
+    "font.family": "sans-serif", "font.size": 8.0, "text.color": colours.INK, "legend.frameon": False,
+    "hatch.linewidth": 0.6, "hatch.color": "#9aa0a8",
+    "text.parse_math": False,  # a name may hold dollars
+    "svg.fonttype": "none", "svg.hashsalt": "modelmerge", "pdf.fonttype": 42,
+}  # fmt: skip
+
+
+def check(file: Path) -> None:
+    """Refuse a place where no chart can be written, before any work.
+
+    Raises:
+        UsageError: The file's ending names no format that can be drawn.
+        OutputError: There is no such directory.
+        ModelMergeError: matplotlib is not installed.
+    """
+    if file.suffix.lower() not in FORMATS:
+        raise UsageError(
+            f"--plot {file}: a chart cannot be written as '{file.suffix}'", hint=f"end in {', '.join(FORMATS)}"
+        )
+    check_place("--plot", file)
+    try:
+        import matplotlib as _  # noqa: F401
+    except ImportError as error:
+        raise ModelMergeError(
+            f"--plot needs {error.name or error}, which is not installed", hint="pip install 'modelmerge[plot]'"
+        ) from error
+
+
+def check_place(option: str, file: Path) -> None:
+    """Refuse a file whose directory is not there, or that is one itself.
+
+    Raises:
+        OutputError: That.
+    """
+    if not file.parent.is_dir():
+        raise OutputError(f"{option} {file}: there is no directory {file.parent}", hint="make it first")
+    if file.is_dir():
+        raise OutputError(f"{option} {file}: that is a directory", hint="name a file")
+
+
+def save(charts: Sequence[Chart], file: Path, *, kind: Kind = "auto") -> None:
+    """Draw charts below one another into a file, in the format of its ending.
+
+    Args:
+        charts: At least one.
+        file: Where to; what is there is replaced. The same charts give the same bytes.
+        kind: How scores are drawn: as bars, as a radar chart, or as fits their number.
+
+    Raises:
+        ModelMergeError: matplotlib is not installed.
+        UsageError: The file's ending names no format; or a radar chart cannot show these scores.
+        OutputError: The file cannot be written.
+    """
+    check(file)
+    form = file.suffix.lower()[1:]
+    metadata: dict[str, str | None] = {"Title": _clean(charts[0].title)}
+    metadata |= {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}[form]
+    content = io.BytesIO()
+    with settings():
+        figure = draw(charts, kind=kind)
+        dots = min(_DOTS, _MOST_DOTS / (max(figure.get_size_inches()) + _MARGIN))
+        figure.savefig(content, format=form, dpi=dots, metadata=metadata, bbox_inches="tight", pad_inches=0.12)
+    replace_file(file.parent, file.name, content.getvalue())
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Matplotlib's own settings and ours, whatever the user's are."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # Names may be in scripts that the font lacks: SVG has them as text, elsewhere they are boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def draw(charts: Sequence[Chart], *, kind: Kind = "auto") -> Figure:
+    """The charts below one another, as a figure of matplotlib; to be called and saved within `settings()`.
+
+    Raises:
+        UsageError: A radar chart cannot show these scores.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, _WIDTH))
+    FigureCanvasAgg(figure)  # measures type
+    sheet = _Sheet(figure)
+    for chart in charts:
+        if isinstance(chart, Heatmap):
+            _heatmap(sheet, chart)
+        elif _is_radar(chart, kind):
+            _radar(sheet, chart)
+        else:
+            _bars(sheet, chart)
+    sheet.fit()
+    return figure
+
+
+@dataclass(slots=True)
+class _Sheet:
+    """Axes below one another on a figure that grows; each has inches as its units, y going down from its top."""
+
+    figure: Figure
+    top: float = 0.0  # how far down it is filled
+    placed: list[tuple[Axes, float, float, float]] = field(default_factory=list)
+
+    def axes(self, width: float, height: float) -> Axes:
+        """New axes of that size; `put` gives them their place."""
+        size = self.figure.get_size_inches()
+        made: Axes = self.figure.add_axes((0.0, 0.0, width / size[0], height / size[1]), label=str(len(self.placed)))
+        made.set_xlim(0.0, width)
+        made.set_ylim(height, 0.0)
+        made.set_axis_off()
+        return made
+
+    def put(self, axes: Axes, width: float, height: float, *, above: float, below: float = 0.0) -> None:
+        """Put axes below what is there, with so much room above and below them."""
+        self.placed.append((axes, self.top + above, width, height))
+        self.top += above + height + below + _BETWEEN
+
+    def size(self, artist: Artist) -> tuple[float, float]:
+        """Width and height of what is drawn."""
+        box = artist.get_window_extent()
+        return box.width / self.figure.dpi, box.height / self.figure.dpi
+
+    def fit(self) -> None:
+        """Make the figure as large as the axes need, and put them in their places."""
+        wide, high = max(width for _, _, width, _ in self.placed), self.top
+        self.figure.set_size_inches(wide, high)
+        for axes, top, width, height in self.placed:
+            axes.set_position((0.0, 1 - (top + height) / high, width / wide, height / high))
+
+
+def _is_radar(chart: Scores, kind: Kind) -> bool:
+    fits = len(chart.spokes()) in RADAR and chart.shares
+    if kind == "radar" and not fits:
+        raise UsageError(
+            f"a radar chart shows {RADAR.start} to {RADAR.stop - 1} tasks with scores between 0 and 1, and here are "
+            f"{len(chart.spokes())} of {chart.title.lower()}",
+            hint="--chart bars",
+        )
+    return kind == "radar" or (kind == "auto" and fits and len(chart.spokes()) >= _FROM)
+
+
+@dataclass(frozen=True, slots=True)
+class _Style:
+    """What a series looks like: bars are filled and hatched, lines have a colour, a marker and dashes."""
+
+    fill: str
+    hatch: str
+    line: str
+    marker: str
+    dashes: str
+
+
+def _styles(chart: Scores) -> list[_Style]:
+    styles, seen = [], {"base": 0, "expert": 0, "model": 0}
+    for series in chart.series:
+        i = seen[series.role]
+        seen[series.role] += 1
+        if series.role == "base":
+            styles.append(_Style(colours.GREY, "", colours.GREY, ".", ":"))
+        elif series.role == "expert":
+            styles.append(_Style(colours.PAPER, _HATCHES[i % len(_HATCHES)], colours.INK, ".", "--"))
+        else:
+            colour, again = colours.SERIES[i % len(colours.SERIES)], i // len(colours.SERIES)
+            marker = _MARKERS[i % len(_MARKERS)]
+            styles.append(_Style(colour, _HATCHES[again % len(_HATCHES)], colour, marker, "-" if not again else "-."))
+    return styles
+
+
+def _bars(sheet: _Sheet, chart: Scores) -> None:
+    """Horizontal bars: names are read without turning the head, however long."""
+    labels = [_wrapped(task, _LABEL, 3) for task in chart.tasks]
+    heights = [max(len(chart.series) * _BAR, (label.count("\n") + 1) * _LINE) + _GAP for label in labels]
+    height, texts = (
+        sum(heights),
+        [chart.text(v, e) for s in chart.series for v, e in zip(s.values, s.errors, strict=True)],
+    )
+    low, high = chart.reach()
+    scale = (_WIDTH - max(map(len, texts)) * _CHARACTER) / (high - low)  # the longest bar leaves room for its figure
+    axes = sheet.axes(_WIDTH, height)
+    for tick in _ticks(low, high):
+        at = (tick - low) * scale
+        axes.plot([at, at], [0, height], color=colours.INK if tick == 0 else _RULE, linewidth=0.6, zorder=0)
+        axes.text(at, height + 0.05, _tick(tick, chart), ha="center", va="top", fontsize=_SMALL)
+    styles, top = _styles(chart), 0.0
+    for i, (label, high_is) in enumerate(zip(labels, heights, strict=True)):
+        average = chart.average and i == len(labels) - 1
+        if average:
+            axes.plot([0, _WIDTH], [top, top], color=colours.INK, linewidth=0.6)
+        axes.text(
+            -0.08, top + high_is / 2, label, ha="right", va="center",
+            fontweight="bold" if average else "normal",
+        )  # fmt: skip
+        for j, (series, style) in enumerate(zip(chart.series, styles, strict=True)):
+            middle = top + high_is / 2 + (j - (len(chart.series) - 1) / 2) * _BAR
+            end, value = _bar(axes, series, style, i, middle, low, scale), series.values[i]
+            axes.text(
+                (end - low) * scale + 0.05, middle, chart.text(value, series.errors[i]), ha="left", va="center",
+                fontsize=_SMALL, color=_FAINT if value is None else colours.INK, bbox=_HALO, zorder=1,
+            )  # fmt: skip
+        top += high_is
+    from matplotlib.patches import Patch
+
+    keys = [Patch(facecolor=s.fill, edgecolor=colours.INK, linewidth=0.5, hatch=s.hatch) for s in styles]
+    sheet.put(axes, _WIDTH, height, above=_legend(sheet, axes, chart, keys), below=0.2)
+
+
+def _bar(axes: Axes, series: Series, style: _Style, task: int, middle: float, low: float, scale: float) -> float:
+    """Draw a bar with its standard error; where both end, from zero on."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.patches import Rectangle
+
+    value, error = series.values[task], series.errors[task]
+    if value is None:
+        return 0.0
+    # Artists are added without asking for limits, which takes longer than all else.
+    axes.add_artist(
+        Rectangle(
+            (-low * scale, middle - 0.42 * _BAR), value * scale, 0.84 * _BAR, facecolor=style.fill, hatch=style.hatch,
+            edgecolor=colours.INK, linewidth=0.5, clip_on=False,
+        )
+    )  # fmt: skip
+    if error is not None:
+        start, end = ((value + way * error - low) * scale for way in (-1, 1))
+        cap = 0.2 * _BAR
+        lines = [[(start, middle), (end, middle)], *([(x, middle - cap), (x, middle + cap)] for x in (start, end))]
+        axes.add_artist(LineCollection(lines, colors=colours.INK, linewidths=0.8, clip_on=False, zorder=2))
+    return max(value + (error or 0.0), 0.0)
+
+
+def _radar(sheet: _Sheet, chart: Scores) -> None:
+    """A spoke for each task, from zero at the centre; the line of a model has a gap where it has no score."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Circle, Polygon
+
+    tasks, high = chart.spokes(), chart.reach()[1]
+    radius = max(1.6, 0.15 * len(tasks))
+    labels = [_wrapped(task, 16, 3) for task in tasks]
+    room = max(label.count("\n") + 1 for label in labels) * _LINE
+    width, height = max(2 * radius, _WIDTH), 2 * (radius + 0.24 + room)
+    x, y, scale = width / 2, height / 2, radius / high
+    turns = [2 * math.pi * i / len(tasks) for i in range(len(tasks))]
+    ways = [(math.sin(turn), -math.cos(turn)) for turn in turns]  # clockwise from the top
+    axes = sheet.axes(width, height)
+    for tick in _ticks(0.0, high):
+        axes.add_patch(Circle((x, y), tick * scale, fill=False, edgecolor=_RULE, linewidth=0.6, zorder=0))
+    for (across, down), label in zip(ways, labels, strict=True):
+        axes.plot([x, x + across * radius], [y, y + down * radius], color=_RULE, linewidth=0.6, zorder=0)
+        # Up by half its height at the top, down at the bottom: labels keep clear of the circle and of one another.
+        away, half = radius + 0.14, (label.count("\n") + 1) * _LINE / 2
+        side = "center" if abs(across) < 1e-6 else "left" if across > 0 else "right"
+        axes.text(x + across * away, y + down * (away + half), label, ha=side, va="center")
+    for series, style in zip(chart.series, _styles(chart), strict=True):
+        points = [
+            None if value is None else (x + across * value * scale, y + down * value * scale)
+            for value, (across, down) in zip(series.values, ways, strict=False)
+        ]
+        for start, end in zip(points, [*points[1:], points[0]], strict=True):
+            if start and end:
+                axes.plot(*zip(start, end, strict=True), color=style.line, linewidth=1.3, linestyle=style.dashes)
+        for point, error, (across, down) in zip(points, series.errors, ways, strict=False):
+            if point:
+                axes.plot(*point, color=style.line, marker=style.marker, markersize=4, markeredgecolor=colours.INK,
+                          markeredgewidth=0.4)  # fmt: skip
+            if point and error:
+                reach = [error * scale * way for way in (-1, 1)]
+                axes.plot([point[0] + across * r for r in reach], [point[1] + down * r for r in reach],
+                          color=style.line, linewidth=0.8)  # fmt: skip
+        known = [point for point in points if point]
+        if series.role == "model" and len(known) == len(points) and len(chart.series) <= 5:
+            axes.add_patch(Polygon(known, facecolor=style.fill, alpha=0.08, edgecolor="none"))
+    for tick in _ticks(0.0, high)[1:]:  # above the lines
+        axes.text(x + 0.03, y - tick * scale, _tick(tick, chart), fontsize=_SMALL - 0.5, va="center", bbox=_HALO)
+    keys = [
+        Line2D([], [], color=s.line, linestyle=s.dashes, marker=s.marker, markersize=4, linewidth=1.3,
+               markeredgecolor=colours.INK, markeredgewidth=0.4)
+        for s in _styles(chart)
+    ]  # fmt: skip
+    sheet.put(axes, width, height, above=_legend(sheet, axes, chart, keys))
+
+
+def _heatmap(sheet: _Sheet, chart: Heatmap) -> None:
+    """A cell for each figure, which it has in it; nothing but hatching where there is none."""
+    from matplotlib.collections import PolyCollection
+
+    count = len(chart.rows)
+    row = min(_ROW, _MOST_ROWS / count)
+    every = math.ceil(_LINE / row - 1e-9)  # rows that are named
+    width, height = len(chart.columns) * _COLUMN, count * row
+    axes = sheet.axes(width, height)
+    places = [(i, j) for i in range(count) for j in range(len(chart.columns))]
+    filled = [(i, j) for i, j in places if chart.values[i][j] is not None]
+    empty = [(i, j) for i, j in places if chart.values[i][j] is None]
+    shades = [colours.shade(colours.step(chart.values[i][j] or 0.0, chart.limit)) for i, j in filled]
+    missing = {"facecolors": "none", "edgecolors": _RULE, "hatch": "////"}
+    for some, look in ((filled, {"facecolors": shades, "edgecolors": colours.PAPER}), (empty, missing)):
+        corners = [[(j * _COLUMN + a * _COLUMN, i * row + b * row) for a, b in _CORNERS] for i, j in some]
+        axes.add_collection(PolyCollection(corners, linewidths=0.5, clip_on=False, **look), autolim=False)
+    if every == 1:
+        for i, j in places:
+            value = chart.values[i][j]
+            ink = _FAINT if value is None else colours.ink_on(colours.shade(colours.step(value, chart.limit)))
+            axes.text((j + 0.5) * _COLUMN, (i + 0.5) * row, _figure(value, chart.limit), ha="center", va="center",
+                      fontsize=_SMALL, color=ink)  # fmt: skip
+    for i in range(0, count, every):
+        axes.text(-0.08, (i + 0.5) * row, _shortened(chart.rows[i], 60), ha="right", va="center", fontsize=_SMALL + 0.5)
+    names = [_shortened(column, 40) for column in chart.columns]
+    labels = [axes.text((j + 0.5) * _COLUMN, -0.07, name, ha="center", va="bottom") for j, name in enumerate(names)]
+    if any(sheet.size(label)[0] > _COLUMN - 0.05 for label in labels):
+        for label in labels:
+            label.set_rotation(90)
+    above = max(sheet.size(label)[1] for label in labels) + 0.07 + 0.12
+    lines = _wrapped(chart.title, 70, 4)
+    title = axes.text(0.0, -above, lines, ha="left", va="bottom", fontsize=_TITLE)
+    tall = _scale(axes, chart, width + 0.25, height)
+    sheet.put(axes, width, height, above=above + sheet.size(title)[1] + 0.05, below=max(tall - height, 0.0))
+
+
+def _scale(axes: Axes, chart: Heatmap, left: float, height: float) -> float:
+    """Which shade is which figure, at the right of a heatmap; how far down it goes."""
+    from matplotlib.collections import PolyCollection
+
+    lowest = -colours.STEPS if chart.signed() else 0
+    steps, tall = range(colours.STEPS, lowest - 1, -1), min(max(height, 1.0), 2.5)
+    each = tall / len(steps)
+    corners = [[(left + 0.14 * a, i * each + each * b) for a, b in _CORNERS] for i in range(len(steps))]
+    shades = [colours.shade(step) for step in steps]
+    axes.add_collection(
+        PolyCollection(corners, facecolors=shades, edgecolors=shades, linewidths=0.3, clip_on=False), autolim=False
+    )
+    ends = {0.0: chart.limit, tall: -chart.limit if lowest else 0.0, **({tall / 2: 0.0} if lowest else {})}
+    for at, value in ends.items():
+        side = "top" if at == 0.0 else "bottom" if at == tall else "center"
+        axes.text(left + 0.2, at, f"{value:g}", va=side, fontsize=_SMALL)
+    if chart.what:
+        axes.text(left + 0.2, tall / 4, _wrapped(chart.what, 14, 2), va="center", fontsize=_SMALL, color=_FAINT)
+    return tall
+
+
+def _legend(sheet: _Sheet, axes: Axes, chart: Scores, keys: Sequence[Artist]) -> float:
+    """The title and the names of the series above the axes, in as many columns as fit; the height it takes."""
+    names = [_wrapped(series.name, 44, 2) for series in chart.series]
+    for columns in range(len(names), 0, -1):
+        legend = axes.legend(
+            keys, names, ncols=columns, title=_wrapped(chart.title, 70, 3), title_fontsize=_TITLE, alignment="left",
+            loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.3, borderpad=0.0, handlelength=2.2,
+        )  # fmt: skip
+        width, height = sheet.size(legend)
+        if width <= _WIDTH:
+            break
+    return height + 0.1
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    from matplotlib.ticker import MaxNLocator
+
+    found = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    edge = 1e-9 * (high - low)
+    return [0.0 if abs(tick) < edge else float(tick) for tick in found if low - edge <= tick <= high + edge]
+
+
+def _tick(value: float, chart: Scores) -> str:
+    return f"{100 * value:g}" if chart.shares else f"{value:g}"
+
+
+def _figure(value: float | None, limit: float) -> str:
+    """A figure in a cell, with as many digits as the largest one needs."""
+    if value is None:
+        return "n/a"
+    return f"{value:.1e}" if limit < 0.01 else f"{value:.{max(0, 2 - math.floor(math.log10(limit)))}f}"
+
+
+def _clean(name: str) -> str:
+    """A name on one line, without what neither XML nor a font has."""
+    return " ".join("".join(c if c.isprintable() else " " for c in name).split())
+
+
+def _shortened(name: str, length: int) -> str:
+    """A name of at most so many characters; what goes is in the middle."""
+    name = _clean(name)
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[len(name) - length // 2 :]}"
+
+
+def _wrapped(name: str, width: int, lines: int) -> str:
+    """A name on at most so many lines, broken after a space or a sign where one is, and shortened until it fits."""
+    length = width * lines
+    while len(made := _lines(_shortened(name, length), width)) > lines:
+        length -= 2
+    return "\n".join(made)
+
+
+def _lines(name: str, width: int) -> list[str]:
+    made = [""]
+    for word in re.findall(r"[^\s_/.:,-]*[\s_/.:,-]*", name):
+        while len(made[-1]) + len(word.rstrip()) > width:
+            room = width - len(made[-1]) if len(word) > width else 0
+            made[-1] += word[:room]
+            word = word[room:]
+            made.append("")
+        made[-1] += word
+    return [line.rstrip() for line in made if line.strip()]

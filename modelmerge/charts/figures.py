@@ -1,0 +1,212 @@
+"""What charts show, as plain data, whoever draws it: scores of models at tasks, and figures by row and column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from modelmerge.suites._scores import mean, plain
+
+AVERAGE = "average"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """A model's values, one for each task, None where there is none; `errors` are their standard errors."""
+
+    name: str
+    role: Literal["base", "expert", "model"]
+    values: tuple[float | None, ...]
+    errors: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The values of models at tasks that can be told along one axis.
+
+    `shares`: all are between 0 and 1, and told in per cent. `average`: the last of `tasks` is the mean of the others.
+    """
+
+    title: str
+    tasks: tuple[str, ...]
+    series: tuple[Series, ...]
+    shares: bool
+    lower: bool = False
+    average: bool = False
+
+    def spokes(self) -> tuple[str, ...]:
+        """The tasks that a radar chart shows: all but the average."""
+        return self.tasks[:-1] if self.average else self.tasks
+
+    def text(self, value: float | None, error: float | None = None) -> str:
+        """A value for people, with its standard error if there is one."""
+        if value is None:
+            return "n/a"
+        if self.shares:
+            return f"{100 * value:.1f}" + ("" if error is None else f" ±{100 * error:.1f}")
+        return f"{value:.4g}" + ("" if error is None else f" ±{error:.2g}")
+
+    def reach(self) -> tuple[float, float]:
+        """The ends of the axis, round numbers, with zero between them."""
+        ends = [
+            value + way * (error or 0.0)
+            for series in self.series
+            for value, error in zip(series.values, series.errors, strict=True)
+            if value is not None
+            for way in (-1, 1)
+        ]
+        low, high = min([0.0, *ends]), max([0.0, *ends])
+        if self.shares:  # a standard error may reach beyond what a share can be
+            return 0.0, _round_up(min(high, 1.0)) or 1.0
+        return -_round_up(-low), _round_up(high) or (1.0 if not low else 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heatmap:
+    """Figures by row and column, None where there is none.
+
+    Shades reach their ends at `limit`, and at `-limit` where a value is negative.
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    limit: float
+    what: str = ""  # what a value is, in a word or two
+
+    def signed(self) -> bool:
+        """Whether a value is negative."""
+        return any(value is not None and value < 0 for row in self.values for value in row)
+
+
+Chart = Scores | Heatmap
+
+
+def heatmap(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    what: str = "",
+    limit: float | None = None,
+) -> Heatmap:
+    """A heatmap of values `[rows][columns]`; NaN counts as missing. Without `limit`, the shades reach what is there."""
+    cells = tuple(tuple(None if v is None or not math.isfinite(v) else float(v) for v in row) for row in values)
+    largest = max((abs(value) for row in cells for value in row if value is not None), default=0.0)
+    return Heatmap(
+        title=title, rows=tuple(rows), columns=tuple(columns), values=cells, what=what,
+        limit=(_round_up(largest) or 1.0) if limit is None else limit,
+    )  # fmt: skip
+
+
+def of_report(report: Mapping[str, Any]) -> list[Chart]:
+    """The charts of a report of `modelmerge eval`."""
+    return [*of_weights(report)] if report["suite"] == "weights" else [*of_scores(report)]
+
+
+def of_scores(report: Mapping[str, Any]) -> list[Scores]:
+    """The scores of a report: one chart of the tasks that are shares, one for each other metric."""
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for task in report["tasks"]:
+        told = [model["scores"][task] for model in report["models"]]
+        known = [score["score"] for score in told if score["score"] is not None]
+        lower = bool(told[0].get("lower"))
+        shares = not lower and all(0.0 <= value <= 1.0 for value in known)
+        groups.setdefault(("" if shares else told[0]["metric"], lower), []).append(task)
+    return [_scores(report, tasks, lower) for (_, lower), tasks in groups.items()]
+
+
+def _scores(report: Mapping[str, Any], tasks: Sequence[str], lower: bool) -> Scores:
+    found = [_of_model(model, tasks) for model in report["models"] if model["role"] != "expert"]
+    found[_bases(found) : _bases(found)] = _of_experts(report, tasks)
+    average = len(tasks) > 1 and not lower
+    if average:
+        found = [_with_average(series) for series in found]
+    values = [value for series in found for value in series.values if value is not None]
+    shares = not lower and all(0.0 <= value <= 1.0 for value in values)
+    metrics = sorted({model["scores"][task]["metric"] for model in report["models"] for task in tasks})
+    words = [", ".join(metrics), *(["less is better"] if lower else []), *(["per cent"] if shares else [])]
+    if any(error is not None for series in found for error in series.errors):
+        words.append("± standard error")
+    title = ", ".join(words)
+    counted = [task for task in report["tasks"] if not report["models"][0]["scores"][task].get("lower")]
+    label = AVERAGE if len(tasks) == len(counted) else f"{AVERAGE} of these"
+    return Scores(
+        title=title[0].upper() + title[1:], tasks=(*tasks, label) if average else (*tasks,), series=tuple(found),
+        shares=shares, lower=lower, average=average,
+    )  # fmt: skip
+
+
+def _bases(series: Sequence[Series]) -> int:
+    return sum(each.role == "base" for each in series)
+
+
+def _of_model(model: Mapping[str, Any], tasks: Sequence[str]) -> Series:
+    told = [model["scores"][task] for task in tasks]
+    return Series(
+        name=model["name"], role=model["role"], values=tuple(score["score"] for score in told),
+        errors=tuple(score["stderr"] for score in told),
+    )  # fmt: skip
+
+
+def _of_experts(report: Mapping[str, Any], tasks: Sequence[str]) -> list[Series]:
+    """The experts: those that are for one of the tasks as one series, each at its own task; others as they are."""
+    experts = {plain(model["name"]): model for model in report["models"] if model["role"] == "expert"}
+    owners = report.get("own_experts") or {task: task for task in report["tasks"]}  # what older reports leave out
+    own = {task: experts.get(plain(owners.get(task, ""))) for task in tasks}
+    used = {model["name"] for task in report["tasks"] if (model := experts.get(plain(owners.get(task, ""))))}
+    others = [model for model in report["models"] if model["role"] == "expert" and model["name"] not in used]
+    found = [_of_model(model, tasks) for model in others]
+    if any(model is not None for model in own.values()):
+        told = [None if model is None else model["scores"][task] for task, model in own.items()]
+        found.insert(0, Series(
+            name="each task's expert", role="expert",
+            values=tuple(score and score["score"] for score in told),
+            errors=tuple(score and score["stderr"] for score in told),
+        ))  # fmt: skip
+    return found
+
+
+def _with_average(series: Series) -> Series:
+    known = [error for error in series.errors if error is not None]
+    average = mean(series.values)
+    error = math.hypot(*known) / len(known) if average is not None and len(known) == len(series.values) else None
+    return Series(
+        name=series.name, role=series.role, values=(*series.values, average), errors=(*series.errors, error)
+    )  # fmt: skip
+
+
+def of_weights(report: Mapping[str, Any]) -> list[Heatmap]:
+    """The cosines of a report: of the experts with one another, and of each model with each expert, by layer."""
+    told = report["model"]
+    experts, cosines = list(told["experts"]["norms"]), told["experts"]["cosines"]
+    found = []
+    if len(experts) > 1:
+        others = [v for i, row in enumerate(cosines) for j, v in enumerate(row) if i != j and v is not None]
+        # The ones along the diagonal say nothing, and would leave the others pale.
+        limit = _round_up(max(map(abs, others), default=1.0)) or 1.0
+        title = "Cosines of the experts' task vectors with one another"
+        found.append(heatmap(title, experts, experts, cosines, what="cosine", limit=limit))
+    layers = {"whole model": told, **report["layer_types"], **report.get("tensors", {})}
+    by_model = {
+        name: [[layer["models"][name]["experts"][e]["cosine"] for e in experts] for layer in layers.values()]
+        for name in told["models"]
+    }
+    known = [abs(v) for rows in by_model.values() for row in rows for v in row if v is not None]
+    limit = _round_up(max(known, default=1.0)) or 1.0  # the same for all models, so that shades compare
+    for name, rows in by_model.items():
+        title = f"Cosines of {name} with each expert, by layer"
+        found.append(heatmap(title, list(layers), experts, rows, what="cosine", limit=limit))
+    return found
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8 times a power of ten; 0 of 0."""
+    if value <= 0:
+        return 0.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(s * power for s in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 20) if s * power >= value * (1 - 1e-9))
