@@ -141,6 +141,15 @@ Rule = Annotated[
         rich_help_panel=SHARED_PANEL,
     ),
 ]
+LayerScale = Annotated[
+    str | None,
+    typer.Option(
+        help="Factors on all task vectors, from the first layer to the last (0.5,1.2), or a JSON or YAML file: a list "
+        "over the layers, or {GLOB: factor or list}.",
+        metavar="V,V[,V...]|FILE",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 Disentangle = Annotated[
     str | None,
     typer.Option(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.writer import Staging
-from modelmerge.engine.front import Front, fit
+from modelmerge.engine.given import Factors, Given, give
 from modelmerge.engine.job import (
     SMALL,
     Findings,
@@ -27,13 +27,11 @@ from modelmerge.engine.stream import (
     as_bytes,
     in_parallel,
     item_bytes,
-    known_factors,
     piece_bytes,
     pieces,
     rounded,
     whole,
 )
-from modelmerge.engine.surveying import run_survey
 from modelmerge.method import Context
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
@@ -54,8 +52,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return findings
-    front = fit(job.source, job.front, job.disentangled(), staging.scratch, reporter) if job.front else None
-    measured = surveyed(job, front, reporter)
+    given = give(job, staging.scratch, reporter)
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
@@ -68,56 +65,32 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
         if piece.tensor.action == "copy":
             data = loader.copy(piece)
         else:
-            theta_0, taus = loader.load(piece, check=unchecked(job, piece.tensor))
-            if front is not None:
-                front.take_out(piece, taus)
+            theta_0, taus = loader.load(piece, check=given.unchecked(piece.tensor))
+            given.ready(piece, taus)
             if in_rows(piece.tensor):
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
-            data = _merged(job, piece, theta_0, taus, measured, findings)
+            data = _merged(given, piece, theta_0, taus, findings)
         staging.write(piece.tensor.name, piece.start * item_bytes(piece.tensor.out_dtype), as_bytes(data))
         reporter.advance(piece_bytes(plan, piece), piece.tensor.name)
 
     cut = [piece for t in streamed for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
     in_parallel(job.source, cut, merge_piece)
-    _run_whole(job, front, wholes, measured, findings, staging, reporter)
+    _run_whole(given, wholes, findings, staging, reporter)
     return findings
 
 
-def surveyed(job: Job, front: Front | None, reporter: Reporter) -> dict[str, Tensor]:
-    """By tensor, what its method's survey concludes from all the tensors that the method merges."""
-    found: dict[str, Tensor] = {}
-    for part in job.parts:
-        if part.survey is not None:
-            conclusion = run_survey(job.source, part.survey, front, part.surveyed(), reporter)
-            found |= dict.fromkeys((tensor.name for tensor in part.tensors), conclusion)
-    return found
-
-
-def unchecked(job: Job, tensor: TensorPlan) -> bool:
-    """Whether nobody has looked for NaN and Inf before the merge: a survey does."""
-    return job.part(tensor).survey is None
-
-
 def _run_whole(
-    job: Job,
-    front: Front | None,
-    tensors: Sequence[TensorPlan],
-    measured: Mapping[str, Tensor],
-    findings: Findings,
-    staging: Staging,
-    reporter: Reporter,
+    given: Given, tensors: Sequence[TensorPlan], findings: Findings, staging: Staging, reporter: Reporter
 ) -> None:
     """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
+    job = given.job
 
     def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Tensor:
-        if front is not None:
-            front.take_out(piece, taus)
-        # What a front has changed is no product any more.
-        factors = known_factors(job.source, piece.tensor) if front is None else None
-        return _merged(job, piece, theta_0, taus, measured, findings, factors)
+        given.ready(piece, taus)
+        return _merged(given, piece, theta_0, taus, findings, given.factors(piece.tensor))
 
     def merge_alone(tensor: TensorPlan) -> None:
-        piece, theta_0, taus = whole(job.source, tensor, check=unchecked(job, tensor))
+        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
         staging.write(tensor.name, 0, as_bytes(merge(piece, theta_0, taus)))
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
@@ -129,23 +102,24 @@ def _run_whole(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # an error ends the others, too
-    _run_in_turn(job, [tensor for tensor in tensors if not together(job.source, tensor)], merge, staging, reporter)
+    _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, staging, reporter)
 
 
 def _run_in_turn(
-    job: Job,
+    given: Given,
     tensors: Sequence[TensorPlan],
     merge: Callable[[Piece, Tensor, Tensor], Tensor],
     staging: Staging,
     reporter: Reporter,
 ) -> None:
     """Merge tensors one after the other: read one ahead, write one behind."""
+    job = given.job
     device, left = job.source.device, beyond_device(job)
     sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(tensor: TensorPlan) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
         with current(device):
-            piece, theta_0, taus = whole(job.source, tensor, check=unchecked(job, tensor))
+            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
             return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
@@ -192,31 +166,20 @@ def _sent(theta_0: Tensor, taus: Tensor, stream: torch.cuda.Stream | None) -> tu
 
 
 def _merged(
-    job: Job,
-    piece: Piece,
-    theta_0: Tensor,
-    taus: Tensor,
-    measured: Mapping[str, Tensor],
-    findings: Findings,
-    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
+    given: Given, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
 ) -> Tensor:
     """The piece's merged values, flat, as they will be stored; `theta_0` is used up."""
-    delta = merged_vector(job, piece, theta_0, taus, measured, findings, factors)
+    delta = merged_vector(given, piece, theta_0, taus, findings, factors)
     if findings.rounding is not None:
         findings.rounding.merged.append(squared(delta))
     return rounded(piece, theta_0.add_(delta), rounding=findings.rounding)
 
 
 def merged_vector(
-    job: Job,
-    piece: Piece,
-    theta_0: Tensor,
-    taus: Tensor,
-    measured: Mapping[str, Tensor],
-    findings: Findings,
-    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
+    given: Given, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
 ) -> Tensor:
     """The piece's merged task vector."""
+    job = given.job
     part = job.part(piece.tensor)
     setting = job.settings.get(piece.tensor.name) or Setting(part.options, job.weights, {})
 
@@ -228,7 +191,7 @@ def merged_vector(
 
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
-        experts=tuple(expert.name for expert in job.plan.experts), measured=measured.get(piece.tensor.name),
+        experts=tuple(expert.name for expert in job.plan.experts), measured=given.measured.get(piece.tensor.name),
         base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip

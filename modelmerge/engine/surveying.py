@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,14 +14,15 @@ from modelmerge.method import Pass, Survey
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
 
-if TYPE_CHECKING:
-    from modelmerge.engine.front import Front
-
 
 def run_survey(
-    source: Source, survey: Survey, front: Front | None, tensors: Sequence[TensorPlan], reporter: Reporter
+    source: Source,
+    survey: Survey,
+    ready: Callable[[Piece, Tensor], None] | None,
+    tensors: Sequence[TensorPlan],
+    reporter: Reporter,
 ) -> Tensor:
-    """What a survey concludes from the tensors' task vectors, as they are behind the front.
+    """What a survey concludes from the tensors' task vectors, as `ready`, if any, makes them in place.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
@@ -31,7 +31,7 @@ def run_survey(
     wanted, checked = next(search), False
     while True:
         full = wanted.share == 1
-        total = _one_pass(source, wanted, front, tensors, reporter, check=full and not checked)
+        total = _one_pass(source, wanted, ready, tensors, reporter, check=full and not checked)
         checked = checked or full
         try:
             wanted = search.send(total)
@@ -41,7 +41,13 @@ def run_survey(
 
 
 def _one_pass(
-    source: Source, wanted: Pass, front: Front | None, tensors: Sequence[TensorPlan], reporter: Reporter, *, check: bool
+    source: Source,
+    wanted: Pass,
+    ready: Callable[[Piece, Tensor], None] | None,
+    tensors: Sequence[TensorPlan],
+    reporter: Reporter,
+    *,
+    check: bool,
 ) -> Tensor:
     sampled = wanted.share > 1
     runs = list(pieces(tensors, SAMPLE_RUN if sampled else source.block, sampled=sampled))[:: wanted.share]
@@ -50,8 +56,8 @@ def _one_pass(
 
     def add(piece: Piece, loader: Loader) -> None:
         _, taus = loader.load(piece, check=check)
-        if front is not None:
-            front.take_out(piece, taus)
+        if ready is not None:
+            ready(piece, taus)
         mine = threading.get_ident()
         if mine not in parts:
             parts[mine] = taus.new_zeros((len(taus), wanted.counters), dtype=torch.int64)
