@@ -213,7 +213,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
 
 def test_weights_are_heatmaps_of_cosines() -> None:
     told = {"norms": {"a": 1.0, "b": 2.0}, "cosines": [[1.0, 0.02], [0.02, 1.0]]}
-    layer = {"experts": told, "models": {"m": {"experts": {"a": {"cosine": 0.4}, "b": {"cosine": None}}}}}
+    layer = {"entries": 4, "experts": told, "models": {"m": {"experts": {"a": {"cosine": 0.4}, "b": {"cosine": None}}}}}
     report = {"suite": "weights", "model": layer, "layer_types": {"mlp": layer}, "tensors": {"mlp.0": layer}}
     pairs, layers = figures.of_weights(report)
     assert pairs.values == ((1.0, 0.02), (0.02, 1.0))
@@ -263,3 +263,12 @@ def test_figures_can_be_read_on_every_shade(dark: bool) -> None:
 def test_contrast_is_that_of_wcag() -> None:
     assert colours.contrast("#000000", "#ffffff") == pytest.approx(21)
     assert colours.contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.8), (-0.5, 0.3), (0, 3e-5), (0, 4e6), (-2, 0), (0, 0.15)])
+def test_ticks_are_round_and_few(low: float, high: float) -> None:
+    found = figures.ticks(low, high)
+    assert 3 <= len(found) <= 7
+    assert 0 in found
+    assert low - 1e-12 <= found[0] < found[-1] <= high * (1 + 1e-9) + 1e-12
+    assert all(len(f"{tick:g}") <= 7 for tick in found)
