@@ -17,12 +17,12 @@ import importlib
 import math
 import sys
 import typing
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from modelmerge.errors import UsageError
 
@@ -91,6 +91,27 @@ class Survey:
     reads: Callable[[int], float]
 
 
+class Finder(Protocol):
+    """Finds a weight for each expert and tensor, by losses of the merged model on unlabelled data.
+
+    `values` are the merged tensors as the weights at hand make them, leaves that collect gradients.
+    """
+
+    values: dict[str, Tensor]
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """What is minimised, of a batch's logits [N, C]."""
+
+    def steps(self, losses: Sequence[Callable[[], Tensor]]) -> Iterator[list[float]]:
+        """Run; yields each step's losses, one for each task, while their gradients are there."""
+
+    def unread(self) -> list[str]:
+        """The tensors that no loss of the step at hand depends on."""
+
+    def found(self) -> dict[str, tuple[float, ...]]:
+        """By tensor, the weight of each expert."""
+
+
 @dataclass(frozen=True, slots=True)
 class Citation:
     """A paper: its title, the authors as BibTeX has them ("First Last and others"), where and when ("ICML 2025")."""
@@ -132,6 +153,9 @@ class Method:
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
         published: The options that make it the published algorithm, where the defaults differ.
+        finder: For methods that find the experts' weights on unlabelled data before anything is merged: given
+            `theta_0` [*shape] and task vectors [T, *shape] by tensor, and the options. Such a method's options have
+            `batch_size`, the inputs of each task in a step, and `steps`.
     """
 
     options: type
@@ -149,6 +173,7 @@ class Method:
     workspace: Callable[[int], float] = lambda tasks: 3.0
     squares: float = 0.0
     published: Mapping[str, Any] = field(default_factory=dict)
+    finder: Callable[[Mapping[str, tuple[Tensor, Tensor]], Any], Finder] | None = None
 
 
 Watch = Callable[[float], None]  # is told a solver's loss as it goes
@@ -338,6 +363,11 @@ def _check(spec: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
 def names(kind: str = "merge") -> tuple[str, ...]:
     """The methods of a kind, by name, found by their files; nothing is imported."""
     return tuple(sorted(f.stem.replace("_", "-") for f in (_METHODS / kind).glob("[!_]*.py")))
+
+
+def data_free() -> tuple[str, ...]:
+    """The merge methods that need nothing but the models, by name."""
+    return tuple(name for name in names() if load(name).finder is None)
 
 
 def summary(name: str, kind: str = "merge") -> str:

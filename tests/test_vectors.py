@@ -77,7 +77,7 @@ def test_what_did_not_change_is_left_out_and_listed(tmp_path: Path) -> None:
     assert same_bits(read(tmp_path / "direct"), read(tmp_path / "by_vectors"))
 
 
-@pytest.mark.parametrize("name", method.names())
+@pytest.mark.parametrize("name", method.data_free())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_task_vectors_is_merging_the_experts(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     count = takes(name, 3)
@@ -183,7 +183,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Path]]:
 
 
 @pytest.mark.parametrize("front", method.names("disentangle"))
-@pytest.mark.parametrize("name", [name for name in method.names() if takes(name, 3) > 1])
+@pytest.mark.parametrize("name", [name for name in method.data_free() if takes(name, 3) > 1])
 def test_in_front_of_any_merge_is_the_two_commands_in_turn(
     name: str, front: str, apart: dict[int, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +351,7 @@ def test_one_expert_is_nothing_to_disentangle(models: list[Path], tmp_path: Path
 def test_a_descent_that_does_not_fit_is_refused_beforehand(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(job, "free_memory", lambda device: 1000)
     for run in (
         lambda: modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method="awd", solver="descent",
                                        granularity="model"),

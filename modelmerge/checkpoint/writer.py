@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -152,6 +152,30 @@ class Scratch:
     def close(self) -> None:
         """Let go of the file, which frees its bytes."""
         self._file.close()
+
+
+@contextlib.contextmanager
+def scratches(output: Path) -> Iterator[Callable[[int], Scratch]]:
+    """Gives room beside an output that is not being written yet, for as long as the block lasts.
+
+    Raises:
+        OutputError: There is not so much.
+    """
+    folder = next(parent for parent in output.resolve().parents if parent.is_dir())
+    with contextlib.ExitStack() as stack:
+
+        def make(nbytes: int) -> Scratch:
+            try:
+                made = Scratch(folder, nbytes)
+            except OSError as error:
+                why = _FULL.get(error.errno or 0) or error.strerror or str(error)
+                raise OutputError(
+                    f"cannot keep {nbytes:,} bytes in {folder}: {why}", hint="name another place with -o or make room"
+                ) from error
+            stack.callback(made.close)
+            return made
+
+        yield make
 
 
 class Staging:

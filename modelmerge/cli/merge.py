@@ -35,6 +35,7 @@ EXAMPLES = (
     "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge apgd --preset clip-b32-8 -o merged",
+    "modelmerge merge adamerging base svhn mnist dtd -o merged --task svhn --task mnist --data dtd=images/dtd",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
     "modelmerge merge --recipe mergekit.yml -o merged",
 )
@@ -207,6 +208,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             max_shard_size=values["max_shard_size"],
             seed=values["seed"],
             as_lora=(small.rank or small.energy) if small is not None else None,
+            unlabelled=_unlabelled(values) if chosen and chosen.finder else {},
         )
         _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"]), values)
 
@@ -216,10 +218,18 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     # Required parameters first, as in any signature; the method's own options head the help page.
     own = opt.of_method(chosen) if chosen else []
     own += opt.shared(_published) if chosen and chosen.published else []
+    own += opt.shared(opt.unlabelled) if chosen and chosen.finder else []
     return opt.with_parameters(run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *in_front])
 
 
 def _published(published: opt.Published = False) -> None: ...
+
+
+def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The unlabelled data that the command line names."""
+    words = [parameter.name for parameter in opt.shared(opt.unlabelled)]
+    given = {word: values[word] for word in words if values[word] is not None}
+    return {{"task": "tasks", "template": "templates"}.get(word, word): value for word, value in given.items()}
 
 
 def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dict[str, Any]:
@@ -318,9 +328,33 @@ def _run(prepare: Callable[[], Prepared], values: Mapping[str, Any]) -> None:
         lines.append(
             f"rounding to {rounding['stored_as']} changes the merged task vector by {rounding['relative_error']:.2%}"
         )
+    lines += _search_lines(manifest, sink.verbose) if "search" in manifest else []
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
     finish(sink, target, out, {"output": str(out), "manifest": manifest}, lines)
+
+
+def _search_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str | Table]:
+    """The coefficients that were found on data: of each expert over the tensors, and, if verbose, of each tensor."""
+    tasks, found = manifest["search"]["tasks"], manifest["recipe"]["coefficients"]
+    rows = []
+    for expert, told in tasks.items():
+        own = [each[expert] for each in found.values()]
+        figures = (sum(own) / len(own), min(own), max(own), told["entropy_before"], told["entropy_after"])
+        rows.append([expert, *(f"{figure:.3f}" for figure in figures)])
+    lines: list[str | Table] = [
+        "",
+        table(
+            f"Coefficients over {len(found)} tensors; entropy of the predictions in the first and the last "
+            f"{manifest['search']['averaged_steps']} steps",
+            ["", "mean", "least", "most", "before", "after"],
+            rows,
+        ),
+    ]
+    if verbose:
+        each = [[tensor, *(f"{value:.3f}" for value in told.values())] for tensor, told in found.items()]
+        lines.append(table(None, ["tensor", *tasks], each))
+    return lines
 
 
 def _with_front(name: str, front: str | None) -> str:

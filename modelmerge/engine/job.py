@@ -296,7 +296,7 @@ def beyond_device(job: Job) -> frozenset[str]:
     wholes = job.wholes()
     if job.source.device.type == "cpu" or not wholes:
         return frozenset()
-    free = _free_memory(job.source.device) or 0
+    free = free_memory(job.source.device) or 0
     return frozenset(t.name for t in wholes if _whole_bytes(job, [t, t]) > _USABLE * free)
 
 
@@ -304,7 +304,7 @@ def correcting_beyond(source: Source, by: Correction, options: Any, tensors: Seq
     """The tensors whose correction would not fit in the device's free memory: it is found on the CPU."""
     if source.device.type == "cpu":
         return frozenset()
-    free = _free_memory(source.device) or 0
+    free = free_memory(source.device) or 0
     return frozenset(t.name for t in tensors if _correcting_bytes(source, by, options, [t, t]) > _USABLE * free)
 
 
@@ -392,7 +392,7 @@ def refuse_too_large(source: Source, front: tuple[Disentangler, Any] | None, ten
     if front is None or isinstance(front[0].by, Correction):
         return
     needed, _ = front_memory(source, front, tensors)
-    free = _free_memory(source.device)
+    free = free_memory(source.device)
     if free is not None and needed > free:
         raise UsageError(
             f"disentangling whole vectors (--solver descent) needs {needed:,} bytes of memory, and {free:,} are free",
@@ -400,7 +400,8 @@ def refuse_too_large(source: Source, front: tuple[Disentangler, Any] | None, ten
         )
 
 
-def _free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of memory that are free on a device; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
