@@ -288,6 +288,20 @@ def unlabelled(
     """What tells a method of unlabelled data; for its signature alone."""
 
 
+def drawn(
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            "--plot",
+            help="Draw the coefficients as a heatmap, as .svg, .png or .pdf.",
+            metavar="FILE",
+            rich_help_panel=PRINT_PANEL,
+        ),
+    ] = None,
+) -> None:
+    """What a method is told that finds coefficients, besides its data; for its signature alone."""
+
+
 def written(
     device: Device = "auto",
     stream: Stream = False,
