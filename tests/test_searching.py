@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import modelmerge
 from modelmerge import digits, engine
+from modelmerge.charts.figures import of_coefficients
 from modelmerge.cli import main
 from modelmerge.engine import job, threads
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
@@ -131,6 +132,25 @@ def small(tmp_path: Path) -> list[Path]:
         (tmp_path / name).mkdir()
         save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     return [tmp_path / name for name in ("base", *EXPERTS)]
+
+
+SCRIPT = """
+import torch
+from torch import nn
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lower, self.upper = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.upper(self.lower(x).tanh())
+
+
+def unlabelled(expert):
+    return Network(), torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
+"""
 
 
 def rows(count: int = 40) -> Tensor:
@@ -401,6 +421,7 @@ def test_experts_that_are_the_base_have_no_coefficients(small: list[Path], tmp_p
         (["--script", "x.py:f", "--limit", "3"], 2, "--script brings its own data: --limit has no effect"),
         (["--script", "x.py:f", "--steps", "0"], 2, "--steps must be at least 1, not 0"),
         (["--script", "x.py:f", "--granularity", "tensor"], 2, "--granularity"),
+        (["--script", "x.py:f", "--plot", "x.jpg"], 2, "--plot x.jpg: a chart cannot be written as '.jpg'"),
         (["--task", "nothing"], 2, "there is no task 'nothing'"),
         (["--data", "first=./c", "--data", "second=b"], 1, "no such file or directory"),
         (["--data", "first=a", "--data", "second=b", "--classes", "x"], 1, "x: cannot be read"),
@@ -423,6 +444,45 @@ def test_words_and_exit_codes(
     assert says in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_found_is_shown(merged: tuple[Path, dict[str, Any]], experts: list[Path], tmp_path: Path) -> None:
+    chart = of_coefficients(merged[1]["recipe"]["coefficients"])
+    assert chart.columns == TASKS
+    assert len(chart.rows) == len(merged[1]["recipe"]["coefficients"])
+    same = {name: {"first": 0.2, "second": 0.4} for name in ("a", "b")}
+    assert (of_coefficients(same).rows, of_coefficients(same).values) == (("all tensors",), ((0.2, 0.4),))
+
+
+def test_the_terminal_sees_the_entropy_and_the_coefficients(small: list[Path], tmp_path: Path) -> None:
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "modelmerge", "merge", "adamerging", *map(str, small), "-o", str(tmp_path / "out")]
+    words += ["--script", f"{tmp_path / 'mine.py'}:unlabelled", "--steps", "40"]
+    with subprocess.Popen(
+        words, stderr=theirs, stdout=subprocess.PIPE, text=True, env={**os.environ, "TERM": "xterm", "COLUMNS": "160"}
+    ) as child:
+        os.close(theirs)
+        seen = b""
+        try:
+            while part := os.read(ours, 4096):
+                seen += part
+        except OSError:  # the terminal's other end closed
+            pass
+        assert child.stdout is not None
+        out = child.stdout.read()
+    os.close(ours)
+    assert child.returncode == 0
+    assert "40 of 40 steps" in seen.decode()
+    assert "entropy 1." in seen.decode()
+    rows = [line.split() for line in out.splitlines() if line.startswith(EXPERTS)]
+    assert len(rows) == len(EXPERTS)
+    assert all(float(before) > float(after) > 0 for *_, before, after in rows)
 
 
 def test_other_methods_look_at_no_data(small: list[Path], tmp_path: Path) -> None:
@@ -520,9 +580,10 @@ def test_clip_models_are_adapted_on_images(
 ) -> None:
     told = [word for name, place in images.items() for word in ("--data", f"{name}={place}")]
     # All images in every batch: the figures can be computed otherwise.
-    words = [*told, "--batch-size", "24", "--steps", "8", "--lr", "0.02"]
+    words = [*told, "--batch-size", "24", "--steps", "8", "--lr", "0.02", "--plot", str(tmp_path / "c.svg")]
     assert main(["merge", "adamerging", *map(str, clips), "-o", str(tmp_path / "out"), *words, "--json"]) == 0
-    manifest = json.loads(capsys.readouterr().out)["manifest"]
+    printed = json.loads(capsys.readouterr().out)
+    manifest = printed["manifest"]
     states = [load_file(path / "model.safetensors") for path in clips]
     at_first = {key: states[0][key] + 0.3 * sum(s[key] - states[0][key] for s in states[1:]) for key in states[1]}
     for name, place in images.items():
@@ -532,6 +593,8 @@ def test_clip_models_are_adapted_on_images(
     assert manifest["search"]["entropy"][-1] < manifest["search"]["entropy"][0]
     found, merged = coefficients(manifest), load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == {key for key in states[1] if states[1][key].is_floating_point()}
+    drawn = Path(printed["plot"]).read_text()
+    assert all(tensor in drawn for tensor in ("vision_model.encoder.layers.0.mlp.fc1.weight", *EXPERTS))
     assert len({value for each in found.values() for value in each.values()}) == 2 * len(found)
     assert torch.equal(merged["text_projection.weight"], states[0]["text_projection.weight"])
     # The words on the card make it again.

@@ -163,7 +163,7 @@ TaskLambda = Annotated[
 Disentangle = Annotated[
     str | None,
     typer.Option(
-        help="Disentangle the task vectors first: awd. The same bits as through `modelmerge disentangle`.",
+        help="Disentangle the task vectors first: apgd, awd. The same bits as through `modelmerge disentangle`.",
         metavar="METHOD",
         rich_help_panel=SHARED_PANEL,
     ),
@@ -296,6 +296,20 @@ def unlabelled(
     """What tells a method of unlabelled data; for its signature alone."""
 
 
+def drawn(
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            "--plot",
+            help="Draw the coefficients as a heatmap, as .svg, .png or .pdf.",
+            metavar="FILE",
+            rich_help_panel=PRINT_PANEL,
+        ),
+    ] = None,
+) -> None:
+    """What a method is told that finds coefficients, besides its data; for its signature alone."""
+
+
 def written(
     device: Device = "auto",
     stream: Stream = False,
@@ -346,7 +360,7 @@ def of_front(name: str, method: Disentangler) -> list[inspect.Parameter]:
                 types[spec.name] | None,
                 typer.Option(
                     flag(front_word(name, spec.name)),
-                    help=f"{_told(spec)} Default: {spec.default}.",
+                    help=_told(spec) if spec.default is None else f"{_told(spec)} Default: {spec.default}.",
                     rich_help_panel=f"Options of --disentangle {name}",
                 ),
             ],

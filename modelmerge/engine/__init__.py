@@ -26,6 +26,7 @@ from modelmerge.engine.job import (
     passes,
     peak_memory,
     refuse_too_large,
+    scratch_bytes,
     threads,
     vector_memory,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "refuse_search_beyond_memory",
     "refuse_too_large",
     "run",
+    "scratch_bytes",
     "search_memory",
     "stored_narrow",
     "threads",

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
-import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.front import Front, fit
-from modelmerge.engine.job import SAMPLE_RUN, Findings, Job, Part
-from modelmerge.engine.stream import Loader, Piece, gathered, in_parallel, known_factors, piece_bytes, pieces, wholes
-from modelmerge.method import Pass
+from modelmerge.engine.job import Findings, Job
+from modelmerge.engine.stream import Loader, Piece, gathered, known_factors, piece_bytes, wholes
+from modelmerge.engine.surveying import run_survey
 from modelmerge.methods import _lambdas, _larv
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
@@ -66,19 +65,22 @@ class Given:
         return self.job.part(tensor).survey is None
 
 
-def give(job: Job, findings: Findings, reporter: Reporter) -> Given:
+def give(job: Job, findings: Findings, scratch: Callable[[int], Scratch], reporter: Reporter) -> Given:
     """Go over the task vectors as often as has to be before they are merged.
+
+    `scratch` gives room of so many bytes on the disk, for what a front keeps there.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
+        OutputError: There is no such room.
     """
-    front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
+    front = fit(job.source, job.front, job.disentangled(), scratch, reporter) if job.front else None
     findings.scales = _by_larv(job, front, reporter) if job.larv else job.scales
     findings.lambdas = _task_lambdas(job, job.task_lambda, front, findings, reporter) if job.task_lambda else {}
     given = Given(job, front, findings.scales, findings.lambdas)
     for part in job.parts:
         if part.survey is not None:
-            found = _survey(given, part, reporter)
+            found = run_survey(job.source, part.survey, given.ready, part.surveyed(), reporter)
             given.measured.update(dict.fromkeys((tensor.name for tensor in part.tensors), found))
     return given
 
@@ -133,39 +135,3 @@ def _task_lambdas(
             if value == 0.0:
                 findings.left_out.append((name, expert.name, "it hardly changed this weight"))
     return found
-
-
-def _survey(given: Given, part: Part, reporter: Reporter) -> Tensor:
-    """What the part's survey concludes from its tensors."""
-    assert part.survey is not None, "only what has a survey is surveyed"
-    counted = part.surveyed()
-    search = part.survey.find(sum(tensor.numel for tensor in counted))
-    wanted, checked = next(search), False
-    while True:
-        full = wanted.share == 1
-        total = _one_pass(given, wanted, counted, reporter, check=full and not checked)
-        checked = checked or full
-        try:
-            wanted = search.send(total)
-        except StopIteration as found:
-            measured: Tensor = found.value
-            return measured
-
-
-def _one_pass(given: Given, wanted: Pass, tensors: Sequence[TensorPlan], reporter: Reporter, *, check: bool) -> Tensor:
-    source, sampled = given.job.source, wanted.share > 1
-    runs = list(pieces(tensors, SAMPLE_RUN if sampled else source.block, sampled=sampled))[:: wanted.share]
-    reporter.stage("sampling" if sampled else "measuring", sum(piece_bytes(source.plan, run) for run in runs))
-    parts: dict[int, Tensor] = {}  # one running total per worker
-
-    def add(piece: Piece, loader: Loader) -> None:
-        _, taus = loader.load(piece, check=check)
-        given.ready(piece, taus)
-        mine = threading.get_ident()
-        if mine not in parts:
-            parts[mine] = taus.new_zeros((len(taus), wanted.counters), dtype=torch.int64)
-        wanted.measure(taus, parts[mine])
-        reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
-
-    in_parallel(source, runs, add)
-    return torch.stack(list(parts.values())).sum(0)

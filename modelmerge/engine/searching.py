@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.given import give
 from modelmerge.engine.job import PROCESS_BYTES, Findings, Job, current, free_memory, front_memory, prepare_process
 from modelmerge.engine.stream import piece_bytes, wholes
@@ -48,7 +49,9 @@ class Search:
     losses: list[list[float]]
 
 
-def find_weights(job: Job, make: Callable[[], Sequence[Problem]], reporter: Reporter) -> Search:
+def find_weights(
+    job: Job, make: Callable[[], Sequence[Problem]], scratch: Callable[[int], Scratch], reporter: Reporter
+) -> Search:
     """Find the weights that the job's method asks for, on the data of its tasks.
 
     They stand in front of the experts' own (`--weight`, `--vary`), which count as part of the task vectors.
@@ -56,6 +59,7 @@ def find_weights(job: Job, make: Callable[[], Sequence[Problem]], reporter: Repo
     Args:
         job: The merge.
         make: Makes the problems, once the models have been read.
+        scratch: Gives room of so many bytes on the disk.
         reporter: Is told the progress.
 
     Raises:
@@ -69,7 +73,7 @@ def find_weights(job: Job, make: Callable[[], Sequence[Problem]], reporter: Repo
     # Tied tensors are one: they have one value and the same weights.
     tied = {t.name: t.twin or t.name for t in part.tensors if t.numel}
     with current(job.source.device):
-        changed, still = _read(job, part.surveyed(), reporter)
+        changed, still = _read(job, part.surveyed(), scratch, reporter)
         if not changed:
             raise PlanError(
                 "all experts are the same as the base: there are no weights to find", hint="check the references"
@@ -126,10 +130,10 @@ def refuse_search_beyond_memory(job: Job) -> None:
 
 
 def _read(
-    job: Job, tensors: Sequence[TensorPlan], reporter: Reporter
+    job: Job, tensors: Sequence[TensorPlan], scratch: Callable[[int], Scratch], reporter: Reporter
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """`theta_0` and task vectors of the tensors that change, by name; and `theta_0` of those that do not."""
-    given = give(job, Findings(), reporter)
+    given = give(job, Findings(), scratch, reporter)
     reporter.stage("reading", sum(job.plan.stored_bytes(t, experts=True) for t in tensors))
     changed: dict[str, tuple[Tensor, Tensor]] = {}
     still: dict[str, Tensor] = {}
