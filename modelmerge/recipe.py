@@ -28,11 +28,13 @@ class Recipe:
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
     defaults. `vary` says which numbers are others for an expert, a tensor or a layer, and `rule` which tensors go to a
     method of their own: `GLOB=METHOD [OPTION=V ...]` each. `layer_scale` are factors on the task vectors by layer or
-    tensor, `V[,V...]` or JSON. `disentangle` names what goes in
-    front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
+    tensor: `V[,V...]`, JSON or larv. `task_lambda` is relative, matched, paper or None. `disentangle` names what goes
+    in front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
     choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
     whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
-    share of the squared norm that it keeps.
+    share of the squared norm that it keeps. `unlabelled` tells the data of a method that finds the experts' weights on
+    them, by the names of `modelmerge.verbs.searching`; `coefficients` are what it found, by tensor and expert, and with
+    them no data are needed.
     """
 
     method: str
@@ -45,6 +47,7 @@ class Recipe:
     vary: tuple[str, ...] = ()
     rule: tuple[str, ...] = ()
     layer_scale: str | None = None
+    task_lambda: str | None = None
     rest: str | None = None
     dtype: str | None = None
     include: tuple[str, ...] = ()
@@ -53,6 +56,8 @@ class Recipe:
     max_shard_size: str = "5GB"
     seed: int = 0
     as_lora: int | float | None = None
+    unlabelled: Mapping[str, Any] = field(default_factory=dict)
+    coefficients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""
@@ -65,7 +70,7 @@ class Recipe:
             words += [f"--{name.replace('_', '-')}", f"{value}"] if value is not None else []
         words += ["--disentangle", self.disentangle] if self.disentangle else []
         for name, value in self.disentangle_options.items():
-            words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"]
+            words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"] if value is not None else []
         for name, weight in self.weights.items():
             words += ["--weight", f"{name}={written(weight)}"]
         for told in self.rule:
@@ -73,13 +78,21 @@ class Recipe:
         for told in self.vary:
             words += ["--vary", told]
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        for name in ("layer_scale", "rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
+        for name in ("layer_scale", "task_lambda", "rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
             value = getattr(self, name)
             words += [f"--{name.replace('_', '-')}", str(value)] if value != defaults[name] else []
         for name in ("include", "exclude"):
             for glob in getattr(self, name):
                 words += [f"--{name}", glob]
+        for name, told in self.unlabelled.items():
+            for each in told if isinstance(told, list | tuple) else [told]:
+                words += [data_flag(name), str(each)]
         return shlex.join([*words, "-o", output])
+
+
+def data_flag(name: str) -> str:
+    """What tells of unlabelled data, as it is typed."""
+    return "--" + {"tasks": "task", "templates": "template"}.get(name, name).replace("_", "-")
 
 
 def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
@@ -118,7 +131,7 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
 
 def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest as others may see it: models that lie on this machine go by their names, without their paths."""
-    inputs, local = manifest["inputs"], local_models(manifest)
+    inputs, local = manifest["inputs"], local_models(manifest) | _local_data(manifest)
     told: dict[str, Any] = renamed(dict(manifest), local)
     for model in (m for each in told["inputs"].values() for m in (each if isinstance(each, list) else [each])):
         if model["path"] in local.values():
@@ -137,6 +150,17 @@ def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:
     inputs = manifest["inputs"].values()
     models = [model for told in inputs for model in (told if isinstance(told, list) else [told])]
     return {model["path"]: model["name"] for model in models if Path(model["path"]).is_absolute()}
+
+
+def _local_data(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a recipe's data that lie on this machine, by their paths."""
+    told = manifest.get("recipe", {}).get("unlabelled", {})
+    named = [each.partition("=") for key in ("data", "classes") for each in told.get(key, ())]
+    found = {place: name for name, _, place in named} | {name: "" for name, equals, _ in named if not equals}
+    found |= {
+        told[key].rpartition(":")[0] if key == "script" else told[key]: "" for key in ("script", "heads") if key in told
+    }
+    return {place: name or Path(place).name for place, name in found.items() if Path(place).is_absolute()}
 
 
 def renamed(told: Any, names: Mapping[str, str]) -> Any:

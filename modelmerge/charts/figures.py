@@ -224,6 +224,15 @@ def of_weights(report: Mapping[str, Any]) -> list[Heatmap]:
     return found
 
 
+def of_coefficients(coefficients: Mapping[str, Mapping[str, float]]) -> Heatmap:
+    """The coefficients of experts, by tensor and expert, as a recipe has them."""
+    experts = list(next(iter(coefficients.values())))
+    rows = {tensor: [told[expert] for expert in experts] for tensor, told in coefficients.items()}
+    if all(row == next(iter(rows.values())) for row in rows.values()):
+        rows = {"all tensors": next(iter(rows.values()))}
+    return heatmap("Coefficients found on unlabelled data", [*rows], experts, [*rows.values()], what="coefficient")
+
+
 def ticks(low: float, high: float) -> list[float]:
     """Some five round numbers from one to the other, zero among them where it lies between."""
     least = (high - low) / 5

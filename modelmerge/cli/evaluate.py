@@ -258,59 +258,14 @@ def _custom(
 
 
 def _clip(
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            help="A published task, as eurosat or eurosat:motion_blur; clip8 are the papers' eight, clip8-ood the "
-            "corrupted ones. Repeatable.",
-            metavar="NAME[:SPLIT]",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            help="Images of your own: a folder with a folder for each class, parquet files, or org/name[@revision] on "
-            "the Hub. Under a published task's name it has that task's classes and prompts. Repeatable.",
-            metavar="[NAME=]DATA",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--classes",
-            help="Of --data: class names for the prompts, one in each line, or LABEL<tab>NAME; or JSON. Default: the "
-            "data set's own. Repeatable.",
-            metavar="[NAME=]FILE",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--template",
-            help="A prompt with {} for the class; the embeddings of several are averaged. Repeatable. Default: the "
-            "task's, or 'a photo of a {}.'",
-            metavar="TEXT",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option("--split", help="With --data: the split. Default: test, or the only one.", rich_help_panel=_PANEL),
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", help="With --data: of data that have several.", rich_help_panel=_PANEL)
-    ] = None,
-    image_column: Annotated[
-        str | None, typer.Option("--image-column", help="With --data: where it is not clear.", rich_help_panel=_PANEL)
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option("--label-column", help="With --data: where it is not clear.", rich_help_panel=_PANEL)
-    ] = None,
+    task: opt.ImageTask = None,
+    data: opt.ImageData = None,
+    classes: opt.ImageClasses = None,
+    template: opt.Template = None,
+    split: opt.ImageSplit = None,
+    config: opt.ImageConfig = None,
+    image_column: opt.ImageColumn = None,
+    label_column: opt.LabelColumn = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -321,20 +276,8 @@ def _clip(
         ),
     ] = None,
     expert: TaskExpert = None,
-    heads: Annotated[
-        str | None,
-        typer.Option(
-            "--heads",
-            help="A folder of text heads, TASK.safetensors: used where there, written where not. With them a vision "
-            "tower alone can be evaluated. Default: the cache.",
-            metavar="DIR",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", help="So many images of each task, drawn with --seed.", rich_help_panel=_PANEL),
-    ] = None,
+    heads: opt.Heads = None,
+    limit: opt.ImageLimit = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the images that --limit draws.", rich_help_panel=_PANEL)] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.", rich_help_panel=_PANEL)] = 64,
 ) -> dict[str, Any]:

@@ -30,10 +30,12 @@ EXAMPLES = (
     "modelmerge merge task-arithmetic base math code -o merged --scale 0.4",
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
+    "modelmerge merge ties base math code -o merged --disentangle apgd",
     'modelmerge merge ties base math code -o merged --rule "*attn*=tsv-m scale=0.8" --rule "*mlp*=kron"',
     "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge apgd --preset clip-b32-8 -o merged",
+    "modelmerge merge adamerging base svhn mnist dtd -o merged --task svhn --task mnist --data dtd=images/dtd",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
     "modelmerge merge --recipe mergekit.yml -o merged",
 )
@@ -73,6 +75,20 @@ def sink_of(values: Mapping[str, Any]) -> Sink:
 def examples(lines: tuple[str, ...]) -> str:
     """Examples for the foot of a help page."""
     return "\n\n".join(("[bold]Examples[/]", *(f"[dim]$[/] {line}" for line in lines)))
+
+
+def usage(kind: str, name: str) -> tuple[str, ...]:
+    """Examples of a method."""
+    if kind == "merge" and name != AUTO and method.load(name).finder is not None:
+        return (
+            f"modelmerge merge {name} base svhn mnist -o out --task svhn --task mnist",
+            f"modelmerge merge {name} base svhn mine -o out --task svhn --data mine=photos --classes mine=names.txt",
+            f"modelmerge merge {name} base first=a/final second=b/final -o out --script classifiers.py:unlabelled",
+        )
+    return (
+        f"modelmerge {kind} {name} base math code -o out",
+        f"modelmerge {kind} {name} base first=a/final second=b/final -o out -q",
+    )
 
 
 def list_methods(kind: str, sink: Sink) -> None:
@@ -169,6 +185,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         vary: opt.Vary = None,
         rule: opt.Rule = None,
         layer_scale: opt.LayerScale = None,
+        task_lambda: opt.TaskLambda = None,
         disentangle: opt.Disentangle = None,
         rest: opt.Rest = None,
         dtype: opt.Dtype = None,
@@ -196,6 +213,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             vary=tuple(values["vary"] or ()),
             rule=tuple(values["rule"] or ()),
             layer_scale=values["layer_scale"],
+            task_lambda=values["task_lambda"],
             disentangle=values["disentangle"],
             disentangle_options=_front_options(fronts, values),
             rest=values["rest"],
@@ -206,6 +224,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             max_shard_size=values["max_shard_size"],
             seed=values["seed"],
             as_lora=(small.rank or small.energy) if small is not None else None,
+            unlabelled=_unlabelled(values) if chosen and chosen.finder else {},
         )
         _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"]), values)
 
@@ -215,10 +234,21 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     # Required parameters first, as in any signature; the method's own options head the help page.
     own = opt.of_method(chosen) if chosen else []
     own += opt.shared(_published) if chosen and chosen.published else []
-    return opt.with_parameters(run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *in_front])
+    found = opt.shared(opt.drawn) if chosen and chosen.finder else []
+    own += opt.shared(opt.unlabelled) if found else []
+    return opt.with_parameters(
+        run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *found, *in_front]
+    )
 
 
 def _published(published: opt.Published = False) -> None: ...
+
+
+def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The unlabelled data that the command line names."""
+    words = [parameter.name for parameter in opt.shared(opt.unlabelled)]
+    given = {word: values[word] for word in words if values[word] is not None}
+    return {{"task": "tasks", "template": "templates"}.get(word, word): value for word, value in given.items()}
 
 
 def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dict[str, Any]:
@@ -285,9 +315,14 @@ def _run(prepare: Callable[[], Prepared], values: Mapping[str, Any]) -> None:
     """Prepare a merge and do what the options say."""
     from pathlib import Path
 
+    from modelmerge.charts import drawing
+    from modelmerge.charts.figures import of_coefficients
     from modelmerge.verbs.merge import execute
 
     sink, target, force, resume = sink_of(values), destination(values), values["force"], values["resume"]
+    plot = Path(values["plot"]).expanduser() if values.get("plot") else None
+    if plot is not None:
+        drawing.check(plot)
     prepared, out = prepare(), Path(values["output"]).expanduser()
     if values["dry_run"]:
         plan = {**prepared.describe(), "push": checked(target, create=False)}
@@ -317,9 +352,37 @@ def _run(prepare: Callable[[], Prepared], values: Mapping[str, Any]) -> None:
         lines.append(
             f"rounding to {rounding['stored_as']} changes the merged task vector by {rounding['relative_error']:.2%}"
         )
+    lines += _search_lines(manifest, sink.verbose) if "search" in manifest else []
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
-    finish(sink, target, out, {"output": str(out), "manifest": manifest}, lines)
+    data = {"output": str(out), "manifest": manifest}
+    if plot is not None:
+        drawing.save([of_coefficients(manifest["recipe"]["coefficients"])], plot)
+        data, lines = {**data, "plot": str(plot)}, [*lines, f"[bold]{plot}[/]"]
+    finish(sink, target, out, data, lines)
+
+
+def _search_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str | Table]:
+    """The coefficients that were found on data: of each expert over the tensors, and, if verbose, of each tensor."""
+    tasks, found = manifest["search"]["tasks"], manifest["recipe"]["coefficients"]
+    rows = []
+    for expert, told in tasks.items():
+        own = [each[expert] for each in found.values()]
+        figures = (sum(own) / len(own), min(own), max(own), told["entropy_before"], told["entropy_after"])
+        rows.append([expert, *(f"{figure:.3f}" for figure in figures)])
+    lines: list[str | Table] = [
+        "",
+        table(
+            f"Coefficients over {len(found)} tensors; entropy of the predictions in the first and the last "
+            f"{manifest['search']['averaged_steps']} steps",
+            ["", "mean", "least", "most", "before", "after"],
+            rows,
+        ),
+    ]
+    if verbose:
+        each = [[tensor, *(f"{value:.3f}" for value in told.values())] for tensor, told in found.items()]
+        lines.append(table(None, ["tensor", *tasks], each))
+    return lines
 
 
 def _with_front(name: str, front: str | None) -> str:
@@ -338,9 +401,11 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
         f"[bold]{head}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
         counted,
     ]
-    if plan.get("layer_scale"):
-        low, high = min(plan["layer_scale"].values()), max(plan["layer_scale"].values())
-        lines.append(f"task vectors times {low:g} to {high:g}, by layer")
+    scale = plan.get("layer_scale")
+    if isinstance(scale, dict):
+        lines.append(f"task vectors times {min(scale.values()):g} to {max(scale.values()):g}, by layer")
+    elif scale:
+        lines.append(f"task vectors times what {scale} finds, by layer")
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))
@@ -370,6 +435,8 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
         f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
         f"write {size(sizes['write'])}{files}; {peak}"
     )
+    if sizes["scratch"]:
+        lines.append(f"{size(sizes['scratch'])} beside the output while it runs, for what disentangling found")
     if plan["push"]:
         what = [word for word in ("new", "private") if plan["push"][word]]
         what += ["as a pull request"] if plan["push"]["pull_request"] else []

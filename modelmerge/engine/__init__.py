@@ -26,18 +26,24 @@ from modelmerge.engine.job import (
     passes,
     peak_memory,
     refuse_too_large,
+    scratch_bytes,
     threads,
     vector_memory,
 )
 from modelmerge.engine.merging import run
 from modelmerge.engine.rounding import stored_narrow
+from modelmerge.engine.searching import Problem, Search, find_weights, refuse_search_beyond_memory, search_memory
+from modelmerge.methods._lambdas import Mode as TaskLambda
 
 __all__ = [
     "Adapted",
     "Findings",
     "Job",
     "Part",
+    "Problem",
+    "Search",
     "Source",
+    "TaskLambda",
     "adapt",
     "adapted_bytes",
     "adapted_memory",
@@ -45,10 +51,14 @@ __all__ = [
     "bytes_read",
     "default_workers",
     "find_device",
+    "find_weights",
     "passes",
     "peak_memory",
+    "refuse_search_beyond_memory",
     "refuse_too_large",
     "run",
+    "scratch_bytes",
+    "search_memory",
     "stored_narrow",
     "threads",
     "vector_memory",

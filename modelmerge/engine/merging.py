@@ -56,7 +56,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return findings
-    given = give(job, reporter)
+    given = give(job, findings, staging.scratch, reporter)
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
@@ -114,7 +114,7 @@ def _run_whole(
         given.ready(piece, taus)
         return _merged(given, piece, theta_0, taus, findings, given.factors(piece.tensor))
 
-    modest, own = [tensor for tensor in tensors if together(job, tensor)], threading.local()
+    modest, own = [tensor for tensor in tensors if together(job.source, tensor)], threading.local()
 
     def merge_alone(tensor: TensorPlan) -> None:
         if not hasattr(own, "loader"):
@@ -130,7 +130,7 @@ def _run_whole(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # an error ends the others, too
-    _run_in_turn(given, [tensor for tensor in tensors if not together(job, tensor)], merge, staging, reporter)
+    _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, staging, reporter)
 
 
 def _run_in_turn(
@@ -224,7 +224,7 @@ def merged_vector(
     if measured is None and part.moments is not None:  # it is here as a whole
         measured = part.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(
-        tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
+        tensor=piece.tensor.twin or piece.tensor.name, weights=given.weights(piece.tensor, setting.weights),
         experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
         base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,

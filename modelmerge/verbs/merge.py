@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,12 +16,13 @@ from modelmerge import engine, mergekit, method, plan, rules, scaling
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.writer import CARD, Staging, companions
+from modelmerge.checkpoint.writer import CARD, Staging, companions, scratches
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
+from modelmerge.suites.custom import Script
 from modelmerge.vary import Share, parse, settle, surveyed
-from modelmerge.verbs import adapted
+from modelmerge.verbs import adapted, searching
 from modelmerge.verbs.auto import AUTO, choose
 from modelmerge.verbs.inputs import (
     as_references,
@@ -39,6 +41,7 @@ from modelmerge.verbs.inputs import (
 
 DTYPES = tuple(plan.DTYPES)
 _LOSSY = 0.05  # a loss to rounding above which a merge is worth storing wider
+TASK_LAMBDAS = typing.get_args(engine.TaskLambda)
 RESTS = ("base", "average", "task-arithmetic")
 
 
@@ -51,6 +54,8 @@ class Prepared:
     recorded: Mapping[str, str]  # sha256 by input file that a replay must find again; empty for a new merge
     remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
     stream: bool = False  # read weights on the Hub over ranges, without storing them
+    data: searching.Data | None = None  # to find the experts' weights on, where that is to be done first
+    found: Mapping[str, Any] | None = None  # what there is to say of how they were found
 
     def close(self) -> None:
         """Let go of the inputs."""
@@ -62,6 +67,7 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
+        scratch = engine.scratch_bytes(self.job.source, self.job.front, self.job.disentangled())
         left = engine.beyond_device(self.job)
         beyond = (
             [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
@@ -71,15 +77,24 @@ class Prepared:
             "disentangle": self.recipe.disentangle,
             "parts": _told_parts(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
-            "layer_scale": dict(self.job.scales),
+            "layer_scale": dict(self.job.scales) or self.recipe.layer_scale,
             "passes": engine.passes(self.job),
-            "bytes": {"read": engine.bytes_read(self.job), "write": written},
-            "peak_memory": engine.peak_memory(self.job),
+            "bytes": {"read": engine.bytes_read(self.job), "write": written, "scratch": scratch},
+            "peak_memory": self._peak_memory(),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made), *beyond],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
         }
+        if self.data is not None:
+            told["unlabelled"] = dict(self.recipe.unlabelled)
         return with_downloads(told, made, beside="all" if size is None else "cards", streamed=streamed)
+
+    def _peak_memory(self) -> dict[str, int]:
+        """Of the merge, and of what is found before it."""
+        merging = engine.peak_memory(self.job)
+        if self.data is None:
+            return merging
+        return {place: max(merging[place], needed) for place, needed in engine.search_memory(self.job).items()}
 
 
 def merge(
@@ -94,6 +109,7 @@ def merge(
     vary: Sequence[str] = (),
     rule: Sequence[str] = (),
     layer_scale: str | Path | Sequence[float] | Mapping[str, Any] | None = None,
+    task_lambda: str | None = None,
     rest: str | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
@@ -102,6 +118,7 @@ def merge(
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
+    unlabelled: Mapping[str, Any] | None = None,
     device: str = "auto",
     stream: bool = False,
     force: bool = False,
@@ -123,7 +140,8 @@ def merge(
         rule: Methods of their own for some tensors, `GLOB=METHOD [OPTION=V ...]` each; the first that takes a tensor
             counts, and `method` merges what no rule takes.
         layer_scale: Factors on the task vectors: over the layers, first to last, or by glob of tensor names, or both;
-            or `V[,V...]`, JSON, or a JSON or YAML file of such.
+            or `V[,V...]`, JSON, or a JSON or YAML file of such; or larv, which finds them.
+        task_lambda: Weights that make the experts' task vectors equally long on each tensor: relative, matched, paper.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
             the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
@@ -135,6 +153,10 @@ def merge(
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
             this share of its squared norm.
+        unlabelled: The data of a method that finds the experts' weights on unlabelled data. For CLIP models what
+            `evaluate` is told: `tasks`, `data`, `classes`, `templates`, `config`, `split`, `image_column`,
+            `label_column`, `heads`, `limit`; each expert goes with the task of its name. For any other classifier
+            `script`: a function or `FILE:FUNCTION`, see `modelmerge.suites._unlabelled.classifier_of`.
         device: cpu, cuda, cuda:N or auto.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
@@ -145,14 +167,15 @@ def merge(
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
+    data, script = searching.as_told(unlabelled or {})
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary),
-        rule=tuple(rule), layer_scale=scaling.typed(layer_scale), rest=rest, dtype=dtype, include=tuple(include),
-        exclude=tuple(exclude),
-        on_mismatch=on_mismatch, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
+        rule=tuple(rule), layer_scale=scaling.typed(layer_scale), task_lambda=task_lambda, rest=rest, dtype=dtype,
+        include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
+        seed=seed, as_lora=as_lora, unlabelled=data,
     )  # fmt: skip
-    prepared = prepare(recipe, device=device, stream=stream)
+    prepared = prepare(recipe, device=device, stream=stream, script=script)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
 
@@ -202,8 +225,11 @@ def prepare(
     recorded: Mapping[str, str] | None = None,
     remarks: Sequence[str] = (),
     stream: bool = False,
+    script: Script | None = None,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
+
+    `script` is a function that gives unlabelled data, where it comes out of no file.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -223,6 +249,7 @@ def prepare(
     _check_choices(recipe)
     adapted.size_of(recipe)
     given = [rules.parse(told) for told in recipe.rule]
+    _refuse_data_of_others(recipe, chosen, given)
     _refuse_many_experts({recipe.method: chosen, **{rule.name: rule.method for rule in given}}, len(recipe.experts))
     if recipe.rest is None and chosen.matrices:
         recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
@@ -247,24 +274,70 @@ def prepare(
     if variations:
         told_apart = (surveyed(variations, share, names) for share in shares)
         parts = [dataclasses.replace(part, for_survey=told) for part, told in zip(parts, told_apart, strict=True)]
-    scale = scaling.parse(recipe.layer_scale) if recipe.layer_scale is not None else None
-    factors = scale.factors([name for share in shares for name in share.tensors]) if scale is not None else {}
-    job = engine.Job(source_of(made, device), tuple(parts), weights, front, recipe.seed, settings, factors)
+    scale = _layer_scale(recipe)
+    job = engine.Job(
+        source_of(made, device), tuple(parts), weights, front, recipe.seed, settings,
+        scales={} if scale is None else scale.factors([name for share in shares for name in share.tensors]),
+        larv=recipe.layer_scale == scaling.LARV, task_lambda=_task_lambda(recipe, parts),
+    )  # fmt: skip
+    if job.larv and not job.looked_at():
+        raise UsageError("--layer-scale larv: no weight of a linear layer that is merged lies in a numbered layer")
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
         engine.refuse_too_large(job.source, front, job.disentangled())
+    data = None
+    if recipe.coefficients:
+        job = searching.with_coefficients(job, recipe.coefficients)
+    elif chosen.finder is not None:
+        data = searching.find_data(recipe, names, script)
+        engine.refuse_search_beyond_memory(job)
     complete = dataclasses.replace(
         recipe,
         base=_pinned(recipe.base, base),
         experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
         rule=tuple(map(str, given)),
-        layer_scale=None if scale is None else str(scale),
+        layer_scale=recipe.layer_scale if scale is None else str(scale),
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
-    return Prepared(complete, job, dict(recorded or {}), remarks, stream)
+    return Prepared(complete, job, dict(recorded or {}), remarks, stream, data)
+
+
+def _refuse_data_of_others(recipe: Recipe, chosen: method.Method, given: Sequence[rules.Rule]) -> None:
+    if chosen.finder is None and (recipe.unlabelled or recipe.coefficients):
+        raise UsageError(f"'{recipe.method}' looks at no data", hint="`merge adamerging` does")
+    # What is found on data is found for a model that is merged in one way.
+    alone = next((rule.name for rule in given if rule.method.finder is not None), None)
+    if given and (alone or chosen.finder is not None):
+        raise UsageError(
+            f"'{alone or recipe.method}' finds weights for all tensors on data, and takes no --rule beside it",
+            hint="--include and --exclude say which tensors it merges",
+        )
+
+
+def _layer_scale(recipe: Recipe) -> scaling.LayerScale | None:
+    """The factors by layer that are known beforehand, if any."""
+    if recipe.layer_scale is None or recipe.layer_scale == scaling.LARV:
+        return None
+    return scaling.parse(recipe.layer_scale)
+
+
+def _task_lambda(recipe: Recipe, parts: Sequence[engine.Part]) -> engine.TaskLambda | None:
+    """How weights are made task-aware, if they are.
+
+    Raises:
+        UsageError: A method does that itself.
+    """
+    if recipe.task_lambda is None:
+        return None
+    for part in parts:
+        if part.method.own_lambda:
+            raise UsageError(
+                f"--task-lambda: '{part.name}' makes its lambdas task-aware itself", hint="use its own --lambda-mode"
+            )
+    return typing.cast(engine.TaskLambda, recipe.task_lambda)
 
 
 def _refuse_many_experts(methods: Mapping[str, method.Method], experts: int) -> None:
@@ -316,11 +389,19 @@ def execute(
     try:
         size = adapted.size_of(prepared.recipe)
         layout = job.plan.layout if size is None else Layout((), {}, {})
-        determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
+        opened = prepared.data.read(prepared.recipe.seed) if prepared.data is not None else None
+        told = (dataclasses.asdict(prepared.recipe), str(job.source.device), opened and opened.identity())
+        determined_by = same = fingerprint(job.plan, *told)
         done = begin(job.plan, out, determined_by, force=force, resume=resume, ready=ready, reporter=reporter)
         if done is not None:
             return done
-        with Staging(out, layout, force=force, resume=resume and size is None, fingerprint=determined_by) as staging:
+        if opened is not None:
+            fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
+            prepared = _searched(prepared, opened, determined_by, out, resume=resume, reporter=reporter)
+            job = prepared.job
+            # Shards of other coefficients are not taken up.
+            same = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), *told)
+        with Staging(out, layout, force=force, resume=resume and size is None, fingerprint=same) as staging:
             fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
             small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
             findings = engine.run(job, staging, reporter) if small is None else small.findings
@@ -343,11 +424,26 @@ def execute(
         prepared.close()
 
 
+def _searched(
+    prepared: Prepared, data: searching.Read, key: str, out: Path, *, resume: bool, reporter: Reporter
+) -> Prepared:
+    """The merge with the coefficients that are found on its data; `key` is the digest of all they depend on."""
+    with scratches(out) as scratch:
+        found = searching.find(prepared.job, data, key, scratch, resume=resume, reporter=reporter)
+    recipe = dataclasses.replace(prepared.recipe, coefficients=found["coefficients"])
+    about = {name: told for name, told in found.items() if name != "coefficients"}
+    return dataclasses.replace(
+        prepared, recipe=recipe, job=searching.with_coefficients(prepared.job, recipe.coefficients),
+        remarks=[*prepared.remarks, *data.notes()], found=about,
+    )  # fmt: skip
+
+
 def _check_choices(recipe: Recipe) -> None:
     for flag, value, choices in (
         ("--rest", recipe.rest or RESTS[0], RESTS),
         ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
         ("--on-mismatch", recipe.on_mismatch, plan.ON_MISMATCH),
+        ("--task-lambda", recipe.task_lambda or TASK_LAMBDAS[0], TASK_LAMBDAS),
     ):
         if value not in choices:
             near = get_close_matches(value, choices, n=1)
@@ -448,9 +544,12 @@ def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
     for part in job.parts:  # a rule is told with its options among the settings
         if part.glob is not None and part.name not in [source.name for source in methods]:
             methods.append(_applied(part.name, "merge", part.method, {}))
+    if recipe.coefficients:
+        told = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
+        notes = [*notes, f"{told}; `modelmerge.json` has them."]
     defaults = Recipe(method="", base="", experts=())
-    told = ("vary", "rule", "layer_scale", "rest", "dtype", "include", "exclude", "seed", "as_lora")
-    settings = {name: getattr(recipe, name) for name in told}
+    words = ("vary", "rule", "layer_scale", "task_lambda", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    settings = {name: getattr(recipe, name) for name in words}
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
@@ -517,13 +616,15 @@ def _manifest(
             "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
-            "layer_scale": dict(job.scales),
+            "layer_scale": dict(findings.scales),
+            "task_lambda": {tensor: list(lambdas) for tensor, lambdas in findings.lambdas.items()},
             "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
             "tied": {t.name: t.twin for t in tensors if t.twin is not None},
             "figures": dict(sorted(findings.figures.items())),
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
         "rounding": _rounding(job, findings),
+        **({"search": dict(prepared.found)} if prepared.found is not None else {}),
         "notes": list(notes),
         "seconds": round(seconds, 3),
         "files": staging.listing(),

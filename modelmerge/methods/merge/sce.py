@@ -56,7 +56,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 
 def _agreeing(taus: Tensor, mask: Tensor | None, shares: Sequence[float]) -> Tensor:
-    """The means [n] of the entries [T, n] whose sign is that of their sum, weighted by the shares, where `mask` is 1."""
+    """The means [n] of the entries [T, n] that have their sum's sign, weighted by the shares, where `mask` is 1."""
     total = taus[0].clone()
     for tau in taus[1:]:
         total.add_(tau)
