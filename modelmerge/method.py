@@ -41,10 +41,10 @@ class Context:
     that want it; it must not be written to. `factors` are, for each expert whose task vector [m, n] is known to be a
     product, the two of it, [m, r] and [r, n] with r = 0 for no change, and None for the others; None at all where no
     expert's is, or where the task vectors are cut or have been changed since. `seed` is that of random draws, and
-    `start` the place in its tensor of the first element of a block. `leave_out(expert, reason)` records that an expert (by position) had to be left out
-    of this tensor; it is reported to the user and in the manifest. `tell(figures)` puts figures about this tensor
-    there, such as the steps a solver took. `varied` has the values of the options that differ between the experts
-    here.
+    `start` the place in its tensor of the first element of a block. `leave_out(expert, reason)` records that an expert
+    (by position) had to be left out of this tensor; it is reported to the user and in the manifest. `tell(figures)`
+    puts figures about this tensor there, such as the steps a solver took. `varied` has the values of the options that
+    differ between the experts here.
     """
 
     tensor: str
