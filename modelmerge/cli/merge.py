@@ -224,7 +224,8 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             as_lora=(small.rank or small.energy) if small is not None else None,
             unlabelled=_unlabelled(values) if chosen and chosen.finder else {},
         )
-        _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"]), values)
+        look = not values["dry_run"]
+        _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"], look=look), values)
 
     arguments = [opt.of_argument("context", typer.Context)]
     arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]

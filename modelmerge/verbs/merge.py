@@ -222,10 +222,12 @@ def prepare(
     remarks: Sequence[str] = (),
     stream: bool = False,
     script: Script | None = None,
+    look: bool = True,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
-    `script` is a function that gives unlabelled data, where it comes out of no file.
+    `script` is a function that gives unlabelled data, where it comes out of no file. With `look`, `auto` may read a few
+    megabytes of weights on the Hub to see of what kind they are.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -234,8 +236,12 @@ def prepare(
     if recipe.method == AUTO:
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
+        _check_choices(recipe)
         opened = open_models(recipe.base, recipe.experts)
-        choice = choose(opened[1])
+        shared = plan.make_plan(
+            *opened, matrices=False, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch
+        )
+        choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
         told = "".join(f" --{name} {value}" for name, value in choice.options.items())
         remarks = [*remarks, f"The method is {choice.method}{told}: {choice.reason}."]
