@@ -33,6 +33,7 @@ from modelmerge.engine.job import (
 from modelmerge.engine.merging import run
 from modelmerge.engine.rounding import stored_narrow
 from modelmerge.engine.searching import Problem, Search, find_weights, refuse_search_beyond_memory, search_memory
+from modelmerge.methods._lambdas import Mode as TaskLambda
 
 __all__ = [
     "Adapted",
@@ -42,6 +43,7 @@ __all__ = [
     "Problem",
     "Search",
     "Source",
+    "TaskLambda",
     "adapt",
     "adapted_bytes",
     "adapted_memory",

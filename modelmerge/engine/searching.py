@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.given import give
-from modelmerge.engine.job import PROCESS_BYTES, Job, current, free_memory, front_memory, prepare_process
+from modelmerge.engine.job import PROCESS_BYTES, Findings, Job, current, free_memory, front_memory, prepare_process
 from modelmerge.engine.stream import piece_bytes, wholes
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
 from modelmerge.method import Finder
@@ -133,7 +133,7 @@ def _read(
     job: Job, tensors: Sequence[TensorPlan], scratch: Callable[[int], Scratch], reporter: Reporter
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """`theta_0` and task vectors of the tensors that change, by name; and `theta_0` of those that do not."""
-    given = give(job, scratch, reporter)
+    given = give(job, Findings(), scratch, reporter)
     reporter.stage("reading", sum(job.plan.stored_bytes(t, experts=True) for t in tensors))
     changed: dict[str, tuple[Tensor, Tensor]] = {}
     still: dict[str, Tensor] = {}
@@ -141,7 +141,8 @@ def _read(
         name = piece.tensor.name
         given.ready(piece, taus)
         setting = job.settings.get(name)
-        for tau, weight in zip(taus, job.weights if setting is None else setting.weights, strict=True):
+        weights = given.weights(piece.tensor, job.weights if setting is None else setting.weights)
+        for tau, weight in zip(taus, weights, strict=True):
             if weight != 1.0:
                 tau.mul_(weight)
         if bool(taus.any()):
