@@ -19,6 +19,7 @@ from modelmerge.charts.figures import of_coefficients
 from modelmerge.cli import main
 from modelmerge.engine import job, threads
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
+from modelmerge.recipe import published
 from modelmerge.suites._unlabelled import batches, draws, names_in
 from tests import clip_models
 from tests.checkpoints import State
@@ -602,6 +603,24 @@ def test_clip_models_are_adapted_on_images(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
     out = capsys.readouterr().out
     assert "merged 2 experts with adamerging" in out
+
+
+def test_what_is_published_names_no_paths(
+    clips: list[Path], images: dict[str, Path], small: list[Path], tmp_path: Path
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(name.replace("_", " ") for name in clip_models.COLOURS))
+    told = {"data": {"first": images["first"]}, "classes": {"first": names}, "heads": tmp_path / "heads"}
+    once: dict[str, Any] = {"method": "adamerging", "steps": 1}
+    one = modelmerge.merge(clips[0], clips[1:2], tmp_path / "out", unlabelled=told, **once)
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    script = {"script": f"{tmp_path / 'mine.py'}:unlabelled"}
+    two = modelmerge.merge(small[0], small[1:], tmp_path / "other", unlabelled=script, **once)
+    for manifest in (one, two):
+        assert str(tmp_path.parent) in json.dumps(manifest)
+        assert str(tmp_path.parent.parent) not in json.dumps(published(manifest))
+    assert "--data first=first --classes first=names.txt" in published(one)["command"]
+    assert "--script mine.py:unlabelled" in published(two)["command"]
 
 
 def test_images_without_labels_need_the_names_of_the_classes(

@@ -31,7 +31,14 @@ from modelmerge.engine.job import (
 )
 from modelmerge.engine.merging import run
 from modelmerge.engine.rounding import stored_narrow
-from modelmerge.engine.searching import Problem, Search, find_weights, refuse_search_beyond_memory, search_memory
+from modelmerge.engine.searching import (
+    Problem,
+    Search,
+    find_weights,
+    refuse_search_beyond_memory,
+    search_bytes,
+    search_memory,
+)
 
 __all__ = [
     "Adapted",
@@ -54,6 +61,7 @@ __all__ = [
     "refuse_search_beyond_memory",
     "refuse_too_large",
     "run",
+    "search_bytes",
     "search_memory",
     "stored_narrow",
     "threads",

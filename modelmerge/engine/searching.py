@@ -6,7 +6,7 @@ classifiers share the merged model's tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,14 +48,14 @@ class Search:
     losses: list[list[float]]
 
 
-def find_weights(job: Job, make: Callable[[], Sequence[Problem]], reporter: Reporter) -> Search:
+def find_weights(job: Job, problems: Callable[[], Iterable[Problem]], reporter: Reporter) -> Search:
     """Find the weights that the job's method asks for, on the data of its tasks.
 
     They stand in front of the experts' own (`--weight`, `--vary`), which count as part of the task vectors.
 
     Args:
         job: The merge.
-        make: Makes the problems, once the models have been read.
+        problems: Makes the tasks' problems, one after the other, once the models have been read.
         reporter: Is told the progress.
 
     Raises:
@@ -74,13 +74,13 @@ def find_weights(job: Job, make: Callable[[], Sequence[Problem]], reporter: Repo
             raise PlanError(
                 "all experts are the same as the base: there are no weights to find", hint="check the references"
             )
-        finder, problems = part.method.finder(changed, part.options), make()
+        finder, losses = part.method.finder(changed, part.options), []
         values = {name: finder.values.get(first, still.get(first)) for name, first in tied.items()}
-        for problem in problems:
+        for problem in problems():  # one at a time: each comes with a whole module
             _put_in(problem, values, changed, job)
+            losses.append(_loss_of(problem, finder))
         for value in finder.values.values():
             value.requires_grad_()
-        losses = [_loss_of(problem, finder) for problem in problems]
         reporter.stage("adapting", part.options.steps, "steps")
         told: list[list[float]] = []
         for step in finder.steps(losses):
@@ -99,7 +99,7 @@ def search_memory(job: Job) -> dict[str, int]:
     """
     tensors, tasks = [t for t in job.merged() if t.twin is None], len(job.plan.experts)
     fitting, kept = front_memory(job.source, job.front, job.disentangled())
-    # theta_0 and the task vectors, the merged model and its gradient.
+    # theta_0 and the task vectors, the merged model, and its gradient or, before, a module's own weights.
     models = 4 * (tasks + 3) * sum(t.numel for t in tensors)
     # Two tensors at a time on their way from the files, as stored and as float32.
     reading = 2 * max((t.numel * (4 * (tasks + 1) + 8) for t in tensors), default=0)
@@ -107,6 +107,13 @@ def search_memory(job: Job) -> dict[str, int]:
     if job.source.device.type == "cpu":
         return {"host": PROCESS_BYTES + working, "device": 0}
     return {"host": PROCESS_BYTES + max(reading, fitting) + kept, "device": models + reading + kept}
+
+
+def search_bytes(job: Job) -> int:
+    """Bytes of tensors that are read to find weights, before those that are read to merge."""
+    return sum(
+        job.plan.stored_bytes(t, experts=True) for part in (job.parts[0].surveyed(), job.disentangled()) for t in part
+    )
 
 
 def refuse_search_beyond_memory(job: Job) -> None:

@@ -75,8 +75,11 @@ class Prepared:
             "parts": _told_parts(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "layer_scale": dict(self.job.scales),
-            "passes": engine.passes(self.job),
-            "bytes": {"read": engine.bytes_read(self.job), "write": written},
+            "passes": engine.passes(self.job) + (0 if self.data is None else 1 + (self.job.front is not None)),
+            "bytes": {
+                "read": engine.bytes_read(self.job) + (0 if self.data is None else engine.search_bytes(self.job)),
+                "write": written,
+            },
             "peak_memory": self._peak_memory(),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made), *beyond],
