@@ -193,25 +193,71 @@ class Solution:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disentangler:
-    """How task vectors become others that are easier to merge: one vector is taken out of all, in each group.
+class Redundancy:
+    """How one vector is found that is taken out of all task vectors, in each group.
+
+    The options have `granularity` (row, tensor, model: what a group is) and `solver` (gram, descent).
 
     Args:
-        options: The method's frozen dataclass of options; it has `granularity` (row, tensor, model: what a group is)
-            and `solver` (gram, descent).
         measure: `[T, G, n] -> [G, T, T]`: the Gram matrices, which add up over the parts of a group.
         solve: `([G, T, T], options, watch) -> Solution`; `watch(loss)`, if any, is called at each step with the mean
             over the groups.
         descend: `([T, G, n], options, watch) -> Solution`, on the vectors themselves.
+    """
+
+    measure: Callable[[Tensor], Tensor]
+    solve: Callable[[Tensor, Any, Watch | None], Solution]
+    descend: Callable[[Tensor, Any, Watch | None], Solution]
+
+
+@dataclass(frozen=True, slots=True)
+class Corrected:
+    """What a disentangler found for one weight: matrices of its shape, and some numbers for each expert.
+
+    `matrices` are [C, m, n], float32; `numbers` [T, k] is all else that `Correction.correct` needs. `losses` are those
+    before and after.
+    """
+
+    matrices: Tensor
+    numbers: tuple[tuple[float, ...], ...]
+    losses: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """How matrices are found, weight by weight, by which the task vectors are then corrected, entry by entry.
+
+    The matrices wait in a file, so that no model is held in memory and nothing is solved twice.
+
+    Args:
+        find: `(taus [T, m, n], options, context) -> Corrected`, on a whole weight. Must not write to `taus`.
+        correct: `(taus [T, n], matrices [C, n], numbers)`: changes a run of a weight's entries in place.
+        matrices: `(options, T)`: how many matrices there are for each weight, C.
+        survey: Given the options, the whole-model quantity that `find` needs, if any; of task vectors as they are.
+        workspace: `(options, T)`: how many float32 copies of a weight `find` needs at once beside `taus`.
+    """
+
+    find: Callable[[Tensor, Any, Context], Corrected]
+    correct: Callable[[Tensor, Tensor, tuple[tuple[float, ...], ...]], None]
+    matrices: Callable[[Any, int], int]
+    survey: Callable[[Any], Survey | None]
+    workspace: Callable[[Any, int], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disentangler:
+    """How task vectors become others that are easier to merge.
+
+    Args:
+        options: The method's frozen dataclass of options.
+        by: What it does: takes one vector out of all, or corrects weight by weight.
         paper: Link to the source.
         citation: The paper.
         published: The options that make it the published algorithm, where the defaults differ.
     """
 
     options: type
-    measure: Callable[[Tensor], Tensor]
-    solve: Callable[[Tensor, Any, Watch | None], Solution]
-    descend: Callable[[Tensor, Any, Watch | None], Solution]
+    by: Redundancy | Correction
     paper: str
     citation: Citation
     published: Mapping[str, Any]

@@ -69,7 +69,7 @@ class Recipe:
             words += [f"--{name.replace('_', '-')}", f"{value}"] if value is not None else []
         words += ["--disentangle", self.disentangle] if self.disentangle else []
         for name, value in self.disentangle_options.items():
-            words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"]
+            words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"] if value is not None else []
         for name, weight in self.weights.items():
             words += ["--weight", f"{name}={written(weight)}"]
         for told in self.rule:

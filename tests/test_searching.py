@@ -266,18 +266,22 @@ def test_weights_are_part_of_the_task_vectors(small: list[Path], tmp_path: Path)
     )
 
 
-def test_awd_in_front_is_the_two_commands_in_turn(small: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("front", "told"), [("awd", {}), ("apgd", {"correction": "task"})])
+def test_a_front_is_the_two_commands_in_turn(
+    front: str, told: dict[str, Any], small: list[Path], tmp_path: Path
+) -> None:
     def script(expert: Any) -> Any:
         return Network(), rows()
 
-    one = run(small, tmp_path / "one", script, disentangle="awd")
-    modelmerge.disentangle(small[0], small[1:], tmp_path / "v", method="awd")
+    one = run(small, tmp_path / "one", script, disentangle=front, disentangle_options=told)
+    modelmerge.disentangle(small[0], small[1:], tmp_path / "v", method=front, **told)
     two = run([small[0], *(tmp_path / "v" / name for name in EXPERTS)], tmp_path / "two", script)
     plain = run(small, tmp_path / "plain", script)
     assert coefficients(one) == coefficients(two) != coefficients(plain)
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
-        tmp_path / "two" / "model.safetensors"
-    ).read_bytes()
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+    # What the front kept on the disk is gone.
+    assert not [place for place in tmp_path.iterdir() if place.name.startswith(".")]
 
 
 def test_a_layer_scale_is_part_of_the_task_vectors(small: list[Path], tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ EXAMPLES = (
     "modelmerge merge task-arithmetic base math code -o merged --scale 0.4",
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
+    "modelmerge merge ties base math code -o merged --disentangle apgd",
     'modelmerge merge ties base math code -o merged --rule "*attn*=tsv-m scale=0.8" --rule "*mlp*=kron"',
     "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
@@ -436,6 +437,8 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
         f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
         f"write {size(sizes['write'])}{files}; {peak}"
     )
+    if sizes["scratch"]:
+        lines.append(f"{size(sizes['scratch'])} beside the output while it runs, for what disentangling found")
     if plan["push"]:
         what = [word for word in ("new", "private") if plan["push"][word]]
         what += ["as a pull request"] if plan["push"]["pull_request"] else []

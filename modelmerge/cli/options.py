@@ -155,7 +155,7 @@ LayerScale = Annotated[
 Disentangle = Annotated[
     str | None,
     typer.Option(
-        help="Disentangle the task vectors first: awd. The same bits as through `modelmerge disentangle`.",
+        help="Disentangle the task vectors first: apgd, awd. The same bits as through `modelmerge disentangle`.",
         metavar="METHOD",
         rich_help_panel=SHARED_PANEL,
     ),
@@ -352,7 +352,7 @@ def of_front(name: str, method: Disentangler) -> list[inspect.Parameter]:
                 types[spec.name] | None,
                 typer.Option(
                     flag(front_word(name, spec.name)),
-                    help=f"{_told(spec)} Default: {spec.default}.",
+                    help=_told(spec) if spec.default is None else f"{_told(spec)} Default: {spec.default}.",
                     rich_help_panel=f"Options of --disentangle {name}",
                 ),
             ],

@@ -26,6 +26,7 @@ from modelmerge.engine.job import (
     passes,
     peak_memory,
     refuse_too_large,
+    scratch_bytes,
     threads,
     vector_memory,
 )
@@ -36,8 +37,8 @@ from modelmerge.engine.searching import (
     Search,
     find_weights,
     refuse_search_beyond_memory,
-    search_bytes,
     search_memory,
+    search_reads,
 )
 
 __all__ = [
@@ -61,8 +62,9 @@ __all__ = [
     "refuse_search_beyond_memory",
     "refuse_too_large",
     "run",
-    "search_bytes",
+    "scratch_bytes",
     "search_memory",
+    "search_reads",
     "stored_narrow",
     "threads",
     "vector_memory",

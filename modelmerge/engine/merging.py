@@ -52,7 +52,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return findings
-    given = give(job, reporter)
+    given = give(job, staging.scratch, reporter)
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
@@ -94,7 +94,7 @@ def _run_whole(
         staging.write(tensor.name, 0, as_bytes(merge(piece, theta_0, taus)))
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
-    modest = [tensor for tensor in tensors if together(job, tensor)]
+    modest = [tensor for tensor in tensors if together(job.source, tensor)]
     with threads(1), ThreadPoolExecutor(job.source.workers, "merge") as pool:
         futures = [pool.submit(merge_alone, tensor) for tensor in modest]
         try:
@@ -102,7 +102,7 @@ def _run_whole(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # an error ends the others, too
-    _run_in_turn(given, [tensor for tensor in tensors if not together(job, tensor)], merge, staging, reporter)
+    _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, staging, reporter)
 
 
 def _run_in_turn(

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.given import give
-from modelmerge.engine.job import PROCESS_BYTES, Job, current, free_memory, front_memory, prepare_process
+from modelmerge.engine.job import PROCESS_BYTES, Job, current, free_memory, front_memory, front_reads, prepare_process
 from modelmerge.engine.stream import piece_bytes, wholes
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
 from modelmerge.method import Finder
@@ -48,7 +49,9 @@ class Search:
     losses: list[list[float]]
 
 
-def find_weights(job: Job, problems: Callable[[], Iterable[Problem]], reporter: Reporter) -> Search:
+def find_weights(
+    job: Job, problems: Callable[[], Iterable[Problem]], scratch: Callable[[int], Scratch], reporter: Reporter
+) -> Search:
     """Find the weights that the job's method asks for, on the data of its tasks.
 
     They stand in front of the experts' own (`--weight`, `--vary`), which count as part of the task vectors.
@@ -56,6 +59,7 @@ def find_weights(job: Job, problems: Callable[[], Iterable[Problem]], reporter: 
     Args:
         job: The merge.
         problems: Makes the tasks' problems, one after the other, once the models have been read.
+        scratch: Gives room of so many bytes on the disk.
         reporter: Is told the progress.
 
     Raises:
@@ -69,7 +73,7 @@ def find_weights(job: Job, problems: Callable[[], Iterable[Problem]], reporter: 
     # Tied tensors are one: they have one value and the same weights.
     tied = {t.name: t.twin or t.name for t in part.tensors if t.numel}
     with current(job.source.device):
-        changed, still = _read(job, part.surveyed(), reporter)
+        changed, still = _read(job, part.surveyed(), scratch, reporter)
         if not changed:
             raise PlanError(
                 "all experts are the same as the base: there are no weights to find", hint="check the references"
@@ -109,11 +113,12 @@ def search_memory(job: Job) -> dict[str, int]:
     return {"host": PROCESS_BYTES + max(reading, fitting) + kept, "device": models + reading + kept}
 
 
-def search_bytes(job: Job) -> int:
-    """Bytes of tensors that are read to find weights, before those that are read to merge."""
-    return sum(
-        job.plan.stored_bytes(t, experts=True) for part in (job.parts[0].surveyed(), job.disentangled()) for t in part
-    )
+def search_reads(job: Job) -> tuple[float, int]:
+    """How many times the task vectors are read to find weights, before those that merge them, and the bytes of that."""
+    plan, fitted = job.plan, job.disentangled()
+    fitting = front_reads(job.front, fitted)
+    times = ((1.0, job.parts[0].surveyed()), (fitting, fitted))
+    return 1.0 + fitting, int(sum(count * plan.stored_bytes(t, experts=True) for count, ts in times for t in ts))
 
 
 def refuse_search_beyond_memory(job: Job) -> None:
@@ -133,10 +138,10 @@ def refuse_search_beyond_memory(job: Job) -> None:
 
 
 def _read(
-    job: Job, tensors: Sequence[TensorPlan], reporter: Reporter
+    job: Job, tensors: Sequence[TensorPlan], scratch: Callable[[int], Scratch], reporter: Reporter
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """`theta_0` and task vectors of the tensors that change, by name; and `theta_0` of those that do not."""
-    given = give(job, reporter)
+    given = give(job, scratch, reporter)
     reporter.stage("reading", sum(job.plan.stored_bytes(t, experts=True) for t in tensors))
     changed: dict[str, tuple[Tensor, Tensor]] = {}
     still: dict[str, Tensor] = {}

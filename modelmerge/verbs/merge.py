@@ -15,7 +15,7 @@ from modelmerge import engine, mergekit, method, plan, rules, scaling
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.writer import CARD, Staging, companions
+from modelmerge.checkpoint.writer import CARD, Staging, companions, scratches
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
@@ -65,6 +65,8 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
+        scratch = engine.scratch_bytes(self.job.source, self.job.front, self.job.disentangled())
+        searched = (0.0, 0) if self.data is None else engine.search_reads(self.job)
         left = engine.beyond_device(self.job)
         beyond = (
             [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
@@ -75,11 +77,8 @@ class Prepared:
             "parts": _told_parts(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "layer_scale": dict(self.job.scales),
-            "passes": engine.passes(self.job) + (0 if self.data is None else 1 + (self.job.front is not None)),
-            "bytes": {
-                "read": engine.bytes_read(self.job) + (0 if self.data is None else engine.search_bytes(self.job)),
-                "write": written,
-            },
+            "passes": engine.passes(self.job) + searched[0],
+            "bytes": {"read": engine.bytes_read(self.job) + searched[1], "write": written, "scratch": scratch},
             "peak_memory": self._peak_memory(),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made), *beyond],
@@ -367,7 +366,7 @@ def execute(
             return done
         if opened is not None:
             fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
-            prepared = _searched(prepared, opened, determined_by, resume=resume, reporter=reporter)
+            prepared = _searched(prepared, opened, determined_by, out, resume=resume, reporter=reporter)
             job = prepared.job
             # Shards of other coefficients are not taken up.
             same = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), *told)
@@ -394,9 +393,12 @@ def execute(
         prepared.close()
 
 
-def _searched(prepared: Prepared, data: searching.Read, key: str, *, resume: bool, reporter: Reporter) -> Prepared:
+def _searched(
+    prepared: Prepared, data: searching.Read, key: str, out: Path, *, resume: bool, reporter: Reporter
+) -> Prepared:
     """The merge with the coefficients that are found on its data; `key` is the digest of all they depend on."""
-    found = searching.find(prepared.job, data, key, resume=resume, reporter=reporter)
+    with scratches(out) as scratch:
+        found = searching.find(prepared.job, data, key, scratch, resume=resume, reporter=reporter)
     recipe = dataclasses.replace(prepared.recipe, coefficients=found["coefficients"])
     about = {name: told for name, told in found.items() if name != "coefficients"}
     return dataclasses.replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from modelmerge import engine
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine import Problem
 from modelmerge.errors import UsageError
 from modelmerge.recipe import Recipe, data_flag
@@ -219,13 +220,22 @@ def with_coefficients(job: engine.Job, coefficients: Mapping[str, Mapping[str, f
     return dataclasses.replace(job, settings=settings)
 
 
-def find(job: engine.Job, data: Read, key: str, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+def find(
+    job: engine.Job,
+    data: Read,
+    key: str,
+    scratch: Callable[[int], Scratch],
+    *,
+    resume: bool,
+    reporter: Reporter,
+) -> dict[str, Any]:
     """The coefficients by tensor and expert, and what there is to say of the search, as plain data.
 
     Args:
         job: The merge.
         data: Its data.
         key: Digest of everything that determines the coefficients.
+        scratch: Gives room of so many bytes on the disk.
         resume: Take those that an earlier run found.
         reporter: Is told the progress.
 
@@ -239,7 +249,7 @@ def find(job: engine.Job, data: Read, key: str, *, resume: bool, reporter: Repor
         return known
     engine.refuse_search_beyond_memory(job)
     experts = [expert.name for expert in job.plan.experts]
-    found = engine.find_weights(job, lambda: data.problems(job), reporter)
+    found = engine.find_weights(job, lambda: data.problems(job), scratch, reporter)
     steps = torch.tensor(found.losses, dtype=torch.float64)
     some = max(len(steps) // _TENTH, 1)
     before, after = steps[:some].mean(0).tolist(), steps[-some:].mean(0).tolist()
