@@ -160,6 +160,14 @@ def test_colours_are_others_in_the_dark_and_all_can_be_read(made: Path, browser:
         "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
     )
     assert as_hex(style(browser, "html", "backgroundColor")) == colours.PAPER, "on paper it is light"
+    browser.open(made / "eight.html")
+    folded = (
+        "document.querySelector('details td').getBoundingClientRect().height > 0 && "
+        "document.querySelector('details td').checkVisibility()"
+    )
+    assert not browser.ask(folded)
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    assert browser.ask(folded), "and nothing is folded away"
     browser.send("Emulation.setEmulatedMedia", media="")
 
 
@@ -301,6 +309,7 @@ def test_a_suite_draws_and_a_saved_report_draws_the_same(
         assert (tmp_path / f"later.{ending}").read_bytes() == (tmp_path / f"now.{ending}").read_bytes()
     assert main(["eval", "report", str(tmp_path / "today.json"), "-q"]) == 0
     assert float(capsys.readouterr().out) == pytest.approx((0.5 + 2 / 3 + 0.1) / 3)
+    assert "own_experts" not in json.loads((tmp_path / "today.json").read_text()), "there is no expert"
     told = render(tmp_path / "today.json", page=tmp_path / "python.html")
     assert (tmp_path / "python.html").read_bytes() == (tmp_path / "now.html").read_bytes()
     assert told["models"][0]["name"] == "expert_0"

@@ -518,6 +518,7 @@ def test_models_that_do_not_fit_in_memory_together_are_refused(
     size = sum(w.nbytes for w in load_file(small[0] / "model.safetensors").values())
     assert plan["peak_memory"]["host"] == pytest.approx(job.PROCESS_BYTES + (2 + 3) * size, rel=0.01)
     assert plan["unlabelled"] == {"script": "modelmerge.digits:scores"}
+    assert (plan["passes"], plan["bytes"]["read"]) == (2, 2 * (2 + 1) * size)
     monkeypatch.setattr("modelmerge.engine.searching.free_memory", lambda device: 1000)
     assert main([*words, "--dry-run"]) == 2
     assert "and 1,000 are free on cpu" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,13 +71,15 @@ def check(file: Path) -> None:
 
 
 def check_place(option: str, file: Path) -> None:
-    """Refuse a file whose directory is not there, or that is one itself.
+    """Refuse a file whose directory is not there or may not be written to, or that is one itself.
 
     Raises:
         OutputError: That.
     """
     if not file.parent.is_dir():
         raise OutputError(f"{option} {file}: there is no directory {file.parent}", hint="make it first")
+    if not os.access(file.parent, os.W_OK):
+        raise OutputError(f"{option} {file}: {file.parent} may not be written to", hint="name another place")
     if file.is_dir():
         raise OutputError(f"{option} {file}: that is a directory", hint="name a file")
 
@@ -128,6 +131,12 @@ def draw(charts: Sequence[Chart], *, kind: Kind = "auto") -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if kind == "radar" and not any(isinstance(chart, Scores) and chart.round() for chart in charts):
+        sizes = ", ".join(str(len(chart.spokes())) for chart in charts if isinstance(chart, Scores)) or "none"
+        raise UsageError(
+            f"a radar chart takes {RADAR.start} to {RADAR.stop - 1} tasks with scores between 0 and 1; here: {sizes}",
+            hint="--chart bars",
+        )
     figure = Figure(figsize=(_WIDTH, _WIDTH))
     FigureCanvasAgg(figure)  # measures type
     sheet = _Sheet(figure)
@@ -178,14 +187,7 @@ class _Sheet:
 
 
 def _is_radar(chart: Scores, kind: Kind) -> bool:
-    fits = chart.round()
-    if kind == "radar" and not fits:
-        raise UsageError(
-            f"a radar chart shows {RADAR.start} to {RADAR.stop - 1} tasks with scores between 0 and 1, and here are "
-            f"{len(chart.spokes())} of {chart.title.lower()}",
-            hint="--chart bars",
-        )
-    return kind == "radar" or (kind == "auto" and fits and len(chart.spokes()) >= _FROM)
+    return chart.round() and (kind == "radar" or (kind == "auto" and len(chart.spokes()) >= _FROM))
 
 
 @dataclass(frozen=True, slots=True)

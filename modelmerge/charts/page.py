@@ -252,6 +252,8 @@ def _files(report: Mapping[str, Any]) -> tables.Table:
 
 def _setting(value: Any) -> tuple[str, str]:
     """A value on a line, and, where it does not fit there, in full."""
+    if value is None:
+        return "-", ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if len(text) <= 100 and not isinstance(value, dict):
         return text, ""

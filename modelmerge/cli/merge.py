@@ -185,6 +185,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         vary: opt.Vary = None,
         rule: opt.Rule = None,
         layer_scale: opt.LayerScale = None,
+        task_lambda: opt.TaskLambda = None,
         disentangle: opt.Disentangle = None,
         rest: opt.Rest = None,
         dtype: opt.Dtype = None,
@@ -212,6 +213,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             vary=tuple(values["vary"] or ()),
             rule=tuple(values["rule"] or ()),
             layer_scale=values["layer_scale"],
+            task_lambda=values["task_lambda"],
             disentangle=values["disentangle"],
             disentangle_options=_front_options(fronts, values),
             rest=values["rest"],
@@ -405,9 +407,11 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
         f"[bold]{head}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
         counted,
     ]
-    if plan.get("layer_scale"):
-        low, high = min(plan["layer_scale"].values()), max(plan["layer_scale"].values())
-        lines.append(f"task vectors times {low:g} to {high:g}, by layer")
+    scale = plan.get("layer_scale")
+    if isinstance(scale, dict):
+        lines.append(f"task vectors times {min(scale.values()):g} to {max(scale.values()):g}, by layer")
+    elif scale:
+        lines.append(f"task vectors times what {scale} finds, by layer")
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))

@@ -40,6 +40,7 @@ from modelmerge.engine.searching import (
     search_memory,
     search_reads,
 )
+from modelmerge.methods._lambdas import Mode as TaskLambda
 
 __all__ = [
     "Adapted",
@@ -49,6 +50,7 @@ __all__ = [
     "Problem",
     "Search",
     "Source",
+    "TaskLambda",
     "adapt",
     "adapted_bytes",
     "adapted_memory",

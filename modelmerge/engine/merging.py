@@ -52,7 +52,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return findings
-    given = give(job, staging.scratch, reporter)
+    given = give(job, findings, staging.scratch, reporter)
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
@@ -190,7 +190,7 @@ def merged_vector(
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
 
     context = Context(
-        tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
+        tensor=piece.tensor.twin or piece.tensor.name, weights=given.weights(piece.tensor, setting.weights),
         experts=tuple(expert.name for expert in job.plan.experts), measured=given.measured.get(piece.tensor.name),
         base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.given import give
-from modelmerge.engine.job import PROCESS_BYTES, Job, current, free_memory, front_memory, front_reads, prepare_process
+from modelmerge.engine.job import (
+    PROCESS_BYTES,
+    Findings,
+    Job,
+    bytes_read,
+    current,
+    free_memory,
+    front_memory,
+    passes,
+    prepare_process,
+)
 from modelmerge.engine.stream import piece_bytes, wholes
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
 from modelmerge.method import Finder
@@ -115,10 +125,8 @@ def search_memory(job: Job) -> dict[str, int]:
 
 def search_reads(job: Job) -> tuple[float, int]:
     """How many times the task vectors are read to find weights, before those that merge them, and the bytes of that."""
-    plan, fitted = job.plan, job.disentangled()
-    fitting = front_reads(job.front, fitted)
-    times = ((1.0, job.parts[0].surveyed()), (fitting, fitted))
-    return 1.0 + fitting, int(sum(count * plan.stored_bytes(t, experts=True) for count, ts in times for t in ts))
+    copied = sum(job.plan.stored_bytes(tensor, experts=False) for tensor in job.plan.select("copy"))
+    return passes(job), bytes_read(job) - copied
 
 
 def refuse_search_beyond_memory(job: Job) -> None:
@@ -141,7 +149,7 @@ def _read(
     job: Job, tensors: Sequence[TensorPlan], scratch: Callable[[int], Scratch], reporter: Reporter
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """`theta_0` and task vectors of the tensors that change, by name; and `theta_0` of those that do not."""
-    given = give(job, scratch, reporter)
+    given = give(job, Findings(), scratch, reporter)
     reporter.stage("reading", sum(job.plan.stored_bytes(t, experts=True) for t in tensors))
     changed: dict[str, tuple[Tensor, Tensor]] = {}
     still: dict[str, Tensor] = {}
@@ -149,7 +157,8 @@ def _read(
         name = piece.tensor.name
         given.ready(piece, taus)
         setting = job.settings.get(name)
-        for tau, weight in zip(taus, job.weights if setting is None else setting.weights, strict=True):
+        weights = given.weights(piece.tensor, job.weights if setting is None else setting.weights)
+        for tau, weight in zip(taus, weights, strict=True):
             if weight != 1.0:
                 tau.mul_(weight)
         if bool(taus.any()):
