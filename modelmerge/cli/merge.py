@@ -255,9 +255,15 @@ def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:
 def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dict[str, Any]:
     """The values that a preset gives: base, experts, and the method's settings that the command line does not give."""
     told: dict[str, Any] = {"base": preset.base, "experts": [f"{n}={ref}" for n, ref in preset.experts.items()]}
-    for option, value in preset.methods.get(name, {}).items():
+
+    def given(option: str) -> bool:
         source = context.get_parameter_source(option)
-        if source is not None and source.name.startswith("DEFAULT"):
+        return source is not None and not source.name.startswith("DEFAULT")
+
+    for option, value in preset.methods.get(name, {}).items():
+        # Its data give way to data of one's own, whatever these are told by.
+        own = ("task", "data", "script") if option == "task" else (option,)
+        if not any(map(given, own)):
             told[option] = value
     return told
 

@@ -68,6 +68,7 @@ class Prepared:
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
         scratch = engine.scratch_bytes(self.job.source, self.job.front, self.job.disentangled())
+        searched = (0.0, 0) if self.data is None else engine.search_reads(self.job)
         left = engine.beyond_device(self.job)
         beyond = (
             [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
@@ -78,8 +79,8 @@ class Prepared:
             "parts": _told_parts(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "layer_scale": dict(self.job.scales) or self.recipe.layer_scale,
-            "passes": engine.passes(self.job),
-            "bytes": {"read": engine.bytes_read(self.job), "write": written, "scratch": scratch},
+            "passes": engine.passes(self.job) + searched[0],
+            "bytes": {"read": engine.bytes_read(self.job) + searched[1], "write": written, "scratch": scratch},
             "peak_memory": self._peak_memory(),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made), *beyond],
