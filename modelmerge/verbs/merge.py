@@ -68,6 +68,7 @@ class Prepared:
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
         scratch = engine.scratch_bytes(self.job.source, self.job.front, self.job.disentangled())
+        searched = (0.0, 0) if self.data is None else engine.search_reads(self.job)
         left = engine.beyond_device(self.job)
         beyond = (
             [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
@@ -78,8 +79,8 @@ class Prepared:
             "parts": _told_parts(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "layer_scale": dict(self.job.scales) or self.recipe.layer_scale,
-            "passes": engine.passes(self.job),
-            "bytes": {"read": engine.bytes_read(self.job), "write": written, "scratch": scratch},
+            "passes": engine.passes(self.job) + searched[0],
+            "bytes": {"read": engine.bytes_read(self.job) + searched[1], "write": written, "scratch": scratch},
             "peak_memory": self._peak_memory(),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made), *beyond],
@@ -226,10 +227,12 @@ def prepare(
     remarks: Sequence[str] = (),
     stream: bool = False,
     script: Script | None = None,
+    look: bool = True,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
-    `script` is a function that gives unlabelled data, where it comes out of no file.
+    `script` is a function that gives unlabelled data, where it comes out of no file. With `look`, `auto` may read a few
+    megabytes of weights on the Hub to see of what kind they are.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -238,8 +241,12 @@ def prepare(
     if recipe.method == AUTO:
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
+        _check_choices(recipe)
         opened = open_models(recipe.base, recipe.experts)
-        choice = choose(opened[1])
+        shared = plan.make_plan(
+            *opened, matrices=False, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch
+        )
+        choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
         told = "".join(f" --{name} {value}" for name, value in choice.options.items())
         remarks = [*remarks, f"The method is {choice.method}{told}: {choice.reason}."]
