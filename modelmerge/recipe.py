@@ -131,14 +131,14 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
 
 def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest as others may see it: models that lie on this machine go by their names, without their paths."""
-    inputs, local = manifest["inputs"], local_models(manifest) | _local_data(manifest)
-    told: dict[str, Any] = renamed(dict(manifest), local)
+    inputs, local, data = manifest["inputs"], local_models(manifest), _local_data(manifest)
+    told: dict[str, Any] = renamed(dict(manifest), local | data)
     for model in (m for each in told["inputs"].values() for m in (each if isinstance(each, list) else [each])):
         if model["path"] in local.values():
             model |= {"reference": model["name"], "path": None}
     if "command" in told:
         # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see Recipe.command
-        words = shlex.split(manifest["command"])
+        words = renamed(shlex.split(manifest["command"]), data)
         for place, model in enumerate((inputs["base"], *inputs["experts"]), start=3):
             words[place] = model["name"] if model["path"] in local else words[place]
         told["command"] = shlex.join([*words[:-1], Path(words[-1]).name])
@@ -155,12 +155,10 @@ def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:
 def _local_data(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The names of a recipe's data that lie on this machine, by their paths."""
     told = manifest.get("recipe", {}).get("unlabelled", {})
-    named = [each.partition("=") for key in ("data", "classes") for each in told.get(key, ())]
-    found = {place: name for name, _, place in named} | {name: "" for name, equals, _ in named if not equals}
-    found |= {
-        told[key].rpartition(":")[0] if key == "script" else told[key]: "" for key in ("script", "heads") if key in told
-    }
-    return {place: name or Path(place).name for place, name in found.items() if Path(place).is_absolute()}
+    places = [each.partition("=")[2] or each for key in ("data", "classes") for each in told.get(key, ())]
+    places += [told["heads"]] if "heads" in told else []
+    places += [told["script"].rpartition(":")[0]] if "script" in told else []
+    return {place: Path(place).name for place in places if Path(place).is_absolute()}
 
 
 def renamed(told: Any, names: Mapping[str, str]) -> Any:

@@ -226,7 +226,8 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             as_lora=(small.rank or small.energy) if small is not None else None,
             unlabelled=_unlabelled(values) if chosen and chosen.finder else {},
         )
-        _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"]), values)
+        look = not values["dry_run"]
+        _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"], look=look), values)
 
     arguments = [opt.of_argument("context", typer.Context)]
     arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
@@ -254,9 +255,15 @@ def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:
 def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dict[str, Any]:
     """The values that a preset gives: base, experts, and the method's settings that the command line does not give."""
     told: dict[str, Any] = {"base": preset.base, "experts": [f"{n}={ref}" for n, ref in preset.experts.items()]}
-    for option, value in preset.methods.get(name, {}).items():
+
+    def given(option: str) -> bool:
         source = context.get_parameter_source(option)
-        if source is not None and source.name.startswith("DEFAULT"):
+        return source is not None and not source.name.startswith("DEFAULT")
+
+    for option, value in preset.methods.get(name, {}).items():
+        # Its data give way to data of one's own, whatever these are told by.
+        own = ("task", "data", "script") if option == "task" else (option,)
+        if not any(map(given, own)):
             told[option] = value
     return told
 

@@ -32,7 +32,14 @@ from modelmerge.engine.job import (
 )
 from modelmerge.engine.merging import run
 from modelmerge.engine.rounding import stored_narrow
-from modelmerge.engine.searching import Problem, Search, find_weights, refuse_search_beyond_memory, search_memory
+from modelmerge.engine.searching import (
+    Problem,
+    Search,
+    find_weights,
+    refuse_search_beyond_memory,
+    search_memory,
+    search_reads,
+)
 from modelmerge.methods._lambdas import Mode as TaskLambda
 
 __all__ = [
@@ -59,6 +66,7 @@ __all__ = [
     "run",
     "scratch_bytes",
     "search_memory",
+    "search_reads",
     "stored_narrow",
     "threads",
     "vector_memory",

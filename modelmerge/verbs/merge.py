@@ -21,7 +21,7 @@ from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.suites.custom import Script
-from modelmerge.vary import Share, parse, settle, surveyed
+from modelmerge.vary import Share, layer_of, parse, settle, surveyed
 from modelmerge.verbs import adapted, searching
 from modelmerge.verbs.auto import AUTO, choose
 from modelmerge.verbs.inputs import (
@@ -68,6 +68,7 @@ class Prepared:
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
         scratch = engine.scratch_bytes(self.job.source, self.job.front, self.job.disentangled())
+        searched = (0.0, 0) if self.data is None else engine.search_reads(self.job)
         left = engine.beyond_device(self.job)
         beyond = (
             [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
@@ -78,8 +79,8 @@ class Prepared:
             "parts": _told_parts(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "layer_scale": dict(self.job.scales) or self.recipe.layer_scale,
-            "passes": engine.passes(self.job),
-            "bytes": {"read": engine.bytes_read(self.job), "write": written, "scratch": scratch},
+            "passes": engine.passes(self.job) + searched[0],
+            "bytes": {"read": engine.bytes_read(self.job) + searched[1], "write": written, "scratch": scratch},
             "peak_memory": self._peak_memory(),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made), *beyond],
@@ -226,10 +227,12 @@ def prepare(
     remarks: Sequence[str] = (),
     stream: bool = False,
     script: Script | None = None,
+    look: bool = True,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
-    `script` is a function that gives unlabelled data, where it comes out of no file.
+    `script` is a function that gives unlabelled data, where it comes out of no file. With `look`, `auto` may read a few
+    megabytes of weights on the Hub to see of what kind they are.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -238,8 +241,12 @@ def prepare(
     if recipe.method == AUTO:
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
+        _check_choices(recipe)
         opened = open_models(recipe.base, recipe.experts)
-        choice = choose(opened[1])
+        shared = plan.make_plan(
+            *opened, matrices=False, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch
+        )
+        choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
         told = "".join(f" --{name} {value}" for name, value in choice.options.items())
         remarks = [*remarks, f"The method is {choice.method}{told}: {choice.reason}."]
@@ -501,12 +508,26 @@ def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
     for (expert, reason), count in sorted(reasons.items()):
         notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
+    if job.larv and findings.scales:
+        notes.append(_what_larv_found(findings.scales))
     lost = findings.rounding.relative_error() if findings.rounding else None
     if lost is not None and lost > _LOSSY:
         notes.append(
             f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: --dtype float32 keeps it."
         )
     return notes
+
+
+def _what_larv_found(scales: Mapping[str, float]) -> str:
+    layers: dict[float, set[tuple[str, int]]] = {}
+    for tensor, scale in scales.items():
+        layer = layer_of(tensor)
+        assert layer is not None, "only layers are scaled"
+        layers.setdefault(scale, set()).add(layer)
+    told = (
+        f"{scale:g} in {', '.join(f'{p}.{n}' for p, n in sorted(which))}" for scale, which in sorted(layers.items())
+    )
+    return f"LARV: the task vectors are multiplied by {'; by '.join(told)}."
 
 
 def _stored_as(job: engine.Job) -> str:
