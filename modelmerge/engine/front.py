@@ -2,7 +2,9 @@
 
 A redundant vector is a combination of the task vectors, so a few coefficients for each group (a row, a tensor, the
 model) are all that is kept between the passes. Matrices that correct whole weights wait in a file beside the output,
-and come back in whatever pieces a pass wants. Either way models far larger than memory go through.
+and come back in whatever pieces a pass wants: to find them anew in each pass would take some thirty times the work of
+all that reading (7 s of processor time against 0.2 s for two blocks of a ViT-B/32 and eight experts, three passes).
+Either way models far larger than memory go through.
 """
 
 from __future__ import annotations
