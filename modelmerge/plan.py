@@ -17,6 +17,7 @@ from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.matching import is_vocabulary, match, twins
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError
+from modelmerge.rules import Rule
 
 Action = Literal["merge", "rest", "copy"]
 
@@ -50,6 +51,7 @@ class TensorPlan:
     checked: bool = True  # refuse NaN and Inf
     rows: int | None = None  # so many all models have; the base's others are kept. None: all have the base's
     twin: str | None = None  # the tensor before it that it is tied to, in every model
+    rule: int | None = None  # the place of the rule that gives it a method of its own
 
     @property
     def numel(self) -> int:
@@ -117,6 +119,7 @@ def make_plan(
     *,
     matrices: bool,
     rest: str = "base",
+    rules: Sequence[Rule] = (),
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -130,6 +133,7 @@ def make_plan(
         experts: The experts.
         matrices: Merge the weights of linear layers only; `rest` says what happens to the other floating tensors.
         rest: `base` copies them, any other value hands them to that method.
+        rules: Methods of their own for some tensors; the first that takes a tensor counts.
         dtype: safetensors dtype to store floating tensors in, None for the base's own.
         include: Globs of tensor names to merge; all if empty. Overrides what a method for linear layers leaves out
             by name (embeddings, output heads).
@@ -140,7 +144,7 @@ def make_plan(
 
     Raises:
         PlanError: The models disagree, or there is nothing to merge.
-        UsageError: A glob matches no tensor.
+        UsageError: A glob matches no tensor, or a rule takes none.
     """
     _refuse_quantised((base, *experts))
     experts, complaints = _matched(base, experts, include, exclude)
@@ -150,8 +154,11 @@ def make_plan(
         linear = is_linear(info, include)
         try:
             rows = _common_rows(info, experts) if on_mismatch == "common-rows" else None
-            left = matrices and not linear
-            action, reason = _decide(info, experts, matrices, left, rest, include, exclude, on_mismatch, rows)
+            rule = next((i for i, rule in enumerate(rules) if rule.takes(name, linear=linear)), None)
+            left = matrices and not linear and rule is None
+            why = "the weight of a linear layer" if matrices else "shared by all"
+            why = why if rule is None else f"--rule '{rules[rule].tensors}': {rules[rule].name}"
+            action, reason = _decide(info, experts, why, left, rest, include, exclude, on_mismatch, rows)
         except PlanError as complaint:
             complaints.append(complaint.message)
             continue
@@ -160,15 +167,17 @@ def make_plan(
         checked = floating and reason != _EXCLUDED
         tensors[name] = TensorPlan(
             name, info.shape, info.dtype, out_dtype, action, reason, linear, checked,
-            rows=rows if action != "copy" else None,
+            rows=rows if action != "copy" else None, rule=rule if action == "merge" else None,
         )  # fmt: skip
     if complaints:
         raise _disagreement(complaints)
     for name, twin in twins(base, experts).items():
-        if tensors[name].action == tensors[twin].action != "copy":
+        alike = (tensors[name].action, tensors[name].rule) == (tensors[twin].action, tensors[twin].rule)
+        if alike and tensors[name].action != "copy":
             tensors[name] = replace(tensors[name], twin=twin)
     if not any(tensor.action != "copy" for tensor in tensors.values()):
         raise _nothing_to_merge(base, experts, tensors)
+    _refuse_idle_rules(rules, tensors)
     expert_only: dict[str, tuple[str, ...]] = {}
     for expert in experts:
         for name in expert.tensors.keys() - base.tensors.keys():
@@ -195,7 +204,7 @@ _SHAPE = "shape "  # begins whatever is said of shapes that differ
 def _decide(
     info: TensorInfo,
     experts: Sequence[Checkpoint],
-    matrices: bool,
+    why: str,
     left: bool,
     rest: str,
     include: Sequence[str],
@@ -205,7 +214,8 @@ def _decide(
 ) -> tuple[Action, str]:
     """What happens to a tensor of the base, and why.
 
-    `left`: the method leaves a tensor like this to the rest. `rows`: so many are merged, for not all models have more.
+    `why`: it is merged, where it is. `left`: the method leaves a tensor like this to the rest. `rows`: so many are
+    merged, for not all models have more.
 
     Raises:
         PlanError: The experts disagree with the base or with one another.
@@ -227,7 +237,7 @@ def _decide(
     _refuse_disagreement(info, experts, have, shapes if rows is None else "")
     few = f": the first {rows} rows are merged, the base's others kept" if rows is not None else ""
     if not left:
-        return "merge", ("the weight of a linear layer" if matrices else "shared by all") + few
+        return "merge", why + few
     reason = "not the weight of a linear layer"
     return ("copy", reason) if rest == "base" else ("rest", f"{reason}: {rest}{few}")
 
@@ -324,6 +334,27 @@ def _refuse_idle_globs(
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
                 some = ", ".join(list(base.tensors)[:3])
                 raise UsageError(f"{flag} '{glob}' matches no tensor of the base", hint=f"its names are like: {some}")
+
+
+def _refuse_idle_rules(rules: Sequence[Rule], tensors: dict[str, TensorPlan]) -> None:
+    for place, rule in enumerate(rules):
+        if any(tensor.rule == place for tensor in tensors.values()):
+            continue
+        matched = [tensor for tensor in tensors.values() if rule.matches(tensor.name)]
+        if not matched:
+            raise UsageError(
+                f"--rule '{rule.tensors}={rule.name}' matches no tensor of the base",
+                hint=f"its names are like: {', '.join(list(tensors)[:3])}",
+            )
+        before = [tensor for tensor in matched if tensor.rule is not None]
+        if before:
+            why, hint = "are taken by a rule before it", "the first rule that takes a tensor counts"
+        elif all(tensor.action == "copy" for tensor in matched):
+            why, hint = f"are copied from the base: {matched[0].reason}", "check --include and --exclude"
+        else:
+            why = f"are no weights of linear layers, and '{rule.name}' merges only those"
+            hint = "use a method for all tensors, like average, or name what counts as one with --include"
+        raise UsageError(f"--rule '{rule.tensors}={rule.name}': the tensors that it matches {why}", hint=hint)
 
 
 def _nothing_to_merge(base: Checkpoint, experts: Sequence[Checkpoint], tensors: dict[str, TensorPlan]) -> PlanError:

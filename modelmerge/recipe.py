@@ -26,7 +26,8 @@ class Recipe:
     """Everything that determines the merged weights, and nothing else.
 
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
-    defaults. `vary` says which numbers are others for an expert, a tensor or a layer. `disentangle` names what goes in
+    defaults. `vary` says which numbers are others for an expert, a tensor or a layer, and `rule` which tensors go to a
+    method of their own: `GLOB=METHOD [OPTION=V ...]` each. `disentangle` names what goes in
     front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
     choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
     whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
@@ -41,6 +42,7 @@ class Recipe:
     disentangle: str | None = None
     disentangle_options: Mapping[str, Any] = field(default_factory=dict)
     vary: tuple[str, ...] = ()
+    rule: tuple[str, ...] = ()
     rest: str | None = None
     dtype: str | None = None
     include: tuple[str, ...] = ()
@@ -64,6 +66,8 @@ class Recipe:
             words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"]
         for name, weight in self.weights.items():
             words += ["--weight", f"{name}={written(weight)}"]
+        for told in self.rule:
+            words += ["--rule", told]
         for told in self.vary:
             words += ["--vary", told]
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}

@@ -43,12 +43,33 @@ class Variation:
         """Whether it is the same in all tensors."""
         return self.tensors is None and len(self.values) == 1
 
+    def matches(self, tensor: str) -> bool:
+        """Whether it is for the tensor of that name."""
+        return self.tensors is None or fnmatch.fnmatchcase(tensor, self.tensors)
+
     def at(self, depth: float) -> float:
         """The value at a depth from 0, the first layer, to 1, the last."""
         place = depth * (len(self.values) - 1)
         before = int(place)
         after = min(before + 1, len(self.values) - 1)
         return (1 - (place - before)) * self.values[before] + (place - before) * self.values[after]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The tensors that one method merges, by name; of the `rest`'s method only the weights vary."""
+
+    name: str
+    method: Method
+    options: Any
+    tensors: tuple[str, ...]
+    rest: bool = False
+
+    @property
+    def varying(self) -> dict[str, str]:
+        """The options that can vary, and between what: `tensor` or `expert`."""
+        specs = () if self.rest else dataclasses.fields(self.method.options)
+        return {spec.name: spec.metadata["varies"] for spec in specs if spec.metadata["varies"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,71 +136,72 @@ def depths(names: Sequence[str]) -> dict[str, float]:
 
 def settle(
     variations: Sequence[Variation],
-    chosen: tuple[str, Method, Any],
+    shares: Sequence[Share],
     weights: tuple[float, ...],
     experts: Sequence[str],
-    tensors: Sequence[str],
 ) -> dict[str, Setting]:
-    """What the method is told for each tensor that it is told something else for.
+    """What a method is told for each tensor that it is told something else for.
 
     Args:
         variations: In the order in which they were named.
-        chosen: The method's name, the method and its options.
+        shares: The methods with the tensors they merge. A variation is for the methods that have its option.
         weights: The experts' weights where nothing else is said.
         experts: Their names.
-        tensors: The names of all tensors that will be merged.
 
     Raises:
         UsageError: There is no such option, expert or tensor, the option cannot vary, or a value is out of bounds.
     """
+    tensors = [tensor for share in shares for tensor in share.tensors]
     for variation in variations:
-        _check(variation, chosen, experts, tensors)
-    _, _, options = chosen
+        _check(variation, shares, experts, tensors)
     depth, found = depths(tensors), {}
-    for tensor in tensors:
-        told = [v for v in variations if v.tensors is None or fnmatch.fnmatchcase(tensor, v.tensors)]
-        if not told:
-            continue
-        plain: dict[str, float] = {}
-        each = {WEIGHT: list(weights)}
-        for variation in told:
-            value = variation.at(depth[tensor])
-            if variation.option != WEIGHT and variation.expert is None:
-                plain[variation.option] = value
-                each.pop(variation.option, None)
-                continue
-            values = each.setdefault(
-                variation.option,
-                [plain.get(variation.option, getattr(options, variation.option, 0.0))] * len(experts),
-            )
-            for i, expert in enumerate(experts):
-                if variation.expert in (None, expert):
-                    values[i] = value
-        here = tuple(each.pop(WEIGHT))
-        found[tensor] = Setting(
-            dataclasses.replace(options, **plain), here, {name: tuple(values) for name, values in each.items()}
-        )
+    for share in shares:
+        mine = [v for v in variations if v.option == WEIGHT or v.option in share.varying]
+        for tensor in share.tensors:
+            told = [v for v in mine if v.matches(tensor)]
+            if told:
+                found[tensor] = _setting(told, share.options, weights, experts, depth[tensor])
     return found
 
 
-def surveyed(variations: Sequence[Variation], options: Any, experts: Sequence[str]) -> Any:
+def _setting(
+    told: Sequence[Variation], options: Any, weights: tuple[float, ...], experts: Sequence[str], depth: float
+) -> Setting:
+    """What variations that all apply to a tensor come to."""
+    plain: dict[str, float] = {}
+    each = {WEIGHT: list(weights)}
+    for variation in told:
+        value = variation.at(depth)
+        if variation.option != WEIGHT and variation.expert is None:
+            plain[variation.option] = value
+            each.pop(variation.option, None)
+            continue
+        values = each.setdefault(
+            variation.option,
+            [plain.get(variation.option, getattr(options, variation.option, 0.0))] * len(experts),
+        )
+        for i, expert in enumerate(experts):
+            if variation.expert in (None, expert):
+                values[i] = value
+    here = tuple(each.pop(WEIGHT))
+    return Setting(dataclasses.replace(options, **plain), here, {name: tuple(values) for name, values in each.items()})
+
+
+def surveyed(variations: Sequence[Variation], share: Share, experts: Sequence[str]) -> Any:
     """The options as a survey is told them: a tuple, one value for each expert, where the experts differ."""
     varied: dict[str, Any] = {}
     for variation in variations:
-        if variation.option == WEIGHT or not variation.everywhere:
+        if variation.option not in share.varying or not variation.everywhere:
             continue
         value = variation.values[0]
-        before = varied.get(variation.option, getattr(options, variation.option))
+        before = varied.get(variation.option, getattr(share.options, variation.option))
         values = before if isinstance(before, tuple) else (before,) * len(experts)
         each = tuple(value if variation.expert in (None, e) else v for e, v in zip(experts, values, strict=True))
         varied[variation.option] = each if variation.expert is not None else value
-    return dataclasses.replace(options, **varied)
+    return dataclasses.replace(share.options, **varied)
 
 
-def _check(
-    variation: Variation, chosen: tuple[str, Method, Any], experts: Sequence[str], tensors: Sequence[str]
-) -> None:
-    name, method, options = chosen
+def _check(variation: Variation, shares: Sequence[Share], experts: Sequence[str], tensors: Sequence[str]) -> None:
     told = f"--vary '{variation}'"
     if variation.expert is not None and variation.expert not in experts:
         near = get_close_matches(variation.expert, experts, n=1)
@@ -187,7 +209,7 @@ def _check(
             f"{told} names '{variation.expert}', which is no expert",
             hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(experts)}",
         )
-    if variation.tensors is not None and not any(fnmatch.fnmatchcase(t, variation.tensors) for t in tensors):
+    if variation.tensors is not None and not any(variation.matches(tensor) for tensor in tensors):
         raise UsageError(
             f"{told}: '{variation.tensors}' matches no tensor that is merged",
             hint=f"their names are like: {', '.join(tensors[:3])}",
@@ -198,23 +220,32 @@ def _check(
         if not all(abs(value) < float("inf") for value in variation.values):
             raise UsageError(f"{told}: a weight must be finite")
         return
-    varying = {spec.name: spec.metadata["varies"] for spec in dataclasses.fields(method.options)}
-    may = [WEIGHT, *(spec for spec, how in varying.items() if how)]
-    if not varying.get(variation.option):
+    concerned = [share for share in shares if any(variation.matches(tensor) for tensor in share.tensors)]
+    having = [share for share in concerned if variation.option in share.varying]
+    if not having:
+        names = " or ".join(f"'{name}'" for name in dict.fromkeys(share.name for share in concerned))
+        may = list(dict.fromkeys([WEIGHT, *(option for share in concerned for option in share.varying)]))
         near = get_close_matches(variation.option, may, n=1)
         raise UsageError(
-            f"{told}: {variation.option.replace('_', '-')} is nothing of '{name}' that can vary",
+            f"{told}: {variation.option.replace('_', '-')} is nothing of {names} that can vary",
             hint=f"did you mean '{near[0]}'?" if near else f"what can: {', '.join(may)}",
         )
-    if varying[variation.option] == "expert" and method.survey(options) is not None and not variation.everywhere:
+    for share in having:
+        _check_share(variation, share, told)
+
+
+def _check_share(variation: Variation, share: Share, told: str) -> None:
+    """Refuse what a method that has the option cannot be told."""
+    by_expert, surveys = share.varying[variation.option] == "expert", share.method.survey(share.options) is not None
+    if by_expert and surveys and not variation.everywhere:
         raise UsageError(
-            f"{told}: with these options of '{name}', {variation.option} is a share of the whole task vector, and can "
-            "differ between experts only",
+            f"{told}: with these options of '{share.name}', {variation.option} is a share of the whole task vector, "
+            "and can differ between experts only",
             hint="--trim-scope tensor counts it in each tensor",
         )
-    if variation.expert is not None and varying[variation.option] != "expert":
+    if variation.expert is not None and not by_expert:
         raise UsageError(
             f"{told}: {variation.option} is one number for all experts", hint="leave the expert's name out"
         )
     for value in variation.values:
-        check_option(method, variation.option, value)
+        check_option(share.method, variation.option, value)

@@ -88,6 +88,7 @@ def render(
     has_config: bool,
     versions: Mapping[str, str],
     device: str,
+    front: Source | None = None,
     adapter: bool = False,
 ) -> str:
     """The card's text.
@@ -96,16 +97,17 @@ def render(
         title: The output's name.
         base: The base.
         experts: The experts, in their order.
-        methods: What was applied: what disentangled the task vectors, if anything, then what merged them.
+        methods: What merged the task vectors: the merge's own method, then those that rules gave some tensors to.
         settings: What every merge can be told, and was, as typed.
         command: The shell line that repeats the merge.
         notes: What a reader should know, a sentence each.
         has_config: There is a config.json beside the weights, so that transformers can load them.
         versions: Of the packages that bear on the result.
         device: Where it was computed.
+        front: What disentangled the task vectors before, if anything.
         adapter: What lies beside the card is a PEFT adapter, not a whole model.
     """
-    models = [base, *experts]
+    models, before = [base, *experts], [front] if front else []
     license, license_said = _license(models)
     # Only what is on the Hub: it refuses a card whose base_model names anything else.
     on_hub = list(dict.fromkeys(model.repository for model in (models[:1] if adapter else models) if model.repository))
@@ -114,16 +116,13 @@ def render(
         base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
         library_name="peft" if adapter else "transformers" if has_config else None,
         pipeline_tag=_text(base.front.get("pipeline_tag")) if has_config else None,
-        tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(method.name for method in reversed(methods))],
+        tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(m.name for m in (*methods, *before))],
     )
     for key, value in license.items():
         data[key] = value
-    names = " after ".join(f"`{method.name}`" for method in reversed(methods))
-    told = [
-        *(item for method in methods for item in method.options.items()),
-        *settings.items(),
-    ]
-    cited = list(dict.fromkeys(method.bibtex for method in reversed(methods) if method.bibtex))
+    names = " and ".join(f"`{method.name}`" for method in methods) + (f" after `{front.name}`" if front else "")
+    told = [*(item for method in (*before, *methods) for item in method.options.items()), *settings.items()]
+    cited = list(dict.fromkeys(method.bibtex for method in (*methods, *before) if method.bibtex))
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
@@ -134,7 +133,7 @@ def render(
         _models(base, experts),
         license_said,
         "## Method",
-        *(f"[`{method.name}`]({method.paper}): {method.summary}" for method in methods),
+        *(f"[`{method.name}`]({method.paper}): {method.summary}" for method in (*before, *methods)),
         *([_table(("option", "value"), [(_code(name), _value(value)) for name, value in told])] if told else []),
         "## Repeat it",
         f"```sh\n{_wrapped(command)}\n```",

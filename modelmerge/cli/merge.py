@@ -30,6 +30,7 @@ EXAMPLES = (
     "modelmerge merge task-arithmetic base math code -o merged --scale 0.4",
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
+    'modelmerge merge ties base math code -o merged --rule "*attn*=tsv-m scale=0.8" --rule "*mlp*=kron"',
     "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge apgd --preset clip-b32-8 -o merged",
@@ -166,6 +167,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         preset: opt.Preset = None,
         weight: opt.Weight = None,
         vary: opt.Vary = None,
+        rule: opt.Rule = None,
         disentangle: opt.Disentangle = None,
         rest: opt.Rest = None,
         dtype: opt.Dtype = None,
@@ -191,6 +193,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             options=opt.chosen(chosen, values, context) if chosen else {},
             weights=parse_weights(values["weight"] or ()),
             vary=tuple(values["vary"] or ()),
+            rule=tuple(values["rule"] or ()),
             disentangle=values["disentangle"],
             disentangle_options=_front_options(fronts, values),
             rest=values["rest"],
@@ -297,7 +300,8 @@ def _run(prepare: Callable[[], Prepared], values: Mapping[str, Any]) -> None:
         manifest = execute(prepared, out, force=force, resume=resume, ready=lambda: checked(target), reporter=bars)
     weights = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors"))
     counts = manifest["tensors"]
-    done = [f"{counts['merged']} tensors merged"]
+    by_rule = [f"{len(part['tensors'])} by {part['method']}" for part in counts["parts"] if part["rule"] is not None]
+    done = [f"{counts['merged']} tensors merged" + (f" ({', '.join(by_rule)})" if by_rule else "")]
     done += [f"{counts['rest']} by {manifest['recipe']['rest']}"] if counts["rest"] else []
     done += [f"{len(counts['copied'])} copied from the base"] if counts["copied"] else []
     lines: list[str | Table] = [

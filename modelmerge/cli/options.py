@@ -132,6 +132,15 @@ Vary = Annotated[
         rich_help_panel=SHARED_PANEL,
     ),
 ]
+Rule = Annotated[
+    list[str] | None,
+    typer.Option(
+        help='Another method for tensors of such names: "*attn*=tsv-m scale=0.8". Repeatable; the first that takes a '
+        "tensor counts, and what none takes goes by the command's own method.",
+        metavar="GLOB=METHOD [OPTION=V]...",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 Disentangle = Annotated[
     str | None,
     typer.Option(

@@ -17,6 +17,7 @@ from modelmerge.engine.adapting import Adapted, adapt, adapted_bytes, adapted_me
 from modelmerge.engine.job import (
     Findings,
     Job,
+    Part,
     Source,
     beyond_device,
     bytes_read,
@@ -35,6 +36,7 @@ __all__ = [
     "Adapted",
     "Findings",
     "Job",
+    "Part",
     "Source",
     "adapt",
     "adapted_bytes",

@@ -14,7 +14,7 @@ from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.checkpoint.layout import Entry
 from modelmerge.engine.front import fit
 from modelmerge.engine.job import PROCESS_BYTES, SMALL, Findings, Job, prepare_process, threads, unfolding
-from modelmerge.engine.merging import merged_vector, surveyed
+from modelmerge.engine.merging import merged_vector, surveyed, unchecked
 from modelmerge.engine.rounding import squared
 from modelmerge.engine.stream import TORCH_DTYPES, as_bytes, known_factors, loaded, piece_bytes, rounded, whole
 from modelmerge.methods import _linalg
@@ -68,17 +68,17 @@ def adapt(
     """
     prepare_process()
     plan, adapted = job.plan, Adapted()
-    todo = [t for t in plan.in_order() if t.action != "copy" and t.numel]
+    todo = [tensor for tensor in job.merged() if tensor.numel]
     # What has no place is found out first: not at the end of a long merge.
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
     front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
-    measured = surveyed(job, job.survey, front, job.surveyed(), reporter) if job.survey else None
+    measured = surveyed(job, front, reporter)
     reporter.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
     kept: set[str] = set()  # tensors that changed and are not low-rank
     for tensor in todo:
         role = table[tensor.name]
-        piece, theta_0, taus = whole(job.source, tensor, check=job.survey is None or tensor.action == "rest")
+        piece, theta_0, taus = whole(job.source, tensor, check=unchecked(job, tensor))
         theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
             if front is not None:
@@ -161,12 +161,12 @@ def _spool(adapted: Adapted, name: str, dtype: str, values: Tensor, shape: tuple
 def adapted_memory(job: Job, wanted: Size) -> dict[str, int]:
     """The most anonymous memory that `adapt` needs, in bytes, `host` and `device`."""
     tasks, plan = len(job.plan.experts), job.plan
-    todo = [t for t in plan.tensors.values() if t.action != "copy"]
-    method, _ = job.method
+    todo = job.merged()
+    workspace = max(part.method.workspace(tasks) for part in job.parts)
     largest = max((t.numel for t in todo), default=0)
     widest = max((model.stored_bytes(t.name) for t in todo for model in plan.models), default=0)
     # Task vectors, theta_0 and the merged one, the method's own, bytes as stored.
-    merging = int(largest * 4 * (tasks + 2 + method.workspace(tasks))) + 2 * widest + unfolding(plan, largest)
+    merging = int(largest * 4 * (tasks + 2 + workspace)) + 2 * widest + unfolding(plan, largest)
     # The merged one in float64 with its factors, and the eigendecomposition: see `vector_memory`. A small rank of a
     # large matrix needs some vectors of that number.
     splitting = 0

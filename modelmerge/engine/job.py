@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,60 +57,98 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """The tensors of a merge that one method takes.
+
+    Args:
+        name: The method's name.
+        method: The method.
+        options: Its options.
+        tensors: What it merges, in the order of the output's bytes.
+        glob: The names that a rule gave to it; None for the merge's own method and the one for the rest.
+        for_survey: The options as its survey is told them, where something varies.
+    """
+
+    name: str
+    method: Method
+    options: Any
+    tensors: tuple[TensorPlan, ...]
+    glob: str | None = None
+    for_survey: Any = None
+
+    @property
+    def rest(self) -> bool:
+        """Whether it is for what a method for linear layers leaves."""
+        return bool(self.tensors) and self.tensors[0].action == "rest"
+
+    @property
+    def survey(self) -> Survey | None:
+        """The quantity of all its tensors together that the method needs."""
+        return self.method.survey(self.options if self.for_survey is None else self.for_survey)
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether the method takes tensors cut into blocks, anywhere or by rows."""
+        return self.method.blockwise(self.options) or self.by_rows
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the method takes blocks of whole rows only."""
+        return not self.method.blockwise(self.options) and self.method.by_rows(self.options)
+
+    def surveyed(self) -> list[TensorPlan]:
+        """The tensors that count in its survey: those it merges, tied ones once."""
+        return [tensor for tensor in self.tensors if tensor.numel and tensor.twin is None]
+
+    def reads(self) -> float:
+        """How many times its survey reads the task vectors."""
+        return self.survey.reads(sum(tensor.numel for tensor in self.surveyed())) if self.survey else 0.0
+
+
+@dataclass(frozen=True)
 class Job:
     """A merge, ready to run.
 
     Args:
         source: Where the task vectors come from.
-        method: The method with its options.
-        rest: The method for tensors that `method` does not take, with its options, if they are merged at all.
+        parts: The methods, each with the tensors that it merges; together they merge all that is not copied.
         weights: Each expert's weight.
         front: What disentangles the task vectors before they are merged, with its options, if anything.
         seed: The seed of random draws.
-        settings: By tensor, what the method is told instead where something varies.
-        for_survey: The method's options as its survey is told them, where something varies.
+        settings: By tensor, what its method is told instead where something varies.
     """
 
     source: Source
-    method: tuple[Method, Any]
-    rest: tuple[Method, Any] | None
+    parts: tuple[Part, ...]
     weights: tuple[float, ...]
     front: tuple[Disentangler, Any] | None
     seed: int = 0
     settings: Mapping[str, Setting] = field(default_factory=dict)
-    for_survey: Any = None
 
     @property
     def plan(self) -> Plan:
         """What happens to each tensor."""
         return self.source.plan
 
-    @property
-    def survey(self) -> Survey | None:
-        """The whole-model quantity that the method needs."""
-        method, options = self.method
-        return method.survey(options if self.for_survey is None else self.for_survey)
+    @cached_property
+    def _takers(self) -> dict[str, Part]:
+        return {tensor.name: part for part in self.parts for tensor in part.tensors}
 
-    @property
-    def blockwise(self) -> bool:
-        """Whether the method takes tensors cut into blocks, anywhere or by rows."""
-        method, options = self.method
-        return method.blockwise(options) or self.by_rows
+    def part(self, tensor: TensorPlan) -> Part:
+        """The part that merges the tensor."""
+        return self._takers[tensor.name]
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether the method takes blocks of whole rows only."""
-        method, options = self.method
-        return not method.blockwise(options) and method.by_rows(options)
+    def merged(self) -> list[TensorPlan]:
+        """All that is merged, in the order of the output's bytes."""
+        return [tensor for tensor in self.plan.in_order() if tensor.action != "copy"]
 
-    def surveyed(self) -> list[TensorPlan]:
-        """The tensors that count in a whole-model quantity: those the method merges, tied ones once."""
-        return [tensor for tensor in self.plan.select("merge") if tensor.numel and tensor.twin is None]
+    def wholes(self) -> list[TensorPlan]:
+        """The tensors that their method wants whole."""
+        return [tensor for part in self.parts if not part.blockwise for tensor in part.tensors]
 
     def disentangled(self) -> list[TensorPlan]:
         """The tensors whose task vectors are disentangled before they are merged."""
-        chosen = [*self.plan.select("merge"), *self.plan.select("rest")] if self.front else []
-        return [tensor for tensor in chosen if tensor.linear]
+        return [tensor for tensor in self.merged() if tensor.linear] if self.front else []
 
 
 @dataclass(slots=True)
@@ -154,19 +193,14 @@ def default_workers(device: torch.device) -> int:
 
 
 def passes(job: Job) -> float:
-    """How many times task vectors are read: to merge, for the method's survey, and to disentangle."""
-    return 1.0 + _survey_reads(job) + (job.front is not None)
-
-
-def _survey_reads(job: Job) -> float:
-    return job.survey.reads(sum(tensor.numel for tensor in job.surveyed())) if job.survey else 0.0
+    """How many times task vectors are read at most: to merge, for their method's survey, and to disentangle."""
+    return 1.0 + max((part.reads() for part in job.parts), default=0.0) + (job.front is not None)
 
 
 def bytes_read(job: Job, *, streamed: bool = False) -> int:
     """Bytes of tensors that a run reads, all passes counted; or only from models that are streamed."""
-    plan, merged = job.plan, job.plan.select("merge")
-    survey = _survey_reads(job)
-    times = [(1.0, merged), (survey, job.surveyed()), (1.0, plan.select("rest")), (1.0, job.disentangled())]
+    plan = job.plan
+    times = [(1.0, job.merged()), (1.0, job.disentangled()), *((part.reads(), part.surveyed()) for part in job.parts)]
     read = sum(c * plan.stored_bytes(t, experts=True, streamed=streamed) for c, tensors in times for t in tensors)
     return int(read) + sum(plan.stored_bytes(t, experts=False, streamed=streamed) for t in plan.select("copy"))
 
@@ -177,24 +211,23 @@ def peak_memory(job: Job) -> dict[str, int]:
     Mapped files and the page cache are not counted; the run does not need them.
     """
     tasks, plan, device = len(job.plan.experts), job.plan, job.source.device
-    merged = plan.select("merge")
-    method, _ = job.method
-    workspace = method.workspace(tasks)
+    workspace = max((part.method.workspace(tasks) for part in job.parts), default=0.0)
     block = min(job.source.block, max((t.numel for t in plan.tensors.values()), default=0))
-    block = max([block, *(t.row for t in merged if job.by_rows)])
+    block = max([block, *(t.row for part in job.parts if part.by_rows for t in part.tensors)])
     # Bytes per element: task vectors and theta_0; the method's own; a survey's integers; stored bytes in and out.
     per_element = 4 * (tasks + 1) + max(4 * workspace, 24) + 8 + 4
     # A survey's counters: the totals of every worker, and the counters of the block each is at.
-    counters = 2 * tasks * (1 << 16) * 8 if job.survey else 0
+    counters = 2 * tasks * (1 << 16) * 8 if any(part.survey for part in job.parts) else 0
     fitting, kept = front_memory(job.source, job.front, job.disentangled())
     from_factors = unfolding(plan, block)
     streaming = max(int(job.source.workers * (block * per_element + counters + from_factors)), fitting) + kept
     whole = on_device = 0
-    if merged and not job.blockwise:
-        widest = max(model.stored_bytes(t.name) for t in merged for model in plan.models)
-        whole = _whole_bytes(job, merged) + 2 * widest + kept + unfolding(plan, max(t.numel for t in merged))
+    wholes = job.wholes()
+    if wholes:
+        widest = max(model.stored_bytes(t.name) for t in wholes for model in plan.models)
+        whole = _whole_bytes(job, wholes) + 2 * widest + kept + unfolding(plan, max(t.numel for t in wholes))
         left = beyond_device(job)
-        on_device = _whole_bytes(job, [t for t in merged if t.name not in left])
+        on_device = _whole_bytes(job, [t for t in wholes if t.name not in left])
     working = max(streaming, whole)
     on_device = 0 if device.type == "cpu" else max(streaming, on_device)
     return {"host": PROCESS_BYTES + working, "device": on_device}
@@ -211,10 +244,11 @@ def _whole_bytes(job: Job, tensors: Sequence[TensorPlan]) -> int:
     Of those in turn: two as task vectors, one of them in the method's hands, one result. Of those side by side: all
     that with one as task vectors, and what is read of it, for each worker.
     """
-    tasks, (method, _) = len(job.plan.experts), job.method
+    tasks = len(job.plan.experts)
 
     def own(tensor: TensorPlan) -> float:
         """The method's own: copies of the tensor, and squares of its width."""
+        method = job.part(tensor).method
         return tensor.numel * 4 * (method.workspace(tasks) + 1) + 8 * method.squares * _width(tensor, tasks) ** 2
 
     in_turn = [t for t in tensors if not together(job, t)]
@@ -226,10 +260,11 @@ def _whole_bytes(job: Job, tensors: Sequence[TensorPlan]) -> int:
 
 def beyond_device(job: Job) -> frozenset[str]:
     """The tensors whose merge would not fit in the device's free memory beside the next one: the CPU merges those."""
-    if job.source.device.type == "cpu" or job.blockwise:
+    wholes = job.wholes()
+    if job.source.device.type == "cpu" or not wholes:
         return frozenset()
     free = _free_memory(job.source.device) or 0
-    return frozenset(t.name for t in job.plan.select("merge") if _whole_bytes(job, [t, t]) > _USABLE * free)
+    return frozenset(t.name for t in wholes if _whole_bytes(job, [t, t]) > _USABLE * free)
 
 
 def _width(tensor: TensorPlan, tasks: int) -> int:

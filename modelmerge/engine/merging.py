@@ -16,6 +16,7 @@ from modelmerge.engine.job import (
     SMALL,
     Findings,
     Job,
+    Part,
     beyond_device,
     current,
     prepare_process,
@@ -35,7 +36,7 @@ from modelmerge.engine.stream import (
     rounded,
     whole,
 )
-from modelmerge.method import Context, Pass, Survey
+from modelmerge.method import Context, Pass
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
 from modelmerge.vary import Setting
@@ -56,22 +57,20 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     if not todo:
         return findings
     front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
-    merged = job.surveyed()
-    measured = surveyed(job, job.survey, front, merged, reporter) if job.survey else None
+    measured = surveyed(job, front, reporter)
 
-    wholes = [t for t in todo if t.action == "merge" and not job.blockwise]
-    streamed = [t for t in todo if t not in wholes]
+    wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
+    streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
     reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in todo))
 
     def in_rows(tensor: TensorPlan) -> bool:
-        return job.by_rows and tensor.action == "merge"
+        return tensor.action != "copy" and job.part(tensor).by_rows
 
     def merge_piece(piece: Piece, loader: Loader) -> None:
         if piece.tensor.action == "copy":
             data = loader.copy(piece)
         else:
-            # What a survey has read it has checked.
-            theta_0, taus = loader.load(piece, check=job.survey is None or piece.tensor.action == "rest")
+            theta_0, taus = loader.load(piece, check=unchecked(job, piece.tensor))
             if front is not None:
                 front.take_out(piece, taus)
             if in_rows(piece.tensor):
@@ -86,13 +85,28 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     return findings
 
 
-def surveyed(job: Job, survey: Survey, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter) -> Tensor:
-    """What the method's survey concludes from the tensors it will merge."""
-    search = survey.find(sum(tensor.numel for tensor in merged))
+def surveyed(job: Job, front: Front | None, reporter: Reporter) -> dict[str, Tensor]:
+    """By tensor, what its method's survey concludes from all the tensors that the method merges."""
+    found: dict[str, Tensor] = {}
+    for part in job.parts:
+        if part.survey is not None:
+            found |= dict.fromkeys((tensor.name for tensor in part.tensors), _survey(job, part, front, reporter))
+    return found
+
+
+def unchecked(job: Job, tensor: TensorPlan) -> bool:
+    """Whether nobody has looked for NaN and Inf before the merge: a survey does."""
+    return job.part(tensor).survey is None
+
+
+def _survey(job: Job, part: Part, front: Front | None, reporter: Reporter) -> Tensor:
+    assert part.survey is not None, "only what has a survey is surveyed"
+    counted = part.surveyed()
+    search = part.survey.find(sum(tensor.numel for tensor in counted))
     wanted, checked = next(search), False
     while True:
         full = wanted.share == 1
-        total = _one_pass(job, wanted, front, merged, reporter, check=full and not checked)
+        total = _one_pass(job, wanted, front, counted, reporter, check=full and not checked)
         checked = checked or full
         try:
             wanted = search.send(total)
@@ -127,7 +141,7 @@ def _run_whole(
     job: Job,
     front: Front | None,
     tensors: Sequence[TensorPlan],
-    measured: Tensor | None,
+    measured: Mapping[str, Tensor],
     findings: Findings,
     staging: Staging,
     reporter: Reporter,
@@ -142,7 +156,7 @@ def _run_whole(
         return _merged(job, piece, theta_0, taus, measured, findings, factors)
 
     def merge_alone(tensor: TensorPlan) -> None:
-        piece, theta_0, taus = whole(job.source, tensor, check=job.survey is None)
+        piece, theta_0, taus = whole(job.source, tensor, check=unchecked(job, tensor))
         staging.write(tensor.name, 0, as_bytes(merge(piece, theta_0, taus)))
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
@@ -170,7 +184,7 @@ def _run_in_turn(
 
     def fetch(tensor: TensorPlan) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
         with current(device):
-            piece, theta_0, taus = whole(job.source, tensor, check=job.survey is None)
+            piece, theta_0, taus = whole(job.source, tensor, check=unchecked(job, tensor))
             return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
@@ -221,7 +235,7 @@ def _merged(
     piece: Piece,
     theta_0: Tensor,
     taus: Tensor,
-    measured: Tensor | None,
+    measured: Mapping[str, Tensor],
     findings: Findings,
     factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
 ) -> Tensor:
@@ -237,17 +251,13 @@ def merged_vector(
     piece: Piece,
     theta_0: Tensor,
     taus: Tensor,
-    measured: Tensor | None,
+    measured: Mapping[str, Tensor],
     findings: Findings,
     factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
 ) -> Tensor:
     """The piece's merged task vector."""
-    chosen = job.method if piece.tensor.action == "merge" else job.rest
-    assert chosen is not None, "the plan leaves tensors to a method that the job does not name"
-    method, options = chosen
-    setting = job.settings.get(piece.tensor.name) or Setting(options, job.weights, {})
-    if piece.tensor.action == "merge":
-        options = setting.options
+    part = job.part(piece.tensor)
+    setting = job.settings.get(piece.tensor.name) or Setting(part.options, job.weights, {})
 
     def leave_out(expert: int, reason: str) -> None:
         findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
@@ -257,11 +267,11 @@ def merged_vector(
 
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
-        experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
-        base=theta_0 if method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
+        experts=tuple(expert.name for expert in job.plan.experts), measured=measured.get(piece.tensor.name),
+        base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip
-    delta = method.apply(taus, options, context)
+    delta = part.method.apply(taus, setting.options, context)
     if piece.tensor.rows is not None:
         delta = delta.contiguous()
         delta.view(-1)[max(piece.tensor.common - piece.start, 0) :] = 0

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from modelmerge import engine, mergekit, method, plan
+from modelmerge import engine, mergekit, method, plan, rules
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.reader import Checkpoint
@@ -19,7 +19,7 @@ from modelmerge.checkpoint.writer import CARD, Staging, companions
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
-from modelmerge.vary import parse, settle, surveyed
+from modelmerge.vary import Share, parse, settle, surveyed
 from modelmerge.verbs import adapted
 from modelmerge.verbs.auto import AUTO, choose
 from modelmerge.verbs.inputs import (
@@ -69,6 +69,7 @@ class Prepared:
         told = {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
+            "parts": _told_parts(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "passes": engine.passes(self.job),
             "bytes": {"read": engine.bytes_read(self.job), "write": written},
@@ -90,6 +91,7 @@ def merge(
     disentangle: str | None = None,
     disentangle_options: Mapping[str, Any] | None = None,
     vary: Sequence[str] = (),
+    rule: Sequence[str] = (),
     rest: str | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
@@ -116,6 +118,8 @@ def merge(
         disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
         disentangle_options: Its options.
         vary: Numbers that differ between experts, tensors or layers, `[EXPERT:]OPTION=V[,V...][@GLOB]` each.
+        rule: Methods of their own for some tensors, `GLOB=METHOD [OPTION=V ...]` each; the first that takes a tensor
+            counts, and `method` merges what no rule takes.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
             the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
@@ -139,9 +143,9 @@ def merge(
     """
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
-        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary), rest=rest,
-        dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-        max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
+        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary),
+        rule=tuple(rule), rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude),
+        on_mismatch=on_mismatch, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
     prepared = prepare(recipe, device=device, stream=stream)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
@@ -213,37 +217,32 @@ def prepare(
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
     _check_choices(recipe)
     adapted.size_of(recipe)
-    if chosen.most_experts is not None and len(recipe.experts) > chosen.most_experts:
-        many = "one expert" if chosen.most_experts == 1 else f"{chosen.most_experts} experts at most"
-        raise UsageError(
-            f"'{recipe.method}' takes {many}, and {len(recipe.experts)} are named",
-            hint="`modelmerge merge` lists the methods that take any number",
-        )
+    given = [rules.parse(told) for told in recipe.rule]
+    _refuse_many_experts({recipe.method: chosen, **{rule.name: rule.method for rule in given}}, len(recipe.experts))
     if recipe.rest is None and chosen.matrices:
         recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
     left = recipe.rest or "base"
     base, experts = opened or open_models(recipe.base, recipe.experts)
-    weights = _weights(recipe, [expert.name for expert in experts])
+    names = [expert.name for expert in experts]
+    weights = _weights(recipe, names)
     made = plan.make_plan(
-        base, experts, matrices=chosen.matrices, rest=left,
+        base, experts, matrices=chosen.matrices, rest=left, rules=given,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
-    rest = None
-    if left != "base":
-        rest_method = method.load(left)
-        rest = (rest_method, rest_method.options())
-    variations, names = [parse(told) for told in recipe.vary], [expert.name for expert in experts]
-    tensors = [tensor.name for tensor in (*made.select("merge"), *made.select("rest"))]
-    settings = settle(variations, (recipe.method, chosen, options), weights, names, tensors)
-    for tensor, setting in settings.items():
-        if abs(sum(setting.weights)) < 1e-8 and _normalises(recipe):
-            raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
-    job = engine.Job(
-        source_of(made, device), (chosen, options), rest, weights, front, recipe.seed, settings,
-        surveyed(variations, options, names) if variations else None,
-    )  # fmt: skip
+    parts = _parts(made, engine.Part(recipe.method, chosen, options, ()), given, left)
+    variations = [parse(told) for told in recipe.vary]
+    shares = [Share(p.name, p.method, p.options, tuple(t.name for t in p.tensors), rest=p.rest) for p in parts]
+    settings = settle(variations, shares, weights, names)
+    for part, share in zip(parts, shares, strict=True):
+        for tensor in (name for name in share.tensors if part.method.normalises and name in settings):
+            if abs(sum(settings[tensor].weights)) < 1e-8:
+                raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
+    if variations:
+        told_apart = (surveyed(variations, share, names) for share in shares)
+        parts = [dataclasses.replace(part, for_survey=told) for part, told in zip(parts, told_apart, strict=True)]
+    job = engine.Job(source_of(made, device), tuple(parts), weights, front, recipe.seed, settings)
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -253,10 +252,34 @@ def prepare(
         base=_pinned(recipe.base, base),
         experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
+        rule=tuple(map(str, given)),
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
     return Prepared(complete, job, dict(recorded or {}), remarks, stream)
+
+
+def _refuse_many_experts(methods: Mapping[str, method.Method], experts: int) -> None:
+    for name, chosen in methods.items():
+        if chosen.most_experts is not None and experts > chosen.most_experts:
+            many = "one expert" if chosen.most_experts == 1 else f"{chosen.most_experts} experts at most"
+            raise UsageError(
+                f"'{name}' takes {many}, and {experts} are named",
+                hint="`modelmerge merge` lists the methods that take any number",
+            )
+
+
+def _parts(made: plan.Plan, own: engine.Part, given: Sequence[rules.Rule], left: str) -> list[engine.Part]:
+    """The methods with the tensors they merge: the merge's own, those of the rules, and the one for what is left."""
+    merged = made.select("merge")
+    found = [dataclasses.replace(own, tensors=tuple(t for t in merged if t.rule is None))]
+    for place, rule in enumerate(given):
+        taken = tuple(tensor for tensor in merged if tensor.rule == place)
+        found.append(engine.Part(rule.name, rule.method, rule.options, taken, rule.tensors))
+    if left != "base":
+        other = method.load(left)
+        found.append(engine.Part(left, other, other.options(), tuple(made.select("rest"))))
+    return [part for part in found if part.tensors]
 
 
 def _pinned(text: str, model: Checkpoint) -> str:
@@ -342,7 +365,8 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
 
 def _normalises(recipe: Recipe) -> bool:
     """Whether a method of the recipe divides by the sum of the weights."""
-    return any(method.load(name).normalises for name in (recipe.method, recipe.rest or "base") if name != "base")
+    names = (recipe.method, *(rules.parse(told).name for told in recipe.rule), recipe.rest or "base")
+    return any(method.load(name).normalises for name in names if name != "base")
 
 
 def _refuse_changed(
@@ -398,22 +422,31 @@ def _rounding(job: engine.Job, findings: engine.Findings) -> dict[str, Any] | No
     }
 
 
+def _told_parts(job: engine.Job) -> list[dict[str, Any]]:
+    """Which method merges what."""
+    return [
+        {"method": part.name, "rule": part.glob, "tensors": [tensor.name for tensor in part.tensors]}
+        for part in job.parts
+    ]
+
+
 def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
     job, recipe = prepared.job, prepared.recipe
-    methods = []
+    front = None
     if job.front is not None:
         assert recipe.disentangle is not None, "the job's front comes from the recipe"
-        summary = method.summary(recipe.disentangle, "disentangle")
-        methods.append(_applied(recipe.disentangle, summary, job.front, f"{recipe.disentangle}-"))
-    methods.append(_applied(recipe.method, method.summary(recipe.method), job.method))
+        front = _applied(recipe.disentangle, "disentangle", job.front[0], recipe.disentangle_options)
+    methods = [_applied(recipe.method, "merge", method.load(recipe.method), recipe.options)]
+    for part in job.parts:  # a rule is told with its options among the settings
+        if part.glob is not None and part.name not in [source.name for source in methods]:
+            methods.append(_applied(part.name, "merge", part.method, {}))
     defaults = Recipe(method="", base="", experts=())
-    settings = {
-        name: getattr(recipe, name) for name in ("vary", "rest", "dtype", "include", "exclude", "seed", "as_lora")
-    }
+    told = ("vary", "rule", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    settings = {name: getattr(recipe, name) for name in told}
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
-        methods=methods,
+        methods=methods, front=front,
         settings={
             f"--{name.replace('_', '-')}": value for name, value in settings.items() if value != getattr(defaults, name)
         },
@@ -423,13 +456,16 @@ def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
 
 
 def _applied(
-    name: str, summary: str, chosen: tuple[method.Method | method.Disentangler, Any], prefix: str = ""
+    name: str,
+    kind: Literal["merge", "disentangle"],
+    chosen: method.Method | method.Disentangler,
+    options: Mapping[str, Any],
 ) -> card.Source:
     """A method as the card tells it, its options as they are typed."""
-    what, options = chosen
-    told = {f"--{prefix}{key.replace('_', '-')}": value for key, value in dataclasses.asdict(options).items()}
-    bibtex = what.citation.bibtex(what.paper) if what.citation else ""
-    return card.Source(name=name, summary=summary, paper=what.paper, bibtex=bibtex, options=told)
+    prefix = f"{name}-" if kind == "disentangle" else ""
+    told = {f"--{prefix}{key.replace('_', '-')}": value for key, value in options.items()}
+    bibtex = chosen.citation.bibtex(chosen.paper) if chosen.citation else ""
+    return card.Source(name=name, summary=method.summary(name, kind), paper=chosen.paper, bibtex=bibtex, options=told)
 
 
 def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
@@ -469,6 +505,7 @@ def _manifest(
         "tensors": {
             "merged": sum(t.action == "merge" for t in tensors),
             "rest": sum(t.action == "rest" for t in tensors),
+            "parts": _told_parts(job),
             "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
