@@ -29,7 +29,7 @@ from modelmerge.engine.job import (
     threads,
     vector_memory,
 )
-from modelmerge.engine.merging import run
+from modelmerge.engine.merging import run, run_scaled
 from modelmerge.engine.rounding import stored_narrow
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "peak_memory",
     "refuse_too_large",
     "run",
+    "run_scaled",
     "stored_narrow",
     "threads",
     "vector_memory",

@@ -100,6 +100,9 @@ def merge(
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
+    search: Mapping[str, Sequence[Any] | str] | None = None,
+    on: Sequence[str] = (),
+    metric: Callable[..., Any] | str | None = None,
     device: str = "auto",
     stream: bool = False,
     force: bool = False,
@@ -131,6 +134,11 @@ def merge(
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
             this share of its squared norm.
+        search: By option of the method, values to choose from by measuring, `{"scale": [0.2, 0.3]}` or
+            `{"scale": "0.1:1.0:0.1"}`; all combinations are merged, the best is kept, and the manifest has all results
+            in `search`.
+        on: What `search` measures with: `custom:FILE:FUNCTION`, `clip:TASK`, `lm:TASK`, with settings behind commas.
+        metric: A function that `search` measures with, or `FILE:FUNCTION`; see `evaluate`.
         device: cpu, cuda, cuda:N or auto.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
@@ -147,6 +155,14 @@ def merge(
         rule=tuple(rule), rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude),
         on_mismatch=on_mismatch, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
+    if search is not None or on or metric is not None:
+        from modelmerge.verbs.search import execute_search, prepare_search
+
+        axes = search or {}
+        if twice := sorted(options.keys() & axes.keys()):
+            raise UsageError(f"'{twice[0]}' is given and searched: one of them")
+        searching = prepare_search(recipe, axes, on, metric, device=device, stream=stream)
+        return execute_search(searching, Path(out), force=force, resume=resume, reporter=reporter)
     prepared = prepare(recipe, device=device, stream=stream)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
@@ -197,17 +213,19 @@ def prepare(
     recorded: Mapping[str, str] | None = None,
     remarks: Sequence[str] = (),
     stream: bool = False,
+    opened: tuple[Checkpoint, tuple[Checkpoint, ...]] | None = None,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
+
+    `opened` are the base and the experts, where they have been opened before.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
     """
-    opened = None
     if recipe.method == AUTO:
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
-        opened = open_models(recipe.base, recipe.experts)
+        opened = opened or open_models(recipe.base, recipe.experts)
         choice = choose(opened[1])
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
         told = "".join(f" --{name} {value}" for name, value in choice.options.items())
@@ -316,23 +334,48 @@ def execute(
             fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
             small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
             findings = engine.run(job, staging, reporter) if small is None else small.findings
-            digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
-            _refuse_changed(prepared.recorded, job.plan.models, digests)
-            for name, file in companions(job.plan.base.directory if size is None else None).items():
-                staging.write_file(name, file)
-            notes = [*prepared.remarks, *_notes(job, findings), *([adapted.note(small)] if small else [])]
-            for note in notes:
+            manifest = complete(prepared, out, staging, findings, small, time.monotonic() - started)
+            for note in manifest["notes"]:
                 reporter.note(note)
-            staging.write_file(CARD, _card(prepared, out, notes).encode())
-            staging.write_indices()
-            manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
-            manifest["fingerprint"] = determined_by
-            if small is not None:
-                manifest["adapter"] = adapted.report(small)
-            staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
+            staging.publish(as_file(manifest))
         return manifest
     finally:
         prepared.close()
+
+
+def complete(
+    prepared: Prepared,
+    out: Path,
+    staging: Staging,
+    findings: engine.Findings,
+    small: engine.Adapted | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Write what goes beside the weights that a merge has written, but for the manifest, which is returned.
+
+    Raises:
+        RecipeError: An input is not what the recipe was made with.
+        CheckpointError: An input has changed since it was opened.
+        OutputError: A file cannot be written.
+    """
+    job = prepared.job
+    digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
+    _refuse_changed(prepared.recorded, job.plan.models, digests)
+    for name, file in companions(job.plan.base.directory if small is None else None).items():
+        staging.write_file(name, file)
+    notes = [*prepared.remarks, *_notes(job, findings), *([adapted.note(small)] if small else [])]
+    staging.write_file(CARD, write_card(prepared, out, notes))
+    staging.write_indices()
+    manifest = _manifest(prepared, out, digests, findings, notes, staging, seconds)
+    manifest["fingerprint"] = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
+    if small is not None:
+        manifest["adapter"] = adapted.report(small)
+    return manifest
+
+
+def as_file(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it lies on the disk."""
+    return (json.dumps(manifest, indent=2) + "\n").encode()
 
 
 def _check_choices(recipe: Recipe) -> None:
@@ -430,7 +473,8 @@ def _told_parts(job: engine.Job) -> list[dict[str, Any]]:
     ]
 
 
-def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
+def write_card(prepared: Prepared, out: Path, notes: Sequence[str]) -> bytes:
+    """The model card of a merge, as it lies on the disk."""
     job, recipe = prepared.job, prepared.recipe
     front = None
     if job.front is not None:
@@ -452,7 +496,7 @@ def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
         },
         command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
         versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
-    )  # fmt: skip
+    ).encode()  # fmt: skip
 
 
 def _applied(
