@@ -121,6 +121,11 @@ def layers(names: Iterable[str]) -> dict[str, int]:
     return dict(found)
 
 
+def layered(name: str) -> bool:
+    """Whether a tensor lies in a numbered layer."""
+    return _LAYER.search(name) is not None
+
+
 def depths(names: Sequence[str]) -> dict[str, float]:
     """How deep each tensor lies: 0 in the first layer, 1 in the last (and in an only one), 0 outside all layers."""
     count, found = layers(names), {}

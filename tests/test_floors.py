@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "modelmerge"
 # From the ground up; a name is a module or a package of modelmerge.
 FLOORS = (
-    "errors", "report", "checkpoint", "method", "methods", "vary", "rules", "plan", "engine", "recipe", "mergekit",
-    "presets", "digits", "suites", "charts", "verbs", "cli", "__main__",
+    "errors", "report", "checkpoint", "method", "methods", "vary", "scaling", "rules", "plan", "engine", "recipe",
+    "mergekit", "presets", "digits", "suites", "charts", "verbs", "cli", "__main__",
 )  # fmt: skip
 # What the mathematics may import besides the contract: no files, no devices, no command line.
 MATHEMATICS = {"__future__", "torch", "math", "dataclasses", "typing", "collections", "hashlib", "modelmerge"}

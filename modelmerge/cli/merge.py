@@ -168,6 +168,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         weight: opt.Weight = None,
         vary: opt.Vary = None,
         rule: opt.Rule = None,
+        layer_scale: opt.LayerScale = None,
         disentangle: opt.Disentangle = None,
         rest: opt.Rest = None,
         dtype: opt.Dtype = None,
@@ -194,6 +195,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             weights=parse_weights(values["weight"] or ()),
             vary=tuple(values["vary"] or ()),
             rule=tuple(values["rule"] or ()),
+            layer_scale=values["layer_scale"],
             disentangle=values["disentangle"],
             disentangle_options=_front_options(fronts, values),
             rest=values["rest"],
@@ -336,6 +338,9 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
         f"[bold]{head}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
         counted,
     ]
+    if plan.get("layer_scale"):
+        low, high = min(plan["layer_scale"].values()), max(plan["layer_scale"].values())
+        lines.append(f"task vectors times {low:g} to {high:g}, by layer")
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))

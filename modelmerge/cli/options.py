@@ -17,6 +17,7 @@ METHOD_PANEL = "Options of the method"
 SHARED_PANEL = "Options of every merge"
 PRINT_PANEL = "What is printed"
 HUB_PANEL = "The Hugging Face Hub"
+SEARCH_PANEL = "Search"
 
 Output = Annotated[
     str, typer.Option("-o", "--output", help="Directory for the result.", metavar="DIR", rich_help_panel=SHARED_PANEL)
@@ -139,6 +140,36 @@ Rule = Annotated[
         "tensor counts, and what none takes goes by the command's own method.",
         metavar="GLOB=METHOD [OPTION=V]...",
         rich_help_panel=SHARED_PANEL,
+    ),
+]
+LayerScale = Annotated[
+    str | None,
+    typer.Option(
+        help="Factors on all task vectors, from the first layer to the last (0.5,1.2), or a JSON or YAML file: a list "
+        "over the layers, or {GLOB: factor or list}.",
+        metavar="V,V[,V...]|FILE",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
+Search = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--search",
+        help="Merge with each of these values, measure by --on, and keep the best: scale=0.1:1.0:0.1 (start, last, "
+        "step), scale=0.2,0.5, reduce=sum,mean. Repeatable: all combinations. Of equal ones the first.",
+        metavar="OPTION=VALUES",
+        rich_help_panel=SEARCH_PANEL,
+    ),
+]
+On = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--on",
+        help="What --search measures with: custom:FILE:FUNCTION, clip:TASK or clip:DATA, lm:TASK; behind commas the "
+        "settings of that suite in `eval`, as in clip:svhn,limit=500. clip and lm look at a validation split, or else "
+        "at the training split. Repeatable: the mean over all tasks counts.",
+        metavar="SUITE:WHAT[,SETTING=V...]",
+        rich_help_panel=SEARCH_PANEL,
     ),
 ]
 Disentangle = Annotated[

@@ -12,11 +12,11 @@ from torch import Tensor
 from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_change
 from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.checkpoint.layout import Entry
-from modelmerge.engine.front import fit
+from modelmerge.engine.given import give
 from modelmerge.engine.job import PROCESS_BYTES, SMALL, Findings, Job, prepare_process, threads, unfolding
-from modelmerge.engine.merging import merged_vector, surveyed, unchecked
+from modelmerge.engine.merging import merged_vector
 from modelmerge.engine.rounding import squared
-from modelmerge.engine.stream import TORCH_DTYPES, as_bytes, known_factors, loaded, piece_bytes, rounded, whole
+from modelmerge.engine.stream import TORCH_DTYPES, as_bytes, loaded, piece_bytes, rounded, whole
 from modelmerge.methods import _linalg
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
@@ -72,19 +72,16 @@ def adapt(
     # What has no place is found out first: not at the end of a long merge.
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
-    front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
-    measured = surveyed(job, front, reporter)
+    given = give(job, reporter)
     reporter.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
     kept: set[str] = set()  # tensors that changed and are not low-rank
     for tensor in todo:
         role = table[tensor.name]
-        piece, theta_0, taus = whole(job.source, tensor, check=unchecked(job, tensor))
+        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
         theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
-            if front is not None:
-                front.take_out(piece, taus)
-            factors = known_factors(job.source, tensor) if front is None else None
-            delta = merged_vector(job, piece, theta_0, taus, measured, adapted.findings, factors)
+            given.ready(piece, taus)
+            delta = merged_vector(given, piece, theta_0, taus, adapted.findings, given.factors(tensor))
             del taus
             square = squared(delta)
             if square and role.kind == "no place":

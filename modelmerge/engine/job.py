@@ -116,6 +116,7 @@ class Job:
         front: What disentangles the task vectors before they are merged, with its options, if anything.
         seed: The seed of random draws.
         settings: By tensor, what its method is told instead where something varies.
+        scales: By tensor, the factor on the task vectors before anything but disentangling, where it is not 1.
     """
 
     source: Source
@@ -124,6 +125,7 @@ class Job:
     front: tuple[Disentangler, Any] | None
     seed: int = 0
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:

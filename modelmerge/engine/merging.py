@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +11,11 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.writer import Staging
-from modelmerge.engine.front import Front, fit
+from modelmerge.engine.given import Factors, Given, give
 from modelmerge.engine.job import (
-    SAMPLE_RUN,
     SMALL,
     Findings,
     Job,
-    Part,
     beyond_device,
     current,
     prepare_process,
@@ -32,13 +29,12 @@ from modelmerge.engine.stream import (
     as_bytes,
     in_parallel,
     item_bytes,
-    known_factors,
     piece_bytes,
     pieces,
     rounded,
     whole,
 )
-from modelmerge.method import Context, Pass
+from modelmerge.method import Context
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
 from modelmerge.vary import Setting
@@ -112,8 +108,7 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
         output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return
-    front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
-    measured = surveyed(job, front, reporter)
+    given = give(job, reporter)
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
@@ -128,91 +123,29 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
             for output in outputs:
                 output.write(piece, data)
         else:
-            theta_0, taus = loader.load(piece, check=unchecked(job, piece.tensor))
-            if front is not None:
-                front.take_out(piece, taus)
+            theta_0, taus = loader.load(piece, check=given.unchecked(piece.tensor))
+            given.ready(piece, taus)
             if in_rows(piece.tensor):
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
-            for output, data in _merged(job, piece, theta_0, taus, measured, outputs):
+            for output, data in _merged(given, piece, theta_0, taus, outputs):
                 output.write(piece, data)
         reporter.advance(piece_bytes(plan, piece), piece.tensor.name)
 
     cut = [piece for t in streamed for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
     in_parallel(job.source, cut, merge_piece)
-    _run_whole(job, front, wholes, measured, outputs, reporter)
+    _run_whole(given, wholes, outputs, reporter)
 
 
-def surveyed(job: Job, front: Front | None, reporter: Reporter) -> dict[str, Tensor]:
-    """By tensor, what its method's survey concludes from all the tensors that the method merges."""
-    found: dict[str, Tensor] = {}
-    for part in job.parts:
-        if part.survey is not None:
-            found |= dict.fromkeys((tensor.name for tensor in part.tensors), _survey(job, part, front, reporter))
-    return found
-
-
-def unchecked(job: Job, tensor: TensorPlan) -> bool:
-    """Whether nobody has looked for NaN and Inf before the merge: a survey does."""
-    return job.part(tensor).survey is None
-
-
-def _survey(job: Job, part: Part, front: Front | None, reporter: Reporter) -> Tensor:
-    assert part.survey is not None, "only what has a survey is surveyed"
-    counted = part.surveyed()
-    search = part.survey.find(sum(tensor.numel for tensor in counted))
-    wanted, checked = next(search), False
-    while True:
-        full = wanted.share == 1
-        total = _one_pass(job, wanted, front, counted, reporter, check=full and not checked)
-        checked = checked or full
-        try:
-            wanted = search.send(total)
-        except StopIteration as found:
-            measured: Tensor = found.value
-            return measured
-
-
-def _one_pass(
-    job: Job, wanted: Pass, front: Front | None, merged: Sequence[TensorPlan], reporter: Reporter, *, check: bool
-) -> Tensor:
-    sampled = wanted.share > 1
-    runs = list(pieces(merged, SAMPLE_RUN if sampled else job.source.block, sampled=sampled))[:: wanted.share]
-    reporter.stage("sampling" if sampled else "measuring", sum(piece_bytes(job.plan, run) for run in runs))
-    parts: dict[int, Tensor] = {}  # one running total per worker
-
-    def add(piece: Piece, loader: Loader) -> None:
-        _, taus = loader.load(piece, check=check)
-        if front is not None:
-            front.take_out(piece, taus)
-        mine = threading.get_ident()
-        if mine not in parts:
-            parts[mine] = taus.new_zeros((len(taus), wanted.counters), dtype=torch.int64)
-        wanted.measure(taus, parts[mine])
-        reporter.advance(piece_bytes(job.plan, piece), piece.tensor.name)
-
-    in_parallel(job.source, runs, add)
-    return torch.stack(list(parts.values())).sum(0)
-
-
-def _run_whole(
-    job: Job,
-    front: Front | None,
-    tensors: Sequence[TensorPlan],
-    measured: Mapping[str, Tensor],
-    outputs: Sequence[_Output],
-    reporter: Reporter,
-) -> None:
+def _run_whole(given: Given, tensors: Sequence[TensorPlan], outputs: Sequence[_Output], reporter: Reporter) -> None:
     """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
+    job = given.job
 
     def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Iterator[tuple[_Output, Tensor]]:
-        if front is not None:
-            front.take_out(piece, taus)
-        # What a front has changed is no product any more.
-        factors = known_factors(job.source, piece.tensor) if front is None else None
-        return _merged(job, piece, theta_0, taus, measured, outputs, factors)
+        given.ready(piece, taus)
+        return _merged(given, piece, theta_0, taus, outputs, given.factors(piece.tensor))
 
     def merge_alone(tensor: TensorPlan) -> None:
-        piece, theta_0, taus = whole(job.source, tensor, check=unchecked(job, tensor))
+        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
         for output, data in merge(piece, theta_0, taus):
             output.write(piece, data)
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
@@ -225,22 +158,23 @@ def _run_whole(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # an error ends the others, too
-    _run_in_turn(job, [tensor for tensor in tensors if not together(job, tensor)], merge, reporter)
+    _run_in_turn(given, [tensor for tensor in tensors if not together(job, tensor)], merge, reporter)
 
 
 def _run_in_turn(
-    job: Job,
+    given: Given,
     tensors: Sequence[TensorPlan],
     merge: Callable[[Piece, Tensor, Tensor], Iterator[tuple[_Output, Tensor]]],
     reporter: Reporter,
 ) -> None:
     """Merge tensors one after the other: read one ahead, write one behind."""
+    job = given.job
     device, left = job.source.device, beyond_device(job)
     sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(tensor: TensorPlan) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
         with current(device):
-            piece, theta_0, taus = whole(job.source, tensor, check=unchecked(job, tensor))
+            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
             return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
@@ -287,16 +221,15 @@ def _sent(theta_0: Tensor, taus: Tensor, stream: torch.cuda.Stream | None) -> tu
 
 
 def _merged(
-    job: Job,
+    given: Given,
     piece: Piece,
     theta_0: Tensor,
     taus: Tensor,
-    measured: Mapping[str, Tensor],
     outputs: Sequence[_Output],
-    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
+    factors: Factors | None = None,
 ) -> Iterator[tuple[_Output, Tensor]]:
     """The piece's merged values, flat, as each output will store them; `theta_0` is used up."""
-    found = merged_vector(job, piece, theta_0, taus, measured, outputs[0].findings, factors)
+    found = merged_vector(given, piece, theta_0, taus, outputs[0].findings, factors)
     for output in outputs:
         factor, rounding = output.factors.get(piece.tensor.name), output.findings.rounding
         delta = found if factor is None else found * factor
@@ -307,15 +240,10 @@ def _merged(
 
 
 def merged_vector(
-    job: Job,
-    piece: Piece,
-    theta_0: Tensor,
-    taus: Tensor,
-    measured: Mapping[str, Tensor],
-    findings: Findings,
-    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
+    given: Given, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
 ) -> Tensor:
     """The piece's merged task vector."""
+    job = given.job
     part = job.part(piece.tensor)
     setting = job.settings.get(piece.tensor.name) or Setting(part.options, job.weights, {})
 
@@ -327,7 +255,7 @@ def merged_vector(
 
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
-        experts=tuple(expert.name for expert in job.plan.experts), measured=measured.get(piece.tensor.name),
+        experts=tuple(expert.name for expert in job.plan.experts), measured=given.measured.get(piece.tensor.name),
         base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip

@@ -99,15 +99,14 @@ def apgd_gaps(taus: Tensor, base: Tensor, tensor: str) -> tuple[float, float]:
     `base` is `theta_0` [m, n].
     """
     options = apgd.Options()
-    norms = torch.linalg.vector_norm(taus, dim=(1, 2), dtype=torch.float64).tolist()
-    active = [i for i, norm in enumerate(norms) if norm > _presence.NEGLIGIBLE * max(norms)]
-    if not active:
+    context = Context(tensor=tensor, weights=(1.0,) * len(taus), base=base.float())
+    changed = _presence.changed(taus, context)
+    if not changed:
         return 0.0, 0.0
-    even = [1.0] * len(taus)
-    vectors = taus[active]
-    lambdas = apgd.task_lambdas(vectors, [norms[i] for i in active], even[: len(active)], options)
+    vectors = taus[list(changed)]
+    lambdas = apgd.task_lambdas(vectors, list(changed.values()), [1.0] * len(changed), options)
     start = torch.tensordot(torch.tensor(lambdas, dtype=taus.dtype, device=taus.device), vectors, dims=1)
-    solved = apgd.apply(taus, options, Context(tensor=tensor, weights=tuple(even), base=base.float()))
+    solved = apgd.apply(taus, options, context)
     return gap(taus, start), gap(taus, solved)
 
 

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from modelmerge import engine, mergekit, method, plan, rules
+from modelmerge import engine, mergekit, method, plan, rules, scaling
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.reader import Checkpoint
@@ -71,6 +71,7 @@ class Prepared:
             "disentangle": self.recipe.disentangle,
             "parts": _told_parts(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
+            "layer_scale": dict(self.job.scales),
             "passes": engine.passes(self.job),
             "bytes": {"read": engine.bytes_read(self.job), "write": written},
             "peak_memory": engine.peak_memory(self.job),
@@ -92,6 +93,7 @@ def merge(
     disentangle_options: Mapping[str, Any] | None = None,
     vary: Sequence[str] = (),
     rule: Sequence[str] = (),
+    layer_scale: str | Path | Sequence[float] | Mapping[str, Any] | None = None,
     rest: str | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
@@ -123,6 +125,8 @@ def merge(
         vary: Numbers that differ between experts, tensors or layers, `[EXPERT:]OPTION=V[,V...][@GLOB]` each.
         rule: Methods of their own for some tensors, `GLOB=METHOD [OPTION=V ...]` each; the first that takes a tensor
             counts, and `method` merges what no rule takes.
+        layer_scale: Factors on the task vectors: over the layers, first to last, or by glob of tensor names, or both;
+            or `V[,V...]`, JSON, or a JSON or YAML file of such.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
             the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
@@ -152,7 +156,8 @@ def merge(
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary),
-        rule=tuple(rule), rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude),
+        rule=tuple(rule), layer_scale=scaling.typed(layer_scale), rest=rest, dtype=dtype, include=tuple(include),
+        exclude=tuple(exclude),
         on_mismatch=on_mismatch, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
     if search is not None or on or metric is not None:
@@ -260,7 +265,9 @@ def prepare(
     if variations:
         told_apart = (surveyed(variations, share, names) for share in shares)
         parts = [dataclasses.replace(part, for_survey=told) for part, told in zip(parts, told_apart, strict=True)]
-    job = engine.Job(source_of(made, device), tuple(parts), weights, front, recipe.seed, settings)
+    scale = scaling.parse(recipe.layer_scale) if recipe.layer_scale is not None else None
+    factors = scale.factors([name for share in shares for name in share.tensors]) if scale is not None else {}
+    job = engine.Job(source_of(made, device), tuple(parts), weights, front, recipe.seed, settings, factors)
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -271,6 +278,7 @@ def prepare(
         experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
         rule=tuple(map(str, given)),
+        layer_scale=None if scale is None else str(scale),
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
@@ -485,7 +493,7 @@ def write_card(prepared: Prepared, out: Path, notes: Sequence[str]) -> bytes:
         if part.glob is not None and part.name not in [source.name for source in methods]:
             methods.append(_applied(part.name, "merge", part.method, {}))
     defaults = Recipe(method="", base="", experts=())
-    told = ("vary", "rule", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    told = ("vary", "rule", "layer_scale", "rest", "dtype", "include", "exclude", "seed", "as_lora")
     settings = {name: getattr(recipe, name) for name in told}
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
@@ -553,6 +561,7 @@ def _manifest(
             "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
+            "layer_scale": dict(job.scales),
             "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
             "tied": {t.name: t.twin for t in tensors if t.twin is not None},
             "figures": dict(sorted(findings.figures.items())),
