@@ -17,6 +17,7 @@ from modelmerge.errors import RecipeError, UsageError
 from modelmerge.vary import written
 
 FORMAT = 1  # of modelmerge.json; counts up when a reader of the old form would misread the new one
+_FOLDERS = re.compile(r"(?:^|(?<=[:=' ]))[/~][^,:=]*/")  # in front of a file's name
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
@@ -123,6 +124,8 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
     for model in (m for each in told["inputs"].values() for m in (each if isinstance(each, list) else [each])):
         if model["path"] in local.values():
             model |= {"reference": model["name"], "path": None}
+    if "search" in told:
+        told["search"]["on"] = placeless(told["search"]["on"])
     if "command" in told:
         # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see Recipe.command
         words = shlex.split(manifest["command"])
@@ -130,6 +133,15 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
             words[place] = model["name"] if model["path"] in local else words[place]
         told["command"] = shlex.join([*words[:-1], Path(words[-1]).name])
     return told
+
+
+def placeless(told: Any) -> Any:
+    """JSON in which files of this machine are named without the folders they lie in."""
+    if isinstance(told, dict):
+        return {key: placeless(value) for key, value in told.items()}
+    if isinstance(told, list):
+        return [placeless(value) for value in told]
+    return _FOLDERS.sub("", told) if isinstance(told, str) else told
 
 
 def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:

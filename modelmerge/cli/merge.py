@@ -13,6 +13,7 @@ from rich.markup import escape
 from modelmerge import method, presets
 from modelmerge.cli import options as opt
 from modelmerge.cli.output import Bars, Format, Sink, size, table
+from modelmerge.cli.search import results
 from modelmerge.errors import UsageError
 from modelmerge.recipe import Recipe, parse_weights
 from modelmerge.verbs.auto import AUTO, SUMMARY
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from modelmerge.checkpoint.push import Target
     from modelmerge.verbs.merge import Prepared
+    from modelmerge.verbs.search import Search
 
 EXAMPLES = (
     "modelmerge merge                                                    (lists the methods)",
@@ -34,6 +36,9 @@ EXAMPLES = (
     "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge apgd --preset clip-b32-8 -o merged",
+    "modelmerge merge ties base math code -o merged --search scale=0.1:1.0:0.1 --on custom:metric.py:accuracy",
+    "modelmerge merge tsv-m base svhn gtsrb -o merged --search scale=0.5:1.5:0.25 --on clip:svhn,limit=500 "
+    "--on clip:gtsrb,limit=500",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
     "modelmerge merge --recipe mergekit.yml -o merged",
 )
@@ -178,6 +183,8 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         max_shard_size: opt.ShardSize = "5GB",
         seed: opt.Seed = 0,
         as_lora: opt.AsLora = None,
+        search: opt.Search = None,
+        on: opt.On = None,
     ) -> None: ...
 
     def run(context: typer.Context, **values: Any) -> None:
@@ -207,6 +214,9 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             seed=values["seed"],
             as_lora=(small.rank or small.energy) if small is not None else None,
         )
+        if values["search"] or values["on"]:
+            _search(recipe, values, context)
+            return
         _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"]), values)
 
     arguments = [opt.of_argument("context", typer.Context)]
@@ -281,11 +291,40 @@ def checked(target: Target | None, *, create: bool = True) -> dict[str, Any] | N
     return check(target, create=create)
 
 
-def _run(prepare: Callable[[], Prepared], values: Mapping[str, Any]) -> None:
-    """Prepare a merge and do what the options say."""
-    from pathlib import Path
+def _search(recipe: Recipe, values: Mapping[str, Any], context: typer.Context) -> None:
+    """Search the values of options, and do what the options say."""
+    import contextlib
+    import sys
 
+    from modelmerge.verbs.search import execute_search, parse_axes, prepare_search
+
+    axes = parse_axes(values["search"] or ())
+    for name in axes:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"{opt.flag(name)} is given, and searched", hint="leave one of them out")
+
+    def execute(search: Search, out: Path, **told: Any) -> dict[str, Any]:
+        with contextlib.redirect_stdout(sys.stderr):  # what a function prints is no result
+            return execute_search(search, out, **told)
+
+    _run(
+        lambda: prepare_search(recipe, axes, values["on"] or (), device=values["device"], stream=values["stream"]),
+        values, execute,
+    )  # fmt: skip
+
+
+def _execute(prepared: Prepared, out: Path, **told: Any) -> dict[str, Any]:
     from modelmerge.verbs.merge import execute
+
+    return execute(prepared, out, **told)
+
+
+def _run(
+    prepare: Callable[[], Any], values: Mapping[str, Any], execute: Callable[..., dict[str, Any]] = _execute
+) -> None:
+    """Prepare a merge or a search and do what the options say."""
+    from pathlib import Path
 
     sink, target, force, resume = sink_of(values), destination(values), values["force"], values["resume"]
     prepared, out = prepare(), Path(values["output"]).expanduser()
@@ -319,6 +358,8 @@ def _run(prepare: Callable[[], Prepared], values: Mapping[str, Any]) -> None:
         )
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
+    if "search" in manifest:
+        lines = [*results(manifest["search"]), *lines]
     finish(sink, target, out, {"output": str(out), "manifest": manifest}, lines)
 
 
@@ -370,6 +411,13 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
         f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
         f"write {size(sizes['write'])}{files}; {peak}"
     )
+    if "search" in plan:
+        found = plan["search"]
+        lines.append(
+            f"{found['candidates']} candidates in {found['merges']} merge{'s' * (found['merges'] != 1)}, each measured "
+            f"on {escape(', '.join(found['on']))}; on the disk {size(found['disk']['all'])} at once, where there is "
+            f"less {size(found['disk']['least'])} at least"
+        )
     if plan["push"]:
         what = [word for word in ("new", "private") if plan["push"][word]]
         what += ["as a pull request"] if plan["push"]["pull_request"] else []

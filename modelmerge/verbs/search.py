@@ -27,7 +27,7 @@ from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.writer import CARD, Staging
 from modelmerge.engine.job import prepare_process
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
-from modelmerge.recipe import Recipe
+from modelmerge.recipe import Recipe, placeless
 from modelmerge.report import SILENT, Reporter
 from modelmerge.suites import _images
 from modelmerge.suites._scores import summarise
@@ -42,6 +42,7 @@ from modelmerge.verbs.merge import Prepared, as_file, complete, prepare, write_c
 _FREE = 0.95  # share of a disk's free bytes that candidates may take
 _MOST = 10_000  # candidates; more are a slip of the keyboard
 _SUITES = ("custom", "clip", "lm")
+_LEFT_OUT = ("items", "ids", "normalised")  # of a score
 _REPORTED = "test"  # the split that `eval` reports where there is one
 
 # What can be said of each suite behind commas, by the words of `eval`: how it is read.
@@ -600,7 +601,7 @@ def _take(candidate: Candidate, scores: Mapping[str, Mapping[str, Any]], measure
             raise UsageError(
                 f"--on {measure.texts[0]}: another --on has a task called '{task}' too", hint="leave one of them out"
             )
-        candidate.scores[task] = {key: value for key, value in told.items() if key not in ("items", "ids")}
+        candidate.scores[task] = {key: value for key, value in told.items() if key not in _LEFT_OUT}
 
 
 def _order(candidates: Sequence[Candidate]) -> Literal[1, -1]:
@@ -685,8 +686,8 @@ def _about(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _note(search: Search, best: Candidate) -> str:
     """What a reader of the result should know of how its values came about."""
-    told, on = _average(best), ", ".join(text for measure in search.measures for text in measure.texts)
+    told, on = _average(best), ", ".join(placeless([text for each in search.measures for text in each.texts]))
     return (
-        f"{best.label} was chosen from {len(search.candidates)} candidates, by {told['average']:.4g} on {on}: a score "
-        "on the items that were chosen by says less than one on others."
+        f"{best.label} was chosen from {len(search.candidates)} candidates, by {told['average']:.4g} on "
+        f"{on}: a score on the items that were chosen by says less than one on others."
     )
