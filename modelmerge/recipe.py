@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -199,5 +200,9 @@ def parse_weights(texts: Sequence[str]) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """The versions that bear on the result's bits."""
-    packages = {name: version(name) for name in ("modelmerge", "torch", "safetensors", "huggingface_hub", "numpy")}
-    return {**packages, "python": platform.python_version()}
+    return {**_packages(), "python": platform.python_version()}
+
+
+@cache  # reading a package's metadata takes milliseconds
+def _packages() -> dict[str, str]:
+    return {name: version(name) for name in ("modelmerge", "torch", "safetensors", "huggingface_hub", "numpy")}

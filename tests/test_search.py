@@ -212,8 +212,9 @@ def test_the_best_value_is_found_written_and_replayed(models: list[Path], capsys
 LINEAR = [name for name in method.names() if any(method.is_linear(method.load(name), o) for o in ("scale",))]
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, None) for name in LINEAR), ("ties", "bfloat16"), ("kron", "bfloat16")]
+)
 def test_one_pass_gives_all_values_to_the_bits_of_plain_merges(
     name: str, dtype: str | None, models: list[Path]
 ) -> None:
