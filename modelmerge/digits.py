@@ -263,6 +263,12 @@ def scores(model: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     }
 
 
+def unlabelled(expert: Any) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """The network and its task's training images, for `merge adamerging --script modelmerge.digits:unlabelled`."""
+    task = load_tasks()[expert.name]
+    return _build(seed=0), (task.train_x, torch.full_like(task.train_y, task.index))
+
+
 def _build(seed: int) -> _Network:
     # Forking keeps the caller's random numbers as they were.
     with torch.random.fork_rng(devices=[]):

@@ -17,12 +17,12 @@ import importlib
 import math
 import sys
 import typing
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from modelmerge.errors import UsageError
 
@@ -91,6 +91,27 @@ class Survey:
     reads: Callable[[int], float]
 
 
+class Finder(Protocol):
+    """Finds a weight for each expert and tensor, by losses of the merged model on unlabelled data.
+
+    `values` are the merged tensors as the weights at hand make them, leaves that collect gradients.
+    """
+
+    values: dict[str, Tensor]
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """What is minimised, of a batch's logits [N, C]."""
+
+    def steps(self, losses: Sequence[Callable[[], Tensor]]) -> Iterator[list[float]]:
+        """Run; yields each step's losses, one for each task, while their gradients are there."""
+
+    def unread(self) -> list[str]:
+        """The tensors that no loss of the step at hand depends on."""
+
+    def found(self) -> dict[str, tuple[float, ...]]:
+        """By tensor, the weight of each expert."""
+
+
 @dataclass(frozen=True, slots=True)
 class Citation:
     """A paper: its title, the authors as BibTeX has them ("First Last and others"), where and when ("ICML 2025")."""
@@ -132,6 +153,9 @@ class Method:
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
         published: The options that make it the published algorithm, where the defaults differ.
+        finder: For methods that find the experts' weights on unlabelled data before anything is merged: given
+            `theta_0` [*shape] and task vectors [T, *shape] by tensor, and the options. Such a method's options have
+            `batch_size`, the inputs of each task in a step, and `steps`.
     """
 
     options: type
@@ -149,6 +173,7 @@ class Method:
     workspace: Callable[[int], float] = lambda tasks: 3.0
     squares: float = 0.0
     published: Mapping[str, Any] = field(default_factory=dict)
+    finder: Callable[[Mapping[str, tuple[Tensor, Tensor]], Any], Finder] | None = None
 
 
 Watch = Callable[[float], None]  # is told a solver's loss as it goes
@@ -168,25 +193,71 @@ class Solution:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disentangler:
-    """How task vectors become others that are easier to merge: one vector is taken out of all, in each group.
+class Redundancy:
+    """How one vector is found that is taken out of all task vectors, in each group.
+
+    The options have `granularity` (row, tensor, model: what a group is) and `solver` (gram, descent).
 
     Args:
-        options: The method's frozen dataclass of options; it has `granularity` (row, tensor, model: what a group is)
-            and `solver` (gram, descent).
         measure: `[T, G, n] -> [G, T, T]`: the Gram matrices, which add up over the parts of a group.
         solve: `([G, T, T], options, watch) -> Solution`; `watch(loss)`, if any, is called at each step with the mean
             over the groups.
         descend: `([T, G, n], options, watch) -> Solution`, on the vectors themselves.
+    """
+
+    measure: Callable[[Tensor], Tensor]
+    solve: Callable[[Tensor, Any, Watch | None], Solution]
+    descend: Callable[[Tensor, Any, Watch | None], Solution]
+
+
+@dataclass(frozen=True, slots=True)
+class Corrected:
+    """What a disentangler found for one weight: matrices of its shape, and some numbers for each expert.
+
+    `matrices` are [C, m, n], float32; `numbers` [T, k] is all else that `Correction.correct` needs. `losses` are those
+    before and after.
+    """
+
+    matrices: Tensor
+    numbers: tuple[tuple[float, ...], ...]
+    losses: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """How matrices are found, weight by weight, by which the task vectors are then corrected, entry by entry.
+
+    The matrices wait in a file, so that no model is held in memory and nothing is solved twice.
+
+    Args:
+        find: `(taus [T, m, n], options, context) -> Corrected`, on a whole weight. Must not write to `taus`.
+        correct: `(taus [T, n], matrices [C, n], numbers)`: changes a run of a weight's entries in place.
+        matrices: `(options, T)`: how many matrices there are for each weight, C.
+        survey: Given the options, the whole-model quantity that `find` needs, if any; of task vectors as they are.
+        workspace: `(options, T)`: how many float32 copies of a weight `find` needs at once beside `taus`.
+    """
+
+    find: Callable[[Tensor, Any, Context], Corrected]
+    correct: Callable[[Tensor, Tensor, tuple[tuple[float, ...], ...]], None]
+    matrices: Callable[[Any, int], int]
+    survey: Callable[[Any], Survey | None]
+    workspace: Callable[[Any, int], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disentangler:
+    """How task vectors become others that are easier to merge.
+
+    Args:
+        options: The method's frozen dataclass of options.
+        by: What it does: takes one vector out of all, or corrects weight by weight.
         paper: Link to the source.
         citation: The paper.
         published: The options that make it the published algorithm, where the defaults differ.
     """
 
     options: type
-    measure: Callable[[Tensor], Tensor]
-    solve: Callable[[Tensor, Any, Watch | None], Solution]
-    descend: Callable[[Tensor, Any, Watch | None], Solution]
+    by: Redundancy | Correction
     paper: str
     citation: Citation
     published: Mapping[str, Any]
@@ -292,6 +363,11 @@ def _check(spec: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
 def names(kind: str = "merge") -> tuple[str, ...]:
     """The methods of a kind, by name, found by their files; nothing is imported."""
     return tuple(sorted(f.stem.replace("_", "-") for f in (_METHODS / kind).glob("[!_]*.py")))
+
+
+def data_free() -> tuple[str, ...]:
+    """The merge methods that need nothing but the models, by name."""
+    return tuple(name for name in names() if load(name).finder is None)
 
 
 def summary(name: str, kind: str = "merge") -> str:

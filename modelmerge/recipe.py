@@ -34,7 +34,9 @@ class Recipe:
     front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
     choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
     whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
-    share of the squared norm that it keeps.
+    share of the squared norm that it keeps. `unlabelled` tells the data of a method that finds the experts' weights on
+    them, by the names of `modelmerge.verbs.searching`; `coefficients` are what it found, by tensor and expert, and with
+    them no data are needed.
     """
 
     method: str
@@ -55,6 +57,8 @@ class Recipe:
     max_shard_size: str = "5GB"
     seed: int = 0
     as_lora: int | float | None = None
+    unlabelled: Mapping[str, Any] = field(default_factory=dict)
+    coefficients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""
@@ -67,7 +71,7 @@ class Recipe:
             words += [f"--{name.replace('_', '-')}", f"{value}"] if value is not None else []
         words += ["--disentangle", self.disentangle] if self.disentangle else []
         for name, value in self.disentangle_options.items():
-            words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"]
+            words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"] if value is not None else []
         for name, weight in self.weights.items():
             words += ["--weight", f"{name}={written(weight)}"]
         for told in self.rule:
@@ -81,7 +85,15 @@ class Recipe:
         for name in ("include", "exclude"):
             for glob in getattr(self, name):
                 words += [f"--{name}", glob]
+        for name, told in self.unlabelled.items():
+            for each in told if isinstance(told, list | tuple) else [told]:
+                words += [data_flag(name), str(each)]
         return shlex.join([*words, "-o", output])
+
+
+def data_flag(name: str) -> str:
+    """What tells of unlabelled data, as it is typed."""
+    return "--" + {"tasks": "task", "templates": "template"}.get(name, name).replace("_", "-")
 
 
 def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
@@ -120,13 +132,13 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
 
 def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest as others may see it: models that lie on this machine go by their names, without their paths."""
-    inputs, local = manifest["inputs"], local_models(manifest)
+    inputs, local = manifest["inputs"], local_models(manifest) | _local_data(manifest)
     told: dict[str, Any] = renamed(dict(manifest), local)
     for model in (m for each in told["inputs"].values() for m in (each if isinstance(each, list) else [each])):
         if model["path"] in local.values():
             model |= {"reference": model["name"], "path": None}
-    if "search" in told:
-        told["search"]["on"] = placeless(told["search"]["on"])
+    if "searched" in told:
+        told["searched"]["on"] = placeless(told["searched"]["on"])
     if "command" in told:
         # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see Recipe.command
         words = shlex.split(manifest["command"])
@@ -150,6 +162,17 @@ def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:
     inputs = manifest["inputs"].values()
     models = [model for told in inputs for model in (told if isinstance(told, list) else [told])]
     return {model["path"]: model["name"] for model in models if Path(model["path"]).is_absolute()}
+
+
+def _local_data(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a recipe's data that lie on this machine, by their paths."""
+    told = manifest.get("recipe", {}).get("unlabelled", {})
+    named = [each.partition("=") for key in ("data", "classes") for each in told.get(key, ())]
+    found = {place: name for name, _, place in named} | {name: "" for name, equals, _ in named if not equals}
+    found |= {
+        told[key].rpartition(":")[0] if key == "script" else told[key]: "" for key in ("script", "heads") if key in told
+    }
+    return {place: name or Path(place).name for place, name in found.items() if Path(place).is_absolute()}
 
 
 def renamed(told: Any, names: Mapping[str, str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ def untrained(seed: int = 0, longest: int = 40) -> Any:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
 
 
+@functools.cache
 def trained() -> Any:
-    """A CLIP that tells the colours apart."""
+    """A CLIP that tells the colours apart; one for all, not to be changed."""
     model, generator = untrained(), torch.Generator().manual_seed(1)
     names = list(COLOURS)
     prompts = tokenizer()([f"a photo of a {n.replace('_', ' ')}." for n in names], padding=True, return_tensors="pt")

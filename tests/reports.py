@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from modelmerge.suites._scores import summarise
@@ -20,6 +20,7 @@ def scores(
     base: bool = True,
     others: Sequence[str] = (),
     missing: Collection[tuple[str, str]] = (),
+    owners: Mapping[str, str] | None = None,
     **told: Any,
 ) -> dict[str, Any]:
     """A report of accuracies over 1000 items each: of a base, an expert for each task, `others`, and models."""
@@ -41,8 +42,9 @@ def scores(
                 for task, value in values.items()
             },
         })  # fmt: skip
-    summarise(tasks, rows)
+    own = summarise(tasks, rows, owners)
     return {
         "suite": "custom", "format": 1, "device": "cpu", "created": "2026-01-01T00:00:00+00:00",
-        "versions": {"modelmerge": "0.1.0"}, "seed": 0, "tasks": list(tasks), "models": rows, "notes": [], **told,
+        "versions": {"modelmerge": "0.1.0"}, "seed": 0, "tasks": list(tasks), "models": rows, "notes": [],
+        **({"own_experts": own} if own else {}), **told,
     }  # fmt: skip

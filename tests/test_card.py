@@ -182,7 +182,7 @@ def test_results_go_into_a_card_of_another_make() -> None:
     assert text.index("Text.") < text.index("## Evaluation")
 
 
-@pytest.mark.parametrize(("kind", "name"), [("merge", n) for n in method.names()] + [("disentangle", "awd")])
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k in ("merge", "disentangle") for n in method.names(k)])
 def test_a_citation_is_bibtex(kind: Any, name: str) -> None:
     chosen = method.load(name, kind)
     if chosen.citation is not None:

@@ -307,14 +307,15 @@ def test_a_report_tells_all(models: list[Path], setup: Setup, capsys: pytest.Cap
 def test_the_best_is_bold(models: list[Path], setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.text import Text
 
-    from modelmerge.cli.evaluate import _scored
+    from modelmerge.charts.tables import of_scores
+    from modelmerge.cli.evaluate import _printed
 
     run(capsys, models[1], models[2], "--script", setup.script("quiet"), "--base", models[0])
     scores = {"a": {"score": 0.5, "stderr": None, "count": None, "metric": "score", "normalised": None}}
     low = {"scores": scores, "average": 0.5, "average_stderr": None, "normalised": None, "role": "model", "name": "low"}
     high = {**low, "name": "high", "average": 0.7, "scores": {"a": {**scores["a"], "score": 0.7}}}
     expert = {**high, "role": "expert", "average": 0.9}
-    shown: Any = _scored({"tasks": ["a"], "models": [expert, low, high]})[0]
+    shown: Any = _printed([of_scores({"tasks": ["a"], "models": [expert, low, high]})])[0]
     bold = [[isinstance(cell, Text) and cell.style == "bold" for cell in column._cells] for column in shown.columns]
     assert bold == [[False] * 3, [False, False, True], [False, False, True]]
 

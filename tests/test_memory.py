@@ -102,6 +102,9 @@ SLOW = (
     ["extract", "--rank", "8"],
     ["extract", "--energy", "0.5"],
     ["disentangle", "awd", "--experts"],
+    ["disentangle", "apgd"],
+    ["merge", "ties", "--disentangle", "apgd"],
+    ["merge", "kron", "--disentangle", "apgd", "--apgd-correction", "task", "--apgd-steps", "2"],
     ["merge", "average", "--as-lora", "8", "--exclude", "embed*"],
     ["merge", "apgd", "--as-lora", "0.5", "--exclude", "embed*"],
 )

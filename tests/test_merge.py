@@ -20,7 +20,7 @@ from modelmerge.verbs.merge import prepare
 from tests.checkpoints import State, base_state, expert_state, family, read, write
 from tests.test_every_method import surveyed, takes
 
-NAMES = method.names()
+NAMES = method.data_free()
 
 
 def in_memory(name: str, base: State, experts: list[State], **values: Any) -> State:
@@ -308,17 +308,17 @@ def test_what_does_not_fit_on_the_device_is_merged_on_the_cpu(
     source = dataclasses.replace(prepared.job.source, device=torch.device("cuda", 1))
     job = dataclasses.replace(prepared.job, source=source)
     sizes = {t.name: t.numel for t in job.plan.select("merge")}
-    monkeypatch.setattr(engine.job, "_free_memory", lambda device: 10**12)
+    monkeypatch.setattr(engine.job, "free_memory", lambda device: 10**12)
     assert engine.beyond_device(job) == set()
     everything = engine.peak_memory(job)["device"]
-    monkeypatch.setattr(engine.job, "_free_memory", lambda device: 0)
+    monkeypatch.setattr(engine.job, "free_memory", lambda device: 0)
     assert engine.beyond_device(job) == set(sizes)
     assert engine.peak_memory(job)["device"] <= everything
     assert engine.beyond_device(prepared.job) == set()
     largest = max(sizes, key=lambda name: sizes[name])
     needed = engine.job._whole_bytes(job, [job.plan.tensors[largest]] * 2)
-    monkeypatch.setattr(engine.job, "_free_memory", lambda device: int(needed * 1.2))
+    monkeypatch.setattr(engine.job, "free_memory", lambda device: int(needed * 1.2))
     assert engine.beyond_device(job) == set()
-    monkeypatch.setattr(engine.job, "_free_memory", lambda device: needed)  # a tenth is kept free
+    monkeypatch.setattr(engine.job, "free_memory", lambda device: needed)  # a tenth is kept free
     assert largest in engine.beyond_device(job)
     prepared.close()

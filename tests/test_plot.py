@@ -27,7 +27,7 @@ def words(figure: Any) -> list[tuple[str, Any]]:
     """Every text of a figure with the box it fills."""
     from matplotlib.text import Text
 
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     return [(text.get_text(), text.get_window_extent()) for text in texts]
 
@@ -127,6 +127,13 @@ def test_experts_are_one_series_each_at_its_own_task() -> None:
     own = {model["name"]: model for model in report["models"] if model["role"] == "expert"}
     assert chart.series[1].values[:-1] == tuple(own[task]["scores"][task]["score"] for task in EIGHT)
     assert chart.series[2].values[-1] == pytest.approx(report["models"][-1]["average"])
+    # A report from before it told whose task is whose has experts of the tasks' names.
+    assert figures.of_report({key: value for key, value in report.items() if key != "own_experts"}) == [chart]
+    (told,) = figures.of_report(
+        scores(("glue_cola",), ("m",), experts=False, others=("cola",), owners={"glue_cola": "cola"})
+    )
+    assert isinstance(told, Scores)
+    assert [series.name for series in told.series] == ["base", "each task's expert", "m"]
     # One that is for none of the tasks is itself.
     (chart,) = figures.of_report(scores(EIGHT, ("ties",), others=("generalist",)))
     assert isinstance(chart, Scores)
@@ -140,7 +147,7 @@ def test_scores_that_are_no_shares_have_a_chart_of_their_own(drawn: Any) -> None
     charts = figures.of_report(report)
     assert [chart.tasks for chart in charts if isinstance(chart, Scores)] == [("qa", "sst", "average"), ("wiki",)]
     assert charts[1].title == "Word_perplexity, less is better"
-    made = drawn(charts)
+    made = drawn(charts, kind="auto")
     assert overlapping(made) == []
     assert "31.5" in [text for text, _ in words(made)]
 
@@ -162,6 +169,11 @@ def test_a_radar_chart_takes_three_shares(drawn: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         drawing.save(figures.of_report(scores((*LONG, "one"), ("ties",))), tmp_path / "x.svg", kind="radar")
     assert list(tmp_path.iterdir()) == []
+    # What is no share is drawn as bars beside it.
+    report = scores((*EIGHT, "wiki"), ("ties",), experts=False)
+    for model in report["models"]:
+        model["scores"]["wiki"] |= {"score": 31.5, "stderr": None, "metric": "word_perplexity", "lower": True}
+    assert "31.5" in [text for text, _ in words(drawn(figures.of_report(report), kind="radar"))]
 
 
 def test_files_are_what_their_endings_say(tmp_path: Path) -> None:
@@ -213,7 +225,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
 
 def test_weights_are_heatmaps_of_cosines() -> None:
     told = {"norms": {"a": 1.0, "b": 2.0}, "cosines": [[1.0, 0.02], [0.02, 1.0]]}
-    layer = {"experts": told, "models": {"m": {"experts": {"a": {"cosine": 0.4}, "b": {"cosine": None}}}}}
+    layer = {"entries": 4, "experts": told, "models": {"m": {"experts": {"a": {"cosine": 0.4}, "b": {"cosine": None}}}}}
     report = {"suite": "weights", "model": layer, "layer_types": {"mlp": layer}, "tensors": {"mlp.0": layer}}
     pairs, layers = figures.of_weights(report)
     assert pairs.values == ((1.0, 0.02), (0.02, 1.0))
@@ -263,3 +275,12 @@ def test_figures_can_be_read_on_every_shade(dark: bool) -> None:
 def test_contrast_is_that_of_wcag() -> None:
     assert colours.contrast("#000000", "#ffffff") == pytest.approx(21)
     assert colours.contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.8), (-0.5, 0.3), (0, 3e-5), (0, 4e6), (-2, 0), (0, 0.15)])
+def test_ticks_are_round_and_few(low: float, high: float) -> None:
+    found = figures.ticks(low, high)
+    assert 3 <= len(found) <= 7
+    assert 0 in found
+    assert low - 1e-12 <= found[0] < found[-1] <= high * (1 + 1e-9) + 1e-12
+    assert all(len(f"{tick:g}") <= 7 for tick in found)

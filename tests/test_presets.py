@@ -29,9 +29,9 @@ def test_every_preset_is_sound(name: str) -> None:
     for reference in (preset.base, *preset.experts.values()):
         assert re.fullmatch(r"[\w\-]+/[\w.\-]+", reference)
     for which, told in preset.methods.items():
-        include = told.get("include", ["*"])
-        assert all(isinstance(glob, str) for glob in include)
-        method.make_options(method.load(which), which, {k: v for k, v in told.items() if k != "include"})
+        beside = {"include": told.get("include", ["*"]), "task": told.get("task", [])}
+        assert all(isinstance(word, str) for words in beside.values() for word in words)
+        method.make_options(method.load(which), which, {k: v for k, v in told.items() if k not in beside})
 
 
 @pytest.fixture
@@ -73,6 +73,11 @@ def test_a_method_that_a_preset_does_not_mention_runs_at_its_defaults(
     hub_here: presets.Preset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert merge(capsys, "average")["recipe"]["options"] == {}
+
+
+def test_a_preset_names_the_unlabelled_data(hub_here: presets.Preset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", "adamerging", "--preset", MINE, "-o", "out", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["unlabelled"] == {"tasks": ["clip8"]}
 
 
 def test_include_comes_from_the_preset_unless_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.checkpoints import SHAPES, State, base_state, expert_state, read, wri
 from tests.test_every_method import takes
 from tests.test_merge import same_bits
 
-NAMES = method.names()
+NAMES = method.data_free()
 ATTENTION, UP = "model.layers.0.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
 DOWN, BIAS = "model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.bias"
 FLOATING = list(SHAPES)

@@ -19,7 +19,7 @@ from tests.checkpoints import SHAPES, State, base_state, read, write
 from tests.test_every_method import takes
 from tests.test_merge import same_bits
 
-NAMES = method.names()
+NAMES = method.data_free()
 FLOATING = list(SHAPES)
 FACTORS = {"model.layers.0.q_proj.weight": 0.5, "*.mlp.up_proj.*": 2.0, "*embed*": 0.25}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from modelmerge.cli.evaluate import _finish
+from modelmerge.cli.evaluate import _tell
 from modelmerge.cli.output import Sink
 from modelmerge.errors import UsageError
 from modelmerge.suites._scores import Score, check_gates, differences, parse_gate, summarise
@@ -78,11 +78,11 @@ def test_a_difference_to_what_is_missing_is_missing() -> None:
 
 
 def test_the_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    made = {"tasks": list(TASKS), "models": rows(stsb=None), "notes": []}
-    _finish(made, Sink("human"))
+    made = {"suite": "lm", "tasks": list(TASKS), "models": rows(stsb=None), "notes": []}
+    _tell(made, Sink("human"))
     told = capsys.readouterr().out
     assert "wikitext (less is better)" in told
     ties = next(line for line in told.splitlines() if line.startswith("ties"))
     assert ties.split() == ["ties", "0.6", "±0.03", "n/a", "20", "n/a", "n/a"]
-    _finish(made, Sink("quiet"))
+    _tell(made, Sink("quiet"))
     assert capsys.readouterr().out.split() == ["n/a", "0.68"]

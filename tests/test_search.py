@@ -170,7 +170,7 @@ def test_the_best_value_is_found_written_and_replayed(models: list[Path], capsys
     code, out, err = run(capsys, "ties", *models, "-o", "out", *on, "--json")
     assert code == 0, err
     manifest = json.loads(out)["manifest"]
-    found = manifest["search"]
+    found = manifest["searched"]
     assert [each["options"] for each in found["results"]] == [{"scale": s} for s in (0.4, 0.7, 1.0, 1.3, 1.6)]
     tasks, direct = digits.load_tasks(), {}
     for scale in (0.4, 0.7, 1.0, 1.3, 1.6):
@@ -194,14 +194,14 @@ def test_the_best_value_is_found_written_and_replayed(models: list[Path], capsys
     assert json.loads(Path("out/modelmerge.json").read_bytes()) == manifest
     assert f"scale={best:g} was chosen from 5 candidates" in Path("out/README.md").read_text()
     assert str(script) not in Path("out/README.md").read_text(), "a card is for others"
-    assert str(script.parent) not in json.dumps(published(manifest)["search"])
+    assert str(script.parent) not in json.dumps(published(manifest)["searched"])
     assert "report on other items" in found["on"][0]["notes"][-1]
     assert sorted(path.name for path in Path().iterdir()) == ["out", "plain"]
     # Replayed without a search, as by the command in the card.
     code, _, err = run(capsys, "--recipe", "out/modelmerge.json", "-o", "again", "-q")
     assert code == 0, err
     assert weights("again") == weights("out")
-    assert "search" not in json.loads(Path("again/modelmerge.json").read_bytes())
+    assert "searched" not in json.loads(Path("again/modelmerge.json").read_bytes())
     # What was measured once is not measured again.
     code, out, err = run(capsys, "ties", *models, "-o", "out", *on, "--force")
     assert code == 0
@@ -226,8 +226,8 @@ def test_one_pass_gives_all_values_to_the_bits_of_plain_merges(
 
     told: dict[str, Any] = {"method": name, "dtype": dtype, "include": ["encoder.layers.1.*"]}
     manifest = merge(models[0], models[1:], "out", search={"scale": [0.9, 0.3, 1.7]}, metric=look, **told)
-    assert manifest["search"]["merges"] == 1
-    assert manifest["search"]["chosen"] == {"scale": 0.3}
+    assert manifest["searched"]["merges"] == 1
+    assert manifest["searched"]["chosen"] == {"scale": 0.3}
     assert weights("out") == plain(models, scale=0.3, **told)
     written = json.loads(Path("plain/modelmerge.json").read_bytes())
     same = ("recipe", "tensors", "rounding", "command", "fingerprint")
@@ -261,11 +261,11 @@ def test_a_search_goes_with_all_else(
         return float(calls.index(model.name) == chosen + 1)  # after the base
 
     manifest = merge(models[0], models[1:], "out", search=axes, metric=nth, **told)
-    values = dict(manifest["search"]["chosen"])
-    assert manifest["search"]["merges"] == merges
+    values = dict(manifest["searched"]["chosen"])
+    assert manifest["searched"]["merges"] == merges
     assert (
         values
-        == manifest["search"]["results"][[each["average"] for each in manifest["search"]["results"]].index(1)][
+        == manifest["searched"]["results"][[each["average"] for each in manifest["searched"]["results"]].index(1)][
             "options"
         ]
     )
@@ -279,8 +279,8 @@ def test_a_search_goes_with_all_else(
 def test_of_equal_ones_the_first_is_taken(models: list[Path]) -> None:
     told: dict[str, Any] = {"method": "task-arithmetic", "metric": lambda model: 0.5}
     manifest = merge(models[0], models[1:], "out", search={"scale": [0.6, 0.2, 0.4]}, **told)
-    assert manifest["search"]["chosen"] == {"scale": 0.6}
-    assert manifest["search"]["equal"] == [{"scale": 0.2}, {"scale": 0.4}]
+    assert manifest["searched"]["chosen"] == {"scale": 0.6}
+    assert manifest["searched"]["equal"] == [{"scale": 0.2}, {"scale": 0.4}]
 
 
 def test_auto_is_searched_as_the_method_that_it_takes(models: list[Path]) -> None:
@@ -302,7 +302,7 @@ def test_a_small_disk_holds_two_candidates_at_a_time(models: list[Path], monkeyp
 
     told: dict[str, Any] = {"method": "task-arithmetic", "search": {"scale": "0.5:0.1:-0.1"}, "metric": worse_and_worse}
     manifest = merge(models[0], models[1:], "out", **told)
-    assert manifest["search"]["chosen"] == {"scale": 0.1}
+    assert manifest["searched"]["chosen"] == {"scale": 0.1}
     assert most == [2]
     assert weights("out") == plain(models, method="task-arithmetic", scale=0.1)
     free[0] = 1.5 * size
@@ -475,7 +475,7 @@ def test_clip_is_searched_on_its_validation_split(
     words = ["task-arithmetic", base, *strayed, "-o", tmp_path / "out", "--search", "scale=0.0,0.5,1.0"]
     code, out, err = run(capsys, *words, "--on", f"clip:{images}", "--json")
     assert code == 0, err
-    found = json.loads(out)["manifest"]["search"]
+    found = json.loads(out)["manifest"]["searched"]
     looked_at = found["on"][0]["data"]["images"]
     assert (looked_at["split"], looked_at["images"]) == ("validation", 6 * 5)
     assert "its split 'validation' is looked at" in found["on"][0]["notes"][0]
@@ -490,7 +490,7 @@ def test_clip_is_searched_on_its_validation_split(
     assert modelmerge.evaluate([base], suite="clip", data=[images])["data"]["images"]["images"] == 6 * 4
     shutil.copytree(images, tmp_path / "without", ignore=shutil.ignore_patterns("validation"))
     code, out, err = run(capsys, *words, "--force", "--on", f"clip:{tmp_path / 'without'},limit=10", "--json")
-    told = json.loads(out)["manifest"]["search"]["on"][0]
+    told = json.loads(out)["manifest"]["searched"]["on"][0]
     assert told["data"]["without"]["split"] == "train"
     assert "on which experts may have been trained" in told["notes"][0]
     shutil.rmtree(tmp_path / "without" / "train")
@@ -584,7 +584,7 @@ def test_language_models_are_searched(tmp_path: Path, capsys: pytest.CaptureFixt
     on = f"lm:first_colour,include-path={tasks},limit=6"
     code, out, err = run(capsys, *words, "--on", on, "--json")
     assert code == 0, err
-    found = json.loads(out)["manifest"]["search"]
+    found = json.loads(out)["manifest"]["searched"]
     averages = {each["options"]["scale"]: each["average"] for each in found["results"]}
     assert found["less_is_better"] is True
     assert found["chosen"] == {"scale": min(averages, key=lambda scale: averages[scale])} == {"scale": 0.1}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 import modelmerge
 from modelmerge import method
-from modelmerge.checkpoint.writer import Staging
+from modelmerge.checkpoint.writer import Scratch, Staging
 from modelmerge.cli import main
 from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, OutputError, PlanError, ReferenceNotFound, UsageError
@@ -75,7 +77,7 @@ def test_what_did_not_change_is_left_out_and_listed(tmp_path: Path) -> None:
     assert same_bits(read(tmp_path / "direct"), read(tmp_path / "by_vectors"))
 
 
-@pytest.mark.parametrize("name", method.names())
+@pytest.mark.parametrize("name", method.data_free())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_task_vectors_is_merging_the_experts(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     count = takes(name, 3)
@@ -161,35 +163,96 @@ def test_factors_are_the_best_of_their_rank_and_the_error_is_said(
         assert torch.allclose(merged[key], base[key] + want[key], atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", ["gram", "descent"])
-@pytest.mark.parametrize("granularity", ["row", "tensor", "model"])
-def test_in_front_of_a_merge_is_the_two_commands_in_turn(
-    granularity: str, solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def both_ways(models: list[Path], out: Path, name: str, front: str, told: dict[str, Any], **more: Any) -> None:
+    """Disentangling on the way is disentangling first, to the last bit."""
+    vectors = [out / f"{front}-vectors" / model.name for model in models[1:]]
+    if not vectors[0].exists():
+        modelmerge.disentangle(models[0], models[1:], vectors[0].parent, method=front, **told)
+    modelmerge.merge(models[0], vectors, out / "two", method=name, force=True, **more)
+    modelmerge.merge(
+        models[0], models[1:], out / "one", method=name, disentangle=front, disentangle_options=told, force=True, **more
+    )
+    assert same_bits(read(out / "one"), read(out / "two"))
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Path]]:
+    """Two experts, and three, stored in 16 bits; what is disentangled of them stays for the next test."""
+    root = tmp_path_factory.mktemp("apart")
+    return {count: family(root / str(count) / "m", dtype=torch.bfloat16, experts=count) for count in (2, 3)}
+
+
+@pytest.mark.parametrize("front", method.names("disentangle"))
+@pytest.mark.parametrize("name", [name for name in method.data_free() if takes(name, 3) > 1])
+def test_in_front_of_any_merge_is_the_two_commands_in_turn(
+    name: str, front: str, apart: dict[int, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "CPU_BLOCK", 100)
-    models = family(tmp_path / "m", dtype=torch.bfloat16)
-    told = {"granularity": granularity, "solver": solver, "steps": 30}
-    modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method="awd", **told)
-    for name in method.names():
-        more: dict[str, Any] = {"steps": 5} if name == "apgd" else {}
-        if takes(name, 3) < 3:
-            continue
-        vectors = vector_paths(tmp_path / "v", models)
-        modelmerge.merge(models[0], vectors, tmp_path / f"two-{name}", method=name, **more)
+    models = apart[takes(name, 3)]
+    both_ways(models, models[0].parent.parent, name, front, {})
+    modelmerge.merge(models[0], models[1:], tmp_path / "plain", method=name)
+    # Experts made of noise are orthogonal or worse: model-stock may keep the base either way.
+    changed = not same_bits(read(tmp_path / "plain"), read(models[0].parent.parent / "one"))
+    assert changed or (name == "model-stock" and front == "awd")
+
+
+@pytest.mark.parametrize(
+    ("front", "told"),
+    [
+        *(
+            ("awd", {"granularity": granularity, "solver": solver, "steps": 30})
+            for granularity in ("row", "tensor", "model")
+            for solver in ("gram", "descent")
+        ),
+        ("apgd", {"correction": "task", "trim_scope": "tensor", "density": 0.5}),
+        ("apgd", {"correction": "task", "solver": "adam", "steps": 5}),
+        ("apgd", {"solver": "adam", "steps": 5, "lengths": "lambda"}),
+    ],
+)
+def test_in_front_of_a_merge_with_options_is_the_two_commands_in_turn(
+    front: str, told: dict[str, Any], models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "CPU_BLOCK", 100)
+    both_ways(models, tmp_path, "ties", front, told)
+    both_ways(models, tmp_path, "tsv-m", front, told)
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"density": 0.3}, {"trim_scope": "tensor", "density": 0.3}, {"solver": "adam", "steps": 20}]
+)
+def test_the_sum_of_what_apgd_corrected_is_apgd(told: dict[str, Any], models: list[Path], tmp_path: Path) -> None:
+    modelmerge.merge(models[0], models[1:], tmp_path / "apgd", method="apgd", norm_cap=1e9, rest="base", **told)
+    modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method="apgd", lengths="lambda", **told)
+    vectors = vector_paths(tmp_path / "v", models)
+    modelmerge.merge(models[0], vectors, tmp_path / "sum", method="task-arithmetic", scale=1.0)
+    want, got, base = (read(path) for path in (tmp_path / "apgd", tmp_path / "sum", models[0]))
+    for key in LINEAR:
+        assert (got[key] - want[key]).norm() <= 1e-6 * (want[key] - base[key]).norm()
+
+
+def test_matrices_that_wait_take_the_room_that_was_said(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries, seen, scratch = sum(t.numel() for k, t in read(models[0]).items() if k in LINEAR), [], Staging.scratch
+    monkeypatch.setattr(Staging, "scratch", lambda self, nbytes: seen.append(nbytes) or scratch(self, nbytes))
+    for told, count in (({}, 1), ({"correction": "task"}, 1), ({"correction": "task", "solver": "adam"}, 3)):
+        plan = modelmerge.disentangle(
+            models[0], models[1:], tmp_path / "v", method="apgd", dry_run=True, **told
+        )["plan"]  # fmt: skip
+        assert plan["bytes"]["scratch"] == 4 * entries * count
         modelmerge.merge(
-            models[0],
-            models[1:],
-            tmp_path / f"one-{name}",
-            method=name,
-            disentangle="awd",
-            disentangle_options=told,
-            **more,
-        )
-        assert same_bits(read(tmp_path / f"one-{name}"), read(tmp_path / f"two-{name}")), name
-        plain = tmp_path / f"plain-{name}"
-        modelmerge.merge(models[0], models[1:], plain, method=name, **more)
-        # Experts made of noise are orthogonal or worse: model-stock may keep the base either way.
-        assert name == "model-stock" or not same_bits(read(plain), read(tmp_path / f"one-{name}"))
+            models[0], models[1:], tmp_path / "m", method="ties", disentangle="apgd", disentangle_options=told,
+            force=True,
+        )  # fmt: skip
+        assert seen.pop() == 4 * entries * count
+
+    def full(descriptor: int, nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Scratch, "__init__", lambda self, directory, nbytes: full(0, nbytes))
+    with pytest.raises(OutputError, match=r"cannot keep [\d,]+ bytes beside the output in .*: no space left"):
+        modelmerge.merge(models[0], models[1:], tmp_path / "x", method="ties", disentangle="apgd")
+    assert not [path for path in tmp_path.iterdir() if "x" in path.name]
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor", "model"])
@@ -220,8 +283,10 @@ def test_the_redundant_vector_is_what_was_taken_out(granularity: str, models: li
     assert len(report["loss"]["curve"]) == report["steps"] + 1 == 301
 
 
-def test_the_report_s_cosines_are_those_of_the_files(models: list[Path], tmp_path: Path) -> None:
-    report = modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method="awd", granularity="model")
+@pytest.mark.parametrize("front", ["awd", "apgd"])
+def test_the_report_s_cosines_are_those_of_the_files(front: str, models: list[Path], tmp_path: Path) -> None:
+    told = {"granularity": "model"} if front == "awd" else {"density": 0.5, "correction": "task"}
+    report = modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method=front, **told)
     base = read(models[0])
 
     def cosines(states: list[State], minus: State | None) -> list[float]:
@@ -236,31 +301,32 @@ def test_the_report_s_cosines_are_those_of_the_files(models: list[Path], tmp_pat
         told = report["model"][when]
         assert told["mean_cosine"] == pytest.approx(sum(values) / 3, abs=1e-6)
         assert told["largest_cosine"] == pytest.approx(max(values), abs=1e-6)
-    assert sum(after) < sum(before)
+    assert sum(after) < sum(before) or front != "awd"
+    assert report["loss"]["lowest"] < report["loss"]["first"]
 
 
-def test_a_layer_that_one_expert_left_alone_stays_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("front", method.names("disentangle"))
+def test_a_layer_that_one_expert_left_alone_stays_alone(front: str, tmp_path: Path) -> None:
     base = base_state()
     key = "model.layers.0.q_proj.weight"
     frozen = expert_state(base, 1)
     frozen[key] = base[key]
     paths = [write(tmp_path / "base", base), *(write(tmp_path / f"e{i}", expert_state(base, i)) for i in (0, 2)),
              write(tmp_path / "frozen", frozen)]  # fmt: skip
-    modelmerge.disentangle(paths[0], paths[1:], tmp_path / "v", method="awd")
+    modelmerge.disentangle(paths[0], paths[1:], tmp_path / "v", method=front)
     assert key not in read(tmp_path / "v" / "frozen")
     assert key in read(tmp_path / "v" / "e0")
 
 
+@pytest.mark.parametrize("front", method.names("disentangle"))
 def test_sharding_and_workers_change_no_bit_of_a_disentangled_merge(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    front: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
     for block, shards in ((1 << 18, "5GB"), (64, "2KB")):
         monkeypatch.setattr(job, "CPU_BLOCK", block)
         out = tmp_path / f"{block}"
-        modelmerge.merge(
-            models[0], models[1:], out, method="task-arithmetic", disentangle="awd", max_shard_size=shards
-        )  # fmt: skip
+        modelmerge.merge(models[0], models[1:], out, method="task-arithmetic", disentangle=front, max_shard_size=shards)
         results.append(read(out))
     assert same_bits(*results)
 
@@ -285,7 +351,7 @@ def test_one_expert_is_nothing_to_disentangle(models: list[Path], tmp_path: Path
 def test_a_descent_that_does_not_fit_is_refused_beforehand(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(job, "free_memory", lambda device: 1000)
     for run in (
         lambda: modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method="awd", solver="descent",
                                        granularity="model"),
@@ -325,12 +391,12 @@ def test_outputs_are_guarded_as_those_of_a_merge(models: list[Path], tmp_path: P
     assert not [p for p in tmp_path.iterdir() if "modelmerge" in p.name]
 
 
-@pytest.mark.parametrize("verb", ["extract", "disentangle"])
+@pytest.mark.parametrize(("verb", "front"), [("extract", None), ("disentangle", "awd"), ("disentangle", "apgd")])
 def test_what_an_interrupted_run_finished_is_taken_up(
-    verb: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: str, front: str | None, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: Path, **told: Any) -> None:
-        more = {"method": "awd"} if verb == "disentangle" else {}
+        more = {"method": front} if front else {}
         getattr(modelmerge, verb)(models[0], models[1:], out, max_shard_size="1KB", **more, **told)
 
     run(tmp_path / "whole")
@@ -359,7 +425,8 @@ def test_nan_leaves_nothing(tmp_path: Path) -> None:
     broken = expert_state(base, 0)
     broken["model.layers.0.q_proj.weight"][3, 3] = torch.nan
     paths = [write(tmp_path / "b", base), write(tmp_path / "x", broken), write(tmp_path / "y", expert_state(base, 1))]
-    for run in (modelmerge.extract, lambda *words: modelmerge.disentangle(*words, method="awd")):
+    fronts = [partial(modelmerge.disentangle, method=front) for front in method.names("disentangle")]
+    for run in (modelmerge.extract, *fronts):
         with pytest.raises(CheckpointError, match=r"x/model\.safetensors: tensor 'model\.layers\.0\.q_proj\.weight'"):
             run(paths[0], paths[1:], tmp_path / "v")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "x", "y"]
@@ -400,3 +467,12 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out.startswith("merged 3 experts with awd + task-arithmetic")
     card = (tmp_path / "m" / "README.md").read_text().replace(" \\\n ", "")
     assert "--disentangle awd --awd-alpha 0.5" in card
+    words = ["merge", "ties", *words, "-o", str(tmp_path / "c"), "--disentangle", "apgd", "--apgd-ridge", "0.5"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "beside the output while it runs, for what disentangling found" in capsys.readouterr().out
+    assert main(words) == 0
+    card = (tmp_path / "c" / "README.md").read_text().replace(" \\\n ", "")
+    assert "--apgd-ridge 0.5" in card
+    assert "None" not in card[card.index("modelmerge merge") :]
+    assert main([*words[:-2], "--apgd-steps", "5", "--apgd-solver", "exact", "-f"]) == 2
+    assert "--steps has no effect with --solver exact" in capsys.readouterr().err

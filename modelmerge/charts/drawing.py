@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from modelmerge.charts import colours
-from modelmerge.charts.figures import Chart, Heatmap, Scores, Series
+from modelmerge.charts.figures import RADAR, Chart, Heatmap, Scores, Series, ticks
+from modelmerge.charts.names import clean, shortened, wrapped
 from modelmerge.checkpoint.writer import replace_file
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".svg", ".png", ".pdf")
 Kind = Literal["auto", "bars", "radar"]
-RADAR = range(3, 21)  # so many tasks a radar chart can show; by itself it is chosen from _FROM on
-_FROM = 5
+_FROM = 5  # tasks: a radar chart is chosen by itself
 _WIDTH, _MARGIN, _BETWEEN = 5.6, 8.0, 0.3  # of axes; what may stand out from them; between two of them
 _LINE, _CHARACTER = 0.14, 0.062  # a line's height and a character's width, at most
 _BAR, _GAP, _LABEL = 0.155, 0.15, 26  # a bar; between tasks; characters in a line of a task's name
@@ -97,7 +96,7 @@ def save(charts: Sequence[Chart], file: Path, *, kind: Kind = "auto") -> None:
     """
     check(file)
     form = file.suffix.lower()[1:]
-    metadata: dict[str, str | None] = {"Title": _clean(charts[0].title)}
+    metadata: dict[str, str | None] = {"Title": clean(charts[0].title)}
     metadata |= {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}[form]
     content = io.BytesIO()
     with settings():
@@ -129,6 +128,12 @@ def draw(charts: Sequence[Chart], *, kind: Kind = "auto") -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if kind == "radar" and not any(isinstance(chart, Scores) and chart.round() for chart in charts):
+        sizes = ", ".join(str(len(chart.spokes())) for chart in charts if isinstance(chart, Scores)) or "none"
+        raise UsageError(
+            f"a radar chart takes {RADAR.start} to {RADAR.stop - 1} tasks with scores between 0 and 1; here: {sizes}",
+            hint="--chart bars",
+        )
     figure = Figure(figsize=(_WIDTH, _WIDTH))
     FigureCanvasAgg(figure)  # measures type
     sheet = _Sheet(figure)
@@ -179,14 +184,7 @@ class _Sheet:
 
 
 def _is_radar(chart: Scores, kind: Kind) -> bool:
-    fits = len(chart.spokes()) in RADAR and chart.shares
-    if kind == "radar" and not fits:
-        raise UsageError(
-            f"a radar chart shows {RADAR.start} to {RADAR.stop - 1} tasks with scores between 0 and 1, and here are "
-            f"{len(chart.spokes())} of {chart.title.lower()}",
-            hint="--chart bars",
-        )
-    return kind == "radar" or (kind == "auto" and fits and len(chart.spokes()) >= _FROM)
+    return chart.round() and (kind == "radar" or (kind == "auto" and len(chart.spokes()) >= _FROM))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +216,7 @@ def _styles(chart: Scores) -> list[_Style]:
 
 def _bars(sheet: _Sheet, chart: Scores) -> None:
     """Horizontal bars: names are read without turning the head, however long."""
-    labels = [_wrapped(task, _LABEL, 3) for task in chart.tasks]
+    labels = [wrapped(task, _LABEL, 3) for task in chart.tasks]
     heights = [max(len(chart.series) * _BAR, (label.count("\n") + 1) * _LINE) + _GAP for label in labels]
     height, texts = (
         sum(heights),
@@ -227,10 +225,10 @@ def _bars(sheet: _Sheet, chart: Scores) -> None:
     low, high = chart.reach()
     scale = (_WIDTH - max(map(len, texts)) * _CHARACTER) / (high - low)  # the longest bar leaves room for its figure
     axes = sheet.axes(_WIDTH, height)
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         at = (tick - low) * scale
         axes.plot([at, at], [0, height], color=colours.INK if tick == 0 else _RULE, linewidth=0.6, zorder=0)
-        axes.text(at, height + 0.05, _tick(tick, chart), ha="center", va="top", fontsize=_SMALL)
+        axes.text(at, height + 0.05, chart.tick(tick), ha="center", va="top", fontsize=_SMALL)
     styles, top = _styles(chart), 0.0
     for i, (label, high_is) in enumerate(zip(labels, heights, strict=True)):
         average = chart.average and i == len(labels) - 1
@@ -284,14 +282,14 @@ def _radar(sheet: _Sheet, chart: Scores) -> None:
 
     tasks, high = chart.spokes(), chart.reach()[1]
     radius = max(1.6, 0.15 * len(tasks))
-    labels = [_wrapped(task, 16, 3) for task in tasks]
+    labels = [wrapped(task, 16, 3) for task in tasks]
     room = max(label.count("\n") + 1 for label in labels) * _LINE
     width, height = max(2 * radius, _WIDTH), 2 * (radius + 0.24 + room)
     x, y, scale = width / 2, height / 2, radius / high
     turns = [2 * math.pi * i / len(tasks) for i in range(len(tasks))]
     ways = [(math.sin(turn), -math.cos(turn)) for turn in turns]  # clockwise from the top
     axes = sheet.axes(width, height)
-    for tick in _ticks(0.0, high):
+    for tick in ticks(0.0, high):
         axes.add_patch(Circle((x, y), tick * scale, fill=False, edgecolor=_RULE, linewidth=0.6, zorder=0))
     for (across, down), label in zip(ways, labels, strict=True):
         axes.plot([x, x + across * radius], [y, y + down * radius], color=_RULE, linewidth=0.6, zorder=0)
@@ -318,8 +316,8 @@ def _radar(sheet: _Sheet, chart: Scores) -> None:
         known = [point for point in points if point]
         if series.role == "model" and len(known) == len(points) and len(chart.series) <= 5:
             axes.add_patch(Polygon(known, facecolor=style.fill, alpha=0.08, edgecolor="none"))
-    for tick in _ticks(0.0, high)[1:]:  # above the lines
-        axes.text(x + 0.03, y - tick * scale, _tick(tick, chart), fontsize=_SMALL - 0.5, va="center", bbox=_HALO)
+    for tick in ticks(0.0, high)[1:]:  # above the lines
+        axes.text(x + 0.03, y - tick * scale, chart.tick(tick), fontsize=_SMALL - 0.5, va="center", bbox=_HALO)
     keys = [
         Line2D([], [], color=s.line, linestyle=s.dashes, marker=s.marker, markersize=4, linewidth=1.3,
                markeredgecolor=colours.INK, markeredgewidth=0.4)
@@ -349,17 +347,17 @@ def _heatmap(sheet: _Sheet, chart: Heatmap) -> None:
         for i, j in places:
             value = chart.values[i][j]
             ink = _FAINT if value is None else colours.ink_on(colours.shade(colours.step(value, chart.limit)))
-            axes.text((j + 0.5) * _COLUMN, (i + 0.5) * row, _figure(value, chart.limit), ha="center", va="center",
+            axes.text((j + 0.5) * _COLUMN, (i + 0.5) * row, chart.text(value), ha="center", va="center",
                       fontsize=_SMALL, color=ink)  # fmt: skip
     for i in range(0, count, every):
-        axes.text(-0.08, (i + 0.5) * row, _shortened(chart.rows[i], 60), ha="right", va="center", fontsize=_SMALL + 0.5)
-    names = [_shortened(column, 40) for column in chart.columns]
+        axes.text(-0.08, (i + 0.5) * row, shortened(chart.rows[i], 60), ha="right", va="center", fontsize=_SMALL + 0.5)
+    names = [shortened(column, 40) for column in chart.columns]
     labels = [axes.text((j + 0.5) * _COLUMN, -0.07, name, ha="center", va="bottom") for j, name in enumerate(names)]
     if any(sheet.size(label)[0] > _COLUMN - 0.05 for label in labels):
         for label in labels:
             label.set_rotation(90)
     above = max(sheet.size(label)[1] for label in labels) + 0.07 + 0.12
-    lines = _wrapped(chart.title, 70, 4)
+    lines = wrapped(chart.title, 70, 4)
     title = axes.text(0.0, -above, lines, ha="left", va="bottom", fontsize=_TITLE)
     tall = _scale(axes, chart, width + 0.25, height)
     sheet.put(axes, width, height, above=above + sheet.size(title)[1] + 0.05, below=max(tall - height, 0.0))
@@ -382,69 +380,19 @@ def _scale(axes: Axes, chart: Heatmap, left: float, height: float) -> float:
         side = "top" if at == 0.0 else "bottom" if at == tall else "center"
         axes.text(left + 0.2, at, f"{value:g}", va=side, fontsize=_SMALL)
     if chart.what:
-        axes.text(left + 0.2, tall / 4, _wrapped(chart.what, 14, 2), va="center", fontsize=_SMALL, color=_FAINT)
+        axes.text(left + 0.2, tall / 4, wrapped(chart.what, 14, 2), va="center", fontsize=_SMALL, color=_FAINT)
     return tall
 
 
 def _legend(sheet: _Sheet, axes: Axes, chart: Scores, keys: Sequence[Artist]) -> float:
     """The title and the names of the series above the axes, in as many columns as fit; the height it takes."""
-    names = [_wrapped(series.name, 44, 2) for series in chart.series]
+    names = [wrapped(series.name, 44, 2) for series in chart.series]
     for columns in range(len(names), 0, -1):
         legend = axes.legend(
-            keys, names, ncols=columns, title=_wrapped(chart.title, 70, 3), title_fontsize=_TITLE, alignment="left",
+            keys, names, ncols=columns, title=wrapped(chart.title, 70, 3), title_fontsize=_TITLE, alignment="left",
             loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.3, borderpad=0.0, handlelength=2.2,
         )  # fmt: skip
         width, height = sheet.size(legend)
         if width <= _WIDTH:
             break
     return height + 0.1
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    from matplotlib.ticker import MaxNLocator
-
-    found = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    edge = 1e-9 * (high - low)
-    return [0.0 if abs(tick) < edge else float(tick) for tick in found if low - edge <= tick <= high + edge]
-
-
-def _tick(value: float, chart: Scores) -> str:
-    return f"{100 * value:g}" if chart.shares else f"{value:g}"
-
-
-def _figure(value: float | None, limit: float) -> str:
-    """A figure in a cell, with as many digits as the largest one needs."""
-    if value is None:
-        return "n/a"
-    return f"{value:.1e}" if limit < 0.01 else f"{value:.{max(0, 2 - math.floor(math.log10(limit)))}f}"
-
-
-def _clean(name: str) -> str:
-    """A name on one line, without what neither XML nor a font has."""
-    return " ".join("".join(c if c.isprintable() else " " for c in name).split())
-
-
-def _shortened(name: str, length: int) -> str:
-    """A name of at most so many characters; what goes is in the middle."""
-    name = _clean(name)
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[len(name) - length // 2 :]}"
-
-
-def _wrapped(name: str, width: int, lines: int) -> str:
-    """A name on at most so many lines, broken after a space or a sign where one is, and shortened until it fits."""
-    length = width * lines
-    while len(made := _lines(_shortened(name, length), width)) > lines:
-        length -= 2
-    return "\n".join(made)
-
-
-def _lines(name: str, width: int) -> list[str]:
-    made = [""]
-    for word in re.findall(r"[^\s_/.:,-]*[\s_/.:,-]*", name):
-        while len(made[-1]) + len(word.rstrip()) > width:
-            room = width - len(made[-1]) if len(word) > width else 0
-            made[-1] += word[:room]
-            word = word[room:]
-            made.append("")
-        made[-1] += word
-    return [line.rstrip() for line in made if line.strip()]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from modelmerge.suites._scores import mean, plain
 
 AVERAGE = "average"
+RADAR = range(3, 21)  # so many tasks a radar chart can show
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,10 @@ class Scores:
         """The tasks that a radar chart shows: all but the average."""
         return self.tasks[:-1] if self.average else self.tasks
 
+    def round(self) -> bool:
+        """Whether a radar chart can show it."""
+        return len(self.spokes()) in RADAR and self.shares
+
     def text(self, value: float | None, error: float | None = None) -> str:
         """A value for people, with its standard error if there is one."""
         if value is None:
@@ -47,6 +52,10 @@ class Scores:
         if self.shares:
             return f"{100 * value:.1f}" + ("" if error is None else f" ±{100 * error:.1f}")
         return f"{value:.4g}" + ("" if error is None else f" ±{error:.2g}")
+
+    def tick(self, value: float) -> str:
+        """What stands at a tick of the axis."""
+        return f"{100 * value:g}" if self.shares else f"{value:g}"
 
     def reach(self) -> tuple[float, float]:
         """The ends of the axis, round numbers, with zero between them."""
@@ -80,6 +89,12 @@ class Heatmap:
     def signed(self) -> bool:
         """Whether a value is negative."""
         return any(value is not None and value < 0 for row in self.values for value in row)
+
+    def text(self, value: float | None) -> str:
+        """A figure for people, with as many digits as the largest one needs."""
+        if value is None:
+            return "n/a"
+        return f"{value:.1e}" if self.limit < 0.01 else f"{value:.{max(0, 2 - math.floor(math.log10(self.limit)))}f}"
 
 
 Chart = Scores | Heatmap
@@ -196,12 +211,34 @@ def of_weights(report: Mapping[str, Any]) -> list[Heatmap]:
         name: [[layer["models"][name]["experts"][e]["cosine"] for e in experts] for layer in layers.values()]
         for name in told["models"]
     }
-    known = [abs(v) for rows in by_model.values() for row in rows for v in row if v is not None]
+    # The cosine of what has but one entry is 1 or -1, whatever it is.
+    wide = [layer["entries"] > 1 for layer in layers.values()]
+    known = [
+        abs(v) for rows in by_model.values() for row, more in zip(rows, wide, strict=True) for v in row
+        if more and v is not None
+    ]  # fmt: skip
     limit = _round_up(max(known, default=1.0)) or 1.0  # the same for all models, so that shades compare
     for name, rows in by_model.items():
         title = f"Cosines of {name} with each expert, by layer"
-        found.append(heatmap(title, list(layers), experts, rows, what="cosine", limit=limit))
+        found.append(heatmap(title, [*layers], experts, rows, what="cosine", limit=limit))
     return found
+
+
+def of_coefficients(coefficients: Mapping[str, Mapping[str, float]]) -> Heatmap:
+    """The coefficients of experts, by tensor and expert, as a recipe has them."""
+    experts = list(next(iter(coefficients.values())))
+    rows = {tensor: [told[expert] for expert in experts] for tensor, told in coefficients.items()}
+    if all(row == next(iter(rows.values())) for row in rows.values()):
+        rows = {"all tensors": next(iter(rows.values()))}
+    return heatmap("Coefficients found on unlabelled data", [*rows], experts, [*rows.values()], what="coefficient")
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Some five round numbers from one to the other, zero among them where it lies between."""
+    least = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(s * power for s in (1, 2, 2.5, 5, 10, 20) if s * power >= least * (1 - 1e-9))
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _round_up(value: float) -> float:

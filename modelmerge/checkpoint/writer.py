@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -127,6 +127,57 @@ def finished(output: Path, fingerprint: str) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
+class Scratch:
+    """A nameless file of so many bytes, written and read in any order from any thread; gone with its process."""
+
+    def __init__(self, directory: Path, nbytes: int) -> None:
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by its owner
+        try:
+            if nbytes:
+                _claim_space(self._file.fileno(), nbytes)
+        except OSError:
+            self._file.close()
+            raise
+
+    def write(self, place: int, data: memoryview) -> None:
+        """Write at a place, in bytes from the start."""
+        _write_all(self._file.fileno(), data, place)
+
+    def read_into(self, place: int, data: memoryview) -> None:
+        """Fill `data` with what was written at a place."""
+        done = 0
+        while done < len(data):
+            done += os.preadv(self._file.fileno(), [data[done:]], place + done)
+
+    def close(self) -> None:
+        """Let go of the file, which frees its bytes."""
+        self._file.close()
+
+
+@contextlib.contextmanager
+def scratches(output: Path) -> Iterator[Callable[[int], Scratch]]:
+    """Gives room beside an output that is not being written yet, for as long as the block lasts.
+
+    Raises:
+        OutputError: There is not so much.
+    """
+    folder = next(parent for parent in output.resolve().parents if parent.is_dir())
+    with contextlib.ExitStack() as stack:
+
+        def make(nbytes: int) -> Scratch:
+            try:
+                made = Scratch(folder, nbytes)
+            except OSError as error:
+                why = _FULL.get(error.errno or 0) or error.strerror or str(error)
+                raise OutputError(
+                    f"cannot keep {nbytes:,} bytes in {folder}: {why}", hint="name another place with -o or make room"
+                ) from error
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
 class Staging:
     """The directory in which an output grows, and what has been written there.
 
@@ -152,6 +203,7 @@ class Staging:
         self._fingerprint = fingerprint
         self._descriptors: dict[str, int] = {}
         self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in layout.shards}
+        self._scratches: list[Scratch] = []
         self._mutex = threading.Lock()
         self._lock = -1
         self.digests: dict[str, str] = {}  # file name -> sha256, of finished files
@@ -175,6 +227,8 @@ class Staging:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        for scratch in self._scratches:
+            scratch.close()
         if error is not None:
             self._abandon()
         os.close(self._lock)
@@ -183,6 +237,17 @@ class Staging:
         """A nameless file beside the output, for what cannot be laid out before all of it is known."""
         with self._explained("write beside the output"):
             return tempfile.TemporaryFile(dir=self._directory)
+
+    def scratch(self, nbytes: int) -> Scratch:
+        """Room of so many bytes beside the output, for as long as the staging directory is there.
+
+        Raises:
+            OutputError: There is not so much, which shows before the work, not after.
+        """
+        with self._explained(f"keep {nbytes:,} bytes beside the output"):
+            made = Scratch(self._directory, nbytes)
+        self._scratches.append(made)
+        return made
 
     def lay_out(self, layout: Layout) -> None:
         """Make the weight files of a layout that was not known when the output was prepared."""
@@ -193,8 +258,8 @@ class Staging:
             self._make_shards()
 
     @contextlib.contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """A folder for what is no part of the output; it goes with the block, and with a run that dies."""
+    def folder(self) -> Iterator[Path]:
+        """A folder for what is no part of the output; it goes with the block, or with what a dead run has left."""
         folder = self._directory / ".scratch"
         with self._explained("write beside the output"):
             folder.mkdir()
@@ -335,10 +400,7 @@ class Staging:
             (self._directory / shard.filename).parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._directory / shard.filename, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             self._descriptors[shard.filename] = descriptor
-            if hasattr(os, "posix_fallocate"):  # claims the space now: a full disk shows before the work, not after
-                os.posix_fallocate(descriptor, 0, shard.file_bytes)
-            else:
-                os.ftruncate(descriptor, shard.file_bytes)
+            _claim_space(descriptor, shard.file_bytes)
             _write_all(descriptor, memoryview(shard.header), 0)
             if not self._missing[shard.filename]:
                 self._finish(shard)
@@ -358,7 +420,7 @@ class Staging:
             os.replace(temporary, self._directory / _JOURNAL)
 
     def _abandon(self) -> None:
-        keep = self._resume and any(shard.filename in self.digests for shard in self._layout.shards)
+        keep = self._resume and bool(self.digests)
         if not keep:
             shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -398,6 +460,14 @@ def _claim(directory: Path, target: Path) -> int:
             if os.path.samestat(os.fstat(descriptor), directory.stat()):
                 return descriptor
         os.close(descriptor)
+
+
+def _claim_space(descriptor: int, nbytes: int) -> None:
+    """Make a file so long, with its space claimed now: a full disk shows before the work, not after."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+    else:
+        os.ftruncate(descriptor, nbytes)
 
 
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:

@@ -108,11 +108,8 @@ def _methods(
     app.callback()(callback)
     asked = _completing() or words
     for name in (*method.names(kind), *((AUTO,) if kind == "merge" else ())):
-        usage = (
-            f"modelmerge {kind} {name} base math code -o out",
-            f"modelmerge {kind} {name} base first=a/final second=b/final -o out -q",
-        )
         made = command(name) if name in asked else _unasked
+        usage = merge.usage(kind, name) if name in asked else ()
         summary = SUMMARY if name == AUTO else method.summary(name, kind)
         app.command(name, help=summary, epilog=merge.examples(usage))(made)
     return app

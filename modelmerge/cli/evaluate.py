@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -16,7 +16,9 @@ from modelmerge.cli.output import Bars, Sink, table
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
+
+    from modelmerge.charts import tables
+    from modelmerge.verbs.pictures import Pictures
 
 EXAMPLES = (
     "modelmerge eval                                              (lists the suites)",
@@ -30,9 +32,12 @@ EXAMPLES = (
     "modelmerge eval custom ties apgd --script metric.py:accuracy --base base --expert svhn --expert mnist",
     "modelmerge eval custom merged --script metric.py:accuracy --json > today.json",
     "modelmerge eval custom merged --script metric.py:accuracy --compare today.json --fail-under avg=0.70",
+    "modelmerge eval clip merged --task clip8 --base base --report today.html --plot radar.svg",
+    "modelmerge eval report today.json --report today.html --plot bars.pdf --chart bars",
 )
 _SHOWN_COSINES = 12  # experts: a wider matrix does not fit a terminal, and is in the JSON
 _PANEL = "Options of the suite"
+_PICTURES = "Pictures"
 
 Models = Annotated[
     list[str],
@@ -110,6 +115,32 @@ UpdateCard = Annotated[
 ]
 
 
+Plot = Annotated[
+    str | None,
+    typer.Option(
+        "--plot",
+        help="Draw a chart, as .svg, .png or .pdf: of scores, or of cosines as heatmaps.",
+        metavar="FILE",
+        rich_help_panel=_PICTURES,
+    ),
+]
+Chart = Annotated[
+    Literal["auto", "bars", "radar"],
+    typer.Option(
+        "--chart", help="How --plot draws scores; auto: as a radar from 5 to 20 tasks.", rich_help_panel=_PICTURES
+    ),
+]
+Report = Annotated[
+    str | None,
+    typer.Option(
+        "--report",
+        help="Write all of it as one HTML page, with charts, that needs no network.",
+        metavar="FILE",
+        rich_help_panel=_PICTURES,
+    ),
+]
+
+
 BaseToo = Annotated[
     str | None,
     typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
@@ -135,6 +166,7 @@ def add_suites(app: typer.Typer) -> None:
     made.callback()(_list)
     for name, command in COMMANDS.items():
         made.command(name, help=suites.summary(name), epilog=examples(EXAMPLES))(command)
+    made.command("report", epilog=examples(EXAMPLES))(_render)
     app.add_typer(made, name="eval")
 
 
@@ -175,27 +207,25 @@ def _weights(
     include: Include = None,
     exclude: Exclude = None,
     on_mismatch: OnMismatch = "error",
+    plot: Plot = None,
+    page: Report = None,
     device: Device = "auto",
     form: opt.Form = "human",
     json: opt.Json = False,
     quiet: Quiet = False,
 ) -> None:
     from modelmerge.verbs.evaluate import evaluate_weights
+    from modelmerge.verbs.pictures import asked
 
+    pictures = asked(plot, "auto", page)
     sink = Sink(chosen_format(form, json, quiet))
     with Bars(sink) as bars:
         report = evaluate_weights(
             models, base=base, experts=expert or (), per_layer=per_layer, decompose=decompose, include=include or (),
             exclude=exclude or (), on_mismatch=on_mismatch, device=device, reporter=bars,
         )  # fmt: skip
-    for note in report["notes"]:
-        sink.note(note)
-    cosines = [
-        f"{model}\t{expert}\t{'-' if told['cosine'] is None else format(told['cosine'], '.6f')}"
-        for model, figures in report["model"]["models"].items()
-        for expert, told in figures["experts"].items()
-    ]
-    sink.result(report, quiet="\n".join(cosines), human=_told(report))
+    _draw(pictures, report, sink)
+    _tell(report, sink)
 
 
 def _custom(
@@ -228,59 +258,14 @@ def _custom(
 
 
 def _clip(
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            help="A published task, as eurosat or eurosat:motion_blur; clip8 are the papers' eight, clip8-ood the "
-            "corrupted ones. Repeatable.",
-            metavar="NAME[:SPLIT]",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            help="Images of your own: a folder with a folder for each class, parquet files, or org/name[@revision] on "
-            "the Hub. Under a published task's name it has that task's classes and prompts. Repeatable.",
-            metavar="[NAME=]DATA",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--classes",
-            help="Of --data: class names for the prompts, one in each line, or LABEL<tab>NAME; or JSON. Default: the "
-            "data set's own. Repeatable.",
-            metavar="[NAME=]FILE",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--template",
-            help="A prompt with {} for the class; the embeddings of several are averaged. Repeatable. Default: the "
-            "task's, or 'a photo of a {}.'",
-            metavar="TEXT",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option("--split", help="With --data: the split. Default: test, or the only one.", rich_help_panel=_PANEL),
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", help="With --data: of data that have several.", rich_help_panel=_PANEL)
-    ] = None,
-    image_column: Annotated[
-        str | None, typer.Option("--image-column", help="With --data: where it is not clear.", rich_help_panel=_PANEL)
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option("--label-column", help="With --data: where it is not clear.", rich_help_panel=_PANEL)
-    ] = None,
+    task: opt.ImageTask = None,
+    data: opt.ImageData = None,
+    classes: opt.ImageClasses = None,
+    template: opt.Template = None,
+    split: opt.ImageSplit = None,
+    config: opt.ImageConfig = None,
+    image_column: opt.ImageColumn = None,
+    label_column: opt.LabelColumn = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -291,20 +276,8 @@ def _clip(
         ),
     ] = None,
     expert: TaskExpert = None,
-    heads: Annotated[
-        str | None,
-        typer.Option(
-            "--heads",
-            help="A folder of text heads, TASK.safetensors: used where there, written where not. With them a vision "
-            "tower alone can be evaluated. Default: the cache.",
-            metavar="DIR",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", help="So many images of each task, drawn with --seed.", rich_help_panel=_PANEL),
-    ] = None,
+    heads: opt.Heads = None,
+    limit: opt.ImageLimit = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the images that --limit draws.", rich_help_panel=_PANEL)] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.", rich_help_panel=_PANEL)] = 64,
 ) -> dict[str, Any]:
@@ -405,6 +378,9 @@ def _shared(
     compare: Compare = None,
     fail_under: FailUnder = None,
     update_card: UpdateCard = False,
+    plot: Plot = None,
+    chart: Chart = "auto",
+    page: Report = None,
     device: Device = "auto",
     form: opt.Form = "human",
     json: opt.Json = False,
@@ -420,7 +396,9 @@ def _scores(suite: str, own: Callable[..., dict[str, Any]]) -> Callable[..., Non
 
     def run(**values: Any) -> None:
         from modelmerge.verbs.evaluate import SUITES
+        from modelmerge.verbs.pictures import asked
 
+        pictures = asked(values["plot"], values["chart"], values["page"])
         sink = sink_of(values)
         # What a suite's own code prints is no result.
         with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
@@ -429,7 +407,9 @@ def _scores(suite: str, own: Callable[..., dict[str, Any]]) -> Callable[..., Non
                 fail_under=values["fail_under"] or (), update_card=values["update_card"], device=values["device"],
                 reporter=bars, **own(**{word: values[word] for word in words}),
             )  # fmt: skip
-        _finish(report, sink)
+        _draw(pictures, report, sink)
+        _tell(report, sink)
+        _gate(report, sink)
 
     return opt.with_parameters(run, [opt.of_argument("models", Models), *parameters, *opt.shared(_shared)])
 
@@ -442,12 +422,54 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _finish(report: dict[str, Any], sink: Sink) -> None:
-    """Print a report of scores, whatever the suite; exit code 1 where a gate is not passed."""
+def _render(
+    report: Annotated[
+        str, typer.Argument(metavar="REPORT", help="What eval SUITE ... --json wrote.", show_default=False)
+    ],
+    plot: Plot = None,
+    chart: Chart = "auto",
+    page: Report = None,
+    form: opt.Form = "human",
+    json: opt.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Print a saved report again, or draw it; nothing is evaluated."""
+    from modelmerge.verbs.pictures import asked, read
+
+    pictures = asked(plot, chart, page)
+    sink = Sink(chosen_format(form, json, quiet))
+    told = read(report)
+    _draw(pictures, told, sink)
+    _tell(told, sink)
+
+
+def _draw(pictures: Pictures, report: dict[str, Any], sink: Sink) -> None:
+    for file in pictures.write(report):
+        sink.note(f"drawn: {file}")
+
+
+def _tell(report: dict[str, Any], sink: Sink) -> None:
+    """Print a report, whatever the suite."""
+    from modelmerge.charts.tables import of_report
+
     for note in report["notes"]:
         sink.note(note)
-    averages = [_plain(model["average"]) for model in report["models"] if model["role"] == "model"]
-    sink.result(report, quiet="\n".join(averages), human=_scored(report))
+    if report["suite"] == "weights":
+        figures = [
+            f"{model}\t{expert}\t{'-' if told['cosine'] is None else format(told['cosine'], '.6f')}"
+            for model, figures in report["model"]["models"].items()
+            for expert, told in figures["experts"].items()
+        ]
+    else:
+        averages = [model["average"] for model in report["models"] if model["role"] == "model"]
+        figures = ["n/a" if average is None else f"{average:.6g}" for average in averages]
+    human = _printed(of_report(report, widest=_SHOWN_COSINES))
+    human += [f"\n{report['remark']}"] if "remark" in report else []
+    sink.result(report, quiet="\n".join(figures), human=human)
+
+
+def _gate(report: dict[str, Any], sink: Sink) -> None:
+    """Exit code 1 where a gate is not passed."""
     failures = report.get("gate", {}).get("failures", [])
     for failure in failures:
         value = "n/a" if failure["value"] is None else f"{failure['value']:.4g}"
@@ -456,183 +478,14 @@ def _finish(report: dict[str, Any], sink: Sink) -> None:
         raise typer.Exit(1)
 
 
-def _scored(report: dict[str, Any]) -> list[str | Table]:
-    tasks, models = report["tasks"], report["models"]
-    # Shares are told in per cent.
-    share = all(0.0 <= told["score"] <= 1.0 for told in _known(models))
-    lower = [task for task in tasks if models[0]["scores"][task].get("lower")]
-    normalised = any(model["normalised"] is not None for model in models)
-    best = {
-        task: _best(models, [model["scores"][task]["score"] for model in models], least=task in lower) for task in tasks
-    }
-    best_average = _best(models, [model["average"] for model in models])
-    best_normalised = _best(models, [model["normalised"] for model in models])
-    rows: list[list[str | Text]] = []
-    for model in models:
-        told = model["scores"]
-        row: list[str | Text] = [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}"]
-        row += [_cell(told[task]["score"], told[task]["stderr"], share, bold=model is best[task]) for task in tasks]
-        row.append(_cell(model["average"], model["average_stderr"], share, bold=model is best_average))
-        if normalised:
-            row.append(_cell(model["normalised"], None, share=True, bold=model is best_normalised))
-        rows.append(row)
-    columns = [
-        "",
-        *(f"{task} (less is better)" if task in lower else task for task in tasks),
-        "average",
-        *(["normalised"] if normalised else []),
-    ]
-    counts = {task: [model["scores"][task]["count"] for model in models] for task in tasks}
-    if all(each == own[0] and each is not None for own in counts.values() for each in own):
-        rows.append(["items", *(f"{own[0]:,}" for own in counts.values()), *[""] * (1 + normalised)])
-    metrics = {model["scores"][task]["metric"] for model in models for task in tasks}
-    title = (
-        f"{', '.join(sorted(metrics))}{', per cent' if share else ''}{', ± standard error' if _errors(models) else ''}"
-    )
-    lines: list[str | Table] = [table(title[0].upper() + title[1:], columns, rows)]
-    if "comparison" in report:
-        lines += _differences(report["comparison"], share)
-    return lines
-
-
-def _known(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [score for model in models for score in model["scores"].values() if score["score"] is not None]
-
-
-def _plain(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.6g}"
-
-
-def _errors(models: list[dict[str, Any]]) -> bool:
-    return any(score["stderr"] is not None for model in models for score in model["scores"].values())
-
-
-def _best(models: list[dict[str, Any]], values: list[float | None], *, least: bool = False) -> dict[str, Any] | None:
-    """Of several models that are no base and no expert, the one with the largest value, or the least."""
-    own = [(-value if least else value, i) for i, value in enumerate(values)
-           if models[i]["role"] == "model" and value is not None]  # fmt: skip
-    return models[max(own)[1]] if len(own) > 1 else None
-
-
-def _cell(value: float | None, error: float | None, share: bool, *, bold: bool) -> str | Text:
-    if value is None:
-        return "n/a"
-    shown = f"{100 * value:.1f}" if share else f"{value:.4g}"
-    if error is not None:
-        shown += f" ±{100 * error:.1f}" if share else f" ±{error:.2g}"
+def _printed(told: Sequence[tables.Table]) -> list[str | Table]:
+    """Tables for a terminal, with an empty line between them."""
     from rich.text import Text
 
-    return Text(shown, style="bold") if bold else shown
+    from modelmerge.charts.tables import Best
 
-
-def _differences(comparison: dict[str, Any], share: bool) -> list[str | Table]:
-    rows, unit = [], 100 if share else 1
-    for pair in comparison["models"]:
-        names = pair["model"] if pair["model"] == pair["other"] else f"{pair['model']} - {pair['other']}"
-        for task, told in {**pair["tasks"], "average": pair["average"]}.items():
-            error = "" if told["stderr"] is None else f"±{unit * told['stderr']:.2g}"
-            p = "-" if told["p"] is None else "< 0.001" if told["p"] < 0.001 else f"{told['p']:.3f}"
-            way = {True: "paired", False: "unpaired", None: ""}[told.get("paired")]
-            difference = "n/a" if told["difference"] is None else f"{unit * told['difference']:+.3g}"
-            rows.append([names, task, difference, error, p, way])
-            names = ""
-    title = f"Differences to {comparison['with']}" + (", percentage points" if share else "")
-    return ["", table(title, ["", "task", "difference", "", "p", ""], rows, left=2)]
-
-
-def _told(report: dict[str, Any]) -> list[str | Table]:
-    model, kinds = report["model"], report["layer_types"]
-    experts, models = list(model["experts"]["norms"]), list(model["models"])
-    own = model["experts"]
-    shown = experts if len(experts) <= _SHOWN_COSINES else []
-    rows = [
-        [name, _size(own["norms"][name]), _percent(own["relative_norms"][name]),
-         *(_number(own["cosines"][i][experts.index(other)]) for other in shown)]
-        for i, name in enumerate(experts)
-    ]  # fmt: skip
-    cosine = [f"cos {name}" for name in shown]
-    lines: list[str | Table] = [table("Experts' task vectors", ["", "norm", "of the base's", *cosine], rows)]
-    conflicts = [_conflicts(name, told["experts"]) for name, told in {"whole model": model, **kinds}.items()]
-    lines += [
-        "",
-        table(
-            "Conflicts between the experts",
-            ["", "sign conflict", "minority signs", "mean |cos|", "after AWD", "interference", "APGD's start", "end"],
-            conflicts,
-        ),
-        "",
-        table("Merged models", ["", *models], _compared(model["models"], experts, report["models"])),
-    ]
-    for name in models:
-        groups = {**kinds, **report.get("tensors", {})}
-        table_rows = [_layer(kind, told["models"][name], experts) for kind, told in groups.items()]
-        columns = ["", "norm", "APGD's gap", *(f"cos {expert}" for expert in shown), "mean cos", "mean alignment"]
-        lines += ["", table(f"{name}, by layer", columns, [row if shown else _without(row) for row in table_rows])]
-    lines.append(f"\n{report['remark']}")
+    lines: list[str | Table] = []
+    for each in told:
+        rows = [[Text(c, style="bold") if isinstance(c, Best) else c for c in row] for row in (*each.rows, *each.foot)]
+        lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, left=each.left)]
     return lines
-
-
-def _conflicts(name: str, told: Mapping[str, Any]) -> list[str]:
-    interference, awd, apgd = (
-        told[key] or {} for key in ("singular_task_interference", "awd_orthogonality", "apgd_gap")
-    )
-    return [
-        name, _percent(told["sign_conflict"]), _percent(told["minority_sign_share"]), _number(awd.get("before")),
-        _number(awd.get("after")), _number(interference.get("relative")), _number(apgd.get("start")),
-        _number(apgd.get("solved")),
-    ]  # fmt: skip
-
-
-def _compared(models: Mapping[str, Any], experts: list[str], inputs: list[dict[str, Any]]) -> list[list[str]]:
-    """A row for each figure, a column for each model."""
-    told = list(models.values())
-    measured = [model["measured_rounding"] for model in inputs]
-    rounding = [
-        _percent(exact) if exact is not None else _about(model["expected_rounding"])
-        for exact, model in zip(measured, told, strict=True)
-    ]
-    rows = [
-        ["norm", *(_size(model["norm"]) for model in told)],
-        ["of the base's", *(_percent(model["relative_norm"]) for model in told)],
-        ["lost to rounding", *rounding],
-        ["APGD's gap (base: 1)", *(_number(model["apgd_gap"]) for model in told)],
-    ]
-    for label, key in (("cosine", "cosine"), ("distance", "relative_distance"), ("alignment", "subspace_alignment")):
-        for expert in experts:
-            rows.append([f"{label} {expert}", *(_number(model["experts"][expert][key]) for model in told)])
-    return rows
-
-
-def _layer(name: str, told: Mapping[str, Any], experts: list[str]) -> list[str]:
-    own = [told["experts"][expert] for expert in experts]
-    return [
-        name, _size(told["norm"]), _number(told["apgd_gap"]), *(_number(each["cosine"]) for each in own),
-        _number(_mean([each["cosine"] for each in own])),
-        _number(_mean([each["subspace_alignment"] for each in own])),
-    ]  # fmt: skip
-
-
-def _without(row: list[str]) -> list[str]:
-    """A layer's row with none of the cosines but their mean."""
-    return [*row[:3], *row[-2:]]
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _size(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.3g} %"
-
-
-def _about(value: float | None) -> str:
-    return "-" if value is None else f"about {_percent(value)}"

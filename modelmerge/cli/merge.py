@@ -32,6 +32,7 @@ EXAMPLES = (
     "modelmerge merge task-arithmetic base math code -o merged --scale 0.4",
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
+    "modelmerge merge ties base math code -o merged --disentangle apgd",
     'modelmerge merge ties base math code -o merged --rule "*attn*=tsv-m scale=0.8" --rule "*mlp*=kron"',
     "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
@@ -39,6 +40,7 @@ EXAMPLES = (
     "modelmerge merge ties base math code -o merged --search scale=0.1:1.0:0.1 --on custom:metric.py:accuracy",
     "modelmerge merge tsv-m base svhn gtsrb -o merged --search scale=0.5:1.5:0.25 --on clip:svhn,limit=500 "
     "--on clip:gtsrb,limit=500",
+    "modelmerge merge adamerging base svhn mnist dtd -o merged --task svhn --task mnist --data dtd=images/dtd",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
     "modelmerge merge --recipe mergekit.yml -o merged",
 )
@@ -78,6 +80,20 @@ def sink_of(values: Mapping[str, Any]) -> Sink:
 def examples(lines: tuple[str, ...]) -> str:
     """Examples for the foot of a help page."""
     return "\n\n".join(("[bold]Examples[/]", *(f"[dim]$[/] {line}" for line in lines)))
+
+
+def usage(kind: str, name: str) -> tuple[str, ...]:
+    """Examples of a method."""
+    if kind == "merge" and name != AUTO and method.load(name).finder is not None:
+        return (
+            f"modelmerge merge {name} base svhn mnist -o out --task svhn --task mnist",
+            f"modelmerge merge {name} base svhn mine -o out --task svhn --data mine=photos --classes mine=names.txt",
+            f"modelmerge merge {name} base first=a/final second=b/final -o out --script classifiers.py:unlabelled",
+        )
+    return (
+        f"modelmerge {kind} {name} base math code -o out",
+        f"modelmerge {kind} {name} base first=a/final second=b/final -o out -q",
+    )
 
 
 def list_methods(kind: str, sink: Sink) -> None:
@@ -213,6 +229,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             max_shard_size=values["max_shard_size"],
             seed=values["seed"],
             as_lora=(small.rank or small.energy) if small is not None else None,
+            unlabelled=_unlabelled(values) if chosen and chosen.finder else {},
         )
         if values["search"] or values["on"]:
             _search(recipe, values, context)
@@ -225,10 +242,21 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     # Required parameters first, as in any signature; the method's own options head the help page.
     own = opt.of_method(chosen) if chosen else []
     own += opt.shared(_published) if chosen and chosen.published else []
-    return opt.with_parameters(run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *in_front])
+    found = opt.shared(opt.drawn) if chosen and chosen.finder else []
+    own += opt.shared(opt.unlabelled) if found else []
+    return opt.with_parameters(
+        run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *found, *in_front]
+    )
 
 
 def _published(published: opt.Published = False) -> None: ...
+
+
+def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The unlabelled data that the command line names."""
+    words = [parameter.name for parameter in opt.shared(opt.unlabelled)]
+    given = {word: values[word] for word in words if values[word] is not None}
+    return {{"task": "tasks", "template": "templates"}.get(word, word): value for word, value in given.items()}
 
 
 def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dict[str, Any]:
@@ -326,7 +354,13 @@ def _run(
     """Prepare a merge or a search and do what the options say."""
     from pathlib import Path
 
+    from modelmerge.charts import drawing
+    from modelmerge.charts.figures import of_coefficients
+
     sink, target, force, resume = sink_of(values), destination(values), values["force"], values["resume"]
+    plot = Path(values["plot"]).expanduser() if values.get("plot") else None
+    if plot is not None:
+        drawing.check(plot)
     prepared, out = prepare(), Path(values["output"]).expanduser()
     if values["dry_run"]:
         plan = {**prepared.describe(), "push": checked(target, create=False)}
@@ -356,11 +390,39 @@ def _run(
         lines.append(
             f"rounding to {rounding['stored_as']} changes the merged task vector by {rounding['relative_error']:.2%}"
         )
+    lines += _search_lines(manifest, sink.verbose) if "search" in manifest else []
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
-    if "search" in manifest:
-        lines = [*results(manifest["search"]), *lines]
-    finish(sink, target, out, {"output": str(out), "manifest": manifest}, lines)
+    if "searched" in manifest:
+        lines = [*results(manifest["searched"]), *lines]
+    data = {"output": str(out), "manifest": manifest}
+    if plot is not None:
+        drawing.save([of_coefficients(manifest["recipe"]["coefficients"])], plot)
+        data, lines = {**data, "plot": str(plot)}, [*lines, f"[bold]{plot}[/]"]
+    finish(sink, target, out, data, lines)
+
+
+def _search_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str | Table]:
+    """The coefficients that were found on data: of each expert over the tensors, and, if verbose, of each tensor."""
+    tasks, found = manifest["search"]["tasks"], manifest["recipe"]["coefficients"]
+    rows = []
+    for expert, told in tasks.items():
+        own = [each[expert] for each in found.values()]
+        figures = (sum(own) / len(own), min(own), max(own), told["entropy_before"], told["entropy_after"])
+        rows.append([expert, *(f"{figure:.3f}" for figure in figures)])
+    lines: list[str | Table] = [
+        "",
+        table(
+            f"Coefficients over {len(found)} tensors; entropy of the predictions in the first and the last "
+            f"{manifest['search']['averaged_steps']} steps",
+            ["", "mean", "least", "most", "before", "after"],
+            rows,
+        ),
+    ]
+    if verbose:
+        each = [[tensor, *(f"{value:.3f}" for value in told.values())] for tensor, told in found.items()]
+        lines.append(table(None, ["tensor", *tasks], each))
+    return lines
 
 
 def _with_front(name: str, front: str | None) -> str:
@@ -411,6 +473,8 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
         f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
         f"write {size(sizes['write'])}{files}; {peak}"
     )
+    if sizes["scratch"]:
+        lines.append(f"{size(sizes['scratch'])} beside the output while it runs, for what disentangling found")
     if "search" in plan:
         found = plan["search"]
         lines.append(

@@ -18,6 +18,8 @@ SHARED_PANEL = "Options of every merge"
 PRINT_PANEL = "What is printed"
 HUB_PANEL = "The Hugging Face Hub"
 SEARCH_PANEL = "Search"
+DATA_PANEL = "Images and their classes"
+UNLABELLED_PANEL = "Unlabelled data of any kind"
 
 Output = Annotated[
     str, typer.Option("-o", "--output", help="Directory for the result.", metavar="DIR", rich_help_panel=SHARED_PANEL)
@@ -175,7 +177,7 @@ On = Annotated[
 Disentangle = Annotated[
     str | None,
     typer.Option(
-        help="Disentangle the task vectors first: awd. The same bits as through `modelmerge disentangle`.",
+        help="Disentangle the task vectors first: apgd, awd. The same bits as through `modelmerge disentangle`.",
         metavar="METHOD",
         rich_help_panel=SHARED_PANEL,
     ),
@@ -208,6 +210,118 @@ Quiet = Annotated[
 Verbose = Annotated[
     bool, typer.Option("-v", "--verbose", help="Name every tensor in plans and results.", rich_help_panel=PRINT_PANEL)
 ]
+
+ImageTask = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        help="A published task, as eurosat or eurosat:motion_blur; clip8 are the papers' eight, clip8-ood the "
+        "corrupted ones. Repeatable.",
+        metavar="NAME[:SPLIT]",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+ImageData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Images of your own: a folder with a folder for each class, parquet files, or org/name[@revision] on "
+        "the Hub. Under a published task's name it has that task's classes and prompts. Repeatable.",
+        metavar="[NAME=]DATA",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+ImageClasses = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--classes",
+        help="Of --data: class names for the prompts, one in each line, or LABEL<tab>NAME; or JSON. Default: the "
+        "data set's own. Repeatable.",
+        metavar="[NAME=]FILE",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template",
+        help="A prompt with {} for the class; the embeddings of several are averaged. Repeatable. Default: the "
+        "task's, or 'a photo of a {}.'",
+        metavar="TEXT",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+ImageSplit = Annotated[
+    str | None,
+    typer.Option("--split", help="With --data: the split. Default: test, or the only one.", rich_help_panel=DATA_PANEL),
+]
+ImageConfig = Annotated[
+    str | None, typer.Option("--config", help="With --data: of data that have several.", rich_help_panel=DATA_PANEL)
+]
+ImageColumn = Annotated[
+    str | None, typer.Option("--image-column", help="With --data: where it is not clear.", rich_help_panel=DATA_PANEL)
+]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", help="With --data: where it is not clear.", rich_help_panel=DATA_PANEL)
+]
+Heads = Annotated[
+    str | None,
+    typer.Option(
+        "--heads",
+        help="A folder of text heads, TASK.safetensors: used where there, written where not. With them a vision "
+        "tower needs no text tower. Default: the cache.",
+        metavar="DIR",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+ImageLimit = Annotated[
+    int | None,
+    typer.Option("--limit", help="So many images of each task, drawn with --seed.", rich_help_panel=DATA_PANEL),
+]
+
+
+Script = Annotated[
+    str | None,
+    typer.Option(
+        "--script",
+        metavar="FILE:FUNCTION",
+        help="For models that are not CLIP: a Python function that is given an expert (its name, path and base_path) "
+        "and returns (module, inputs): a torch module that gives logits, with the checkpoint's names in its state "
+        "dict, and unlabelled inputs, as tensors or as batches that can be iterated over again. Or "
+        "package.module:FUNCTION.",
+        rich_help_panel=UNLABELLED_PANEL,
+    ),
+]
+
+
+def unlabelled(
+    script: Script = None,
+    task: ImageTask = None,
+    data: ImageData = None,
+    classes: ImageClasses = None,
+    template: Template = None,
+    split: ImageSplit = None,
+    config: ImageConfig = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    heads: Heads = None,
+    limit: ImageLimit = None,
+) -> None:
+    """What tells a method of unlabelled data; for its signature alone."""
+
+
+def drawn(
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            "--plot",
+            help="Draw the coefficients as a heatmap, as .svg, .png or .pdf.",
+            metavar="FILE",
+            rich_help_panel=PRINT_PANEL,
+        ),
+    ] = None,
+) -> None:
+    """What a method is told that finds coefficients, besides its data; for its signature alone."""
 
 
 def written(
@@ -260,7 +374,7 @@ def of_front(name: str, method: Disentangler) -> list[inspect.Parameter]:
                 types[spec.name] | None,
                 typer.Option(
                     flag(front_word(name, spec.name)),
-                    help=f"{_told(spec)} Default: {spec.default}.",
+                    help=_told(spec) if spec.default is None else f"{_told(spec)} Default: {spec.default}.",
                     rich_help_panel=f"Options of --disentangle {name}",
                 ),
             ],

@@ -36,6 +36,7 @@ DISENTANGLE_EXAMPLES = (
     "modelmerge disentangle                                       (lists the methods)",
     "modelmerge disentangle awd base math code -o vectors",
     "modelmerge disentangle awd base math code -o vectors --published",
+    "modelmerge disentangle apgd base math code -o vectors",
     "modelmerge merge task-arithmetic base vectors/math vectors/code -o merged",
 )
 _MODELS = (opt.of_argument("base", Base), opt.of_argument("experts", Experts))
@@ -131,7 +132,7 @@ def _off_diagonal(matrix: list[list[float | None]]) -> tuple[float | None, float
 def disentangle_or_list(
     context: typer.Context, form: opt.Form = "human", json: opt.Json = False, quiet: opt.Quiet = False
 ) -> None:
-    """Make task vectors easier to merge, by taking out what they share.
+    """Make task vectors easier to merge: take out what they share, or correct what their sum would lose.
 
     Without a method, list what there is.
     """
@@ -170,11 +171,17 @@ def command(name: str) -> Callable[..., None]:
 def _disentangled(report: dict[str, Any]) -> list[str | Table]:
     model, loss = report["model"], report["loss"]
     kinds = [["whole model", *_change(model)], *([name, *_change(told)] for name, told in report["tensors"].items())]
-    columns = ["", "mean |cos|", "after", "largest |cos|", "after", "redundant"]
-    options = report["options"]
+    options, losses = report["options"], f"loss {loss['first']:.4g} -> {loss['lowest']:.4g}"
+    if report["steps"] is None:
+        what = (
+            f" for {'all tasks' if options['correction'] == 'shared' else 'each task'}, {options['solver']}: {losses}"
+        )
+    else:
+        what = f" by {options['granularity']}, {options['solver']}: {losses} in {report['steps']} steps"
+    size = "redundant" if report["steps"] is not None else "correction"
+    columns = ["", "mean |cos|", "after", "largest |cos|", "after", size]
     return [
-        f"[bold]{report['method']}[/] by {options['granularity']}, {options['solver']}: loss {loss['first']:.4f} -> "
-        f"{loss['lowest']:.4f} in {report['steps']} steps",
+        f"[bold]{report['method']}[/]{what}",
         table(None, columns, kinds),
     ]
 

@@ -26,17 +26,21 @@ from modelmerge.engine.job import (
     passes,
     peak_memory,
     refuse_too_large,
+    scratch_bytes,
     threads,
     vector_memory,
 )
 from modelmerge.engine.merging import run, run_scaled
 from modelmerge.engine.rounding import stored_narrow
+from modelmerge.engine.searching import Problem, Search, find_weights, refuse_search_beyond_memory, search_memory
 
 __all__ = [
     "Adapted",
     "Findings",
     "Job",
     "Part",
+    "Problem",
+    "Search",
     "Source",
     "adapt",
     "adapted_bytes",
@@ -45,11 +49,15 @@ __all__ = [
     "bytes_read",
     "default_workers",
     "find_device",
+    "find_weights",
     "passes",
     "peak_memory",
+    "refuse_search_beyond_memory",
     "refuse_too_large",
     "run",
     "run_scaled",
+    "scratch_bytes",
+    "search_memory",
     "stored_narrow",
     "threads",
     "vector_memory",

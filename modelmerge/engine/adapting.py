@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_change
 from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.checkpoint.layout import Entry
+from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.given import give
 from modelmerge.engine.job import PROCESS_BYTES, SMALL, Findings, Job, prepare_process, threads, unfolding
 from modelmerge.engine.merging import merged_vector
@@ -50,7 +51,13 @@ class Adapted:
 
 
 def adapt(
-    job: Job, table: Mapping[str, Role], wanted: Size, dtype: str, spool: BinaryIO, reporter: Reporter
+    job: Job,
+    table: Mapping[str, Role],
+    wanted: Size,
+    dtype: str,
+    spool: BinaryIO,
+    scratch: Callable[[int], Scratch],
+    reporter: Reporter,
 ) -> Adapted:
     """Merge every tensor of the plan, and spool what an adapter holds of it.
 
@@ -60,6 +67,7 @@ def adapt(
         wanted: How small the factors shall be.
         dtype: safetensors dtype of the factors.
         spool: Gets the bytes.
+        scratch: Gives room of so many bytes on the disk.
         reporter: Is told the progress.
 
     Raises:
@@ -72,7 +80,7 @@ def adapt(
     # What has no place is found out first: not at the end of a long merge.
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
-    given = give(job, reporter)
+    given = give(job, scratch, reporter)
     reporter.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
     kept: set[str] = set()  # tensors that changed and are not low-rank
     for tensor in todo:

@@ -1,28 +1,38 @@
-"""Disentangling on the way: fit coefficients in one pass, take the redundant vector out in every pass after it.
+"""Disentangling on the way: fit in one pass, change the task vectors in every pass after it.
 
-The redundant vector is a combination of the task vectors, so a few coefficients for each group (a row, a tensor, the
-model) are all that is kept between the passes: models far larger than memory go through.
+A redundant vector is a combination of the task vectors, so a few coefficients for each group (a row, a tensor, the
+model) are all that is kept between the passes. Matrices that correct whole weights wait in a file beside the output,
+and come back in whatever pieces a pass wants. Either way models far larger than memory go through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from modelmerge.engine.job import Source
-from modelmerge.engine.stream import Loader, Piece, gathered, piece_bytes, whole
-from modelmerge.method import Disentangler, Solution, Watch
+from modelmerge.checkpoint.writer import Scratch
+from modelmerge.engine.job import SMALL, Source, correcting_beyond, matrix_bytes, threads, together
+from modelmerge.engine.stream import Loader, Piece, as_bytes, gathered, known_factors, piece_bytes, whole, wholes
+from modelmerge.engine.surveying import run_survey
+from modelmerge.method import Context, Correction, Disentangler, Redundancy, Solution, Watch
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
+
+_RUN = 1 << 16  # entries of each vector that are widened at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Entanglement:
-    """One tensor's inner products: float64 [T, T] before and after, and the redundant vector's squared norm."""
+    """One tensor's inner products: float64 [T, T] before and after, and the squared norm of what was taken out.
+
+    Of a matrix that corrects it; of several, the mean.
+    """
 
     before: Tensor
     after: Tensor
@@ -33,9 +43,19 @@ class Entanglement:
         return Entanglement(self.before + other.before, self.after + other.after, self.redundant + other.redundant)
 
 
+class Front(Protocol):
+    """A fitted disentangler."""
+
+    entanglement: dict[str, Entanglement]  # by tensor
+    losses: list[float]
+
+    def take_out(self, piece: Piece, taus: Tensor) -> Tensor | None:
+        """Change the task vectors [T, *shape] of any piece, in place; the one vector taken out of all, if it is one."""
+
+
 @dataclass(slots=True)
-class Front:
-    """A fitted disentangler.
+class Redundant:
+    """One vector that is taken out of all task vectors, in each group.
 
     `coefficients` [G, T] float32 and `active` [G, T] are by tensor; G is the tensor's rows, or 1.
     """
@@ -85,19 +105,126 @@ class Front:
             kept[tensor] = torch.cat([kept[tensor], new]) if tensor in kept else new
 
 
+@dataclass(slots=True)
+class Correcting:
+    """Matrices in a file that correct whole weights.
+
+    `places`: where those of each tensor begin there, one after the other, float32. `numbers` as `find` gave them.
+    """
+
+    by: Correction
+    scratch: Scratch
+    matrices: int
+    places: dict[str, int]
+    numbers: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    entanglement: dict[str, Entanglement] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])  # before and after, summed over the tensors
+
+    def take_out(self, piece: Piece, taus: Tensor) -> None:
+        """Correct the task vectors [T, *shape], in place; what is not corrected stays as it is."""
+        if piece.tensor.name not in self.places:
+            return
+        matrices = torch.empty(self.matrices, piece.stop - piece.start)
+        for i, matrix in enumerate(matrices):
+            place = self.places[piece.tensor.name] + 4 * (i * piece.tensor.numel + piece.start)
+            self.scratch.read_into(place, as_bytes(matrix))
+        self.by.correct(taus.view(len(taus), -1), matrices.to(taus.device), self.numbers[piece.tensor.name])
+
+
 def fit(
     source: Source,
     chosen: tuple[Disentangler, Any],
     tensors: Sequence[TensorPlan],
+    scratch: Callable[[int], Scratch],
     reporter: Reporter,
 ) -> Front:
-    """Find the redundant vector of every group of the tensors, in one pass over them.
+    """Find how the tensors' task vectors are to be changed, in one pass over them, or more if that takes a survey.
+
+    Args:
+        source: Where the task vectors come from.
+        chosen: The disentangler with its options.
+        tensors: The weights of linear layers.
+        scratch: Gives room of so many bytes on the disk, for matrices that wait.
+        reporter: Is told the progress.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
+        OutputError: The matrices do not fit on the disk.
     """
     method, options = chosen
-    front = Front(by_row=options.granularity == "row")
+    if isinstance(method.by, Correction):
+        return _fit_matrices(source, method.by, options, tensors, scratch, reporter)
+    return _fit_redundant(source, method.by, options, tensors, reporter)
+
+
+def _fit_matrices(
+    source: Source,
+    by: Correction,
+    options: Any,
+    tensors: Sequence[TensorPlan],
+    scratch: Callable[[int], Scratch],
+    reporter: Reporter,
+) -> Correcting:
+    """Modest weights side by side, large ones in turn."""
+    tasks, survey = len(source.plan.experts), by.survey(options)
+    count, places, end = by.matrices(options, tasks), {}, 0
+    for tensor in tensors:
+        places[tensor.name] = end
+        end += matrix_bytes(tensor, count)
+    front = Correcting(by, scratch(end), count, places)
+    measured = run_survey(source, survey, None, tensors, reporter) if survey else None
+    reporter.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+    losses: dict[str, tuple[float, float]] = {}
+
+    def solve(piece: Piece, taus: Tensor) -> None:
+        name = piece.tensor.name
+        context = Context(
+            tensor=name, weights=(1.0,) * tasks, experts=tuple(expert.name for expert in source.plan.experts),
+            measured=measured, factors=known_factors(source, piece.tensor),
+        )  # fmt: skip
+        found = by.find(taus, options, context)
+        flat = taus.view(tasks, -1)
+        before, square = _gram(flat), float(_gram(found.matrices.view(count, -1)).trace()) / count
+        front.scratch.write(places[name], as_bytes(found.matrices.flatten().cpu()))
+        by.correct(flat, found.matrices.view(count, -1), found.numbers)
+        front.numbers[name], losses[name] = found.numbers, found.losses
+        front.entanglement[name] = Entanglement(before, _gram(flat), square)
+        reporter.advance(piece_bytes(source.plan, piece), name)
+
+    def solve_alone(tensor: TensorPlan) -> None:
+        piece, _, taus = whole(source, tensor, check=survey is None)
+        solve(piece, taus)
+
+    modest = [tensor for tensor in tensors if together(source, tensor)]
+    with threads(1), ThreadPoolExecutor(source.workers, "disentangle") as pool:
+        futures = [pool.submit(solve_alone, tensor) for tensor in modest]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # an error ends the others, too
+    left = correcting_beyond(source, by, options, tensors)
+    for piece, _, taus in wholes(source, [t for t in tensors if not together(source, t)], check=survey is None):
+        with threads(1 if piece.tensor.numel <= SMALL else torch.get_num_threads()):
+            solve(piece, taus.cpu() if piece.tensor.name in left else taus)
+    front.entanglement = {tensor.name: front.entanglement[tensor.name] for tensor in tensors}
+    front.losses = [math.fsum(found) for found in zip(*losses.values(), strict=True)]
+    return front
+
+
+def _gram(vectors: Tensor) -> Tensor:
+    """The inner products of vectors [T, n], float64 [T, T], on the host; some entries at a time."""
+    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
+    for part in vectors.split(_RUN, dim=1):
+        wide = part.double()
+        total.addmm_(wide, wide.T)
+    return total.cpu()
+
+
+def _fit_redundant(
+    source: Source, method: Redundancy, options: Any, tensors: Sequence[TensorPlan], reporter: Reporter
+) -> Redundant:
+    front = Redundant(by_row=options.granularity == "row")
     reporter.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
     if options.granularity == "row":
         _fit_rows(source, method, options, tensors, front, reporter)
@@ -116,7 +243,12 @@ def fit(
 
 
 def _fit_rows(
-    source: Source, method: Disentangler, options: Any, tensors: Sequence[TensorPlan], front: Front, reporter: Reporter
+    source: Source,
+    method: Redundancy,
+    options: Any,
+    tensors: Sequence[TensorPlan],
+    front: Redundant,
+    reporter: Reporter,
 ) -> None:
 
     def solve(piece: Piece, loader: Loader) -> tuple[Solution, Entanglement]:
@@ -147,9 +279,7 @@ def _watch(options: Any, reporter: Reporter) -> Watch:
     return lambda loss: reporter.advance(1, f"loss {loss:.4f}")
 
 
-def _grams(
-    source: Source, method: Disentangler, tensors: Sequence[TensorPlan], reporter: Reporter
-) -> dict[str, Tensor]:
+def _grams(source: Source, method: Redundancy, tensors: Sequence[TensorPlan], reporter: Reporter) -> dict[str, Tensor]:
     """The Gram matrix of each tensor's task vectors, float64 [T, T]."""
 
     def measure(piece: Piece, loader: Loader) -> Tensor:
@@ -164,7 +294,12 @@ def _grams(
 
 
 def _fit_vectors(
-    source: Source, method: Disentangler, options: Any, tensors: Sequence[TensorPlan], front: Front, reporter: Reporter
+    source: Source,
+    method: Redundancy,
+    options: Any,
+    tensors: Sequence[TensorPlan],
+    front: Redundant,
+    reporter: Reporter,
 ) -> None:
     """Descend on whole vectors, of each tensor or of the model."""
 
@@ -193,7 +328,7 @@ def _fit_vectors(
     _share_out(source, joined, grams, options, front)
 
 
-def _share_out(source: Source, solution: Solution, grams: Mapping[str, Tensor], options: Any, front: Front) -> None:
+def _share_out(source: Source, solution: Solution, grams: Mapping[str, Tensor], options: Any, front: Redundant) -> None:
     """Hand each tensor its part of a solution that has a group for each tensor, or one for the model."""
     for i, (name, gram) in enumerate(grams.items()):
         group = i if options.granularity == "tensor" else 0

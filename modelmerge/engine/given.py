@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.front import Front, fit
-from modelmerge.engine.job import SAMPLE_RUN, Job, Part
-from modelmerge.engine.stream import Loader, Piece, in_parallel, known_factors, piece_bytes, pieces
-from modelmerge.method import Pass
+from modelmerge.engine.job import Job
+from modelmerge.engine.stream import Piece, known_factors
+from modelmerge.engine.surveying import run_survey
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
 
@@ -54,52 +53,19 @@ class Given:
         return self.job.part(tensor).survey is None
 
 
-def give(job: Job, reporter: Reporter) -> Given:
+def give(job: Job, scratch: Callable[[int], Scratch], reporter: Reporter) -> Given:
     """Go over the task vectors as often as has to be before they are merged.
+
+    `scratch` gives room of so many bytes on the disk, for what a front keeps there.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
+        OutputError: There is no such room.
     """
-    front = fit(job.source, job.front, job.disentangled(), reporter) if job.front else None
+    front = fit(job.source, job.front, job.disentangled(), scratch, reporter) if job.front else None
     given = Given(job, front)
     for part in job.parts:
         if part.survey is not None:
-            found = _survey(given, part, reporter)
+            found = run_survey(job.source, part.survey, given.ready, part.surveyed(), reporter)
             given.measured.update(dict.fromkeys((tensor.name for tensor in part.tensors), found))
     return given
-
-
-def _survey(given: Given, part: Part, reporter: Reporter) -> Tensor:
-    """What the part's survey concludes from its tensors."""
-    assert part.survey is not None, "only what has a survey is surveyed"
-    counted = part.surveyed()
-    search = part.survey.find(sum(tensor.numel for tensor in counted))
-    wanted, checked = next(search), False
-    while True:
-        full = wanted.share == 1
-        total = _one_pass(given, wanted, counted, reporter, check=full and not checked)
-        checked = checked or full
-        try:
-            wanted = search.send(total)
-        except StopIteration as found:
-            measured: Tensor = found.value
-            return measured
-
-
-def _one_pass(given: Given, wanted: Pass, tensors: Sequence[TensorPlan], reporter: Reporter, *, check: bool) -> Tensor:
-    source, sampled = given.job.source, wanted.share > 1
-    runs = list(pieces(tensors, SAMPLE_RUN if sampled else source.block, sampled=sampled))[:: wanted.share]
-    reporter.stage("sampling" if sampled else "measuring", sum(piece_bytes(source.plan, run) for run in runs))
-    parts: dict[int, Tensor] = {}  # one running total per worker
-
-    def add(piece: Piece, loader: Loader) -> None:
-        _, taus = loader.load(piece, check=check)
-        given.ready(piece, taus)
-        mine = threading.get_ident()
-        if mine not in parts:
-            parts[mine] = taus.new_zeros((len(taus), wanted.counters), dtype=torch.int64)
-        wanted.measure(taus, parts[mine])
-        reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
-
-    in_parallel(source, runs, add)
-    return torch.stack(list(parts.values())).sum(0)

@@ -7,7 +7,7 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from modelmerge.engine.rounding import Rounding
 from modelmerge.errors import DeviceError, UsageError
-from modelmerge.method import Disentangler, Method, Survey
+from modelmerge.method import Correction, Disentangler, Method, Survey
 from modelmerge.plan import Plan, TensorPlan
 from modelmerge.vary import Setting
 
@@ -200,13 +200,38 @@ def default_workers(device: torch.device) -> int:
 
 def passes(job: Job) -> float:
     """How many times task vectors are read at most: to merge, for their method's survey, and to disentangle."""
-    return 1.0 + max((part.reads() for part in job.parts), default=0.0) + (job.front is not None)
+    fitting = front_reads(job.front, job.disentangled())
+    return 1.0 + max((part.reads() for part in job.parts), default=0.0) + fitting
+
+
+def front_reads(front: tuple[Disentangler, Any] | None, tensors: Sequence[TensorPlan]) -> float:
+    """How many times the tensors' task vectors are read to find out how they are disentangled."""
+    if front is None:
+        return 0.0
+    chosen, options = front
+    survey = chosen.by.survey(options) if isinstance(chosen.by, Correction) else None
+    return 1.0 + (survey.reads(sum(tensor.numel for tensor in tensors)) if survey else 0.0)
+
+
+def scratch_bytes(source: Source, front: tuple[Disentangler, Any] | None, tensors: Sequence[TensorPlan]) -> int:
+    """Bytes that matrices take on the disk while they wait for the merge."""
+    if front is None or not isinstance(front[0].by, Correction):
+        return 0
+    count = front[0].by.matrices(front[1], len(source.plan.experts))
+    return sum(matrix_bytes(tensor, count) for tensor in tensors)
+
+
+def matrix_bytes(tensor: TensorPlan, count: int) -> int:
+    """Bytes of so many float32 matrices of the tensor's shape."""
+    return 4 * tensor.numel * count
 
 
 def bytes_read(job: Job, *, streamed: bool = False) -> int:
     """Bytes of tensors that a run reads, all passes counted; or only from models that are streamed."""
     plan = job.plan
-    times = [(1.0, job.merged()), (1.0, job.disentangled()), *((part.reads(), part.surveyed()) for part in job.parts)]
+    apart = job.disentangled()
+    fitting = front_reads(job.front, apart)
+    times = [(1.0, job.merged()), (fitting, apart), *((part.reads(), part.surveyed()) for part in job.parts)]
     read = sum(c * plan.stored_bytes(t, experts=True, streamed=streamed) for c, tensors in times for t in tensors)
     return int(read) + sum(plan.stored_bytes(t, experts=False, streamed=streamed) for t in plan.select("copy"))
 
@@ -239,29 +264,35 @@ def peak_memory(job: Job) -> dict[str, int]:
     return {"host": PROCESS_BYTES + working, "device": on_device}
 
 
-def together(job: Job, tensor: TensorPlan) -> bool:
-    """Whether a whole tensor is merged beside others, by one thread each."""
-    return job.source.device.type == "cpu" and tensor.numel <= MODEST
+def together(source: Source, tensor: TensorPlan) -> bool:
+    """Whether a whole tensor is worked on beside others, by one thread each."""
+    return source.device.type == "cpu" and tensor.numel <= MODEST
 
 
 def _whole_bytes(job: Job, tensors: Sequence[TensorPlan]) -> int:
-    """Bytes that merging whole tensors takes.
-
-    Of those in turn: two as task vectors, one of them in the method's hands, one result. Of those side by side: all
-    that with one as task vectors, and what is read of it, for each worker.
-    """
+    """Bytes that merging whole tensors takes."""
     tasks = len(job.plan.experts)
 
     def own(tensor: TensorPlan) -> float:
         """The method's own: copies of the tensor, and squares of its width."""
         method = job.part(tensor).method
-        return tensor.numel * 4 * (method.workspace(tasks) + 1) + 8 * method.squares * _width(tensor, tasks) ** 2
+        return tensor.numel * 4 * method.workspace(tasks) + 8 * method.squares * _width(tensor, tasks) ** 2
 
-    in_turn = [t for t in tensors if not together(job, t)]
+    return _bytes_of_wholes(job.source, tensors, own)
+
+
+def _bytes_of_wholes(source: Source, tensors: Sequence[TensorPlan], own: Callable[[TensorPlan], float]) -> int:
+    """Bytes that work on whole tensors takes, `own` being what it takes beside the task vectors and its result.
+
+    Of those in turn: two as task vectors, one of them in the method's hands, one result. Of those side by side: all
+    that with one as task vectors, and what is read of it, for each worker.
+    """
+    tasks = len(source.plan.experts)
+    in_turn = [t for t in tensors if not together(source, t)]
     sizes = [*sorted((t.numel for t in in_turn), reverse=True), 0, 0]
-    one = (sizes[0] + sizes[1]) * 4 * (tasks + 1) + max(map(own, in_turn), default=0)
-    beside = (t.numel * (4 * (tasks + 1) + 8) + own(t) for t in tensors if together(job, t))
-    return int(max(one, job.source.workers * max(beside, default=0)))
+    one = (sizes[0] + sizes[1]) * 4 * (tasks + 1) + max((own(t) + 4 * t.numel for t in in_turn), default=0)
+    beside = (t.numel * (4 * (tasks + 1) + 12) + own(t) for t in tensors if together(source, t))
+    return int(max(one, source.workers * max(beside, default=0)))
 
 
 def beyond_device(job: Job) -> frozenset[str]:
@@ -269,8 +300,21 @@ def beyond_device(job: Job) -> frozenset[str]:
     wholes = job.wholes()
     if job.source.device.type == "cpu" or not wholes:
         return frozenset()
-    free = _free_memory(job.source.device) or 0
+    free = free_memory(job.source.device) or 0
     return frozenset(t.name for t in wholes if _whole_bytes(job, [t, t]) > _USABLE * free)
+
+
+def correcting_beyond(source: Source, by: Correction, options: Any, tensors: Sequence[TensorPlan]) -> frozenset[str]:
+    """The tensors whose correction would not fit in the device's free memory: it is found on the CPU."""
+    if source.device.type == "cpu":
+        return frozenset()
+    free = free_memory(source.device) or 0
+    return frozenset(t.name for t in tensors if _correcting_bytes(source, by, options, [t, t]) > _USABLE * free)
+
+
+def _correcting_bytes(source: Source, by: Correction, options: Any, tensors: Sequence[TensorPlan]) -> int:
+    workspace = by.workspace(options, len(source.plan.experts))
+    return _bytes_of_wholes(source, tensors, lambda tensor: tensor.numel * 4 * workspace)
 
 
 def _width(tensor: TensorPlan, tasks: int) -> int:
@@ -322,14 +366,21 @@ def front_memory(
     if front is None or not tensors:
         return 0, 0
     options, tasks = front[1], len(source.plan.experts)
+    largest, total = max(t.numel for t in tensors), sum(t.numel for t in tensors)
+    block = min(source.block, largest)
+    if isinstance(front[0].by, Correction):
+        by = front[0].by
+        widest = max(model.stored_bytes(t.name) for t in tensors for model in source.plan.models)
+        found = _correcting_bytes(source, by, options, tensors) + 2 * widest + unfolding(source.plan, largest)
+        # Afterwards, the matrices of what each worker is at.
+        at_once = source.workers * max([block, *(t.numel for t in tensors if together(source, t))])
+        return found, 4 * by.matrices(options, tasks) * max(at_once, largest)
     rows = sum(t.shape[0] for t in tensors)
     kept = tasks * 8 * {"row": rows, "tensor": len(tensors), "model": 1}[options.granularity]
-    largest, total = max(t.numel for t in tensors), sum(t.numel for t in tensors)
     if options.solver == "descent" and options.granularity != "row":
         elements = total if options.granularity == "model" else 2 * largest
         # Read as float32; iterated on in float64, with delta, its gradient and a temporary of each.
         return elements * (4 * (tasks + 1) + 8 * (2 * tasks + 4)), kept
-    block = min(source.block, largest)
     # Task vectors once more in float64, and some 24 arrays of T x T numbers for each row while it is solved.
     width = min(t.shape[1] for t in tensors)
     groups = -(-block // width) if options.granularity == "row" else 1
@@ -342,8 +393,10 @@ def refuse_too_large(source: Source, front: tuple[Disentangler, Any] | None, ten
     Raises:
         UsageError: With the bytes it needs and the bytes there are.
     """
+    if front is None or isinstance(front[0].by, Correction):
+        return
     needed, _ = front_memory(source, front, tensors)
-    free = _free_memory(source.device)
+    free = free_memory(source.device)
     if free is not None and needed > free:
         raise UsageError(
             f"disentangling whole vectors (--solver descent) needs {needed:,} bytes of memory, and {free:,} are free",
@@ -351,7 +404,8 @@ def refuse_too_large(source: Source, front: tuple[Disentangler, Any] | None, ten
         )
 
 
-def _free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of memory that are free on a device; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

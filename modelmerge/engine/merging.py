@@ -108,7 +108,7 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
         output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return
-    given = give(job, reporter)
+    given = give(job, outputs[0].staging.scratch, reporter)
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
@@ -150,7 +150,7 @@ def _run_whole(given: Given, tensors: Sequence[TensorPlan], outputs: Sequence[_O
             output.write(piece, data)
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
-    modest = [tensor for tensor in tensors if together(job, tensor)]
+    modest = [tensor for tensor in tensors if together(job.source, tensor)]
     with threads(1), ThreadPoolExecutor(job.source.workers, "merge") as pool:
         futures = [pool.submit(merge_alone, tensor) for tensor in modest]
         try:
@@ -158,7 +158,7 @@ def _run_whole(given: Given, tensors: Sequence[TensorPlan], outputs: Sequence[_O
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # an error ends the others, too
-    _run_in_turn(given, [tensor for tensor in tensors if not together(job, tensor)], merge, reporter)
+    _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, reporter)
 
 
 def _run_in_turn(

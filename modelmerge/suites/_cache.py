@@ -20,11 +20,11 @@ def key(told: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, told], sort_keys=True).encode()).hexdigest()
 
 
-def recall(name: str) -> dict[str, Any] | None:
-    """The entry of that name; None where there is none that can be read."""
+def recall(name: str, part: str = "scores") -> dict[str, Any] | None:
+    """The entry of that name, which has that part; None where there is none that can be read."""
     try:
         entry = json.loads(_file(name).read_bytes())
-        return entry if isinstance(entry["scores"], dict) else None
+        return entry if isinstance(entry[part], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -233,8 +233,10 @@ def read_classes(file: Path) -> tuple[str, ...] | dict[str, str]:
     return told if isinstance(told, dict) else tuple(told)
 
 
-def load(task: Task, *, limit: int | None = None, seed: int = 0) -> Items:
+def load(task: Task, *, limit: int | None = None, seed: int = 0, labelled: bool = True) -> Items:
     """The task's images and labels; with `limit`, so many of them, drawn at random.
+
+    Without `labelled` every label is -1, and there need be none where the task has class names of its own.
 
     Raises:
         UsageError: The limit is no number of items.
@@ -248,11 +250,17 @@ def load(task: Task, *, limit: int | None = None, seed: int = 0) -> Items:
     where = f"data set '{task.data}'"
     if not len(found):
         raise ModelMergeError(f"{where}: it is empty", hint="name another data set, or another split: --split")
-    found, image, label = _columns(task, found)
-    named, own, labels = _labels(where, found, label)
-    classes, told = name_classes(task, own, named=named)
-    notes += told
-    absent = [classes[i] for i in sorted(set(range(len(classes))) - set(labels.tolist()))]
+    if labelled or task.classes is None:
+        found, image, label = _columns(task, found)
+        named, own, labels = _labels(where, found, label, all_known=labelled)
+        classes, told = name_classes(task, own, named=named)
+        notes += told
+    else:
+        found, image = _image_column(task, found)
+        classes = tuple(task.classes.values() if isinstance(task.classes, Mapping) else task.classes)
+    if not labelled:
+        labels = torch.full((len(found),), -1)
+    absent = [] if not labelled else [classes[i] for i in sorted(set(range(len(classes))) - set(labels.tolist()))]
     if absent:
         notes.append(f"{where}: no item of {len(absent)} of its {len(classes)} classes: {_listed(absent)}")
     total = len(found)
@@ -402,22 +410,35 @@ def _columns(task: Task, found: Any) -> tuple[Any, str, str]:
     import datasets
 
     features = found.features
+    named = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    simple = [
+        name for name, kind in features.items()
+        if isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint", "string", "large_string"))
+    ]  # fmt: skip
+    where = f"data set '{task.data}'"
+    label = _column(where, "label", task.label, named or simple, ("label", "labels"), list(features))
+    return *_image_column(task, found), label
+
+
+def _image_column(task: Task, found: Any) -> tuple[Any, str]:
+    """The data set, and its column of images, decoded.
+
+    Raises:
+        ModelMergeError: There is none, or it is not clear which.
+    """
+    import datasets
+
+    features = found.features
     where = f"data set '{task.data}'"
     # Parquet files that another tool wrote do not say what their columns are.
     pictures = [
         name for name, kind in features.items()
         if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and kind.keys() == {"bytes", "path"})
     ]  # fmt: skip
-    named = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    simple = [
-        name for name, kind in features.items()
-        if isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint", "string", "large_string"))
-    ]  # fmt: skip
     image = _column(where, "image", task.image, pictures, ("image", "img"), list(features))
-    label = _column(where, "label", task.label, named or simple, ("label", "labels"), list(features))
     if not isinstance(features[image], datasets.Image):
         found = found.cast_column(image, datasets.Image())
-    return found, image, label
+    return found, image
 
 
 def _column(
@@ -430,9 +451,14 @@ def _column(
     return wanted[0]
 
 
-def _labels(where: str, found: Any, column: str) -> tuple[bool, list[str], Tensor]:
-    """Whether labels have names, the names (or numbers), and each item's place among them [N]."""
+def _labels(where: str, found: Any, column: str, *, all_known: bool = True) -> tuple[bool, list[str], Tensor]:
+    """Whether labels have names, the names (or numbers), and each item's place among them [N].
+
+    Unless they must be `all_known`, a column that names its labels may lack those of items.
+    """
     kind = found.features[column]
+    if not all_known and hasattr(kind, "names"):
+        return True, [str(name) for name in kind.names], torch.full((len(found),), -1)
     values = list(found[column])
     if any(value is None or value == -1 for value in values):
         place = next(i for i, value in enumerate(values) if value is None or value == -1)

@@ -118,12 +118,14 @@ def plain(name: str) -> str:
     return re.sub(r"[\W_]+", " ", name).strip().lower()
 
 
-def summarise(tasks: Sequence[str], models: Sequence[dict[str, Any]], experts: Mapping[str, str] | None = None) -> None:
+def summarise(
+    tasks: Sequence[str], models: Sequence[dict[str, Any]], experts: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Add to each model its `average`, its standard error, and scores `normalised` by the task's expert, in place.
 
     A task's expert is the one of the task's name, or of the name that `experts` has for it. A model's own `normalised`
     is the mean over the tasks that have one. Tasks where less is better are in neither mean; a model that lacks a
-    score, whose mean would be over fewer tasks than that of others, has none.
+    score, whose mean would be over fewer tasks than that of others, has none. Returned is each task's expert.
     """
     known = {plain(model["name"]): model for model in models if model["role"] == "expert"}
     own = {task: known.get(plain((experts or {}).get(task, task))) for task in tasks}
@@ -140,6 +142,7 @@ def summarise(tasks: Sequence[str], models: Sequence[dict[str, Any]], experts: M
         if model["average"] is not None:
             model["average_stderr"] = _mean_error([told["stderr"] for told in counted])
         model["normalised"] = mean(shares)
+    return {task: expert["name"] for task, expert in own.items() if expert is not None}
 
 
 def mean(values: Sequence[float | None]) -> float | None:

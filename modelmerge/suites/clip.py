@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,8 +39,8 @@ _THREADS = 8  # that decode and resize images
 _FORMAT = 1  # of text heads on disk
 
 
-def require_extra() -> None:
-    """Refuse to begin without the libraries of the extra.
+def require_extra(what: str = "eval clip") -> None:
+    """Refuse to begin without the libraries of the extra, which `what` needs.
 
     Raises:
         ModelMergeError: One is not installed.
@@ -51,7 +51,7 @@ def require_extra() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ModelMergeError(
-            f"eval clip needs {error.name or error}, which is not installed", hint="pip install 'modelmerge[clip]'"
+            f"{what} needs {error.name or error}, which is not installed", hint="pip install 'modelmerge[clip]'"
         ) from error
 
 
@@ -185,7 +185,7 @@ def _in_order(head: Head, task: Task, classes: Sequence[str], file: Path) -> Hea
     return replace(head, weight=head.weight[order], classes=tuple(classes))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def make_head(source: Parts, classes: Sequence[str], templates: Sequence[str]) -> Head:
     """A text head by a model's text tower.
 
@@ -286,11 +286,22 @@ def read_tower(model: Parts) -> Tower:
     import transformers
 
     kind = transformers.CLIPVisionConfig.from_dict(dict(_config(model)["vision_config"]))
-    bare = not any(name.startswith(_VISION) for name in model.tensors)
     tower = transformers.CLIPVisionModel(kind)
-    module = _filled(getattr(tower, "vision_model", tower), model, "" if bare else _VISION)
+    module = _filled(getattr(tower, "vision_model", tower), model, _front(model))
     projection = _projection(model) if model.holds(_PROJECTION) else None
     return Tower(model.name, module, kind.hidden_size, kind.image_size, projection)
+
+
+def _front(model: Parts) -> str:
+    """What the names of the vision tower's tensors begin with."""
+    return _VISION if any(name.startswith(_VISION) for name in model.tensors) else ""
+
+
+def names_in(made: Classifier, model: Parts) -> dict[str, str]:
+    """By the names of a model's tensors, those in the state dict of a classifier with its vision tower."""
+    own, front = made.state_dict(), _front(model)
+    places = {front + name.removeprefix("tower."): name for name in own if name.startswith("tower.")}
+    return {name: place for name, place in (places | {_PROJECTION: "projection"}).items() if model.holds(name)}
 
 
 def classifier(tower: Tower, head: Head, device: torch.device) -> Classifier:
@@ -337,8 +348,12 @@ def measure(
     return read_score({"items": right, "ids": items.ids, "metric": "accuracy"}, f"'{name}' on '{items.task.name}'")
 
 
-def batches(items: Items, head: Head, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    items: Items, head: Head, size: int, order: Iterable[Sequence[int]] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Pixels [N, 3, height, width] and labels [N], so many items at a time; the next being made meanwhile.
+
+    With an `order`, which may have no end, the items of each batch are those at its places.
 
     Raises:
         ModelMergeError: An image cannot be decoded.
@@ -352,19 +367,22 @@ def batches(items: Items, head: Head, size: int) -> Iterator[tuple[Tensor, Tenso
     def prepare(place: int) -> Tensor:
         return processor(items.image(place), return_tensors="pt")["pixel_values"][0]
 
-    starts = range(0, len(items.ids), size)
+    count = len(items.ids)
+    in_turn = (range(start, min(start + size, count)) for start in range(0, count, size))
+    turns = iter(in_turn if order is None else order)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "images") as pool:
 
-        def submit(start: int) -> list[Future[Tensor]]:
-            return [pool.submit(prepare, place) for place in range(start, min(start + size, len(items.ids)))]
+        def submit() -> tuple[list[int], list[Future[Tensor]]]:
+            places = list(next(turns, ()))
+            return places, [pool.submit(prepare, place) for place in places]
 
-        ahead = submit(0)
+        ahead = submit()
         try:
-            for start in starts:
-                ready, ahead = ahead, submit(start + size)
-                yield torch.stack([future.result() for future in ready]), items.labels[start : start + size]
+            while ahead[0]:
+                (places, ready), ahead = ahead, submit()
+                yield torch.stack([future.result() for future in ready]), items.labels[places]
         finally:
-            for future in ahead:
+            for future in ahead[1]:
                 future.cancel()
 
 
@@ -378,7 +396,7 @@ def _config(model: Parts) -> Mapping[str, Any]:
     what = f"a {kind} model" if kind else "a model without a config.json that says what it is"
     raise ModelMergeError(
         f"'{model.name}' is {what}, not CLIP",
-        hint="eval clip takes CLIP models and their vision towers; for others: eval lm, or eval custom --script",
+        hint="images are for CLIP models and their vision towers; others go with --script, or eval lm",
     )
 
 

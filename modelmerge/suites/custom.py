@@ -69,7 +69,7 @@ def _import(name: str) -> ModuleType:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise ModelMergeError(
-            f"--script {name} cannot be imported: {_in_words(error)}", hint=f"a file is named whole: {name}.py:FUNCTION"
+            f"--script {name} cannot be imported: {in_words(error)}", hint=f"a file is named whole: {name}.py:FUNCTION"
         ) from error
     if not str(getattr(module, "__file__", None)).endswith(".py"):
         raise UsageError(f"--script {name} is no module in Python", hint="name a file: metric.py:accuracy")
@@ -86,7 +86,7 @@ def _run(file: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ModelMergeError(f"{file} cannot be run: {_in_words(error)}") from error
+        raise ModelMergeError(f"{file} cannot be run: {in_words(error)}") from error
     return module
 
 
@@ -126,16 +126,14 @@ def measure(metric: Metric, label: str, model: Model, task: str | None, seed: in
     Raises:
         ModelMergeError: It raises, or returns what is no score.
     """
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    seeded(seed)
     try:
         told = metric(model) if task is None else metric(model, task)
     except ModelMergeError:
         raise
     except (Exception, SystemExit) as error:
         at = f" at '{task}'" if task is not None else ""
-        raise ModelMergeError(f"{label} failed on '{model.name}'{at}: {_in_words(error)}") from error
+        raise ModelMergeError(f"{label} failed on '{model.name}'{at}: {in_words(error)}") from error
     where = f"{label} on '{model.name}'"
     if task is not None:
         return {task: read_score(told, f"{where}, '{task}'")}
@@ -146,7 +144,14 @@ def measure(metric: Metric, label: str, model: Model, task: str | None, seed: in
     return {label.rpartition(":")[2]: read_score(told, where)}
 
 
-def _in_words(error: BaseException) -> str:
+def seeded(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def in_words(error: BaseException) -> str:
     """An exception in a line, with the last place in its trace."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

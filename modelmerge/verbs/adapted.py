@@ -62,7 +62,7 @@ def run(job: engine.Job, recipe: Recipe, size: as_lora.Size, staging: Staging, r
     """
     base, table = job.plan.base, as_lora.roles(job.plan.base)
     with staging.spool() as spool:
-        adapted = engine.adapt(job, table, size, _dtype(recipe), spool, reporter)
+        adapted = engine.adapt(job, table, size, _dtype(recipe), spool, staging.scratch, reporter)
         if not adapted.ranks:
             raise OutputError(
                 "the merge changes no weight of a linear layer: there is nothing to write as a LoRA",

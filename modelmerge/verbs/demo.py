@@ -96,8 +96,8 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
 
 
 def suited(experts: int) -> list[str]:
-    """The merge methods that take so many experts."""
-    return [name for name in method.names() if (method.load(name).most_experts or experts) >= experts]
+    """The merge methods that take so many experts, and nothing but models."""
+    return [name for name in method.data_free() if (method.load(name).most_experts or experts) >= experts]
 
 
 def train(out: Path, tasks: Mapping[str, digits.Task], reporter: Reporter = SILENT) -> list[Row]:

@@ -97,7 +97,7 @@ def evaluate_clip(
     own = {"config": config, "split": split, "image": image_column, "label": label_column}
     files = as_references([classes] if isinstance(classes, str | Path) else classes)
     told = {key: value for key, value in own.items() if value is not None}
-    found = _tasks(tasks, as_references(data), files, templates, told, held_out)
+    found = find_tasks(tasks, as_references(data), files, templates, told, held_out)
     loaded = {task.name: _images.load(task, limit=limit, seed=seed) for task in found}
     folder = Path(heads).expanduser() if heads is not None else None
     base = base if base is not None or folder is not None else _base_of(parse_all(as_references(models), "model"))
@@ -124,13 +124,13 @@ def evaluate_clip(
     return report
 
 
-def _tasks(
+def find_tasks(
     names: Sequence[str],
     data: Sequence[str],
     files: Sequence[str],
     templates: Sequence[str],
     own: Mapping[str, Any],
-    held_out: bool,
+    held_out: bool = False,
 ) -> tuple[Task, ...]:
     """The published tasks and those of one's own.
 
@@ -215,7 +215,7 @@ class _Measurer:
 
     def __call__(self, model: Model, task: str | None) -> dict[str, Score]:
         if self._model is not model or self._read is None:
-            parts = _parts(model)
+            parts = parts_of(model)
             self._read = parts, clip.text_digest(parts) if parts.has_text else "", clip.read_tower(parts)
             self._model = model
         items, (parts, digest, tower) = self._loaded[str(task)], self._read
@@ -224,7 +224,7 @@ class _Measurer:
         return {str(task): clip.measure(made, head, items, model.name, batch=self._batch, reporter=self._reporter)}
 
 
-def _parts(model: Model) -> clip.Parts:
+def parts_of(model: Model) -> clip.Parts:
     """A model, and what lies beside it; beside the base, where it is seen by the base's names."""
     place = model.path if model.base_path is None else model.base_path
     directory = place if place.is_dir() else None
@@ -243,10 +243,11 @@ def _version(package: str) -> str:
 def _expert_of(task: Task, experts: Sequence[str]) -> str | None:
     """The expert for a task: of its name, or with its name at the end, as in `clip-vit-base-patch32_sun397`."""
     names = [_name_of(text) for text in experts]
-    return next((name for name in names if _is_for(task, name)), None)
+    return next((name for name in names if is_for(task, name)), None)
 
 
-def _is_for(task: Task, expert: str) -> bool:
+def is_for(task: Task, expert: str) -> bool:
+    """Whether an expert is for a task: of its name, or with its name at the end."""
     return f" {plain(expert)}".endswith(f" {plain(task.head)}")
 
 
@@ -261,7 +262,7 @@ def _mark_unseen(report: dict[str, Any], tasks: Sequence[Task]) -> None:
         names = merged_from(row).get("experts")
         if row["role"] != "model" or not names:
             continue
-        row["unseen"] = [task.name for task in tasks if not any(_is_for(task, name) for name in names)]
+        row["unseen"] = [task.name for task in tasks if not any(is_for(task, name) for name in names)]
         seen = [task.name for task in tasks if task.name not in row["unseen"]]
         if row["unseen"] and seen:
             means = [sum(row["scores"][t]["score"] for t in some) / len(some) for some in (seen, row["unseen"])]

@@ -15,12 +15,13 @@ from modelmerge import engine, mergekit, method, plan, rules, scaling
 from modelmerge.checkpoint import card
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.writer import CARD, Staging, companions
+from modelmerge.checkpoint.writer import CARD, Staging, companions, scratches
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
+from modelmerge.suites.custom import Script
 from modelmerge.vary import Share, parse, settle, surveyed
-from modelmerge.verbs import adapted
+from modelmerge.verbs import adapted, searching
 from modelmerge.verbs.auto import AUTO, choose
 from modelmerge.verbs.inputs import (
     as_references,
@@ -51,6 +52,8 @@ class Prepared:
     recorded: Mapping[str, str]  # sha256 by input file that a replay must find again; empty for a new merge
     remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
     stream: bool = False  # read weights on the Hub over ranges, without storing them
+    data: searching.Data | None = None  # to find the experts' weights on, where that is to be done first
+    found: Mapping[str, Any] | None = None  # what there is to say of how they were found
 
     def close(self) -> None:
         """Let go of the inputs."""
@@ -62,6 +65,7 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
+        scratch = engine.scratch_bytes(self.job.source, self.job.front, self.job.disentangled())
         left = engine.beyond_device(self.job)
         beyond = (
             [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
@@ -73,13 +77,22 @@ class Prepared:
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "layer_scale": dict(self.job.scales),
             "passes": engine.passes(self.job),
-            "bytes": {"read": engine.bytes_read(self.job), "write": written},
-            "peak_memory": engine.peak_memory(self.job),
+            "bytes": {"read": engine.bytes_read(self.job), "write": written, "scratch": scratch},
+            "peak_memory": self._peak_memory(),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made), *beyond],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
         }
+        if self.data is not None:
+            told["unlabelled"] = dict(self.recipe.unlabelled)
         return with_downloads(told, made, beside="all" if size is None else "cards", streamed=streamed)
+
+    def _peak_memory(self) -> dict[str, int]:
+        """Of the merge, and of what is found before it."""
+        merging = engine.peak_memory(self.job)
+        if self.data is None:
+            return merging
+        return {place: max(merging[place], needed) for place, needed in engine.search_memory(self.job).items()}
 
 
 def merge(
@@ -105,6 +118,7 @@ def merge(
     search: Mapping[str, Sequence[Any] | str] | None = None,
     on: Sequence[str] = (),
     metric: Callable[..., Any] | str | None = None,
+    unlabelled: Mapping[str, Any] | None = None,
     device: str = "auto",
     stream: bool = False,
     force: bool = False,
@@ -140,9 +154,13 @@ def merge(
             this share of its squared norm.
         search: By option of the method, values to choose from by measuring, `{"scale": [0.2, 0.3]}` or
             `{"scale": "0.1:1.0:0.1"}`; all combinations are merged, the best is kept, and the manifest has all results
-            in `search`.
+            in `searched`.
         on: What `search` measures with: `custom:FILE:FUNCTION`, `clip:TASK`, `lm:TASK`, with settings behind commas.
         metric: A function that `search` measures with, or `FILE:FUNCTION`; see `evaluate`.
+        unlabelled: The data of a method that finds the experts' weights on unlabelled data. For CLIP models what
+            `evaluate` is told: `tasks`, `data`, `classes`, `templates`, `config`, `split`, `image_column`,
+            `label_column`, `heads`, `limit`; each expert goes with the task of its name. For any other classifier
+            `script`: a function or `FILE:FUNCTION`, see `modelmerge.suites._unlabelled.classifier_of`.
         device: cpu, cuda, cuda:N or auto.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
@@ -153,12 +171,13 @@ def merge(
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
+    data, script = searching.as_told(unlabelled or {})
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary),
         rule=tuple(rule), layer_scale=scaling.typed(layer_scale), rest=rest, dtype=dtype, include=tuple(include),
-        exclude=tuple(exclude),
-        on_mismatch=on_mismatch, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
+        exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
+        unlabelled=data,
     )  # fmt: skip
     if search is not None or on or metric is not None:
         from modelmerge.verbs.search import execute_search, prepare_search
@@ -166,9 +185,9 @@ def merge(
         axes = search or {}
         if twice := sorted(options.keys() & axes.keys()):
             raise UsageError(f"'{twice[0]}' is given and searched: one of them")
-        searching = prepare_search(recipe, axes, on, metric, device=device, stream=stream)
-        return execute_search(searching, Path(out), force=force, resume=resume, reporter=reporter)
-    prepared = prepare(recipe, device=device, stream=stream)
+        wanted = prepare_search(recipe, axes, on, metric, device=device, stream=stream)
+        return execute_search(wanted, Path(out), force=force, resume=resume, reporter=reporter)
+    prepared = prepare(recipe, device=device, stream=stream, script=script)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
 
@@ -218,11 +237,13 @@ def prepare(
     recorded: Mapping[str, str] | None = None,
     remarks: Sequence[str] = (),
     stream: bool = False,
+    script: Script | None = None,
     opened: tuple[Checkpoint, tuple[Checkpoint, ...]] | None = None,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
-    `opened` are the base and the experts, where they have been opened before.
+    `script` is a function that gives unlabelled data, where it comes out of no file; `opened` are the base and the
+    experts, where they have been opened before.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -241,6 +262,7 @@ def prepare(
     _check_choices(recipe)
     adapted.size_of(recipe)
     given = [rules.parse(told) for told in recipe.rule]
+    _refuse_data_of_others(recipe, chosen, given)
     _refuse_many_experts({recipe.method: chosen, **{rule.name: rule.method for rule in given}}, len(recipe.experts))
     if recipe.rest is None and chosen.matrices:
         recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
@@ -272,6 +294,12 @@ def prepare(
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
         engine.refuse_too_large(job.source, front, job.disentangled())
+    data = None
+    if recipe.coefficients:
+        job = searching.with_coefficients(job, recipe.coefficients)
+    elif chosen.finder is not None:
+        data = searching.find_data(recipe, names, script)
+        engine.refuse_search_beyond_memory(job)
     complete = dataclasses.replace(
         recipe,
         base=_pinned(recipe.base, base),
@@ -282,7 +310,19 @@ def prepare(
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
-    return Prepared(complete, job, dict(recorded or {}), remarks, stream)
+    return Prepared(complete, job, dict(recorded or {}), remarks, stream, data)
+
+
+def _refuse_data_of_others(recipe: Recipe, chosen: method.Method, given: Sequence[rules.Rule]) -> None:
+    if chosen.finder is None and (recipe.unlabelled or recipe.coefficients):
+        raise UsageError(f"'{recipe.method}' looks at no data", hint="`merge adamerging` does")
+    # What is found on data is found for a model that is merged in one way.
+    alone = next((rule.name for rule in given if rule.method.finder is not None), None)
+    if given and (alone or chosen.finder is not None):
+        raise UsageError(
+            f"'{alone or recipe.method}' finds weights for all tensors on data, and takes no --rule beside it",
+            hint="--include and --exclude say which tensors it merges",
+        )
 
 
 def _refuse_many_experts(methods: Mapping[str, method.Method], experts: int) -> None:
@@ -313,6 +353,13 @@ def _pinned(text: str, model: Checkpoint) -> str:
     return text if model.reference.repository is None else f"{model.name}={model.reference.text}"
 
 
+def digest_of(prepared: Prepared, read: searching.Read | None = None) -> str:
+    """The digest of all that determines the weights, as far as it can be had without reading tensors."""
+    job = prepared.job
+    told = (dataclasses.asdict(prepared.recipe), str(job.source.device), read and read.identity())
+    return fingerprint(job.plan, *told)
+
+
 def execute(
     prepared: Prepared,
     out: Path,
@@ -334,15 +381,22 @@ def execute(
     try:
         size = adapted.size_of(prepared.recipe)
         layout = job.plan.layout if size is None else Layout((), {}, {})
-        determined_by = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
+        opened = prepared.data.read(prepared.recipe.seed) if prepared.data is not None else None
+        determined_by = same = digest_of(prepared, opened)
         done = begin(job.plan, out, determined_by, force=force, resume=resume, ready=ready, reporter=reporter)
         if done is not None:
             return done
-        with Staging(out, layout, force=force, resume=resume and size is None, fingerprint=determined_by) as staging:
+        if opened is not None:
+            fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
+            prepared = _searched(prepared, opened, determined_by, out, resume=resume, reporter=reporter)
+            job = prepared.job
+            # Shards of other coefficients are not taken up.
+            same = digest_of(prepared, opened)
+        with Staging(out, layout, force=force, resume=resume and size is None, fingerprint=same) as staging:
             fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
             small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
             findings = engine.run(job, staging, reporter) if small is None else small.findings
-            manifest = complete(prepared, out, staging, findings, small, time.monotonic() - started)
+            manifest = complete(prepared, out, staging, findings, small, time.monotonic() - started, determined_by)
             for note in manifest["notes"]:
                 reporter.note(note)
             staging.publish(as_file(manifest))
@@ -358,8 +412,11 @@ def complete(
     findings: engine.Findings,
     small: engine.Adapted | None,
     seconds: float,
+    determined_by: str,
 ) -> dict[str, Any]:
     """Write what goes beside the weights that a merge has written, but for the manifest, which is returned.
+
+    `determined_by` is the digest of all that determines them.
 
     Raises:
         RecipeError: An input is not what the recipe was made with.
@@ -375,7 +432,7 @@ def complete(
     staging.write_file(CARD, write_card(prepared, out, notes))
     staging.write_indices()
     manifest = _manifest(prepared, out, digests, findings, notes, staging, seconds)
-    manifest["fingerprint"] = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device))
+    manifest["fingerprint"] = determined_by
     if small is not None:
         manifest["adapter"] = adapted.report(small)
     return manifest
@@ -384,6 +441,20 @@ def complete(
 def as_file(manifest: Mapping[str, Any]) -> bytes:
     """A manifest as it lies on the disk."""
     return (json.dumps(manifest, indent=2) + "\n").encode()
+
+
+def _searched(
+    prepared: Prepared, data: searching.Read, key: str, out: Path, *, resume: bool, reporter: Reporter
+) -> Prepared:
+    """The merge with the coefficients that are found on its data; `key` is the digest of all they depend on."""
+    with scratches(out) as scratch:
+        found = searching.find(prepared.job, data, key, scratch, resume=resume, reporter=reporter)
+    recipe = dataclasses.replace(prepared.recipe, coefficients=found["coefficients"])
+    about = {name: told for name, told in found.items() if name != "coefficients"}
+    return dataclasses.replace(
+        prepared, recipe=recipe, job=searching.with_coefficients(prepared.job, recipe.coefficients),
+        remarks=[*prepared.remarks, *data.notes()], found=about,
+    )  # fmt: skip
 
 
 def _check_choices(recipe: Recipe) -> None:
@@ -492,9 +563,12 @@ def write_card(prepared: Prepared, out: Path, notes: Sequence[str]) -> bytes:
     for part in job.parts:  # a rule is told with its options among the settings
         if part.glob is not None and part.name not in [source.name for source in methods]:
             methods.append(_applied(part.name, "merge", part.method, {}))
+    if recipe.coefficients:
+        told = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
+        notes = [*notes, f"{told}; `modelmerge.json` has them."]
     defaults = Recipe(method="", base="", experts=())
-    told = ("vary", "rule", "layer_scale", "rest", "dtype", "include", "exclude", "seed", "as_lora")
-    settings = {name: getattr(recipe, name) for name in told}
+    words = ("vary", "rule", "layer_scale", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    settings = {name: getattr(recipe, name) for name in words}
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
@@ -568,6 +642,7 @@ def _manifest(
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
         "rounding": _rounding(job, findings),
+        **({"search": dict(prepared.found)} if prepared.found is not None else {}),
         "notes": list(notes),
         "seconds": round(seconds, 3),
         "files": staging.listing(),

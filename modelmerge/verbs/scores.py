@@ -104,11 +104,12 @@ def run(
         for model in opened:
             model.close()
     names = list(rows[0]["scores"])
-    summarise(names, rows, bench.experts)
+    own = summarise(names, rows, bench.experts)
     stamped = stamp(found)
     report: dict[str, Any] = {
         "suite": bench.suite, **stamped, "versions": {**stamped["versions"], **bench.versions}, **bench.about,
         "seed": seed, "tasks": names, "models": rows, "notes": _notes(rows),
+        **({"own_experts": own} if own else {}),
     }  # fmt: skip
     if earlier is not None:
         report["comparison"] = {"with": str(compare), "models": differences(report, earlier)}

@@ -36,8 +36,8 @@ from modelmerge.vary import written
 from modelmerge.verbs import adapted
 from modelmerge.verbs.auto import AUTO
 from modelmerge.verbs.evaluate import evaluate
-from modelmerge.verbs.inputs import begin, fetch, fingerprint, open_models
-from modelmerge.verbs.merge import Prepared, as_file, complete, prepare, write_card
+from modelmerge.verbs.inputs import begin, fetch, open_models
+from modelmerge.verbs.merge import Prepared, as_file, complete, digest_of, prepare, write_card
 
 _FREE = 0.95  # share of a disk's free bytes that candidates may take
 _MOST = 10_000  # candidates; more are a slip of the keyboard
@@ -164,6 +164,11 @@ def prepare_search(
         raise UsageError("--on has no effect without --search", hint="as in --search scale=0.1:1.0:0.1")
     opened = open_models(recipe.base, recipe.experts)
     first = prepare(recipe, device=device, stream=stream, opened=opened)
+    if first.data is not None:
+        raise UsageError(
+            f"--search: '{recipe.method}' finds its coefficients on unlabelled data, and is not searched besides",
+            hint="search another method, or run it alone",
+        )
     resolved = dataclasses.replace(
         recipe, method=first.recipe.method, base=first.recipe.base, experts=first.recipe.experts,
         options=first.recipe.options if recipe.method == AUTO else recipe.options,
@@ -438,7 +443,7 @@ def execute_search(
     ready: Callable[[], object] | None = None,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Merge and measure all candidates and put the best at `out`; its manifest, with all results in `search`.
+    """Merge and measure all candidates and put the best at `out`; its manifest, with all results in `searched`.
 
     The base is measured first, so that what cannot be measured is known before the work. `ready` is called once it is
     known that the work can begin. The inputs are closed afterwards.
@@ -453,11 +458,10 @@ def execute_search(
         )
     job = search.first.job
     try:
-        determined_by = fingerprint(job.plan, dataclasses.asdict(search.first.recipe), str(job.source.device))
-        begin(job.plan, out, determined_by, force=force, resume=False, ready=ready, reporter=reporter)
+        begin(job.plan, out, digest_of(search.first), force=force, resume=False, ready=ready, reporter=reporter)
         prepare_process()
         with Staging(out, Layout((), {}, {}), force=force) as staging:
-            with staging.scratch() as folder:
+            with staging.folder() as folder:
                 room = _room(search, folder)
                 base = _measure_base(search, reporter)
                 reports = _work_through(search, folder, out, room, reporter)
@@ -470,7 +474,7 @@ def execute_search(
                 reporter.note(note)
             staging.write_file(CARD, write_card(best.prepared, out, notes))
             manifest = {
-                **best.manifest, "notes": notes, "search": _told(search, best, base, reports),
+                **best.manifest, "notes": notes, "searched": _told(search, best, base, reports),
                 "seconds": round(time.monotonic() - started, 3), "files": staging.listing(),
             }  # fmt: skip
             staging.publish(as_file(manifest))
@@ -557,7 +561,7 @@ def _merge_group(search: Search, group: Sequence[Candidate], folder: Path, out: 
             assert search.linear is not None, "others are merged one by one"
             findings = engine.run_scaled([each.job for each in prepared], search.linear, stagings, reporter)
         for each, ready, staging, noticed in zip(group, prepared, stagings, findings, strict=True):
-            each.manifest = complete(ready, out, staging, noticed, small, time.monotonic() - started)
+            each.manifest = complete(ready, out, staging, noticed, small, time.monotonic() - started, digest_of(ready))
             staging.publish(as_file(each.manifest))
 
 

@@ -19,10 +19,10 @@ from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT, VECTOR_KIND
 from modelmerge.checkpoint.writer import Staging, companions
 from modelmerge.engine import Source, vector_memory, vectors
 from modelmerge.engine.front import Entanglement, Front, fit
-from modelmerge.engine.job import prepare_process, refuse_too_large
+from modelmerge.engine.job import front_reads, prepare_process, refuse_too_large, scratch_bytes
 from modelmerge.engine.vectors import Measured
 from modelmerge.errors import UsageError
-from modelmerge.method import Disentangler
+from modelmerge.method import Disentangler, Redundancy
 from modelmerge.recipe import parse_size
 from modelmerge.report import SILENT, Reporter
 from modelmerge.verbs.inputs import (
@@ -137,7 +137,7 @@ def extract(
                 "ranks": _rank_report(opened, [t for t in wanted if t in ranked], spectra),
                 "low_rank": _low_rank_report(opened, measured, ranks, errors),
             }
-            _publish(opened, "extract", report, measured, ranks, None, staging, started, include, exclude, by)
+            _publish(opened, "extract", report, measured, ranks, False, staging, started, include, exclude, by)
         return report
     finally:
         opened.source.plan.close()
@@ -162,12 +162,13 @@ def disentangle(
     reporter: Reporter = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write each expert's disentangled task vector and the redundant one under `out`; what disentangling did.
+    """Write each expert's disentangled task vector under `out`, and the redundant one, if any; what disentangling did.
 
     Args:
         base: Reference of the base.
         experts: References of the experts, two at least.
-        out: Gets `NAME/` for each expert and `redundant/`, and with `full_experts` also `experts/NAME/`.
+        out: Gets `NAME/` for each expert, `redundant/` where one vector is taken out of all, and with `full_experts`
+            also `experts/NAME/`.
         method: A disentangling method's name; `options` are its own.
         full_experts: Also write base plus disentangled task vector, as checkpoints.
         include: Globs of the tensors to take; all if empty.
@@ -211,24 +212,27 @@ def disentangle(
         for remark in remarks(opened.source.plan):
             reporter.note(remark)
         fetch(opened.source.plan, reporter, beside="all" if full_experts else "nothing", stream=stream)
-        front = fit(opened.source, chosen, linear, reporter)
-        measured = _known_from(front)
-        measured |= vectors.measure(opened.source, [t for t in opened.tensors if not t.linear], reporter)
-        size = parse_size(max_shard_size)
-        folders = [
-            *(
+        # What there is to write is known once the vectors are.
+        with Staging(out, Layout((), {}, {}), force=force, resume=resume, fingerprint=by) as staging:
+            front = fit(opened.source, chosen, linear, staging.scratch, reporter)
+            measured = _known_from(front)
+            measured |= vectors.measure(opened.source, [t for t in opened.tensors if not t.linear], reporter)
+            one = isinstance(chosen[0].by, Redundancy)
+            everything = list(opened.source.plan.tensors.values())
+            size = parse_size(max_shard_size)
+            folders = [
                 lay_out(_entries(opened, measured, i, {}), size, folder=f"{name}/")
                 for i, name in enumerate(opened.names)
-            ),
-            lay_out({t.name: ("F32", t.shape, 4 * t.numel) for t in linear}, size, folder=f"{REDUNDANT}/"),
-        ]
-        everything = list(opened.source.plan.tensors.values())
-        if full_experts:
-            folders += [_full_layout(everything, size, f"{FULL}/{name}/") for name in opened.names]
-        with Staging(out, together(folders), force=force, resume=resume, fingerprint=by) as staging:
+            ]
+            if one:
+                entries = {t.name: ("F32", t.shape, 4 * t.numel) for t in linear}
+                folders.append(lay_out(entries, size, folder=f"{REDUNDANT}/"))
+            if full_experts:
+                folders += [_full_layout(everything, size, f"{FULL}/{name}/") for name in opened.names]
+            staging.lay_out(together(folders))
             output = vectors.Wanted(
                 tuple(f"{name}/" for name in opened.names),
-                f"{REDUNDANT}/",
+                f"{REDUNDANT}/" if one else None,
                 tuple(f"{FULL}/{name}/" for name in opened.names) if full_experts else (),
             )
             written = [t for t in everything if t.numel] if full_experts else opened.tensors
@@ -236,7 +240,7 @@ def disentangle(
             if full_experts:
                 _copy_companions(opened, staging)
             report = _report(opened, chosen, method, front)
-            _publish(opened, "disentangle", report, measured, {}, chosen[0], staging, started, include, exclude, by)
+            _publish(opened, "disentangle", report, measured, {}, one, staging, started, include, exclude, by)
         return report
     finally:
         opened.source.plan.close()
@@ -268,16 +272,20 @@ def _plan(
     made = opened.source.plan
     linear = [t for t in opened.tensors if t.linear]
     # Once to write, once more to measure; to disentangle or to decompose some another time.
-    times = [*opened.tensors, *(linear if front else [*opened.tensors, *decomposed])]
+    times = [*opened.tensors, *([] if front else [*opened.tensors, *decomposed])]
+    fitting = front_reads(front, linear)
 
     def read(streamed: bool) -> int:
-        return sum(made.stored_bytes(t, experts=True, streamed=streamed) for t in times)
+        once, apart = (
+            sum(made.stored_bytes(t, experts=True, streamed=streamed) for t in tensors) for tensors in (times, linear)
+        )
+        return once + int(fitting * apart)
 
     write = 4 * len(opened.names) * sum(t.numel for t in opened.tensors)
-    write += 4 * sum(t.numel for t in linear) if front else 0
+    write += 4 * sum(t.numel for t in linear) if front and isinstance(front[0].by, Redundancy) else 0
     told = {
         **listing(opened.source, ((t, "F32", _action(t, front is not None)) for t in made.tensors.values())),
-        "bytes": {"read": read(False), "write": write},
+        "bytes": {"read": read(False), "write": write, "scratch": scratch_bytes(opened.source, front, linear)},
         "peak_memory": vector_memory(opened.source, front, opened.tensors, decomposed),
     }
     return {"plan": with_downloads(told, made, beside="nothing", streamed=read(True) if stream else None)}
@@ -444,7 +452,7 @@ def _report(opened: _Opened, chosen: tuple[Disentangler, Any], name: str, front:
     return {
         "method": name,
         "options": dataclasses.asdict(chosen[1]),
-        "steps": len(losses) - 1,
+        "steps": len(losses) - 1 if isinstance(chosen[0].by, Redundancy) else None,
         "loss": {"first": losses[0], "lowest": min(losses), "curve": losses},
         "model": _entangled(first),
         "tensors": {tensor: _entangled(part) for tensor, part in parts.items()},
@@ -473,7 +481,7 @@ def _publish(
     report: dict[str, Any],
     measured: Mapping[str, Measured],
     ranks: Mapping[str, tuple[int, ...]],
-    method: Disentangler | None,
+    redundant: bool,
     staging: Staging,
     started: float,
     include: Sequence[str],
@@ -496,7 +504,7 @@ def _publish(
             "ranks": {tensor: found[i] for tensor, found in ranks.items()},
         }
         staging.write_file(f"{name}/{MANIFEST}", _text(manifest))
-    if method is not None:
+    if redundant:
         fitted = set(report["tensors"])
         zero = [*opened.empty, *(tensor.name for tensor in opened.tensors if tensor.name not in fitted)]
         manifest = {

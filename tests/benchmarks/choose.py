@@ -53,8 +53,9 @@ def vectors_of(expert_set: ExpertSet) -> Vectors:
 
 def disentangled(vectors: Vectors, **options: Any) -> Vectors:
     """The task vectors after AWD, as `disentangle awd` makes them."""
-    awd = method.load("awd", "disentangle")
-    told = method.make_options(awd, "awd", options)
+    chosen = method.load("awd", "disentangle")
+    told, awd = method.make_options(chosen, "awd", options), chosen.by
+    assert isinstance(awd, method.Redundancy)
     names = sorted(name for name in vectors.linear if vectors.taus[name].any())
     flat = {name: vectors.taus[name].flatten(1)[:, None, :] for name in names}
     if told.granularity == "row":

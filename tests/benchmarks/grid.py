@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
-    parser.add_argument("--methods", nargs="+", default=list(method.names()), choices=list(method.names()))
+    parser.add_argument("--methods", nargs="+", default=list(method.data_free()), choices=list(method.data_free()))
     parser.add_argument("--out", default="RESULTS-grid.md", help="name of the table's file beside this one")
     parser.add_argument("--keep", type=Path, help="directory for trained experts and figures; empty it to start anew")
     told = parser.parse_args()
@@ -137,7 +137,7 @@ def main() -> None:
                  for v, figures in found.items()}
             )  # fmt: skip
     command = f"--sets {' '.join(told.sets)} --seeds {' '.join(map(str, told.seeds))}"
-    if len(told.methods) < len(method.names()):
+    if len(told.methods) < len(method.data_free()):
         command += f" --methods {' '.join(told.methods)} --out {told.out}"
     lines = [
         "# Every method on every set",

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    known = method.names()
+    known = method.data_free()
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", default="1GB", help="bytes of one Llama (default: 1GB)")
     parser.add_argument("--experts", type=int, default=4, help="experts of the Llama (default: 4)")

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", default="500MB", help="bytes of one model (default: 500MB)")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--runs", type=int, default=1, help="runs of each thing; the median counts (default: 1)")
-    parser.add_argument("--methods", nargs="+", choices=method.names(), help="only these")
+    parser.add_argument("--methods", nargs="+", choices=method.data_free(), help="only these")
     parser.add_argument("--python", help="a Python that has mergekit")
     parser.add_argument("--workdir", type=Path, help="keep the checkpoints here (default: a temporary directory)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to write (default: beside this one)")

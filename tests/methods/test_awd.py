@@ -182,4 +182,5 @@ def test_every_disentangler_has_a_help_line_and_options_that_are_allowed(name: s
     assert method.summary(name, "disentangle").endswith(".")
     assert chosen.paper.startswith("https://")
     method.make_options(chosen, name, chosen.published)
-    assert {"granularity", "solver"} <= set(method.option_types(chosen.options))
+    if isinstance(chosen.by, method.Redundancy):
+        assert {"granularity", "solver"} <= set(method.option_types(chosen.options))

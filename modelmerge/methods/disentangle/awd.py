@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Citation, Disentangler, Solution, Watch, option
+from modelmerge.method import Citation, Disentangler, Redundancy, Solution, Watch, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,9 +166,7 @@ class _Problem:
 
 METHOD = Disentangler(
     options=Options,
-    measure=measure,
-    solve=solve,
-    descend=descend,
+    by=Redundancy(measure=measure, solve=solve, descend=descend),
     paper="https://arxiv.org/abs/2411.18729",
     citation=Citation(
         "Multi-Task Model Merging via Adaptive Weight Disentanglement", "Feng Xiong and others", "arXiv 2024"

@@ -59,8 +59,8 @@ _ADAM = {"steps": 400, "lr": 1e-4, "tolerance": 1e-11}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What APGD can be told; None stands for a default that follows from the others.
+class CorrectionOptions:
+    """What finding D can be told; None stands for a default that follows from the others.
 
     Raises:
         ValueError: An option has no effect with the solver or lambda mode that is asked for.
@@ -77,11 +77,6 @@ class Options:
     )
     scale: float | None = option(
         None, "With lambda mode relative: factor on task vectors of even length. Default: 0.35.", above=0.0
-    )
-    norm_cap: float | None = option(
-        None,
-        "Bound on the merged task vector's norm. Default: 0.45 with lambda mode matched, else none.",
-        above=0.0,
     )
     density: float | None = option(
         None,
@@ -132,20 +127,73 @@ class Options:
         }
         follow |= {"eta": 0.07} if paper else {}
         follow |= {"scale": 0.35} if mode == "relative" else {}
-        follow |= {"norm_cap": 0.45} if mode == "matched" else {}
         follow |= {"ridge": 1e-4 if paper else 1.0} if solver == "exact" else _ADAM
         for name, value in follow.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # frozen for everybody else
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(CorrectionOptions):
+    """What APGD can be told; None stands for a default that follows from the others.
+
+    Raises:
+        ValueError: An option has no effect with the solver or lambda mode that is asked for.
+    """
+
+    norm_cap: float | None = option(
+        None,
+        "Bound on the merged task vector's norm. Default: 0.45 with lambda mode matched, else none.",
+        above=0.0,
+    )
+
+    def __post_init__(self) -> None:
+        CorrectionOptions.__post_init__(self)
+        if self.norm_cap is None and self.lambda_mode == "matched":
+            object.__setattr__(self, "norm_cap", 0.45)
+
+
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     merged = torch.zeros_like(taus[0])
+    found = find(taus, options, context)
+    if found is None:
+        return merged
+    for i, lam in zip(found.active, found.lambdas, strict=True):
+        part = taus[i] + found.correction
+        if found.thresholds is not None:
+            part.mul_(taus[i].abs() >= found.thresholds[i])
+        merged.add_(part.mul_(lam))
+    if options.norm_cap is None:
+        return merged
+    return capped(merged, list(found.lengths), options.norm_cap, context)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is found for one weight.
+
+    `active`: the experts that changed it, by position, with the norms of their task vectors and their lambdas.
+    `thresholds` [T]: magnitudes below which entries are trimmed, if any are. `correction`: D [m, n]; or one of each
+    active expert, [t, m, n].
+    """
+
+    active: tuple[int, ...]
+    lengths: tuple[float, ...]
+    lambdas: tuple[float, ...]
+    thresholds: Tensor | None
+    correction: Tensor
+
+
+def find(taus: Tensor, options: CorrectionOptions, context: Context, *, each: bool = False) -> Found | None:
+    """The correction of task vectors [T, m, n]; None where no expert changed the weight.
+
+    With `each`, the descent moves a correction of each task's own, and the shared rank is min(m, n) / T by default.
+    """
     norms = _presence.changed(taus, context)
     active = [i for i in norms if context.weights[i] != 0.0]
     if not active:
-        return merged
+        return None
     vectors = taus if len(active) == len(taus) else taus[active]
     lengths = [norms[i] for i in active]
     lambdas = task_lambdas(vectors, lengths, [context.weights[i] for i in active], options)
@@ -154,22 +202,15 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         thresholds = _threshold.per_tensor(taus, [known(options.density)] * len(taus))
 
     factors = context.factors and [context.factors[i] for i in active]
-    basis = task_basis(vectors, options, factors)
+    basis = task_basis(vectors, options, factors, each=each)
     if options.solver == "exact":
         correction = solve(vectors, lambdas, basis, options, context)
     else:
-        correction = descend(vectors, lambdas, basis, options, context)
-    for i, lam in zip(active, lambdas, strict=True):
-        part = taus[i] + correction
-        if thresholds is not None:
-            part.mul_(taus[i].abs() >= thresholds[i])
-        merged.add_(part.mul_(lam))
-    if options.norm_cap is None:
-        return merged
-    return capped(merged, lengths, options.norm_cap, context)
+        correction = descend(vectors, lambdas, basis, options, context, each=each)
+    return Found(tuple(active), tuple(lengths), tuple(lambdas), thresholds, correction)
 
 
-def task_lambdas(taus: Tensor, norms: list[float], weights: list[float], options: Options) -> list[float]:
+def task_lambdas(taus: Tensor, norms: list[float], weights: list[float], options: CorrectionOptions) -> list[float]:
     """The factor of each task vector, from [T, m, n] and their norms."""
     mean = sum(norms) / len(norms)
     if options.lambda_mode == "paper":
@@ -183,13 +224,19 @@ def task_lambdas(taus: Tensor, norms: list[float], weights: list[float], options
     return [scale * mean * weight / norm for norm, weight in zip(norms, weights, strict=True)]
 
 
-def task_basis(taus: Tensor, options: Options, factors: Sequence[tuple[Tensor, Tensor] | None] | None = None) -> Tensor:
+def task_basis(
+    taus: Tensor,
+    options: CorrectionOptions,
+    factors: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    *,
+    each: bool = False,
+) -> Tensor:
     """Basis of the shared subspace with the ranks asked for, float32 [m, k], from [T, m, n] or factors of them."""
     smaller = min(taus[0].shape)
     task_rank = smaller // len(taus) if options.task_rank is None else min(options.task_rank, smaller)
     shared_rank = options.shared_rank
     if shared_rank is None:
-        shared_rank = smaller // (6 if options.lambda_mode == "paper" else 12)
+        shared_rank = smaller // (len(taus) if each else 6 if options.lambda_mode == "paper" else 12)
     # What is faithful to the paper is so to its singular vectors too.
     approximate = options.lambda_mode != "paper"
     return _linalg.shared_subspace(list(taus), task_rank, shared_rank, factors, approximate=approximate).float()
@@ -212,26 +259,38 @@ def capped(merged: Tensor, norms: list[float], cap: float, context: Context) -> 
     return merged.mul_(bound / length)
 
 
-def descend(taus: Tensor, lambdas: list[float], basis: Tensor, options: Options, context: Context) -> Tensor:
+def descend(
+    taus: Tensor,
+    lambdas: list[float],
+    basis: Tensor,
+    options: CorrectionOptions,
+    context: Context,
+    *,
+    each: bool = False,
+) -> Tensor:
     """The correction D [m, n] where Adam stops, from task vectors [T, m, n] and the shared basis [m, k].
 
     The gradient needs no autograd: with `e_jr = <tau_j, sum_i lambda_i (tau_i + D) - tau_j>_row r`, that of row r is
-    `2 sum_i lambda_i * sum_j e_jr tau_j[r]`.
+    `2 sum_i lambda_i * sum_j e_jr tau_j[r]`. With `each`, the loss has a D_i in the place of D, whose gradient is
+    `2 lambda_i * sum_j e_jr tau_j[r]`, and [T, m, n] comes back.
     """
     # The loss in units of the task vectors' size is the same loss: D scales with them. Adam's eps is then small too.
     unit = 1.0 if options.relative_lr is None else float(taus.square().mean().sqrt())
     rate = known(options.lr) if options.relative_lr is None else options.relative_lr
     tolerance, steps = known(options.tolerance), known(options.steps)
-    total = sum(lambdas)
+    # The loss sees `total` times one matrix: D itself, or the sum of all lambda_i D_i.
+    total = 1.0 if each else sum(lambdas)
     rows = side_by_side(taus, options)
     if unit != 1.0:
         rows = rows / unit
     # What e is at D = 0.
     offset = -wanted(rows, lambdas).mT
-    correction, gradient = torch.zeros_like(taus[0]), torch.empty_like(taus[0])
+    correction, gradient = torch.zeros_like(taus if each else taus[0]), torch.empty_like(taus[0])
     adam = torch.optim.Adam([correction], lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    seen = torch.zeros_like(taus[0]) if each else correction
+    shares = torch.tensor(lambdas, dtype=taus.dtype, device=taus.device)
     size = len(rows) if rows.is_cuda else max(1, _CHUNK // rows[0].nbytes)
-    flat = [whole.view(len(rows), 1, -1) for whole in (correction, gradient)]
+    flat = [whole.view(len(rows), 1, -1) for whole in (seen, gradient)]
     parts = list(zip(*(whole.split(size) for whole in (rows, offset, *flat)), strict=True))
     enough = tolerance * float(offset.square().sum())
     taken, losses = 0, [lambda: math.inf] * (2 if rows.is_cuda else 1)
@@ -247,8 +306,11 @@ def descend(taus: Tensor, lambdas: list[float], basis: Tensor, options: Options,
             if losses[0]() < enough:
                 taken -= 1
                 break
-        correction.grad = _linalg.remove_subspace(gradient, basis)
+        _linalg.remove_subspace(gradient, basis)
+        correction.grad = gradient * shares[:, None, None] if each else gradient
         adam.step()
+        if each:
+            seen.copy_(torch.tensordot(shares, correction, dims=1))
     context.tell({"steps": taken})
     return correction.mul_(unit)
 
@@ -268,7 +330,7 @@ def _read_later(value: Tensor) -> Callable[[], float]:
     return read
 
 
-def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: Options, context: Context) -> Tensor:
+def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: CorrectionOptions, context: Context) -> Tensor:
     """The shortest D [m, n] off the basis [m, k] that minimises the loss, from task vectors [T, m, n].
 
     With V the rows' task vectors and P = I - B B^T, zero loss asks `V P D = c`; the shortest solution is `P V^T a`
@@ -327,7 +389,7 @@ def known(option: float | None) -> float:
     return option
 
 
-def side_by_side(taus: Tensor, options: Options) -> Tensor:
+def side_by_side(taus: Tensor, options: CorrectionOptions) -> Tensor:
     """Per row, [m, T, n]: the T vectors of a row together, for batched products. Per matrix, [1, T, m * n]."""
     return taus.transpose(0, 1).contiguous() if options.inner == "row" else taus.flatten(1)[None]
 
@@ -340,15 +402,14 @@ def wanted(rows: Tensor, lambdas: list[float]) -> Tensor:
     return squares - torch.matmul(rows, merged)
 
 
+CITATION = Citation(
+    "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent", "Yongxian Wei and others", "ICML 2025"
+)
 METHOD = Method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2501.01230",
-    citation=Citation(
-        "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent",
-        "Yongxian Wei and others",
-        "ICML 2025",
-    ),
+    citation=CITATION,
     matrices=True,
     rest=lambda options: "base" if options.lambda_mode == "paper" else "average",
     wants_base=True,

@@ -1,0 +1,127 @@
+"""Find one coefficient for each expert and tensor by minimising the entropy of predictions on unlabelled data.
+
+AdaMerging (Yang et al., ICLR 2024): `theta = theta_0 + sum_i c_i w_i tau_i` (w_i is --weight), where the coefficients
+c_i are those of each tensor (`--granularity layer`, layer-wise) or of the whole model (`--granularity task`,
+task-wise). They start at `--init`, and Adam lowers the sum over the tasks of the mean entropy of the predictions on a
+batch of each task's data. Labels are never looked at; the classifiers stay as they are.
+
+The loss depends on c through theta alone, so its gradient is an inner product, `dL/dc_i = w_i <dL/dtheta, tau_i>`,
+over the tensors that share c_i. Nothing is kept of how theta was made: the models in memory are theta_0, the task
+vectors, theta and its gradient.
+
+The authors' code draws two batches of each task per step and keeps coefficients in [0, 1]; here it is one batch, and
+they are free, as in FusionBench (which takes 1000 steps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from modelmerge.method import Citation, Context, Method, option
+from modelmerge.methods._sums import weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What AdaMerging can be told."""
+
+    granularity: Literal["layer", "task"] = option(
+        "layer", "layer: a coefficient for each expert and tensor; task: one for each expert."
+    )
+    init: float = option(0.3, "Where the coefficients start.")
+    steps: int = option(500, "Steps of Adam.", minimum=1)
+    lr: float = option(1e-3, "Adam's learning rate, in units of the coefficients.", above=0.0)
+    batch_size: int = option(16, "Inputs of each task in a step.", minimum=1)
+
+
+def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
+    """[T, *shape] -> [*shape]: the task vectors by their weights, which are the coefficients that were found."""
+    return weighted_sum(taus, context.weights)
+
+
+class Mixture:
+    """`theta_0 + sum_i c_i tau_i` of some tensors, in memory, and Adam on c by the gradient of losses of the sum.
+
+    `coefficients` are [G, T] float64, a row for each group of tensors that share theirs. `values` are the tensors
+    theta, leaves that collect gradients.
+
+    Args:
+        parts: By tensor, `theta_0` [*shape] and its task vectors [T, *shape], of one dtype and device.
+        options: Of the method.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[Tensor, Tensor]], options: Options) -> None:
+        self._parts, self._options = parts, options
+        self._groups = {name: i if options.granularity == "layer" else 0 for i, name in enumerate(parts)}
+        tasks = len(next(iter(parts.values()))[1])
+        self.coefficients = torch.full((max(self._groups.values()) + 1, tasks), options.init, dtype=torch.float64)
+        self.values: dict[str, Tensor] = {
+            name: torch.nn.Parameter(theta_0.clone()) for name, (theta_0, _) in parts.items()
+        }
+        self.renew()
+
+    def renew(self) -> None:
+        """Set the values to what the coefficients say, and forget their gradients."""
+        for name, (theta_0, taus) in self._parts.items():
+            own = self.coefficients[self._groups[name]].to(taus)
+            value = self.values[name]
+            torch.addmv(theta_0.view(-1), taus.view(len(taus), -1).mT, own, out=value.detach().view(-1))
+            value.grad = None
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """The mean entropy of the predictions, in nats, of logits [N, C]."""
+        logs = logits.log_softmax(dim=1)
+        return -(logs.exp() * logs).sum(1).mean()
+
+    def gradient(self) -> Tensor:
+        """The gradient with respect to the coefficients, [G, T], from those that the values have collected."""
+        total = torch.zeros_like(self.coefficients)
+        for name, (_, taus) in self._parts.items():
+            found = self.values[name].grad
+            if found is not None:
+                total[self._groups[name]] += torch.mv(taus.view(len(taus), -1), found.reshape(-1)).to(total)
+        return total
+
+    def unread(self) -> list[str]:
+        """The tensors that no loss of the step at hand depends on."""
+        return [name for name, value in self.values.items() if value.grad is None]
+
+    def steps(self, losses: Sequence[Callable[[], Tensor]]) -> Iterator[list[float]]:
+        """All steps of Adam; of each what the losses were before it.
+
+        Each of `losses` gives a task's loss with the values as they are, and is called once in every step.
+        """
+        adam = torch.optim.Adam([self.coefficients], lr=self._options.lr)
+        for _ in range(self._options.steps):
+            told = []
+            for loss in losses:
+                value = loss()
+                value.backward()
+                told.append(float(value.detach()))
+            yield told
+            self.coefficients.grad = self.gradient()
+            adam.step()
+            self.renew()
+
+    def found(self) -> dict[str, tuple[float, ...]]:
+        """By tensor, the coefficient of each expert."""
+        rows = self.coefficients.tolist()
+        return {name: tuple(rows[group]) for name, group in self._groups.items()}
+
+
+METHOD = Method(
+    options=Options,
+    apply=apply,
+    finder=Mixture,
+    paper="https://arxiv.org/abs/2310.02575",
+    citation=Citation(
+        "AdaMerging: Adaptive Model Merging for Multi-Task Learning", "Enneng Yang and others", "ICLR 2024"
+    ),
+)

@@ -1,0 +1,107 @@
+"""render: a report as a page and as a chart, when it is made or from a file later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelmerge.charts import drawing, page
+from modelmerge.charts.figures import of_report
+from modelmerge.errors import ModelMergeError, UsageError
+
+_PAGES = (".html", ".htm")
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What is asked for of a report: a chart, and how scores are drawn in it; a page.
+
+    Raises:
+        UsageError: A file's ending names no format, or `chart` has no effect.
+        OutputError: A file cannot be where it shall be.
+        ModelMergeError: matplotlib is not installed, and a chart is asked for.
+    """
+
+    plot: Path | None
+    chart: drawing.Kind
+    page: Path | None
+
+    def __post_init__(self) -> None:
+        if self.plot is not None:
+            drawing.check(self.plot)
+        elif self.chart != "auto":
+            raise UsageError("--chart has no effect without --plot")
+        if self.page is not None:
+            if self.page.suffix.lower() not in _PAGES:
+                raise UsageError(f"--report {self.page}: a report is a page", hint=f"end in {' or '.join(_PAGES)}")
+            drawing.check_place("--report", self.page)
+
+    def write(self, report: Mapping[str, Any]) -> list[Path]:
+        """Draw the chart and write the page; the files.
+
+        Raises:
+            UsageError: A radar chart cannot show this.
+            OutputError: A file cannot be written.
+        """
+        if self.plot is not None:
+            if self.chart != "auto" and report["suite"] == "weights":
+                raise UsageError("--chart is of scores, and a report of weights has heatmaps alone")
+            drawing.save(of_report(report), self.plot, kind=self.chart)
+        if self.page is not None:
+            page.write(report, self.page)
+        return [file for file in (self.plot, self.page) if file is not None]
+
+
+def asked(plot: str | Path | None, chart: drawing.Kind, page: str | Path | None) -> Pictures:
+    """What is asked for, by paths as they are typed; refused before the work if it cannot be had."""
+    places = [None if file is None else Path(file).expanduser() for file in (plot, page)]
+    return Pictures(places[0], chart, places[1])
+
+
+def render(
+    report: str | Path | Mapping[str, Any],
+    *,
+    plot: str | Path | None = None,
+    chart: drawing.Kind = "auto",
+    page: str | Path | None = None,
+) -> dict[str, Any]:
+    """Draw a report of `modelmerge.evaluate`, or of `modelmerge eval SUITE ... --json > FILE`.
+
+    Args:
+        report: The report, or its file.
+        plot: A chart, as `.svg`, `.png` or `.pdf`: scores as bars or as a radar chart, cosines as heatmaps. Takes
+            matplotlib (`pip install 'modelmerge[plot]'`).
+        chart: How scores are drawn: `bars`, `radar`, or `auto`: as a radar chart from 5 to 20 tasks.
+        page: An HTML file that holds all of the report, and asks the network for nothing.
+
+    Returns:
+        The report.
+
+    Raises:
+        ModelMergeError: The file is no report; see `Pictures` for other kinds.
+    """
+    wanted = asked(plot, chart, page)
+    told = dict(report) if isinstance(report, Mapping) else read(report)
+    wanted.write(told)
+    return told
+
+
+def read(file: str | Path) -> dict[str, Any]:
+    """A report that was saved.
+
+    Raises:
+        ModelMergeError: It cannot be read, or is none.
+    """
+    try:
+        told = json.loads(Path(file).expanduser().read_bytes())
+        page.render(told)  # what can be shown on a page can be shown
+    except OSError as error:
+        raise ModelMergeError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, page.Incomplete) as error:
+        raise ModelMergeError(
+            f"{file}: no report of modelmerge eval", hint="save one: modelmerge eval SUITE ... --json > report.json"
+        ) from error
+    return told
