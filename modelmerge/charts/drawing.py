@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,13 +71,15 @@ def check(file: Path) -> None:
 
 
 def check_place(option: str, file: Path) -> None:
-    """Refuse a file whose directory is not there, or that is one itself.
+    """Refuse a file whose directory is not there or may not be written to, or that is one itself.
 
     Raises:
         OutputError: That.
     """
     if not file.parent.is_dir():
         raise OutputError(f"{option} {file}: there is no directory {file.parent}", hint="make it first")
+    if not os.access(file.parent, os.W_OK):
+        raise OutputError(f"{option} {file}: {file.parent} may not be written to", hint="name another place")
     if file.is_dir():
         raise OutputError(f"{option} {file}: that is a directory", hint="name a file")
 
