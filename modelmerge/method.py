@@ -144,6 +144,7 @@ class Method:
         rest: Given the options, what happens to the rest where `--rest` does not say: base, average, task-arithmetic.
         most_experts: The most experts it takes, where that is part of its definition.
         normalises: It divides by the sum of the weights, which then must not be zero.
+        own_lambda: It makes the weights task-aware itself.
         wants_base: It looks at `context.base`.
         blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
             as blocks [T, n]. Otherwise a tensor comes whole.
@@ -166,6 +167,7 @@ class Method:
     rest: Callable[[Any], str] = lambda options: "base"
     most_experts: int | None = None
     normalises: bool = False
+    own_lambda: bool = False
     wants_base: bool = False
     blockwise: Callable[[Any], bool] = lambda options: True
     by_rows: Callable[[Any], bool] = lambda options: False

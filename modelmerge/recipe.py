@@ -30,8 +30,8 @@ class Recipe:
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
     defaults. `vary` says which numbers are others for an expert, a tensor or a layer, and `rule` which tensors go to a
     method of their own: `GLOB=METHOD [OPTION=V ...]` each. `layer_scale` are factors on the task vectors by layer or
-    tensor, `V[,V...]` or JSON. `disentangle` names what goes in
-    front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
+    tensor: `V[,V...]`, JSON or larv. `task_lambda` is relative, matched, paper or None. `disentangle` names what goes
+    in front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
     choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
     whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
     share of the squared norm that it keeps. `unlabelled` tells the data of a method that finds the experts' weights on
@@ -49,6 +49,7 @@ class Recipe:
     vary: tuple[str, ...] = ()
     rule: tuple[str, ...] = ()
     layer_scale: str | None = None
+    task_lambda: str | None = None
     rest: str | None = None
     dtype: str | None = None
     include: tuple[str, ...] = ()
@@ -79,7 +80,7 @@ class Recipe:
         for told in self.vary:
             words += ["--vary", told]
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        for name in ("layer_scale", "rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
+        for name in ("layer_scale", "task_lambda", "rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
             value = getattr(self, name)
             words += [f"--{name.replace('_', '-')}", str(value)] if value != defaults[name] else []
         for name in ("include", "exclude"):
@@ -132,8 +133,8 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
 
 def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest as others may see it: models that lie on this machine go by their names, without their paths."""
-    inputs, local = manifest["inputs"], local_models(manifest) | _local_data(manifest)
-    told: dict[str, Any] = renamed(dict(manifest), local)
+    inputs, local, data = manifest["inputs"], local_models(manifest), _local_data(manifest)
+    told: dict[str, Any] = renamed(dict(manifest), local | data)
     for model in (m for each in told["inputs"].values() for m in (each if isinstance(each, list) else [each])):
         if model["path"] in local.values():
             model |= {"reference": model["name"], "path": None}
@@ -141,7 +142,7 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
         told["searched"]["on"] = placeless(told["searched"]["on"])
     if "command" in told:
         # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see Recipe.command
-        words = shlex.split(manifest["command"])
+        words = renamed(shlex.split(manifest["command"]), data)
         for place, model in enumerate((inputs["base"], *inputs["experts"]), start=3):
             words[place] = model["name"] if model["path"] in local else words[place]
         told["command"] = shlex.join([*words[:-1], Path(words[-1]).name])
@@ -167,12 +168,10 @@ def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:
 def _local_data(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The names of a recipe's data that lie on this machine, by their paths."""
     told = manifest.get("recipe", {}).get("unlabelled", {})
-    named = [each.partition("=") for key in ("data", "classes") for each in told.get(key, ())]
-    found = {place: name for name, _, place in named} | {name: "" for name, equals, _ in named if not equals}
-    found |= {
-        told[key].rpartition(":")[0] if key == "script" else told[key]: "" for key in ("script", "heads") if key in told
-    }
-    return {place: name or Path(place).name for place, name in found.items() if Path(place).is_absolute()}
+    places = [each.partition("=")[2] or each for key in ("data", "classes") for each in told.get(key, ())]
+    places += [told["heads"]] if "heads" in told else []
+    places += [told["script"].rpartition(":")[0]] if "script" in told else []
+    return {place: Path(place).name for place in places if Path(place).is_absolute()}
 
 
 def renamed(told: Any, names: Mapping[str, str]) -> Any:

@@ -21,9 +21,10 @@ from typing import Any
 import yaml
 
 from modelmerge.errors import UsageError
-from modelmerge.vary import Variation, depths, layered, written
+from modelmerge.vary import Variation, depths, layer_of, written
 
-_HINT = "write it like 0.5,1.2, or name a JSON or YAML file of {GLOB: FACTOR} or of a list over the layers"
+LARV = "larv"  # factors that the weights themselves tell: `methods/_larv.py`
+_HINT = "write it like 0.5,1.2 or larv, or name a JSON or YAML file of {GLOB: FACTOR} or of a list over the layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class LayerScale:
         left = list(tensors)
         for glob, values in self.entries:
             mine = [tensor for tensor in left if fnmatchcase(tensor, glob)]
-            inside = [tensor for tensor in mine if len(values) == 1 or layered(tensor)]
+            inside = [tensor for tensor in mine if len(values) == 1 or layer_of(tensor)]
             if not mine:
                 raise UsageError(
                     f"--layer-scale: '{glob}' matches no tensor that is merged and that no glob before it matches",

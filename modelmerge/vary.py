@@ -114,28 +114,29 @@ def layers(names: Iterable[str]) -> dict[str, int]:
     """How many numbered layers there are below each prefix, such as `model.layers`."""
     found: Counter[str] = Counter()
     for name in names:
-        match = _LAYER.search(name)
-        if match:
-            prefix = name[: match.start()]
-            found[prefix] = max(found[prefix], int(match[1]) + 1)
+        layer = layer_of(name)
+        if layer is not None:
+            prefix, number = layer
+            found[prefix] = max(found[prefix], number + 1)
     return dict(found)
 
 
-def layered(name: str) -> bool:
-    """Whether a tensor lies in a numbered layer."""
-    return _LAYER.search(name) is not None
+def layer_of(name: str) -> tuple[str, int] | None:
+    """The prefix and the number of the layer that a tensor lies in, if it does: `model.layers`, 3."""
+    match = _LAYER.search(name)
+    return (name[: match.start()], int(match[1])) if match else None
 
 
 def depths(names: Sequence[str]) -> dict[str, float]:
     """How deep each tensor lies: 0 in the first layer, 1 in the last (and in an only one), 0 outside all layers."""
     count, found = layers(names), {}
     for name in names:
-        match = _LAYER.search(name)
-        if match is None:
+        layer = layer_of(name)
+        if layer is None:
             found[name] = 0.0
         else:
-            last = count[name[: match.start()]] - 1
-            found[name] = int(match[1]) / last if last else 1.0
+            prefix, number = layer
+            found[name] = number / (count[prefix] - 1) if count[prefix] > 1 else 1.0
     return found
 
 

@@ -78,6 +78,9 @@ def test_a_method_that_a_preset_does_not_mention_runs_at_its_defaults(
 def test_a_preset_names_the_unlabelled_data(hub_here: presets.Preset, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "adamerging", "--preset", MINE, "-o", "out", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["unlabelled"] == {"tasks": ["clip8"]}
+    words = ["--script", "modelmerge.digits:unlabelled"]
+    assert main(["merge", "adamerging", "--preset", MINE, "-o", "out", "--dry-run", "--json", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["unlabelled"] == {"script": words[1]}
 
 
 def test_include_comes_from_the_preset_unless_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

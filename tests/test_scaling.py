@@ -15,6 +15,7 @@ import modelmerge
 from modelmerge import engine, method, scaling
 from modelmerge.cli import main
 from modelmerge.errors import UsageError
+from modelmerge.methods import _larv
 from tests.checkpoints import SHAPES, State, base_state, read, write
 from tests.test_every_method import takes
 from tests.test_merge import same_bits
@@ -218,3 +219,81 @@ def test_the_recipe_and_the_command_repeat_it_without_the_file(
     assert main([*again, "-q"]) == 0
     assert all(same_bits(read(tmp_path / name), read(tmp_path / "one")) for name in ("two", "three"))
     assert "| `--layer-scale` |" in (tmp_path / "one" / "README.md").read_text()
+
+
+# --- LARV ---
+
+
+def layered(root: Path, layers: int = 4) -> list[Path]:
+    """A base of so many layers and two experts, one of which left the second layer alone."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"h.{i}.{name}": shape for i in range(layers) for name, shape in
+              (("attn.weight", (8, 8)), ("mlp.weight", (12, 8)), ("mlp.bias", (12,)))}  # fmt: skip
+    shapes["embed.weight"] = (10, 8)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    paths = [write(root / "base", base)]
+    for i in range(2):
+        state = {}
+        for name, tensor in base.items():
+            rank = 1 + (hash_of(name) + i) % 4
+            tau = torch.randn(tensor.shape, generator=generator)
+            if tensor.ndim == 2:
+                left = torch.randn(len(tensor), rank, generator=generator)
+                tau = left @ torch.randn(rank, tensor.shape[1], generator=generator)
+            state[name] = tensor.clone() if i and name.startswith("h.1.") else tensor + 1e-2 * tau
+        paths.append(write(root / f"expert_{i}", state))
+    return paths
+
+
+def hash_of(name: str) -> int:
+    return sum(map(ord, name))
+
+
+def test_larv_from_files_is_larv_by_hand(tmp_path: Path) -> None:
+    paths = layered(tmp_path)
+    manifest = modelmerge.merge(
+        paths[0], paths[1:], tmp_path / "out", method="task-arithmetic", scale=1.0, layer_scale="larv"
+    )
+    base, *experts = (read(path) for path in paths)
+    contrasts, conflicts = {}, {}
+    for i in range(4):
+        updates = {
+            base[f"h.{i}.{name}.weight"]: sum(e[f"h.{i}.{name}.weight"] - base[f"h.{i}.{name}.weight"] for e in experts)
+            for name in ("attn", "mlp")
+        }
+        contrasts[i] = sum(_larv.effective_rank(b) / _larv.effective_rank(t) for b, t in updates.items()) / 2
+        conflicts[i] = sum(_larv.conflict(b, t) for b, t in updates.items()) / 2
+    factors = _larv.tiers(_larv.scores(contrasts, conflicts, {i: (i + 1) / 4 for i in range(4)}))
+    assert sorted(factors.values()) == [0.8, 1.0, 1.0, 1.2]
+    want = {name: factors[int(name[2])] for name in base if name.startswith("h.")}
+    assert manifest["tensors"]["layer_scale"] == want
+    got = read(tmp_path / "out")
+    for name, tensor in base.items():
+        moved = sum(e[name].double() - tensor.double() for e in experts)
+        assert torch.allclose(got[name].double(), tensor.double() + want.get(name, 1.0) * moved, atol=1e-6), name
+
+
+def test_larv_is_what_its_factors_are(tmp_path: Path) -> None:
+    """Behind AWD, with rules, blocks and a trim over the model: the bits of a mapping of the factors that it found."""
+    paths = layered(tmp_path)
+    told: dict[str, Any] = {"method": "ties", "disentangle": "awd", "rule": ["*attn*=tsv-m"]}
+    got = merged(paths, tmp_path / "out", layer_scale="larv", **told)
+    factors = json.loads((tmp_path / "out" / "modelmerge.json").read_text())["tensors"]["layer_scale"]
+    assert set(factors.values()) == {0.8, 1.0, 1.2}
+    assert same_bits(got, merged(paths, tmp_path / "same", layer_scale=factors, **told))
+    assert not same_bits(got, merged(paths, tmp_path / "other", **told))
+
+
+def test_larv_is_told_and_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = layered(tmp_path)
+    words = ["merge", "average", *map(str, paths), "--layer-scale", "larv", "-o", str(tmp_path / "one")]
+    assert main([*words, "-n"]) == 0
+    assert "task vectors times what larv finds, by layer" in capsys.readouterr().out
+    assert main([*words, "-q"]) == 0
+    assert main(["merge", "--recipe", str(tmp_path / "one"), "-o", str(tmp_path / "two"), "-q"]) == 0
+    assert same_bits(read(tmp_path / "one"), read(tmp_path / "two"))
+
+
+def test_larv_needs_layers(models: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="larv: no weight of a linear layer that is merged lies in a numbered layer"):
+        merged(models, tmp_path / "out", method="average", include=["*embed*"], layer_scale="larv")

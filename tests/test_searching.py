@@ -19,6 +19,7 @@ from modelmerge.charts.figures import of_coefficients
 from modelmerge.cli import main
 from modelmerge.engine import job, threads
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
+from modelmerge.recipe import published
 from modelmerge.suites._unlabelled import batches, draws, names_in
 from tests import clip_models
 from tests.checkpoints import State
@@ -265,18 +266,22 @@ def test_weights_are_part_of_the_task_vectors(small: list[Path], tmp_path: Path)
     )
 
 
-def test_awd_in_front_is_the_two_commands_in_turn(small: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("front", "told"), [("awd", {}), ("apgd", {"correction": "task"})])
+def test_a_front_is_the_two_commands_in_turn(
+    front: str, told: dict[str, Any], small: list[Path], tmp_path: Path
+) -> None:
     def script(expert: Any) -> Any:
         return Network(), rows()
 
-    one = run(small, tmp_path / "one", script, disentangle="awd")
-    modelmerge.disentangle(small[0], small[1:], tmp_path / "v", method="awd")
+    one = run(small, tmp_path / "one", script, disentangle=front, disentangle_options=told)
+    modelmerge.disentangle(small[0], small[1:], tmp_path / "v", method=front, **told)
     two = run([small[0], *(tmp_path / "v" / name for name in EXPERTS)], tmp_path / "two", script)
     plain = run(small, tmp_path / "plain", script)
     assert coefficients(one) == coefficients(two) != coefficients(plain)
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
-        tmp_path / "two" / "model.safetensors"
-    ).read_bytes()
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+    # What the front kept on the disk is gone.
+    assert not [place for place in tmp_path.iterdir() if place.name.startswith(".")]
 
 
 def test_a_layer_scale_is_part_of_the_task_vectors(small: list[Path], tmp_path: Path) -> None:
@@ -513,6 +518,7 @@ def test_models_that_do_not_fit_in_memory_together_are_refused(
     size = sum(w.nbytes for w in load_file(small[0] / "model.safetensors").values())
     assert plan["peak_memory"]["host"] == pytest.approx(job.PROCESS_BYTES + (2 + 3) * size, rel=0.01)
     assert plan["unlabelled"] == {"script": "modelmerge.digits:scores"}
+    assert (plan["passes"], plan["bytes"]["read"]) == (2, 2 * (2 + 1) * size)
     monkeypatch.setattr("modelmerge.engine.searching.free_memory", lambda device: 1000)
     assert main([*words, "--dry-run"]) == 2
     assert "and 1,000 are free on cpu" in capsys.readouterr().err
@@ -602,6 +608,24 @@ def test_clip_models_are_adapted_on_images(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
     out = capsys.readouterr().out
     assert "merged 2 experts with adamerging" in out
+
+
+def test_what_is_published_names_no_paths(
+    clips: list[Path], images: dict[str, Path], small: list[Path], tmp_path: Path
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(name.replace("_", " ") for name in clip_models.COLOURS))
+    told = {"data": {"first": images["first"]}, "classes": {"first": names}, "heads": tmp_path / "heads"}
+    once: dict[str, Any] = {"method": "adamerging", "steps": 1}
+    one = modelmerge.merge(clips[0], clips[1:2], tmp_path / "out", unlabelled=told, **once)
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    script = {"script": f"{tmp_path / 'mine.py'}:unlabelled"}
+    two = modelmerge.merge(small[0], small[1:], tmp_path / "other", unlabelled=script, **once)
+    for manifest in (one, two):
+        assert str(tmp_path.parent) in json.dumps(manifest)
+        assert str(tmp_path.parent.parent) not in json.dumps(published(manifest))
+    assert "--data first=first --classes first=names.txt" in published(one)["command"]
+    assert "--script mine.py:unlabelled" in published(two)["command"]
 
 
 def test_images_without_labels_need_the_names_of_the_classes(

@@ -190,6 +190,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         vary: opt.Vary = None,
         rule: opt.Rule = None,
         layer_scale: opt.LayerScale = None,
+        task_lambda: opt.TaskLambda = None,
         disentangle: opt.Disentangle = None,
         rest: opt.Rest = None,
         dtype: opt.Dtype = None,
@@ -219,6 +220,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             vary=tuple(values["vary"] or ()),
             rule=tuple(values["rule"] or ()),
             layer_scale=values["layer_scale"],
+            task_lambda=values["task_lambda"],
             disentangle=values["disentangle"],
             disentangle_options=_front_options(fronts, values),
             rest=values["rest"],
@@ -231,10 +233,11 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             as_lora=(small.rank or small.energy) if small is not None else None,
             unlabelled=_unlabelled(values) if chosen and chosen.finder else {},
         )
+        look = not values["dry_run"]
         if values["search"] or values["on"]:
-            _search(recipe, values, context)
+            _search(recipe, values, context, look)
             return
-        _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"]), values)
+        _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"], look=look), values)
 
     arguments = [opt.of_argument("context", typer.Context)]
     arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
@@ -262,9 +265,15 @@ def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:
 def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dict[str, Any]:
     """The values that a preset gives: base, experts, and the method's settings that the command line does not give."""
     told: dict[str, Any] = {"base": preset.base, "experts": [f"{n}={ref}" for n, ref in preset.experts.items()]}
-    for option, value in preset.methods.get(name, {}).items():
+
+    def given(option: str) -> bool:
         source = context.get_parameter_source(option)
-        if source is not None and source.name.startswith("DEFAULT"):
+        return source is not None and not source.name.startswith("DEFAULT")
+
+    for option, value in preset.methods.get(name, {}).items():
+        # Its data give way to data of one's own, whatever these are told by.
+        own = ("task", "data", "script") if option == "task" else (option,)
+        if not any(map(given, own)):
             told[option] = value
     return told
 
@@ -319,7 +328,7 @@ def checked(target: Target | None, *, create: bool = True) -> dict[str, Any] | N
     return check(target, create=create)
 
 
-def _search(recipe: Recipe, values: Mapping[str, Any], context: typer.Context) -> None:
+def _search(recipe: Recipe, values: Mapping[str, Any], context: typer.Context, look: bool) -> None:
     """Search the values of options, and do what the options say."""
     import contextlib
     import sys
@@ -336,10 +345,8 @@ def _search(recipe: Recipe, values: Mapping[str, Any], context: typer.Context) -
         with contextlib.redirect_stdout(sys.stderr):  # what a function prints is no result
             return execute_search(search, out, **told)
 
-    _run(
-        lambda: prepare_search(recipe, axes, values["on"] or (), device=values["device"], stream=values["stream"]),
-        values, execute,
-    )  # fmt: skip
+    place = {"device": values["device"], "stream": values["stream"]}
+    _run(lambda: prepare_search(recipe, axes, values["on"] or (), look=look, **place), values, execute)
 
 
 def _execute(prepared: Prepared, out: Path, **told: Any) -> dict[str, Any]:
@@ -441,9 +448,11 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
         f"[bold]{head}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
         counted,
     ]
-    if plan.get("layer_scale"):
-        low, high = min(plan["layer_scale"].values()), max(plan["layer_scale"].values())
-        lines.append(f"task vectors times {low:g} to {high:g}, by layer")
+    scale = plan.get("layer_scale")
+    if isinstance(scale, dict):
+        lines.append(f"task vectors times {min(scale.values()):g} to {max(scale.values()):g}, by layer")
+    elif scale:
+        lines.append(f"task vectors times what {scale} finds, by layer")
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))

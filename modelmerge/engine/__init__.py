@@ -32,7 +32,15 @@ from modelmerge.engine.job import (
 )
 from modelmerge.engine.merging import run, run_scaled
 from modelmerge.engine.rounding import stored_narrow
-from modelmerge.engine.searching import Problem, Search, find_weights, refuse_search_beyond_memory, search_memory
+from modelmerge.engine.searching import (
+    Problem,
+    Search,
+    find_weights,
+    refuse_search_beyond_memory,
+    search_memory,
+    search_reads,
+)
+from modelmerge.methods._lambdas import Mode as TaskLambda
 
 __all__ = [
     "Adapted",
@@ -42,6 +50,7 @@ __all__ = [
     "Problem",
     "Search",
     "Source",
+    "TaskLambda",
     "adapt",
     "adapted_bytes",
     "adapted_memory",
@@ -58,6 +67,7 @@ __all__ = [
     "run_scaled",
     "scratch_bytes",
     "search_memory",
+    "search_reads",
     "stored_narrow",
     "threads",
     "vector_memory",

@@ -14,7 +14,16 @@ from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.checkpoint.layout import Entry
 from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.given import give
-from modelmerge.engine.job import PROCESS_BYTES, SMALL, Findings, Job, prepare_process, threads, unfolding
+from modelmerge.engine.job import (
+    PROCESS_BYTES,
+    SMALL,
+    Findings,
+    Job,
+    prepare_process,
+    spectra_bytes,
+    threads,
+    unfolding,
+)
 from modelmerge.engine.merging import merged_vector
 from modelmerge.engine.rounding import squared
 from modelmerge.engine.stream import TORCH_DTYPES, as_bytes, loaded, piece_bytes, rounded, whole
@@ -80,7 +89,7 @@ def adapt(
     # What has no place is found out first: not at the end of a long merge.
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
-    given = give(job, scratch, reporter)
+    given = give(job, adapted.findings, scratch, reporter)
     reporter.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
     kept: set[str] = set()  # tensors that changed and are not low-rank
     for tensor in todo:
@@ -179,7 +188,7 @@ def adapted_memory(job: Job, wanted: Size) -> dict[str, int]:
         exact = wanted.rank is None or not _linalg.iterates((m, n), wanted.rank)
         needed = m * n * 8 * 5 + 8 * 9 * min(m, n) ** 2 if exact else 8 * 6 * (m + n) * (wanted.rank or 0) + 24 * _ROWS
         splitting = max(splitting, 4 * m * n + needed)
-    working = max(merging, splitting)
+    working = max(merging, splitting, spectra_bytes(job))
     return {"host": PROCESS_BYTES + working, "device": 0 if job.source.device.type == "cpu" else working}
 
 

@@ -18,8 +18,9 @@ import torch
 from modelmerge.engine.rounding import Rounding
 from modelmerge.errors import DeviceError, UsageError
 from modelmerge.method import Correction, Disentangler, Method, Survey
+from modelmerge.methods._lambdas import Mode
 from modelmerge.plan import Plan, TensorPlan
-from modelmerge.vary import Setting
+from modelmerge.vary import Setting, layer_of
 
 # Elements per block. On a CPU a worker's buffers should fit its share of the L2/L3 cache (measured: 64 Ki and 1 Mi
 # elements cost 10 to 35 % more); a GPU wants blocks that are large against the launch of a kernel.
@@ -117,6 +118,8 @@ class Job:
         seed: The seed of random draws.
         settings: By tensor, what its method is told instead where something varies.
         scales: By tensor, the factor on the task vectors before anything but disentangling, where it is not 1.
+        larv: LARV finds these factors, layer by layer.
+        task_lambda: How each expert's weight is made task-aware on each tensor, if it is.
     """
 
     source: Source
@@ -126,6 +129,8 @@ class Job:
     seed: int = 0
     settings: Mapping[str, Setting] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
+    larv: bool = False
+    task_lambda: Mode | None = None
 
     @property
     def plan(self) -> Plan:
@@ -152,6 +157,11 @@ class Job:
         """The tensors that their method wants whole."""
         return [tensor for part in self.parts if not part.blockwise for tensor in part.tensors]
 
+    def looked_at(self) -> list[TensorPlan]:
+        """The matrices by which LARV tells layers apart: linear layers' weights in numbered ones, tied ones once."""
+        linear = [tensor for tensor in self.merged() if tensor.linear and tensor.numel and tensor.twin is None]
+        return [tensor for tensor in linear if layer_of(tensor.name)] if self.larv else []
+
     def disentangled(self) -> list[TensorPlan]:
         """The tensors whose task vectors are disentangled before they are merged."""
         return [tensor for tensor in self.merged() if tensor.linear] if self.front else []
@@ -168,6 +178,8 @@ class Findings:
 
     left_out: list[tuple[str, str, str]] = field(default_factory=list)
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    lambdas: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     rounding: Rounding | None = None
     merged: int = 0
 
@@ -199,9 +211,9 @@ def default_workers(device: torch.device) -> int:
 
 
 def passes(job: Job) -> float:
-    """How many times task vectors are read at most: to merge, for their method's survey, and to disentangle."""
-    fitting = front_reads(job.front, job.disentangled())
-    return 1.0 + max((part.reads() for part in job.parts), default=0.0) + fitting
+    """How many times task vectors are read at most: to merge, and for all that has to be known before."""
+    before = front_reads(job.front, job.disentangled()) + job.larv + (job.task_lambda is not None)
+    return 1.0 + max((part.reads() for part in job.parts), default=0.0) + before
 
 
 def front_reads(front: tuple[Disentangler, Any] | None, tensors: Sequence[TensorPlan]) -> float:
@@ -229,9 +241,9 @@ def matrix_bytes(tensor: TensorPlan, count: int) -> int:
 def bytes_read(job: Job, *, streamed: bool = False) -> int:
     """Bytes of tensors that a run reads, all passes counted; or only from models that are streamed."""
     plan = job.plan
-    apart = job.disentangled()
+    apart, once = job.disentangled(), [*job.merged(), *job.looked_at(), *(job.merged() if job.task_lambda else [])]
     fitting = front_reads(job.front, apart)
-    times = [(1.0, job.merged()), (fitting, apart), *((part.reads(), part.surveyed()) for part in job.parts)]
+    times = [(1.0, once), (fitting, apart), *((part.reads(), part.surveyed()) for part in job.parts)]
     read = sum(c * plan.stored_bytes(t, experts=True, streamed=streamed) for c, tensors in times for t in tensors)
     return int(read) + sum(plan.stored_bytes(t, experts=False, streamed=streamed) for t in plan.select("copy"))
 
@@ -259,9 +271,20 @@ def peak_memory(job: Job) -> dict[str, int]:
         whole = _whole_bytes(job, wholes) + 2 * widest + kept + unfolding(plan, max(t.numel for t in wholes))
         left = beyond_device(job)
         on_device = _whole_bytes(job, [t for t in wholes if t.name not in left])
-    working = max(streaming, whole)
+    spectra = spectra_bytes(job)
+    working, on_device = max(streaming, whole, spectra), max(on_device, spectra)
     on_device = 0 if device.type == "cpu" else max(streaming, on_device)
     return {"host": PROCESS_BYTES + working, "device": on_device}
+
+
+def spectra_bytes(job: Job) -> int:
+    """Bytes that LARV takes: of two matrices the task vectors and the base, of one of them Gram matrices."""
+    tasks, matrices = len(job.plan.experts), job.looked_at()
+    largest = max((tensor.numel for tensor in matrices), default=0)
+    widest = max((model.stored_bytes(t.name) for t in matrices for model in job.plan.models), default=0)
+    # Two matrices in float64, their Gram matrices, and an eigendecomposition with LAPACK's workspace.
+    side = max((min(tensor.shape) for tensor in matrices), default=0)
+    return largest * (2 * 4 * (tasks + 1) + 2 * 8) + 2 * widest + 8 * 12 * side**2 + unfolding(job.plan, largest)
 
 
 def together(source: Source, tensor: TensorPlan) -> bool:

@@ -108,7 +108,10 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
         output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return
-    given = give(job, outputs[0].staging.scratch, reporter)
+    first = outputs[0].findings
+    given = give(job, first, outputs[0].staging.scratch, reporter)
+    for output in outputs[1:]:
+        output.findings.scales, output.findings.lambdas = first.scales, first.lambdas
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
@@ -254,7 +257,7 @@ def merged_vector(
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
 
     context = Context(
-        tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
+        tensor=piece.tensor.twin or piece.tensor.name, weights=given.weights(piece.tensor, setting.weights),
         experts=tuple(expert.name for expert in job.plan.experts), measured=given.measured.get(piece.tensor.name),
         base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,

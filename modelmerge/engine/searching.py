@@ -6,7 +6,7 @@ classifiers share the merged model's tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,17 @@ from torch import Tensor
 
 from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.given import give
-from modelmerge.engine.job import PROCESS_BYTES, Job, current, free_memory, front_memory, prepare_process
+from modelmerge.engine.job import (
+    PROCESS_BYTES,
+    Findings,
+    Job,
+    bytes_read,
+    current,
+    free_memory,
+    front_memory,
+    passes,
+    prepare_process,
+)
 from modelmerge.engine.stream import piece_bytes, wholes
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
 from modelmerge.method import Finder
@@ -50,7 +60,7 @@ class Search:
 
 
 def find_weights(
-    job: Job, make: Callable[[], Sequence[Problem]], scratch: Callable[[int], Scratch], reporter: Reporter
+    job: Job, problems: Callable[[], Iterable[Problem]], scratch: Callable[[int], Scratch], reporter: Reporter
 ) -> Search:
     """Find the weights that the job's method asks for, on the data of its tasks.
 
@@ -58,7 +68,7 @@ def find_weights(
 
     Args:
         job: The merge.
-        make: Makes the problems, once the models have been read.
+        problems: Makes the tasks' problems, one after the other, once the models have been read.
         scratch: Gives room of so many bytes on the disk.
         reporter: Is told the progress.
 
@@ -78,13 +88,13 @@ def find_weights(
             raise PlanError(
                 "all experts are the same as the base: there are no weights to find", hint="check the references"
             )
-        finder, problems = part.method.finder(changed, part.options), make()
+        finder, losses = part.method.finder(changed, part.options), []
         values = {name: finder.values.get(first, still.get(first)) for name, first in tied.items()}
-        for problem in problems:
+        for problem in problems():  # one at a time: each comes with a whole module
             _put_in(problem, values, changed, job)
+            losses.append(_loss_of(problem, finder))
         for value in finder.values.values():
             value.requires_grad_()
-        losses = [_loss_of(problem, finder) for problem in problems]
         reporter.stage("adapting", part.options.steps, "steps")
         told: list[list[float]] = []
         for step in finder.steps(losses):
@@ -103,7 +113,7 @@ def search_memory(job: Job) -> dict[str, int]:
     """
     tensors, tasks = [t for t in job.merged() if t.twin is None], len(job.plan.experts)
     fitting, kept = front_memory(job.source, job.front, job.disentangled())
-    # theta_0 and the task vectors, the merged model and its gradient.
+    # theta_0 and the task vectors, the merged model, and its gradient or, before, a module's own weights.
     models = 4 * (tasks + 3) * sum(t.numel for t in tensors)
     # Two tensors at a time on their way from the files, as stored and as float32.
     reading = 2 * max((t.numel * (4 * (tasks + 1) + 8) for t in tensors), default=0)
@@ -111,6 +121,12 @@ def search_memory(job: Job) -> dict[str, int]:
     if job.source.device.type == "cpu":
         return {"host": PROCESS_BYTES + working, "device": 0}
     return {"host": PROCESS_BYTES + max(reading, fitting) + kept, "device": models + reading + kept}
+
+
+def search_reads(job: Job) -> tuple[float, int]:
+    """How many times the task vectors are read to find weights, before those that merge them, and the bytes of that."""
+    copied = sum(job.plan.stored_bytes(tensor, experts=False) for tensor in job.plan.select("copy"))
+    return passes(job), bytes_read(job) - copied
 
 
 def refuse_search_beyond_memory(job: Job) -> None:
@@ -133,7 +149,7 @@ def _read(
     job: Job, tensors: Sequence[TensorPlan], scratch: Callable[[int], Scratch], reporter: Reporter
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """`theta_0` and task vectors of the tensors that change, by name; and `theta_0` of those that do not."""
-    given = give(job, scratch, reporter)
+    given = give(job, Findings(), scratch, reporter)
     reporter.stage("reading", sum(job.plan.stored_bytes(t, experts=True) for t in tensors))
     changed: dict[str, tuple[Tensor, Tensor]] = {}
     still: dict[str, Tensor] = {}
@@ -141,7 +157,8 @@ def _read(
         name = piece.tensor.name
         given.ready(piece, taus)
         setting = job.settings.get(name)
-        for tau, weight in zip(taus, job.weights if setting is None else setting.weights, strict=True):
+        weights = given.weights(piece.tensor, job.weights if setting is None else setting.weights)
+        for tau, weight in zip(taus, weights, strict=True):
             if weight != 1.0:
                 tau.mul_(weight)
         if bool(taus.any()):

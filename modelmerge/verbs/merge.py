@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -40,6 +41,7 @@ from modelmerge.verbs.inputs import (
 
 DTYPES = tuple(plan.DTYPES)
 _LOSSY = 0.05  # a loss to rounding above which a merge is worth storing wider
+TASK_LAMBDAS = typing.get_args(engine.TaskLambda)
 RESTS = ("base", "average", "task-arithmetic")
 
 
@@ -66,6 +68,7 @@ class Prepared:
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
         scratch = engine.scratch_bytes(self.job.source, self.job.front, self.job.disentangled())
+        searched = (0.0, 0) if self.data is None else engine.search_reads(self.job)
         left = engine.beyond_device(self.job)
         beyond = (
             [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
@@ -75,9 +78,9 @@ class Prepared:
             "disentangle": self.recipe.disentangle,
             "parts": _told_parts(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
-            "layer_scale": dict(self.job.scales),
-            "passes": engine.passes(self.job),
-            "bytes": {"read": engine.bytes_read(self.job), "write": written, "scratch": scratch},
+            "layer_scale": dict(self.job.scales) or self.recipe.layer_scale,
+            "passes": engine.passes(self.job) + searched[0],
+            "bytes": {"read": engine.bytes_read(self.job) + searched[1], "write": written, "scratch": scratch},
             "peak_memory": self._peak_memory(),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made), *beyond],
@@ -107,6 +110,7 @@ def merge(
     vary: Sequence[str] = (),
     rule: Sequence[str] = (),
     layer_scale: str | Path | Sequence[float] | Mapping[str, Any] | None = None,
+    task_lambda: str | None = None,
     rest: str | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
@@ -140,7 +144,8 @@ def merge(
         rule: Methods of their own for some tensors, `GLOB=METHOD [OPTION=V ...]` each; the first that takes a tensor
             counts, and `method` merges what no rule takes.
         layer_scale: Factors on the task vectors: over the layers, first to last, or by glob of tensor names, or both;
-            or `V[,V...]`, JSON, or a JSON or YAML file of such.
+            or `V[,V...]`, JSON, or a JSON or YAML file of such; or larv, which finds them.
+        task_lambda: Weights that make the experts' task vectors equally long on each tensor: relative, matched, paper.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
             the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
@@ -175,9 +180,9 @@ def merge(
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary),
-        rule=tuple(rule), layer_scale=scaling.typed(layer_scale), rest=rest, dtype=dtype, include=tuple(include),
-        exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
-        unlabelled=data,
+        rule=tuple(rule), layer_scale=scaling.typed(layer_scale), task_lambda=task_lambda, rest=rest, dtype=dtype,
+        include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
+        seed=seed, as_lora=as_lora, unlabelled=data,
     )  # fmt: skip
     if search is not None or on or metric is not None:
         from modelmerge.verbs.search import execute_search, prepare_search
@@ -238,12 +243,14 @@ def prepare(
     remarks: Sequence[str] = (),
     stream: bool = False,
     script: Script | None = None,
+    look: bool = True,
     opened: tuple[Checkpoint, tuple[Checkpoint, ...]] | None = None,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
-    `script` is a function that gives unlabelled data, where it comes out of no file; `opened` are the base and the
-    experts, where they have been opened before.
+    `script` is a function that gives unlabelled data, where it comes out of no file. With `look`, `auto` may read a few
+    megabytes of weights on the Hub to see of what kind they are. `opened` are the base and the experts, where they have
+    been opened before.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -251,8 +258,12 @@ def prepare(
     if recipe.method == AUTO:
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
+        _check_choices(recipe)
         opened = opened or open_models(recipe.base, recipe.experts)
-        choice = choose(opened[1])
+        shared = plan.make_plan(
+            *opened, matrices=False, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch
+        )
+        choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
         told = "".join(f" --{name} {value}" for name, value in choice.options.items())
         remarks = [*remarks, f"The method is {choice.method}{told}: {choice.reason}."]
@@ -287,9 +298,14 @@ def prepare(
     if variations:
         told_apart = (surveyed(variations, share, names) for share in shares)
         parts = [dataclasses.replace(part, for_survey=told) for part, told in zip(parts, told_apart, strict=True)]
-    scale = scaling.parse(recipe.layer_scale) if recipe.layer_scale is not None else None
-    factors = scale.factors([name for share in shares for name in share.tensors]) if scale is not None else {}
-    job = engine.Job(source_of(made, device), tuple(parts), weights, front, recipe.seed, settings, factors)
+    scale = _layer_scale(recipe)
+    job = engine.Job(
+        source_of(made, device), tuple(parts), weights, front, recipe.seed, settings,
+        scales={} if scale is None else scale.factors([name for share in shares for name in share.tensors]),
+        larv=recipe.layer_scale == scaling.LARV, task_lambda=_task_lambda(recipe, parts),
+    )  # fmt: skip
+    if job.larv and not job.looked_at():
+        raise UsageError("--layer-scale larv: no weight of a linear layer that is merged lies in a numbered layer")
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -306,7 +322,7 @@ def prepare(
         experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
         rule=tuple(map(str, given)),
-        layer_scale=None if scale is None else str(scale),
+        layer_scale=recipe.layer_scale if scale is None else str(scale),
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
@@ -323,6 +339,29 @@ def _refuse_data_of_others(recipe: Recipe, chosen: method.Method, given: Sequenc
             f"'{alone or recipe.method}' finds weights for all tensors on data, and takes no --rule beside it",
             hint="--include and --exclude say which tensors it merges",
         )
+
+
+def _layer_scale(recipe: Recipe) -> scaling.LayerScale | None:
+    """The factors by layer that are known beforehand, if any."""
+    if recipe.layer_scale is None or recipe.layer_scale == scaling.LARV:
+        return None
+    return scaling.parse(recipe.layer_scale)
+
+
+def _task_lambda(recipe: Recipe, parts: Sequence[engine.Part]) -> engine.TaskLambda | None:
+    """How weights are made task-aware, if they are.
+
+    Raises:
+        UsageError: A method does that itself.
+    """
+    if recipe.task_lambda is None:
+        return None
+    for part in parts:
+        if part.method.own_lambda:
+            raise UsageError(
+                f"--task-lambda: '{part.name}' makes its lambdas task-aware itself", hint="use its own --lambda-mode"
+            )
+    return typing.cast(engine.TaskLambda, recipe.task_lambda)
 
 
 def _refuse_many_experts(methods: Mapping[str, method.Method], experts: int) -> None:
@@ -462,6 +501,7 @@ def _check_choices(recipe: Recipe) -> None:
         ("--rest", recipe.rest or RESTS[0], RESTS),
         ("--dtype", recipe.dtype or DTYPES[0], DTYPES),
         ("--on-mismatch", recipe.on_mismatch, plan.ON_MISMATCH),
+        ("--task-lambda", recipe.task_lambda or TASK_LAMBDAS[0], TASK_LAMBDAS),
     ):
         if value not in choices:
             near = get_close_matches(value, choices, n=1)
@@ -567,7 +607,7 @@ def write_card(prepared: Prepared, out: Path, notes: Sequence[str]) -> bytes:
         told = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
         notes = [*notes, f"{told}; `modelmerge.json` has them."]
     defaults = Recipe(method="", base="", experts=())
-    words = ("vary", "rule", "layer_scale", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    words = ("vary", "rule", "layer_scale", "task_lambda", "rest", "dtype", "include", "exclude", "seed", "as_lora")
     settings = {name: getattr(recipe, name) for name in words}
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
@@ -635,7 +675,8 @@ def _manifest(
             "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
-            "layer_scale": dict(job.scales),
+            "layer_scale": dict(findings.scales),
+            "task_lambda": {tensor: list(lambdas) for tensor, lambdas in findings.lambdas.items()},
             "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
             "tied": {t.name: t.twin for t in tensors if t.twin is not None},
             "figures": dict(sorted(findings.figures.items())),

@@ -145,6 +145,7 @@ def prepare_search(
     *,
     device: str = "auto",
     stream: bool = False,
+    look: bool = True,
 ) -> Search:
     """Plan every candidate; nothing is written, and nothing is measured.
 
@@ -155,6 +156,7 @@ def prepare_search(
         metric: A function to measure with, or `FILE:FUNCTION`; as for `evaluate_custom`.
         device: As for `merge`; the candidates are measured there too.
         stream: As for `merge`.
+        look: As for `prepare`.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -163,7 +165,7 @@ def prepare_search(
     if not axes:
         raise UsageError("--on has no effect without --search", hint="as in --search scale=0.1:1.0:0.1")
     opened = open_models(recipe.base, recipe.experts)
-    first = prepare(recipe, device=device, stream=stream, opened=opened)
+    first = prepare(recipe, device=device, stream=stream, opened=opened, look=look)
     if first.data is not None:
         raise UsageError(
             f"--search: '{recipe.method}' finds its coefficients on unlabelled data, and is not searched besides",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -87,17 +87,20 @@ class Read:
         return {"data": items.task.data, "split": items.task.split, "images": len(items.ids),
                 "classes": len(items.classes), "templates": list(items.task.templates)}  # fmt: skip
 
-    def problems(self, job: engine.Job) -> list[Problem]:
-        """A classifier and its data for each expert, in the experts' order.
+    def problems(self, job: engine.Job) -> Iterator[Problem]:
+        """A classifier and its data for each expert, in the experts' order, each made when it is asked for.
 
         Raises:
             ModelMergeError: One cannot be made.
         """
         if self.data.script is not None:
-            return [self._of_script(self.data.script, expert, job) for expert in job.plan.experts]
+            for expert in job.plan.experts:
+                yield self._of_script(self.data.script, expert, job)
+            return
         parts = parts_of(Model(job.plan.base, None, job.source.device))
         tower, digest = clip.read_tower(parts), clip.text_digest(parts) if parts.has_text else ""
-        return [self._of_images(expert.name, parts, tower, digest, job) for expert in job.plan.experts]
+        for expert in job.plan.experts:
+            yield self._of_images(expert.name, parts, tower, digest, job)
 
     def _of_script(self, script: Script, expert: Checkpoint, job: engine.Job) -> Problem:
         options = job.parts[0].options

@@ -413,6 +413,7 @@ METHOD = Method(
     matrices=True,
     rest=lambda options: "base" if options.lambda_mode == "paper" else "average",
     wants_base=True,
+    own_lambda=True,
     blockwise=lambda options: False,
     survey=lambda options: _threshold.survey(options.density) if options.trim_scope == "model" else None,
     published={"solver": "adam", "lambda_mode": "paper"},
