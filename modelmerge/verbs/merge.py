@@ -21,7 +21,7 @@ from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.suites.custom import Script
-from modelmerge.vary import Share, parse, settle, surveyed
+from modelmerge.vary import Share, layer_of, parse, settle, surveyed
 from modelmerge.verbs import adapted, searching
 from modelmerge.verbs.auto import AUTO, choose
 from modelmerge.verbs.inputs import (
@@ -559,12 +559,26 @@ def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
     for (expert, reason), count in sorted(reasons.items()):
         notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
+    if job.larv and findings.scales:
+        notes.append(_what_larv_found(findings.scales))
     lost = findings.rounding.relative_error() if findings.rounding else None
     if lost is not None and lost > _LOSSY:
         notes.append(
             f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: --dtype float32 keeps it."
         )
     return notes
+
+
+def _what_larv_found(scales: Mapping[str, float]) -> str:
+    layers: dict[float, set[tuple[str, int]]] = {}
+    for tensor, scale in scales.items():
+        layer = layer_of(tensor)
+        assert layer is not None, "only layers are scaled"
+        layers.setdefault(scale, set()).add(layer)
+    told = (
+        f"{scale:g} in {', '.join(f'{p}.{n}' for p, n in sorted(which))}" for scale, which in sorted(layers.items())
+    )
+    return f"LARV: the task vectors are multiplied by {'; by '.join(told)}."
 
 
 def _stored_as(job: engine.Job) -> str:
