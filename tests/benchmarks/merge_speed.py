@@ -38,7 +38,8 @@ _SHOWN = {"single": "one file", "sharded": "200 MB shards"}
 _POLL = 0.02  # seconds between two looks at a child's memory
 _SETTLED = 2.5  # seconds: modelmerge remembers no digest of a file younger than 2 s
 _PLACES = ("--workdir", "--results", "--python", "--fusion-python")  # options that name places of this machine
-START = "import torch, safetensors.torch, modelmerge.engine"
+# As the command does before anything else.
+START = "import gc; gc.set_threshold(100_000); import torch, safetensors.torch, modelmerge.engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +254,9 @@ def floor() -> None:
 
     The imports are those of `START`, so that the same start is taken off the floor and off a merge.
     """
+    import gc
+
+    gc.set_threshold(100_000)
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
