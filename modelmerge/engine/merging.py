@@ -47,7 +47,7 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     """
     prepare_process()
     plan = job.plan
-    findings = Findings(rounding=Rounding() if stored_narrow(plan) else None)
+    findings = Findings(scales=job.scales, rounding=Rounding() if stored_narrow(plan) else None)
     todo = [t for t in plan.in_order() if t.numel and not staging.is_finished(t.name)]
     findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
