@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ from modelmerge.engine.stream import (
     as_bytes,
     in_parallel,
     item_bytes,
+    loader_of,
     piece_bytes,
     pieces,
     rounded,
@@ -37,6 +41,22 @@ from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
 from modelmerge.vary import Setting
 
+_REACH = 1 << 30  # bytes: little beside the memory that systems give to files
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """Where a merge goes, what is noticed of it, and what a tensor's merged task vector is multiplied by on the way."""
+
+    staging: Staging
+    findings: Findings
+    factors: Mapping[str, float]
+
+    def write(self, piece: Piece, data: Tensor) -> None:
+        """Write the piece's values, flat, as they are stored."""
+        start = piece.start * item_bytes(piece.tensor.out_dtype)
+        self.staging.write(piece.tensor.name, start, as_bytes(data))
+
 
 def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     """Merge every tensor of the plan into the staging directory.
@@ -45,18 +65,65 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         OutputError: The output cannot be written.
     """
+    output = _Output(staging, Findings(rounding=Rounding() if stored_narrow(job.plan) else None), {})
+    _run(job, (output,), reporter)
+    return output.findings
+
+
+def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], reporter: Reporter) -> list[Findings]:
+    """Several merges in one pass over the models: `run` for each, to the same bits.
+
+    Args:
+        jobs: They differ in nothing but that option of the merge's own method.
+        option: One that is declared linear: the merged task vector is found once, at 1, and multiplied for each.
+        stagings: Where each goes.
+        reporter: Is told the progress.
+
+    Raises:
+        CheckpointError: As for `run`.
+        OutputError: As for `run`.
+    """
+    own = next(part for part in jobs[0].parts if part.glob is None and not part.rest)
+    one = dataclasses.replace(own, options=dataclasses.replace(own.options, **{option: 1.0}))
+    names = {tensor.name for tensor in own.tensors}
+    settings = {
+        name: dataclasses.replace(told, options=dataclasses.replace(told.options, **{option: 1.0}))
+        if name in names
+        else told
+        for name, told in jobs[0].settings.items()
+    }
+    parts = tuple(one if part is own else part for part in jobs[0].parts)
+    # What the methods notice does not depend on the factor.
+    shared, outputs = Findings(), []
+    for job, staging in zip(jobs, stagings, strict=True):
+        rounding = Rounding() if stored_narrow(job.plan) else None
+        factors = {name: float(getattr(job.options_of(name), option)) for name in names}
+        outputs.append(_Output(staging, dataclasses.replace(shared, rounding=rounding), factors))
+    _run(dataclasses.replace(jobs[0], parts=parts, settings=settings), outputs, reporter)
+    return [output.findings for output in outputs]
+
+
+def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
+    """Merge into each of the outputs; finished tensors of the first are left out."""
     prepare_process()
     plan = job.plan
-    findings = Findings(scales=job.scales, rounding=Rounding() if stored_narrow(plan) else None)
-    todo = [t for t in plan.in_order() if t.numel and not staging.is_finished(t.name)]
-    findings.merged = sum(t.action != "copy" for t in todo)
+    todo = [t for t in plan.in_order() if t.numel and not outputs[0].staging.is_finished(t.name)]
+    for output in outputs:
+        output.findings.scales = job.scales
+        output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
-        return findings
-    given = give(job, findings, staging.scratch, reporter)
+        return
+    first = outputs[0].findings
+    given = give(job, first, outputs[0].staging.scratch, reporter)
+    for output in outputs[1:]:
+        output.findings.scales, output.findings.lambdas = first.scales, first.lambdas
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
-    reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in todo))
+    measured = [t for t in streamed if t.action != "copy" and job.part(t).moments is not None]
+    streamed = [t for t in streamed if t not in measured]
+    read = [*todo, *measured]  # the latter twice
+    reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in read))
 
     def in_rows(tensor: TensorPlan) -> bool:
         return tensor.action != "copy" and job.part(tensor).by_rows
@@ -64,37 +131,58 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     def merge_piece(piece: Piece, loader: Loader) -> None:
         if piece.tensor.action == "copy":
             data = loader.copy(piece)
+            for output in outputs:
+                output.write(piece, data)
         else:
             theta_0, taus = loader.load(piece, check=given.unchecked(piece.tensor))
             given.ready(piece, taus)
             if in_rows(piece.tensor):
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
-            data = _merged(given, piece, theta_0, taus, findings)
-        staging.write(piece.tensor.name, piece.start * item_bytes(piece.tensor.out_dtype), as_bytes(data))
+            for output, data in _merged(given, piece, theta_0, taus, outputs):
+                output.write(piece, data)
         reporter.advance(piece_bytes(plan, piece), piece.tensor.name)
 
-    cut = [piece for t in streamed for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
-    in_parallel(job.source, cut, merge_piece)
-    _run_whole(given, wholes, findings, staging, reporter)
-    return findings
+    def merge_cut(tensors: Sequence[TensorPlan]) -> None:
+        cut = [piece for t in tensors for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
+        in_parallel(job.source, cut, merge_piece)
+
+    merge_cut(streamed)
+    for some in _in_reach(given, measured):
+        given.measure(some, reporter)
+        merge_cut(some)
+    _run_whole(given, wholes, outputs, reporter)
 
 
-def _run_whole(
-    given: Given, tensors: Sequence[TensorPlan], findings: Findings, staging: Staging, reporter: Reporter
-) -> None:
+def _in_reach(given: Given, tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
+    """The tensors in groups that are still in the page cache when they are read the second time."""
+    group: list[TensorPlan] = []
+    for tensor in tensors:
+        group.append(tensor)
+        if sum(given.job.plan.stored_bytes(t, experts=True) for t in group) >= _REACH:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _run_whole(given: Given, tensors: Sequence[TensorPlan], outputs: Sequence[_Output], reporter: Reporter) -> None:
     """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
     job = given.job
 
-    def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Tensor:
+    def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Iterator[tuple[_Output, Tensor]]:
         given.ready(piece, taus)
-        return _merged(given, piece, theta_0, taus, findings, given.factors(piece.tensor))
+        return _merged(given, piece, theta_0, taus, outputs, given.factors(piece.tensor))
+
+    modest, own = [tensor for tensor in tensors if together(job.source, tensor)], threading.local()
 
     def merge_alone(tensor: TensorPlan) -> None:
-        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
-        staging.write(tensor.name, 0, as_bytes(merge(piece, theta_0, taus)))
+        if not hasattr(own, "loader"):
+            own.loader = loader_of(job.source, modest)
+        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=own.loader)
+        for output, data in merge(piece, theta_0, taus):
+            output.write(piece, data)
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
-    modest = [tensor for tensor in tensors if together(job.source, tensor)]
     with threads(1), ThreadPoolExecutor(job.source.workers, "merge") as pool:
         futures = [pool.submit(merge_alone, tensor) for tensor in modest]
         try:
@@ -102,14 +190,13 @@ def _run_whole(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # an error ends the others, too
-    _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, staging, reporter)
+    _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, reporter)
 
 
 def _run_in_turn(
     given: Given,
     tensors: Sequence[TensorPlan],
-    merge: Callable[[Piece, Tensor, Tensor], Tensor],
-    staging: Staging,
+    merge: Callable[[Piece, Tensor, Tensor], Iterator[tuple[_Output, Tensor]]],
     reporter: Reporter,
 ) -> None:
     """Merge tensors one after the other: read one ahead, write one behind."""
@@ -117,28 +204,31 @@ def _run_in_turn(
     device, left = job.source.device, beyond_device(job)
     sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def fetch(tensor: TensorPlan) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
+    loaders = [loader_of(job.source, tensors[turn::2]) for turn in (0, 1)]  # one is read into, one is merged from
+
+    def fetch(turn: int) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
+        tensor = tensors[turn]
         with current(device):
-            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
+            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=loaders[turn % 2])
             return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
 
-        def read(tensor: TensorPlan) -> Future[tuple[Piece, Tensor, Tensor, Callable[[], None]]]:
-            return reading.submit(fetch, tensor)
+        def read(turn: int) -> Future[tuple[Piece, Tensor, Tensor, Callable[[], None]]]:
+            return reading.submit(fetch, turn)
 
-        ahead = read(tensors[0]) if tensors else None
+        ahead = read(0) if tensors else None
         behind: Future[None] | None = None
         for i, tensor in enumerate(tensors):
             assert ahead is not None
             piece, theta_0, taus, arrive = ahead.result()
-            ahead = read(tensors[i + 1]) if i + 1 < len(tensors) else None
+            ahead = read(i + 1) if i + 1 < len(tensors) else None
             arrive()
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
-                data = merge(piece, theta_0, taus)
-            if behind is not None:
-                behind.result()
-            behind = writing.submit(staging.write, tensor.name, 0, as_bytes(data))
+                for output, data in merge(piece, theta_0, taus):
+                    if behind is not None:
+                        behind.result()
+                    behind = writing.submit(output.write, piece, data)
             reporter.advance(piece_bytes(job.plan, piece), tensor.name)
         if behind is not None:
             behind.result()
@@ -166,13 +256,22 @@ def _sent(theta_0: Tensor, taus: Tensor, stream: torch.cuda.Stream | None) -> tu
 
 
 def _merged(
-    given: Given, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
-) -> Tensor:
-    """The piece's merged values, flat, as they will be stored; `theta_0` is used up."""
-    delta = merged_vector(given, piece, theta_0, taus, findings, factors)
-    if findings.rounding is not None:
-        findings.rounding.merged.append(squared(delta))
-    return rounded(piece, theta_0.add_(delta), rounding=findings.rounding)
+    given: Given,
+    piece: Piece,
+    theta_0: Tensor,
+    taus: Tensor,
+    outputs: Sequence[_Output],
+    factors: Factors | None = None,
+) -> Iterator[tuple[_Output, Tensor]]:
+    """The piece's merged values, flat, as each output will store them; `theta_0` is used up."""
+    found = merged_vector(given, piece, theta_0, taus, outputs[0].findings, factors)
+    for output in outputs:
+        factor, rounding = output.factors.get(piece.tensor.name), output.findings.rounding
+        delta = found if factor is None else found * factor
+        if rounding is not None:
+            rounding.merged.append(squared(delta))
+        merged = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
+        yield output, rounded(piece, merged, rounding=rounding)
 
 
 def merged_vector(
@@ -189,9 +288,12 @@ def merged_vector(
     def tell(figures: Mapping[str, float]) -> None:
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
 
+    measured = given.measured.get(piece.tensor.name)
+    if measured is None and part.moments is not None:  # it is here as a whole
+        measured = part.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=given.weights(piece.tensor, setting.weights),
-        experts=tuple(expert.name for expert in job.plan.experts), measured=given.measured.get(piece.tensor.name),
+        experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
         base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip
