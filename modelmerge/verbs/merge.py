@@ -83,7 +83,7 @@ class Prepared:
             "bytes": {"read": engine.bytes_read(self.job) + searched[1], "write": written, "scratch": scratch},
             "peak_memory": self._peak_memory(),
             "shards": [shard.filename for shard in made.layout.shards],
-            "remarks": [*self.remarks, *remarks(made), *beyond],
+            "remarks": [*self.remarks, *remarks(made), *beyond, *(self.data.remarks() if self.data else [])],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
         }
         if self.data is not None:

@@ -48,6 +48,14 @@ class Data:
     heads: Path | None
     limit: int | None
 
+    def remarks(self) -> list[str]:
+        """What a plan says of the data, and what it does not count."""
+        told = self.script.label if self.script is not None else ", ".join(task.name for task in self.tasks.values())
+        return [
+            f"weights are found on unlabelled data first: {told}; what the model makes of a batch of them takes memory "
+            "besides"
+        ]
+
     def read(self, seed: int) -> Read:
         """Open the data.
 
