@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from modelmerge.errors import RecipeError, UsageError
 from modelmerge.vary import written
 
 FORMAT = 1  # of modelmerge.json; counts up when a reader of the old form would misread the new one
+_FOLDERS = re.compile(r"(?:^|(?<=[:=' ]))[/~][^,:=]*/")  # in front of a file's name
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
@@ -136,6 +138,8 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
     for model in (m for each in told["inputs"].values() for m in (each if isinstance(each, list) else [each])):
         if model["path"] in local.values():
             model |= {"reference": model["name"], "path": None}
+    if "searched" in told:
+        told["searched"]["on"] = placeless(told["searched"]["on"])
     if "command" in told:
         # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see Recipe.command
         words = renamed(shlex.split(manifest["command"]), data)
@@ -143,6 +147,15 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
             words[place] = model["name"] if model["path"] in local else words[place]
         told["command"] = shlex.join([*words[:-1], Path(words[-1]).name])
     return told
+
+
+def placeless(told: Any) -> Any:
+    """JSON in which files of this machine are named without the folders they lie in."""
+    if isinstance(told, dict):
+        return {key: placeless(value) for key, value in told.items()}
+    if isinstance(told, list):
+        return [placeless(value) for value in told]
+    return _FOLDERS.sub("", told) if isinstance(told, str) else told
 
 
 def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -209,5 +222,9 @@ def parse_weights(texts: Sequence[str]) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """The versions that bear on the result's bits."""
-    packages = {name: version(name) for name in ("modelmerge", "torch", "safetensors", "huggingface_hub", "numpy")}
-    return {**packages, "python": platform.python_version()}
+    return {**_packages(), "python": platform.python_version()}
+
+
+@cache  # reading a package's metadata takes milliseconds
+def _packages() -> dict[str, str]:
+    return {name: version(name) for name in ("modelmerge", "torch", "safetensors", "huggingface_hub", "numpy")}

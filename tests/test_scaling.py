@@ -267,6 +267,8 @@ def test_larv_from_files_is_larv_by_hand(tmp_path: Path) -> None:
     assert sorted(factors.values()) == [0.8, 1.0, 1.0, 1.2]
     want = {name: factors[int(name[2])] for name in base if name.startswith("h.")}
     assert manifest["tensors"]["layer_scale"] == want
+    lowest = next(i for i, scale in factors.items() if scale == 0.8)
+    assert f"LARV: the task vectors are multiplied by 0.8 in h.{lowest}; by 1 in h." in manifest["notes"][0]
     got = read(tmp_path / "out")
     for name, tensor in base.items():
         moved = sum(e[name].double() - tensor.double() for e in experts)

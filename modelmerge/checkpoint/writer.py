@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -256,6 +256,25 @@ class Staging:
             self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in layout.shards}
             self._check_space()
             self._make_shards()
+
+    @contextlib.contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A folder for what is no part of the output; it goes with the block, or with what a dead run has left."""
+        folder = self._directory / ".scratch"
+        with self._explained("write beside the output"):
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def adopt(self, directory: Path, digests: Mapping[str, str]) -> None:
+        """Move files of these sha256 here, by their places in a directory on the same disk."""
+        with self._explained("put files in place"):
+            for name, digest in digests.items():
+                (self._directory / name).parent.mkdir(parents=True, exist_ok=True)
+                os.rename(directory / name, self._directory / name)
+                self.digests[name] = digest
 
     def is_finished(self, tensor: str) -> bool:
         """Whether an interrupted run has written the tensor's shard already."""

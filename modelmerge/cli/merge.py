@@ -13,6 +13,7 @@ from rich.markup import escape
 from modelmerge import method, presets
 from modelmerge.cli import options as opt
 from modelmerge.cli.output import Bars, Format, Sink, size, table
+from modelmerge.cli.search import results
 from modelmerge.errors import UsageError
 from modelmerge.recipe import Recipe, parse_weights
 from modelmerge.verbs.auto import AUTO, SUMMARY
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from modelmerge.checkpoint.push import Target
     from modelmerge.verbs.merge import Prepared
+    from modelmerge.verbs.search import Search
 
 EXAMPLES = (
     "modelmerge merge                                                    (lists the methods)",
@@ -35,6 +37,9 @@ EXAMPLES = (
     "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge apgd --preset clip-b32-8 -o merged",
+    "modelmerge merge ties base math code -o merged --search scale=0.1:1.0:0.1 --on custom:metric.py:accuracy",
+    "modelmerge merge tsv-m base svhn gtsrb -o merged --search scale=0.5:1.5:0.25 --on clip:svhn,limit=500 "
+    "--on clip:gtsrb,limit=500",
     "modelmerge merge adamerging base svhn mnist dtd -o merged --task svhn --task mnist --data dtd=images/dtd",
     "modelmerge merge --recipe merged/modelmerge.json -o again",
     "modelmerge merge --recipe mergekit.yml -o merged",
@@ -195,6 +200,8 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         max_shard_size: opt.ShardSize = "5GB",
         seed: opt.Seed = 0,
         as_lora: opt.AsLora = None,
+        search: opt.Search = None,
+        on: opt.On = None,
     ) -> None: ...
 
     def run(context: typer.Context, **values: Any) -> None:
@@ -226,7 +233,11 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             as_lora=(small.rank or small.energy) if small is not None else None,
             unlabelled=_unlabelled(values) if chosen and chosen.finder else {},
         )
-        _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"]), values)
+        look = not values["dry_run"]
+        if values["search"] or values["on"]:
+            _search(recipe, values, context, look)
+            return
+        _run(lambda: prepare(recipe, device=values["device"], stream=values["stream"], look=look), values)
 
     arguments = [opt.of_argument("context", typer.Context)]
     arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
@@ -317,13 +328,41 @@ def checked(target: Target | None, *, create: bool = True) -> dict[str, Any] | N
     return check(target, create=create)
 
 
-def _run(prepare: Callable[[], Prepared], values: Mapping[str, Any]) -> None:
-    """Prepare a merge and do what the options say."""
+def _search(recipe: Recipe, values: Mapping[str, Any], context: typer.Context, look: bool) -> None:
+    """Search the values of options, and do what the options say."""
+    import contextlib
+    import sys
+
+    from modelmerge.verbs.search import execute_search, parse_axes, prepare_search
+
+    axes = parse_axes(values["search"] or ())
+    for name in axes:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"{opt.flag(name)} is given, and searched", hint="leave one of them out")
+
+    def execute(search: Search, out: Path, **told: Any) -> dict[str, Any]:
+        with contextlib.redirect_stdout(sys.stderr):  # what a function prints is no result
+            return execute_search(search, out, **told)
+
+    place = {"device": values["device"], "stream": values["stream"]}
+    _run(lambda: prepare_search(recipe, axes, values["on"] or (), look=look, **place), values, execute)
+
+
+def _execute(prepared: Prepared, out: Path, **told: Any) -> dict[str, Any]:
+    from modelmerge.verbs.merge import execute
+
+    return execute(prepared, out, **told)
+
+
+def _run(
+    prepare: Callable[[], Any], values: Mapping[str, Any], execute: Callable[..., dict[str, Any]] = _execute
+) -> None:
+    """Prepare a merge or a search and do what the options say."""
     from pathlib import Path
 
     from modelmerge.charts import drawing
     from modelmerge.charts.figures import of_coefficients
-    from modelmerge.verbs.merge import execute
 
     sink, target, force, resume = sink_of(values), destination(values), values["force"], values["resume"]
     plot = Path(values["plot"]).expanduser() if values.get("plot") else None
@@ -361,6 +400,8 @@ def _run(prepare: Callable[[], Prepared], values: Mapping[str, Any]) -> None:
     lines += _search_lines(manifest, sink.verbose) if "search" in manifest else []
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
+    if "searched" in manifest:
+        lines = [*results(manifest["searched"]), *lines]
     data = {"output": str(out), "manifest": manifest}
     if plot is not None:
         drawing.save([of_coefficients(manifest["recipe"]["coefficients"])], plot)
@@ -443,6 +484,13 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
     )
     if sizes["scratch"]:
         lines.append(f"{size(sizes['scratch'])} beside the output while it runs, for what disentangling found")
+    if "search" in plan:
+        found = plan["search"]
+        lines.append(
+            f"{found['candidates']} candidates in {found['merges']} merge{'s' * (found['merges'] != 1)}, each measured "
+            f"on {escape(', '.join(found['on']))}; on the disk {size(found['disk']['all'])} at once, where there is "
+            f"less {size(found['disk']['least'])} at least"
+        )
     if plan["push"]:
         what = [word for word in ("new", "private") if plan["push"][word]]
         what += ["as a pull request"] if plan["push"]["pull_request"] else []

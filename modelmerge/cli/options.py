@@ -17,6 +17,7 @@ METHOD_PANEL = "Options of the method"
 SHARED_PANEL = "Options of every merge"
 PRINT_PANEL = "What is printed"
 HUB_PANEL = "The Hugging Face Hub"
+SEARCH_PANEL = "Search"
 DATA_PANEL = "Images and their classes"
 UNLABELLED_PANEL = "Unlabelled data of any kind"
 
@@ -158,6 +159,27 @@ TaskLambda = Annotated[
         help="Task-aware weights, as in APGD: make the experts' task vectors equally long on each tensor. relative: as "
         "they are on average; matched: so that their sum is, at most; paper: 0.07.",
         rich_help_panel=SHARED_PANEL,
+    ),
+]
+Search = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--search",
+        help="Merge with each of these values, measure by --on, and keep the best: scale=0.1:1.0:0.1 (start, last, "
+        "step), scale=0.2,0.5, reduce=sum,mean. Repeatable: all combinations. Of equal ones the first.",
+        metavar="OPTION=VALUES",
+        rich_help_panel=SEARCH_PANEL,
+    ),
+]
+On = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--on",
+        help="What --search measures with: custom:FILE:FUNCTION, clip:TASK or clip:DATA, lm:TASK; behind commas the "
+        "settings of that suite in `eval`, as in clip:svhn,limit=500. clip and lm look at a validation split, or else "
+        "at the training split. Repeatable: the mean over all tasks counts.",
+        metavar="SUITE:WHAT[,SETTING=V...]",
+        rich_help_panel=SEARCH_PANEL,
     ),
 ]
 Disentangle = Annotated[

@@ -30,7 +30,7 @@ from modelmerge.engine.job import (
     threads,
     vector_memory,
 )
-from modelmerge.engine.merging import run
+from modelmerge.engine.merging import run, run_scaled
 from modelmerge.engine.rounding import stored_narrow
 from modelmerge.engine.searching import (
     Problem,
@@ -64,6 +64,7 @@ __all__ = [
     "refuse_search_beyond_memory",
     "refuse_too_large",
     "run",
+    "run_scaled",
     "scratch_bytes",
     "search_memory",
     "search_reads",

@@ -145,6 +145,10 @@ class Job:
         """The part that merges the tensor."""
         return self._takers[tensor.name]
 
+    def options_of(self, tensor: str) -> Any:
+        """What the tensor's method is told for it."""
+        return self.settings[tensor].options if tensor in self.settings else self._takers[tensor].options
+
     def merged(self) -> list[TensorPlan]:
         """All that is merged, in the order of the output's bytes."""
         return [tensor for tensor in self.plan.in_order() if tensor.action != "copy"]

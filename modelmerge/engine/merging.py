@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,6 +40,20 @@ from modelmerge.report import Reporter
 from modelmerge.vary import Setting
 
 
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """Where a merge goes, what is noticed of it, and what a tensor's merged task vector is multiplied by on the way."""
+
+    staging: Staging
+    findings: Findings
+    factors: Mapping[str, float]
+
+    def write(self, piece: Piece, data: Tensor) -> None:
+        """Write the piece's values, flat, as they are stored."""
+        start = piece.start * item_bytes(piece.tensor.out_dtype)
+        self.staging.write(piece.tensor.name, start, as_bytes(data))
+
+
 def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     """Merge every tensor of the plan into the staging directory.
 
@@ -45,14 +61,57 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         OutputError: The output cannot be written.
     """
+    output = _Output(staging, Findings(rounding=Rounding() if stored_narrow(job.plan) else None), {})
+    _run(job, (output,), reporter)
+    return output.findings
+
+
+def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], reporter: Reporter) -> list[Findings]:
+    """Several merges in one pass over the models: `run` for each, to the same bits.
+
+    Args:
+        jobs: They differ in nothing but that option of the merge's own method.
+        option: One that is declared linear: the merged task vector is found once, at 1, and multiplied for each.
+        stagings: Where each goes.
+        reporter: Is told the progress.
+
+    Raises:
+        CheckpointError: As for `run`.
+        OutputError: As for `run`.
+    """
+    own = next(part for part in jobs[0].parts if part.glob is None and not part.rest)
+    one = dataclasses.replace(own, options=dataclasses.replace(own.options, **{option: 1.0}))
+    names = {tensor.name for tensor in own.tensors}
+    settings = {
+        name: dataclasses.replace(told, options=dataclasses.replace(told.options, **{option: 1.0}))
+        if name in names
+        else told
+        for name, told in jobs[0].settings.items()
+    }
+    parts = tuple(one if part is own else part for part in jobs[0].parts)
+    # What the methods notice does not depend on the factor.
+    shared, outputs = Findings(), []
+    for job, staging in zip(jobs, stagings, strict=True):
+        rounding = Rounding() if stored_narrow(job.plan) else None
+        factors = {name: float(getattr(job.options_of(name), option)) for name in names}
+        outputs.append(_Output(staging, dataclasses.replace(shared, rounding=rounding), factors))
+    _run(dataclasses.replace(jobs[0], parts=parts, settings=settings), outputs, reporter)
+    return [output.findings for output in outputs]
+
+
+def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
+    """Merge into each of the outputs; finished tensors of the first are left out."""
     prepare_process()
     plan = job.plan
-    findings = Findings(rounding=Rounding() if stored_narrow(plan) else None)
-    todo = [t for t in plan.in_order() if t.numel and not staging.is_finished(t.name)]
-    findings.merged = sum(t.action != "copy" for t in todo)
+    todo = [t for t in plan.in_order() if t.numel and not outputs[0].staging.is_finished(t.name)]
+    for output in outputs:
+        output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
-        return findings
-    given = give(job, findings, staging.scratch, reporter)
+        return
+    first = outputs[0].findings
+    given = give(job, first, outputs[0].staging.scratch, reporter)
+    for output in outputs[1:]:
+        output.findings.scales, output.findings.lambdas = first.scales, first.lambdas
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
@@ -64,34 +123,34 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
     def merge_piece(piece: Piece, loader: Loader) -> None:
         if piece.tensor.action == "copy":
             data = loader.copy(piece)
+            for output in outputs:
+                output.write(piece, data)
         else:
             theta_0, taus = loader.load(piece, check=given.unchecked(piece.tensor))
             given.ready(piece, taus)
             if in_rows(piece.tensor):
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
-            data = _merged(given, piece, theta_0, taus, findings)
-        staging.write(piece.tensor.name, piece.start * item_bytes(piece.tensor.out_dtype), as_bytes(data))
+            for output, data in _merged(given, piece, theta_0, taus, outputs):
+                output.write(piece, data)
         reporter.advance(piece_bytes(plan, piece), piece.tensor.name)
 
     cut = [piece for t in streamed for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
     in_parallel(job.source, cut, merge_piece)
-    _run_whole(given, wholes, findings, staging, reporter)
-    return findings
+    _run_whole(given, wholes, outputs, reporter)
 
 
-def _run_whole(
-    given: Given, tensors: Sequence[TensorPlan], findings: Findings, staging: Staging, reporter: Reporter
-) -> None:
+def _run_whole(given: Given, tensors: Sequence[TensorPlan], outputs: Sequence[_Output], reporter: Reporter) -> None:
     """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
     job = given.job
 
-    def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Tensor:
+    def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Iterator[tuple[_Output, Tensor]]:
         given.ready(piece, taus)
-        return _merged(given, piece, theta_0, taus, findings, given.factors(piece.tensor))
+        return _merged(given, piece, theta_0, taus, outputs, given.factors(piece.tensor))
 
     def merge_alone(tensor: TensorPlan) -> None:
         piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
-        staging.write(tensor.name, 0, as_bytes(merge(piece, theta_0, taus)))
+        for output, data in merge(piece, theta_0, taus):
+            output.write(piece, data)
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
     modest = [tensor for tensor in tensors if together(job.source, tensor)]
@@ -102,14 +161,13 @@ def _run_whole(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # an error ends the others, too
-    _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, staging, reporter)
+    _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, reporter)
 
 
 def _run_in_turn(
     given: Given,
     tensors: Sequence[TensorPlan],
-    merge: Callable[[Piece, Tensor, Tensor], Tensor],
-    staging: Staging,
+    merge: Callable[[Piece, Tensor, Tensor], Iterator[tuple[_Output, Tensor]]],
     reporter: Reporter,
 ) -> None:
     """Merge tensors one after the other: read one ahead, write one behind."""
@@ -135,10 +193,10 @@ def _run_in_turn(
             ahead = read(tensors[i + 1]) if i + 1 < len(tensors) else None
             arrive()
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
-                data = merge(piece, theta_0, taus)
-            if behind is not None:
-                behind.result()
-            behind = writing.submit(staging.write, tensor.name, 0, as_bytes(data))
+                for output, data in merge(piece, theta_0, taus):
+                    if behind is not None:
+                        behind.result()
+                    behind = writing.submit(output.write, piece, data)
             reporter.advance(piece_bytes(job.plan, piece), tensor.name)
         if behind is not None:
             behind.result()
@@ -166,13 +224,22 @@ def _sent(theta_0: Tensor, taus: Tensor, stream: torch.cuda.Stream | None) -> tu
 
 
 def _merged(
-    given: Given, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
-) -> Tensor:
-    """The piece's merged values, flat, as they will be stored; `theta_0` is used up."""
-    delta = merged_vector(given, piece, theta_0, taus, findings, factors)
-    if findings.rounding is not None:
-        findings.rounding.merged.append(squared(delta))
-    return rounded(piece, theta_0.add_(delta), rounding=findings.rounding)
+    given: Given,
+    piece: Piece,
+    theta_0: Tensor,
+    taus: Tensor,
+    outputs: Sequence[_Output],
+    factors: Factors | None = None,
+) -> Iterator[tuple[_Output, Tensor]]:
+    """The piece's merged values, flat, as each output will store them; `theta_0` is used up."""
+    found = merged_vector(given, piece, theta_0, taus, outputs[0].findings, factors)
+    for output in outputs:
+        factor, rounding = output.factors.get(piece.tensor.name), output.findings.rounding
+        delta = found if factor is None else found * factor
+        if rounding is not None:
+            rounding.merged.append(squared(delta))
+        merged = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
+        yield output, rounded(piece, merged, rounding=rounding)
 
 
 def merged_vector(

@@ -28,6 +28,8 @@ from modelmerge.suites._scores import plain
 TEMPLATE = "a photo of a {}."
 _ORDER = "lines of LABEL<tab>NAME say which is which"
 _FEW = 6  # names that an error lists
+# Splits that choices can be made on without spoiling what is reported, the best first.
+_HELD_OUT = ("validation", "val", "valid", "dev", "train", "training")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,7 @@ class Task:
         published: The classes are those of a publication: a data set may spell them otherwise.
         image: The column of images; None is found.
         label: The column of labels; None is found.
+        held_out: Without a split: the validation split, or else the training split, never what is reported.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Task:
     published: bool = False
     image: str | None = None
     label: str | None = None
+    held_out: bool = False
 
     @property
     def head(self) -> str:
@@ -109,8 +113,10 @@ def groups() -> dict[str, tuple[str, ...]]:
     return {"clip8": tuple(told), "clip8-ood": tuple(corrupted)}
 
 
-def find_tasks(names: Sequence[str]) -> tuple[Task, ...]:
+def find_tasks(names: Sequence[str], *, held_out: bool = False) -> tuple[Task, ...]:
     """The published tasks of these names, each `NAME` or `NAME:SPLIT`, or a name that stands for several.
+
+    With `held_out` those without a split are looked at on another than the one that is reported.
 
     Raises:
         UsageError: There is no such task, or one is named twice.
@@ -119,10 +125,10 @@ def find_tasks(names: Sequence[str]) -> tuple[Task, ...]:
     twice = [name for name, count in Counter(every).items() if count > 1]
     if twice:
         raise UsageError(f"the task '{twice[0]}' is named twice")
-    return tuple(map(_find_task, every))
+    return tuple(_find_task(name, held_out=held_out) for name in every)
 
 
-def _find_task(name: str) -> Task:
+def _find_task(name: str, *, held_out: bool = False) -> Task:
     told = published()["tasks"]
     word, _, split = name.partition(":")
     known = {plain(key): key for key in told} | {plain(str(task["data"])): key for key, task in told.items()}
@@ -138,8 +144,8 @@ def _find_task(name: str) -> Task:
     task = told[found]
     return Task(
         name=f"{found}:{split}" if split else found, data=task["data"], config=task.get("config"),
-        split=split or "test", templates=tuple(task["templates"]), classes=tuple(task["classes"]),
-        also=task.get("also"), published=True,
+        split=split or (None if held_out else "test"), templates=tuple(task["templates"]),
+        classes=tuple(task["classes"]), also=task.get("also"), published=True, held_out=held_out and not split,
     )  # fmt: skip
 
 
@@ -152,6 +158,7 @@ def own_task(
     split: str | None = None,
     image: str | None = None,
     label: str | None = None,
+    held_out: bool = False,
 ) -> Task:
     """A task of one's own, called by the name of its data: `[NAME=]DATA`.
 
@@ -165,13 +172,15 @@ def own_task(
         split: None is `test`, or the only one.
         image: The column of images.
         label: The column of labels.
+        held_out: Without a split: another than `test`, if there is one.
 
     Raises:
         UsageError: A template has no place for the class.
         ModelMergeError: The file of class names cannot be read.
     """
     left, equals, right = data.partition("=")
-    task = Task(name=left, data=right, config=config, split=split, image=image, label=label)
+    held_out = held_out and split is None
+    task = Task(name=left, data=right, config=config, split=split, image=image, label=label, held_out=held_out)
     if not equals or not re.fullmatch(r"[\w.\-]+", left) or os.path.lexists(Path(data).expanduser()):
         path = Path(data.partition("@")[0]).expanduser()
         task = replace(task, name=(path.resolve().stem if path.exists() else path.name) or "data", data=data)
@@ -235,18 +244,20 @@ def load(task: Task, *, limit: int | None = None, seed: int = 0, labelled: bool 
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: at least one item must be looked at")
-    found, identity = _open(task)
+    found, split, identity = _open(task)
+    notes = [_told_of_split(task, split)] if task.held_out else []
+    task = replace(task, split=split) if task.held_out else task
     where = f"data set '{task.data}'"
     if not len(found):
         raise ModelMergeError(f"{where}: it is empty", hint="name another data set, or another split: --split")
     if labelled or task.classes is None:
         found, image, label = _columns(task, found)
         named, own, labels = _labels(where, found, label, all_known=labelled)
-        classes, notes = name_classes(task, own, named=named)
+        classes, told = name_classes(task, own, named=named)
+        notes += told
     else:
         found, image = _image_column(task, found)
         classes = tuple(task.classes.values() if isinstance(task.classes, Mapping) else task.classes)
-        notes = []
     if not labelled:
         labels = torch.full((len(found),), -1)
     absent = [] if not labelled else [classes[i] for i in sorted(set(range(len(classes))) - set(labels.tolist()))]
@@ -264,8 +275,8 @@ def load(task: Task, *, limit: int | None = None, seed: int = 0, labelled: bool 
     )  # fmt: skip
 
 
-def _open(task: Task) -> tuple[Any, str]:
-    """The split of the data set, and what a cache knows it by."""
+def _open(task: Task) -> tuple[Any, str | None, str]:
+    """The split of the data set, its name, and what a cache knows it by."""
     import datasets
 
     path = Path(task.data).expanduser()
@@ -279,7 +290,9 @@ def _open(task: Task) -> tuple[Any, str]:
             if not local:
                 return _from_hub(datasets, task)
             if path.is_file():
-                found = datasets.load_dataset("parquet", data_files={task.split or "test": str(path)})
+                found = datasets.load_dataset(
+                    "parquet", data_files={task.split or ("all" if task.held_out else "test"): str(path)}
+                )
             elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
                 found = datasets.load_from_disk(str(path))
             else:
@@ -294,9 +307,11 @@ def _open(task: Task) -> tuple[Any, str]:
             hint="it can be a folder of images with a folder for each class, a folder with parquet files, a parquet "
             "file, or org/name on the Hub",
         ) from error
+    split = task.split
     if isinstance(found, datasets.DatasetDict):
-        found = found[_split(task, list(found))]
-    return found, _identity(path)
+        split = _split(task, list(found))
+        found = found[split]
+    return found, split, _identity(path)
 
 
 def _is_empty(path: Path) -> bool:
@@ -312,7 +327,7 @@ def _is_empty(path: Path) -> bool:
         return False
 
 
-def _from_hub(datasets: Any, task: Task) -> tuple[Any, str]:
+def _from_hub(datasets: Any, task: Task) -> tuple[Any, str, str]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -330,19 +345,39 @@ def _from_hub(datasets: Any, task: Task) -> tuple[Any, str]:
             ) from error
     splits = datasets.get_dataset_split_names(name, task.config, revision=commit)
     split = _split(task, splits)
-    return datasets.load_dataset(name, task.config, split=split, revision=commit), f"{name}@{commit}:{task.config}"
+    found = datasets.load_dataset(name, task.config, split=split, revision=commit)
+    return found, split, f"{name}@{commit}:{task.config}"
 
 
 def _split(task: Task, splits: Sequence[str]) -> str:
-    """The split to take: the one asked for, else `test`, else the only one."""
-    if task.split is None and len(splits) == 1:
+    """The split to take: the one asked for, else `test` or one that is held out, else the only one."""
+    if task.split is None and len(splits) == 1 and not (task.held_out and splits[0] == "test"):
         return splits[0]
+    if task.held_out:
+        found = next((split for split in _HELD_OUT if split in splits), None)
+        if found is None:
+            raise ModelMergeError(
+                f"data set '{task.data}' has no split to make choices on: it has {', '.join(splits)}, and none is for "
+                "validation or training",
+                hint="name a split, or other data",
+            )
+        return found
     wanted = task.split or "test"
     if wanted not in splits:
         raise ModelMergeError(
             f"data set '{task.data}' has no split '{wanted}'", hint=f"it has: {', '.join(splits)} (--split)"
         )
     return wanted
+
+
+def _told_of_split(task: Task, split: str | None) -> str:
+    """What to note of the split that was taken where another than the reported one was asked for."""
+    where = f"data set '{task.data}'"
+    if split in ("train", "training"):
+        return f"{where}: its split '{split}' is looked at, on which experts may have been trained"
+    if split in (None, "all"):
+        return f"{where}: all of it is looked at; a score on the same items says less afterwards"
+    return f"{where}: its split '{split}' is looked at"
 
 
 @contextlib.contextmanager

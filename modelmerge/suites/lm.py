@@ -59,6 +59,8 @@ class Settings:
         confirm_run_unsafe_code: Run tasks that execute what the model writes.
         metrics: By task, or for all tasks under the empty name, the metric that is the score: `NAME` or `NAME,FILTER`.
         seed: In the place of `SEEDS`, all four.
+        held_out: Look at the validation split of a task that reports its test split, and at the training split of one
+            that reports its validation split.
     """
 
     include_path: Path | None = None
@@ -70,6 +72,7 @@ class Settings:
     confirm_run_unsafe_code: bool = False
     metrics: Mapping[str, str]
     seed: int | None = None
+    held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +284,32 @@ def _prepare(task: Any, settings: Settings, reporter: Reporter) -> None:
         reporter.note(f"task '{task.task_name}' is made for 0 examples in the prompt, and --num-fewshot leaves it so")
     elif settings.num_fewshot is not None or own is None:
         task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
+    if settings.held_out:
+        _hold_out(task, reporter)
     if not len(task.eval_docs):
         raise _empty(task.task_name)
+
+
+def _hold_out(task: Any, reporter: Reporter) -> None:
+    """Turn a task to items that are not those it is reported on.
+
+    Raises:
+        ModelMergeError: It has none.
+    """
+    test, validation, training = (task.get_config(f"{kind}_split") for kind in ("test", "validation", "training"))
+    reported, there = test or validation, list(task.dataset)
+    found = next((s for s in (validation, training, "train") if s not in (None, reported) and s in there), None)
+    if found is None:
+        raise ModelMergeError(
+            f"task '{task.task_name}' has no items but those it is reported on, its split '{reported}'",
+            hint="choices are made on others: a task of your own, with a validation_split or a training_split",
+        )
+    examples = task.fewshot_cfg.split or training or validation or test
+    task.set_config(key="test_split", value=found)
+    if examples == found:  # the harness then keeps an item out of its own examples
+        task.fewshot_cfg.split = found
+    trained = ", on which experts may have been trained" if found in (training, "train") else ""
+    reporter.note(f"task '{task.task_name}': its split '{found}' is looked at{trained}")
 
 
 def _empty(name: str) -> ModelMergeError:
@@ -343,8 +370,8 @@ class Harness:
     def depends(self, task: str) -> list[Any]:
         """What a score depends on besides the model and the seed: the task, its data, and how it is run."""
         told = dataclasses.asdict(self._settings)
-        for name in ("include_path", "confirm_run_unsafe_code", "seed"):
-            del told[name]
+        for name in ("include_path", "confirm_run_unsafe_code", "seed", "held_out"):
+            del told[name]  # those of them that bear on a score are known by the digest, or apart
         return [self.tasks[task].digest, told]
 
     def about(self) -> dict[str, Any]:

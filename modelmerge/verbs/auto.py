@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from modelmerge.checkpoint.reader import Checkpoint
+if TYPE_CHECKING:
+    from modelmerge.checkpoint.reader import Checkpoint
+    from modelmerge.plan import Plan
 
 AUTO = "auto"
 SUMMARY = "Choose the method by what the models are, and say which and why."
@@ -21,19 +23,37 @@ class Choice:
     reason: str
 
 
-def choose(experts: Sequence[Checkpoint]) -> Choice:
+def choose(made: Plan, *, look: bool) -> Choice:
     """The method that did best at its defaults on sets of small real experts of this kind.
 
-    From headers alone. The figures are those of `python -m tests.benchmarks.grid` (tests/benchmarks/RESULTS-grid.md).
+    From headers and, where those do not tell, some rows of a few matrices: kilobytes to a few megabytes. The figures
+    are those of `python -m tests.benchmarks.grid` (tests/benchmarks/RESULTS-grid.md).
+
+    Args:
+        made: A plan of all that the models share.
+        look: Look at weights on the Hub too, over ranges; otherwise say what that might change.
+
+    Raises:
+        CheckpointError: A weight cannot be read.
     """
-    if len(experts) == 1:
+    from modelmerge.engine.lowrank import is_low_rank, look_bytes  # torch: help has the name `auto` from here
+
+    if len(made.experts) == 1:
         return Choice("task-arithmetic", {"scale": 1.0}, "there is one expert: base and task vector add up to it")
-    if all(_low_rank(expert) for expert in experts):
-        reason = "all experts are low-rank adapters, for which no other method was better at its defaults"
-        return Choice("task-arithmetic", {"scale": 0.3}, reason)
-    return Choice("kron", {}, "of all methods at their defaults it kept most of what the experts can do")
+    whole = [i for i, expert in enumerate(made.experts) if not _is_adapter(expert)]
+    best = "of all methods at their defaults it kept most of what the experts can do"
+    far = [i for i in whole if made.base.streamed or made.experts[i].streamed]
+    if far and not look:
+        size = look_bytes(made)
+        return Choice("kron", {}, f"{best}; should all experts turn out to be of low rank when the merge looks at some "
+                      f"{size / 1e6:.1f} MB of them on the Hub, it will be task-arithmetic --scale 0.3")  # fmt: skip
+    if not all(is_low_rank(made, i) for i in whole):
+        return Choice("kron", {}, best)
+    kind = "are low-rank adapters" if not whole else "are of low rank, as merged LoRA adapters are"
+    reason = f"all experts {kind}, for which no other method was better at its defaults"
+    return Choice("task-arithmetic", {"scale": 0.3}, reason)
 
 
-def _low_rank(model: Checkpoint) -> bool:
+def _is_adapter(model: Checkpoint) -> bool:
     """Whether it is told by factors: a LoRA adapter, or a low-rank task vector."""
     return any(info.change is not None and info.change.factors is not None for info in model.tensors.values())

@@ -35,6 +35,7 @@ def evaluate_clip(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    held_out: bool = False,
     heads: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 64,
@@ -65,6 +66,7 @@ def evaluate_clip(
         split: Of `data`; by default `test`, or the only one.
         image_column: Of `data`, where it is not clear.
         label_column: Of `data`, where it is not clear.
+        held_out: Where no split is named, look at the validation split, or else the training split: to choose by.
         heads: A folder of text heads, `TASK.safetensors` each, used where they are there and written where not.
         limit: Look at so many images of each task, drawn with the seed.
         batch_size: Images at a time.
@@ -94,7 +96,8 @@ def evaluate_clip(
         raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
     own = {"config": config, "split": split, "image": image_column, "label": label_column}
     files = as_references([classes] if isinstance(classes, str | Path) else classes)
-    found = find_tasks(tasks, as_references(data), files, templates, {k: v for k, v in own.items() if v is not None})
+    told = {key: value for key, value in own.items() if value is not None}
+    found = find_tasks(tasks, as_references(data), files, templates, told, held_out)
     loaded = {task.name: _images.load(task, limit=limit, seed=seed) for task in found}
     folder = Path(heads).expanduser() if heads is not None else None
     base = base if base is not None or folder is not None else _base_of(parse_all(as_references(models), "model"))
@@ -122,7 +125,12 @@ def evaluate_clip(
 
 
 def find_tasks(
-    names: Sequence[str], data: Sequence[str], files: Sequence[str], templates: Sequence[str], own: Mapping[str, Any]
+    names: Sequence[str],
+    data: Sequence[str],
+    files: Sequence[str],
+    templates: Sequence[str],
+    own: Mapping[str, Any],
+    held_out: bool = False,
 ) -> tuple[Task, ...]:
     """The published tasks and those of one's own.
 
@@ -139,12 +147,14 @@ def find_tasks(
     if own and not data:
         flag = {"image": "image-column", "label": "label-column"}.get(next(iter(own)), next(iter(own)))
         raise UsageError(f"--{flag} has no effect without --data")
-    found = [_images.with_templates(task, templates) if templates else task for task in _images.find_tasks(names)]
+    known = _images.find_tasks(names, held_out=held_out)
+    found = [_images.with_templates(task, templates) if templates else task for task in known]
+    own = {**own, "templates": templates, "held_out": held_out}
     by_name = dict(map(_named_file, files))
     for text in data:
-        task = _images.own_task(text, templates=templates, **own)
+        task = _images.own_task(text, **own)
         file = by_name.get(task.name, by_name.get(""))
-        found.append(_images.own_task(text, classes=file, templates=templates, **own) if file is not None else task)
+        found.append(_images.own_task(text, classes=file, **own) if file is not None else task)
     odd = next((name for name in by_name if name and name not in [task.name for task in found]), None)
     if odd is not None:
         raise UsageError(
@@ -266,7 +276,7 @@ def _mark_unseen(report: dict[str, Any], tasks: Sequence[Task]) -> None:
 def _normalise_by_published(report: dict[str, Any], tasks: Sequence[Task]) -> None:
     """Where no expert was measured: accuracies by those published for the experts of the same base."""
     known = _images.published()["published"]
-    usual = [task for task in tasks if task.published and task.split in (None, "test")]
+    usual = [task for task in tasks if task.published and task.split in (None, "test") and not task.held_out]
     for row in (row for row in report["models"] if row["role"] == "model"):
         base = base_name(report, row)
         if base not in known or any(row["scores"][t.name]["normalised"] is not None for t in tasks) or not usual:

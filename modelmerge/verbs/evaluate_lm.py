@@ -24,6 +24,7 @@ def evaluate_lm(
     apply_chat_template: bool = False,
     confirm_run_unsafe_code: bool = False,
     metrics: Sequence[str] | Mapping[str, str] = (),
+    held_out: bool = False,
     base: str | Path | None = None,
     experts: Sequence[str | Path] | Mapping[str, str | Path] = (),
     seed: int | None = None,
@@ -50,6 +51,8 @@ def evaluate_lm(
         confirm_run_unsafe_code: Run tasks that execute what the model writes.
         metrics: What the score is: `NAME` or `NAME,FILTER` for all tasks, `TASK=NAME` for one, or a mapping. Default:
             the first metric of the task where more is better.
+        held_out: Look at the validation split of a task that is reported on its test split, and at the training split
+            of one that is reported on its validation split: to choose by.
         base: The base, to be evaluated too; adapters need it.
         experts: The experts, to be evaluated too; a task's scores are normalised by the expert of its name, and those
             of `flan_t5_glue_cola` and the like by the expert called `cola`.
@@ -74,6 +77,7 @@ def evaluate_lm(
         include_path=None if include_path is None else Path(include_path).expanduser().resolve(), limit=limit,
         num_fewshot=num_fewshot, batch_size=str(batch_size), dtype=dtype, apply_chat_template=apply_chat_template,
         confirm_run_unsafe_code=confirm_run_unsafe_code, metrics=lm.parse_metrics(metrics), seed=seed,
+        held_out=held_out,
     )  # fmt: skip
     lm.check_settings(settings)
     harness = lm.Harness(lm.load_tasks(tasks, settings, reporter), settings, str(find_device(device)), reporter)
@@ -88,7 +92,8 @@ def evaluate_lm(
         bench, models, base, experts, seed=seed, cache=cache, compare=compare, fail_under=fail_under,
         update_card=update_card, device=device, reporter=reporter,
     )  # fmt: skip
-    _normalise_by_published(report, harness.experts())
+    if not held_out:
+        _normalise_by_published(report, harness.experts())
     return report
 
 

@@ -21,7 +21,7 @@ from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.suites.custom import Script
-from modelmerge.vary import Share, parse, settle, surveyed
+from modelmerge.vary import Share, layer_of, parse, settle, surveyed
 from modelmerge.verbs import adapted, searching
 from modelmerge.verbs.auto import AUTO, choose
 from modelmerge.verbs.inputs import (
@@ -119,6 +119,9 @@ def merge(
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
+    search: Mapping[str, Sequence[Any] | str] | None = None,
+    on: Sequence[str] = (),
+    metric: Callable[..., Any] | str | None = None,
     unlabelled: Mapping[str, Any] | None = None,
     device: str = "auto",
     stream: bool = False,
@@ -154,6 +157,11 @@ def merge(
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
             this share of its squared norm.
+        search: By option of the method, values to choose from by measuring, `{"scale": [0.2, 0.3]}` or
+            `{"scale": "0.1:1.0:0.1"}`; all combinations are merged, the best is kept, and the manifest has all results
+            in `searched`.
+        on: What `search` measures with: `custom:FILE:FUNCTION`, `clip:TASK`, `lm:TASK`, with settings behind commas.
+        metric: A function that `search` measures with, or `FILE:FUNCTION`; see `evaluate`.
         unlabelled: The data of a method that finds the experts' weights on unlabelled data. For CLIP models what
             `evaluate` is told: `tasks`, `data`, `classes`, `templates`, `config`, `split`, `image_column`,
             `label_column`, `heads`, `limit`; each expert goes with the task of its name. For any other classifier
@@ -176,6 +184,14 @@ def merge(
         include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
         seed=seed, as_lora=as_lora, unlabelled=data,
     )  # fmt: skip
+    if search is not None or on or metric is not None:
+        from modelmerge.verbs.search import execute_search, prepare_search
+
+        axes = search or {}
+        if twice := sorted(options.keys() & axes.keys()):
+            raise UsageError(f"'{twice[0]}' is given and searched: one of them")
+        wanted = prepare_search(recipe, axes, on, metric, device=device, stream=stream)
+        return execute_search(wanted, Path(out), force=force, resume=resume, reporter=reporter)
     prepared = prepare(recipe, device=device, stream=stream, script=script)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
@@ -227,20 +243,27 @@ def prepare(
     remarks: Sequence[str] = (),
     stream: bool = False,
     script: Script | None = None,
+    look: bool = True,
+    opened: tuple[Checkpoint, tuple[Checkpoint, ...]] | None = None,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
-    `script` is a function that gives unlabelled data, where it comes out of no file.
+    `script` is a function that gives unlabelled data, where it comes out of no file. With `look`, `auto` may read a few
+    megabytes of weights on the Hub to see of what kind they are. `opened` are the base and the experts, where they have
+    been opened before.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
     """
-    opened = None
     if recipe.method == AUTO:
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
-        opened = open_models(recipe.base, recipe.experts)
-        choice = choose(opened[1])
+        _check_choices(recipe)
+        opened = opened or open_models(recipe.base, recipe.experts)
+        shared = plan.make_plan(
+            *opened, matrices=False, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch
+        )
+        choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
         told = "".join(f" --{name} {value}" for name, value in choice.options.items())
         remarks = [*remarks, f"The method is {choice.method}{told}: {choice.reason}."]
@@ -369,6 +392,13 @@ def _pinned(text: str, model: Checkpoint) -> str:
     return text if model.reference.repository is None else f"{model.name}={model.reference.text}"
 
 
+def digest_of(prepared: Prepared, read: searching.Read | None = None) -> str:
+    """The digest of all that determines the weights, as far as it can be had without reading tensors."""
+    job = prepared.job
+    told = (dataclasses.asdict(prepared.recipe), str(job.source.device), read and read.identity())
+    return fingerprint(job.plan, *told)
+
+
 def execute(
     prepared: Prepared,
     out: Path,
@@ -391,8 +421,7 @@ def execute(
         size = adapted.size_of(prepared.recipe)
         layout = job.plan.layout if size is None else Layout((), {}, {})
         opened = prepared.data.read(prepared.recipe.seed) if prepared.data is not None else None
-        told = (dataclasses.asdict(prepared.recipe), str(job.source.device), opened and opened.identity())
-        determined_by = same = fingerprint(job.plan, *told)
+        determined_by = same = digest_of(prepared, opened)
         done = begin(job.plan, out, determined_by, force=force, resume=resume, ready=ready, reporter=reporter)
         if done is not None:
             return done
@@ -401,28 +430,56 @@ def execute(
             prepared = _searched(prepared, opened, determined_by, out, resume=resume, reporter=reporter)
             job = prepared.job
             # Shards of other coefficients are not taken up.
-            same = fingerprint(job.plan, dataclasses.asdict(prepared.recipe), *told)
+            same = digest_of(prepared, opened)
         with Staging(out, layout, force=force, resume=resume and size is None, fingerprint=same) as staging:
             fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
             small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
             findings = engine.run(job, staging, reporter) if small is None else small.findings
-            digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
-            _refuse_changed(prepared.recorded, job.plan.models, digests)
-            for name, file in companions(job.plan.base.directory if size is None else None).items():
-                staging.write_file(name, file)
-            notes = [*prepared.remarks, *_notes(job, findings), *([adapted.note(small)] if small else [])]
-            for note in notes:
+            manifest = complete(prepared, out, staging, findings, small, time.monotonic() - started, determined_by)
+            for note in manifest["notes"]:
                 reporter.note(note)
-            staging.write_file(CARD, _card(prepared, out, notes).encode())
-            staging.write_indices()
-            manifest = _manifest(prepared, out, digests, findings, notes, staging, time.monotonic() - started)
-            manifest["fingerprint"] = determined_by
-            if small is not None:
-                manifest["adapter"] = adapted.report(small)
-            staging.publish((json.dumps(manifest, indent=2) + "\n").encode())
+            staging.publish(as_file(manifest))
         return manifest
     finally:
         prepared.close()
+
+
+def complete(
+    prepared: Prepared,
+    out: Path,
+    staging: Staging,
+    findings: engine.Findings,
+    small: engine.Adapted | None,
+    seconds: float,
+    determined_by: str,
+) -> dict[str, Any]:
+    """Write what goes beside the weights that a merge has written, but for the manifest, which is returned.
+
+    `determined_by` is the digest of all that determines them.
+
+    Raises:
+        RecipeError: An input is not what the recipe was made with.
+        CheckpointError: An input has changed since it was opened.
+        OutputError: A file cannot be written.
+    """
+    job = prepared.job
+    digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
+    _refuse_changed(prepared.recorded, job.plan.models, digests)
+    for name, file in companions(job.plan.base.directory if small is None else None).items():
+        staging.write_file(name, file)
+    notes = [*prepared.remarks, *_notes(job, findings), *([adapted.note(small)] if small else [])]
+    staging.write_file(CARD, write_card(prepared, out, notes))
+    staging.write_indices()
+    manifest = _manifest(prepared, out, digests, findings, notes, staging, seconds)
+    manifest["fingerprint"] = determined_by
+    if small is not None:
+        manifest["adapter"] = adapted.report(small)
+    return manifest
+
+
+def as_file(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it lies on the disk."""
+    return (json.dumps(manifest, indent=2) + "\n").encode()
 
 
 def _searched(
@@ -502,12 +559,26 @@ def _notes(job: engine.Job, findings: engine.Findings) -> list[str]:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
     for (expert, reason), count in sorted(reasons.items()):
         notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
+    if job.larv and findings.scales:
+        notes.append(_what_larv_found(findings.scales))
     lost = findings.rounding.relative_error() if findings.rounding else None
     if lost is not None and lost > _LOSSY:
         notes.append(
             f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: --dtype float32 keeps it."
         )
     return notes
+
+
+def _what_larv_found(scales: Mapping[str, float]) -> str:
+    layers: dict[float, set[tuple[str, int]]] = {}
+    for tensor, scale in scales.items():
+        layer = layer_of(tensor)
+        assert layer is not None, "only layers are scaled"
+        layers.setdefault(scale, set()).add(layer)
+    told = (
+        f"{scale:g} in {', '.join(f'{p}.{n}' for p, n in sorted(which))}" for scale, which in sorted(layers.items())
+    )
+    return f"LARV: the task vectors are multiplied by {'; by '.join(told)}."
 
 
 def _stored_as(job: engine.Job) -> str:
@@ -535,7 +606,8 @@ def _told_parts(job: engine.Job) -> list[dict[str, Any]]:
     ]
 
 
-def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
+def write_card(prepared: Prepared, out: Path, notes: Sequence[str]) -> bytes:
+    """The model card of a merge, as it lies on the disk."""
     job, recipe = prepared.job, prepared.recipe
     front = None
     if job.front is not None:
@@ -560,7 +632,7 @@ def _card(prepared: Prepared, out: Path, notes: Sequence[str]) -> str:
         },
         command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
         versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
-    )  # fmt: skip
+    ).encode()  # fmt: skip
 
 
 def _applied(

@@ -73,6 +73,22 @@ def disentangled(vectors: Vectors, **options: Any) -> Vectors:
     return Vectors(vectors.base, taus, vectors.linear)
 
 
+def corrected(vectors: Vectors, **options: Any) -> Vectors:
+    """The task vectors after APGD's correction, as `disentangle apgd` makes them where nothing is trimmed."""
+    chosen = method.load("apgd", "disentangle")
+    told, apgd = method.make_options(chosen, "apgd", options), chosen.by
+    assert isinstance(apgd, method.Correction)
+    assert apgd.survey(told) is None
+    taus = dict(vectors.taus)
+    for name in sorted(vectors.linear):
+        own = taus[name].clone()
+        context = Context(tensor=name, weights=(1.0,) * len(own))
+        found = apgd.find(own, told, context)
+        apgd.correct(own.view(len(own), -1), found.matrices.flatten(1), found.numbers)
+        taus[name] = own
+    return Vectors(vectors.base, taus, vectors.linear)
+
+
 def merged(vectors: Vectors, name: str, **options: Any) -> State:
     """The merged model, as `merge NAME` makes it."""
     chosen = method.load(name)
