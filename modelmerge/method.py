@@ -37,14 +37,14 @@ class Context:
     """What a method is told besides the task vectors.
 
     `weights` are the experts' weights (`--weight`) and `experts` their names, in the order of the task vectors.
-    `measured` is what the method's survey concluded. `base` is `theta_0` [*shape], for methods that want it; it must
-    not be written to. `factors` are, for each expert whose task vector [m, n] is known to be a product, the two of it,
-    [m, r] and [r, n] with r = 0 for no change, and None for the others; None at all where no expert's is, or where the
-    task vectors are cut or have been changed since. `seed` is that of random draws, and `start` the place in its tensor
-    of the first element of a block. `leave_out(expert, reason)` records that an expert (by position) had to be left out
-    of this tensor; it is reported to the user and in the manifest. `tell(figures)` puts figures about this tensor
-    there, such as the steps a solver took. `varied` has the values of the options that differ between the experts
-    here.
+    `measured` is what the method's survey concluded, or the tensor's moments. `base` is `theta_0` [*shape], for methods
+    that want it; it must not be written to. `factors` are, for each expert whose task vector [m, n] is known to be a
+    product, the two of it, [m, r] and [r, n] with r = 0 for no change, and None for the others; None at all where no
+    expert's is, or where the task vectors are cut or have been changed since. `seed` is that of random draws, and
+    `start` the place in its tensor of the first element of a block. `leave_out(expert, reason)` records that an expert
+    (by position) had to be left out of this tensor; it is reported to the user and in the manifest. `tell(figures)`
+    puts figures about this tensor there, such as the steps a solver took. `varied` has the values of the options that
+    differ between the experts here.
     """
 
     tensor: str
@@ -151,6 +151,8 @@ class Method:
         by_rows: Given the options, whether `apply` works row by row, so that a tensor that may not be cut anywhere may
             be cut between rows: as blocks [T, rows, n]. A vector is one row.
         survey: Given the options, the whole-model quantity that `apply` needs, if any.
+        moments: Given the options, what each tensor has to be measured by first, if anything: `(taus [T, n], base [n])
+            -> [k]`, float64, of a block; what it gives for a tensor's blocks, added up, is `context.measured` there.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
         published: The options that make it the published algorithm, where the defaults differ.
@@ -172,6 +174,7 @@ class Method:
     blockwise: Callable[[Any], bool] = lambda options: True
     by_rows: Callable[[Any], bool] = lambda options: False
     survey: Callable[[Any], Survey | None] = lambda options: None
+    moments: Callable[[Any], Callable[[Tensor, Tensor], Tensor] | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
     squares: float = 0.0
     published: Mapping[str, Any] = field(default_factory=dict)

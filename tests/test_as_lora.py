@@ -83,6 +83,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "apgd": ("llama", {"method": "apgd", "scale": 0.35}),
     "apgd, the rest averaged": ("llama", {"method": "apgd", "scale": 0.35, "rest": "average"}),
     "disentangled": ("llama", {"disentangle": "awd"}),
+    "corrected": ("llama", {"disentangle": "apgd"}),
     "gpt2": ("gpt2", {"exclude": ["transformer.wte.weight"]}),
     "bert": ("bert", {}),
     "t5": ("t5", {"exclude": ["shared.weight"]}),

@@ -25,11 +25,11 @@ def taus_of(experts: int = 4, seed: int = 0) -> Tensor:
     return 1e-2 * own + 3e-3 * shared
 
 
-def measured(chosen: Method, options: Any, taus: Tensor) -> Tensor | None:
-    survey = chosen.survey(options)
-    if survey is None:
-        return None
-    return surveyed(survey, taus.reshape(len(taus), -1))
+def measured(chosen: Method, options: Any, taus: Tensor, base: Tensor) -> Tensor | None:
+    survey, moments = chosen.survey(options), chosen.moments(options)
+    if moments is not None:
+        return moments(taus.reshape(len(taus), -1), base.reshape(-1))
+    return None if survey is None else surveyed(survey, taus.reshape(len(taus), -1))
 
 
 def surveyed(survey: Survey, taus: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def context_of(chosen: Method, options: Any, taus: Tensor, **told: Any) -> Conte
         "tensor": "w",
         "weights": (1.0,) * len(taus),
         "experts": tuple(f"e{i}" for i in range(len(taus))),
-        "measured": measured(chosen, options, taus),
+        "measured": measured(chosen, options, taus, base),
         "base": base if chosen.wants_base else None,
     } | told
     return Context(**told)
@@ -251,6 +251,18 @@ def test_surveys_add_up_over_blocks(name: str) -> None:
                 parts = [counted(wanted, part) for part in taus.split(100, dim=1)]
                 assert torch.equal(torch.stack(parts).sum(0), whole)
                 wanted = search.send(whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_add_up_over_blocks(name: str) -> None:
+    moments = method.load(name).moments(method.load(name).options())
+    if moments is None:
+        return
+    taus, base = torch.randn(takes(name, 4), 10_000), torch.randn(10_000)
+    whole = moments(taus, base)
+    parts = [moments(*part) for part in zip(taus.split(3333, dim=1), base.split(3333), strict=True)]
+    assert whole.dtype == torch.float64
+    assert torch.allclose(torch.stack(parts).sum(0), whole, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,17 @@ FLOORS = (
     "mergekit", "presets", "digits", "suites", "charts", "verbs", "cli", "__main__",
 )  # fmt: skip
 # What the mathematics may import besides the contract: no files, no devices, no command line.
-MATHEMATICS = {"__future__", "torch", "math", "dataclasses", "typing", "collections", "hashlib", "modelmerge"}
+MATHEMATICS = {
+    "__future__",
+    "torch",
+    "math",
+    "dataclasses",
+    "typing",
+    "collections",
+    "functools",
+    "hashlib",
+    "modelmerge",
+}
 
 
 def imports(file: Path) -> set[str]:

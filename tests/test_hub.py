@@ -344,7 +344,7 @@ def test_a_stream_reads_from_the_cache_what_is_there(
 def test_extract_and_disentangle_stream(
     hub: FakeHub, names: list[str], local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words in (["extract"], ["disentangle", "awd"]):
+    for words in (["extract"], ["disentangle", "awd"], ["disentangle", "apgd"]):
         assert run(capsys, *words, *local, "-o", tmp_path / "here", "--force")[0] == 0
         assert run(capsys, *words, *names, "-o", tmp_path / "there", "--force", "--stream")[0] == 0
         for file in tmp_path.glob("here/**/*.safetensors"):

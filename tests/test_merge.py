@@ -43,7 +43,13 @@ def in_memory(name: str, base: State, experts: list[State], **values: Any) -> St
         measured = surveyed(survey, everything)
     left = chosen.rest(options) if chosen.matrices else "base"
     result = dict(base) if left == "base" else in_memory(left, base, experts)
+    moments = chosen.moments(options)
     for key in kept:
+        if moments is not None:  # sums of floats are those of the engine's blocks
+            width = base[key].shape[1] if base[key].ndim == 2 else 1
+            step = max(engine.job.CPU_BLOCK // width, 1) * width
+            flat = taus[key].reshape(len(experts), -1).split(step, dim=1), base[key].float().reshape(-1).split(step)
+            measured = sum(moments(tau, theta_0) for tau, theta_0 in zip(*flat, strict=True))
         context = Context(
             tensor=key, weights=(1.0,) * len(experts), experts=tuple(f"expert_{i}" for i in range(len(experts))),
             measured=measured, base=base[key].float() if chosen.wants_base else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -31,7 +31,8 @@ class Given:
         front: What disentangles the task vectors, fitted.
         scales: By tensor, the factor on all its task vectors, where it is not 1.
         lambdas: By tensor, the task-aware lambda of each expert, where there are any.
-        measured: By tensor, what its method's survey concludes from all the tensors that the method merges.
+        measured: By tensor, what its method's survey concludes from all the tensors that the method merges, or the
+            tensor's own moments.
     """
 
     job: Job
@@ -61,8 +62,29 @@ class Given:
         return tuple(w * own for w, own in zip(told, self.lambdas.get(tensor.name, (1.0,) * len(told)), strict=True))
 
     def unchecked(self, tensor: TensorPlan) -> bool:
-        """Whether nobody has looked for NaN and Inf before the merge: a survey does."""
-        return self.job.part(tensor).survey is None
+        """Whether nobody has looked for NaN and Inf before the merge: who measures does."""
+        return self.job.part(tensor).survey is None and tensor.name not in self.measured
+
+    def measure(self, tensors: Sequence[TensorPlan], reporter: Reporter) -> None:
+        """Find the moments of tensors whose method takes them in blocks and needs that.
+
+        Raises:
+            CheckpointError: A weight is NaN or Inf, or a file cannot be read.
+        """
+        source = self.job.source
+
+        def look(piece: Piece, loader: Loader) -> Tensor:
+            theta_0, taus = loader.load(piece, check=True)
+            self.ready(piece, taus)
+            reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+            moments = self.job.part(piece.tensor).moments
+            assert moments is not None, "only what has moments is measured"
+            return moments(taus, theta_0)
+
+        totals: dict[str, Tensor] = {}
+        for piece, part in gathered(source, tensors, look):
+            totals[piece.tensor.name] = totals[piece.tensor.name] + part if piece.start else part
+        self.measured.update(totals)
 
 
 def give(job: Job, findings: Findings, scratch: Callable[[int], Scratch], reporter: Reporter) -> Given:

@@ -88,6 +88,11 @@ class Part:
         return self.method.survey(self.options if self.for_survey is None else self.for_survey)
 
     @property
+    def moments(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+        """What measures each of its tensors before the method takes it, if anything."""
+        return self.method.moments(self.options)
+
+    @property
     def blockwise(self) -> bool:
         """Whether the method takes tensors cut into blocks, anywhere or by rows."""
         return self.method.blockwise(self.options) or self.by_rows
@@ -98,12 +103,14 @@ class Part:
         return not self.method.blockwise(self.options) and self.method.by_rows(self.options)
 
     def surveyed(self) -> list[TensorPlan]:
-        """The tensors that count in its survey: those it merges, tied ones once."""
-        return [tensor for tensor in self.tensors if tensor.numel and tensor.twin is None]
+        """The tensors that count in its survey: those it merges, tied ones once; those that are measured."""
+        once = self.moments is None
+        return [tensor for tensor in self.tensors if tensor.numel and not (once and tensor.twin is not None)]
 
     def reads(self) -> float:
-        """How many times its survey reads the task vectors."""
-        return self.survey.reads(sum(tensor.numel for tensor in self.surveyed())) if self.survey else 0.0
+        """How many times the task vectors are read before they are merged."""
+        measured = float(self.moments is not None)
+        return self.survey.reads(sum(tensor.numel for tensor in self.surveyed())) if self.survey else measured
 
 
 @dataclass(frozen=True)

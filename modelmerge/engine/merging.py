@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from modelmerge.engine.stream import (
     as_bytes,
     in_parallel,
     item_bytes,
+    loader_of,
     piece_bytes,
     pieces,
     rounded,
@@ -38,6 +40,8 @@ from modelmerge.method import Context
 from modelmerge.plan import TensorPlan
 from modelmerge.report import Reporter
 from modelmerge.vary import Setting
+
+_REACH = 1 << 30  # bytes: little beside the memory that systems give to files
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,7 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
     plan = job.plan
     todo = [t for t in plan.in_order() if t.numel and not outputs[0].staging.is_finished(t.name)]
     for output in outputs:
+        output.findings.scales = job.scales
         output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return
@@ -115,7 +120,10 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
-    reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in todo))
+    measured = [t for t in streamed if t.action != "copy" and job.part(t).moments is not None]
+    streamed = [t for t in streamed if t not in measured]
+    read = [*todo, *measured]  # the latter twice
+    reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in read))
 
     def in_rows(tensor: TensorPlan) -> bool:
         return tensor.action != "copy" and job.part(tensor).by_rows
@@ -134,9 +142,27 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
                 output.write(piece, data)
         reporter.advance(piece_bytes(plan, piece), piece.tensor.name)
 
-    cut = [piece for t in streamed for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
-    in_parallel(job.source, cut, merge_piece)
+    def merge_cut(tensors: Sequence[TensorPlan]) -> None:
+        cut = [piece for t in tensors for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
+        in_parallel(job.source, cut, merge_piece)
+
+    merge_cut(streamed)
+    for some in _in_reach(given, measured):
+        given.measure(some, reporter)
+        merge_cut(some)
     _run_whole(given, wholes, outputs, reporter)
+
+
+def _in_reach(given: Given, tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
+    """The tensors in groups that are still in the page cache when they are read the second time."""
+    group: list[TensorPlan] = []
+    for tensor in tensors:
+        group.append(tensor)
+        if sum(given.job.plan.stored_bytes(t, experts=True) for t in group) >= _REACH:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _run_whole(given: Given, tensors: Sequence[TensorPlan], outputs: Sequence[_Output], reporter: Reporter) -> None:
@@ -147,13 +173,16 @@ def _run_whole(given: Given, tensors: Sequence[TensorPlan], outputs: Sequence[_O
         given.ready(piece, taus)
         return _merged(given, piece, theta_0, taus, outputs, given.factors(piece.tensor))
 
+    modest, own = [tensor for tensor in tensors if together(job.source, tensor)], threading.local()
+
     def merge_alone(tensor: TensorPlan) -> None:
-        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
+        if not hasattr(own, "loader"):
+            own.loader = loader_of(job.source, modest)
+        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=own.loader)
         for output, data in merge(piece, theta_0, taus):
             output.write(piece, data)
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
-    modest = [tensor for tensor in tensors if together(job.source, tensor)]
     with threads(1), ThreadPoolExecutor(job.source.workers, "merge") as pool:
         futures = [pool.submit(merge_alone, tensor) for tensor in modest]
         try:
@@ -175,22 +204,25 @@ def _run_in_turn(
     device, left = job.source.device, beyond_device(job)
     sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def fetch(tensor: TensorPlan) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
+    loaders = [loader_of(job.source, tensors[turn::2]) for turn in (0, 1)]  # one is read into, one is merged from
+
+    def fetch(turn: int) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
+        tensor = tensors[turn]
         with current(device):
-            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
+            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=loaders[turn % 2])
             return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
 
-        def read(tensor: TensorPlan) -> Future[tuple[Piece, Tensor, Tensor, Callable[[], None]]]:
-            return reading.submit(fetch, tensor)
+        def read(turn: int) -> Future[tuple[Piece, Tensor, Tensor, Callable[[], None]]]:
+            return reading.submit(fetch, turn)
 
-        ahead = read(tensors[0]) if tensors else None
+        ahead = read(0) if tensors else None
         behind: Future[None] | None = None
         for i, tensor in enumerate(tensors):
             assert ahead is not None
             piece, theta_0, taus, arrive = ahead.result()
-            ahead = read(tensors[i + 1]) if i + 1 < len(tensors) else None
+            ahead = read(i + 1) if i + 1 < len(tensors) else None
             arrive()
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
                 for output, data in merge(piece, theta_0, taus):
@@ -256,9 +288,12 @@ def merged_vector(
     def tell(figures: Mapping[str, float]) -> None:
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
 
+    measured = given.measured.get(piece.tensor.name)
+    if measured is None and part.moments is not None:  # it is here as a whole
+        measured = part.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=given.weights(piece.tensor, setting.weights),
-        experts=tuple(expert.name for expert in job.plan.experts), measured=given.measured.get(piece.tensor.name),
+        experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
         base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip

@@ -65,7 +65,7 @@ class Loader:
     def load(self, piece: Piece, *, check: bool) -> tuple[Tensor, Tensor]:
         """`theta_0` [*shape], float32 or float64, and the task vectors [T, *shape], float32.
 
-        Both lie in buffers that the next call writes over.
+        Both lie in buffers that the next call writes over; a whole tensor's `theta_0` is its own.
 
         Raises:
             CheckpointError: With `check`, a weight is NaN or Inf.
@@ -223,6 +223,9 @@ class Loader:
         stored = self.stored(model, piece)
         if stored.dtype == torch.float64:
             return stored.clone()
+        # What becomes of a whole tensor may still be on its way to the file when the next one is read.
+        if piece.whole:
+            return stored.to(torch.float32, copy=True)
         return self._theta_0[: len(stored)].copy_(stored)
 
     def stored(self, model: Checkpoint, piece: Piece) -> Tensor:
@@ -250,11 +253,22 @@ def pieces(
             yield Piece(tensor, start, min(start + step, count), sampled=sampled)
 
 
-def whole(source: Source, tensor: TensorPlan, *, check: bool) -> tuple[Piece, Tensor, Tensor]:
-    """A whole tensor's piece, `theta_0` and task vectors, on the host, in buffers of their own."""
+def loader_of(source: Source, tensors: Sequence[TensorPlan]) -> Loader:
+    """A loader of whole tensors, on the host, that has room for each of these.
+
+    One for many tensors: memory that is new costs the system as much time as reading into it.
+    """
+    stored = max((model.stored_bytes(t.name) for t in tensors for model in source.plan.models), default=0)
+    return Loader(source, max((t.numel for t in tensors), default=0), stored, torch.device("cpu"))
+
+
+def whole(
+    source: Source, tensor: TensorPlan, *, check: bool, loader: Loader | None = None
+) -> tuple[Piece, Tensor, Tensor]:
+    """A whole tensor's piece, `theta_0` and task vectors, on the host; the latter in the loader's buffer, if any."""
     piece = Piece(tensor, 0, tensor.numel, whole=True)
-    stored = max(model.stored_bytes(tensor.name) for model in source.plan.models)
-    return piece, *Loader(source, tensor.numel, stored, torch.device("cpu")).load(piece, check=check)
+    theta_0, taus = (loader or loader_of(source, [tensor])).load(piece, check=check)
+    return piece, theta_0, taus
 
 
 def wholes(source: Source, tensors: Sequence[TensorPlan], *, check: bool) -> Iterator[tuple[Piece, Tensor, Tensor]]:

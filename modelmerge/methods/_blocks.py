@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +10,20 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCK = 1 << 18  # elements; a GPU takes them all at once
+_BLOCK = 1 << 16  # elements; a GPU takes them all at once
 
 
 def in_blocks(taus: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
     """`work`, which is element-wise, [T, n] -> [n], on every part of [T, *shape]: [*shape]."""
     flat = taus.reshape(len(taus), -1)
-    step = _BLOCK if taus.device.type == "cpu" else flat.shape[1]
     merged = torch.empty_like(flat[0])
-    for start in range(0, len(merged), step):
-        merged[start : start + step] = work(flat[:, start : start + step])
+    for block in blocks(flat):
+        merged[block] = work(flat[:, block])
     return merged.view(taus.shape[1:])
+
+
+def blocks(flat: Tensor) -> Iterator[slice]:
+    """The parts of [T, n] that are worked on at a time."""
+    step = _BLOCK if flat.device.type == "cpu" else max(flat.shape[1], 1)
+    for start in range(0, flat.shape[1], step):
+        yield slice(start, start + step)

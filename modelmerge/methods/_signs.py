@@ -18,20 +18,26 @@ def elect(parts: Iterable[Tensor], weights: Sequence[float], like: Tensor, reduc
     shape and device.
     """
     # The sums of the positive and of the negative entries are all that election and reduction need: no [T, ...] masks.
-    ups, downs, part = (torch.zeros_like(like) for _ in range(3))
-    up_share, down_share = torch.zeros_like(ups), torch.zeros_like(ups)
+    ups, downs, part = torch.zeros_like(like), torch.zeros_like(like), torch.empty_like(like)
+    mean = reduce == "mean"
+    up_share, down_share = (torch.zeros_like(ups), torch.zeros_like(ups)) if mean else (ups, downs)
     for kept, weight in zip(parts, weights, strict=True):
         ups.add_(torch.clamp(kept, min=0.0, out=part))
         downs.add_(torch.clamp(kept, max=0.0, out=part))
-        if reduce == "mean":
+        if mean:
             # Into floats at once: adding booleans to floats takes torch several times longer.
-            up_share.add_(torch.gt(kept, 0.0, out=part).mul_(weight))
-            down_share.add_(torch.lt(kept, 0.0, out=part).mul_(weight))
-    elected = torch.add(ups, downs, out=part).sign_()
-    if reduce == "mean":
-        ups.div_(up_share.masked_fill_(up_share == 0.0, 1.0))
-        downs.div_(down_share.masked_fill_(down_share == 0.0, 1.0))
+            up_share.add_(_times(torch.gt(kept, 0.0, out=part), weight))
+            down_share.add_(_times(torch.lt(kept, 0.0, out=part), weight))
     # By products with 1, 0 and -1, for torch selects by mask several times slower than it multiplies.
-    ups.mul_(torch.clamp(elected, min=0.0))
-    downs.mul_(elected.clamp_(max=0.0))
-    return ups.sub_(downs)
+    down = torch.add(ups, downs, out=part).sign_()
+    up = torch.clamp(down, min=0.0)
+    down.clamp_(max=0.0)
+    elected = ups.mul_(up).sub_(downs.mul_(down))
+    if not mean:
+        return elected
+    share = up_share.mul_(up).sub_(down_share.mul_(down))
+    return elected.div_(share.add_(torch.eq(share, 0.0, out=up)))
+
+
+def _times(shares: Tensor, weight: float) -> Tensor:
+    return shares if weight == 1.0 else shares.mul_(weight)

@@ -1,8 +1,9 @@
 """Means on a sphere of whole tensors, through the inner products of the few points that span them.
 
 The points are the experts' weights `theta_0 + tau_i`, or the task vectors themselves. Whatever moves along great
-circles between them stays in their span: T coefficients stand for a tensor, and the T x T inner products, in float64,
-are all that is needed to find them.
+circles between them stays in their span: T coefficients stand for a tensor, and the inner products of base and task
+vectors are all that is needed to find them. Of points close to one another they tell the angles better than the inner
+products of the points themselves would, which are all nearly the same.
 """
 
 from __future__ import annotations
@@ -13,34 +14,37 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.methods._sums import weighted_sum
+from modelmerge.methods._sums import gram, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHUNK = 1 << 18  # elements that are widened to float64 at a time
 # Below this angle a great circle is a straight line, to float64's rounding.
 _STRAIGHT = 1e-7
 # The iteration ends at steps of this angle, or after so many of them.
 _STILL, _STEPS = 1e-12, 100
 
 
-def inner_products(taus: Tensor, base: Tensor | None) -> Tensor:
-    """Inner products of the points `base + tau_i`, or `tau_i` without a base: float64 [T, T], on the host."""
-    flat = taus.reshape(len(taus), -1)
-    total = torch.zeros(len(taus), len(taus), dtype=torch.float64, device=taus.device)
-    for start in range(0, flat.shape[1], _CHUNK):
-        points = flat[:, start : start + _CHUNK].double()
-        if base is not None:
-            points += base.flatten()[start : start + _CHUNK]
-        total += points @ points.T
-    return total.cpu()
+def moments(taus: Tensor, base: Tensor) -> Tensor:
+    """What `inner_products` needs to know of a block [T, n] and its base [n], flat."""
+    return gram(torch.cat([base.to(taus.dtype)[None], taus])).flatten()
+
+
+def inner_products(moments: Tensor, *, weights: bool) -> Tensor:
+    """Inner products of the points `base + tau_i` (`weights`), or `tau_i`: float64 [T, T]."""
+    count = math.isqrt(len(moments))
+    products = moments.view(count, count)
+    taus, cross = products[1:, 1:], products[0, 1:]
+    return taus + cross[:, None] + cross + products[0, 0] if weights else taus
 
 
 def combined(taus: Tensor, base: Tensor | None, coefficients: Sequence[float]) -> Tensor:
-    """The task vector of `sum_i c_i p_i` of the points p_i, [T, *shape] -> [*shape]."""
-    merged = weighted_sum(taus, coefficients)
-    excess = sum(coefficients) - 1.0
+    """The task vector of `sum_i c_i p_i` of the points p_i, [T, *shape] -> [*shape].
+
+    Coefficients beyond T come first and are of the base itself.
+    """
+    merged = weighted_sum(taus, coefficients[-len(taus) :])
+    excess = math.fsum(coefficients) - 1.0
     # What is left of the base; not as a difference of weights, in which a small task vector would drown.
     return merged if base is None or abs(excess) < 1e-15 else merged.add_((base * excess).to(merged.dtype))
 
@@ -59,7 +63,7 @@ def between(products: Tensor, t: float) -> tuple[float, float]:
     return float(((1.0 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin())
 
 
-def centre(products: Tensor, weights: Sequence[float]) -> list[float]:
+def centre(products: Tensor, weights: Sequence[float]) -> tuple[float, ...]:
     """Coefficients of the points' Karcher mean with the points' mean length; `weights` add up to one.
 
     The direction is that from which the weighted logarithms of the points' directions add up to zero. A point of no
@@ -70,7 +74,7 @@ def centre(products: Tensor, weights: Sequence[float]) -> list[float]:
     length = float((alphas * norms).sum())
     alphas = torch.where(norms > 0, alphas, 0.0)
     if float(alphas.sum()) == 0.0:
-        return [0.0] * len(norms)
+        return (0.0,) * len(norms)
     alphas = alphas / alphas.sum()
     safe = torch.where(norms > 0, norms, 1.0)
     cosines = products / safe[:, None] / safe[None, :]
@@ -87,7 +91,7 @@ def centre(products: Tensor, weights: Sequence[float]) -> list[float]:
             break
         at = _unit(math.cos(step) * at + math.sin(step) / step * tangent, cosines)
         assert at is not None, "a point of a great circle has length one"
-    return (length * at / safe).tolist()
+    return tuple((length * at / safe).tolist())
 
 
 def _unit(coefficients: Tensor, cosines: Tensor) -> Tensor | None:

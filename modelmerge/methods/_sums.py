@@ -1,4 +1,4 @@
-"""Sums over task vectors whose bits do not depend on where a tensor is cut."""
+"""Sums of task vectors, whose bits do not depend on where a tensor is cut, and their inner products."""
 
 from __future__ import annotations
 
@@ -22,3 +22,15 @@ def weighted_sum(taus: Tensor, weights: Sequence[float]) -> Tensor:
     for tau, weight in zip(taus[1:], weights[1:], strict=True):
         total.add_(tau if weight == 1.0 else torch.mul(tau, weight, out=product))
     return total
+
+
+_RUN = 1 << 12  # so many products are added up in float32 before float64 takes over
+
+
+def gram(vectors: Tensor) -> Tensor:
+    """The inner products of float32 vectors [m, n]: float64 [m, m], on the host."""
+    count = len(vectors)
+    whole = vectors.shape[1] // _RUN * _RUN
+    runs = vectors[:, :whole].view(count, -1, _RUN).transpose(0, 1)
+    rest = vectors[:, whole:]
+    return (torch.bmm(runs, runs.mT).sum(0, dtype=torch.float64) + (rest @ rest.T).double()).cpu()

@@ -32,7 +32,6 @@ FRONTS: dict[str, Callable[[Vectors], Vectors]] = {
     "behind AWD": disentangled,
     "behind APGD": corrected,
     "behind APGD of each": partial(corrected, correction="task"),
-    "behind lambda": partial(corrected, lengths="lambda", ridge=1e12),
 }
 BASE_REST = "defaults, rest base"
 TITLES = {
@@ -42,11 +41,7 @@ TITLES = {
     "behind AWD": "At its defaults behind `--disentangle awd`, with `--rest average`",
     "behind APGD": "At its defaults behind `--disentangle apgd`, with `--rest average`",
     "behind APGD of each": "At its defaults behind `--disentangle apgd --apgd-correction task`, with `--rest average`",
-    "behind lambda": "At its defaults behind the task-aware lambda alone, with `--rest average` "
-    "(`--disentangle apgd --apgd-lengths lambda --apgd-ridge 1e12`)",
-    "behind AWD, best scale": "At the best scale behind `--disentangle awd`",
     "behind APGD, best scale": "At the best scale behind `--disentangle apgd`",
-    "behind APGD of each, best scale": "At the best scale behind `--disentangle apgd --apgd-correction task`",
 }
 VARIANTS = tuple(TITLES)
 Figures = dict[str, dict[str, float]]  # variant -> method -> accuracy, per cent

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modelmerge.method import Context
 from modelmerge.methods import _random
-from tests.test_every_method import merged, taus_of
+from tests.test_every_method import SHAPE, merged, taus_of
 
 
 def reference(taus: Tensor, masks: Tensor, weights: Tensor, density: float, consensus: str, reduce: str) -> Tensor:
@@ -27,7 +27,7 @@ def test_agrees_with_float64(density: float, reduce: str, consensus: str) -> Non
     taus, weights = taus_of(5), (0.5, 1.0, 2.0, 1.0, 1.0)
     got = merged("dare", taus, weights, seed=3, density=density, scale=0.7, reduce=reduce, consensus=consensus)
     context = Context(tensor="w", weights=weights, experts=tuple(f"e{i}" for i in range(5)), seed=3)
-    masks = [_random.kept(context, i, taus[0].numel(), density, taus.device).view_as(taus[0]) for i in range(5)]
+    masks = [_random.keep(context, i, density, torch.empty(SHAPE)) for i in range(5)]
     want = 0.7 * reference(
         taus, torch.stack(masks), torch.tensor(weights), _random.share(density), consensus, reduce
     )  # fmt: skip

@@ -44,15 +44,17 @@ def test_ranks_are_those_of_a_stable_sort() -> None:
     rows = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     rows[0, 10:200] = 0.0
     want = rows.abs().argsort(dim=1, stable=True).argsort(dim=1)
-    assert torch.equal(della.ranks(rows).long(), want)
+    assert torch.equal(della.by_rank(rows, torch.arange(300.0)).long(), want)
 
 
-@pytest.mark.parametrize(("density", "epsilon", "least", "most"), [(0.7, 0.07, 0.63, 0.77), (0.9, 0.3, 0.8, 1.0)])
+@pytest.mark.parametrize(
+    ("density", "epsilon", "least", "most"), [(0.7, 0.07, 0.63, 0.77), (0.9, 0.3, 0.8, 1.0), (0.3, 0.3, -(2**-16), 0.6)]
+)
 def test_chances_rise_with_the_rank(density: float, epsilon: float, least: float, most: float) -> None:
-    rows = torch.arange(1.0, 1002.0)[None]
-    chances = della.chances(rows, density, epsilon)[0] / _random.LEVELS
+    chances = della.chances(1001, density, epsilon) / _random.LEVELS
     assert chances[[0, 500, -1]].tolist() == pytest.approx([least, density, most], abs=1e-5)
     assert bool((chances.diff() > 0).all())
+    assert della.chances(1, density, epsilon).item() == round(density * 2**16)
 
 
 def test_what_is_kept_is_unbiased_and_favours_the_large() -> None:

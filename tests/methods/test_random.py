@@ -41,7 +41,7 @@ def test_draws_are_uniform_in_every_bit(seed: int) -> None:
         assert abs(((drawn >> bit) & 1).double().mean() - 0.5) < 5 * 0.5 / math.sqrt(N)
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 16, 64, 768, 1024, 2048, 4096])
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 16, 64, 768, 1024, 2048, 4096, 8192])
 def test_draws_of_elements_are_independent(lag: int) -> None:
     u = uniforms()
     cells = (u[:-lag] * 16).long() * 16 + (u[lag:] * 16).long()
@@ -68,28 +68,57 @@ def test_a_block_draws_what_the_whole_draws_there(start: int) -> None:
 
 
 def split_mix(state: int) -> int:
-    """The generator's output function, in Python's own integers."""
-    mask = (1 << 64) - 1
-    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & mask
+    """SplitMix64's output function, in Python's own integers."""
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
     return state ^ (state >> 31)
 
 
-@pytest.mark.parametrize("first", [0, 5, 1 << 31, (1 << 62) - 3])
+def entry(key: int, place: int) -> int:
+    """An entry of the table that a key starts."""
+    return split_mix((key + (place + 1) * 0x9E3779B97F4A7C15) % 2**64)
+
+
+@pytest.mark.parametrize("first", [0, 5, 1023, 1 << 31, (1 << 61) - 3])
 @pytest.mark.parametrize("key", [0, 1, 0x0123_4567_89AB_CDEF, 0xFEDC_BA98_7654_3210])
-def test_signed_and_unsigned_arithmetic_are_splitmix(first: int, key: int) -> None:
-    signed = _random.mixed(torch.arange(1000), first, key)
-    want = [split_mix((key + (first + i + 1) * 0x9E3779B97F4A7C15) % (1 << 64)) for i in range(3)]
-    assert [word % (1 << 64) for word in signed[:3].tolist()] == want
-    assert torch.equal(signed, _random.hashed(first, 1000, key, CPU))
-    assert len(signed.unique()) == 1000
+def test_words_are_folded_from_two_tables(first: int, key: int) -> None:
+    drawn = _random.hashed(first, 3000, key, CPU)
+    for i in (0, 1, 1022, 1023, 1024, 2999):
+        row, lane = divmod(first + i, 1024)
+        word = (entry(key ^ 0x6A09E667F3BCC908, row) ^ entry(key, lane)) * 0xD1342543DE82EF95 % 2**64
+        assert drawn[i].item() % 2**64 == word ^ (word >> 32)
+    assert len(drawn.unique()) == 3000
+
+
+def test_signed_arithmetic_gives_the_same_words() -> None:
+    rows, lanes = (_random.split_mix(0, count, key) for key, count in ((1 ^ _random._ROWS, 3), (1, _random.LANES)))
+    assert torch.equal(_random.folded(rows, lanes).flatten(), _random.hashed(0, 3 * _random.LANES, 1, CPU))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.7])
+@pytest.mark.parametrize("seed", range(3))
+def test_corners_of_rectangles_are_independent(seed: int, density: float) -> None:
+    """What the tables alone would not give: four words of two rows and two lanes."""
+    kept = (uniforms(seed=seed) < density).double().sub_(density).view(-1, 4 * _random.LANES)
+    half, width = len(kept) // 2, kept.shape[1] // 2
+    for one, two in ((kept[:half], kept[half:]), (kept[:-1], kept[1:])):
+        corners = one[:, :width] * one[:, width:] * two[:, :width] * two[:, width:]
+        assert abs(corners.sum()) < 5 * (density * (1 - density)) ** 2 * math.sqrt(corners.numel())
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (512, 4096), (1365, 1536)])
+def test_masks_have_the_spectrum_of_independent_entries(shape: tuple[int, int]) -> None:
+    """Draws that repeated by rows or lanes would show as a large singular value."""
+    kept = (uniforms()[: shape[0] * shape[1]] < 0.1).float().sub_(0.1).view(shape)
+    largest = math.sqrt(0.1 * 0.9) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+    assert 0.97 < torch.linalg.matrix_norm(kept, 2) / largest < 1.03
 
 
 @pytest.mark.parametrize("density", [1e-6, 0.01, 0.1, 0.5, 0.999, 1.0])
 def test_the_share_that_is_kept_is_the_one_that_is_named(density: float) -> None:
     share = _random.share(density)
     assert abs(share - density) <= 2**-16
-    kept = _random.kept(context(), 0, N, density, CPU)
+    kept = _random.keep(context(), 0, density, torch.empty(N))
     assert set(kept.unique().tolist()) <= {0.0, 1.0}
     assert abs(kept.double().mean() - share) <= 5 * math.sqrt(share * (1 - share) / N)
 
@@ -98,4 +127,4 @@ def test_the_draws_do_not_change_from_release_to_release() -> None:
     assert _random.draws(context(seed=7), 1, 6, CPU).tolist() == DRAWN
 
 
-DRAWN = [-6665, -11674, 15941, -13161, -3312, -10125]
+DRAWN = [26038, 25690, -26180, 7971, -12644, -11604]

@@ -90,7 +90,18 @@ def test_karcher_of_two_is_half_the_way(points: str) -> None:
 def test_directions_that_cancel_are_no_error() -> None:
     one = torch.ones(3, 3)
     assert merged("karcher", torch.stack([one, -one]), points="task-vectors").isfinite().all()
-    assert torch.equal(_sphere.inner_products(torch.zeros(2, 3), None), torch.zeros(2, 2).double())
+
+
+def test_inner_products_are_those_of_the_points() -> None:
+    taus, base = 1e-3 * torch.randn(3, 10_000), torch.randn(10_000)
+    moments = _sphere.moments(taus, base)
+    for weights in (True, False):
+        points = taus.double() + base.double() * weights
+        got, want = _sphere.inner_products(moments, weights=weights), points @ points.T
+        assert torch.allclose(got, want, rtol=1e-6)
+        # What tells the angles: the distances between the points.
+        got, want = (p.diagonal()[:, None] + p.diagonal() - 2 * p for p in (got, want))
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-9)
 
 
 def test_nearswap_follows_its_formula() -> None:

@@ -78,8 +78,10 @@ def ends(sizes: Tensor, density: float, gamma: float) -> Tensor:
 
 def middle(rows: Tensor, limits: Tensor) -> Tensor:
     """A copy of [m, n] with what lies outside each row's limits [m, 2] set to zero."""
+    # By products with 1 and 0: torch compares into booleans, and selects by them, several times slower.
     sizes = rows.abs()
-    return rows * (sizes >= limits[:, :1]).logical_and_(sizes <= limits[:, 1:])
+    kept = torch.ge(sizes, limits[:, :1], out=torch.empty_like(rows))
+    return kept.mul_(torch.le(sizes, limits[:, 1:], out=sizes)).mul_(rows)
 
 
 METHOD = Method(

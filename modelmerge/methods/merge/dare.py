@@ -41,24 +41,27 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the dropped and rescaled task vectors, merged and scaled."""
-    part = torch.empty_like(taus[0])
-    densities = context.each("density", options.density)
+    part, densities = torch.empty_like(taus[0]), context.each("density", options.density)
+    # Rescaled by the first density at the end, all together; here is what is missing of it.
+    first = _random.share(densities[0])
+    rests = [w * (first / _random.share(density)) for w, density in zip(context.weights, densities, strict=True)]
 
     def dropped() -> Iterator[Tensor]:
-        for i, (tau, weight, density) in enumerate(zip(taus, context.weights, densities, strict=True)):
-            mask = _random.kept(context, i, tau.numel(), density, tau.device)
-            torch.mul(tau, mask.view_as(tau), out=part)
-            # Rescaled by the first density at the end, all together; here is what is missing of it.
-            rest = weight * (_random.share(densities[0]) / _random.share(density))
-            yield part if rest == 1.0 else part.mul_(rest)
+        for i, (tau, density, rest) in enumerate(zip(taus, densities, rests, strict=True)):
+            kept = _random.keep(context, i, density, part).mul_(tau)
+            yield kept if rest == 1.0 else kept.mul_(rest)
 
     if options.consensus == "ties":
         total = _signs.elect(dropped(), context.weights, taus[0], options.reduce)
+    elif all(rest == 1.0 for rest in rests):
+        total = torch.zeros_like(part)
+        for i, tau in enumerate(taus):  # a product with 1 or 0 is exact, fused with the sum or not
+            total.addcmul_(tau, _random.keep(context, i, densities[i], part))
     else:
         total = torch.zeros_like(part)
         for kept in dropped():
             total.add_(kept)
-    return total.mul_(1.0 / _random.share(densities[0])).mul_(options.scale)
+    return total.mul_(1.0 / first).mul_(options.scale)
 
 
 METHOD = Method(

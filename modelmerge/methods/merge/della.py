@@ -50,45 +50,49 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
             part = pruned_by_rank(taus[i], i, density, epsilon, context)
             yield part if context.weights[i] == 1.0 else part.mul_(context.weights[i])
 
+    factor = options.scale * _random.LEVELS
     if options.consensus == "ties":
-        return _signs.elect(pruned(), context.weights, taus[0], options.reduce).mul_(options.scale)
+        return _signs.elect(pruned(), context.weights, taus[0], options.reduce).mul_(factor)
     total = torch.zeros_like(taus[0])
     for part in pruned():
         total.add_(part)
-    return total.mul_(options.scale)
+    return total.mul_(factor)
 
 
 def pruned_by_rank(tau: Tensor, expert: int, density: float, epsilon: float, context: Context) -> Tensor:
-    """MagPrune of one task vector [*shape], kept entries divided by their chance."""
+    """MagPrune of one task vector [*shape], kept entries divided by their chance in units of 2^-16."""
     rows = tau.flatten(1) if tau.ndim > 1 else tau.reshape(1, -1)
-    drawn = _random.draws(context, expert, tau.numel(), tau.device).view(rows.shape).float()
-    level = chances(rows, density, epsilon)
-    mask = level.gt(drawn.add_(_random.LEVELS // 2))
-    kept = torch.div(rows, level.clamp_(min=1.0).mul_(1 / _random.LEVELS), out=drawn)
-    return kept.mul_(mask).view_as(tau)
+    level = by_rank(rows, chances(rows.shape[1], density, epsilon).to(tau.device))
+    drawn = _random.uniform(context, expert, torch.empty_like(rows))
+    mask = torch.gt(level, drawn, out=drawn)
+    return torch.div(rows, level, out=level).mul_(mask).view_as(tau)
 
 
-def chances(rows: Tensor, density: float, epsilon: float) -> Tensor:
-    """Each entry's chance to be kept, by its rank in its row, in units of 2^-16: [m, n]."""
+def chances(count: int, density: float, epsilon: float) -> Tensor:
+    """The chance of each rank in a row of so many to be kept, in units of 2^-16, -1 for none: [count]."""
     width = min(epsilon, density, 1.0 - density)
-    last = rows.shape[1] - 1
-    if last == 0:
-        return torch.full_like(rows, round(density * _random.LEVELS))
-    rise = 2 * width * _random.LEVELS / last
-    return ranks(rows).mul_(rise).add_((density - width) * _random.LEVELS).round_()
+    if count == 1:
+        width = 0.0
+    rise = 2 * width * _random.LEVELS / max(count - 1, 1)
+    level = torch.arange(count, dtype=torch.float32).mul_(rise).add_((density - width) * _random.LEVELS).round_()
+    return torch.where(level > 0, level, -1.0)  # what is never kept is divided, too
 
 
-def ranks(rows: Tensor) -> Tensor:
-    """The rank of each entry by its magnitude in its row, from 0 for the smallest, as float32 [m, n]."""
-    places = torch.arange(rows.shape[1], device=rows.device)
+def by_rank(rows: Tensor, values: Tensor) -> Tensor:
+    """For each entry of rows [m, n] the value [n] of its magnitude's rank in its row, the smallest first: [m, n]."""
+    count = rows.shape[1]
     # A magnitude's bits sort like itself; with the place below them no two are equal, and the sorted places are there.
-    keys = rows.abs().view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(places)
     if rows.device.type == "cpu":
+        halves = torch.empty(*rows.shape, 2, dtype=torch.int32)
+        torch.abs(rows, out=halves[..., 1].view(torch.float32))
+        halves[..., 0] = torch.arange(count)
+        keys = halves.view(torch.int64)[..., 0]
         keys.numpy().sort(axis=1)  # numpy sorts integers ten times faster than torch
     else:
-        keys = keys.sort(dim=1).values
+        places = torch.arange(count, device=rows.device)
+        keys = rows.abs().view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(places).sort(dim=1).values
     order = keys.bitwise_and_((1 << 32) - 1)
-    return torch.empty_like(rows).scatter_(1, order, places.to(rows.dtype).expand_as(rows))
+    return torch.empty_like(rows).scatter_(1, order, values.expand_as(rows))
 
 
 METHOD = Method(

@@ -3,11 +3,12 @@
 The Karcher (Frechet) mean of directions is the one whose squared angles to them, weighted by --weight, add up to least
 (Grove and Karcher, 1973); for two models it is half the way of slerp. Tensor by tensor, of the weights themselves, as
 in mergekit's karcher, or of the task vectors, which its multislerp approximates by one step. The iteration runs on the
-inner products of the models until it stands still, which costs one pass over the tensor however many steps it takes.
+inner products of the models until it stands still: two passes over the tensor however many steps it takes.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -29,11 +30,19 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the task vector of the mean."""
-    if not bool(taus.any()):
-        return torch.zeros_like(taus[0])
+    assert context.measured is not None
     base = context.base if options.points == "weights" else None
-    weights = [weight / sum(context.weights) for weight in context.weights]
-    return _sphere.combined(taus, base, _sphere.centre(_sphere.inner_products(taus, base), weights))
+    coefficients = _coefficients(tuple(context.measured.tolist()), context.weights, options.points)
+    return _sphere.combined(taus, base, coefficients)
+
+
+@functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
+def _coefficients(moments: tuple[float, ...], weights: tuple[float, ...], points: str) -> tuple[float, ...]:
+    told = torch.tensor(moments, dtype=torch.float64)
+    alphas = [weight / sum(weights) for weight in weights]
+    if not bool(_sphere.inner_products(told, weights=False).any()):  # nothing changed, to the last digit
+        return tuple(alphas)
+    return _sphere.centre(_sphere.inner_products(told, weights=points == "weights"), alphas)
 
 
 METHOD = Method(
@@ -47,6 +56,6 @@ METHOD = Method(
     ),
     normalises=True,
     wants_base=True,
-    blockwise=lambda options: False,
-    workspace=lambda tasks: 5.0,
+    moments=lambda options: _sphere.moments,
+    workspace=lambda tasks: tasks + 4.0,
 )

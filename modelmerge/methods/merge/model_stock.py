@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods._sums import weighted_sum
+from modelmerge.methods._sums import gram, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,37 +35,46 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the mean, times the ratio t of each group."""
-    moved = [i for i, tau in enumerate(taus) if bool(tau.any())]
-    for i in range(len(taus)):
-        if i not in moved:
+    count, by_row = len(taus), options.scope == "row" and taus.ndim > 2
+    grouped = taus.flatten(2) if by_row else taus.reshape(count, 1, -1)
+    products = _products(grouped) if context.measured is None else context.measured.view(1, count, count)
+    moved = [i for i in range(count) if bool(products[:, i, i].any())]
+    for i in range(count):
+        if i not in moved and context.start == 0:
             context.leave_out(i, "it did not change this tensor")
-    weights = [context.weights[i] for i in moved]
-    if sum(weights) == 0.0:
+    total = sum(context.weights[i] for i in moved)
+    if total == 0.0:
         return torch.zeros_like(taus[0])
-    vectors = taus if len(moved) == len(taus) else taus[moved]
-    by_row = options.scope == "row" and taus.ndim > 2
-    grouped = vectors.flatten(2) if by_row else vectors.reshape(len(moved), 1, -1)
-    ratio = stock_ratio(grouped).to(grouped.dtype)
+    ratio = stock_ratio(products[:, moved][:, :, moved])
     if not by_row:
         context.tell({"ratio": float(ratio)})
-    mean = weighted_sum(grouped, [weight / sum(weights) for weight in weights])
-    return mean.mul_(ratio[:, None]).reshape(taus.shape[1:])
+    mean = weighted_sum(grouped if len(moved) == count else grouped[moved], [context.weights[i] / total for i in moved])
+    return mean.mul_(ratio[:, None].to(mean)).reshape(taus.shape[1:])
 
 
-def stock_ratio(taus: Tensor) -> Tensor:
-    """The ratio t of each group of task vectors [N, G, n]: float64 [G]."""
-    count = len(taus)
+def _products(taus: Tensor) -> Tensor:
+    """The inner products of each group of task vectors [N, G, n]: float64 [G, N, N]."""
+    products = torch.empty(taus.shape[1], len(taus), len(taus), dtype=torch.float64, device=taus.device)
+    for i, one in enumerate(taus):
+        for j, other in enumerate(taus[: i + 1]):
+            products[:, i, j] = products[:, j, i] = (one * other).sum(1, dtype=torch.float64)
+    return products
+
+
+def stock_ratio(products: Tensor) -> Tensor:
+    """The ratio t of each group, of its inner products [G, N, N]: float64 [G]."""
+    count = products.shape[1]
     if count == 1:
-        return taus.new_ones(taus.shape[1], dtype=torch.float64)
-    norms = torch.stack([torch.linalg.vector_norm(tau, dim=1, dtype=torch.float64) for tau in taus])
-    cosines = torch.zeros_like(norms[0])
-    for i in range(count):
-        for j in range(i):
-            inner = (taus[i] * taus[j]).sum(1, dtype=torch.float64)
-            product = norms[i] * norms[j]
-            cosines += torch.where(product > 0, inner / product, 0.0)
-    cosine = (cosines / (count * (count - 1) / 2)).clamp(0.0, 1.0)
+        return torch.ones_like(products[:, 0, 0])
+    norms = products.diagonal(dim1=1, dim2=2).sqrt()
+    lengths = norms[:, :, None] * norms[:, None, :]
+    cosines = torch.where(lengths > 0, products / lengths, 0.0)
+    cosine = (cosines.tril(-1).sum((1, 2)) / (count * (count - 1) / 2)).clamp(0.0, 1.0)
     return count * cosine / (1 + (count - 1) * cosine)
+
+
+def _moments(taus: Tensor, base: Tensor) -> Tensor:
+    return gram(taus).flatten()
 
 
 METHOD = Method(
@@ -76,6 +85,7 @@ METHOD = Method(
         "Model Stock: All we need is just a few fine-tuned models", "Dong-Hwan Jang and others", "ECCV 2024"
     ),
     normalises=True,
-    blockwise=lambda options: False,
+    blockwise=lambda options: options.scope == "tensor",
+    moments=lambda options: _moments if options.scope == "tensor" else None,
     workspace=lambda tasks: 4.0,
 )

@@ -13,6 +13,7 @@ merges the selected ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ import torch
 
 from modelmerge.method import Citation, Context, Method, option
 from modelmerge.methods import _threshold
+from modelmerge.methods._blocks import blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,37 +39,54 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the selected entries' weighted means over the experts that agree in sign."""
-    mask = selected(taus, options.density) if options.density < 1.0 and len(taus) > 1 else None
-    total = torch.zeros_like(taus[0])
-    squares = []
-    for tau in taus:
-        kept = tau if mask is None else tau * mask
-        squares.append(float(kept.double().square_().sum()))
-        total.add_(kept)
-    sign = total.sign_()
-    if mask is not None:
-        sign.mul_(mask)
-    merged, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
-    for tau, weight, square in zip(taus, context.weights, squares, strict=True):
-        # The share of the largest, so that no weight underflows however small the task vectors are.
-        share = weight * square / max(squares) if max(squares) else 0.0
-        agrees = (tau * sign > 0).to(sign.dtype).mul_(share)
+    flat = taus.reshape(len(taus), -1)
+    mask = selected(flat, options.density) if options.density < 1.0 and len(taus) > 1 else None
+    squares = [0.0] * len(flat)
+    for block in blocks(flat):
+        for i, tau in enumerate(flat[:, block]):
+            kept = tau.double() if mask is None else torch.mul(tau, mask[block]).double()
+            squares[i] += float(torch.dot(kept, kept))
+    # The share of the largest, so that no weight underflows however small the task vectors are.
+    most = max(squares)
+    shares = [w * square / most if most else 0.0 for w, square in zip(context.weights, squares, strict=True)]
+    merged = torch.empty_like(flat[0])
+    for block in blocks(flat):
+        merged[block] = _agreeing(flat[:, block], None if mask is None else mask[block], shares)
+    return merged.mul_(options.scale).view(taus.shape[1:])
+
+
+def _agreeing(taus: Tensor, mask: Tensor | None, shares: Sequence[float]) -> Tensor:
+    """The means [n] of the entries [T, n] that have their sum's sign, weighted by the shares, where `mask` is 1."""
+    total = taus[0].clone()
+    for tau in taus[1:]:
+        total.add_(tau)
+    sign = total.sign_() if mask is None else total.sign_().mul_(mask)
+    merged, divisor, part = torch.zeros_like(sign), torch.zeros_like(sign), torch.empty_like(sign)
+    for tau, share in zip(taus, shares, strict=True):
+        agrees = torch.mul(tau, sign, out=part)
+        agrees = torch.gt(agrees, 0.0, out=part).mul_(share)
         divisor.add_(agrees)
         merged.add_(agrees.mul_(tau))
-    return torch.where(divisor != 0, merged.div_(divisor), 0.0).mul_(options.scale)
+    return merged.div_(divisor.add_(torch.eq(divisor, 0.0, out=part)))
 
 
 def selected(taus: Tensor, density: float) -> Tensor:
-    """1.0 where the variance over the experts [T, *shape] is among the largest, 0.0 elsewhere: [*shape]."""
-    mean = taus.mean(0)
-    variance = torch.zeros_like(mean)
-    for tau in taus:
-        variance.add_((tau - mean).square_())
-    count = int(int(variance.count_nonzero()) * density)
+    """1.0 where the variance over the experts [T, n] is among the largest, 0.0 elsewhere: [n]."""
+    variance = torch.empty_like(taus[0])
+    changed = 0
+    for block in blocks(taus):
+        part = taus[:, block]
+        mean = part.mean(0)
+        here = torch.zeros_like(mean)
+        for tau in part:
+            here.add_((tau - mean).square_())
+        variance[block] = here
+        changed += int(here.count_nonzero())
+    count = int(changed * density)
     if count == 0:
-        return torch.zeros_like(variance)
-    limit = _threshold.smallest(variance.reshape(1, -1).clone(), variance.numel() - count + 1)[0, 0]
-    return (variance >= limit).to(variance.dtype)
+        return variance.zero_()
+    limit = _threshold.smallest(variance[None].clone(), variance.numel() - count + 1)[0, 0]
+    return torch.ge(variance, limit, out=variance)
 
 
 METHOD = Method(

@@ -11,6 +11,7 @@ one base; here the arc is followed however short it is.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -35,16 +36,24 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[2, *shape] or [1, *shape] -> [*shape]: the task vector of the model on the way."""
-    if not bool(taus.any()):
-        return torch.zeros_like(taus[0])
-    if len(taus) == 1:  # the base, as a model whose task vector is zero
-        taus, share = torch.cat([torch.zeros_like(taus), taus]), options.t
-    else:
-        first, second = (1.0 - options.t) * context.weights[0], options.t * context.weights[1]
-        share = second / (first + second) if first + second else options.t
+    assert context.measured is not None
     base = context.base if options.points == "weights" else None
-    products = _sphere.inner_products(taus, base)
-    return _sphere.combined(taus, base, _sphere.between(products, share))
+    coefficients = _coefficients(tuple(context.measured.tolist()), context.weights, options)
+    return _sphere.combined(taus, base, coefficients)
+
+
+@functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
+def _coefficients(moments: tuple[float, ...], weights: tuple[float, ...], options: Options) -> tuple[float, float]:
+    told = torch.tensor(moments, dtype=torch.float64)
+    share = options.t
+    if len(weights) == 1:  # from the base, as a model whose task vector is zero
+        told = told.view(2, 2)
+        told = torch.stack([told[0], torch.zeros(2), told[1]])
+        told = torch.stack([told[:, 0], torch.zeros(3), told[:, 1]], dim=1).flatten()
+    else:
+        first, second = (1.0 - options.t) * weights[0], options.t * weights[1]
+        share = second / (first + second) if first + second else options.t
+    return _sphere.between(_sphere.inner_products(told, weights=options.points == "weights"), share)
 
 
 METHOD = Method(
@@ -55,6 +64,6 @@ METHOD = Method(
     most_experts=2,
     normalises=True,
     wants_base=True,
-    blockwise=lambda options: False,
-    workspace=lambda tasks: 5.0,
+    moments=lambda options: _sphere.moments,
+    workspace=lambda tasks: tasks + 4.0,
 )
