@@ -278,39 +278,22 @@ def prepare(
     _check_choices(recipe)
     adapted.size_of(recipe)
     given = [rules.parse(told) for told in recipe.rule]
+    scale = None if recipe.layer_scale is None else scaling.canonical(recipe.layer_scale)
+    recipe = dataclasses.replace(recipe, rule=tuple(map(str, given)), layer_scale=scale)
     _refuse_data_of_others(recipe, chosen, given)
     _refuse_many_experts({recipe.method: chosen, **{rule.name: rule.method for rule in given}}, len(recipe.experts))
     if recipe.rest is None and chosen.matrices:
         recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
-    left = recipe.rest or "base"
     base, experts = opened or open_models(recipe.base, recipe.experts)
     names = [expert.name for expert in experts]
     weights = _weights(recipe, names)
     made = plan.make_plan(
-        base, experts, matrices=chosen.matrices, rest=left, rules=given,
+        base, experts, matrices=chosen.matrices, rest=recipe.rest or "base", rules=given,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
-    parts = _parts(made, engine.Part(recipe.method, chosen, options, ()), given, left)
-    variations = [parse(told) for told in recipe.vary]
-    shares = [Share(p.name, p.method, p.options, tuple(t.name for t in p.tensors), rest=p.rest) for p in parts]
-    settings = settle(variations, shares, weights, names)
-    for part, share in zip(parts, shares, strict=True):
-        for tensor in (name for name in share.tensors if part.method.normalises and name in settings):
-            if abs(sum(settings[tensor].weights)) < 1e-8:
-                raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
-    if variations:
-        told_apart = (surveyed(variations, share, names) for share in shares)
-        parts = [dataclasses.replace(part, for_survey=told) for part, told in zip(parts, told_apart, strict=True)]
-    scale = _layer_scale(recipe)
-    job = engine.Job(
-        source_of(made, device), tuple(parts), weights, front, recipe.seed, settings,
-        scales={} if scale is None else scale.factors([name for share in shares for name in share.tensors]),
-        larv=recipe.layer_scale == scaling.LARV, task_lambda=_task_lambda(recipe, parts),
-    )  # fmt: skip
-    if job.larv and not job.looked_at():
-        raise UsageError("--layer-scale larv: no weight of a linear layer that is merged lies in a numbered layer")
+    job = _job(recipe, made, engine.Part(recipe.method, chosen, options, ()), given, front, weights, device)
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -326,8 +309,6 @@ def prepare(
         base=_pinned(recipe.base, base),
         experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
-        rule=tuple(map(str, given)),
-        layer_scale=recipe.layer_scale if scale is None else str(scale),
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
@@ -346,11 +327,44 @@ def _refuse_data_of_others(recipe: Recipe, chosen: method.Method, given: Sequenc
         )
 
 
-def _layer_scale(recipe: Recipe) -> scaling.LayerScale | None:
-    """The factors by layer that are known beforehand, if any."""
-    if recipe.layer_scale is None or recipe.layer_scale == scaling.LARV:
-        return None
-    return scaling.parse(recipe.layer_scale)
+def _job(
+    recipe: Recipe,
+    made: plan.Plan,
+    own: engine.Part,
+    given: Sequence[rules.Rule],
+    front: tuple[method.Disentangler, Any] | None,
+    weights: tuple[float, ...],
+    device: str,
+) -> engine.Job:
+    """The plan's merge by the methods, with every number that differs between experts, tensors and layers.
+
+    `own` is the merge's own method, still without tensors.
+
+    Raises:
+        UsageError: Something differs that cannot, or where it cannot.
+        DeviceError: There is no such device.
+    """
+    names, variations = [expert.name for expert in made.experts], [parse(told) for told in recipe.vary]
+    parts = _parts(made, own, given, recipe.rest or "base")
+    shares = [Share(p.name, p.method, p.options, tuple(t.name for t in p.tensors), rest=p.rest) for p in parts]
+    settings = settle(variations, shares, weights, names)
+    for part, share in zip(parts, shares, strict=True):
+        for tensor in (name for name in share.tensors if part.method.normalises and name in settings):
+            if abs(sum(settings[tensor].weights)) < 1e-8:
+                raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
+    if variations:
+        told_apart = (surveyed(variations, share, names) for share in shares)
+        parts = [dataclasses.replace(part, for_survey=told) for part, told in zip(parts, told_apart, strict=True)]
+    larv, scales = recipe.layer_scale == scaling.LARV, {}
+    if recipe.layer_scale is not None and not larv:
+        scales = scaling.parse(recipe.layer_scale).factors([name for share in shares for name in share.tensors])
+    job = engine.Job(
+        source_of(made, device), tuple(parts), weights, front, recipe.seed, settings,
+        scales=scales, larv=larv, task_lambda=_task_lambda(recipe, parts),
+    )  # fmt: skip
+    if larv and not job.looked_at():
+        raise UsageError("--layer-scale larv: no weight of a linear layer that is merged lies in a numbered layer")
+    return job
 
 
 def _task_lambda(recipe: Recipe, parts: Sequence[engine.Part]) -> engine.TaskLambda | None:
