@@ -297,6 +297,8 @@ def prepare(
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
+        if not job.disentangled():
+            raise UsageError("no weight of a linear layer is left to disentangle", hint="check --include and --exclude")
         engine.refuse_too_large(job.source, front, job.disentangled())
     data = None
     if recipe.coefficients:
