@@ -336,6 +336,17 @@ def test_a_run_that_was_interrupted_is_not_searched_again(
     assert calls == [*EXPERTS, *EXPERTS]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_finds_what_the_cpu_finds(small: list[Path], tmp_path: Path) -> None:
+    def script(expert: Any) -> Any:
+        return Network(), rows()
+
+    cpu, cuda = (coefficients(run(small, tmp_path / name, script, device=name)) for name in ("cpu", "cuda"))
+    for tensor, told in cpu.items():
+        assert cuda[tensor] == pytest.approx(told, abs=1e-4)
+
+
 # What is wrong is said.
 
 
