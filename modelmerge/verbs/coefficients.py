@@ -48,6 +48,14 @@ class Data:
     heads: Path | None
     limit: int | None
 
+    def remarks(self) -> list[str]:
+        """What a plan says of the data, and what it does not count."""
+        told = self.script.label if self.script is not None else ", ".join(task.name for task in self.tasks.values())
+        return [
+            f"weights are found on unlabelled data first: {told}; what the model makes of a batch of them takes memory "
+            "besides"
+        ]
+
     def read(self, seed: int) -> Read:
         """Open the data.
 
@@ -242,12 +250,12 @@ def find(
     Raises:
         ModelMergeError: See `modelmerge.engine.find_weights`.
     """
-    name = _cache.key({"search": key})
+    name = _cache.key({"coefficients": key})
     known = _cache.recall(name, "coefficients") if resume else None
     if known is not None:
         reporter.note("the coefficients were found by an earlier run")
         return known
-    engine.refuse_search_beyond_memory(job)
+    engine.refuse_finding_beyond_memory(job)
     experts = [expert.name for expert in job.plan.experts]
     found = engine.find_weights(job, lambda: data.problems(job), scratch, reporter)
     steps = torch.tensor(found.losses, dtype=torch.float64)
