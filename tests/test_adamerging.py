@@ -18,7 +18,7 @@ from modelmerge import digits, engine
 from modelmerge.charts.figures import of_coefficients
 from modelmerge.cli import main
 from modelmerge.engine import job, threads
-from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
+from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, UsageError
 from modelmerge.recipe import published
 from modelmerge.suites._unlabelled import batches, draws, names_in
 from tests import clip_models
@@ -109,6 +109,21 @@ def test_a_replay_needs_no_data_and_repeats_the_bits(
     again = modelmerge.replay(merged[0] / "modelmerge.json", tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (merged[0] / "model.safetensors").read_bytes()
     assert again["recipe"]["coefficients"] == merged[1]["recipe"]["coefficients"]
+
+
+@pytest.mark.parametrize("odd", ["tensor", "expert"])
+def test_coefficients_of_something_else_are_refused(
+    odd: str, merged: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    manifest = json.loads((merged[0] / "modelmerge.json").read_bytes())
+    found = manifest["recipe"]["coefficients"]
+    if odd == "tensor":
+        manifest["recipe"]["exclude"] = ["embeddings.position"]
+    else:
+        found["embeddings.position"] = {"inverted": 1.0, "other": 0.5}
+    (tmp_path / "edited.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecipeError, match=r"the recipe has coefficients of .*'embeddings.position'"):
+        modelmerge.replay(tmp_path / "edited.json", tmp_path / "again")
 
 
 # Small classifiers: two linear layers, and the batches of two tasks.
@@ -334,6 +349,17 @@ def test_a_run_that_was_interrupted_is_not_searched_again(
     assert run(small, tmp_path / "out", script, resume=True) == manifest
     assert coefficients(run(small, tmp_path / "anew", script)) == coefficients(manifest)
     assert calls == [*EXPERTS, *EXPERTS]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_finds_what_the_cpu_finds(small: list[Path], tmp_path: Path) -> None:
+    def script(expert: Any) -> Any:
+        return Network(), rows()
+
+    cpu, cuda = (coefficients(run(small, tmp_path / name, script, device=name)) for name in ("cpu", "cuda"))
+    for tensor, told in cpu.items():
+        assert cuda[tensor] == pytest.approx(told, abs=1e-4)
 
 
 # What is wrong is said.

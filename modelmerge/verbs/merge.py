@@ -165,7 +165,12 @@ def merge(
         unlabelled: The data of a method that finds the experts' weights on unlabelled data. For CLIP models what
             `evaluate` is told: `tasks`, `data`, `classes`, `templates`, `config`, `split`, `image_column`,
             `label_column`, `heads`, `limit`; each expert goes with the task of its name. For any other classifier
-            `script`: a function or `FILE:FUNCTION`, see `modelmerge.suites._unlabelled.classifier_of`.
+            `script`: a function, or `FILE:FUNCTION`, that is given an expert (`modelmerge.suites.custom.Model`: a
+            mapping of tensor names to tensors, with `name`, `path`, `base_path` and `device`) and returns
+            `(module, inputs)`. The module gives logits [N, C] or has them as `logits` in what it returns; the merged
+            tensors are put into it where its state dict has their names, which may be behind one prefix, and the rest
+            of it, such as a head of its own, stays. The inputs are a tensor [N, ...], a tuple or a mapping of such, or
+            batches that can be iterated over again and again, as a list of them or a DataLoader gives them.
         device: cpu, cuda, cuda:N or auto.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
