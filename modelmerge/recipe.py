@@ -35,8 +35,8 @@ class Recipe:
     choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
     whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
     share of the squared norm that it keeps. `unlabelled` tells the data of a method that finds the experts' weights on
-    them, by the names of `modelmerge.verbs.searching`; `coefficients` are what it found, by tensor and expert, and with
-    them no data are needed.
+    them, see `modelmerge.verbs.coefficients`; `coefficients` are what it found, by tensor and expert, and with them no
+    data are needed.
     """
 
     method: str

@@ -2,7 +2,8 @@
 
 `*attn*=tsv-m scale=0.8` hands the tensors of such names to another method than the rest. The first rule that takes a
 tensor counts. A method for linear layers takes their weights only: what its glob matches besides goes on to the next
-rule and, where none takes it, to the merge's own method.
+rule and, where none takes it, to the merge's own method. What a method finds out about all its tensors together, such
+as the share of the largest entries, is found for each rule apart, over the tensors that it takes.
 """
 
 from __future__ import annotations

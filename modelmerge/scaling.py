@@ -68,6 +68,15 @@ def typed(told: str | Path | Sequence[float] | Mapping[str, Any] | None) -> str 
     return str(told) if isinstance(told, (str, Path)) else None if told is None else json.dumps(told)
 
 
+def canonical(text: str) -> str:
+    """A layer scale without the file that it may stand in.
+
+    Raises:
+        UsageError: As for `parse`.
+    """
+    return text if text == LARV else str(parse(text))
+
+
 def parse(text: str) -> LayerScale:
     """The layer scale that `V[,V...]`, JSON or the file of that name says.
 

@@ -340,6 +340,17 @@ def test_a_recipe_with_a_front_repeats_to_the_same_bits(models: list[Path], tmp_
     assert same_bits(read(tmp_path / "one"), read(tmp_path / "two"))
 
 
+@pytest.mark.parametrize("front", method.names("disentangle"))
+def test_without_linear_layers_there_is_nothing_to_disentangle(front: str, models: list[Path], tmp_path: Path) -> None:
+    for run in (
+        partial(modelmerge.disentangle, method=front),
+        partial(modelmerge.merge, method="average", disentangle=front),
+    ):
+        with pytest.raises(UsageError, match="no weight of a linear layer is left to disentangle"):
+            run(models[0], models[1:], tmp_path / "v", include=["*norm*"])
+    assert not (tmp_path / "v").exists()
+
+
 def test_one_expert_is_nothing_to_disentangle(models: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to disentangle"):
         modelmerge.disentangle(models[0], models[1:2], tmp_path / "v", method="awd")

@@ -18,6 +18,7 @@ from pathlib import Path
 from modelmerge.errors import CheckpointError
 
 _CHUNK = 1 << 18  # bytes: fits the cache beside the merge's own buffers
+_OURS: dict[str, dict[str, object]] = {}  # by path: files that this process has written, as they were then
 _SETTLED = 2.0  # seconds: a file younger than this may change again within one tick of its timestamp
 
 
@@ -102,6 +103,12 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def vouch(file: Path, digest: str) -> None:
+    """Say that this process has just written the file, with that sha256: it need not be read again to be known."""
+    stat = file.stat()
+    _OURS[str(file.resolve())] = {**_identity(file, stat), "sha256": digest}
+
+
 def cache_directory() -> Path:
     """Where digests are remembered: `$MODELMERGE_CACHE`, else `modelmerge` under `$XDG_CACHE_HOME` or `~/.cache`."""
     if "MODELMERGE_CACHE" in os.environ:
@@ -125,8 +132,9 @@ def _identity(file: Path, stat: os.stat_result) -> dict[str, object]:
 
 
 def _recall(file: Path, stat: os.stat_result) -> str | None:
+    ours = _OURS.get(str(file.resolve()))
     try:
-        known = json.loads(_entry(file).read_bytes())
+        known = dict(ours) if ours is not None else json.loads(_entry(file).read_bytes())
         digest = str(known.pop("sha256"))
         return digest if known == _identity(file, stat) else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from modelmerge.checkpoint.push import Target
     from modelmerge.verbs.merge import Prepared
-    from modelmerge.verbs.search import Search
 
 EXAMPLES = (
     "modelmerge merge                                                    (lists the methods)",
@@ -330,9 +329,6 @@ def checked(target: Target | None, *, create: bool = True) -> dict[str, Any] | N
 
 def _search(recipe: Recipe, values: Mapping[str, Any], context: typer.Context, look: bool) -> None:
     """Search the values of options, and do what the options say."""
-    import contextlib
-    import sys
-
     from modelmerge.verbs.search import execute_search, parse_axes, prepare_search
 
     axes = parse_axes(values["search"] or ())
@@ -341,12 +337,8 @@ def _search(recipe: Recipe, values: Mapping[str, Any], context: typer.Context, l
         if source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"{opt.flag(name)} is given, and searched", hint="leave one of them out")
 
-    def execute(search: Search, out: Path, **told: Any) -> dict[str, Any]:
-        with contextlib.redirect_stdout(sys.stderr):  # what a function prints is no result
-            return execute_search(search, out, **told)
-
     place = {"device": values["device"], "stream": values["stream"]}
-    _run(lambda: prepare_search(recipe, axes, values["on"] or (), look=look, **place), values, execute)
+    _run(lambda: prepare_search(recipe, axes, values["on"] or (), look=look, **place), values, execute_search)
 
 
 def _execute(prepared: Prepared, out: Path, **told: Any) -> dict[str, Any]:
@@ -359,6 +351,8 @@ def _run(
     prepare: Callable[[], Any], values: Mapping[str, Any], execute: Callable[..., dict[str, Any]] = _execute
 ) -> None:
     """Prepare a merge or a search and do what the options say."""
+    import contextlib
+    import sys
     from pathlib import Path
 
     from modelmerge.charts import drawing
@@ -368,7 +362,9 @@ def _run(
     plot = Path(values["plot"]).expanduser() if values.get("plot") else None
     if plot is not None:
         drawing.check(plot)
-    prepared, out = prepare(), Path(values["output"]).expanduser()
+    out = Path(values["output"]).expanduser()
+    with contextlib.redirect_stdout(sys.stderr):  # what a function of the user's prints is no result
+        prepared = prepare()
     if values["dry_run"]:
         plan = {**prepared.describe(), "push": checked(target, create=False)}
         prepared.close()
@@ -378,7 +374,7 @@ def _run(
             human=plan_lines(_with_front(plan["method"], plan["disentangle"]), plan, sink.verbose),
         )
         return
-    with Bars(sink) as bars:
+    with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
         manifest = execute(prepared, out, force=force, resume=resume, ready=lambda: checked(target), reporter=bars)
     weights = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors"))
     counts = manifest["tensors"]
@@ -397,7 +393,7 @@ def _run(
         lines.append(
             f"rounding to {rounding['stored_as']} changes the merged task vector by {rounding['relative_error']:.2%}"
         )
-    lines += _search_lines(manifest, sink.verbose) if "search" in manifest else []
+    lines += _coefficient_lines(manifest, sink.verbose) if "adaptation" in manifest else []
     if sink.verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
     if "searched" in manifest:
@@ -409,9 +405,9 @@ def _run(
     finish(sink, target, out, data, lines)
 
 
-def _search_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str | Table]:
+def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str | Table]:
     """The coefficients that were found on data: of each expert over the tensors, and, if verbose, of each tensor."""
-    tasks, found = manifest["search"]["tasks"], manifest["recipe"]["coefficients"]
+    tasks, found = manifest["adaptation"]["tasks"], manifest["recipe"]["coefficients"]
     rows = []
     for expert, told in tasks.items():
         own = [each[expert] for each in found.values()]
@@ -421,7 +417,7 @@ def _search_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str | Tabl
         "",
         table(
             f"Coefficients over {len(found)} tensors; entropy of the predictions in the first and the last "
-            f"{manifest['search']['averaged_steps']} steps",
+            f"{manifest['adaptation']['averaged_steps']} steps",
             ["", "mean", "least", "most", "before", "after"],
             rows,
         ),

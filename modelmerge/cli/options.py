@@ -177,7 +177,7 @@ On = Annotated[
         "--on",
         help="What --search measures with: custom:FILE:FUNCTION, clip:TASK or clip:DATA, lm:TASK; behind commas the "
         "settings of that suite in `eval`, as in clip:svhn,limit=500. clip and lm look at a validation split, or else "
-        "at the training split. Repeatable: the mean over all tasks counts.",
+        "at the training split; what a function looks at is its own. Repeatable: the mean over all tasks counts.",
         metavar="SUITE:WHAT[,SETTING=V...]",
         rich_help_panel=SEARCH_PANEL,
     ),

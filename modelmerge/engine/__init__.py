@@ -14,6 +14,14 @@ written meanwhile.
 from __future__ import annotations
 
 from modelmerge.engine.adapting import Adapted, adapt, adapted_bytes, adapted_memory
+from modelmerge.engine.finding import (
+    Found,
+    Problem,
+    find_weights,
+    finding_memory,
+    finding_reads,
+    refuse_finding_beyond_memory,
+)
 from modelmerge.engine.job import (
     Findings,
     Job,
@@ -32,23 +40,15 @@ from modelmerge.engine.job import (
 )
 from modelmerge.engine.merging import run, run_scaled
 from modelmerge.engine.rounding import stored_narrow
-from modelmerge.engine.searching import (
-    Problem,
-    Search,
-    find_weights,
-    refuse_search_beyond_memory,
-    search_memory,
-    search_reads,
-)
 from modelmerge.methods._lambdas import Mode as TaskLambda
 
 __all__ = [
     "Adapted",
     "Findings",
+    "Found",
     "Job",
     "Part",
     "Problem",
-    "Search",
     "Source",
     "TaskLambda",
     "adapt",
@@ -59,15 +59,15 @@ __all__ = [
     "default_workers",
     "find_device",
     "find_weights",
+    "finding_memory",
+    "finding_reads",
     "passes",
     "peak_memory",
-    "refuse_search_beyond_memory",
+    "refuse_finding_beyond_memory",
     "refuse_too_large",
     "run",
     "run_scaled",
     "scratch_bytes",
-    "search_memory",
-    "search_reads",
     "stored_narrow",
     "threads",
     "vector_memory",

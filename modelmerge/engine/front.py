@@ -174,7 +174,8 @@ def _fit_matrices(
         places[tensor.name] = end
         end += matrix_bytes(tensor, count)
     front = Correcting(by, scratch(end), count, places)
-    measured = run_survey(source, survey, None, tensors, reporter) if survey else None
+    counted = [tensor for tensor in tensors if tensor.twin is None]
+    measured = run_survey(source, survey, None, counted, reporter) if survey else None
     reporter.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
     losses: dict[str, tuple[float, float]] = {}
     left = correcting_beyond(source, by, options, tensors)

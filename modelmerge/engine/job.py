@@ -229,7 +229,7 @@ def front_reads(front: tuple[Disentangler, Any] | None, tensors: Sequence[Tensor
         return 0.0
     chosen, options = front
     survey = chosen.by.survey(options) if isinstance(chosen.by, Correction) else None
-    return 1.0 + (survey.reads(sum(tensor.numel for tensor in tensors)) if survey else 0.0)
+    return 1.0 + (survey.reads(sum(tensor.numel for tensor in tensors if tensor.twin is None)) if survey else 0.0)
 
 
 def scratch_bytes(source: Source, front: tuple[Disentangler, Any] | None, tensors: Sequence[TensorPlan]) -> int:

@@ -109,6 +109,7 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
     plan = job.plan
     todo = [t for t in plan.in_order() if t.numel and not outputs[0].staging.is_finished(t.name)]
     for output in outputs:
+        output.findings.scales = job.scales
         output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return

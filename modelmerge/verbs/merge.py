@@ -22,7 +22,7 @@ from modelmerge.recipe import Recipe, parse_size, read_recipe, versions
 from modelmerge.report import SILENT, Reporter
 from modelmerge.suites.custom import Script
 from modelmerge.vary import Share, layer_of, parse, settle, surveyed
-from modelmerge.verbs import adapted, searching
+from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.auto import AUTO, choose
 from modelmerge.verbs.inputs import (
     as_references,
@@ -54,7 +54,7 @@ class Prepared:
     recorded: Mapping[str, str]  # sha256 by input file that a replay must find again; empty for a new merge
     remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
     stream: bool = False  # read weights on the Hub over ranges, without storing them
-    data: searching.Data | None = None  # to find the experts' weights on, where that is to be done first
+    data: coefficients.Data | None = None  # to find the experts' weights on, where that is to be done first
     found: Mapping[str, Any] | None = None  # what there is to say of how they were found
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class Prepared:
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = engine.bytes_read(self.job, streamed=True) if self.stream else None
         scratch = engine.scratch_bytes(self.job.source, self.job.front, self.job.disentangled())
-        searched = (0.0, 0) if self.data is None else engine.search_reads(self.job)
+        searched = (0.0, 0) if self.data is None else engine.finding_reads(self.job)
         left = engine.beyond_device(self.job)
         beyond = (
             [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
@@ -83,7 +83,7 @@ class Prepared:
             "bytes": {"read": engine.bytes_read(self.job) + searched[1], "write": written, "scratch": scratch},
             "peak_memory": self._peak_memory(),
             "shards": [shard.filename for shard in made.layout.shards],
-            "remarks": [*self.remarks, *remarks(made), *beyond],
+            "remarks": [*self.remarks, *remarks(made), *beyond, *(self.data.remarks() if self.data else [])],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
         }
         if self.data is not None:
@@ -95,7 +95,7 @@ class Prepared:
         merging = engine.peak_memory(self.job)
         if self.data is None:
             return merging
-        return {place: max(merging[place], needed) for place, needed in engine.search_memory(self.job).items()}
+        return {place: max(merging[place], needed) for place, needed in engine.finding_memory(self.job).items()}
 
 
 def merge(
@@ -165,7 +165,12 @@ def merge(
         unlabelled: The data of a method that finds the experts' weights on unlabelled data. For CLIP models what
             `evaluate` is told: `tasks`, `data`, `classes`, `templates`, `config`, `split`, `image_column`,
             `label_column`, `heads`, `limit`; each expert goes with the task of its name. For any other classifier
-            `script`: a function or `FILE:FUNCTION`, see `modelmerge.suites._unlabelled.classifier_of`.
+            `script`: a function, or `FILE:FUNCTION`, that is given an expert (`modelmerge.suites.custom.Model`: a
+            mapping of tensor names to tensors, with `name`, `path`, `base_path` and `device`) and returns
+            `(module, inputs)`. The module gives logits [N, C] or has them as `logits` in what it returns; the merged
+            tensors are put into it where its state dict has their names, which may be behind one prefix, and the rest
+            of it, such as a head of its own, stays. The inputs are a tensor [N, ...], a tuple or a mapping of such, or
+            batches that can be iterated over again and again, as a list of them or a DataLoader gives them.
         device: cpu, cuda, cuda:N or auto.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
@@ -176,7 +181,7 @@ def merge(
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
-    data, script = searching.as_told(unlabelled or {})
+    data, script = coefficients.as_told(unlabelled or {})
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary),
@@ -273,56 +278,39 @@ def prepare(
     _check_choices(recipe)
     adapted.size_of(recipe)
     given = [rules.parse(told) for told in recipe.rule]
+    scale = None if recipe.layer_scale is None else scaling.canonical(recipe.layer_scale)
+    recipe = dataclasses.replace(recipe, rule=tuple(map(str, given)), layer_scale=scale)
     _refuse_data_of_others(recipe, chosen, given)
     _refuse_many_experts({recipe.method: chosen, **{rule.name: rule.method for rule in given}}, len(recipe.experts))
     if recipe.rest is None and chosen.matrices:
         recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
-    left = recipe.rest or "base"
     base, experts = opened or open_models(recipe.base, recipe.experts)
     names = [expert.name for expert in experts]
     weights = _weights(recipe, names)
     made = plan.make_plan(
-        base, experts, matrices=chosen.matrices, rest=left, rules=given,
+        base, experts, matrices=chosen.matrices, rest=recipe.rest or "base", rules=given,
         dtype=plan.dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
-    parts = _parts(made, engine.Part(recipe.method, chosen, options, ()), given, left)
-    variations = [parse(told) for told in recipe.vary]
-    shares = [Share(p.name, p.method, p.options, tuple(t.name for t in p.tensors), rest=p.rest) for p in parts]
-    settings = settle(variations, shares, weights, names)
-    for part, share in zip(parts, shares, strict=True):
-        for tensor in (name for name in share.tensors if part.method.normalises and name in settings):
-            if abs(sum(settings[tensor].weights)) < 1e-8:
-                raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
-    if variations:
-        told_apart = (surveyed(variations, share, names) for share in shares)
-        parts = [dataclasses.replace(part, for_survey=told) for part, told in zip(parts, told_apart, strict=True)]
-    scale = _layer_scale(recipe)
-    job = engine.Job(
-        source_of(made, device), tuple(parts), weights, front, recipe.seed, settings,
-        scales={} if scale is None else scale.factors([name for share in shares for name in share.tensors]),
-        larv=recipe.layer_scale == scaling.LARV, task_lambda=_task_lambda(recipe, parts),
-    )  # fmt: skip
-    if job.larv and not job.looked_at():
-        raise UsageError("--layer-scale larv: no weight of a linear layer that is merged lies in a numbered layer")
+    job = _job(recipe, made, engine.Part(recipe.method, chosen, options, ()), given, front, weights, device)
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
+        if not job.disentangled():
+            raise UsageError("no weight of a linear layer is left to disentangle", hint="check --include and --exclude")
         engine.refuse_too_large(job.source, front, job.disentangled())
     data = None
     if recipe.coefficients:
-        job = searching.with_coefficients(job, recipe.coefficients)
+        job = coefficients.with_coefficients(job, recipe.coefficients)
     elif chosen.finder is not None:
-        data = searching.find_data(recipe, names, script)
-        engine.refuse_search_beyond_memory(job)
+        data = coefficients.find_data(recipe, names, script)
+        engine.refuse_finding_beyond_memory(job)
     complete = dataclasses.replace(
         recipe,
         base=_pinned(recipe.base, base),
         experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
-        rule=tuple(map(str, given)),
-        layer_scale=recipe.layer_scale if scale is None else str(scale),
         disentangle_options=dataclasses.asdict(front[1]) if front else {},
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
@@ -341,11 +329,44 @@ def _refuse_data_of_others(recipe: Recipe, chosen: method.Method, given: Sequenc
         )
 
 
-def _layer_scale(recipe: Recipe) -> scaling.LayerScale | None:
-    """The factors by layer that are known beforehand, if any."""
-    if recipe.layer_scale is None or recipe.layer_scale == scaling.LARV:
-        return None
-    return scaling.parse(recipe.layer_scale)
+def _job(
+    recipe: Recipe,
+    made: plan.Plan,
+    own: engine.Part,
+    given: Sequence[rules.Rule],
+    front: tuple[method.Disentangler, Any] | None,
+    weights: tuple[float, ...],
+    device: str,
+) -> engine.Job:
+    """The plan's merge by the methods, with every number that differs between experts, tensors and layers.
+
+    `own` is the merge's own method, still without tensors.
+
+    Raises:
+        UsageError: Something differs that cannot, or where it cannot.
+        DeviceError: There is no such device.
+    """
+    names, variations = [expert.name for expert in made.experts], [parse(told) for told in recipe.vary]
+    parts = _parts(made, own, given, recipe.rest or "base")
+    shares = [Share(p.name, p.method, p.options, tuple(t.name for t in p.tensors), rest=p.rest) for p in parts]
+    settings = settle(variations, shares, weights, names)
+    for part, share in zip(parts, shares, strict=True):
+        for tensor in (name for name in share.tensors if part.method.normalises and name in settings):
+            if abs(sum(settings[tensor].weights)) < 1e-8:
+                raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
+    if variations:
+        told_apart = (surveyed(variations, share, names) for share in shares)
+        parts = [dataclasses.replace(part, for_survey=told) for part, told in zip(parts, told_apart, strict=True)]
+    larv, scales = recipe.layer_scale == scaling.LARV, {}
+    if recipe.layer_scale is not None and not larv:
+        scales = scaling.parse(recipe.layer_scale).factors([name for share in shares for name in share.tensors])
+    job = engine.Job(
+        source_of(made, device), tuple(parts), weights, front, recipe.seed, settings,
+        scales=scales, larv=larv, task_lambda=_task_lambda(recipe, parts),
+    )  # fmt: skip
+    if larv and not job.looked_at():
+        raise UsageError("--layer-scale larv: no weight of a linear layer that is merged lies in a numbered layer")
+    return job
 
 
 def _task_lambda(recipe: Recipe, parts: Sequence[engine.Part]) -> engine.TaskLambda | None:
@@ -392,7 +413,7 @@ def _pinned(text: str, model: Checkpoint) -> str:
     return text if model.reference.repository is None else f"{model.name}={model.reference.text}"
 
 
-def digest_of(prepared: Prepared, read: searching.Read | None = None) -> str:
+def digest_of(prepared: Prepared, read: coefficients.Read | None = None) -> str:
     """The digest of all that determines the weights, as far as it can be had without reading tensors."""
     job = prepared.job
     told = (dataclasses.asdict(prepared.recipe), str(job.source.device), read and read.identity())
@@ -483,15 +504,15 @@ def as_file(manifest: Mapping[str, Any]) -> bytes:
 
 
 def _searched(
-    prepared: Prepared, data: searching.Read, key: str, out: Path, *, resume: bool, reporter: Reporter
+    prepared: Prepared, data: coefficients.Read, key: str, out: Path, *, resume: bool, reporter: Reporter
 ) -> Prepared:
     """The merge with the coefficients that are found on its data; `key` is the digest of all they depend on."""
     with scratches(out) as scratch:
-        found = searching.find(prepared.job, data, key, scratch, resume=resume, reporter=reporter)
+        found = coefficients.find(prepared.job, data, key, scratch, resume=resume, reporter=reporter)
     recipe = dataclasses.replace(prepared.recipe, coefficients=found["coefficients"])
     about = {name: told for name, told in found.items() if name != "coefficients"}
     return dataclasses.replace(
-        prepared, recipe=recipe, job=searching.with_coefficients(prepared.job, recipe.coefficients),
+        prepared, recipe=recipe, job=coefficients.with_coefficients(prepared.job, recipe.coefficients),
         remarks=[*prepared.remarks, *data.notes()], found=about,
     )  # fmt: skip
 
@@ -697,7 +718,7 @@ def _manifest(
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
         "rounding": _rounding(job, findings),
-        **({"search": dict(prepared.found)} if prepared.found is not None else {}),
+        **({"adaptation": dict(prepared.found)} if prepared.found is not None else {}),
         "notes": list(notes),
         "seconds": round(seconds, 3),
         "files": staging.listing(),

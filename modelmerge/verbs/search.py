@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelmerge import engine, method
+from modelmerge.checkpoint.digest import vouch
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.writer import CARD, Staging
@@ -164,13 +165,13 @@ def prepare_search(
     measures = _measures(on, metric)
     if not axes:
         raise UsageError("--on has no effect without --search", hint="as in --search scale=0.1:1.0:0.1")
-    opened = open_models(recipe.base, recipe.experts)
-    first = prepare(recipe, device=device, stream=stream, opened=opened, look=look)
-    if first.data is not None:
+    if recipe.method != AUTO and method.load(recipe.method).finder is not None:
         raise UsageError(
-            f"--search: '{recipe.method}' finds its coefficients on unlabelled data, and is not searched besides",
+            f"'{recipe.method}' finds its coefficients on unlabelled data, and takes no --search besides",
             hint="search another method, or run it alone",
         )
+    opened = open_models(recipe.base, recipe.experts)
+    first = prepare(recipe, device=device, stream=stream, opened=opened, look=look)
     resolved = dataclasses.replace(
         recipe, method=first.recipe.method, base=first.recipe.base, experts=first.recipe.experts,
         options=first.recipe.options if recipe.method == AUTO else recipe.options,
@@ -471,7 +472,7 @@ def execute_search(
                 assert best.place is not None, "the best is kept"
                 files = best.manifest["files"]
                 staging.adopt(best.place, {name: files[name]["sha256"] for name in files if name != CARD})
-            notes = [*best.manifest["notes"], _note(search, best)]
+            notes = [*best.manifest["notes"], _note(search, best), *_at_an_end(search, best)]
             for note in notes:
                 reporter.note(note)
             staging.write_file(CARD, write_card(best.prepared, out, notes))
@@ -565,6 +566,9 @@ def _merge_group(search: Search, group: Sequence[Candidate], folder: Path, out: 
         for each, ready, staging, noticed in zip(group, prepared, stagings, findings, strict=True):
             each.manifest = complete(ready, out, staging, noticed, small, time.monotonic() - started, digest_of(ready))
             staging.publish(as_file(each.manifest))
+            assert each.place is not None, "it has just been given one"
+            for name, told in each.manifest["files"].items():
+                vouch(each.place / name, str(told["sha256"]))
 
 
 def _measure_base(search: Search, reporter: Reporter) -> Candidate | None:
@@ -697,3 +701,21 @@ def _note(search: Search, best: Candidate) -> str:
         f"{best.label} was chosen from {len(search.candidates)} candidates, by {told['average']:.4g} on "
         f"{on}: a score on the items that were chosen by says less than one on others."
     )
+
+
+def _at_an_end(search: Search, best: Candidate) -> list[str]:
+    """Of numbers that were chosen at an end of their values: that a better one may lie beyond."""
+    chosen, found = method.load(search.first.recipe.method), []
+    limits = {
+        spec.name: {spec.metadata[k] for k in ("minimum", "maximum")} for spec in dataclasses.fields(chosen.options)
+    }
+    for name, values in search.axes.items():
+        value = best.values[name]
+        if len(values) < 2 or not all(type(each) in (int, float) for each in values) or value in limits.get(name, ()):
+            continue
+        end = {min(values): "smallest", max(values): "largest"}.get(value)
+        if end is not None:
+            found.append(
+                f"{name.replace('_', '-')}={_word(value)} is the {end} that was searched: a better one may lie beyond."
+            )
+    return found

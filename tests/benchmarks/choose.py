@@ -100,8 +100,10 @@ def merged(vectors: Vectors, name: str, **options: Any) -> State:
         measured = surveyed(survey, torch.cat([taus.reshape(tasks, -1) for taus in taken.values()], dim=1))
     state = dict(vectors.base)
     for key, taus in taken.items():
+        moments = chosen.moments(told)
+        own = measured if moments is None else moments(taus.reshape(tasks, -1), vectors.base[key].reshape(-1))
         context = Context(
-            tensor=key, weights=(1.0,) * tasks, experts=tuple(map(str, range(tasks))), measured=measured,
+            tensor=key, weights=(1.0,) * tasks, experts=tuple(map(str, range(tasks))), measured=own,
             base=vectors.base[key] if chosen.wants_base else None,
         )  # fmt: skip
         state[key] = vectors.base[key] + chosen.apply(taus, told, context)

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge import method
 from modelmerge.method import Context, Corrected
 from modelmerge.methods.disentangle import apgd as front
 from modelmerge.methods.merge import apgd
 from tests.methods.test_apgd import loss
-from tests.test_every_method import measured, merged, taus_of
+from tests.test_every_method import merged, surveyed, taus_of
 
 
 def found(taus: Tensor, **told: Any) -> Corrected:
     options = front.Options(**told)
-    context = Context(tensor="w", weights=(1.0,) * len(taus), measured=measured(method.load("apgd"), options, taus))
+    survey = front.METHOD.by.survey(options)
+    thresholds = surveyed(survey, taus.flatten(1)) if survey else None
+    context = Context(tensor="w", weights=(1.0,) * len(taus), measured=thresholds)
     return front.find(taus, options, context)
 
 

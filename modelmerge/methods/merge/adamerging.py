@@ -69,9 +69,9 @@ class Mixture:
 
     def renew(self) -> None:
         """Set the values to what the coefficients say, and forget their gradients."""
+        rows = self.coefficients.to(next(iter(self._parts.values()))[1])
         for name, (theta_0, taus) in self._parts.items():
-            own = self.coefficients[self._groups[name]].to(taus)
-            value = self.values[name]
+            value, own = self.values[name], rows[self._groups[name]]
             torch.addmv(theta_0.view(-1), taus.view(len(taus), -1).mT, own, out=value.detach().view(-1))
             value.grad = None
 
@@ -82,12 +82,12 @@ class Mixture:
 
     def gradient(self) -> Tensor:
         """The gradient with respect to the coefficients, [G, T], from those that the values have collected."""
+        read = {name: value.grad for name, value in self.values.items() if value.grad is not None}
+        tasks = self.coefficients.shape[1]
+        products = [torch.mv(self._parts[n][1].view(tasks, -1), found.reshape(-1)) for n, found in read.items()]
         total = torch.zeros_like(self.coefficients)
-        for name, (_, taus) in self._parts.items():
-            found = self.values[name].grad
-            if found is not None:
-                total[self._groups[name]] += torch.mv(taus.view(len(taus), -1), found.reshape(-1)).to(total)
-        return total
+        groups = torch.tensor([self._groups[name] for name in read])
+        return total.index_add_(0, groups, torch.stack(products).to(total))  # one trip from the device
 
     def unread(self) -> list[str]:
         """The tensors that no loss of the step at hand depends on."""

@@ -16,7 +16,7 @@ from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine import Problem
-from modelmerge.errors import UsageError
+from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, data_flag
 from modelmerge.report import Reporter
 from modelmerge.suites import _cache, _images, _unlabelled, clip
@@ -33,6 +33,7 @@ IMAGES = (
 )  # fmt: skip
 SCRIPT = "script"
 _OWN = {"config": "config", "split": "split", "image_column": "image", "label_column": "label"}
+_ANEW = "run the merge anew without --recipe: they are found for these models and settings"
 _TENTH = 10  # share of the steps whose mean is a figure: one step's is that of a few inputs
 
 
@@ -47,6 +48,14 @@ class Data:
     script: Script | None
     heads: Path | None
     limit: int | None
+
+    def remarks(self) -> list[str]:
+        """What a plan says of the data, and what it does not count."""
+        told = self.script.label if self.script is not None else ", ".join(task.name for task in self.tasks.values())
+        return [
+            f"weights are found on unlabelled data first: {told}; what the model makes of a batch of them takes memory "
+            "besides"
+        ]
 
     def read(self, seed: int) -> Read:
         """Open the data.
@@ -210,10 +219,20 @@ def _paired(tasks: Sequence[Task], experts: Sequence[str]) -> dict[str, Task]:
 
 
 def with_coefficients(job: engine.Job, coefficients: Mapping[str, Mapping[str, float]]) -> engine.Job:
-    """The job with its experts' weights times the coefficients, by tensor and expert."""
+    """The job with its experts' weights times the coefficients, by tensor and expert; a tensor without did not change.
+
+    Raises:
+        RecipeError: They are of other tensors or experts.
+    """
     options, settings = job.parts[0].options, dict(job.settings)
-    experts = [expert.name for expert in job.plan.experts]
-    for tensor, told in coefficients.items():
+    experts, tensors = [expert.name for expert in job.plan.experts], [tensor.name for tensor in job.merged()]
+    odd = next((tensor for tensor in coefficients if tensor not in tensors), None)
+    if odd is not None:
+        raise RecipeError(f"the recipe has coefficients of '{odd}', which is no tensor that is merged", hint=_ANEW)
+    for tensor in tensors:
+        told = coefficients.get(tensor, dict.fromkeys(experts, 0.0))
+        if told.keys() != set(experts):
+            raise RecipeError(f"the recipe has coefficients of {', '.join(told)} for '{tensor}'", hint=_ANEW)
         known = settings.get(tensor) or Setting(options, job.weights, {})
         weights = tuple(weight * told[name] for weight, name in zip(known.weights, experts, strict=True))
         settings[tensor] = Setting(known.options, weights, known.each)
@@ -242,12 +261,12 @@ def find(
     Raises:
         ModelMergeError: See `modelmerge.engine.find_weights`.
     """
-    name = _cache.key({"search": key})
+    name = _cache.key({"coefficients": key})
     known = _cache.recall(name, "coefficients") if resume else None
     if known is not None:
         reporter.note("the coefficients were found by an earlier run")
         return known
-    engine.refuse_search_beyond_memory(job)
+    engine.refuse_finding_beyond_memory(job)
     experts = [expert.name for expert in job.plan.experts]
     found = engine.find_weights(job, lambda: data.problems(job), scratch, reporter)
     steps = torch.tensor(found.losses, dtype=torch.float64)

@@ -52,7 +52,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
+class Found:
     """What was found: by tensor, a weight for each expert; and the losses on the way, [steps][tasks]."""
 
     weights: dict[str, tuple[float, ...]]
@@ -61,7 +61,7 @@ class Search:
 
 def find_weights(
     job: Job, problems: Callable[[], Iterable[Problem]], scratch: Callable[[int], Scratch], reporter: Reporter
-) -> Search:
+) -> Found:
     """Find the weights that the job's method asks for, on the data of its tasks.
 
     They stand in front of the experts' own (`--weight`, `--vary`), which count as part of the task vectors.
@@ -103,10 +103,10 @@ def find_weights(
             told.append(step)
             reporter.advance(1, f"entropy {sum(step) / len(step):.4f}")
     found = finder.found()
-    return Search({name: found[first] for name, first in tied.items() if first in found}, told)
+    return Found({name: found[first] for name, first in tied.items() if first in found}, told)
 
 
-def search_memory(job: Job) -> dict[str, int]:
+def finding_memory(job: Job) -> dict[str, int]:
     """The most anonymous memory that finding weights needs beside the data and the module's activations, in bytes.
 
     `host`, and `device` (0 on the CPU).
@@ -123,20 +123,20 @@ def search_memory(job: Job) -> dict[str, int]:
     return {"host": PROCESS_BYTES + max(reading, fitting) + kept, "device": models + reading + kept}
 
 
-def search_reads(job: Job) -> tuple[float, int]:
+def finding_reads(job: Job) -> tuple[float, int]:
     """How many times the task vectors are read to find weights, before those that merge them, and the bytes of that."""
     copied = sum(job.plan.stored_bytes(tensor, experts=False) for tensor in job.plan.select("copy"))
     return passes(job), bytes_read(job) - copied
 
 
-def refuse_search_beyond_memory(job: Job) -> None:
+def refuse_finding_beyond_memory(job: Job) -> None:
     """Refuse models that would not fit in memory together, before any work.
 
     Raises:
         UsageError: With the bytes they need and the bytes there are.
     """
     free = free_memory(job.source.device)
-    needed = search_memory(job)["host" if job.source.device.type == "cpu" else "device"]
+    needed = finding_memory(job)["host" if job.source.device.type == "cpu" else "device"]
     if free is not None and needed > free:
         raise UsageError(
             f"finding weights on data holds the base, {len(job.plan.experts)} task vectors and the merged model in "

@@ -18,7 +18,7 @@ from modelmerge import digits, engine
 from modelmerge.charts.figures import of_coefficients
 from modelmerge.cli import main
 from modelmerge.engine import job, threads
-from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
+from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, UsageError
 from modelmerge.recipe import published
 from modelmerge.suites._unlabelled import batches, draws, names_in
 from tests import clip_models
@@ -82,7 +82,7 @@ def test_it_beats_task_arithmetic_on_held_out_images(
 def test_the_manifest_tells_coefficients_and_entropy(merged: tuple[Path, dict[str, Any]], experts: list[Path]) -> None:
     out, manifest = merged
     assert json.loads((out / "modelmerge.json").read_bytes()) == manifest
-    found, search = manifest["recipe"]["coefficients"], manifest["search"]
+    found, search = manifest["recipe"]["coefficients"], manifest["adaptation"]
     assert len(search["entropy"]) == QUICK["steps"]
     assert sum(search["entropy"][-20:]) < sum(search["entropy"][:20])
     for name in TASKS:
@@ -109,6 +109,21 @@ def test_a_replay_needs_no_data_and_repeats_the_bits(
     again = modelmerge.replay(merged[0] / "modelmerge.json", tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (merged[0] / "model.safetensors").read_bytes()
     assert again["recipe"]["coefficients"] == merged[1]["recipe"]["coefficients"]
+
+
+@pytest.mark.parametrize("odd", ["tensor", "expert"])
+def test_coefficients_of_something_else_are_refused(
+    odd: str, merged: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    manifest = json.loads((merged[0] / "modelmerge.json").read_bytes())
+    found = manifest["recipe"]["coefficients"]
+    if odd == "tensor":
+        manifest["recipe"]["exclude"] = ["embeddings.position"]
+    else:
+        found["embeddings.position"] = {"inverted": 1.0, "other": 0.5}
+    (tmp_path / "edited.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecipeError, match=r"the recipe has coefficients of .*'embeddings.position'"):
+        modelmerge.replay(tmp_path / "edited.json", tmp_path / "again")
 
 
 # Small classifiers: two linear layers, and the batches of two tasks.
@@ -174,7 +189,7 @@ def test_the_same_seed_finds_the_same(small: list[Path], tmp_path: Path) -> None
 
     one, two, other = (run(small, tmp_path / str(i), script, seed=seed) for i, seed in enumerate((0, 0, 1)))
     assert coefficients(one) == coefficients(two) != coefficients(other)
-    assert one["search"] == two["search"]
+    assert one["adaptation"] == two["adaptation"]
     assert (tmp_path / "0" / "model.safetensors").read_bytes() == (tmp_path / "1" / "model.safetensors").read_bytes()
 
 
@@ -193,7 +208,7 @@ def test_inputs_come_in_several_forms(form: str, small: list[Path], tmp_path: Pa
     }  # fmt: skip
     plain = run(small, tmp_path / "plain", lambda expert: (Network(), x), batch_size=20)
     told = run(small, tmp_path / "told", lambda expert: (Named(), forms[form]), batch_size=20)
-    assert told["search"]["entropy"] == pytest.approx(plain["search"]["entropy"], abs=1e-5)
+    assert told["adaptation"]["entropy"] == pytest.approx(plain["adaptation"]["entropy"], abs=1e-5)
 
 
 def test_the_function_is_given_the_expert(small: list[Path], tmp_path: Path) -> None:
@@ -227,7 +242,7 @@ def test_a_module_may_hold_the_model_behind_a_prefix(small: list[Path], tmp_path
     at_first = {key: w + 0.3 * sum(s[key] - w for s in states[1:]) for key, w in states[0].items()}
     module.body.load_state_dict(at_first)
     expected = torch.distributions.Categorical(logits=module(rows())).entropy().mean()
-    assert manifest["search"]["entropy"][0] == pytest.approx(expected.item(), abs=1e-5)
+    assert manifest["adaptation"]["entropy"][0] == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_a_tensor_that_a_module_uses_twice_is_replaced_in_both_places(small: list[Path], tmp_path: Path) -> None:
@@ -257,7 +272,7 @@ def test_weights_are_part_of_the_task_vectors(small: list[Path], tmp_path: Path)
 
     plain = run(small, tmp_path / "plain", script)
     told = run(small, tmp_path / "told", script, weights={"first": 0.0})
-    assert plain["search"]["entropy"][0] != told["search"]["entropy"][0]
+    assert plain["adaptation"]["entropy"][0] != told["adaptation"]["entropy"][0]
     assert coefficients(told)["lower.weight"]["first"] == 0.3  # nothing depends on it
     base, second, merged = (load_file(p / "model.safetensors") for p in (small[0], small[2], tmp_path / "told"))
     c = coefficients(told)["lower.bias"]["second"]
@@ -290,7 +305,7 @@ def test_a_layer_scale_is_part_of_the_task_vectors(small: list[Path], tmp_path: 
 
     plain = run(small, tmp_path / "plain", script)
     told = run(small, tmp_path / "told", script, layer_scale={"lower*": 0.5, "*": 2.0})
-    assert plain["search"]["entropy"][0] != told["search"]["entropy"][0]
+    assert plain["adaptation"]["entropy"][0] != told["adaptation"]["entropy"][0]
     base, *others, merged = (load_file(p / "model.safetensors") for p in (*small, tmp_path / "told"))
     for key, factor in (("lower.weight", 0.5), ("upper.weight", 2.0)):
         own = coefficients(told)[key].values()
@@ -329,11 +344,22 @@ def test_a_run_that_was_interrupted_is_not_searched_again(
             run(small, tmp_path / "out", script, resume=True)
     manifest = run(small, tmp_path / "out", script, resume=True)
     assert calls == list(EXPERTS)
-    assert len(manifest["search"]["entropy"]) == STEPS["steps"]
+    assert len(manifest["adaptation"]["entropy"]) == STEPS["steps"]
     # And an output that is complete is left as it is.
     assert run(small, tmp_path / "out", script, resume=True) == manifest
     assert coefficients(run(small, tmp_path / "anew", script)) == coefficients(manifest)
     assert calls == [*EXPERTS, *EXPERTS]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_finds_what_the_cpu_finds(small: list[Path], tmp_path: Path) -> None:
+    def script(expert: Any) -> Any:
+        return Network(), rows()
+
+    cpu, cuda = (coefficients(run(small, tmp_path / name, script, device=name)) for name in ("cpu", "cuda"))
+    for tensor, told in cpu.items():
+        assert cuda[tensor] == pytest.approx(told, abs=1e-4)
 
 
 # What is wrong is said.
@@ -490,6 +516,17 @@ def test_the_terminal_sees_the_entropy_and_the_coefficients(small: list[Path], t
     assert all(float(before) > float(after) > 0 for *_, before, after in rows)
 
 
+def test_what_a_function_prints_is_no_result(
+    small: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(f"print('once')\n{SCRIPT}".replace("return N", "print('twice'); return N"))
+    words = ["--script", f"{tmp_path / 'mine.py'}:unlabelled", "--steps", "2", "--json"]
+    assert main(["merge", "adamerging", *map(str, small), "-o", str(tmp_path / "out"), *words]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["manifest"]["recipe"]["method"] == "adamerging"
+    assert err.split() == ["once", *["twice"] * len(EXPERTS)]
+
+
 def test_other_methods_look_at_no_data(small: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'ties' looks at no data"):
         modelmerge.merge(small[0], small[1:], tmp_path / "out", method="ties", unlabelled={"script": "x.py:f"})
@@ -519,7 +556,7 @@ def test_models_that_do_not_fit_in_memory_together_are_refused(
     assert plan["peak_memory"]["host"] == pytest.approx(job.PROCESS_BYTES + (2 + 3) * size, rel=0.01)
     assert plan["unlabelled"] == {"script": "modelmerge.digits:scores"}
     assert (plan["passes"], plan["bytes"]["read"]) == (2, 2 * (2 + 1) * size)
-    monkeypatch.setattr("modelmerge.engine.searching.free_memory", lambda device: 1000)
+    monkeypatch.setattr("modelmerge.engine.finding.free_memory", lambda device: 1000)
     assert main([*words, "--dry-run"]) == 2
     assert "and 1,000 are free on cpu" in capsys.readouterr().err
 
@@ -593,10 +630,10 @@ def test_clip_models_are_adapted_on_images(
     states = [load_file(path / "model.safetensors") for path in clips]
     at_first = {key: states[0][key] + 0.3 * sum(s[key] - states[0][key] for s in states[1:]) for key in states[1]}
     for name, place in images.items():
-        assert manifest["search"]["tasks"][name]["images"] == 24
+        assert manifest["adaptation"]["tasks"][name]["images"] == 24
         expected = entropy_by_transformers(clips[0], at_first, place)
-        assert manifest["search"]["tasks"][name]["entropy_before"] == pytest.approx(expected, abs=1e-4)
-    assert manifest["search"]["entropy"][-1] < manifest["search"]["entropy"][0]
+        assert manifest["adaptation"]["tasks"][name]["entropy_before"] == pytest.approx(expected, abs=1e-4)
+    assert manifest["adaptation"]["entropy"][-1] < manifest["adaptation"]["entropy"][0]
     found, merged = coefficients(manifest), load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == {key for key in states[1] if states[1][key].is_floating_point()}
     drawn = Path(printed["plot"]).read_text()
@@ -642,7 +679,7 @@ def test_images_without_labels_need_the_names_of_the_classes(
     bare = modelmerge.merge(clips[0], clips[1:2], tmp_path / "bare", unlabelled=told, **kept)
     told = {"data": {"first": images["first"]}}
     labelled = modelmerge.merge(clips[0], clips[1:2], tmp_path / "labelled", unlabelled=told, **kept)
-    assert bare["search"]["entropy"] == pytest.approx(labelled["search"]["entropy"], abs=1e-4)
+    assert bare["adaptation"]["entropy"] == pytest.approx(labelled["adaptation"]["entropy"], abs=1e-4)
     with pytest.raises(ModelMergeError, match="no column of labels"):
         modelmerge.merge(clips[0], clips[1:2], tmp_path / "x", unlabelled={"data": {"first": flat}}, **kept)
     (tmp_path / "empty").mkdir()
@@ -677,4 +714,4 @@ def test_a_tower_alone_as_the_base_needs_a_head(clips: list[Path], images: dict[
     manifest = modelmerge.merge(
         clips[1], [clips[2]], tmp_path / "out", unlabelled={**data, "heads": tmp_path / "heads"}, **told
     )
-    assert manifest["search"]["tasks"]["second"]["classes"] == len(clip_models.COLOURS)
+    assert manifest["adaptation"]["tasks"]["second"]["classes"] == len(clip_models.COLOURS)
