@@ -18,7 +18,7 @@ from modelmerge import digits, engine
 from modelmerge.charts.figures import of_coefficients
 from modelmerge.cli import main
 from modelmerge.engine import job, threads
-from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
+from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, UsageError
 from modelmerge.recipe import published
 from modelmerge.suites._unlabelled import batches, draws, names_in
 from tests import clip_models
@@ -109,6 +109,21 @@ def test_a_replay_needs_no_data_and_repeats_the_bits(
     again = modelmerge.replay(merged[0] / "modelmerge.json", tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (merged[0] / "model.safetensors").read_bytes()
     assert again["recipe"]["coefficients"] == merged[1]["recipe"]["coefficients"]
+
+
+@pytest.mark.parametrize("odd", ["tensor", "expert"])
+def test_coefficients_of_something_else_are_refused(
+    odd: str, merged: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    manifest = json.loads((merged[0] / "modelmerge.json").read_bytes())
+    found = manifest["recipe"]["coefficients"]
+    if odd == "tensor":
+        manifest["recipe"]["exclude"] = ["embeddings.position"]
+    else:
+        found["embeddings.position"] = {"inverted": 1.0, "other": 0.5}
+    (tmp_path / "edited.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecipeError, match=r"the recipe has coefficients of .*'embeddings.position'"):
+        modelmerge.replay(tmp_path / "edited.json", tmp_path / "again")
 
 
 # Small classifiers: two linear layers, and the batches of two tasks.

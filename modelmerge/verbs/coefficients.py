@@ -16,7 +16,7 @@ from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine import Problem
-from modelmerge.errors import UsageError
+from modelmerge.errors import RecipeError, UsageError
 from modelmerge.recipe import Recipe, data_flag
 from modelmerge.report import Reporter
 from modelmerge.suites import _cache, _images, _unlabelled, clip
@@ -33,6 +33,7 @@ IMAGES = (
 )  # fmt: skip
 SCRIPT = "script"
 _OWN = {"config": "config", "split": "split", "image_column": "image", "label_column": "label"}
+_ANEW = "run the merge anew without --recipe: they are found for these models and settings"
 _TENTH = 10  # share of the steps whose mean is a figure: one step's is that of a few inputs
 
 
@@ -218,10 +219,20 @@ def _paired(tasks: Sequence[Task], experts: Sequence[str]) -> dict[str, Task]:
 
 
 def with_coefficients(job: engine.Job, coefficients: Mapping[str, Mapping[str, float]]) -> engine.Job:
-    """The job with its experts' weights times the coefficients, by tensor and expert."""
+    """The job with its experts' weights times the coefficients, by tensor and expert; a tensor without did not change.
+
+    Raises:
+        RecipeError: They are of other tensors or experts.
+    """
     options, settings = job.parts[0].options, dict(job.settings)
-    experts = [expert.name for expert in job.plan.experts]
-    for tensor, told in coefficients.items():
+    experts, tensors = [expert.name for expert in job.plan.experts], [tensor.name for tensor in job.merged()]
+    odd = next((tensor for tensor in coefficients if tensor not in tensors), None)
+    if odd is not None:
+        raise RecipeError(f"the recipe has coefficients of '{odd}', which is no tensor that is merged", hint=_ANEW)
+    for tensor in tensors:
+        told = coefficients.get(tensor, dict.fromkeys(experts, 0.0))
+        if told.keys() != set(experts):
+            raise RecipeError(f"the recipe has coefficients of {', '.join(told)} for '{tensor}'", hint=_ANEW)
         known = settings.get(tensor) or Setting(options, job.weights, {})
         weights = tuple(weight * told[name] for weight, name in zip(known.weights, experts, strict=True))
         settings[tensor] = Setting(known.options, weights, known.each)
