@@ -96,13 +96,17 @@ def make(target: Path, python: str | None = None) -> None:
 
 def installed(environment: Path) -> str:
     """A new environment with mergekit in it; its Python."""
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    # Packages of this environment serve it as well; what mergekit needs besides is installed into its own.
-    paths = [path for path in sys.path if path.endswith("site-packages")]
-    (next(environment.glob("lib/python*/site-packages")) / "outer.pth").write_text("\n".join(paths))
-    python = str(environment / "bin" / "python")
+    python = new_environment(environment)
     subprocess.run([python, "-m", "pip", "install", "--quiet", f"mergekit=={VERSION}"], check=True)
     return python
+
+
+def new_environment(environment: Path) -> str:
+    """A new environment whose packages come before those of this one, which serve it as well; its Python."""
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    paths = [path for path in sys.path if path.endswith("site-packages")]
+    (next(environment.glob("lib/python*/site-packages")) / "outer.pth").write_text("\n".join(paths))
+    return str(environment / "bin" / "python")
 
 
 if __name__ == "__main__":

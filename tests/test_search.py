@@ -246,6 +246,7 @@ def test_one_pass_gives_all_values_to_the_bits_of_plain_merges(
         ({"method": "ties", "layer_scale": "larv", "task_lambda": "relative"}, {"scale": [1, 0.5]}, 1, 1),
         ({"method": "tsv-m", "rule": ["*fc1*=ties scale=0.7"], "rest": "average"}, {"scale": [1, 0.5]}, 1, 1),
         ({"method": "task-arithmetic", "as_lora": 8, "include": ["*.fc?.weight"]}, {"scale": [1, 0.5]}, 1, 2),
+        ({"method": "ties", "max_shard_size": "300KB", "dtype": "bfloat16"}, {"scale": [1, 0.5]}, 1, 1),
         ({"method": "slerp"}, {"t": "0.2,0.8", "points": "weights,task-vectors"}, 3, 4),
     ],
 )
@@ -521,6 +522,10 @@ def test_clip_is_searched_on_its_validation_split(
     told = json.loads(out)["manifest"]["searched"]["on"][0]
     assert told["data"]["without"]["split"] == "train"
     assert "on which experts may have been trained" in told["notes"][0]
+    code, out, err = run(capsys, *words, "--force", "--on", f"clip:{images / 'train'},limit=9", "--json")
+    told = json.loads(out)["manifest"]["searched"]["on"][0]
+    assert (told["data"]["train"]["split"], told["data"]["train"]["images"]) == (None, 6 * 3)
+    assert "all of it is looked at, as `eval` does; report on other items" in told["notes"][0]
     shutil.rmtree(tmp_path / "without" / "train")
     code, _, err = run(capsys, *words, "--force", "--on", f"clip:{tmp_path / 'without'}")
     assert code == 1

@@ -137,7 +137,8 @@ def main() -> None:
         f"Written by `python -m tests.benchmarks.layers --sets {' '.join(told.sets)} "
         f"--seeds {' '.join(map(str, told.seeds))}`.",
         "Mean accuracy over the tasks on the test split, per cent, mean over sets and seeds; the variants in points",
-        "over plain. The best scale is a factor on the merged task vector, chosen on the validation split.",
+        "over plain. The best scale is a factor on the merged task vector, chosen on the validation split; it is not",
+        f"looked for on {' '.join(SLOW)}.",
     ]
     for seeds in (told.seeds[:2], told.seeds[2:]):
         columns = {name: [found[seed][name] for seed in seeds] for name in told.sets}

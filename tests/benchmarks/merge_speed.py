@@ -37,8 +37,9 @@ SHARD_SIZE = {"single": "5GB", "sharded": "200MB"}  # of the output; that of the
 _SHOWN = {"single": "one file", "sharded": "200 MB shards"}
 _POLL = 0.02  # seconds between two looks at a child's memory
 _SETTLED = 2.5  # seconds: modelmerge remembers no digest of a file younger than 2 s
-_PLACES = ("--workdir", "--results", "--python")  # options that name places of this machine
-START = "import torch, safetensors.torch, modelmerge.engine"
+_PLACES = ("--workdir", "--results", "--python", "--fusion-python")  # options that name places of this machine
+# As the command does before anything else.
+START = "import gc; gc.set_threshold(100_000); import torch, safetensors.torch, modelmerge.engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +175,11 @@ def _measure(work: Path, inputs: Inputs, told: argparse.Namespace) -> list[Row]:
     merges = {name: (_row(inputs, name, "cold"), _row(inputs, name, "warm")) for name in told.methods if name != "apgd"}
     for name, pair in merges.items():
         pair[0].promised = pair[1].promised = _promise(work, inputs, name)
-    _run_floor(work, inputs)  # unmeasured: brings the inputs into the page cache
+    run_floor(work, inputs)  # unmeasured: brings the inputs into the page cache
     for number in range(told.runs):
         say(f"{inputs.family}, {_SHOWN[inputs.layout]}: round {number + 1} of {told.runs}")
         start.runs.append(run([sys.executable, "-c", START]))
-        floor.runs.append(_run_floor(work, inputs))
+        floor.runs.append(run_floor(work, inputs))
         for name, pair in merges.items():
             for row, usage in zip(pair, run_merges(work, inputs, name), strict=True):
                 row.runs.append(usage)
@@ -240,7 +241,7 @@ def run_merge(
         shutil.rmtree(work / "out", ignore_errors=True)
 
 
-def _run_floor(work: Path, inputs: Inputs) -> Usage:
+def run_floor(work: Path, inputs: Inputs) -> Usage:
     models = [str(model) for model in inputs.models]
     try:
         return run([sys.executable, "-c", f"from {MODULE} import floor; floor()", str(work / "out"), *models])
@@ -253,6 +254,9 @@ def floor() -> None:
 
     The imports are those of `START`, so that the same start is taken off the floor and off a merge.
     """
+    import gc
+
+    gc.set_threshold(100_000)
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
