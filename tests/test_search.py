@@ -143,6 +143,7 @@ def test_what_to_measure_with_is_said_in_the_words_of_eval(text: str, told: dict
         ("clop:svhn", "did you mean clip:...?"),
         ("metric.py:f", "is not SUITE:WHAT"),
         ("custom:", "is not SUITE:WHAT"),
+        ("custom:metric.py", "is not custom:FILE:FUNCTION"),
         ("clip:svhn:test", "the split 'test' is what `eval clip` reports"),
         ("clip:images/mine,split=test", "the split 'test' is what `eval clip` reports"),
         ("clip:svhn,limt=5", "did you mean 'limit'?"),
@@ -392,6 +393,9 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
         "--on",
         "custom:none.py:f",
     ]
+    code, _, err = run(capsys, *words, "-n")
+    assert (code, "--on custom:none.py:f: no such file: none.py" in " ".join(err.split())) == (1, True)
+    Path("none.py").write_text("raise SystemExit('a plan runs no code')")
     code, out, err = run(capsys, *words, "-n", "--json")
     assert code == 0, err
     plan = json.loads(out)["plan"]
@@ -402,7 +406,7 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
     assert plan["bytes"]["read"] == pytest.approx(2 * 3 * 3 * size, rel=0.01), "two merges of three passes each"
     code, out, _ = run(capsys, *words, "-n")
     assert "20 candidates in 2 merges, each measured on custom:none.py:f; on the disk 18.7 MB at once" in out
-    assert list(Path().iterdir()) == []
+    assert [path.name for path in Path().iterdir()] == ["none.py"]
 
 
 @pytest.mark.parametrize(
@@ -411,7 +415,10 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
         (("--search", "scale=0.1,0.2"), "--search needs something to measure with"),
         (("--on", "custom:m.py:f"), "--on has no effect without --search"),
         (("--search", "scale=0.1", "--scale", "1", "--on", "custom:m.py:f"), "--scale is given, and searched"),
-        (("--search", "scale=0.1,0.2", "--resume", "--on", "custom:m.py:f"), "--resume has no effect with --search"),
+        (
+            ("--search", "scale=0.1,0.2", "--resume", "--on", "custom:modelmerge.digits:scores"),
+            "--resume has no effect with --search",
+        ),
         (("--search", "sclae=0.1", "--on", "custom:m.py:f"), "did you mean 'scale'?"),
         (("--search", "awd-alpha=0.1", "--on", "custom:m.py:f"), "'ties' has no option 'awd-alpha'"),
         (("--search", "scale", "--on", "custom:m.py:f"), "--search 'scale' is not OPTION=VALUES"),
@@ -427,7 +434,7 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
             ("--search", "scale=1,2", "--vary", "scale=3", "--on", "custom:m.py:f"),
             "--search scale has no effect: --vary",
         ),
-        (("--search", "scale=1,2", "--on", "custom:m.py:f"), "m.py: no such file"),
+        (("--search", "scale=1,2", "--on", "custom:m.py:f"), "custom:m.py:f: no such file: m.py"),
         (
             ("--search", "scale=1,2", "--on", "custom:m.py:f", "--on", "custom:m.py:f"),
             "--on names the same thing twice",
