@@ -143,6 +143,7 @@ def test_what_to_measure_with_is_said_in_the_words_of_eval(text: str, told: dict
         ("clop:svhn", "did you mean clip:...?"),
         ("metric.py:f", "is not SUITE:WHAT"),
         ("custom:", "is not SUITE:WHAT"),
+        ("custom:metric.py", "is not custom:FILE:FUNCTION"),
         ("clip:svhn:test", "the split 'test' is what `eval clip` reports"),
         ("clip:images/mine,split=test", "the split 'test' is what `eval clip` reports"),
         ("clip:svhn,limt=5", "did you mean 'limit'?"),
@@ -246,6 +247,7 @@ def test_one_pass_gives_all_values_to_the_bits_of_plain_merges(
         ({"method": "ties", "layer_scale": "larv", "task_lambda": "relative"}, {"scale": [1, 0.5]}, 1, 1),
         ({"method": "tsv-m", "rule": ["*fc1*=ties scale=0.7"], "rest": "average"}, {"scale": [1, 0.5]}, 1, 1),
         ({"method": "task-arithmetic", "as_lora": 8, "include": ["*.fc?.weight"]}, {"scale": [1, 0.5]}, 1, 2),
+        ({"method": "ties", "max_shard_size": "300KB", "dtype": "bfloat16"}, {"scale": [1, 0.5]}, 1, 1),
         ({"method": "slerp"}, {"t": "0.2,0.8", "points": "weights,task-vectors"}, 3, 4),
     ],
 )
@@ -391,6 +393,9 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
         "--on",
         "custom:none.py:f",
     ]
+    code, _, err = run(capsys, *words, "-n")
+    assert (code, "--on custom:none.py:f: no such file: none.py" in " ".join(err.split())) == (1, True)
+    Path("none.py").write_text("raise SystemExit('a plan runs no code')")
     code, out, err = run(capsys, *words, "-n", "--json")
     assert code == 0, err
     plan = json.loads(out)["plan"]
@@ -401,7 +406,7 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
     assert plan["bytes"]["read"] == pytest.approx(2 * 3 * 3 * size, rel=0.01), "two merges of three passes each"
     code, out, _ = run(capsys, *words, "-n")
     assert "20 candidates in 2 merges, each measured on custom:none.py:f; on the disk 18.7 MB at once" in out
-    assert list(Path().iterdir()) == []
+    assert [path.name for path in Path().iterdir()] == ["none.py"]
 
 
 @pytest.mark.parametrize(
@@ -410,7 +415,10 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
         (("--search", "scale=0.1,0.2"), "--search needs something to measure with"),
         (("--on", "custom:m.py:f"), "--on has no effect without --search"),
         (("--search", "scale=0.1", "--scale", "1", "--on", "custom:m.py:f"), "--scale is given, and searched"),
-        (("--search", "scale=0.1,0.2", "--resume", "--on", "custom:m.py:f"), "--resume has no effect with --search"),
+        (
+            ("--search", "scale=0.1,0.2", "--resume", "--on", "custom:modelmerge.digits:scores"),
+            "--resume has no effect with --search",
+        ),
         (("--search", "sclae=0.1", "--on", "custom:m.py:f"), "did you mean 'scale'?"),
         (("--search", "awd-alpha=0.1", "--on", "custom:m.py:f"), "'ties' has no option 'awd-alpha'"),
         (("--search", "scale", "--on", "custom:m.py:f"), "--search 'scale' is not OPTION=VALUES"),
@@ -426,7 +434,7 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
             ("--search", "scale=1,2", "--vary", "scale=3", "--on", "custom:m.py:f"),
             "--search scale has no effect: --vary",
         ),
-        (("--search", "scale=1,2", "--on", "custom:m.py:f"), "m.py: no such file"),
+        (("--search", "scale=1,2", "--on", "custom:m.py:f"), "custom:m.py:f: no such file: m.py"),
         (
             ("--search", "scale=1,2", "--on", "custom:m.py:f", "--on", "custom:m.py:f"),
             "--on names the same thing twice",
@@ -521,6 +529,10 @@ def test_clip_is_searched_on_its_validation_split(
     told = json.loads(out)["manifest"]["searched"]["on"][0]
     assert told["data"]["without"]["split"] == "train"
     assert "on which experts may have been trained" in told["notes"][0]
+    code, out, err = run(capsys, *words, "--force", "--on", f"clip:{images / 'train'},limit=9", "--json")
+    told = json.loads(out)["manifest"]["searched"]["on"][0]
+    assert (told["data"]["train"]["split"], told["data"]["train"]["images"]) == (None, 6 * 3)
+    assert "all of it is looked at, as `eval` does; report on other items" in told["notes"][0]
     shutil.rmtree(tmp_path / "without" / "train")
     code, _, err = run(capsys, *words, "--force", "--on", f"clip:{tmp_path / 'without'}")
     assert code == 1

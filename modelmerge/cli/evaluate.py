@@ -43,7 +43,7 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL",
-        help="The models to evaluate, as [NAME=]REF each: a directory, a file, an adapter, or org/name[@revision] on "
+        help="The models to evaluate, as [NAME=]REF each: a directory, a file, an adapter, or org/name@revision on "
         "the Hugging Face Hub.",
         show_default=False,
     ),

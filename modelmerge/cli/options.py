@@ -233,7 +233,7 @@ ImageData = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        help="Images of your own: a folder with a folder for each class, parquet files, or org/name[@revision] on "
+        help="Images of your own: a folder with a folder for each class, parquet files, or org/name@revision on "
         "the Hub. Under a published task's name it has that task's classes and prompts. Repeatable.",
         metavar="[NAME=]DATA",
         rich_help_panel=DATA_PANEL,

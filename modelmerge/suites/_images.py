@@ -276,7 +276,7 @@ def load(task: Task, *, limit: int | None = None, seed: int = 0, labelled: bool 
 
 
 def _open(task: Task) -> tuple[Any, str | None, str]:
-    """The split of the data set, its name, and what a cache knows it by."""
+    """The split of the data set, its name where there are others, and what a cache knows it by."""
     import datasets
 
     path = Path(task.data).expanduser()
@@ -309,8 +309,9 @@ def _open(task: Task) -> tuple[Any, str | None, str]:
         ) from error
     split = task.split
     if isinstance(found, datasets.DatasetDict):
-        split = _split(task, list(found))
-        found = found[split]
+        splits = list(found)
+        split = _split(task, splits)
+        return found[split], split if len(splits) > 1 else task.split, _identity(path)
     return found, split, _identity(path)
 
 
@@ -327,7 +328,7 @@ def _is_empty(path: Path) -> bool:
         return False
 
 
-def _from_hub(datasets: Any, task: Task) -> tuple[Any, str, str]:
+def _from_hub(datasets: Any, task: Task) -> tuple[Any, str | None, str]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -346,7 +347,7 @@ def _from_hub(datasets: Any, task: Task) -> tuple[Any, str, str]:
     splits = datasets.get_dataset_split_names(name, task.config, revision=commit)
     split = _split(task, splits)
     found = datasets.load_dataset(name, task.config, split=split, revision=commit)
-    return found, split, f"{name}@{commit}:{task.config}"
+    return found, split if len(splits) > 1 else task.split, f"{name}@{commit}:{task.config}"
 
 
 def _split(task: Task, splits: Sequence[str]) -> str:
@@ -373,11 +374,10 @@ def _split(task: Task, splits: Sequence[str]) -> str:
 def _told_of_split(task: Task, split: str | None) -> str:
     """What to note of the split that was taken where another than the reported one was asked for."""
     where = f"data set '{task.data}'"
-    if split in ("train", "training"):
-        return f"{where}: its split '{split}' is looked at, on which experts may have been trained"
-    if split in (None, "all"):
-        return f"{where}: all of it is looked at; a score on the same items says less afterwards"
-    return f"{where}: its split '{split}' is looked at"
+    if split is None:
+        return f"{where}: all of it is looked at, as `eval` does; report on other items"
+    trained = ", on which experts may have been trained" if split in ("train", "training") else ""
+    return f"{where}: its split '{split}' is looked at{trained}"
 
 
 @contextlib.contextmanager

@@ -189,6 +189,10 @@ def prepare_search(
     )
     for name in read:
         _refuse_idle(name, candidates)
+    for measure in measures:
+        where = str(measure.told.get("metric", "")).rpartition(":")[0]
+        if where.endswith(".py") and not Path(where).expanduser().is_file():
+            raise ModelMergeError(f"--on {measure.texts[0]}: no such file: {where}")
     chosen = method.load(resolved.method)
     linear = next((name for name in read if method.is_linear(chosen, name)), None)
     return Search(candidates, read, measures, linear if recipe.as_lora is None else None, device)
@@ -423,6 +427,9 @@ def parse_on(text: str) -> Measure:
 def _what(suite: str, what: str, text: str, told: Mapping[str, Any]) -> dict[str, Any]:
     """What a suite is told to measure at."""
     if suite == "custom":
+        where, _, name = what.rpartition(":")
+        if not where or not name.isidentifier():
+            raise UsageError(f"--on '{text}' is not custom:FILE:FUNCTION", hint="as in --on custom:metric.py:accuracy")
         return {"metric": what}
     if suite == "lm":
         return {"tasks": (what,), "held_out": True}
