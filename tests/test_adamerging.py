@@ -299,6 +299,17 @@ def test_a_front_is_the_two_commands_in_turn(
     assert not [place for place in tmp_path.iterdir() if place.name.startswith(".")]
 
 
+def test_apgd_is_short_for_its_front(small: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    words = ["merge", "adamerging", *map(str, small), "--script", f"{tmp_path / 'mine.py'}:unlabelled", "--steps", "2"]
+    for out, front in (("short", ["--apgd"]), ("long", ["--disentangle", "apgd", "--apgd-correction", "task"])):
+        assert main([*words, *front, "-o", str(tmp_path / out)]) == 0
+    capsys.readouterr()
+    short, long = (json.loads((tmp_path / out / "modelmerge.json").read_bytes()) for out in ("short", "long"))
+    assert short["recipe"] == long["recipe"]
+    assert short["recipe"]["disentangle_options"]["correction"] == "task"
+
+
 def test_a_layer_scale_is_part_of_the_task_vectors(small: list[Path], tmp_path: Path) -> None:
     def script(expert: Any) -> Any:
         return Network(), rows()
@@ -461,6 +472,8 @@ def test_experts_that_are_the_base_have_no_coefficients(small: list[Path], tmp_p
         (["--data", "first=a", "--data", "second=b"], 1, "'BASE' is a model without a config.json"),
         (["--data", "first=a", "--data", "b"], 2, "the expert 'second' has no unlabelled data"),
         (["--data", "first=a", "--data", "second=b", "--limit", "0"], 2, "--limit 0: at least one image"),
+        (["--apgd", "--disentangle", "awd"], 2, "--apgd and --disentangle awd exclude each other"),
+        (["--apgd", "--apgd-correction", "shared"], 2, "--apgd is --apgd-correction task"),
     ],
 )
 def test_words_and_exit_codes(

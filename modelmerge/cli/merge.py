@@ -209,6 +209,8 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
 
         if preset:
             values |= _of_preset(presets.load(values["preset"]), name, context)
+        if values.get("apgd"):
+            values |= _with_apgd(values)
         small = parse_size(values["as_lora"]) if values["as_lora"] is not None else None
         recipe = Recipe(
             method=name,
@@ -245,13 +247,25 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     own = opt.of_method(chosen) if chosen else []
     own += opt.shared(_published) if chosen and chosen.published else []
     found = opt.shared(opt.drawn) if chosen and chosen.finder else []
-    own += opt.shared(opt.unlabelled) if found else []
+    own += [*opt.shared(opt.unlabelled), *opt.shared(_apgd)] if found else []
     return opt.with_parameters(
         run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *found, *in_front]
     )
 
 
 def _published(published: opt.Published = False) -> None: ...
+
+
+def _apgd(apgd: opt.Apgd = False) -> None: ...
+
+
+def _with_apgd(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What --apgd is short for."""
+    if values["disentangle"] not in (None, "apgd"):
+        raise UsageError(f"--apgd and --disentangle {values['disentangle']} exclude each other")
+    if values["apgd_correction"] not in (None, "task"):
+        raise UsageError("--apgd is --apgd-correction task", hint="for another one: --disentangle apgd")
+    return {"disentangle": "apgd", "apgd_correction": "task"}
 
 
 def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -190,6 +190,14 @@ Disentangle = Annotated[
         rich_help_panel=SHARED_PANEL,
     ),
 ]
+Apgd = Annotated[
+    bool,
+    typer.Option(
+        "--apgd",
+        help="Short for --disentangle apgd --apgd-correction task: a correction for each task in front.",
+        rich_help_panel=SHARED_PANEL,
+    ),
+]
 Rest = Annotated[
     Literal["base", "average", "task-arithmetic"] | None,
     typer.Option(
