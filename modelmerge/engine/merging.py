@@ -204,12 +204,17 @@ def _run_in_turn(
     device, left = job.source.device, beyond_device(job)
     sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    loaders = [loader_of(job.source, tensors[turn::2]) for turn in (0, 1)]  # one is read into, one is merged from
+    # Buffers that are used again cost no page faults: one is read into, one is merged from. The two largest tensors,
+    # as a rule embedding and head, are not worth holding that much for all others: they have memory of their own.
+    recurring = sorted((tensor.numel for tensor in tensors), reverse=True)[2:3] or [0]
+    fitting = [[t for t in tensors[turn::2] if t.numel <= recurring[0]] for turn in (0, 1)]
+    loaders = [loader_of(job.source, some) for some in fitting]
 
     def fetch(turn: int) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
         tensor = tensors[turn]
+        loader = loaders[turn % 2] if tensor.numel <= recurring[0] else None
         with current(device):
-            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=loaders[turn % 2])
+            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=loader)
             return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
