@@ -372,8 +372,8 @@ def vector_memory(
         largest = max(decomposed, key=lambda tensor: tensor.numel)
         side = max(min(tensor.shape) for tensor in decomposed)
         # All task vectors of one matrix as stored and read, one of them in float64 with its factors and their product;
-        # and the Gram matrix's eigendecomposition with LAPACK's workspace, measured at eight to nine such matrices.
-        whole = largest.numel * (4 * (tasks + 3) + 8 * 5) + 8 * 9 * side * side
+        # and the Gram matrix's eigendecomposition with LAPACK's workspace, measured at eight to ten such matrices.
+        whole = largest.numel * (4 * (tasks + 3) + 8 * 5) + 8 * 10 * side * side
         whole += unfolding(source.plan, largest.numel)
     working = max(streaming, fitting, whole) + kept
     return {"host": PROCESS_BYTES + working, "device": 0 if source.device.type == "cpu" else working}
