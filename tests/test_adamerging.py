@@ -23,6 +23,7 @@ from modelmerge.recipe import published
 from modelmerge.suites._unlabelled import batches, draws, names_in
 from tests import clip_models
 from tests.checkpoints import State
+from tests.terminal import seen
 
 TASKS = ("inverted", "rotated", "swapped")
 QUICK: dict[str, Any] = {"steps": 60, "lr": 0.02}
@@ -499,31 +500,12 @@ def test_what_was_found_is_shown(merged: tuple[Path, dict[str, Any]], experts: l
 
 
 def test_the_terminal_sees_the_entropy_and_the_coefficients(small: list[Path], tmp_path: Path) -> None:
-    import os
-    import pty
-    import subprocess
-    import sys
-
     (tmp_path / "mine.py").write_text(SCRIPT)
-    ours, theirs = pty.openpty()
-    words = [sys.executable, "-m", "modelmerge", "merge", "adamerging", *map(str, small), "-o", str(tmp_path / "out")]
-    words += ["--script", f"{tmp_path / 'mine.py'}:unlabelled", "--steps", "40"]
-    with subprocess.Popen(
-        words, stderr=theirs, stdout=subprocess.PIPE, text=True, env={**os.environ, "TERM": "xterm", "COLUMNS": "160"}
-    ) as child:
-        os.close(theirs)
-        seen = b""
-        try:
-            while part := os.read(ours, 4096):
-                seen += part
-        except OSError:  # the terminal's other end closed
-            pass
-        assert child.stdout is not None
-        out = child.stdout.read()
-    os.close(ours)
-    assert child.returncode == 0
-    assert "40 of 40 steps" in seen.decode()
-    assert "entropy 1." in seen.decode()
+    words = ["merge", "adamerging", *map(str, small), "-o", str(tmp_path / "out")]
+    text, out, code = seen([*words, "--script", f"{tmp_path / 'mine.py'}:unlabelled", "--steps", "40"])
+    assert code == 0
+    assert "40 of 40 steps" in text
+    assert "entropy 1." in text
     rows = [line.split() for line in out.splitlines() if line.startswith(EXPERTS)]
     assert len(rows) == len(EXPERTS)
     assert all(float(before) > float(after) > 0 for *_, before, after in rows)

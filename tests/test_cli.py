@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import modelmerge
 from modelmerge import method
 from modelmerge.cli import main
 from tests.checkpoints import read
+from tests.terminal import seen
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -206,24 +206,9 @@ def test_an_unexpected_exception_keeps_its_traceback_and_is_called_a_bug(
 
 
 def test_a_terminal_sees_bytes_and_tensor_names(models: list[Path], tmp_path: Path) -> None:
-    import pty
-
-    ours, theirs = pty.openpty()
-    words = [sys.executable, "-m", "modelmerge", "merge", "ties", *map(str, models), "-o", str(tmp_path / "out")]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
-    with subprocess.Popen(words, stderr=theirs, stdout=subprocess.PIPE, text=True, env=environment) as child:
-        os.close(theirs)
-        seen = b""
-        try:
-            while part := os.read(ours, 4096):
-                seen += part
-        except OSError:  # the terminal's other end closed
-            pass
-        out = child.communicate()[0]
-    os.close(ours)
-    assert child.returncode == 0
+    text, out, code = seen(["merge", "ties", *map(str, models), "-o", str(tmp_path / "out")])
+    assert code == 0
     assert "merged 3 experts" in out
-    text = seen.decode()
     assert "measuring" in text
     assert "merging" in text
     assert "kB" in text

@@ -20,6 +20,7 @@ import modelmerge
 from modelmerge.checkpoint.reader import open_checkpoint
 from modelmerge.checkpoint.reference import parse
 from modelmerge.cli import main
+from modelmerge.engine import threads
 from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
 from modelmerge.suites import _images, clip
 from modelmerge.suites._images import Items, Task
@@ -34,10 +35,8 @@ PROMPTED = [name.replace("_", " ") for name in clip_models.COLOURS]
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

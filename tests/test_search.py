@@ -23,6 +23,7 @@ import modelmerge
 from modelmerge import digits, method
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.cli import main
+from modelmerge.engine import threads
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 from modelmerge.recipe import published
 from modelmerge.suites.custom import Model
@@ -51,10 +52,8 @@ def first_half(model):
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

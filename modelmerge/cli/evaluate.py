@@ -146,15 +146,7 @@ BaseToo = Annotated[
     typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
 ]
 
-Device = Annotated[
-    str,
-    typer.Option(
-        envvar="MODELMERGE_DEVICE",
-        help="cpu, cuda, cuda:1, or auto: a CUDA device if there is one.",
-        metavar="NAME",
-        rich_help_panel=_PANEL,
-    ),
-]
+Device = Annotated[str, opt.device(_PANEL)]
 
 
 def add_suites(app: typer.Typer) -> None:

@@ -24,15 +24,19 @@ UNLABELLED_PANEL = "Unlabelled data of any kind"
 Output = Annotated[
     str, typer.Option("-o", "--output", help="Directory for the result.", metavar="DIR", rich_help_panel=SHARED_PANEL)
 ]
-Device = Annotated[
-    str,
-    typer.Option(
+
+
+def device(panel: str) -> Any:
+    """The option that chooses a device, in a panel of the help page."""
+    return typer.Option(
         envvar="MODELMERGE_DEVICE",
         help="cpu, cuda, cuda:1, or auto: a CUDA device if there is one.",
         metavar="NAME",
-        rich_help_panel=SHARED_PANEL,
-    ),
-]
+        rich_help_panel=panel,
+    )
+
+
+Device = Annotated[str, device(SHARED_PANEL)]
 DryRun = Annotated[
     bool,
     typer.Option(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +19,17 @@ from torch import Tensor
 
 from modelmerge.checkpoint.writer import Scratch
 from modelmerge.engine.job import SMALL, Source, correcting_beyond, current, matrix_bytes, threads, together
-from modelmerge.engine.stream import Loader, Piece, as_bytes, gathered, known_factors, piece_bytes, whole, wholes
+from modelmerge.engine.stream import (
+    Loader,
+    Piece,
+    as_bytes,
+    gathered,
+    known_factors,
+    piece_bytes,
+    side_by_side,
+    whole,
+    wholes,
+)
 from modelmerge.engine.surveying import run_survey
 from modelmerge.method import Context, Correction, Disentangler, Redundancy, Solution, Watch
 from modelmerge.plan import TensorPlan
@@ -199,14 +208,7 @@ def _fit_matrices(
         piece, _, taus = whole(source, tensor, check=survey is None)
         solve(piece, taus)
 
-    modest = [tensor for tensor in tensors if together(source, tensor)]
-    with threads(1), ThreadPoolExecutor(source.workers, "disentangle") as pool:
-        futures = [pool.submit(solve_alone, tensor) for tensor in modest]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # an error ends the others, too
+    side_by_side(source, [tensor for tensor in tensors if together(source, tensor)], solve_alone)
     with current(source.device):
         for piece, _, taus in wholes(source, [t for t in tensors if not together(source, t)], check=survey is None):
             with threads(1 if piece.tensor.numel <= SMALL else torch.get_num_threads()):

@@ -34,6 +34,7 @@ from modelmerge.engine.stream import (
     piece_bytes,
     pieces,
     rounded,
+    side_by_side,
     whole,
 )
 from modelmerge.method import Context
@@ -183,13 +184,7 @@ def _run_whole(given: Given, tensors: Sequence[TensorPlan], outputs: Sequence[_O
             output.write(piece, data)
         reporter.advance(piece_bytes(job.plan, piece), tensor.name)
 
-    with threads(1), ThreadPoolExecutor(job.source.workers, "merge") as pool:
-        futures = [pool.submit(merge_alone, tensor) for tensor in modest]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # an error ends the others, too
+    side_by_side(job.source, modest, merge_alone)
     _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, reporter)
 
 
@@ -206,13 +201,13 @@ def _run_in_turn(
 
     # Buffers that are used again cost no page faults: one is read into, one is merged from. The two largest tensors,
     # as a rule embedding and head, are not worth holding that much for all others: they have memory of their own.
-    recurring = sorted((tensor.numel for tensor in tensors), reverse=True)[2:3] or [0]
-    fitting = [[t for t in tensors[turn::2] if t.numel <= recurring[0]] for turn in (0, 1)]
-    loaders = [loader_of(job.source, some) for some in fitting]
+    sizes = sorted(tensor.numel for tensor in tensors)
+    most = sizes[-3] if len(sizes) > 2 else 0
+    loaders = [loader_of(job.source, [t for t in tensors[turn::2] if t.numel <= most]) for turn in (0, 1)]
 
     def fetch(turn: int) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
         tensor = tensors[turn]
-        loader = loaders[turn % 2] if tensor.numel <= recurring[0] else None
+        loader = loaders[turn % 2] if tensor.numel <= most else None
         with current(device):
             piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=loader)
             return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)

@@ -355,6 +355,20 @@ def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, 
             stop.set()
 
 
+def side_by_side(source: Source, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], None]) -> None:
+    """Do whole tensors of modest size, each on one thread of torch's, as many at a time as the source has workers.
+
+    The first error ends them all.
+    """
+    with threads(1), ThreadPoolExecutor(source.workers, "whole") as pool:
+        futures = [pool.submit(work, tensor) for tensor in tensors]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def gathered(
     source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece, Loader], Found]
 ) -> list[tuple[Piece, Found]]:
