@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from modelmerge import __version__
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.vary import written
 
@@ -227,4 +228,5 @@ def versions() -> dict[str, str]:
 
 @cache  # reading a package's metadata takes milliseconds
 def _packages() -> dict[str, str]:
-    return {name: version(name) for name in ("modelmerge", "torch", "safetensors", "huggingface_hub", "numpy")}
+    others = ("torch", "safetensors", "huggingface_hub", "numpy")
+    return {"modelmerge": __version__, **{name: version(name) for name in others}}  # a source tree has no metadata
