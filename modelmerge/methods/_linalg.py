@@ -81,7 +81,11 @@ def shared_subspace(
         for tau, known in zip(taus, factors or [None] * len(taus), strict=True)
     ]
     beside = torch.cat(bases, dim=1)
-    return directions(beside, min(shared_rank, *beside.shape))
+    rank = min(shared_rank, *beside.shape)
+    if approximate and iterates(beside.shape, rank):
+        # Started among the m rows: the signs of the columns, which differ by library and device, then do not matter.
+        return iterated(beside.T.float(), rank, 3)[2].T.contiguous()
+    return left_singular_vectors(beside, rank)
 
 
 def singular_values(x: Tensor) -> Tensor:

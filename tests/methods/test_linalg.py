@@ -89,3 +89,21 @@ def test_quick_factors_of_a_product_lose_nothing() -> None:
     assert (x - a @ b).norm() <= 1e-6 * x.norm()
     assert torch.isfinite(a).all()
     assert torch.isfinite(b).all()
+
+
+@pytest.mark.parametrize("shape", [(520, 700), (700, 520), (520, 520)])
+def test_the_shared_subspace_does_not_depend_on_signs(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries and devices differ in the signs of singular vectors: a card once gave another merge by a quarter."""
+    taus = list(torch.randn(8, *shape, generator=torch.Generator().manual_seed(6)))
+    one = _linalg.shared_subspace(taus, 65, 43, approximate=True)
+    decompose, generator = _linalg.iterated, torch.Generator().manual_seed(7)
+
+    def flipped(x: torch.Tensor, rank: int, *rest: int) -> tuple[torch.Tensor, ...]:
+        u, s, v = decompose(x, rank, *rest)
+        signs = torch.randint(0, 2, (rank,), generator=generator) * 2.0 - 1.0
+        return u * signs, s, signs[:, None] * v
+
+    monkeypatch.setattr(_linalg, "iterated", flipped)
+    other = _linalg.shared_subspace(taus, 65, 43, approximate=True)
+    assert torch.allclose(one.T @ one, torch.eye(43, dtype=torch.float64), atol=1e-12)
+    assert (one @ one.T - other @ other.T).norm() <= 1e-4
