@@ -7,22 +7,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from modelmerge import mergekit, method
+from modelmerge.methods import registry
+from modelmerge.plan import mergekit
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def method_table(kind: Literal["merge", "disentangle"]) -> str:
+def method_table(kind: Literal["merge", "transform"]) -> str:
     """Every method of a kind with its help line, its options and its source."""
     rows = ["| method | what it does | options (default) |", "|---|---|---|"]
-    for name in method.names(kind):
-        chosen = method.load(name, kind)
+    for name in registry.names(kind):
+        chosen = registry.load(name, kind)
         # As they follow from one another where none is given: `-` has no effect then, or is found for each tensor.
         defaults = {
             name: "-" if value is None else value for name, value in dataclasses.asdict(chosen.options()).items()
         }
         told = [f"`--{name.replace('_', '-')}` ({default})" for name, default in defaults.items()]
-        rows.append(f"| [`{name}`]({chosen.paper}) | {method.summary(name, kind)} | {' '.join(told)} |")
+        rows.append(f"| [`{name}`]({chosen.paper}) | {registry.summary(name, kind)} | {' '.join(told)} |")
     return "\n".join(rows)
 
 
@@ -59,7 +60,7 @@ def becomes(parameter: mergekit.Parameter) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "methods": lambda: method_table("merge"),
-    "disentanglers": lambda: method_table("disentangle"),
+    "disentanglers": lambda: method_table("transform"),
     "mergekit": mergekit_table,
 }
 

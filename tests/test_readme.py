@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from modelmerge import method
 from modelmerge.cli import main
+from modelmerge.methods import registry
 from tests.readme import README, renewed
 
 TEXT = README.read_text()
@@ -23,7 +23,7 @@ def test_the_generated_blocks_are_current() -> None:
 def test_every_command_is_shown() -> None:
     assert len(COMMANDS) > 8
     shown = {line.split()[2] for line in COMMANDS if line.startswith("modelmerge merge ")}
-    assert len(shown & set(method.names())) >= 4
+    assert len(shown & set(registry.names())) >= 4
     for word in ("demo", "extract", "disentangle awd"):
         assert any(line.startswith(f"modelmerge {word}") for line in COMMANDS), word
 
