@@ -20,7 +20,7 @@ TEXTS = {"README": README.read_text(), **{topic: file.read_text() for topic, fil
 # Programs whose options are not ours.
 OTHERS = ("pip", "python", "pytest", "hf", "ruff", "mypy")
 METRIC = """
-def accuracy(model):
+def accuracy(model, task=None):
     return float(model["lm_head.weight"].abs().mean())
 
 
@@ -113,7 +113,8 @@ def test_a_guide_is_short_and_begins_with_a_paragraph_and_a_command(topic: str) 
     assert len(text.splitlines()) <= 200
     title, paragraph, command, *_ = text.split("\n\n")
     assert title.startswith("# ")
-    assert re.match(r"\w", paragraph)
+    assert re.match(r"[\w`]", paragraph)
+    assert not paragraph.startswith("```")
     assert command.startswith("```sh\nmodelmerge ")
 
 
@@ -195,7 +196,7 @@ def test_the_python_of_the_readme_runs(place: Path) -> None:
     base = base_state()
     names = {"base": base, "math": expert_state(base, 0), "code": expert_state(base, 1)}
     for block in blocks(TEXTS["README"], "python"):
-        exec(compile(block, "README.md", "exec"), names)  # the README is ours
+        exec(compile(block, "<README>", "exec"), names)  # the README is ours
     assert (place / "today.html").exists()
     assert set(names["merged"]) == set(base)
 

@@ -37,7 +37,7 @@ def mergekit_table() -> str:
     for name, row in mergekit.METHODS.items():
         here = f"`{row.method}{typed(row.fixed)}`"
         here += f"; without a `base_model` `{row.method}{typed({**row.fixed, **row.alone})}`" if row.alone else ""
-        text = "<br>".join(f"`{parameter.key}`: {becomes(parameter)}" for parameter in row.parameters)
+        text = "; ".join(f"`{parameter.key}`: {becomes(parameter)}" for parameter in row.parameters)
         rows.append(f"| `{name}` | {here} | {text} |")
     return "\n".join(rows)
 
