@@ -8,20 +8,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from modelmerge._version import __version__
+
 __all__ = ["__version__", "disentangle", "evaluate", "extract", "merge", "push", "render", "replay"]
 
 if TYPE_CHECKING:
     from modelmerge.verbs.evaluate import evaluate
     from modelmerge.verbs.merge import merge, replay
-    from modelmerge.verbs.pictures import render
     from modelmerge.verbs.push import push
+    from modelmerge.verbs.render import render
     from modelmerge.verbs.vectors import disentangle, extract
 
 
 def __getattr__(name: str) -> Any:
     # Importing a verb imports torch, which takes seconds; `modelmerge --help` and `--version` shall not.
-    homes = {"replay": "merge", "extract": "vectors", "disentangle": "vectors", "render": "pictures"}
+    homes = {"replay": "merge", "extract": "vectors", "disentangle": "vectors", "render": "render"}
     home = homes.get(name, name)
     if name in __all__:
         return getattr(importlib.import_module(f"modelmerge.verbs.{home}"), name)

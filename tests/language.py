@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import nn
 
-TASKS = Path(__file__).parent.parent / "modelmerge" / "suites" / "tasks"
+TASKS = Path(__file__).parent.parent / "modelmerge" / "evaluation" / "tasks"
 GOOD, BAD = ("lovely", "superb", "warm", "bright"), ("dull", "awful", "cold", "grey")
 FILLERS = ("film", "the", "was", "quite", "a", "plot", "and", "its", "end")
 COLOURS = ("red", "green", "blue", "white", "black", "pink")

@@ -7,7 +7,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from modelmerge.suites._scores import summarise
+from modelmerge.evaluation.scores import summarise
 
 EIGHT = ("sun397", "stanford-cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
 

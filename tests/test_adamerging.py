@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import modelmerge
-from modelmerge import digits, engine
+from modelmerge import engine
 from modelmerge.charts.figures import of_coefficients
 from modelmerge.cli import main
-from modelmerge.engine import job, threads
+from modelmerge.engine import memory
+from modelmerge.engine.parallel import threads
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, UsageError
-from modelmerge.recipe import published
-from modelmerge.suites._unlabelled import batches, draws, names_in
+from modelmerge.evaluation import digits
+from modelmerge.evaluation.unlabelled import batches, draws, names_in
+from modelmerge.record.redaction import published
 from tests import clip_models
 from tests.checkpoints import State
 from tests.terminal import seen
@@ -63,7 +65,7 @@ def accuracy(merged: Path) -> float:
 @pytest.fixture(scope="module")
 def merged(experts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("merged") / "layer"
-    told = {"script": "modelmerge.digits:unlabelled"}
+    told = {"script": "modelmerge.evaluation.digits:unlabelled"}
     return out, modelmerge.merge(experts[0], experts[1:], out, method="adamerging", unlabelled=told, **QUICK)
 
 
@@ -99,7 +101,7 @@ def test_the_manifest_tells_coefficients_and_entropy(merged: tuple[Path, dict[st
         sum_of = sum(c * (other[key] - base[key]) for c, other in zip(told.values(), others, strict=True))
         torch.testing.assert_close(state[key], base[key] + sum_of)
     card = (out / "README.md").read_text()
-    assert "--script modelmerge.digits:unlabelled" in card
+    assert "--script modelmerge.evaluation.digits:unlabelled" in card
     assert "found on unlabelled data" in card
 
 
@@ -460,7 +462,7 @@ def test_experts_that_are_the_base_have_no_coefficients(small: list[Path], tmp_p
     [
         ([], 2, "'adamerging' needs unlabelled data of each expert's task: first, second"),
         (["--script", "nothing.py:f"], 1, "--script nothing.py: no such file"),
-        (["--script", "modelmerge.digits:nothing"], 2, "has no function 'nothing'"),
+        (["--script", "modelmerge.evaluation.digits:nothing"], 2, "has no function 'nothing'"),
         (["--script", "x.py:f", "--limit", "3"], 2, "--script brings its own data: --limit has no effect"),
         (["--script", "x.py:f", "--steps", "0"], 2, "--steps must be at least 1, not 0"),
         (["--script", "x.py:f", "--granularity", "tensor"], 2, "--granularity"),
@@ -543,15 +545,15 @@ def test_models_that_do_not_fit_in_memory_together_are_refused(
         "-o",
         str(tmp_path / "out"),
         "--script",
-        "modelmerge.digits:scores",
+        "modelmerge.evaluation.digits:scores",
     ]
     assert main([*words, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
     size = sum(w.nbytes for w in load_file(small[0] / "model.safetensors").values())
-    assert plan["peak_memory"]["host"] == pytest.approx(job.PROCESS_BYTES + (2 + 3) * size, rel=0.01)
-    assert plan["unlabelled"] == {"script": "modelmerge.digits:scores"}
+    assert plan["peak_memory"]["host"] == pytest.approx(memory.PROCESS_BYTES + (2 + 3) * size, rel=0.01)
+    assert plan["unlabelled"] == {"script": "modelmerge.evaluation.digits:scores"}
     assert (plan["passes"], plan["bytes"]["read"]) == (2, 2 * (2 + 1) * size)
-    monkeypatch.setattr("modelmerge.engine.finding.free_memory", lambda device: 1000)
+    monkeypatch.setattr("modelmerge.engine.coefficients.free_memory", lambda device: 1000)
     assert main([*words, "--dry-run"]) == 2
     assert "and 1,000 are free on cpu" in capsys.readouterr().err
 

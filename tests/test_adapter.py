@@ -20,9 +20,10 @@ from torch import nn
 import modelmerge
 from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, ReferenceNotFound
-from modelmerge.method import Context
-from modelmerge.recipe import Recipe
-from modelmerge.verbs.merge import execute, prepare
+from modelmerge.methods.contract import Context
+from modelmerge.plan.recipe import Recipe
+from modelmerge.verbs.merge import execute
+from modelmerge.verbs.prepare import prepare
 from tests.checkpoints import State, read
 
 TOLERANCE = 1e-6

@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 import modelmerge
-from modelmerge import method
-from modelmerge.checkpoint import card
+from modelmerge.methods import registry
+from modelmerge.record import card
 
 
 def model(name: str, weight: float | None = 1.0, commit: str | None = None, **front: Any) -> card.Model:
@@ -182,9 +182,9 @@ def test_results_go_into_a_card_of_another_make() -> None:
     assert text.index("Text.") < text.index("## Evaluation")
 
 
-@pytest.mark.parametrize(("kind", "name"), [(k, n) for k in ("merge", "disentangle") for n in method.names(k)])
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k in ("merge", "transform") for n in registry.names(k)])
 def test_a_citation_is_bibtex(kind: Any, name: str) -> None:
-    chosen = method.load(name, kind)
+    chosen = registry.load(name, kind)
     if chosen.citation is not None:
         entry = chosen.citation.bibtex(chosen.paper)
         assert re.fullmatch(r"@misc\{[a-z]+(19|20)\d\d,\n(  [a-z]+ = \{.+\},\n){4}  url = \{https://.+\}\n\}", entry)

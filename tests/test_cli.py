@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import modelmerge
-from modelmerge import method
 from modelmerge.cli import main
+from modelmerge.methods import registry
+from modelmerge.methods.options import option_types
 from tests.checkpoints import read
 from tests.terminal import seen
 
@@ -84,12 +85,12 @@ def test_words_and_exit_codes(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["models"]
 
 
-@pytest.mark.parametrize("name", method.names())
+@pytest.mark.parametrize("name", registry.names())
 def test_help_of_a_method_shows_each_option_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "merge", name, "--help")
     assert code == 0
     assert "Examples" in out
-    for option in method.option_types(method.load(name).options):
+    for option in option_types(registry.load(name).options):
         assert "--" + option.replace("_", "-") in out
     assert "--dry-run" in out
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge import digits, method
 from modelmerge.cli import main
-from modelmerge.engine import threads
+from modelmerge.engine.parallel import threads
+from modelmerge.evaluation import digits
+from modelmerge.methods import registry
 from modelmerge.verbs.demo import suited
 from tests.checkpoints import read
 
@@ -33,7 +34,7 @@ def test_the_demo_tells_the_whole_story(demo: tuple[Path, dict[str, Any]], capsy
     merges = {name for name, row in rows.items() if row["kind"] == "merge"}
     assert merges == {
         *suited(len(digits.TASKS)),
-        *(f"{front} + task-arithmetic" for front in method.names("disentangle")),
+        *(f"{front} + task-arithmetic" for front in registry.names("transform")),
     }
     experts = [row for row in rows.values() if row["kind"] == "expert"]
     assert len(experts) == len(digits.TASKS) >= 4
@@ -60,7 +61,7 @@ def test_the_demo_tells_the_whole_story(demo: tuple[Path, dict[str, Any]], capsy
 
 def _evaluated(demo: Path, rows: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     """`eval` finds what the demo has measured, and knows the experts of its merges."""
-    words = ["eval", "custom", "--script", "modelmerge.digits:scores", str(demo / "merged" / "apgd")]
+    words = ["eval", "custom", "--script", "modelmerge.evaluation.digits:scores", str(demo / "merged" / "apgd")]
     experts = [word for task in digits.TASKS for word in ("--expert", str(demo / "experts" / task))]
     assert main([*words, *experts, "--base", str(demo / "base"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

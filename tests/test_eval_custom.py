@@ -22,8 +22,8 @@ import modelmerge
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
-from modelmerge.suites import _scores
-from modelmerge.suites.custom import Model
+from modelmerge.evaluation import scores
+from modelmerge.evaluation.custom import Model
 from tests.checkpoints import read, write
 from tests.hub_server import FakeHub
 
@@ -189,10 +189,10 @@ def test_a_tensor_that_is_not_there_is_a_key_error(models: list[Path]) -> None:
     ],
 )
 def test_what_a_score_is(told: Any, value: float, count: int | None, stderr: float | None) -> None:
-    score = _scores.read_score(told, "here")
+    score = scores.read_score(told, "here")
     assert (score.value, score.count) == (value, count)
     assert score.stderr == (None if stderr is None else pytest.approx(stderr))
-    again = _scores.read_score(score.to_dict(), "here")
+    again = scores.read_score(score.to_dict(), "here")
     assert again.value == pytest.approx(score.value)
 
 
@@ -209,7 +209,7 @@ def test_what_a_score_is(told: Any, value: float, count: int | None, stderr: flo
 )  # fmt: skip
 def test_what_a_score_is_not(told: Any, says: str) -> None:
     with pytest.raises(ModelMergeError, match=f"^here.*{says}"):
-        _scores.read_score(told, "here")
+        scores.read_score(told, "here")
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_a_gate_fails_with_the_report_printed(
 
 
 def report_of(name: str, **scores: Any) -> dict[str, Any]:
-    rows = {task: _scores.read_score(told, task).to_dict() for task, told in scores.items()}
+    rows = {task: scores.read_score(told, task).to_dict() for task, told in scores.items()}
     return {"tasks": list(scores), "models": [{"name": name, "role": "model", "scores": rows}],
             "metric": {"function": "f", "sha256": "0"}, "seed": 0}  # fmt: skip
 
@@ -443,7 +443,7 @@ def test_differences_are_paired_where_the_items_are_the_same() -> None:
     theirs = report_of(
         "m", hits={"items": b}, size={"items": x.tolist()}, plain=0.5, shares={"correct": 50, "count": 100}
     )
-    (pair,) = _scores.differences(ours, theirs)
+    (pair,) = scores.differences(ours, theirs)
     hits, size, plain, shares = (pair["tasks"][task] for task in ("hits", "size", "plain", "shares"))
     gained, lost = (sum(i > j for i, j in zip(*order, strict=True)) for order in ((a, b), (b, a)))
     assert hits["paired"]
@@ -461,7 +461,7 @@ def test_differences_are_paired_where_the_items_are_the_same() -> None:
 
 def test_other_items_are_not_paired() -> None:
     def paired(ours: dict[str, Any], theirs: dict[str, Any], **changed: Any) -> bool:
-        (pair,) = _scores.differences(report_of("m", t=ours), report_of("m", t=theirs) | changed)
+        (pair,) = scores.differences(report_of("m", t=ours), report_of("m", t=theirs) | changed)
         return pair["tasks"]["t"]["paired"]
 
     items = {"items": [1, 0, 1]}
@@ -480,7 +480,7 @@ def test_mcnemar(gained: int, lost: int) -> None:
     from scipy import stats
 
     exact = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    assert _scores.mcnemar(gained, lost) == _scores.mcnemar(lost, gained) == pytest.approx(exact, rel=2e-2)
+    assert scores.mcnemar(gained, lost) == scores.mcnemar(lost, gained) == pytest.approx(exact, rel=2e-2)
 
 
 def test_an_earlier_report_is_compared_with(

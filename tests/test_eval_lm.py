@@ -21,7 +21,7 @@ from torch import Tensor
 import modelmerge
 from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ModelMergeError, ReferenceNotFound, UsageError
-from modelmerge.suites import lm
+from modelmerge.evaluation import lm
 from tests import language
 from tests.language import TASKS, World, local_task
 
@@ -392,7 +392,7 @@ def test_examples_stand_in_front(world: World) -> None:
     harness = lm.Harness([task], settings, "cpu", reporter)
     from modelmerge.checkpoint.reader import open_checkpoint
     from modelmerge.checkpoint.reference import parse
-    from modelmerge.suites._model import Model
+    from modelmerge.evaluation.model import Model
 
     seen = Model(open_checkpoint(parse(str(world.llama))), None, torch.device("cpu"))
     assert harness.measure(seen, "first_colour").count == 3
@@ -483,7 +483,7 @@ def test_a_correlation_with_what_is_constant_is_none(
 
 
 def test_numbers_are_read_from_text() -> None:
-    from modelmerge.suites._spearman import pair, rho
+    from modelmerge.evaluation.spearman import pair, rho
 
     texts = ["3.8", " 2", "four", "nan", "inf", ""]
     pairs = [pair({"label": 1.26}, [text])["spearman"] for text in texts]

@@ -14,13 +14,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 import modelmerge
-from modelmerge import suites
+from modelmerge import evaluation
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.cli import main
 from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, PlanError, UsageError
-from modelmerge.methods import _linalg
-from modelmerge.suites import _interference
+from modelmerge.evaluation import interference as conflicts
+from modelmerge.methods import linalg
 from modelmerge.verbs.evaluate import evaluate_weights
 from tests.checkpoints import base_state, family, read, write
 from tests.hub_server import FakeHub
@@ -132,12 +132,12 @@ def test_interference_is_nothing_where_all_is_orthogonal_and_all_where_nothing_i
     u = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
     v = torch.linalg.qr(torch.randn(20, 20, generator=generator, dtype=torch.float64)).Q
     apart = torch.stack([u[:, 6 * i : 6 * i + 6] @ v[6 * i : 6 * i + 6] for i in range(2)]).float()
-    assert _interference.singular_interference(apart)[1] < 1e-5
+    assert conflicts.singular_interference(apart)[1] < 1e-5
     same = 3.0 * (u[:, :1] @ v[:1])[None].expand(2, -1, -1).float()
-    interference, relative = _interference.singular_interference(same)
+    interference, relative = conflicts.singular_interference(same)
     close(interference, 6.0, 1e-5)
     close(relative, 1.0, 1e-5)
-    assert _interference.subspace_alignment(apart, apart[0]).tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
+    assert conflicts.subspace_alignment(apart, apart[0]).tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
 
 
 def test_large_matrices_are_iterated_on_and_say_the_same() -> None:
@@ -147,9 +147,9 @@ def test_large_matrices_are_iterated_on_and_say_the_same() -> None:
     pairs = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
     taus = [left @ (decay * right) for left, right in pairs]
     rank = 520 // 8
-    assert _linalg.iterates(taus[0].shape, rank)
+    assert linalg.iterates(taus[0].shape, rank)
     for tau in (taus[0], taus[1].T):
-        left, values, right = _linalg.quick_triplets(tau, rank)
+        left, values, right = linalg.quick_triplets(tau, rank)
         exact = torch.linalg.svdvals(tau.double())[:rank]
         assert torch.allclose(values, exact, rtol=2e-2)
         assert float((left.T @ left - torch.eye(rank)).abs().max()) < 1e-5
@@ -171,8 +171,8 @@ def test_expected_rounding_is_near_the_measured_one(dtype: str, tmp_path: Path) 
 
 
 def test_zero_is_on_the_finest_grid() -> None:
-    assert _interference.expected_rounding(torch.zeros(4), torch.bfloat16) < 1e-70
-    assert _interference.expected_rounding(torch.full((12,), 1.5), torch.bfloat16) == 2.0**-14
+    assert conflicts.expected_rounding(torch.zeros(4), torch.bfloat16) < 1e-70
+    assert conflicts.expected_rounding(torch.full((12,), 1.5), torch.bfloat16) == 2.0**-14
 
 
 def test_an_expert_and_the_base_can_be_looked_at_too(models: list[Path]) -> None:
@@ -259,11 +259,11 @@ def test_the_command_in_every_format(merged: Path, capsys: pytest.CaptureFixture
 
 
 def test_without_a_suite_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in suites.names():
+    for name in evaluation.names():
         assert name in run(capsys)[1]
         assert main(["eval", name, "--help"]) == 0
         assert "Examples" in capsys.readouterr().out
-    assert run(capsys, "-q")[1].split() == list(suites.names())
+    assert run(capsys, "-q")[1].split() == list(evaluation.names())
     assert json.loads(run(capsys, "--json")[1])["suites"][0]["summary"]
     assert run(capsys, "wieghts", "x")[0] == 2
 
@@ -271,7 +271,8 @@ def test_without_a_suite_they_are_listed(capsys: pytest.CaptureFixture[str]) -> 
 def test_listing_and_help_import_no_torch() -> None:
     script = (
         "import sys, modelmerge.cli\n"
-        "for words in (['eval'], ['eval', '--help'], *(['eval', s, '--help'] for s in modelmerge.suites.names())):\n"
+        "names = modelmerge.evaluation.names()\n"
+        "for words in (['eval'], ['eval', '--help'], *(['eval', s, '--help'] for s in names)):\n"
         "    assert modelmerge.cli.main(words) == 0\n"
         "    assert 'torch' not in sys.modules, words\n"
     )

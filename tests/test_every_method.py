@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge import method
-from modelmerge.method import Context, Method, Pass, Survey
+from modelmerge.errors import UsageError
+from modelmerge.methods import registry
+from modelmerge.methods.contract import Context, Method, Pass, Survey
+from modelmerge.methods.options import is_linear, make_options, option_types
 
-NAMES = method.names()
+NAMES = registry.names()
 SHAPE = (24, 18)
 
 
@@ -51,7 +53,7 @@ def counted(wanted: Pass, taus: Tensor) -> Tensor:
 
 def takes(name: str, experts: int) -> int:
     """So many experts, or as many as the method takes."""
-    return min(experts, method.load(name).most_experts or experts)
+    return min(experts, registry.load(name).most_experts or experts)
 
 
 def context_of(chosen: Method, options: Any, taus: Tensor, **told: Any) -> Context:
@@ -75,8 +77,8 @@ def merged(
     seed: int = 0,
     **values: Any,
 ) -> Tensor:
-    chosen = method.load(name)
-    options = method.make_options(chosen, name, values)
+    chosen = registry.load(name)
+    options = make_options(chosen, name, values)
     told: dict[str, Any] = {"weights": weights} if weights else {}
     told |= {"experts": experts} if experts else {}
     return chosen.apply(taus, options, context_of(chosen, options, taus, seed=seed, **told))
@@ -84,24 +86,24 @@ def merged(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_has_a_help_line_and_a_paper(name: str) -> None:
-    assert method.summary(name).endswith(".")
-    assert 10 < len(method.summary(name)) < 120
-    assert method.load(name).paper.startswith("https://")
-    if method.load(name).paper.startswith(("https://arxiv.org", "https://doi.org")):
-        assert method.load(name).citation is not None, "the model card cites it"
+    assert registry.summary(name).endswith(".")
+    assert 10 < len(registry.summary(name)) < 120
+    assert registry.load(name).paper.startswith("https://")
+    if registry.load(name).paper.startswith(("https://arxiv.org", "https://doi.org")):
+        assert registry.load(name).citation is not None, "the model card cites it"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_has_help_and_a_default_that_is_allowed(name: str) -> None:
-    chosen = method.load(name)
+    chosen = registry.load(name)
     options = chosen.options()
-    assert method.make_options(chosen, name, dataclasses.asdict(options)) == options
+    assert make_options(chosen, name, dataclasses.asdict(options)) == options
     assert all(len(spec.metadata["help"]) > 10 for spec in dataclasses.fields(chosen.options))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_factor_on_the_merged_task_vector_may_vary_over_tensors(name: str) -> None:
-    for spec in dataclasses.fields(method.load(name).options):
+    for spec in dataclasses.fields(registry.load(name).options):
         if spec.name == "scale" and "merged task vector" in spec.metadata["help"]:
             assert spec.metadata["varies"] == "tensor"
             assert spec.metadata["linear"]
@@ -110,14 +112,14 @@ def test_a_factor_on_the_merged_task_vector_may_vary_over_tensors(name: str) -> 
 LINEAR = [
     (n, spec.name)
     for n in NAMES
-    for spec in dataclasses.fields(method.load(n).options)
-    if method.is_linear(method.load(n), spec.name)
+    for spec in dataclasses.fields(registry.load(n).options)
+    if is_linear(registry.load(n), spec.name)
 ]
 
 
 @pytest.mark.parametrize(("name", "option"), LINEAR)
 def test_an_option_that_is_declared_linear_multiplies_what_it_is_at_one_to_the_bit(name: str, option: str) -> None:
-    chosen, taus = method.load(name), taus_of(takes(name, 4))
+    chosen, taus = registry.load(name), taus_of(takes(name, 4))
     weights = (0.5, 1.0, 2.0, 1.5)[: len(taus)]
     for values in choices(chosen):
         unit = merged(name, taus, weights, **{**values, option: 1.0})
@@ -146,15 +148,15 @@ def test_leaves_its_input_alone(name: str) -> None:
 
 def choices(chosen: Method) -> list[dict[str, Any]]:
     """The defaults, and each choice of each option that is a choice."""
-    kinds = method.option_types(chosen.options).items()
+    kinds = option_types(chosen.options).items()
     return [{}, *({name: value} for name, kind in kinds if get_origin(kind) is Literal for value in get_args(kind))]
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (4, 3, 2, 2), (1, 1)])
-@pytest.mark.parametrize("name", [n for n in NAMES if not method.load(n).matrices])
+@pytest.mark.parametrize("name", [n for n in NAMES if not registry.load(n).matrices])
 def test_tensors_of_any_shape_are_taken(name: str, shape: tuple[int, ...]) -> None:
     taus = torch.randn(takes(name, 3), *shape, generator=torch.Generator().manual_seed(1))
-    for values in choices(method.load(name)):
+    for values in choices(registry.load(name)):
         result = merged(name, taus, **values)
         assert result.shape == shape
         assert result.isfinite().all()
@@ -203,10 +205,10 @@ def test_weights_count(name: str) -> None:
     assert not torch.equal(even, uneven)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if method.load(n).blockwise(method.load(n).options())])
+@pytest.mark.parametrize("name", [n for n in NAMES if registry.load(n).blockwise(registry.load(n).options())])
 @pytest.mark.parametrize("cut", [1, 7, 64, 300, 431])
 def test_cutting_a_tensor_changes_no_bit(name: str, cut: int) -> None:
-    chosen = method.load(name)
+    chosen = registry.load(name)
     options, taus = chosen.options(), taus_of(takes(name, 4)).flatten(1)
     context = context_of(chosen, options, taus, weights=(0.3, 1.0, 1.7, 1.0)[: len(taus)])
     whole = chosen.apply(taus, options, context)
@@ -221,9 +223,9 @@ def test_cutting_a_tensor_changes_no_bit(name: str, cut: int) -> None:
 @pytest.mark.parametrize("cut", [1, 5, 23])
 @pytest.mark.parametrize("name", NAMES)
 def test_cutting_a_tensor_between_rows_changes_no_bit(name: str, cut: int) -> None:
-    chosen, taus = method.load(name), taus_of(takes(name, 4))
+    chosen, taus = registry.load(name), taus_of(takes(name, 4))
     for values in choices(chosen):
-        options = method.make_options(chosen, name, values)
+        options = make_options(chosen, name, values)
         if chosen.blockwise(options) or not chosen.by_rows(options):
             continue
         context = context_of(chosen, options, taus)
@@ -236,7 +238,7 @@ def test_cutting_a_tensor_between_rows_changes_no_bit(name: str, cut: int) -> No
 
 @pytest.mark.parametrize("name", NAMES)
 def test_surveys_add_up_over_blocks(name: str) -> None:
-    chosen = method.load(name)
+    chosen = registry.load(name)
     survey = chosen.survey(chosen.options())
     if survey is None:
         return
@@ -255,7 +257,7 @@ def test_surveys_add_up_over_blocks(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_moments_add_up_over_blocks(name: str) -> None:
-    moments = method.load(name).moments(method.load(name).options())
+    moments = registry.load(name).moments(registry.load(name).options())
     if moments is None:
         return
     taus, base = torch.randn(takes(name, 4), 10_000), torch.randn(10_000)
@@ -269,7 +271,7 @@ def test_moments_add_up_over_blocks(name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", NAMES)
 def test_cuda_agrees_with_the_cpu(name: str) -> None:
-    chosen = method.load(name)
+    chosen = registry.load(name)
     options, taus = chosen.options(), taus_of(takes(name, 4))
     context = context_of(chosen, options, taus)
     cpu = chosen.apply(taus, options, context)
@@ -295,12 +297,12 @@ def test_cuda_agrees_with_the_cpu(name: str) -> None:
     ],
 )
 def test_wrong_options_are_refused(name: str, values: dict[str, Any], says: str) -> None:
-    with pytest.raises(method.UsageError) as refused:
-        method.make_options(method.load(name), name, values)
+    with pytest.raises(UsageError) as refused:
+        make_options(registry.load(name), name, values)
     assert says in f"{refused.value.message} {refused.value.hint}"
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(method.UsageError) as refused:
-        method.load("tise")
+    with pytest.raises(UsageError) as refused:
+        registry.load("tise")
     assert refused.value.hint == "did you mean 'ties'?"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge import method
 from modelmerge.cli import main
+from modelmerge.methods import registry
 from tests.checkpoints import expert_state, write
 from tests.support.guides import BLOCKS, GUIDES, README, ROOT, renewed
 
@@ -122,7 +122,7 @@ def test_every_verb_is_shown() -> None:
     words = [shlex.split(line, comments=True) for line in COMMANDS]
     verbs = {"demo", "merge", "search", "extract", "disentangle", "eval", "verify", "push"}
     assert verbs <= {line[1] for line in words}
-    assert len({line[2] for line in words if line[1:2] == ["merge"] and len(line) > 2} & set(method.names())) >= 4
+    assert len({line[2] for line in words if line[1:2] == ["merge"] and len(line) > 2} & set(registry.names())) >= 4
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_the_terminal_shows_the_guides(topic: str, capsys: pytest.CaptureFixture
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """Every option of every command, by the help pages."""
-    kinds: tuple[tuple[str, str], ...] = (("merge", "merge"), ("search", "merge"), ("disentangle", "disentangle"))
-    pages = [[verb, name] for verb, kind in kinds for name in method.names(kind)]  # type: ignore[arg-type]
+    pages = [[verb, name] for verb in ("merge", "search") for name in registry.names("merge")]
+    pages += [["disentangle", name] for name in registry.names("transform")]
     pages += [["eval", suite] for suite in ("weights", "clip", "custom", "lm", "report")]
     pages += [["merge"], ["extract"], ["verify"], ["push"], ["guide"], ["demo"]]
     with pytest.MonkeyPatch.context() as patch:

@@ -16,7 +16,7 @@ from modelmerge.charts import colours, page
 from modelmerge.cli import main
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.verbs.evaluate import evaluate_weights
-from modelmerge.verbs.pictures import render
+from modelmerge.verbs.render import render
 from tests import chromium
 from tests.chromium import Browser
 from tests.reports import EIGHT, scores

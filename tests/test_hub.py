@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 
 import modelmerge
-from modelmerge.checkpoint import hub as hub_module
-from modelmerge.checkpoint import wire
 from modelmerge.cli import main
 from modelmerge.errors import OUTLINES
+from modelmerge.hub import ranges
+from modelmerge.hub import repository as hub_module
 from tests.checkpoints import State, base_state, expert_state, family, read, write
 from tests.hub_server import OWNER, READER, FakeHub
 
@@ -44,7 +44,7 @@ def names(hub: FakeHub, local: list[Path]) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "_PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(ranges, "_PAUSES", (0.01, 0.01, 0.01))
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -306,7 +306,7 @@ def test_adapters_on_the_hub(
 def test_a_stream_gives_the_same_bits_and_fills_no_cache(
     words: list[str], hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "_CHUNK", 1 << 18)
+    monkeypatch.setattr(ranges, "_CHUNK", 1 << 18)
     base, expert = large(tmp_path / "local")
     second = write(tmp_path / "local" / "second", expert_state(base_state(), 3) | {
         "model.wide.weight": torch.randn(300, 2400, generator=torch.Generator().manual_seed(8))})  # fmt: skip
@@ -379,7 +379,7 @@ def test_a_connection_that_always_breaks_is_an_error_and_leaves_nothing(
         hub.add(f"org/{directory.name}", directory)
     words = ["merge", "ties", "org/base", "org/expert", "-o", tmp_path / "out", *(["--stream"] if stream else [])]
     run(capsys, *words, "--dry-run")
-    monkeypatch.setattr(wire, "_TRIES", 1)
+    monkeypatch.setattr(ranges, "_TRIES", 1)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # six tries of the client's, a second apart
     hub.fail("GET /cdn", cut_after=0, times=1000)
     code, out, err = run(capsys, *words)
@@ -393,7 +393,7 @@ def test_a_connection_that_always_breaks_is_an_error_and_leaves_nothing(
 def test_a_signed_address_that_has_expired_is_asked_for_anew(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "_CHUNK", 1 << 18)
+    monkeypatch.setattr(ranges, "_CHUNK", 1 << 18)
     base, expert = large(tmp_path / "local")
     for directory in (base, expert):
         hub.add(f"org/{directory.name}", directory)
@@ -415,7 +415,7 @@ def test_a_signed_address_that_has_expired_is_asked_for_anew(
 def test_a_connection_that_stalls_is_given_up_and_taken_up(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(ranges, "_TIMEOUT", 0.3)
     base, expert = large(tmp_path / "local")
     for directory in (base, expert):
         hub.add(f"org/{directory.name}", directory)

@@ -15,7 +15,7 @@ from modelmerge.checkpoint.reader import open_checkpoint
 from modelmerge.checkpoint.reference import parse
 from modelmerge.cli import main
 from modelmerge.errors import PlanError
-from modelmerge.plan import Plan, make_plan
+from modelmerge.plan.tensors import Plan, make_plan
 from tests.checkpoints import State, expert_state, read, write
 from tests.hub_server import FakeHub
 from tests.test_pickled import pickled, same

@@ -12,15 +12,19 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge import engine, method
+from modelmerge.engine import job, memory
+from modelmerge.engine.memory import beyond_device, peak_memory
+from modelmerge.engine.parallel import find_device, threads
 from modelmerge.errors import CheckpointError, DeviceError, RecipeError, UsageError
-from modelmerge.method import Context
-from modelmerge.recipe import Recipe
-from modelmerge.verbs.merge import prepare
+from modelmerge.methods import registry
+from modelmerge.methods.contract import Context
+from modelmerge.methods.options import make_options
+from modelmerge.plan.recipe import Recipe
+from modelmerge.verbs.prepare import prepare
 from tests.checkpoints import State, base_state, expert_state, family, read, write
 from tests.test_every_method import surveyed, takes
 
-NAMES = method.data_free()
+NAMES = registry.data_free()
 
 
 def in_memory(name: str, base: State, experts: list[State], **values: Any) -> State:
@@ -28,8 +32,8 @@ def in_memory(name: str, base: State, experts: list[State], **values: Any) -> St
 
     The experts are named expert_0, expert_1, ...
     """
-    chosen = method.load(name)
-    options = method.make_options(chosen, name, values)
+    chosen = registry.load(name)
+    options = make_options(chosen, name, values)
     kept = [
         key
         for key, tensor in base.items()
@@ -47,14 +51,14 @@ def in_memory(name: str, base: State, experts: list[State], **values: Any) -> St
     for key in kept:
         if moments is not None:  # sums of floats are those of the engine's blocks
             width = base[key].shape[1] if base[key].ndim == 2 else 1
-            step = max(engine.job.CPU_BLOCK // width, 1) * width
+            step = max(job.CPU_BLOCK // width, 1) * width
             flat = taus[key].reshape(len(experts), -1).split(step, dim=1), base[key].float().reshape(-1).split(step)
             measured = sum(moments(tau, theta_0) for tau, theta_0 in zip(*flat, strict=True))
         context = Context(
             tensor=key, weights=(1.0,) * len(experts), experts=tuple(f"expert_{i}" for i in range(len(experts))),
             measured=measured, base=base[key].float() if chosen.wants_base else None,
         )  # fmt: skip
-        with engine.threads(1):
+        with threads(1):
             delta = chosen.apply(taus[key], options, context)
         result[key] = (base[key].float() + delta).to(base[key].dtype)
     return result
@@ -74,7 +78,7 @@ def same_bits(left: State, right: State) -> bool:
 def test_streamed_equals_in_memory_bit_for_bit(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.job, "CPU_BLOCK", 100)  # cut even these small tensors
+    monkeypatch.setattr(job, "CPU_BLOCK", 100)  # cut even these small tensors
     base, *experts = family(tmp_path, dtype=dtype, experts=takes(name, 3))
     modelmerge.merge(base, experts, tmp_path / "out", method=name)
     want = in_memory(name, read(base), [read(e) for e in experts])
@@ -270,15 +274,15 @@ def test_a_result_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:1", "cuda:-1", "mps"])
 def test_a_device_that_is_none_is_refused(name: str) -> None:
     with pytest.raises(DeviceError, match="is no device"):
-        engine.find_device(name)
+        find_device(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
 def test_a_named_device_that_is_absent_is_refused(name: str) -> None:
     with pytest.raises(DeviceError, match="no such CUDA device"):
-        engine.find_device(name)
-    assert engine.find_device("auto").type == "cpu"
+        find_device(name)
+    assert find_device("auto").type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -314,17 +318,17 @@ def test_what_does_not_fit_on_the_device_is_merged_on_the_cpu(
     source = dataclasses.replace(prepared.job.source, device=torch.device("cuda", 1))
     job = dataclasses.replace(prepared.job, source=source)
     sizes = {t.name: t.numel for t in job.plan.select("merge")}
-    monkeypatch.setattr(engine.job, "free_memory", lambda device: 10**12)
-    assert engine.beyond_device(job) == set()
-    everything = engine.peak_memory(job)["device"]
-    monkeypatch.setattr(engine.job, "free_memory", lambda device: 0)
-    assert engine.beyond_device(job) == set(sizes)
-    assert engine.peak_memory(job)["device"] <= everything
-    assert engine.beyond_device(prepared.job) == set()
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**12)
+    assert beyond_device(job) == set()
+    everything = peak_memory(job)["device"]
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    assert beyond_device(job) == set(sizes)
+    assert peak_memory(job)["device"] <= everything
+    assert beyond_device(prepared.job) == set()
     largest = max(sizes, key=lambda name: sizes[name])
-    needed = engine.job._whole_bytes(job, [job.plan.tensors[largest]] * 2)
-    monkeypatch.setattr(engine.job, "free_memory", lambda device: int(needed * 1.2))
-    assert engine.beyond_device(job) == set()
-    monkeypatch.setattr(engine.job, "free_memory", lambda device: needed)  # a tenth is kept free
-    assert largest in engine.beyond_device(job)
+    needed = job._whole_bytes(job, [job.plan.tensors[largest]] * 2)
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(needed * 1.2))
+    assert beyond_device(job) == set()
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed)  # a tenth is kept free
+    assert largest in beyond_device(job)
     prepared.close()

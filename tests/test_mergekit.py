@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import modelmerge
-from modelmerge import mergekit, method
 from modelmerge.cli import main
 from modelmerge.errors import RecipeError
+from modelmerge.methods import registry
+from modelmerge.methods.options import make_options, option_types
+from modelmerge.plan import mergekit
 from tests import mergekit_runs
 from tests.checkpoints import State, read, write
 
@@ -199,12 +201,12 @@ def test_names_and_references_of_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", mergekit.METHODS)
 def test_every_row_names_options_that_there_are(name: str) -> None:
     row = mergekit.METHODS[name]
-    chosen = method.load(row.method)
-    have = method.option_types(chosen.options)
+    chosen = registry.load(row.method)
+    have = option_types(chosen.options)
     for parameter in row.parameters:
         assert parameter.key in mergekit.KNOWN
         assert parameter.option in (None, "weight", *have)
-    method.make_options(chosen, row.method, row.fixed)
+    make_options(chosen, row.method, row.fixed)
 
 
 @pytest.mark.slow

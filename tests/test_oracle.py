@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import modelmerge
-from modelmerge.method import Context
+from modelmerge.methods.contract import Context
 from modelmerge.methods.merge import apgd
 
 ORACLE = Path(__file__).parent / "oracle"

@@ -19,9 +19,10 @@ from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import parse
 from modelmerge.errors import PlanError, UsageError
-from modelmerge.plan import Plan, dtype_of, make_plan
-from modelmerge.recipe import Recipe
-from modelmerge.verbs.merge import execute, prepare
+from modelmerge.plan.recipe import Recipe
+from modelmerge.plan.tensors import Plan, dtype_of, make_plan
+from modelmerge.verbs.merge import execute
+from modelmerge.verbs.prepare import prepare
 from tests.checkpoints import SHAPES, State, base_state, expert_state, read, write
 
 Models = list[State]  # the base, then the experts

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from modelmerge import method, presets
 from modelmerge.cli import main
+from modelmerge.methods import registry
+from modelmerge.methods.options import make_options
+from modelmerge.plan import presets
 from tests.checkpoints import State, base_state, expert_state, read, write
 from tests.hub_server import FakeHub
 
@@ -31,7 +33,7 @@ def test_every_preset_is_sound(name: str) -> None:
     for which, told in preset.methods.items():
         beside = {"include": told.get("include", ["*"]), "task": told.get("task", [])}
         assert all(isinstance(word, str) for words in beside.values() for word in words)
-        method.make_options(method.load(which), which, {k: v for k, v in told.items() if k not in beside})
+        make_options(registry.load(which), which, {k: v for k, v in told.items() if k not in beside})
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_a_method_that_a_preset_does_not_mention_runs_at_its_defaults(
 def test_a_preset_names_the_unlabelled_data(hub_here: presets.Preset, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "adamerging", "--preset", MINE, "-o", "out", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["unlabelled"] == {"tasks": ["clip8"]}
-    words = ["--script", "modelmerge.digits:unlabelled"]
+    words = ["--script", "modelmerge.evaluation.digits:unlabelled"]
     assert main(["merge", "adamerging", "--preset", MINE, "-o", "out", "--dry-run", "--json", *words]) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["unlabelled"] == {"script": words[1]}
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge.checkpoint import wire
 from modelmerge.cli import main
 from modelmerge.errors import HubError, OutputError
+from modelmerge.hub import ranges
 from tests.checkpoints import family
 from tests.hub_server import OWNER, READER, FakeHub
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 @pytest.fixture(autouse=True)
 def _owner(monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> None:
     monkeypatch.setenv("HF_TOKEN", OWNER)
-    monkeypatch.setattr(wire, "_PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(ranges, "_PAUSES", (0.01, 0.01, 0.01))
 
 
 @pytest.fixture

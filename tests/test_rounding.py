@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge import engine
-from modelmerge.checkpoint import writer
+from modelmerge.checkpoint import staging
 from modelmerge.cli import main
+from modelmerge.engine import job
 from modelmerge.errors import OutputError
 from tests.checkpoints import State, base_state, expert_state, family, read, write
 
@@ -36,7 +36,7 @@ def in_memory(base: State, experts: list[State], stored: State) -> float:
 def test_the_error_is_that_of_float64(
     dtype: torch.dtype, stored_as: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.job, "CPU_BLOCK", 100)
+    monkeypatch.setattr(job, "CPU_BLOCK", 100)
     base, *experts = family(tmp_path, dtype=dtype)
     manifest = modelmerge.merge(base, experts, tmp_path / "out", method="average", dtype=stored_as)
     want = in_memory(read(base), [read(e) for e in experts], read(tmp_path / "out"))
@@ -71,7 +71,7 @@ def test_where_one_tensor_is_narrow_the_others_count_without_loss(tmp_path: Path
 
 
 def test_the_figure_does_not_depend_on_workers_or_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.job, "CPU_BLOCK", 100)
+    monkeypatch.setattr(job, "CPU_BLOCK", 100)
     base, *experts = family(tmp_path, dtype=torch.bfloat16)
     figures = set()
     for workers, size in ((1, "5GB"), (3, "5GB"), (2, "1KB")):
@@ -120,7 +120,7 @@ def test_a_resumed_run_says_how_many_tensors_it_measured(tmp_path: Path, monkeyp
     base, *experts = family(tmp_path, dtype=torch.bfloat16)
     merge: dict[str, Any] = {"method": "average", "max_shard_size": "1KB", "resume": True}
     with monkeypatch.context() as broken:
-        broken.setattr(writer.Staging, "publish", lambda *args: (_ for _ in ()).throw(OutputError("pulled the plug")))
+        broken.setattr(staging.Staging, "publish", lambda *args: (_ for _ in ()).throw(OutputError("pulled the plug")))
         with pytest.raises(OutputError):
             modelmerge.merge(base, experts, tmp_path / "out", **merge)
     manifest = modelmerge.merge(base, experts, tmp_path / "out", **merge)

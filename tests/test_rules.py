@@ -12,15 +12,17 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge import engine, method, rules
-from modelmerge.checkpoint.writer import Staging
+from modelmerge.checkpoint.staging import Staging
 from modelmerge.cli import main
+from modelmerge.engine import job
 from modelmerge.errors import UsageError
+from modelmerge.methods import registry
+from modelmerge.plan import rules
 from tests.checkpoints import SHAPES, State, base_state, expert_state, read, write
 from tests.test_every_method import takes
 from tests.test_merge import same_bits
 
-NAMES = method.data_free()
+NAMES = registry.data_free()
 ATTENTION, UP = "model.layers.0.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
 DOWN, BIAS = "model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.bias"
 FLOATING = list(SHAPES)
@@ -40,7 +42,7 @@ def parts(manifest: dict[str, Any]) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_grammar_and_back(name: str) -> None:
-    chosen = method.load(name)
+    chosen = registry.load(name)
     said = rules.parse(f"*.[0-3].*attn*={name}")
     assert (said.tensors, said.name, said.options) == ("*.[0-3].*attn*", name, chosen.options())
     assert rules.parse(str(said)) == said
@@ -108,11 +110,11 @@ def test_every_method_merges_its_tensors_as_if_alone(
     name: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, in blocks, and with statistics of its own tensors only; the others as without it."""
-    monkeypatch.setattr(engine.job, "CPU_BLOCK", 100)
+    monkeypatch.setattr(job, "CPU_BLOCK", 100)
     few = models[: 1 + takes(name, 3)]
     got = merged(few, tmp_path / "out", method="ties", rule=[f"*layers*={name}"], density=0.4)
     theirs = merged(few, tmp_path / "theirs", method=name, include=["*layers*"], rest="base")
-    taken = [key for key in FLOATING if "layers" in key and (len(SHAPES[key]) == 2 or not method.load(name).matrices)]
+    taken = [key for key in FLOATING if "layers" in key and (len(SHAPES[key]) == 2 or not registry.load(name).matrices)]
     ours = merged(few, tmp_path / "ours", method="ties", density=0.4, exclude=taken)
     assert same_bits(got, ours | {key: theirs[key] for key in taken})
     assert not same_bits(got, ours)

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge import engine, method, scaling
 from modelmerge.cli import main
+from modelmerge.engine import job
 from modelmerge.errors import UsageError
-from modelmerge.methods import _larv
+from modelmerge.methods import larv, registry
+from modelmerge.methods.options import option_types
+from modelmerge.plan import scaling
 from tests.checkpoints import SHAPES, State, base_state, read, write
 from tests.test_every_method import takes
 from tests.test_merge import same_bits
 
-NAMES = method.data_free()
+NAMES = registry.data_free()
 FLOATING = list(SHAPES)
 FACTORS = {"model.layers.0.q_proj.weight": 0.5, "*.mlp.up_proj.*": 2.0, "*embed*": 0.25}
 
@@ -114,7 +116,7 @@ def test_every_method_merges_the_scaled_task_vectors(
     name: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As experts that went so far; powers of two and float64, so that their task vectors are exact."""
-    monkeypatch.setattr(engine.job, "CPU_BLOCK", 100)
+    monkeypatch.setattr(job, "CPU_BLOCK", 100)
     states = [read(path) for path in models[: 1 + takes(name, 3)]]
     far = [
         {k: states[0][k].double() + factor(k) * (state[k] - states[0][k]).double() if k in SHAPES else state[k]
@@ -123,9 +125,7 @@ def test_every_method_merges_the_scaled_task_vectors(
     ]  # fmt: skip
     paths = [write(tmp_path / f"{i}", state) for i, state in enumerate(far)]
     told = (
-        {"method": name, "density": 0.5}
-        if "density" in method.option_types(method.load(name).options)
-        else {"method": name}
+        {"method": name, "density": 0.5} if "density" in option_types(registry.load(name).options) else {"method": name}
     )
     names = [f"expert_{i}={path}" for i, path in enumerate(paths[1:])]
     modelmerge.merge(paths[0], names, tmp_path / "far", **told)
@@ -261,9 +261,9 @@ def test_larv_from_files_is_larv_by_hand(tmp_path: Path) -> None:
             base[f"h.{i}.{name}.weight"]: sum(e[f"h.{i}.{name}.weight"] - base[f"h.{i}.{name}.weight"] for e in experts)
             for name in ("attn", "mlp")
         }
-        contrasts[i] = sum(_larv.effective_rank(b) / _larv.effective_rank(t) for b, t in updates.items()) / 2
-        conflicts[i] = sum(_larv.conflict(b, t) for b, t in updates.items()) / 2
-    factors = _larv.tiers(_larv.scores(contrasts, conflicts, {i: (i + 1) / 4 for i in range(4)}))
+        contrasts[i] = sum(larv.effective_rank(b) / larv.effective_rank(t) for b, t in updates.items()) / 2
+        conflicts[i] = sum(larv.conflict(b, t) for b, t in updates.items()) / 2
+    factors = larv.tiers(larv.scores(contrasts, conflicts, {i: (i + 1) / 4 for i in range(4)}))
     assert sorted(factors.values()) == [0.8, 1.0, 1.0, 1.2]
     want = {name: factors[int(name[2])] for name in base if name.startswith("h.")}
     assert manifest["tensors"]["layer_scale"] == want

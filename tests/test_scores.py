@@ -9,7 +9,7 @@ import pytest
 from modelmerge.cli.evaluate import _tell
 from modelmerge.cli.output import Sink
 from modelmerge.errors import UsageError
-from modelmerge.suites._scores import Score, check_gates, differences, parse_gate, summarise
+from modelmerge.evaluation.scores import Score, check_gates, differences, parse_gate, summarise
 
 TASKS = ("glue_cola", "glue_stsb", "wikitext")
 

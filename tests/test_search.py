@@ -20,14 +20,16 @@ import torch
 from safetensors.torch import save_file
 
 import modelmerge
-from modelmerge import digits, method
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.cli import main
-from modelmerge.engine import threads
+from modelmerge.engine.parallel import threads
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
-from modelmerge.recipe import published
-from modelmerge.suites.custom import Model
-from modelmerge.verbs import search
+from modelmerge.evaluation import digits
+from modelmerge.evaluation.custom import Model
+from modelmerge.methods import registry
+from modelmerge.methods.options import is_linear, option_types, read_values
+from modelmerge.record.redaction import published
+from modelmerge.verbs import measure
 from modelmerge.verbs.merge import merge
 from tests import clip_models
 from tests.checkpoints import read
@@ -108,13 +110,13 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
         ("0.2,0.5", float, (0.2, 0.5)),
         ("-1,0.1:0.3:0.1, 2e-1", float, (-1.0, 0.1, 0.2, 0.3, 0.2)),
         ("1:3:1,8", int, (1, 2, 3, 8)),
-        ("sum,mean", method.option_types(method.load("ties").options)["reduce"], ("sum", "mean")),
+        ("sum,mean", option_types(registry.load("ties").options)["reduce"], ("sum", "mean")),
         ("none,0.5", float | None, (None, 0.5)),
         ("true,false", bool, (True, False)),
     ],
 )
 def test_values_are_those_that_one_would_type(text: str, kind: Any, values: tuple[Any, ...]) -> None:
-    assert search.read_values("scale", text, kind) == values
+    assert read_values("scale", text, kind) == values
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_values_are_those_that_one_would_type(text: str, kind: Any, values: tupl
     ],
 )  # fmt: skip
 def test_what_to_measure_with_is_said_in_the_words_of_eval(text: str, told: dict[str, Any]) -> None:
-    assert search.parse_on(text) == search.Measure(text.partition(":")[0], told, (text,))
+    assert measure.parse_on(text) == measure.Measure(text.partition(":")[0], told, (text,))
 
 
 @pytest.mark.parametrize(
@@ -153,13 +155,13 @@ def test_what_to_measure_with_is_said_in_the_words_of_eval(text: str, told: dict
 )
 def test_what_cannot_be_measured_with_is_refused(on: str, says: str) -> None:
     with pytest.raises(UsageError) as refused:
-        search.parse_on(on)
+        measure.parse_on(on)
     assert says in f"{refused.value.message} {refused.value.hint}"
 
 
 def test_tasks_with_the_same_settings_are_measured_together() -> None:
     on = ["clip:svhn,limit=5", "clip:mine/x,limit=5", "clip:gtsrb,limit=6", "custom:m.py:f", "custom:m.py:g"]
-    assert [measure.texts for measure in search._measures(on, None)] == [
+    assert [measure.texts for measure in measure._measures(on, None)] == [
         ("clip:svhn,limit=5", "clip:mine/x,limit=5"), ("clip:gtsrb,limit=6",), ("custom:m.py:f",), ("custom:m.py:g",),
     ]  # fmt: skip
 
@@ -210,7 +212,7 @@ def test_the_best_value_is_found_written_and_replayed(models: list[Path], capsys
     assert f"best scale={best:g} of 5 candidates" in out
 
 
-LINEAR = [name for name in method.names() if any(method.is_linear(method.load(name), o) for o in ("scale",))]
+LINEAR = [name for name in registry.names() if any(is_linear(registry.load(name), o) for o in ("scale",))]
 
 
 def likes_0_3(model: Model) -> float:
@@ -415,7 +417,7 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
         (("--on", "custom:m.py:f"), "--on has no effect without --search"),
         (("--search", "scale=0.1", "--scale", "1", "--on", "custom:m.py:f"), "--scale is given, and searched"),
         (
-            ("--search", "scale=0.1,0.2", "--resume", "--on", "custom:modelmerge.digits:scores"),
+            ("--search", "scale=0.1,0.2", "--resume", "--on", "custom:modelmerge.evaluation.digits:scores"),
             "--resume has no effect with --search",
         ),
         (("--search", "sclae=0.1", "--on", "custom:m.py:f"), "did you mean 'scale'?"),
@@ -576,8 +578,8 @@ def test_language_tasks_turn_to_items_that_are_not_reported(
     told: dict[str, Any], split: str, count: int, tmp_path: Path
 ) -> None:
     pytest.importorskip("lm_eval")
-    from modelmerge.report import SILENT
-    from modelmerge.suites import lm
+    from modelmerge.evaluation import lm
+    from modelmerge.progress import SILENT
 
     tasks = colours(tmp_path, {"train": 30, "validation": 20, "test": 10}, num_fewshot=2, **told)
     settings = lm.Settings(include_path=tasks, metrics={}, held_out=True)
@@ -594,8 +596,8 @@ def test_language_tasks_turn_to_items_that_are_not_reported(
 
 def test_a_language_task_without_other_items_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    from modelmerge.report import SILENT
-    from modelmerge.suites import lm
+    from modelmerge.evaluation import lm
+    from modelmerge.progress import SILENT
 
     tasks = colours(tmp_path, {"validation": 20}, validation_split="validation")
     with pytest.raises(ModelMergeError, match="no items but those it is reported on, its split 'validation'"):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge import engine, method
 from modelmerge.cli import main
+from modelmerge.engine import job
 from modelmerge.errors import UsageError
-from modelmerge.methods import _lambdas
+from modelmerge.methods import lambdas, registry
 from modelmerge.methods.merge import apgd
 from tests.checkpoints import SHAPES, State, base_state, expert_state, read, write
 from tests.test_every_method import takes
@@ -21,7 +21,7 @@ from tests.test_merge import same_bits
 
 FLOATING = list(SHAPES)
 MODES = ("relative", "matched", "paper")
-NAMES = [name for name in method.data_free() if not method.load(name).own_lambda]
+NAMES = [name for name in registry.data_free() if not registry.load(name).own_lambda]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def expected(models: list[Path], key: str, mode: str) -> list[float]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_lambdas_are_as_defined(mode: str, uneven: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.job, "CPU_BLOCK", 100)
+    monkeypatch.setattr(job, "CPU_BLOCK", 100)
     manifest = modelmerge.merge(
         uneven[0], uneven[1:], tmp_path / "out", method="task-arithmetic", scale=1.0, task_lambda=mode,
         weights={"expert_1": 2.0},
@@ -77,7 +77,7 @@ def test_lambdas_are_those_of_apgd(mode: str) -> None:
     options = apgd.Options(lambda_mode=mode, **({"scale": 1.0} if mode == "relative" else {}))  # type: ignore[arg-type]
     want = apgd.task_lambdas(taus, [float(tau.norm()) for tau in taus], [1.0] * 4, options)
     flat = taus.flatten(1).double()
-    assert _lambdas.task_lambdas(flat @ flat.T, mode) == pytest.approx(want, rel=1e-5)
+    assert lambdas.task_lambdas(flat @ flat.T, mode) == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,44 +9,46 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge import method, vary
 from modelmerge.errors import UsageError
-from modelmerge.methods import _threshold
+from modelmerge.methods import registry, threshold
+from modelmerge.methods.contract import Context
+from modelmerge.methods.options import make_options
+from modelmerge.plan import overrides
 from tests.checkpoints import base_state, expert_state, read, write
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("scale=0.5", vary.Variation("scale", (0.5,))),
-        ("scale=0,1e-1,.7@*mlp*", vary.Variation("scale", (0.0, 0.1, 0.7), None, "*mlp*")),
-        ("a.b-c:density=0.2", vary.Variation("density", (0.2,), "a.b-c")),
-        ("shared-rank=3@a=b:c@d", vary.Variation("shared_rank", (3.0,), None, "a=b:c@d")),
+        ("scale=0.5", overrides.Variation("scale", (0.5,))),
+        ("scale=0,1e-1,.7@*mlp*", overrides.Variation("scale", (0.0, 0.1, 0.7), None, "*mlp*")),
+        ("a.b-c:density=0.2", overrides.Variation("density", (0.2,), "a.b-c")),
+        ("shared-rank=3@a=b:c@d", overrides.Variation("shared_rank", (3.0,), None, "a=b:c@d")),
     ],
 )  # fmt: skip
-def test_grammar_and_back(text: str, said: vary.Variation) -> None:
-    assert vary.parse(text) == said
-    assert vary.parse(str(said)) == said
+def test_grammar_and_back(text: str, said: overrides.Variation) -> None:
+    assert overrides.parse(text) == said
+    assert overrides.parse(str(said)) == said
 
 
 @pytest.mark.parametrize("text", ["", "scale", "scale=", "scale=a", "=1", ":scale=1", "scale=1@", "scale=1,,2", "x:=1"])
 def test_what_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not"):
-        vary.parse(text)
+        overrides.parse(text)
 
 
 def test_numbers_keep_their_bits() -> None:
-    said = vary.Variation("weight", (0.1 + 0.2, 1e-30, 2.0, 1 / 3))
-    assert vary.parse(str(said)) == said
+    said = overrides.Variation("weight", (0.1 + 0.2, 1e-30, 2.0, 1 / 3))
+    assert overrides.parse(str(said)) == said
     assert str(said).endswith(",1e-30,2,0.3333333333333333")
 
 
 def test_depth_is_by_layer_and_prefix() -> None:
     names = ["embed", "enc.0.w", "enc.1.w", "enc.2.w.7.x", "dec.layers.0.w", "head.weight"]
-    assert vary.depths(names) == {
+    assert overrides.depths(names) == {
         "embed": 0.0, "enc.0.w": 0.0, "enc.1.w": 0.5, "enc.2.w.7.x": 1.0, "dec.layers.0.w": 1.0, "head.weight": 0.0,
     }  # fmt: skip
-    assert [vary.parse("scale=0,1,5").at(depth) for depth in (0, 0.25, 0.5, 0.75, 1)] == [0, 0.5, 1, 3, 5]
+    assert [overrides.parse("scale=0,1,5").at(depth) for depth in (0, 0.25, 0.5, 0.75, 1)] == [0, 0.5, 1, 3, 5]
 
 
 def test_each_tensor_is_merged_with_its_own_numbers(models: list[Path], tmp_path: Path) -> None:
@@ -61,11 +63,11 @@ def test_each_tensor_is_merged_with_its_own_numbers(models: list[Path], tmp_path
         "logit_scale": (0.3, 3.0),
     }  # fmt: skip
     states = [read(path) for path in models]
-    ties = method.load("ties")
+    ties = registry.load("ties")
     for name, (scale, weight) in settings.items():
         taus = torch.stack([expert[name] - states[0][name] for expert in states[1:]])
-        options = method.make_options(ties, "ties", {"density": 0.6, "reduce": "mean", "trim_scope": "tensor"})
-        context = method.Context(tensor=name, weights=(0.5, weight, 0.5), varied={"density": (0.6, 0.6, 0.3)})
+        options = make_options(ties, "ties", {"density": 0.6, "reduce": "mean", "trim_scope": "tensor"})
+        context = Context(tensor=name, weights=(0.5, weight, 0.5), varied={"density": (0.6, 0.6, 0.3)})
         delta = ties.apply(taus, options, context) / 0.3 * scale
         assert torch.allclose(got[name], states[0][name] + delta, atol=1e-7), name
 
@@ -119,7 +121,7 @@ def test_what_cannot_vary_is_refused(method: str, told: str, says: str, models: 
 def test_a_density_of_the_whole_model_can_differ_between_experts(
     told: list[str], sampled: int, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_threshold, "SAMPLED", sampled)
+    monkeypatch.setattr(threshold, "SAMPLED", sampled)
     densities = {"density=0.5": (0.5, 0.5, 0.05), "expert_0:density=0.6": (0.6, 1.0, 0.2)}[told[0]]
     modelmerge.merge(models[0], models[1:], tmp_path / "out", method="ties", scale=1.0, vary=told)
     states, got = [read(path) for path in models], read(tmp_path / "out")

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge import method
-from modelmerge.checkpoint.writer import Scratch, Staging
+from modelmerge.checkpoint.staging import Scratch, Staging
 from modelmerge.cli import main
-from modelmerge.engine import job
+from modelmerge.engine import job, memory
 from modelmerge.errors import CheckpointError, OutputError, PlanError, ReferenceNotFound, UsageError
+from modelmerge.methods import registry
 from tests.checkpoints import State, base_state, expert_state, family, read, write
 from tests.test_every_method import takes
 from tests.test_merge import same_bits
@@ -77,7 +77,7 @@ def test_what_did_not_change_is_left_out_and_listed(tmp_path: Path) -> None:
     assert same_bits(read(tmp_path / "direct"), read(tmp_path / "by_vectors"))
 
 
-@pytest.mark.parametrize("name", method.data_free())
+@pytest.mark.parametrize("name", registry.data_free())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_task_vectors_is_merging_the_experts(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     count = takes(name, 3)
@@ -182,8 +182,8 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Path]]:
     return {count: family(root / str(count) / "m", dtype=torch.bfloat16, experts=count) for count in (2, 3)}
 
 
-@pytest.mark.parametrize("front", method.names("disentangle"))
-@pytest.mark.parametrize("name", [name for name in method.data_free() if takes(name, 3) > 1])
+@pytest.mark.parametrize("front", registry.names("transform"))
+@pytest.mark.parametrize("name", [name for name in registry.data_free() if takes(name, 3) > 1])
 def test_in_front_of_any_merge_is_the_two_commands_in_turn(
     name: str, front: str, apart: dict[int, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +305,7 @@ def test_the_report_s_cosines_are_those_of_the_files(front: str, models: list[Pa
     assert report["loss"]["lowest"] < report["loss"]["first"]
 
 
-@pytest.mark.parametrize("front", method.names("disentangle"))
+@pytest.mark.parametrize("front", registry.names("transform"))
 def test_a_layer_that_one_expert_left_alone_stays_alone(front: str, tmp_path: Path) -> None:
     base = base_state()
     key = "model.layers.0.q_proj.weight"
@@ -318,7 +318,7 @@ def test_a_layer_that_one_expert_left_alone_stays_alone(front: str, tmp_path: Pa
     assert key in read(tmp_path / "v" / "e0")
 
 
-@pytest.mark.parametrize("front", method.names("disentangle"))
+@pytest.mark.parametrize("front", registry.names("transform"))
 def test_sharding_and_workers_change_no_bit_of_a_disentangled_merge(
     front: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +340,7 @@ def test_a_recipe_with_a_front_repeats_to_the_same_bits(models: list[Path], tmp_
     assert same_bits(read(tmp_path / "one"), read(tmp_path / "two"))
 
 
-@pytest.mark.parametrize("front", method.names("disentangle"))
+@pytest.mark.parametrize("front", registry.names("transform"))
 def test_without_linear_layers_there_is_nothing_to_disentangle(front: str, models: list[Path], tmp_path: Path) -> None:
     for run in (
         partial(modelmerge.disentangle, method=front),
@@ -362,7 +362,7 @@ def test_one_expert_is_nothing_to_disentangle(models: list[Path], tmp_path: Path
 def test_a_descent_that_does_not_fit_is_refused_beforehand(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     for run in (
         lambda: modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method="awd", solver="descent",
                                        granularity="model"),
@@ -436,7 +436,7 @@ def test_nan_leaves_nothing(tmp_path: Path) -> None:
     broken = expert_state(base, 0)
     broken["model.layers.0.q_proj.weight"][3, 3] = torch.nan
     paths = [write(tmp_path / "b", base), write(tmp_path / "x", broken), write(tmp_path / "y", expert_state(base, 1))]
-    fronts = [partial(modelmerge.disentangle, method=front) for front in method.names("disentangle")]
+    fronts = [partial(modelmerge.disentangle, method=front) for front in registry.names("transform")]
     for run in (modelmerge.extract, *fronts):
         with pytest.raises(CheckpointError, match=r"x/model\.safetensors: tensor 'model\.layers\.0\.q_proj\.weight'"):
             run(paths[0], paths[1:], tmp_path / "v")

@@ -25,14 +25,15 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 import modelmerge
-from modelmerge.checkpoint import writer
+from modelmerge.checkpoint import staging
 from modelmerge.checkpoint.layout import lay_out, together
 from modelmerge.checkpoint.reader import INDEX
-from modelmerge.checkpoint.writer import CARD, MANIFEST
+from modelmerge.checkpoint.staging import CARD, MANIFEST
 from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ModelMergeError, OutputError
-from modelmerge.recipe import Recipe
-from modelmerge.verbs.merge import Prepared, execute, prepare
+from modelmerge.plan.recipe import Recipe
+from modelmerge.verbs.merge import execute
+from modelmerge.verbs.prepare import Prepared, prepare
 from tests.checkpoints import State, base_state, expert_state, family, read, write
 
 Content = dict[str, bytes]
@@ -416,13 +417,13 @@ def test_shards_in_folders_are_taken_up_too(tmp_path: Path) -> None:
     layout = together(lay_out({"w": ("U8", (64,), 64)}, 1000, folder=folder) for folder in ("a/", "b/"))
 
     def write_tensors(out: Path, names: Sequence[str], manifest: bytes | None) -> None:
-        with writer.Staging(out, layout, resume=True, fingerprint="same") as staging:
+        with staging.Staging(out, layout, resume=True, fingerprint="same") as stage:
             for name in names:
-                if not staging.is_finished(name):
-                    staging.write(name, 0, memoryview(data[name]))
+                if not stage.is_finished(name):
+                    stage.write(name, 0, memoryview(data[name]))
             if manifest is None:
                 raise KeyboardInterrupt
-            staging.publish(manifest)
+            stage.publish(manifest)
 
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -582,7 +583,7 @@ def test_a_symlink_as_output_is_followed_and_kept(models: list[Path], tmp_path: 
 
 @pytest.fixture
 def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_exchange", lambda *paths: False)
+    monkeypatch.setattr(staging, "_exchange", lambda *paths: False)
 
 
 @pytest.mark.usefixtures("no_exchange")
@@ -643,14 +644,14 @@ def test_no_other_run_may_begin_while_the_old_content_is_removed(
     def intrude(path: Path, **told: Any) -> None:
         if (out / MANIFEST).exists() and staging_of(out).exists():
             try:
-                os.close(writer._claim(staging_of(out), out))
+                os.close(staging._claim(staging_of(out), out))
             except OutputError as error:
                 refused.append(error)
             else:
                 refused.append(None)
         rmtree(path, **told)
 
-    monkeypatch.setattr(writer.shutil, "rmtree", intrude)
+    monkeypatch.setattr(staging.shutil, "rmtree", intrude)
     execute(ready(models), out, force=True)
     assert None not in refused
 
@@ -752,7 +753,7 @@ def test_a_call_that_fails_leaves_the_old_content(
             raise OSError(number, os.strerror(number))
         return real(*args)
 
-    monkeypatch.setattr(writer.os, call, fail)
+    monkeypatch.setattr(staging.os, call, fail)
     with pytest.raises(OutputError, match="cannot ") as caught:
         execute(ready(models, max_shard_size="2000"), out, force=True)
     assert str(tmp_path) in caught.value.message
@@ -765,7 +766,7 @@ def test_a_call_that_fails_leaves_the_old_content(
 
 def test_short_writes_are_continued(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
-    monkeypatch.setattr(writer.os, "pwrite", lambda file, data, position: real(file, data[:100], position))
+    monkeypatch.setattr(staging.os, "pwrite", lambda file, data, position: real(file, data[:100], position))
     execute(ready(models), tmp_path / "out")
     assert same(read(tmp_path / "out"), merge_of(models))
 
@@ -880,15 +881,15 @@ def test_the_manifest_is_written_after_all_else(
     furnished: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
-    real = writer.Staging.write_file
+    real = staging.Staging.write_file
 
-    def note(staging: writer.Staging, name: str, data: bytes | Path) -> None:
+    def note(staging: staging.Staging, name: str, data: bytes | Path) -> None:
         if name == MANIFEST:
             assert {p.name for p in staging_of(tmp_path / "out").glob("*.safetensors")} < staging.digests.keys()
         written.append(name)
         real(staging, name, data)
 
-    monkeypatch.setattr(writer.Staging, "write_file", note)
+    monkeypatch.setattr(staging.Staging, "write_file", note)
     execute(ready(furnished, max_shard_size="1000"), tmp_path / "out")
     assert written[-1] == MANIFEST
     assert written.count(MANIFEST) == 1

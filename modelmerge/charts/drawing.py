@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from modelmerge.charts import colours
 from modelmerge.charts.figures import RADAR, Chart, Heatmap, Scores, Series, ticks
 from modelmerge.charts.names import clean, shortened, wrapped
-from modelmerge.checkpoint.writer import replace_file
+from modelmerge.checkpoint.staging import replace_file
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from modelmerge.suites._scores import mean, plain
+from modelmerge.evaluation.scores import mean, plain
 
 AVERAGE = "average"
 RADAR = range(3, 21)  # so many tasks a radar chart can show

@@ -23,7 +23,7 @@ from markupsafe import Markup, escape
 from modelmerge.charts import colours, tables
 from modelmerge.charts.figures import Chart, Heatmap, Scores, Series, of_report, ticks
 from modelmerge.charts.names import clean, wrapped
-from modelmerge.checkpoint.writer import replace_file
+from modelmerge.checkpoint.staging import replace_file
 
 __all__ = ["Incomplete", "render", "write"]  # Incomplete: what render raises of what is no report
 _HERE = Path(__file__).parent

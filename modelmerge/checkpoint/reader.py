@@ -14,8 +14,8 @@ from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import Change, TensorInfo, read_header
 from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
-from modelmerge.checkpoint.wire import Ranges
 from modelmerge.errors import CheckpointError, ReferenceNotFound
+from modelmerge.hub.ranges import Ranges
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

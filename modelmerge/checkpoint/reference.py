@@ -18,8 +18,8 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from modelmerge.checkpoint import hub
 from modelmerge.errors import ReferenceNotFound, UsageError
+from modelmerge.hub import repository
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
 _HUB = re.compile(r"(?:(?P<scheme>hf://))?(?P<repo>[\w.\-]+/[\w.\-]+)(?P<inside>/[^@]+)?(?:@(?P<revision>.+))?")
@@ -37,7 +37,7 @@ class Reference:
     name: str
     text: str
     path: Path
-    repository: hub.Repository | None = None
+    repository: repository.Repository | None = None
 
     @property
     def location(self) -> str:
@@ -113,7 +113,7 @@ def _default_name(path: Path, *, folder: bool) -> str:
     return path.parent.name if path.stem in _GENERIC_STEMS else path.stem
 
 
-def _on_the_hub(ref: str, path: Path) -> hub.Repository:
+def _on_the_hub(ref: str, path: Path) -> repository.Repository:
     """The repository that a reference names which is no path.
 
     Raises:
@@ -128,7 +128,7 @@ def _on_the_hub(ref: str, path: Path) -> hub.Repository:
     except HFValidationError:
         raise _missing(ref, path) from None
     try:
-        return hub.find(match["repo"], match["revision"], (match["inside"] or "").strip("/"))
+        return repository.find(match["repo"], match["revision"], (match["inside"] or "").strip("/"))
     except ReferenceNotFound as error:
         near = None if match["scheme"] or match["revision"] else _beside(path)
         raise ReferenceNotFound(error.message, hint=near or error.hint) from error

@@ -17,10 +17,10 @@ from typing import Annotated
 import typer
 
 import modelmerge
-from modelmerge import method
 from modelmerge.cli import demo, evaluate, merge, vectors
 from modelmerge.cli.output import Sink
 from modelmerge.errors import ModelMergeError
+from modelmerge.methods import registry
 from modelmerge.verbs.auto import AUTO, SUMMARY
 
 EXAMPLES = (
@@ -107,10 +107,10 @@ def _methods(
     )  # fmt: skip
     app.callback()(callback)
     asked = _completing() or words
-    for name in (*method.names(kind), *((AUTO,) if kind == "merge" else ())):
+    for name in (*registry.names(kind), *((AUTO,) if kind == "merge" else ())):
         made = command(name) if name in asked else _unasked
         usage = merge.usage(kind, name) if name in asked else ()
-        summary = SUMMARY if name == AUTO else method.summary(name, kind)
+        summary = SUMMARY if name == AUTO else registry.summary(name, kind)
         app.command(name, help=summary, epilog=merge.examples(usage))(made)
     return app
 

@@ -35,7 +35,7 @@ def demo(
     import shutil
     import tempfile
 
-    from modelmerge.checkpoint.writer import check_output
+    from modelmerge.checkpoint.staging import check_output
     from modelmerge.verbs.demo import demo as run
     from modelmerge.verbs.demo import to_json
 
@@ -79,7 +79,7 @@ def demo(
             f"\nThe models are in [bold]{out}[/]. This made the best merge:\n  {story.commands[best.model]}",
             f"\nHow a merge stands to the experts, by its weights, and what all merges score:\n"
             f"  modelmerge eval weights {out}/merged/{best.model.replace(' ', '')}\n"
-            f"  modelmerge eval custom {out}/merged/* --script modelmerge.digits:scores",
+            f"  modelmerge eval custom {out}/merged/* --script modelmerge.evaluation.digits:scores",
             f"\nWith your own models, look before you merge:\n  modelmerge merge {line} --dry-run",
         ],
     )

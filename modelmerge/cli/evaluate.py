@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from modelmerge import suites
+from modelmerge import evaluation
 from modelmerge.cli import options as opt
 from modelmerge.cli.merge import chosen_format, examples, sink_of
 from modelmerge.cli.output import Bars, Sink, table
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from modelmerge.charts import tables
-    from modelmerge.verbs.pictures import Pictures
+    from modelmerge.verbs.render import Pictures
 
 EXAMPLES = (
     "modelmerge eval                                              (lists the suites)",
@@ -157,7 +157,7 @@ def add_suites(app: typer.Typer) -> None:
     )  # fmt: skip
     made.callback()(_list)
     for name, command in COMMANDS.items():
-        made.command(name, help=suites.summary(name), epilog=examples(EXAMPLES))(command)
+        made.command(name, help=evaluation.summary(name), epilog=examples(EXAMPLES))(command)
     made.command("report", epilog=examples(EXAMPLES))(_render)
     app.add_typer(made, name="eval")
 
@@ -169,10 +169,10 @@ def _list(context: typer.Context, form: opt.Form = "human", json: opt.Json = Fal
     """
     if context.invoked_subcommand is not None:
         return
-    listed = [{"suite": name, "summary": suites.summary(name)} for name in suites.names()]
+    listed = [{"suite": name, "summary": evaluation.summary(name)} for name in evaluation.names()]
     Sink(chosen_format(form, json, quiet)).result(
         {"suites": listed},
-        quiet="\n".join(suites.names()),
+        quiet="\n".join(evaluation.names()),
         human=[
             table(None, ["suite", ""], [[s["suite"], s["summary"]] for s in listed], left=2),
             "\nmodelmerge eval SUITE MODEL...      (SUITE --help for its options)",
@@ -207,7 +207,7 @@ def _weights(
     quiet: Quiet = False,
 ) -> None:
     from modelmerge.verbs.evaluate import evaluate_weights
-    from modelmerge.verbs.pictures import asked
+    from modelmerge.verbs.render import asked
 
     pictures = asked(plot, "auto", page)
     sink = Sink(chosen_format(form, json, quiet))
@@ -388,7 +388,7 @@ def _scores(suite: str, own: Callable[..., dict[str, Any]]) -> Callable[..., Non
 
     def run(**values: Any) -> None:
         from modelmerge.verbs.evaluate import SUITES
-        from modelmerge.verbs.pictures import asked
+        from modelmerge.verbs.render import asked
 
         pictures = asked(values["plot"], values["chart"], values["page"])
         sink = sink_of(values)
@@ -426,7 +426,7 @@ def _render(
     quiet: Quiet = False,
 ) -> None:
     """Print a saved report again, or draw it; nothing is evaluated."""
-    from modelmerge.verbs.pictures import asked, read
+    from modelmerge.verbs.render import asked, read
 
     pictures = asked(plot, chart, page)
     sink = Sink(chosen_format(form, json, quiet))

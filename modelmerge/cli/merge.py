@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from modelmerge import method, presets
 from modelmerge.cli import options as opt
 from modelmerge.cli.output import Bars, Format, Sink, size, table
 from modelmerge.cli.search import results
 from modelmerge.errors import UsageError
-from modelmerge.recipe import Recipe, parse_weights
+from modelmerge.methods import registry
+from modelmerge.methods.contract import Disentangler
+from modelmerge.methods.options import option_types
+from modelmerge.plan import presets
+from modelmerge.plan.recipe import Recipe, parse_weights
 from modelmerge.verbs.auto import AUTO, SUMMARY
 
 if TYPE_CHECKING:
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from modelmerge.checkpoint.push import Target
-    from modelmerge.verbs.merge import Prepared
+    from modelmerge.hub.upload import Target
+    from modelmerge.verbs.prepare import Prepared
 
 EXAMPLES = (
     "modelmerge merge                                                    (lists the methods)",
@@ -83,7 +86,7 @@ def examples(lines: tuple[str, ...]) -> str:
 
 def usage(kind: str, name: str) -> tuple[str, ...]:
     """Examples of a method."""
-    if kind == "merge" and name != AUTO and method.load(name).finder is not None:
+    if kind == "merge" and name != AUTO and registry.load(name).finder is not None:
         return (
             f"modelmerge merge {name} base svhn mnist -o out --task svhn --task mnist",
             f"modelmerge merge {name} base svhn mine -o out --task svhn --data mine=photos --classes mine=names.txt",
@@ -97,7 +100,7 @@ def usage(kind: str, name: str) -> tuple[str, ...]:
 
 def list_methods(kind: str, sink: Sink) -> None:
     """Print the methods of a kind."""
-    listed = [{"method": name, "summary": method.summary(name, kind)} for name in method.names(kind)]
+    listed = [{"method": name, "summary": registry.summary(name, kind)} for name in registry.names(kind)]
     listed += [{"method": AUTO, "summary": SUMMARY}] if kind == "merge" else []
     shown = table(None, ["method", ""], [[m["method"], m["summary"]] for m in listed], left=2)
     usage = f"\nmodelmerge {kind} METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
@@ -155,7 +158,7 @@ def replay_or_list() -> Callable[..., None]:
         if output and preset:
             raise UsageError("no method is named", hint=f"merge METHOD --preset {preset} -o {output}")
         if output and not recipe:
-            raise UsageError("no method is named", hint=f"there are: {', '.join(method.names())}")
+            raise UsageError("no method is named", hint=f"there are: {', '.join(registry.names())}")
         if preset:
             show_preset(presets.load(preset), sink_of(values))
         elif not recipe:
@@ -165,7 +168,7 @@ def replay_or_list() -> Callable[..., None]:
         else:
             from pathlib import Path
 
-            from modelmerge.verbs.merge import prepare_file
+            from modelmerge.verbs.prepare import prepare_file
 
             file = Path(recipe).expanduser()
             _run(lambda: prepare_file(file, device=values["device"], stream=values["stream"]), values)
@@ -179,8 +182,8 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
 
     With a preset there are no arguments.
     """
-    chosen = None if name == AUTO else method.load(name)
-    fronts = {front: method.load(front, "disentangle") for front in method.names("disentangle")}
+    chosen = None if name == AUTO else registry.load(name)
+    fronts = {front: registry.load(front, "transform") for front in registry.names("transform")}
 
     def shared(
         output: opt.Output,
@@ -205,7 +208,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
 
     def run(context: typer.Context, **values: Any) -> None:
         from modelmerge.checkpoint.as_lora import parse_size
-        from modelmerge.verbs.merge import prepare
+        from modelmerge.verbs.prepare import prepare
 
         if preset:
             values |= _of_preset(presets.load(values["preset"]), name, context)
@@ -291,11 +294,11 @@ def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dic
     return told
 
 
-def _front_options(fronts: dict[str, method.Disentangler], values: dict[str, Any]) -> dict[str, Any]:
+def _front_options(fronts: dict[str, Disentangler], values: dict[str, Any]) -> dict[str, Any]:
     """The options given for what goes in front of the method."""
     given = {}
     for front, told in fronts.items():
-        for spec in method.option_types(told.options):
+        for spec in option_types(told.options):
             value = values[opt.front_word(front, spec)]
             if value is None:
                 continue
@@ -315,7 +318,7 @@ def destination(values: Mapping[str, Any]) -> Target | None:
                 word = opt.flag("commit_message" if word == "message" else word)
                 raise UsageError(f"{word} has no effect without --push REPO")
         return None
-    from modelmerge.checkpoint.push import parse_target
+    from modelmerge.hub.upload import parse_target
 
     return parse_target(values["push"], **told)
 
@@ -336,7 +339,7 @@ def checked(target: Target | None, *, create: bool = True) -> dict[str, Any] | N
     """What there is where the result is to be pushed; an error if that would be refused."""
     if target is None:
         return None
-    from modelmerge.checkpoint.push import check
+    from modelmerge.hub.upload import check
 
     return check(target, create=create)
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from modelmerge import presets
-from modelmerge.method import Disentangler, Method, bounds, option_types
+from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.options import bounds, option_types
+from modelmerge.plan import presets
 
 METHOD_PANEL = "Options of the method"
 SHARED_PANEL = "Options of every merge"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelmerge import method
 from modelmerge.cli import options as opt
 from modelmerge.cli.merge import (
     Base,
@@ -23,6 +22,7 @@ from modelmerge.cli.merge import (
     sink_of,
 )
 from modelmerge.cli.output import Bars, Sink, table
+from modelmerge.methods import registry
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,12 +137,12 @@ def disentangle_or_list(
     Without a method, list what there is.
     """
     if context.invoked_subcommand is None:
-        list_methods("disentangle", Sink(chosen_format(form, json, quiet)))
+        list_methods("transform", Sink(chosen_format(form, json, quiet)))
 
 
 def command(name: str) -> Callable[..., None]:
     """The Typer command of a disentangling method, its options made from the method's dataclass."""
-    chosen = method.load(name, "disentangle")
+    chosen = registry.load(name, "transform")
 
     def shared(
         output: opt.Output,

@@ -9,15 +9,16 @@ from statistics import fmean
 
 from torch import Tensor
 
-from modelmerge.checkpoint.writer import Scratch
-from modelmerge.engine.front import Front, fit
+from modelmerge.checkpoint.staging import Scratch
 from modelmerge.engine.job import Findings, Job
-from modelmerge.engine.stream import Loader, Piece, gathered, known_factors, piece_bytes, wholes
-from modelmerge.engine.surveying import run_survey
-from modelmerge.methods import _lambdas, _larv
-from modelmerge.plan import TensorPlan
-from modelmerge.report import Reporter
-from modelmerge.vary import layer_of, layers
+from modelmerge.engine.loader import Loader, Piece, known_factors, piece_bytes, wholes
+from modelmerge.engine.parallel import gathered
+from modelmerge.engine.survey import run_survey
+from modelmerge.engine.transforms import Front, fit
+from modelmerge.methods import lambdas, larv
+from modelmerge.plan.overrides import layer_of, layers
+from modelmerge.plan.tensors import TensorPlan
+from modelmerge.progress import Reporter
 
 Factors = tuple[tuple[Tensor, Tensor] | None, ...]
 
@@ -119,21 +120,21 @@ def _by_larv(job: Job, front: Front | None, reporter: Reporter) -> dict[str, flo
         layer, update = layer_of(piece.tensor.name), taus.sum(0)
         assert layer is not None, "only tensors in layers are looked at"
         if bool(update.any()) and bool(theta_0.any()):
-            contrasts[layer].append(_larv.effective_rank(theta_0) / _larv.effective_rank(update))
-            conflicts[layer].append(_larv.conflict(theta_0, update))
+            contrasts[layer].append(larv.effective_rank(theta_0) / larv.effective_rank(update))
+            conflicts[layer].append(larv.conflict(theta_0, update))
         reporter.advance(piece_bytes(job.plan, piece), piece.tensor.name)
     count = layers(tensor.name for tensor in job.merged())
-    score = _larv.scores(
+    score = larv.scores(
         {layer: fmean(values) for layer, values in contrasts.items()},
         {layer: fmean(values) for layer, values in conflicts.items()},
         {(prefix, number): (number + 1) / count[prefix] for prefix, number in contrasts},
     )
-    factors = _larv.tiers(score)
+    factors = larv.tiers(score)
     return {t.name: factors[layer] for t in job.merged() if (layer := layer_of(t.name)) in factors}
 
 
 def _task_lambdas(
-    job: Job, mode: _lambdas.Mode, front: Front | None, findings: Findings, reporter: Reporter
+    job: Job, mode: lambdas.Mode, front: Front | None, findings: Findings, reporter: Reporter
 ) -> dict[str, tuple[float, ...]]:
     """Each expert's lambda on each tensor; an expert that did not change it is told to be left out."""
     tensors = [tensor for tensor in job.merged() if tensor.numel]
@@ -151,7 +152,7 @@ def _task_lambdas(
     for piece, gram in gathered(job.source, tensors, measure):
         name = piece.tensor.name
         grams[name] = grams[name] + gram if name in grams else gram
-    found = {tensor.name: _lambdas.task_lambdas(grams[tensor.name], mode) for tensor in tensors}
+    found = {tensor.name: lambdas.task_lambdas(grams[tensor.name], mode) for tensor in tensors}
     for name, values in found.items():
         for expert, value in zip(job.plan.experts, values, strict=True):
             if value == 0.0:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.header import DTYPE_BITS
-from modelmerge.engine.job import Source, threads
-from modelmerge.engine.stream import Loader, Piece
-from modelmerge.methods import _linalg
-from modelmerge.plan import Plan, TensorPlan, layer_type
+from modelmerge.engine.job import Source
+from modelmerge.engine.loader import Loader, Piece
+from modelmerge.engine.parallel import threads
+from modelmerge.methods import linalg
+from modelmerge.plan.tensors import Plan, TensorPlan, layer_type
 
 # So many rows of a matrix are looked at: enough for an adapter of rank 64, and done in milliseconds.
 ROWS = 512
@@ -83,7 +84,7 @@ def is_low_rank(plan: Plan, expert: int) -> bool:
 def _stands_out_little(tau: Tensor, theta_0: Tensor) -> bool:
     """Whether few singular values of [m, n] stand out of those of rounding, and rounding is small beside them."""
     m, n = tau.shape
-    values, rounding = _linalg.singular_values(tau), _rounding(tau.double() + theta_0)
+    values, rounding = linalg.singular_values(tau), _rounding(tau.double() + theta_0)
     if rounding**2 * m * n > _HIDDEN * float(values.square().sum()):
         return False
     # Rounding errors are like noise, whose largest singular value is about its size times sqrt(m) + sqrt(n).

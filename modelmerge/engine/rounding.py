@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.header import HALF_DTYPES
-from modelmerge.plan import Plan
+from modelmerge.plan.tensors import Plan
 
 _RUN = 1 << 18  # so many products are added up in float32 before float64 takes over
 

@@ -9,24 +9,14 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.reader import LEFT, RIGHT
-from modelmerge.checkpoint.writer import Staging
-from modelmerge.engine.front import Front
-from modelmerge.engine.job import SMALL, Source, threads
-from modelmerge.engine.stream import (
-    Loader,
-    Piece,
-    as_bytes,
-    gathered,
-    in_parallel,
-    item_bytes,
-    piece_bytes,
-    pieces,
-    rounded,
-    whole,
-)
-from modelmerge.methods import _linalg
-from modelmerge.plan import TensorPlan
-from modelmerge.report import Reporter
+from modelmerge.checkpoint.staging import Staging
+from modelmerge.engine.job import SMALL, Source
+from modelmerge.engine.loader import Loader, Piece, as_bytes, item_bytes, piece_bytes, pieces, rounded, whole
+from modelmerge.engine.parallel import gathered, in_parallel, threads
+from modelmerge.engine.transforms import Front
+from modelmerge.methods import linalg
+from modelmerge.plan.tensors import TensorPlan
+from modelmerge.progress import Reporter
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +83,7 @@ def spectra(source: Source, tensors: Sequence[TensorPlan], reporter: Reporter) -
     for tensor in tensors:
         piece, _, taus = whole(source, tensor, check=False)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
-            found[tensor.name] = torch.stack([_linalg.singular_values(tau.to(source.device)).cpu() for tau in taus])
+            found[tensor.name] = torch.stack([linalg.singular_values(tau.to(source.device)).cpu() for tau in taus])
         reporter.advance(piece_bytes(source.plan, piece), tensor.name)
     return found
 
@@ -164,7 +154,7 @@ def _write_factors(staging: Staging, key: str, tau: Tensor, rank: int) -> float:
     if rank == 0:  # the tensor did not change and is left out
         return 0.0
     with threads(1 if tau.numel() <= SMALL else torch.get_num_threads()):
-        left, right = (factor.float().contiguous() for factor in _linalg.low_rank(tau, rank))
+        left, right = (factor.float().contiguous() for factor in linalg.low_rank(tau, rank))
         error = float((tau.double() - left.double() @ right.double()).square().sum())
     staging.write(f"{key}{LEFT}", 0, as_bytes(left.flatten().cpu()))
     staging.write(f"{key}{RIGHT}", 0, as_bytes(right.flatten().cpu()))

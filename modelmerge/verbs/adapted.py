@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from modelmerge import engine, plan
 from modelmerge.checkpoint import as_lora
 from modelmerge.checkpoint.adapter import CONFIG, WEIGHTS
-from modelmerge.checkpoint.writer import Staging
+from modelmerge.checkpoint.staging import Staging
+from modelmerge.engine.adapter import Adapted, adapt
+from modelmerge.engine.job import Job
+from modelmerge.engine.memory import adapted_bytes, adapted_memory
 from modelmerge.errors import OutputError, UsageError
-from modelmerge.recipe import Recipe
-from modelmerge.report import Reporter
-from modelmerge.verbs.inputs import listing
+from modelmerge.plan.recipe import Recipe
+from modelmerge.plan.tensors import dtype_of
+from modelmerge.progress import Reporter
+from modelmerge.record.manifest import listing
 
 _BLOCK = 1 << 24  # bytes copied at a time
 # What a plan calls the fate of a tensor that the merge may change.
@@ -34,7 +37,7 @@ def size_of(recipe: Recipe) -> as_lora.Size | None:
     return as_lora.parse_size(recipe.as_lora)
 
 
-def describe(job: engine.Job, recipe: Recipe, size: as_lora.Size) -> dict[str, Any]:
+def describe(job: Job, recipe: Recipe, size: as_lora.Size) -> dict[str, Any]:
     """What a plan says otherwise than for a checkpoint."""
     table, dtype = as_lora.roles(job.plan.base), _dtype(recipe)
     told = []
@@ -44,17 +47,17 @@ def describe(job: engine.Job, recipe: Recipe, size: as_lora.Size) -> dict[str, A
         told.append((tensor, dtype if kind == "low rank" else tensor.out_dtype, action))
     return {
         "tensors": listing(job.source, told)["tensors"],
-        "peak_memory": engine.adapted_memory(job, size),
+        "peak_memory": adapted_memory(job, size),
         "shards": [WEIGHTS],
     }
 
 
-def most_bytes(job: engine.Job, recipe: Recipe, size: as_lora.Size) -> int:
+def most_bytes(job: Job, recipe: Recipe, size: as_lora.Size) -> int:
     """The most bytes that the adapter's weights can have."""
-    return engine.adapted_bytes(job, as_lora.roles(job.plan.base), size, _dtype(recipe))
+    return adapted_bytes(job, as_lora.roles(job.plan.base), size, _dtype(recipe))
 
 
-def run(job: engine.Job, recipe: Recipe, size: as_lora.Size, staging: Staging, reporter: Reporter) -> engine.Adapted:
+def run(job: Job, recipe: Recipe, size: as_lora.Size, staging: Staging, reporter: Reporter) -> Adapted:
     """Merge into an adapter's two files.
 
     Raises:
@@ -62,7 +65,7 @@ def run(job: engine.Job, recipe: Recipe, size: as_lora.Size, staging: Staging, r
     """
     base, table = job.plan.base, as_lora.roles(job.plan.base)
     with staging.spool() as spool:
-        adapted = engine.adapt(job, table, size, _dtype(recipe), spool, staging.scratch, reporter)
+        adapted = adapt(job, table, size, _dtype(recipe), spool, staging.scratch, reporter)
         if not adapted.ranks:
             raise OutputError(
                 "the merge changes no weight of a linear layer: there is nothing to write as a LoRA",
@@ -78,7 +81,7 @@ def run(job: engine.Job, recipe: Recipe, size: as_lora.Size, staging: Staging, r
     return adapted
 
 
-def report(adapted: engine.Adapted) -> dict[str, Any]:
+def report(adapted: Adapted) -> dict[str, Any]:
     """What a manifest says of an adapter."""
     return {
         "relative_error": adapted.relative_error(),
@@ -91,7 +94,7 @@ def report(adapted: engine.Adapted) -> dict[str, Any]:
     }
 
 
-def note(adapted: engine.Adapted) -> str:
+def note(adapted: Adapted) -> str:
     """What a person should know of an adapter."""
     ranks = sorted(set(adapted.ranks.values()))
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
@@ -102,4 +105,4 @@ def note(adapted: engine.Adapted) -> str:
 
 def _dtype(recipe: Recipe) -> str:
     """The safetensors dtype of the factors."""
-    return plan.dtype_of(recipe.dtype or "float32")
+    return dtype_of(recipe.dtype or "float32")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modelmerge.checkpoint.reader import Checkpoint
-    from modelmerge.plan import Plan
+    from modelmerge.plan.tensors import Plan
 
 AUTO = "auto"
 SUMMARY = "Choose the method by what the models are, and say which and why."
@@ -36,7 +36,10 @@ def choose(made: Plan, *, look: bool) -> Choice:
     Raises:
         CheckpointError: A weight cannot be read.
     """
-    from modelmerge.engine.lowrank import is_low_rank, look_bytes  # torch: help has the name `auto` from here
+    from modelmerge.engine.lowrank import (
+        is_low_rank,
+        look_bytes,  # torch: help has the name `auto` from here
+    )
 
     if len(made.experts) == 1:
         return Choice("task-arithmetic", {"scale": 1.0}, "there is one expert: base and task vector add up to it")

@@ -11,21 +11,22 @@ from typing import Any
 
 import torch
 
-from modelmerge import engine
 from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.writer import Scratch
-from modelmerge.engine import Problem
+from modelmerge.checkpoint.staging import Scratch
+from modelmerge.engine.coefficients import Problem, find_weights
+from modelmerge.engine.job import Job
+from modelmerge.engine.memory import refuse_finding_beyond_memory
 from modelmerge.errors import RecipeError, UsageError
-from modelmerge.recipe import Recipe, data_flag
-from modelmerge.report import Reporter
-from modelmerge.suites import _cache, _images, _unlabelled, clip
-from modelmerge.suites._images import Items, Task
-from modelmerge.suites._model import Model
-from modelmerge.suites.custom import Script, load_script
-from modelmerge.vary import Setting
+from modelmerge.evaluation import cache, clip, images, unlabelled
+from modelmerge.evaluation.custom import Script, load_script
+from modelmerge.evaluation.images import Items, Task
+from modelmerge.evaluation.model import Model
+from modelmerge.plan.overrides import Setting
+from modelmerge.plan.recipe import Recipe, data_flag
+from modelmerge.progress import Reporter
 from modelmerge.verbs.evaluate_clip import find_tasks, is_for, parts_of
-from modelmerge.verbs.inputs import as_references
 
 # What images are told by, as in `evaluate_clip`.
 IMAGES = (
@@ -64,7 +65,7 @@ class Data:
             ModelMergeError: A data set cannot be read, or is empty.
         """
         loaded = {
-            name: _images.load(task, limit=self.limit, seed=seed, labelled=False) for name, task in self.tasks.items()
+            name: images.load(task, limit=self.limit, seed=seed, labelled=False) for name, task in self.tasks.items()
         }
         return Read(self, loaded)
 
@@ -96,7 +97,7 @@ class Read:
         return {"data": items.task.data, "split": items.task.split, "images": len(items.ids),
                 "classes": len(items.classes), "templates": list(items.task.templates)}  # fmt: skip
 
-    def problems(self, job: engine.Job) -> Iterator[Problem]:
+    def problems(self, job: Job) -> Iterator[Problem]:
         """A classifier and its data for each expert, in the experts' order, each made when it is asked for.
 
         Raises:
@@ -111,17 +112,17 @@ class Read:
         for expert in job.plan.experts:
             yield self._of_images(expert.name, parts, tower, digest, job)
 
-    def _of_script(self, script: Script, expert: Checkpoint, job: engine.Job) -> Problem:
+    def _of_script(self, script: Script, expert: Checkpoint, job: Job) -> Problem:
         options = job.parts[0].options
         told = Model(expert, job.plan.base, job.source.device)
-        module, batches = _unlabelled.classifier_of(script, told, options.batch_size, job.seed)
+        module, batches = unlabelled.classifier_of(script, told, options.batch_size, job.seed)
         where = f"{script.label} for '{expert.name}'"
         merged = [tensor.name for tensor in job.merged()]
-        names = _unlabelled.names_in(list(module.state_dict()), merged, where)
-        predict = _unlabelled.predictor(where, module, batches, job.source.device)
+        names = unlabelled.names_in(list(module.state_dict()), merged, where)
+        predict = unlabelled.predictor(where, module, batches, job.source.device)
         return Problem(expert.name, module, names, predict)
 
-    def _of_images(self, name: str, parts: clip.Parts, tower: clip.Tower, digest: str, job: engine.Job) -> Problem:
+    def _of_images(self, name: str, parts: clip.Parts, tower: clip.Tower, digest: str, job: Job) -> Problem:
         options, items = job.parts[0].options, self.items[name]
         try:
             head = clip.find_head(items.task, items.classes, parts, self.data.heads, digest)
@@ -130,11 +131,11 @@ class Read:
                 error.message, hint="a whole CLIP model as BASE has one; or a folder that has the head: --heads DIR"
             ) from error
         made = clip.classifier(tower, head, job.source.device)
-        order = _unlabelled.draws(len(items.ids), options.batch_size, job.seed, name)
+        order = unlabelled.draws(len(items.ids), options.batch_size, job.seed, name)
         pixels = (batch for batch, _ in clip.batches(items, head, options.batch_size, order))
         return Problem(
             name, made, clip.names_in(made, parts),
-            _unlabelled.predictor(f"the data of '{name}'", made, pixels, job.source.device),
+            unlabelled.predictor(f"the data of '{name}'", made, pixels, job.source.device),
         )  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def _paired(tasks: Sequence[Task], experts: Sequence[str]) -> dict[str, Task]:
     return found
 
 
-def with_coefficients(job: engine.Job, coefficients: Mapping[str, Mapping[str, float]]) -> engine.Job:
+def with_coefficients(job: Job, coefficients: Mapping[str, Mapping[str, float]]) -> Job:
     """The job with its experts' weights times the coefficients, by tensor and expert; a tensor without did not change.
 
     Raises:
@@ -240,7 +241,7 @@ def with_coefficients(job: engine.Job, coefficients: Mapping[str, Mapping[str, f
 
 
 def find(
-    job: engine.Job,
+    job: Job,
     data: Read,
     key: str,
     scratch: Callable[[int], Scratch],
@@ -261,14 +262,14 @@ def find(
     Raises:
         ModelMergeError: See `modelmerge.engine.find_weights`.
     """
-    name = _cache.key({"coefficients": key})
-    known = _cache.recall(name, "coefficients") if resume else None
+    name = cache.key({"coefficients": key})
+    known = cache.recall(name, "coefficients") if resume else None
     if known is not None:
         reporter.note("the coefficients were found by an earlier run")
         return known
-    engine.refuse_finding_beyond_memory(job)
+    refuse_finding_beyond_memory(job)
     experts = [expert.name for expert in job.plan.experts]
-    found = engine.find_weights(job, lambda: data.problems(job), scratch, reporter)
+    found = find_weights(job, lambda: data.problems(job), scratch, reporter)
     steps = torch.tensor(found.losses, dtype=torch.float64)
     some = max(len(steps) // _TENTH, 1)
     before, after = steps[:some].mean(0).tolist(), steps[-some:].mean(0).tolist()
@@ -281,5 +282,5 @@ def find(
         "averaged_steps": some,
         "entropy": [round(value, 6) for value in steps.mean(1).tolist()],
     }
-    _cache.remember(name, entry)
+    cache.remember(name, entry)
     return entry

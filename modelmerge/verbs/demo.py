@@ -11,11 +11,12 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from modelmerge import digits, method
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.engine import threads
+from modelmerge.engine.parallel import threads
 from modelmerge.errors import ModelMergeError
-from modelmerge.report import SILENT, Reporter
+from modelmerge.evaluation import digits
+from modelmerge.methods import registry
+from modelmerge.progress import SILENT, Reporter
 from modelmerge.verbs.merge import merge
 
 SCALES = (0.2, 0.3, 0.4, 0.6, 0.8)  # of task arithmetic, to see what disentangling does to its reach
@@ -72,7 +73,7 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
     commands: dict[str, str] = {}
     experts = [out / "experts" / name for name in tasks]
     names = sorted(suited(len(experts)), key=lambda name: (name != "average", name))
-    fronts = method.names("disentangle")
+    fronts = registry.names("transform")
     reporter.stage("merging", len(names) + len(fronts) + len(SCALES) * (1 + len(fronts)), "merges")
 
     def run(name: str, label: str, front: str | None = None, **options: Any) -> Row:
@@ -97,7 +98,7 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
 
 def suited(experts: int) -> list[str]:
     """The merge methods that take so many experts, and nothing but models."""
-    return [name for name in method.data_free() if (method.load(name).most_experts or experts) >= experts]
+    return [name for name in registry.data_free() if (registry.load(name).most_experts or experts) >= experts]
 
 
 def train(out: Path, tasks: Mapping[str, digits.Task], reporter: Reporter = SILENT) -> list[Row]:

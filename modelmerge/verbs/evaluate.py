@@ -9,27 +9,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from modelmerge import plan
+from modelmerge.checkpoint.opening import as_references, open_references
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_experts
-from modelmerge.engine.job import prepare_process
+from modelmerge.engine.parallel import prepare_process, source_of
 from modelmerge.errors import UsageError
-from modelmerge.report import SILENT, Reporter
-from modelmerge.suites import custom, weights
-from modelmerge.suites._model import Model
-from modelmerge.suites._scores import Score
+from modelmerge.evaluation import custom, weights
+from modelmerge.evaluation.bench import Bench, run
+from modelmerge.evaluation.model import Model
+from modelmerge.evaluation.scores import Score
+from modelmerge.plan.downloads import fetch
+from modelmerge.plan.tensors import ON_MISMATCH, make_plan
+from modelmerge.progress import SILENT, Reporter
+from modelmerge.record.manifest import record, remarks, stamp
 from modelmerge.verbs.evaluate_clip import evaluate_clip
 from modelmerge.verbs.evaluate_lm import evaluate_lm
-from modelmerge.verbs.inputs import (
-    as_references,
-    fetch,
-    open_references,
-    record,
-    remarks,
-    source_of,
-    stamp,
-)
-from modelmerge.verbs.scores import Bench, run
 
 
 def evaluate(
@@ -85,14 +79,14 @@ def evaluate_weights(
 
     Returns:
         The figures as plain data: `model`, `layer_types`, `tensors`, with `experts` and `models` in each; see
-        `modelmerge.suites.weights` and the papers named in `modelmerge.suites._interference`.
+        `modelmerge.evaluation.weights` and the papers named in `modelmerge.evaluation.interference`.
 
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
     prepare_process()
-    if on_mismatch not in plan.ON_MISMATCH:
-        raise UsageError(f"--on-mismatch must be one of {', '.join(plan.ON_MISMATCH)}, not '{on_mismatch}'")
+    if on_mismatch not in ON_MISMATCH:
+        raise UsageError(f"--on-mismatch must be one of {', '.join(ON_MISMATCH)}, not '{on_mismatch}'")
     looked_at = parse_all(as_references(models), "model")
     if not looked_at:
         raise UsageError("no model is named", hint="give at least one MODEL")
@@ -102,7 +96,7 @@ def evaluate_weights(
     # Readers tell models apart by their names; an expert may be looked at as a model too.
     apart = [replace(m, name=f"model {m.name}") if m.name in taken else m for m in looked_at]
     origin, opened = open_references(parse(str(base)), [*others, *apart])
-    made = plan.make_plan(
+    made = make_plan(
         origin, opened, matrices=False, include=include, exclude=exclude, on_mismatch=on_mismatch
     )  # fmt: skip
     try:
@@ -196,7 +190,7 @@ def evaluate_custom(
 
     Args:
         models: References of the models to evaluate, `[NAME=]REF` each, or a mapping of name to reference.
-        metric: A function, or `FILE:FUNCTION`. It is given a model (`modelmerge.suites.custom.Model`: a mapping of
+        metric: A function, or `FILE:FUNCTION`. It is given a model (`modelmerge.evaluation.custom.Model`: a mapping of
             tensor names to tensors that are read when asked for, with `path`, `name` and `device`), and returns a
             score, or a mapping of tasks to scores. A score is a number, more is better, or a mapping: `score` with
             `count` and `stderr`; `correct` and `count`; or `items`, the score of each item, with `ids` if there are.

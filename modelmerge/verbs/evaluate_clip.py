@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse_all
-from modelmerge.engine.job import prepare_process
+from modelmerge.engine.parallel import prepare_process
 from modelmerge.errors import UsageError
-from modelmerge.report import SILENT, Reporter
-from modelmerge.suites import _images, clip
-from modelmerge.suites._images import Items, Task
-from modelmerge.suites._model import Model
-from modelmerge.suites._scores import Score, plain
-from modelmerge.verbs.inputs import as_references
-from modelmerge.verbs.scores import Bench, base_name, merged_from, normalise_by_published, run
+from modelmerge.evaluation import clip, images
+from modelmerge.evaluation.bench import Bench, base_name, merged_from, normalise_by_published, run
+from modelmerge.evaluation.images import Items, Task
+from modelmerge.evaluation.model import Model
+from modelmerge.evaluation.scores import Score, plain
+from modelmerge.progress import SILENT, Reporter
 
 _PACKAGES = ("transformers", "datasets", "pillow")
 
@@ -60,7 +60,7 @@ def evaluate_clip(
         data: Data of one's own, `[NAME=]DATA` each, or a mapping: a folder of images with a folder for each class,
             parquet files, or a data set on the Hub. One named as a published task has its classes and prompts.
         classes: Files of class names for `data`, `[NAME=]FILE` each, or a mapping; see
-            `modelmerge.suites._images.read_classes`. One without a name is for all.
+            `modelmerge.evaluation.images.read_classes`. One without a name is for all.
         templates: Prompts with `{}` for the class, for all tasks; their embeddings are averaged.
         config: Of data sets in `data` that have several.
         split: Of `data`; by default `test`, or the only one.
@@ -98,7 +98,7 @@ def evaluate_clip(
     files = as_references([classes] if isinstance(classes, str | Path) else classes)
     told = {key: value for key, value in own.items() if value is not None}
     found = find_tasks(tasks, as_references(data), files, templates, told, held_out)
-    loaded = {task.name: _images.load(task, limit=limit, seed=seed) for task in found}
+    loaded = {task.name: images.load(task, limit=limit, seed=seed) for task in found}
     folder = Path(heads).expanduser() if heads is not None else None
     base = base if base is not None or folder is not None else _base_of(parse_all(as_references(models), "model"))
     names = {task.name: _expert_of(task, as_references(experts)) for task in found}
@@ -140,21 +140,21 @@ def find_tasks(
     if not names and not data:
         raise UsageError(
             "no task is named",
-            hint=f"--task NAME ({', '.join([*_images.groups(), *_images.published()['tasks']])}), or --data DIR",
+            hint=f"--task NAME ({', '.join([*images.groups(), *images.published()['tasks']])}), or --data DIR",
         )
     if files and not data:
         raise UsageError("--classes has no effect without --data")
     if own and not data:
         flag = {"image": "image-column", "label": "label-column"}.get(next(iter(own)), next(iter(own)))
         raise UsageError(f"--{flag} has no effect without --data")
-    known = _images.find_tasks(names, held_out=held_out)
-    found = [_images.with_templates(task, templates) if templates else task for task in known]
+    known = images.find_tasks(names, held_out=held_out)
+    found = [images.with_templates(task, templates) if templates else task for task in known]
     own = {**own, "templates": templates, "held_out": held_out}
     by_name = dict(map(_named_file, files))
     for text in data:
-        task = _images.own_task(text, **own)
+        task = images.own_task(text, **own)
         file = by_name.get(task.name, by_name.get(""))
-        found.append(_images.own_task(text, classes=file, **own) if file is not None else task)
+        found.append(images.own_task(text, classes=file, **own) if file is not None else task)
     odd = next((name for name in by_name if name and name not in [task.name for task in found]), None)
     if odd is not None:
         raise UsageError(
@@ -275,7 +275,7 @@ def _mark_unseen(report: dict[str, Any], tasks: Sequence[Task]) -> None:
 
 def _normalise_by_published(report: dict[str, Any], tasks: Sequence[Task]) -> None:
     """Where no expert was measured: accuracies by those published for the experts of the same base."""
-    known = _images.published()["published"]
+    known = images.published()["published"]
     usual = [task for task in tasks if task.published and task.split in (None, "test") and not task.held_out]
     for row in (row for row in report["models"] if row["role"] == "model"):
         base = base_name(report, row)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelmerge.engine import find_device
-from modelmerge.report import SILENT, Reporter
-from modelmerge.suites import lm
-from modelmerge.verbs.scores import Bench, base_name, merged_from, normalise_by_published, run
+from modelmerge.engine.parallel import find_device
+from modelmerge.evaluation import lm
+from modelmerge.evaluation.bench import Bench, base_name, merged_from, normalise_by_published, run
+from modelmerge.progress import SILENT, Reporter
 
 
 def evaluate_lm(

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelmerge.checkpoint import card
 from modelmerge.checkpoint.adapter import CONFIG as ADAPTER
-from modelmerge.checkpoint.push import Pushed, Target, check, parse_target, upload
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.checkpoint.writer import CARD
+from modelmerge.checkpoint.staging import CARD
 from modelmerge.errors import HubError, OutputError
-from modelmerge.recipe import local_models, published, renamed
+from modelmerge.hub.upload import Pushed, Target, check, parse_target, upload
+from modelmerge.record import card
+from modelmerge.record.redaction import local_models, published, renamed
 
 
 def push(

@@ -13,61 +13,40 @@ import dataclasses
 import itertools
 import shutil
 import time
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from modelmerge import engine, method
 from modelmerge.checkpoint.digest import vouch
 from modelmerge.checkpoint.layout import Layout
+from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.writer import CARD, Staging
-from modelmerge.engine.job import prepare_process
+from modelmerge.checkpoint.staging import CARD, Staging
+from modelmerge.engine.memory import bytes_read
+from modelmerge.engine.merge import run, run_scaled
+from modelmerge.engine.parallel import prepare_process
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
-from modelmerge.recipe import Recipe, placeless
-from modelmerge.report import SILENT, Reporter
-from modelmerge.suites import _images
-from modelmerge.suites._scores import summarise
-from modelmerge.suites.custom import Metric
-from modelmerge.vary import written
+from modelmerge.evaluation.custom import Metric
+from modelmerge.evaluation.scores import summarise
+from modelmerge.methods import registry
+from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.options import MOST, check_option, is_linear, option_types, read_values, written
+from modelmerge.plan.downloads import fetch
+from modelmerge.plan.recipe import Recipe
+from modelmerge.progress import SILENT, Reporter
+from modelmerge.record.manifest import as_file, write_card
+from modelmerge.record.redaction import placeless
 from modelmerge.verbs import adapted
 from modelmerge.verbs.auto import AUTO
 from modelmerge.verbs.evaluate import evaluate
-from modelmerge.verbs.inputs import begin, fetch, open_models
-from modelmerge.verbs.merge import Prepared, as_file, complete, digest_of, prepare, write_card
+from modelmerge.verbs.measure import Measure, _measures
+from modelmerge.verbs.merge import complete
+from modelmerge.verbs.prepare import Prepared, begin, digest_of, prepare
 
 _FREE = 0.95  # share of a disk's free bytes that candidates may take
-_MOST = 10_000  # candidates; more are a slip of the keyboard
-_SUITES = ("custom", "clip", "lm")
 _LEFT_OUT = ("items", "ids", "normalised")  # of a score
-_REPORTED = "test"  # the split that `eval` reports where there is one
-
-# What can be said of each suite behind commas, by the words of `eval`: how it is read.
-_SETTINGS: dict[str, dict[str, Callable[[str], Any]]] = {
-    "custom": {"task": str, "seed": int},
-    "clip": {
-        "limit": int, "seed": int, "batch_size": int, "split": str, "config": str, "classes": str, "template": str,
-        "image_column": str, "label_column": str, "heads": str, "base": str,
-    },
-    "lm": {
-        "limit": float, "seed": int, "batch_size": str, "num_fewshot": int, "metric": str, "dtype": str,
-        "include_path": str, "apply_chat_template": bool, "confirm_run_unsafe_code": bool,
-    },
-}  # fmt: skip
-_REPEATED = {"task": "tasks", "template": "templates", "metric": "metrics"}  # may come several times; the suite's word
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """What candidates are measured with: a suite, and what it is told; `texts` as they were typed."""
-
-    suite: str
-    told: Mapping[str, Any]
-    texts: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -121,7 +100,7 @@ class Search:
     def describe(self) -> dict[str, Any]:
         """The plan as `--dry-run` tells it: that of one merge, and what the search adds; bytes are those of all."""
         told, groups, each = self.first.describe(), self.groups(), self.candidate_bytes()
-        told["bytes"]["read"] = sum(engine.bytes_read(group[0].prepared.job) for group in groups)
+        told["bytes"]["read"] = sum(bytes_read(group[0].prepared.job) for group in groups)
         told["bytes"]["write"] = each * len(self.candidates)
         told["search"] = {
             "options": {name: list(values) for name, values in self.axes.items()},
@@ -165,7 +144,7 @@ def prepare_search(
     measures = _measures(on, metric)
     if not axes:
         raise UsageError("--on has no effect without --search", hint="as in --search scale=0.1:1.0:0.1")
-    if recipe.method != AUTO and method.load(recipe.method).finder is not None:
+    if recipe.method != AUTO and registry.load(recipe.method).finder is not None:
         raise UsageError(
             f"'{recipe.method}' finds its coefficients on unlabelled data, and takes no --search besides",
             hint="search another method, or run it alone",
@@ -181,8 +160,8 @@ def prepare_search(
     count = 1
     for each in read.values():
         count *= len(each)
-    if count > _MOST:
-        raise UsageError(f"--search: {count:,} candidates are more than {_MOST:,}")
+    if count > MOST:
+        raise UsageError(f"--search: {count:,} candidates are more than {MOST:,}")
     candidates = tuple(
         _candidate(resolved, dict(zip(read, combined, strict=True)), first, opened, device, stream)
         for combined in itertools.product(*read.values())
@@ -193,8 +172,8 @@ def prepare_search(
         where = str(measure.told.get("metric", "")).rpartition(":")[0]
         if where.endswith(".py") and not Path(where).expanduser().is_file():
             raise ModelMergeError(f"--on {measure.texts[0]}: no such file: {where}")
-    chosen = method.load(resolved.method)
-    linear = next((name for name in read if method.is_linear(chosen, name)), None)
+    chosen = registry.load(resolved.method)
+    linear = next((name for name in read if is_linear(chosen, name)), None)
     return Search(candidates, read, measures, linear if recipe.as_lora is None else None, device)
 
 
@@ -221,7 +200,7 @@ def _candidate(
 
 
 def _is_of_method(recipe: Recipe, name: str) -> bool:
-    return name in method.option_types(method.load(recipe.method).options)
+    return name in option_types(registry.load(recipe.method).options)
 
 
 def _refuse_idle(name: str, candidates: Sequence[Candidate]) -> None:
@@ -247,12 +226,12 @@ def _axis(recipe: Recipe, name: str, told: Sequence[Any] | str) -> tuple[Any, ..
     Raises:
         UsageError: There is no such option, or a value is none it can have, or comes twice.
     """
-    chosen: method.Method | method.Disentangler = method.load(recipe.method)
-    words = list(method.option_types(chosen.options))
+    chosen: Method | Disentangler = registry.load(recipe.method)
+    words = list(option_types(chosen.options))
     option = name
     if recipe.disentangle and name not in words:
-        front = method.load(recipe.disentangle, "disentangle")
-        words += [f"{recipe.disentangle}_{word}" for word in method.option_types(front.options)]
+        front = registry.load(recipe.disentangle, "transform")
+        words += [f"{recipe.disentangle}_{word}" for word in option_types(front.options)]
         if name in words:
             chosen, option = front, name.removeprefix(f"{recipe.disentangle}_")
     flag = name.replace("_", "-")
@@ -261,12 +240,12 @@ def _axis(recipe: Recipe, name: str, told: Sequence[Any] | str) -> tuple[Any, ..
         have = ", ".join(word.replace("_", "-") for word in words)
         hint = f"did you mean '{near[0].replace('_', '-')}'?" if near else f"it has: {have}" if have else None
         raise UsageError(f"--search: '{recipe.method}' has no option '{flag}'", hint=hint)
-    kind = method.option_types(chosen.options)[option]
+    kind = option_types(chosen.options)[option]
     values = read_values(flag, told, kind) if isinstance(told, str) else tuple(told)
     if not values:
         raise UsageError(f"--search {flag}: there is no value")
     try:
-        checked = tuple(method.check_option(chosen, option, value) for value in values)
+        checked = tuple(check_option(chosen, option, value) for value in values)
     except UsageError as error:
         raise UsageError(f"--search {flag}: {error.message}", hint=error.hint) from error
     if len(set(checked)) < len(checked):
@@ -293,155 +272,10 @@ def parse_axes(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def read_values(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
-    """The values that `START:STOP:STEP`, `V,V...`, or both with commas between, stand for; STOP is one of them.
-
-    Raises:
-        UsageError: One is no value of that kind.
-    """
-    return tuple(value for part in text.split(",") for value in _read_part(flag, part.strip(), kind))
-
-
-def _read_part(flag: str, part: str, kind: Any) -> Iterator[Any]:
-    kinds = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
-    number = next((each for each in kinds if each in (int, float)), None)
-    if part == "none" and type(None) in kinds:
-        yield None
-    elif bool in kinds and part in ("true", "false"):
-        yield part == "true"
-    elif number is None:
-        yield part  # of choices: whether it is one is asked later
-    else:
-        try:
-            # In decimals: 0.1:1.0:0.1 has the ten numbers that one would type.
-            told = [Decimal(word) for word in part.split(":")]
-            if not all(word.is_finite() for word in told):
-                raise InvalidOperation
-        except InvalidOperation:
-            told = []
-        if len(told) not in (1, 3):
-            raise UsageError(
-                f"--search {flag}: '{part}' is no number and no range",
-                hint="a range is START:STOP:STEP, as 0.1:1.0:0.1",
-            )
-        if len(told) == 3 and (not told[2] or (told[1] - told[0]) / told[2] < 0):
-            raise UsageError(f"--search {flag}: '{part}' leads nowhere", hint="a range is START:STOP:STEP")
-        steps = int((told[1] - told[0]) / told[2]) if len(told) == 3 else 0
-        if steps > _MOST:
-            raise UsageError(f"--search {flag}: '{part}' has more than {_MOST:,} values")
-        for i in range(steps + 1):
-            value = told[0] + i * told[2] if len(told) == 3 else told[0]
-            if number is int and value != int(value):
-                raise UsageError(f"--search {flag}: {value} is no whole number")
-            yield number(value)
-
-
 def _word(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return written(value) if isinstance(value, float) else str(value)
-
-
-def _measures(on: Sequence[str], metric: Metric | str | None) -> tuple[Measure, ...]:
-    """What is asked for; tasks of one suite with the same settings together, so that a model is loaded once for them.
-
-    Raises:
-        UsageError: Nothing is asked for, or what there is not.
-    """
-    found = [parse_on(text) for text in on]
-    if metric is not None:
-        found.append(Measure("custom", {"metric": metric}, (metric if isinstance(metric, str) else _name_of(metric),)))
-    if not found:
-        raise UsageError(
-            "--search needs something to measure with",
-            hint="--on custom:FILE:FUNCTION, --on clip:TASK or --on lm:TASK",
-        )
-    if len({text for each in found for text in each.texts}) < len(found):
-        raise UsageError("--on names the same thing twice")
-    joined: list[Measure] = []
-    for each in found:
-        before = joined[-1] if joined else None
-        if before is not None and each.suite == before.suite != "custom" and _settings(each) == _settings(before):
-            told = dict(before.told)
-            for name in _whats(each):
-                told[name] = (*told.get(name, ()), *each.told[name])
-            joined[-1] = Measure(each.suite, told, (*before.texts, *each.texts))
-        else:
-            joined.append(each)
-    return tuple(joined)
-
-
-def _name_of(metric: Metric) -> str:
-    return getattr(metric, "__name__", "metric")
-
-
-def _whats(measure: Measure) -> list[str]:
-    return [name for name in measure.told if name in ("data", "tasks")]
-
-
-def _settings(measure: Measure) -> dict[str, Any]:
-    return {name: value for name, value in measure.told.items() if name not in _whats(measure)}
-
-
-def parse_on(text: str) -> Measure:
-    """What `SUITE:WHAT[,SETTING=VALUE...]` says; the settings are the options of `eval SUITE`, without their dashes.
-
-    Raises:
-        UsageError: It is not of that form, there is no such suite or setting, or it is what is reported afterwards.
-    """
-    suite, _, rest = text.partition(":")
-    if suite not in _SUITES or not rest:
-        hint = "--on custom:FILE:FUNCTION, --on clip:TASK or --on lm:TASK"
-        near = get_close_matches(suite, _SUITES, n=1)
-        if suite == "weights":
-            hint = "figures of weights explain conflicts, and do not say how well a model does: " + hint
-        elif near and near[0] != suite:
-            hint = f"did you mean {near[0]}:...? {hint}"
-        raise UsageError(f"--on '{text}' is not SUITE:WHAT", hint=hint)
-    what, *words = rest.split(",")
-    told: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        name = name.strip().replace("-", "_")
-        reader = _SETTINGS[suite].get(name)
-        if reader is None or (reader is bool) == bool(equals):
-            have = ", ".join(each.replace("_", "-") for each in _SETTINGS[suite])
-            near = get_close_matches(name, _SETTINGS[suite], n=1)
-            raise UsageError(
-                f"--on '{text}': '{word}' is no setting of {suite}",
-                hint=f"did you mean '{near[0].replace('_', '-')}'?"
-                if near and near[0] != name
-                else f"there are: {have}",
-            )
-        if name in told and name not in _REPEATED:
-            raise UsageError(f"--on '{text}': '{name}' comes twice")
-        try:
-            read = True if reader is bool else reader(value)
-        except ValueError:
-            raise UsageError(f"--on '{text}': '{word}' is no number") from None
-        told[name] = (*told.get(name, ()), read) if name in _REPEATED else read
-    told = {_REPEATED.get(name, name): value for name, value in told.items()}
-    return Measure(suite, {**told, **_what(suite, what, text, told)}, (text,))
-
-
-def _what(suite: str, what: str, text: str, told: Mapping[str, Any]) -> dict[str, Any]:
-    """What a suite is told to measure at."""
-    if suite == "custom":
-        where, _, name = what.rpartition(":")
-        if not where or not name.isidentifier():
-            raise UsageError(f"--on '{text}' is not custom:FILE:FUNCTION", hint="as in --on custom:metric.py:accuracy")
-        return {"metric": what}
-    if suite == "lm":
-        return {"tasks": (what,), "held_out": True}
-    name, _, split = what.partition(":")
-    known = {*_images.published()["tasks"], *_images.groups()}
-    if _REPORTED in (split, told.get("split")):
-        raise UsageError(
-            f"--on '{text}': the split '{_REPORTED}' is what `eval clip` reports; who chooses by it reports too much",
-            hint="without a split the validation split is taken, or else the training split",
-        )
-    published = name.lower() in known or not (any(sign in what for sign in "/=~") or Path(what).exists())
-    return {"tasks" if published else "data": (what,), "held_out": True}
 
 
 def execute_search(
@@ -482,7 +316,7 @@ def execute_search(
             notes = [*best.manifest["notes"], _note(search, best), *_at_an_end(search, best)]
             for note in notes:
                 reporter.note(note)
-            staging.write_file(CARD, write_card(best.prepared, out, notes))
+            staging.write_file(CARD, write_card(best.prepared.recipe, best.prepared.job, out, notes))
             manifest = {
                 **best.manifest, "notes": notes, "searched": _told(search, best, base, reports),
                 "seconds": round(time.monotonic() - started, 3), "files": staging.listing(),
@@ -566,10 +400,10 @@ def _merge_group(search: Search, group: Sequence[Candidate], folder: Path, out: 
             small = adapted.run(first.job, first.recipe, size, stagings[0], reporter)
             findings = [small.findings]
         elif len(group) == 1:
-            findings = [engine.run(first.job, stagings[0], reporter)]
+            findings = [run(first.job, stagings[0], reporter)]
         else:
             assert search.linear is not None, "others are merged one by one"
-            findings = engine.run_scaled([each.job for each in prepared], search.linear, stagings, reporter)
+            findings = run_scaled([each.job for each in prepared], search.linear, stagings, reporter)
         for each, ready, staging, noticed in zip(group, prepared, stagings, findings, strict=True):
             each.manifest = complete(ready, out, staging, noticed, small, time.monotonic() - started, digest_of(ready))
             staging.publish(as_file(each.manifest))
@@ -712,7 +546,7 @@ def _note(search: Search, best: Candidate) -> str:
 
 def _at_an_end(search: Search, best: Candidate) -> list[str]:
     """Of numbers that were chosen at an end of their values: that a better one may lie beyond."""
-    chosen, found = method.load(search.first.recipe.method), []
+    chosen, found = registry.load(search.first.recipe.method), []
     limits = {
         spec.name: {spec.metadata[k] for k in ("minimum", "maximum")} for spec in dataclasses.fields(chosen.options)
     }

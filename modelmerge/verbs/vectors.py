@@ -13,32 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelmerge import plan
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out, together
+from modelmerge.checkpoint.opening import as_references, open_models
 from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT, VECTOR_KIND
-from modelmerge.checkpoint.writer import Staging, companions
-from modelmerge.engine import Source, vector_memory, vectors
-from modelmerge.engine.front import Entanglement, Front, fit
-from modelmerge.engine.job import front_reads, prepare_process, refuse_too_large, scratch_bytes
+from modelmerge.checkpoint.staging import Staging, companions
+from modelmerge.engine import vectors
+from modelmerge.engine.job import Source
+from modelmerge.engine.memory import front_reads, refuse_too_large, scratch_bytes, vector_memory
+from modelmerge.engine.parallel import prepare_process, source_of
+from modelmerge.engine.transforms import Entanglement, Front, fit
 from modelmerge.engine.vectors import Measured
 from modelmerge.errors import UsageError
-from modelmerge.method import Disentangler, Redundancy
-from modelmerge.recipe import parse_size
-from modelmerge.report import SILENT, Reporter
-from modelmerge.verbs.inputs import (
-    as_references,
-    begin,
-    disentangler,
-    fetch,
-    fingerprint,
-    listing,
-    open_models,
-    record,
-    remarks,
-    source_of,
-    stamp,
-    with_downloads,
-)
+from modelmerge.methods.contract import Disentangler, Redundancy
+from modelmerge.plan.downloads import fetch, with_downloads
+from modelmerge.plan.recipe import parse_size
+from modelmerge.plan.tensors import TensorPlan, layer_type, make_plan, out_bytes
+from modelmerge.progress import SILENT, Reporter
+from modelmerge.record.fingerprint import fingerprint
+from modelmerge.record.manifest import listing, record, remarks, stamp
+from modelmerge.verbs.prepare import begin, disentangler
 
 REDUNDANT = "redundant"  # the folder of the vector that disentangling takes out
 FULL = "experts"  # the folder of base + disentangled task vector
@@ -52,7 +45,7 @@ class _Opened:
     """Models that are ready to be subtracted."""
 
     source: Source
-    tensors: list[plan.TensorPlan]  # what base and experts share, in the base's order
+    tensors: list[TensorPlan]  # what base and experts share, in the base's order
     empty: list[str]  # shared tensors without elements, which cannot change
 
     @property
@@ -255,7 +248,7 @@ def _open(
 ) -> _Opened:
     prepare_process()
     origin, others = open_models(str(base), as_references(experts))
-    made = plan.make_plan(origin, others, matrices=False, include=include, exclude=exclude)
+    made = make_plan(origin, others, matrices=False, include=include, exclude=exclude)
     shared = [tensor for tensor in made.tensors.values() if tensor.action == "merge"]
     empty = [tensor.name for tensor in shared if not tensor.numel]
     return _Opened(source_of(made, device), [tensor for tensor in shared if tensor.numel], empty)
@@ -264,7 +257,7 @@ def _open(
 def _plan(
     opened: _Opened,
     front: tuple[Disentangler, Any] | None,
-    decomposed: Sequence[plan.TensorPlan],
+    decomposed: Sequence[TensorPlan],
     *,
     stream: bool,
 ) -> dict[str, Any]:
@@ -291,7 +284,7 @@ def _plan(
     return {"plan": with_downloads(told, made, beside="nothing", streamed=read(True) if stream else None)}
 
 
-def _action(tensor: plan.TensorPlan, disentangling: bool) -> str:
+def _action(tensor: TensorPlan, disentangling: bool) -> str:
     if tensor.action == "copy":
         return "leave out"
     return "disentangle" if disentangling and tensor.linear else "extract"
@@ -306,7 +299,7 @@ def _known_from(front: Front) -> dict[str, Measured]:
 
 
 def _ranks(
-    linear: Iterable[plan.TensorPlan],
+    linear: Iterable[TensorPlan],
     measured: Mapping[str, Measured],
     spectra: Mapping[str, Tensor],
     rank: int | None,
@@ -348,8 +341,8 @@ def _entries(
     return entries
 
 
-def _full_layout(tensors: Iterable[plan.TensorPlan], size: int, folder: str) -> Layout:
-    entries = {t.name: (t.out_dtype, t.shape, plan.out_bytes(t)) for t in tensors}
+def _full_layout(tensors: Iterable[TensorPlan], size: int, folder: str) -> Layout:
+    entries = {t.name: (t.out_dtype, t.shape, out_bytes(t)) for t in tensors}
     return lay_out(entries, size, folder=folder)
 
 
@@ -365,7 +358,7 @@ def _describe(opened: _Opened, measured: Mapping[str, Measured]) -> dict[str, An
     entries = sum(tensor.numel for tensor in opened.tensors)
     kinds: dict[str, list[Measured]] = {}
     for tensor in opened.tensors:
-        kinds.setdefault(plan.layer_type(tensor.name), []).append(measured[tensor.name])
+        kinds.setdefault(layer_type(tensor.name), []).append(measured[tensor.name])
     norms = total.gram.diagonal().sqrt().tolist()
     return {
         "experts": [
@@ -401,9 +394,7 @@ def _cosines(gram: Tensor) -> list[list[float | None]]:
     return [[float(value) if bool(value.isfinite()) else None for value in row] for row in rows]
 
 
-def _rank_report(
-    opened: _Opened, ranked: Sequence[plan.TensorPlan], spectra: Mapping[str, Tensor]
-) -> list[dict[str, Any]]:
+def _rank_report(opened: _Opened, ranked: Sequence[TensorPlan], spectra: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """Numerical rank (singular values above max(m, n) * eps of the first) of the largest layers."""
     return [
         {

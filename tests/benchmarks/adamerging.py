@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modelmerge import digits
+from modelmerge.evaluation import digits
+from modelmerge.evaluation.unlabelled import draws
 from modelmerge.methods.merge.adamerging import Mixture, Options
-from modelmerge.suites._unlabelled import draws
 from tests.benchmarks.choose import (
     SCALES,
     State,

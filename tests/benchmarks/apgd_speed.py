@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelmerge import method
-from modelmerge.method import Context
+from modelmerge.methods import registry
+from modelmerge.methods.contract import Context
+from modelmerge.methods.options import make_options
 
 HERE = Path(__file__).parent
 BLOCK = ((768, 768),) * 4 + ((3072, 768), (768, 3072))
@@ -94,8 +95,8 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 def ours(taus: Tensor, options: dict[str, Any], repeats: int) -> tuple[float, dict[str, float]]:
     """Seconds of the merge of one weight, bases included, and what the method tells of it."""
-    chosen = method.load("apgd")
-    told = method.make_options(chosen, "apgd", options)
+    chosen = registry.load("apgd")
+    told = make_options(chosen, "apgd", options)
     figures: dict[str, float] = {}
     context = Context(
         tensor="w", weights=(1.0,) * len(taus), base=taus[0] * 30, tell=figures.update,
@@ -107,7 +108,7 @@ def ours(taus: Tensor, options: dict[str, Any], repeats: int) -> tuple[float, di
 def products(taus: Tensor, options: dict[str, Any], figures: dict[str, float]) -> float:
     """FLOP of the matrix products of what is iterated: projections, and inner products with the task vectors."""
     tasks, m, n = taus.shape
-    told = method.make_options(method.load("apgd"), "apgd", options)
+    told = make_options(registry.load("apgd"), "apgd", options)
     rank = min(m, n) // (6 if told.lambda_mode == "paper" else 12)
     times = figures.get("steps", figures.get("iterations", 0) + 1)
     return times * (4.0 * m * n * rank + 4.0 * m * n * tasks)

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelmerge import method
 from modelmerge.checkpoint.header import TensorInfo
-from modelmerge.method import Context
-from modelmerge.plan import is_linear
+from modelmerge.methods import registry
+from modelmerge.methods.contract import Context, Correction, Redundancy
+from modelmerge.methods.options import make_options
+from modelmerge.plan.tensors import is_linear
 from tests.benchmarks.experts import SETS, ExpertSet, build
 from tests.test_every_method import surveyed
 
@@ -53,9 +54,9 @@ def vectors_of(expert_set: ExpertSet) -> Vectors:
 
 def disentangled(vectors: Vectors, **options: Any) -> Vectors:
     """The task vectors after AWD, as `disentangle awd` makes them."""
-    chosen = method.load("awd", "disentangle")
-    told, awd = method.make_options(chosen, "awd", options), chosen.by
-    assert isinstance(awd, method.Redundancy)
+    chosen = registry.load("awd", "transform")
+    told, awd = make_options(chosen, "awd", options), chosen.by
+    assert isinstance(awd, Redundancy)
     names = sorted(name for name in vectors.linear if vectors.taus[name].any())
     flat = {name: vectors.taus[name].flatten(1)[:, None, :] for name in names}
     if told.granularity == "row":
@@ -75,9 +76,9 @@ def disentangled(vectors: Vectors, **options: Any) -> Vectors:
 
 def corrected(vectors: Vectors, **options: Any) -> Vectors:
     """The task vectors after APGD's correction, as `disentangle apgd` makes them where nothing is trimmed."""
-    chosen = method.load("apgd", "disentangle")
-    told, apgd = method.make_options(chosen, "apgd", options), chosen.by
-    assert isinstance(apgd, method.Correction)
+    chosen = registry.load("apgd", "transform")
+    told, apgd = make_options(chosen, "apgd", options), chosen.by
+    assert isinstance(apgd, Correction)
     assert apgd.survey(told) is None
     taus = dict(vectors.taus)
     for name in sorted(vectors.linear):
@@ -91,8 +92,8 @@ def corrected(vectors: Vectors, **options: Any) -> Vectors:
 
 def merged(vectors: Vectors, name: str, **options: Any) -> State:
     """The merged model, as `merge NAME` makes it."""
-    chosen = method.load(name)
-    told = method.make_options(chosen, name, options)
+    chosen = registry.load(name)
+    told = make_options(chosen, name, options)
     taken = {key: taus for key, taus in vectors.taus.items() if key in vectors.linear or not chosen.matrices}
     survey, measured = chosen.survey(told), None
     tasks = len(next(iter(taken.values())))
@@ -190,8 +191,8 @@ def look_at_apgd(expert_set: ExpertSet) -> dict[str, float]:
 
 def whole(vectors: Vectors, name: str, rest: str | None = None, share: int | None = None, **options: Any) -> State:
     """The merged model with the tensors that the method leaves; `share`: APGD's shared rank is min(m, n) / share."""
-    chosen = method.load(name)
-    rest = rest or chosen.rest(method.make_options(chosen, name, options))
+    chosen = registry.load(name)
+    rest = rest or chosen.rest(make_options(chosen, name, options))
     state = dict(vectors.base) if rest == "base" else merged(vectors, rest)
     if share is None:
         made = merged(vectors, name, **options)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from modelmerge import digits
+from modelmerge.evaluation import digits
 
 State = dict[str, Tensor]
 # The network's inputs, which task asks, and the right answers. One batch may mix tasks.

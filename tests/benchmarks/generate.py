@@ -18,7 +18,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from modelmerge.recipe import parse_size
+from modelmerge.plan.recipe import parse_size
 
 Shapes = dict[str, tuple[int, ...]]
 

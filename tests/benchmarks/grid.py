@@ -21,7 +21,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from modelmerge import method
+from modelmerge.methods import registry
 from tests.benchmarks.choose import State, Vectors, cell, corrected, disentangled, merged, own_scores, vectors_of
 from tests.benchmarks.experts import SETS, ExpertSet, build
 
@@ -55,7 +55,7 @@ def accuracy(expert_set: ExpertSet, state: Mapping[str, Tensor], split: str = "t
 def full(vectors: Vectors, name: str) -> State:
     """The model that a method makes, the mean in place of what it leaves."""
     made = merged(vectors, name)
-    if not method.load(name).matrices:
+    if not registry.load(name).matrices:
         return made
     return merged(vectors, "average") | {key: made[key] for key in vectors.linear}
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
     # The sets have six experts and more.
-    names = [name for name in method.data_free() if method.load(name).most_experts is None]
+    names = [name for name in registry.data_free() if registry.load(name).most_experts is None]
     parser.add_argument("--methods", nargs="+", default=names, choices=names)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--out", default="RESULTS-grid.md", help="name of the table's file beside this one")
@@ -151,7 +151,7 @@ def main() -> None:
             known: Figures = json.loads(file.read_text()) if file and file.exists() else {}
             found = {variant: known.get(variant, {}) for variant in VARIANTS}
             missing = {variant: [] for variant in VARIANTS} | {
-                v: [m for m in told.methods if m not in found[v] and (v != BASE_REST or method.load(m).matrices)]
+                v: [m for m in told.methods if m not in found[v] and (v != BASE_REST or registry.load(m).matrices)]
                 for v in told.variants
             }
             if any(missing.values()):

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelmerge import method
+from modelmerge.methods import registry
 
 MODULE = "tests.benchmarks.merge_speed"
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    known = method.data_free()
+    known = registry.data_free()
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", default="1GB", help="bytes of one Llama (default: 1GB)")
     parser.add_argument("--experts", type=int, default=4, help="experts of the Llama (default: 4)")

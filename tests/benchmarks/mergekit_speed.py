@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelmerge import method
+from modelmerge.methods import registry
 from tests import mergekit_runs
 from tests.benchmarks import merge_speed
 from tests.benchmarks.merge_speed import Inputs, Usage
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--matrix-size", default="80MB", help="the same for methods that take matrices (default: 80MB)")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--runs", type=int, default=1, help="runs of each thing; the median counts (default: 1)")
-    parser.add_argument("--methods", nargs="+", choices=method.data_free(), help="only these")
+    parser.add_argument("--methods", nargs="+", choices=registry.data_free(), help="only these")
     parser.add_argument("--python", help="a Python that has mergekit")
     parser.add_argument("--fusion-python", help="a Python that has fusion_bench")
     parser.add_argument("--workdir", type=Path, help="keep the checkpoints here (default: a temporary directory)")

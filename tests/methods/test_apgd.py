@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import modelmerge
-from modelmerge import method
 from modelmerge.cli import main
 from modelmerge.errors import UsageError
-from modelmerge.method import Context
-from modelmerge.methods import _linalg
+from modelmerge.methods import linalg, registry
+from modelmerge.methods.contract import Context
 from modelmerge.methods.merge import apgd
+from modelmerge.methods.options import make_options
 from tests.checkpoints import read
 from tests.test_every_method import merged, taus_of
 
@@ -65,7 +65,7 @@ def test_the_descent_agrees_with_float64_autograd(shape: tuple[int, int], inner:
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30), (20, 20)])
 def test_left_singular_vectors_are_those_of_the_svd(shape: tuple[int, int]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    got = _linalg.left_singular_vectors(x, 7)
+    got = linalg.left_singular_vectors(x, 7)
     want = torch.linalg.svd(x.double()).U[:, :7]
     assert torch.allclose(got @ got.T, want @ want.T, atol=1e-9)
     assert torch.allclose(got.T @ got, torch.eye(7, dtype=torch.float64), atol=1e-12)
@@ -75,7 +75,7 @@ def test_left_singular_vectors_are_those_of_the_svd(shape: tuple[int, int]) -> N
 def test_left_singular_vectors_of_a_low_rank_matrix_stay_orthonormal(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(shape[0], 3, generator=generator) @ torch.randn(3, shape[1], generator=generator)
-    got = _linalg.left_singular_vectors(x, 8)
+    got = linalg.left_singular_vectors(x, 8)
     assert torch.allclose(got.T @ got, torch.eye(8, dtype=torch.float64), atol=1e-10)
     x = x.double()
     assert (x - got @ (got.T @ x)).norm() <= 1e-6 * x.norm()
@@ -85,7 +85,7 @@ def test_the_shared_subspace_is_the_published_one() -> None:
     taus = taus_of(3)
     bases = torch.cat([torch.linalg.svd(tau.double(), full_matrices=False).U[:, :6] for tau in taus], 1)
     want = torch.linalg.svd(bases, full_matrices=False).U[:, :3]
-    got = _linalg.shared_subspace(list(taus), 6, 3)
+    got = linalg.shared_subspace(list(taus), 6, 3)
     assert torch.allclose(got @ got.T, want @ want.T, atol=1e-9)
 
 
@@ -121,8 +121,8 @@ def test_a_negligible_task_vector_is_left_out_and_said(size: float, says: str) -
     taus = taus_of(4)
     taus[2] *= size
     told: list[tuple[int, str]] = []
-    chosen = method.load("apgd")
-    options = method.make_options(chosen, "apgd", {"trim_scope": "tensor", "steps": 30})
+    chosen = registry.load("apgd")
+    options = make_options(chosen, "apgd", {"trim_scope": "tensor", "steps": 30})
 
     def run(vectors: Tensor) -> Tensor:
         context = Context(tensor="w", weights=(1.0,) * len(vectors), leave_out=lambda i, why: told.append((i, why)))
@@ -139,8 +139,8 @@ def test_a_tiny_but_fair_task_vector_takes_part() -> None:
     taus = taus_of(3)
     taus[1] *= 0.05
     told: list[int] = []
-    chosen = method.load("apgd")
-    options = method.make_options(chosen, "apgd", {"trim_scope": "tensor", "steps": 1})
+    chosen = registry.load("apgd")
+    options = make_options(chosen, "apgd", {"trim_scope": "tensor", "steps": 1})
     chosen.apply(taus, options, Context(tensor="w", weights=(1.0,) * 3, leave_out=lambda i, why: told.append(i)))
     assert told == []
 
@@ -288,7 +288,7 @@ def test_matched_lambdas_even_out_the_tasks_and_keep_the_weights() -> None:
 def test_a_merged_vector_beyond_the_cap_is_shortened_to_it(cap: float) -> None:
     taus, told = taus_of(4), dict[str, float]()
     weight = torch.randn(24, 18, generator=torch.Generator().manual_seed(9))
-    chosen = method.load("apgd")
+    chosen = registry.load("apgd")
 
     def run(norm_cap: float) -> Tensor:
         context = Context(tensor="w", weights=(1.0,) * 4, base=weight, tell=told.update)
@@ -329,11 +329,11 @@ def test_a_larger_ridge_ends_nearer_to_no_correction() -> None:
     ids=str,
 )
 def test_options_follow_from_one_another(given: dict[str, Any], want: dict[str, Any]) -> None:
-    chosen = method.load("apgd")
-    options = dataclasses.asdict(method.make_options(chosen, "apgd", given))
+    chosen = registry.load("apgd")
+    options = dataclasses.asdict(make_options(chosen, "apgd", given))
     assert want.items() <= options.items()
     # A manifest records what followed, and reading it back changes nothing.
-    assert dataclasses.asdict(method.make_options(chosen, "apgd", options)) == options
+    assert dataclasses.asdict(make_options(chosen, "apgd", options)) == options
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_options_follow_from_one_another(given: dict[str, Any], want: dict[str, 
 )
 def test_options_without_effect_are_refused(given: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        method.make_options(method.load("apgd"), "apgd", given)
+        make_options(registry.load("apgd"), "apgd", given)
 
 
 def test_published_on_the_command_line(models: list[Path], tmp_path: Path) -> None:
@@ -372,8 +372,8 @@ def test_bases_of_low_rank_experts_come_from_their_factors() -> None:
     got, want = apgd.task_basis(taus, options, factors), apgd.task_basis(taus, options)
     assert torch.allclose(got @ got.T, want @ want.T, atol=1e-5)
     told: dict[str, Any] = {"tensor": "w", "weights": (1.0,) * 3, "base": torch.randn(24, 18, generator=generator)}
-    one = method.load("apgd").apply(taus, options, Context(**told))
-    other = method.load("apgd").apply(taus, options, Context(**told, factors=tuple(factors)))
+    one = registry.load("apgd").apply(taus, options, Context(**told))
+    other = registry.load("apgd").apply(taus, options, Context(**told, factors=tuple(factors)))
     assert (one - other).norm() <= 1e-4 * one.norm()
 
 

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modelmerge import method
-from modelmerge.methods.disentangle import awd
+from modelmerge.methods import registry
+from modelmerge.methods.contract import Redundancy
+from modelmerge.methods.options import make_options, option_types
+from modelmerge.methods.transform import awd
 
 ORACLE = Path(__file__).parent.parent / "oracle"
 
@@ -176,11 +178,11 @@ def test_no_steps_change_nothing() -> None:
     assert len(got.losses) == 1
 
 
-@pytest.mark.parametrize("name", method.names("disentangle"))
+@pytest.mark.parametrize("name", registry.names("transform"))
 def test_every_disentangler_has_a_help_line_and_options_that_are_allowed(name: str) -> None:
-    chosen = method.load(name, "disentangle")
-    assert method.summary(name, "disentangle").endswith(".")
+    chosen = registry.load(name, "transform")
+    assert registry.summary(name, "transform").endswith(".")
     assert chosen.paper.startswith("https://")
-    method.make_options(chosen, name, chosen.published)
-    if isinstance(chosen.by, method.Redundancy):
-        assert {"granularity", "solver"} <= set(method.option_types(chosen.options))
+    make_options(chosen, name, chosen.published)
+    if isinstance(chosen.by, Redundancy):
+        assert {"granularity", "solver"} <= set(option_types(chosen.options))

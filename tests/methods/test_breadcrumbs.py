@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge.methods import _threshold
+from modelmerge.methods import threshold
 from modelmerge.methods.merge.breadcrumbs import ends, middle
 from tests.test_every_method import merged, taus_of
 
@@ -49,4 +49,4 @@ def test_entries_by_rank_are_those_of_a_sort() -> None:
     values[0, :500] = 0.0
     want = values.sort(1).values
     for ranks in ((1,), (1000,), (1, 1000), (700, 700), (200, 900), (900, 3, 501)):
-        assert torch.equal(_threshold.smallest(values.clone(), *ranks), want[:, [rank - 1 for rank in ranks]])
+        assert torch.equal(threshold.smallest(values.clone(), *ranks), want[:, [rank - 1 for rank in ranks]])

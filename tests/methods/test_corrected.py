@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge.method import Context, Corrected
-from modelmerge.methods.disentangle import apgd as front
+from modelmerge.methods.contract import Context, Corrected
 from modelmerge.methods.merge import apgd
+from modelmerge.methods.transform import apgd as front
 from tests.methods.test_apgd import loss
 from tests.test_every_method import merged, surveyed, taus_of
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge.method import Context
-from modelmerge.methods import _random
+from modelmerge.methods import random
+from modelmerge.methods.contract import Context
 from tests.test_every_method import SHAPE, merged, taus_of
 
 
@@ -27,9 +27,9 @@ def test_agrees_with_float64(density: float, reduce: str, consensus: str) -> Non
     taus, weights = taus_of(5), (0.5, 1.0, 2.0, 1.0, 1.0)
     got = merged("dare", taus, weights, seed=3, density=density, scale=0.7, reduce=reduce, consensus=consensus)
     context = Context(tensor="w", weights=weights, experts=tuple(f"e{i}" for i in range(5)), seed=3)
-    masks = [_random.keep(context, i, density, torch.empty(SHAPE)) for i in range(5)]
+    masks = [random.keep(context, i, density, torch.empty(SHAPE)) for i in range(5)]
     want = 0.7 * reference(
-        taus, torch.stack(masks), torch.tensor(weights), _random.share(density), consensus, reduce
+        taus, torch.stack(masks), torch.tensor(weights), random.share(density), consensus, reduce
     )  # fmt: skip
     assert (got.double() - want).norm() <= 1e-6 * want.norm()
 

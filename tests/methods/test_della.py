@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge.method import Context
-from modelmerge.methods import _random
+from modelmerge.methods import random
+from modelmerge.methods.contract import Context
 from modelmerge.methods.merge import della
 from tests.test_every_method import SHAPE, merged, taus_of
 
@@ -28,7 +28,7 @@ def test_agrees_with_float64(density: float, epsilon: float, reduce: str, consen
     told = {"density": density, "epsilon": epsilon, "reduce": reduce, "consensus": consensus}
     got = merged("della", taus, weights, seed=3, scale=0.7, **told)
     context = Context(tensor="w", weights=weights, experts=tuple(f"e{i}" for i in range(5)), seed=3)
-    draws = [_random.draws(context, i, taus[0].numel(), taus.device).view(SHAPE) for i in range(5)]
+    draws = [random.draws(context, i, taus[0].numel(), taus.device).view(SHAPE) for i in range(5)]
     each = torch.stack([pruned(tau, drawn, density, epsilon) for tau, drawn in zip(taus, draws, strict=True)])
     wide = torch.tensor(weights).double()[:, None, None]
     kept = each * wide
@@ -51,7 +51,7 @@ def test_ranks_are_those_of_a_stable_sort() -> None:
     ("density", "epsilon", "least", "most"), [(0.7, 0.07, 0.63, 0.77), (0.9, 0.3, 0.8, 1.0), (0.3, 0.3, -(2**-16), 0.6)]
 )
 def test_chances_rise_with_the_rank(density: float, epsilon: float, least: float, most: float) -> None:
-    chances = della.chances(1001, density, epsilon) / _random.LEVELS
+    chances = della.chances(1001, density, epsilon) / random.LEVELS
     assert chances[[0, 500, -1]].tolist() == pytest.approx([least, density, most], abs=1e-5)
     assert bool((chances.diff() > 0).all())
     assert della.chances(1, density, epsilon).item() == round(density * 2**16)

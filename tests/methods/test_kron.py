@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge import method
+from modelmerge.methods import registry
 from tests.test_every_method import context_of, merged, taus_of
 
 
@@ -66,7 +66,7 @@ def test_a_large_ridge_is_task_arithmetic() -> None:
 @pytest.mark.parametrize("base", [1.0, 0.05, 0.0])
 def test_damping_shortens_what_is_large_beside_its_weight(base: float) -> None:
     taus = taus_of(3)
-    chosen = method.load("kron")
+    chosen = registry.load("kron")
     theta_0 = base * torch.randn(taus.shape[1:], generator=torch.Generator().manual_seed(5))
     plain = merged("kron", taus, damping=0.0)
     damped = chosen.apply(taus, chosen.options(), context_of(chosen, chosen.options(), taus, base=theta_0))
@@ -83,7 +83,7 @@ def test_scale_is_a_factor() -> None:
 def test_it_is_free_of_units(factor: float) -> None:
     """A model and its task vectors in other units give the merge in those units."""
     taus = taus_of(3)
-    chosen = method.load("kron")
+    chosen = registry.load("kron")
     options = chosen.options()
     context = context_of(chosen, options, taus)
     assert context.base is not None
@@ -117,7 +117,7 @@ def test_a_negligible_task_vector_is_left_out_and_said() -> None:
     taus = taus_of(4)
     taus[2] *= 1e-5
     told: list[tuple[int, str]] = []
-    chosen = method.load("kron")
+    chosen = registry.load("kron")
     options = chosen.options()
     context = context_of(chosen, options, taus, leave_out=lambda i, why: told.append((i, why)))
     with_it = chosen.apply(taus, options, context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modelmerge.methods import _linalg
+from modelmerge.methods import linalg
 
 
 def factors(m: int, n: int, r: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,7 +18,7 @@ def factors(m: int, n: int, r: int, seed: int = 0) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize("rank", [1, 3, 12])
 def test_directions_of_a_product_are_those_of_its_dense_form(shape: tuple[int, int], r: int, rank: int) -> None:
     left, right = factors(*shape, r)
-    got = _linalg.left_singular_vectors_of_product(left, right, rank)
+    got = linalg.left_singular_vectors_of_product(left, right, rank)
     k = min(rank, r)
     want = torch.linalg.svd(left.double() @ right.double()).U[:, :k]
     assert got.shape == (shape[0], k)
@@ -29,9 +29,9 @@ def test_directions_of_a_product_are_those_of_its_dense_form(shape: tuple[int, i
 def test_a_product_has_no_more_directions_than_its_rank() -> None:
     left, right = factors(30, 20, 6)
     left[:, 3:] = left[:, :3]  # rank 3
-    assert _linalg.left_singular_vectors_of_product(left, right, 6).shape == (30, 3)
-    assert _linalg.left_singular_vectors_of_product(torch.zeros(30, 6), right, 6).shape == (30, 0)
-    assert _linalg.left_singular_vectors_of_product(left[:, :0], right[:0], 6).shape == (30, 0)
+    assert linalg.left_singular_vectors_of_product(left, right, 6).shape == (30, 3)
+    assert linalg.left_singular_vectors_of_product(torch.zeros(30, 6), right, 6).shape == (30, 0)
+    assert linalg.left_singular_vectors_of_product(left[:, :0], right[:0], 6).shape == (30, 0)
 
 
 @pytest.mark.parametrize("shape", [(640, 520), (520, 640), (600, 600)])
@@ -41,16 +41,16 @@ def test_subspace_iteration_holds_nearly_all_the_energy_there_is_to_hold(shape: 
     left, right = (torch.linalg.qr(torch.randn(side, small, generator=generator)).Q for side in shape)
     values = torch.arange(1, small + 1) ** -decay if decay else torch.linalg.svdvals(torch.randn(small, small))
     x = left * values @ right.T * 1e-4
-    got = _linalg.iterated(x, 60, 3)[0]
+    got = linalg.iterated(x, 60, 3)[0]
     assert torch.allclose(got.T @ got, torch.eye(60, dtype=torch.float64), atol=1e-12)
     held = (got.T @ x.double()).square().sum() / (1e-8 * values.double().square()[:60].sum())
     assert (0.98 if decay else 0.85) < held <= 1 + 1e-6
-    assert torch.equal(got, _linalg.iterated(x, 60, 3)[0])
+    assert torch.equal(got, linalg.iterated(x, 60, 3)[0])
 
 
 def test_subspace_iteration_finds_all_of_a_low_rank_matrix() -> None:
     left, right = factors(600, 560, 5)
-    got = _linalg.iterated(left @ right, 9, 3)[0]
+    got = linalg.iterated(left @ right, 9, 3)[0]
     assert torch.allclose(got.T @ got, torch.eye(9, dtype=torch.float64), atol=1e-12)
     assert (left.double() - got @ (got.T @ left.double())).norm() <= 1e-5 * left.norm()
 
@@ -58,10 +58,10 @@ def test_subspace_iteration_finds_all_of_a_low_rank_matrix() -> None:
 @pytest.mark.parametrize("approximate", [True, False])
 def test_only_large_matrices_are_iterated_on(approximate: bool) -> None:
     x = torch.randn(2, 40, 30, generator=torch.Generator().manual_seed(4))
-    got = _linalg.shared_subspace(list(x), 5, 4, approximate=approximate)
-    assert torch.equal(got, _linalg.shared_subspace(list(x), 5, 4))
+    got = linalg.shared_subspace(list(x), 5, 4, approximate=approximate)
+    assert torch.equal(got, linalg.shared_subspace(list(x), 5, 4))
     large = torch.randn(2, 520, 520, generator=torch.Generator().manual_seed(4))
-    one, other = (_linalg.shared_subspace(list(large), 9, 7, approximate=how) for how in (True, False))
+    one, other = (linalg.shared_subspace(list(large), 9, 7, approximate=how) for how in (True, False))
     assert not torch.equal(one, other)
 
 
@@ -73,19 +73,19 @@ def test_quick_factors_are_as_good_as_the_best(shape: tuple[int, int], decay: fl
     u, v = (torch.linalg.qr(torch.randn(side, 520, generator=generator)).Q for side in shape)
     values = torch.arange(1, 521).float().pow(-decay)
     x = (u * values) @ v.T
-    assert _linalg.iterates(shape, 12)
-    left, right = _linalg.balanced(x, 12)
+    assert linalg.iterates(shape, 12)
+    left, right = linalg.balanced(x, 12)
     assert torch.allclose(left.norm(dim=0), right.norm(dim=1), rtol=1e-6)
     best = values[12:].square().sum().sqrt().item()
     assert (x - left @ right).norm().item() <= 1.002 * best
-    again = _linalg.balanced(x, 12)
+    again = linalg.balanced(x, 12)
     assert torch.equal(left, again[0])
 
 
 def test_quick_factors_of_a_product_lose_nothing() -> None:
     left, right = factors(700, 600, 8)
     x = left @ right
-    a, b = _linalg.balanced(x, 12)
+    a, b = linalg.balanced(x, 12)
     assert (x - a @ b).norm() <= 1e-6 * x.norm()
     assert torch.isfinite(a).all()
     assert torch.isfinite(b).all()
@@ -95,15 +95,15 @@ def test_quick_factors_of_a_product_lose_nothing() -> None:
 def test_the_shared_subspace_does_not_depend_on_signs(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries and devices differ in the signs of singular vectors: a card once gave another merge by a quarter."""
     taus = list(torch.randn(8, *shape, generator=torch.Generator().manual_seed(6)))
-    one = _linalg.shared_subspace(taus, 65, 43, approximate=True)
-    decompose, generator = _linalg.iterated, torch.Generator().manual_seed(7)
+    one = linalg.shared_subspace(taus, 65, 43, approximate=True)
+    decompose, generator = linalg.iterated, torch.Generator().manual_seed(7)
 
     def flipped(x: torch.Tensor, rank: int, *rest: int) -> tuple[torch.Tensor, ...]:
         u, s, v = decompose(x, rank, *rest)
         signs = torch.randint(0, 2, (rank,), generator=generator) * 2.0 - 1.0
         return u * signs, s, signs[:, None] * v
 
-    monkeypatch.setattr(_linalg, "iterated", flipped)
-    other = _linalg.shared_subspace(taus, 65, 43, approximate=True)
+    monkeypatch.setattr(linalg, "iterated", flipped)
+    other = linalg.shared_subspace(taus, 65, 43, approximate=True)
     assert torch.allclose(one.T @ one, torch.eye(43, dtype=torch.float64), atol=1e-12)
     assert (one @ one.T - other @ other.T).norm() <= 1e-4

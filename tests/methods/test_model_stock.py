@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modelmerge.method import load
+from modelmerge.methods.registry import load
 from tests.test_every_method import SHAPE, context_of, merged, taus_of
 
 

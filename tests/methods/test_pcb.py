@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge.method import Survey
-from modelmerge.methods import _order
+from modelmerge.methods import order
+from modelmerge.methods.contract import Survey
 from modelmerge.methods.merge import pcb
 from tests.test_every_method import merged, surveyed, taus_of
 
@@ -53,7 +53,7 @@ def test_numbers_by_rank_are_those_of_a_sort() -> None:
         torch.full((2, 300), -0.25), torch.zeros(2, 200),
     ], dim=1)  # fmt: skip
     ranks = (1, 2, 600, 2500, 2501, 5499, 5500, 600)
-    found = surveyed(Survey(find=lambda numel: _order.by_rank(lambda v: v, ranks), reads=lambda numel: 2.0), values)
+    found = surveyed(Survey(find=lambda numel: order.by_rank(lambda v: v, ranks), reads=lambda numel: 2.0), values)
     assert torch.equal(found, values.sort(1).values[:, [rank - 1 for rank in ranks]])
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge.method import Context
-from modelmerge.methods import _random
+from modelmerge.methods import random
+from modelmerge.methods.contract import Context
 
 CPU = torch.device("cpu")
 N = 1 << 21
@@ -21,7 +21,7 @@ def context(**told: object) -> Context:
 
 def uniforms(expert: int = 0, count: int = N, **told: object) -> Tensor:
     """Draws as numbers from 0 to 1."""
-    return (_random.draws(context(**told), expert, count, CPU).double() + 2**15 + 0.5) / 2**16
+    return (random.draws(context(**told), expert, count, CPU).double() + 2**15 + 0.5) / 2**16
 
 
 def chi_square(counts: Tensor) -> float:
@@ -36,7 +36,7 @@ def test_draws_are_uniform_in_every_bit(seed: int) -> None:
     u = uniforms(seed=seed)
     assert abs(u.mean() - 0.5) < 5 * math.sqrt(1 / 12 / N)
     assert abs(chi_square((u * 256).long().bincount(minlength=256).double())) < 5
-    drawn = _random.draws(context(seed=seed), 0, N, CPU).int() & 0xFFFF
+    drawn = random.draws(context(seed=seed), 0, N, CPU).int() & 0xFFFF
     for bit in range(16):
         assert abs(((drawn >> bit) & 1).double().mean() - 0.5) < 5 * 0.5 / math.sqrt(N)
 
@@ -61,9 +61,9 @@ def test_draws_of_experts_seeds_and_tensors_are_independent(other: dict[str, obj
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 99, 100_001, (1 << 31) - 3, (1 << 33) - 10])
 def test_a_block_draws_what_the_whole_draws_there(start: int) -> None:
-    whole = _random.draws(context(start=start), 0, 1000, CPU)
+    whole = random.draws(context(start=start), 0, 1000, CPU)
     for first in (1, 2, 501):
-        block = _random.draws(context(start=start + first), 0, 300, CPU)
+        block = random.draws(context(start=start + first), 0, 300, CPU)
         assert torch.equal(block, whole[first : first + 300])
 
 
@@ -82,7 +82,7 @@ def entry(key: int, place: int) -> int:
 @pytest.mark.parametrize("first", [0, 5, 1023, 1 << 31, (1 << 61) - 3])
 @pytest.mark.parametrize("key", [0, 1, 0x0123_4567_89AB_CDEF, 0xFEDC_BA98_7654_3210])
 def test_words_are_folded_from_two_tables(first: int, key: int) -> None:
-    drawn = _random.hashed(first, 3000, key, CPU)
+    drawn = random.hashed(first, 3000, key, CPU)
     for i in (0, 1, 1022, 1023, 1024, 2999):
         row, lane = divmod(first + i, 1024)
         word = (entry(key ^ 0x6A09E667F3BCC908, row) ^ entry(key, lane)) * 0xD1342543DE82EF95 % 2**64
@@ -91,15 +91,15 @@ def test_words_are_folded_from_two_tables(first: int, key: int) -> None:
 
 
 def test_signed_arithmetic_gives_the_same_words() -> None:
-    rows, lanes = (_random.split_mix(0, count, key) for key, count in ((1 ^ _random._ROWS, 3), (1, _random.LANES)))
-    assert torch.equal(_random.folded(rows, lanes).flatten(), _random.hashed(0, 3 * _random.LANES, 1, CPU))
+    rows, lanes = (random.split_mix(0, count, key) for key, count in ((1 ^ random._ROWS, 3), (1, random.LANES)))
+    assert torch.equal(random.folded(rows, lanes).flatten(), random.hashed(0, 3 * random.LANES, 1, CPU))
 
 
 @pytest.mark.parametrize("density", [0.1, 0.7])
 @pytest.mark.parametrize("seed", range(3))
 def test_corners_of_rectangles_are_independent(seed: int, density: float) -> None:
     """What the tables alone would not give: four words of two rows and two lanes."""
-    kept = (uniforms(seed=seed) < density).double().sub_(density).view(-1, 4 * _random.LANES)
+    kept = (uniforms(seed=seed) < density).double().sub_(density).view(-1, 4 * random.LANES)
     half, width = len(kept) // 2, kept.shape[1] // 2
     for one, two in ((kept[:half], kept[half:]), (kept[:-1], kept[1:])):
         corners = one[:, :width] * one[:, width:] * two[:, :width] * two[:, width:]
@@ -116,15 +116,15 @@ def test_masks_have_the_spectrum_of_independent_entries(shape: tuple[int, int]) 
 
 @pytest.mark.parametrize("density", [1e-6, 0.01, 0.1, 0.5, 0.999, 1.0])
 def test_the_share_that_is_kept_is_the_one_that_is_named(density: float) -> None:
-    share = _random.share(density)
+    share = random.share(density)
     assert abs(share - density) <= 2**-16
-    kept = _random.keep(context(), 0, density, torch.empty(N))
+    kept = random.keep(context(), 0, density, torch.empty(N))
     assert set(kept.unique().tolist()) <= {0.0, 1.0}
     assert abs(kept.double().mean() - share) <= 5 * math.sqrt(share * (1 - share) / N)
 
 
 def test_the_draws_do_not_change_from_release_to_release() -> None:
-    assert _random.draws(context(seed=7), 1, 6, CPU).tolist() == DRAWN
+    assert random.draws(context(seed=7), 1, 6, CPU).tolist() == DRAWN
 
 
 DRAWN = [26038, 25690, -26180, 7971, -12644, -11604]

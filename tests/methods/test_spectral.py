@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge import method
-from modelmerge.methods import _linalg
+from modelmerge.methods import linalg, registry
 from modelmerge.methods.merge import iso_cts
 from tests.methods.test_ties import reference as float64_ties
 from tests.test_every_method import context_of, merged
@@ -186,11 +185,11 @@ def test_gram_matrices_lose_nothing_that_counts(shape: tuple[int, int], conditio
     u, _, v = svd(random_taus(1, shape)[0])
     x = ((u * torch.logspace(0, -torch.tensor(condition).log10().item(), 40)) @ v).float()
     u, s, v = svd(x)
-    kept = s > _linalg.SUPPORT * s[0]
-    factor, values = _linalg.polar(x)
+    kept = s > linalg.SUPPORT * s[0]
+    factor, values = linalg.polar(x)
     assert (factor - u[:, kept] @ v[kept]).norm() <= 1e-5 * factor.norm()
     assert torch.allclose(values, s[kept], rtol=1e-4, atol=0)
-    left, some, right = _linalg.leading_triplets(x, 12)
+    left, some, right = linalg.leading_triplets(x, 12)
     assert torch.allclose(some, s[:12], rtol=1e-8)
     assert torch.allclose((left * some) @ right, (u[:, :12] * s[:12]) @ v[:12], atol=1e-9)
 
@@ -204,7 +203,7 @@ def test_known_factors_give_the_same_merge(name: str, shape: tuple[int, int]) ->
              for r in (2, 3, 4, 0)]  # fmt: skip
     pairs[1][0][:, 2] = pairs[1][0][:, 1]
     taus = torch.stack([left @ right for left, right in pairs])
-    chosen = method.load(name)
+    chosen = registry.load(name)
     options = chosen.options()
     want = chosen.apply(taus, options, context_of(chosen, options, taus))
     known = (*pairs[:2], None, pairs[3])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge.method import load
-from modelmerge.methods import _sphere
+from modelmerge.methods import sphere
+from modelmerge.methods.registry import load
 from tests.test_every_method import context_of, merged, taus_of
 
 
@@ -94,10 +94,10 @@ def test_directions_that_cancel_are_no_error() -> None:
 
 def test_inner_products_are_those_of_the_points() -> None:
     taus, base = 1e-3 * torch.randn(3, 10_000), torch.randn(10_000)
-    moments = _sphere.moments(taus, base)
+    moments = sphere.moments(taus, base)
     for weights in (True, False):
         points = taus.double() + base.double() * weights
-        got, want = _sphere.inner_products(moments, weights=weights), points @ points.T
+        got, want = sphere.inner_products(moments, weights=weights), points @ points.T
         assert torch.allclose(got, want, rtol=1e-6)
         # What tells the angles: the distances between the points.
         got, want = (p.diagonal()[:, None] + p.diagonal() - 2 * p for p in (got, want))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge.methods import _threshold
+from modelmerge.methods import threshold
+from modelmerge.methods import threshold as thresholds
 from tests.test_every_method import counted, merged, surveyed, taus_of
 
 
@@ -48,22 +49,22 @@ def test_the_streamed_threshold_is_the_exact_order_statistic(density: float, mon
         torch.randn(5000, generator=generator) * 10.0 ** torch.randint(-40, 3, (5000,), generator=generator),
         torch.full((700,), -0.25), torch.zeros(300), torch.randn(2000, generator=generator).bfloat16().float(),
     ])[None]  # fmt: skip
-    survey = _threshold.survey(density)
+    survey = thresholds.survey(density)
     assert survey is not None
-    rank = max(_threshold.dropped(values.shape[1], density), 1)
+    rank = max(thresholds.dropped(values.shape[1], density), 1)
     want = values.abs().kthvalue(rank).values.item()
     assert surveyed(survey, values).item() == want
     # Through a sample, whether the window around its threshold holds the true one or not.
-    monkeypatch.setattr(_threshold, "SAMPLED", 1)
+    monkeypatch.setattr(threshold, "SAMPLED", 1)
     assert surveyed(survey, values).item() == want
     assert surveyed(survey, values[:, torch.randperm(values.shape[1])]).item() == want
     kept = max(int(values.shape[1] * density), 1)  # one entry less than over the whole model
-    assert _threshold.per_tensor(values, [density]) == values.abs().kthvalue(values.shape[1] - kept + 1).values
+    assert thresholds.per_tensor(values, [density]) == values.abs().kthvalue(values.shape[1] - kept + 1).values
 
 
 def shares_of(values: Tensor, density: float) -> tuple[list[int], Tensor]:
     """The shares of the passes that the survey makes over values [1, n], and the threshold it finds."""
-    survey, shares = _threshold.survey(density), []
+    survey, shares = thresholds.survey(density), []
     assert survey is not None
     search = survey.find(values.shape[1])
     wanted = next(search)
@@ -76,16 +77,16 @@ def shares_of(values: Tensor, density: float) -> tuple[list[int], Tensor]:
 
 
 def test_a_sample_saves_a_pass_and_misses_are_made_good() -> None:
-    even = torch.randn(1, _threshold.SAMPLED, generator=torch.Generator().manual_seed(1))
+    even = torch.randn(1, thresholds.SAMPLED, generator=torch.Generator().manual_seed(1))
     odd = even.clone()
     odd[:, ::32] *= 3  # what the sample sees is not what there is
     for values, passes in ((even, [32, 32, 1]), (odd, [32, 32, 1, 1, 1]), (even[:, 1:], [1, 1])):
         shares, threshold = shares_of(values, 0.2)
-        assert threshold == values.abs().kthvalue(_threshold.dropped(values.shape[1], 0.2)).values
+        assert threshold == values.abs().kthvalue(thresholds.dropped(values.shape[1], 0.2)).values
         assert shares == passes
 
 
 def test_trim_keeps_what_equals_the_threshold() -> None:
     tau = torch.tensor([0.1, -0.2, 0.2, 0.3, 0.0])
-    assert _threshold.trim(tau, torch.tensor(0.2)).tolist() == pytest.approx([0.0, -0.2, 0.2, 0.3, 0.0])
-    assert torch.equal(_threshold.trim(tau, torch.tensor(0.0)), tau)
+    assert thresholds.trim(tau, torch.tensor(0.2)).tolist() == pytest.approx([0.0, -0.2, 0.2, 0.3, 0.0])
+    assert torch.equal(thresholds.trim(tau, torch.tensor(0.0)), tau)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelmerge import method
-from modelmerge.method import Context
+from modelmerge.methods import registry
+from modelmerge.methods.contract import Context
+from modelmerge.methods.options import make_options
 from tests.test_every_method import merged, taus_of
 
 
@@ -80,8 +81,8 @@ def test_a_negligible_task_vector_is_left_out_and_said(size: float, says: str, s
     taus = taus_of(4)
     taus[2] *= size
     told: list[tuple[int, str]] = []
-    chosen = method.load("wudi")
-    options = method.make_options(chosen, "wudi", {"solver": solver, "steps": 30})
+    chosen = registry.load("wudi")
+    options = make_options(chosen, "wudi", {"solver": solver, "steps": 30})
     context = Context(tensor="w", weights=(1.0,) * 4, leave_out=lambda i, why: told.append((i, why)))
     with_it = chosen.apply(taus, options, context)
     assert [i for i, _ in told] == [2]

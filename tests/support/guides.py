@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from modelmerge import mergekit, method
+from modelmerge.methods import registry
+from modelmerge.plan import mergekit
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -15,17 +16,17 @@ README = ROOT / "README.md"
 GUIDES = {file.stem: file for file in sorted((ROOT / "modelmerge" / "guides").glob("*.md"))}
 
 
-def method_table(kind: Literal["merge", "disentangle"]) -> str:
+def method_table(kind: Literal["merge", "transform"]) -> str:
     """Every method of a kind with its help line, its options and its source."""
     rows = ["| method | what it does | options (default) |", "|---|---|---|"]
-    for name in method.names(kind):
-        chosen = method.load(name, kind)
+    for name in registry.names(kind):
+        chosen = registry.load(name, kind)
         # As they follow from one another where none is given: `-` has no effect then, or is found for each tensor.
         defaults = {
             name: "-" if value is None else value for name, value in dataclasses.asdict(chosen.options()).items()
         }
         options = [f"`--{name.replace('_', '-')}` ({default})" for name, default in defaults.items()]
-        rows.append(f"| [`{name}`]({chosen.paper}) | {method.summary(name, kind)} | {' '.join(options)} |")
+        rows.append(f"| [`{name}`]({chosen.paper}) | {registry.summary(name, kind)} | {' '.join(options)} |")
     return "\n".join(rows)
 
 
@@ -64,7 +65,7 @@ def becomes(parameter: mergekit.Parameter) -> str:
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "methods": {
         "methods": lambda: method_table("merge"),
-        "transforms": lambda: method_table("disentangle"),
+        "transforms": lambda: method_table("transform"),
     },
     "mergekit": {"mergekit": mergekit_table},
 }

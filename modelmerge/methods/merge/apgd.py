@@ -41,8 +41,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _linalg, _presence, _threshold
+from modelmerge.methods import linalg, presence, threshold
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,7 +191,7 @@ def find(taus: Tensor, options: CorrectionOptions, context: Context, *, each: bo
 
     With `each`, the descent moves a correction of each task's own, and the shared rank is min(m, n) / T by default.
     """
-    norms = _presence.changed(taus, context)
+    norms = presence.changed(taus, context)
     active = [i for i in norms if context.weights[i] != 0.0]
     if not active:
         return None
@@ -199,7 +200,7 @@ def find(taus: Tensor, options: CorrectionOptions, context: Context, *, each: bo
     lambdas = task_lambdas(vectors, lengths, [context.weights[i] for i in active], options)
     thresholds = context.measured
     if options.trim_scope == "tensor":
-        thresholds = _threshold.per_tensor(taus, [known(options.density)] * len(taus))
+        thresholds = threshold.per_tensor(taus, [known(options.density)] * len(taus))
 
     factors = context.factors and [context.factors[i] for i in active]
     basis = task_basis(vectors, options, factors, each=each)
@@ -239,7 +240,7 @@ def task_basis(
         shared_rank = smaller // (len(taus) if each else 6 if options.lambda_mode == "paper" else 12)
     # What is faithful to the paper is so to its singular vectors too.
     approximate = options.lambda_mode != "paper"
-    return _linalg.shared_subspace(list(taus), task_rank, shared_rank, factors, approximate=approximate).float()
+    return linalg.shared_subspace(list(taus), task_rank, shared_rank, factors, approximate=approximate).float()
 
 
 def capped(merged: Tensor, norms: list[float], cap: float, context: Context) -> Tensor:
@@ -306,7 +307,7 @@ def descend(
             if losses[0]() < enough:
                 taken -= 1
                 break
-        _linalg.remove_subspace(gradient, basis)
+        linalg.remove_subspace(gradient, basis)
         correction.grad = gradient * shares[:, None, None] if each else gradient
         adam.step()
         if each:
@@ -343,7 +344,7 @@ def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: Correction
     shape = taus[0].shape
     target = (wanted(rows, lambdas) / sum(lambdas)).double()
     if options.inner == "matrix" and basis.shape[1]:
-        off = torch.stack([_linalg.remove_subspace(tau.clone(), basis) for tau in taus]).flatten(1)[None]
+        off = torch.stack([linalg.remove_subspace(tau.clone(), basis) for tau in taus]).flatten(1)[None]
         grams = (off @ off.mT).double()
     else:
         grams = (rows @ rows.mT).double()
@@ -354,7 +355,7 @@ def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: Correction
 
     def spread(a: Tensor) -> Tensor:
         """P V^T a: [m, T, 1] -> [m, n]."""
-        return _linalg.remove_subspace((a.float().mT @ rows).view(shape), basis)
+        return linalg.remove_subspace((a.float().mT @ rows).view(shape), basis)
 
     solution = inverse @ target
     if not basis.shape[1] or options.inner == "matrix":
@@ -415,7 +416,7 @@ METHOD = Method(
     wants_base=True,
     own_lambda=True,
     blockwise=lambda options: False,
-    survey=lambda options: _threshold.survey(options.density) if options.trim_scope == "model" else None,
+    survey=lambda options: threshold.survey(options.density) if options.trim_scope == "model" else None,
     published={"solver": "adam", "lambda_mode": "paper"},
     # The descent holds the task vectors twice and Adam's state; the bases before it, the eigendecomposition of a
     # float64 Gram matrix with LAPACK's workspace (measured on square and oblong matrices: tests/test_memory.py).

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelmerge.method import Citation, Context, Method
-from modelmerge.methods._sums import weighted_sum
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.sums import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _signs, _threshold
-from modelmerge.methods._blocks import in_blocks
+from modelmerge.methods import signs, threshold
+from modelmerge.methods.blocks import in_blocks
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ def _merged(taus: Tensor, limits: Sequence[Tensor], options: Options, context: C
             yield kept if weight == 1.0 else kept.mul_(weight)
 
     if options.consensus == "ties":
-        return _signs.elect(trimmed(), context.weights, taus[0], "sum").mul_(options.scale)
+        return signs.elect(trimmed(), context.weights, taus[0], "sum").mul_(options.scale)
     total = torch.zeros_like(taus[0])
     for part in trimmed():
         total.add_(part)
@@ -73,7 +74,7 @@ def ends(sizes: Tensor, density: float, gamma: float) -> Tensor:
     count = sizes.shape[1]
     kept = max(int(density * count), 1)
     top = count - min(int(gamma * count), count - kept)
-    return _threshold.smallest(sizes, top - kept + 1, top)
+    return threshold.smallest(sizes, top - kept + 1, top)
 
 
 def middle(rows: Tensor, limits: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods._sums import weighted_sum
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
+from modelmerge.methods.sums import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

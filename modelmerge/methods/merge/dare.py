@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _random, _signs
+from modelmerge.methods import random, signs
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,20 +44,20 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the dropped and rescaled task vectors, merged and scaled."""
     part, densities = torch.empty_like(taus[0]), context.each("density", options.density)
     # Rescaled by the first density at the end, all together; here is what is missing of it.
-    first = _random.share(densities[0])
-    rests = [w * (first / _random.share(density)) for w, density in zip(context.weights, densities, strict=True)]
+    first = random.share(densities[0])
+    rests = [w * (first / random.share(density)) for w, density in zip(context.weights, densities, strict=True)]
 
     def dropped() -> Iterator[Tensor]:
         for i, (tau, density, rest) in enumerate(zip(taus, densities, rests, strict=True)):
-            kept = _random.keep(context, i, density, part).mul_(tau)
+            kept = random.keep(context, i, density, part).mul_(tau)
             yield kept if rest == 1.0 else kept.mul_(rest)
 
     if options.consensus == "ties":
-        total = _signs.elect(dropped(), context.weights, taus[0], options.reduce)
+        total = signs.elect(dropped(), context.weights, taus[0], options.reduce)
     elif all(rest == 1.0 for rest in rests):
         total = torch.zeros_like(part)
         for i, tau in enumerate(taus):  # a product with 1 or 0 is exact, fused with the sum or not
-            total.addcmul_(tau, _random.keep(context, i, densities[i], part))
+            total.addcmul_(tau, random.keep(context, i, densities[i], part))
     else:
         total = torch.zeros_like(part)
         for kept in dropped():

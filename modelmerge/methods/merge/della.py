@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _random, _signs
+from modelmerge.methods import random, signs
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,9 +51,9 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
             part = pruned_by_rank(taus[i], i, density, epsilon, context)
             yield part if context.weights[i] == 1.0 else part.mul_(context.weights[i])
 
-    factor = options.scale * _random.LEVELS
+    factor = options.scale * random.LEVELS
     if options.consensus == "ties":
-        return _signs.elect(pruned(), context.weights, taus[0], options.reduce).mul_(factor)
+        return signs.elect(pruned(), context.weights, taus[0], options.reduce).mul_(factor)
     total = torch.zeros_like(taus[0])
     for part in pruned():
         total.add_(part)
@@ -63,7 +64,7 @@ def pruned_by_rank(tau: Tensor, expert: int, density: float, epsilon: float, con
     """MagPrune of one task vector [*shape], kept entries divided by their chance in units of 2^-16."""
     rows = tau.flatten(1) if tau.ndim > 1 else tau.reshape(1, -1)
     level = by_rank(rows, chances(rows.shape[1], density, epsilon).to(tau.device))
-    drawn = _random.uniform(context, expert, torch.empty_like(rows))
+    drawn = random.uniform(context, expert, torch.empty_like(rows))
     mask = torch.gt(level, drawn, out=drawn)
     return torch.div(rows, level, out=level).mul_(mask).view_as(tau)
 
@@ -73,8 +74,8 @@ def chances(count: int, density: float, epsilon: float) -> Tensor:
     width = min(epsilon, density, 1.0 - density)
     if count == 1:
         width = 0.0
-    rise = 2 * width * _random.LEVELS / max(count - 1, 1)
-    level = torch.arange(count, dtype=torch.float32).mul_(rise).add_((density - width) * _random.LEVELS).round_()
+    rise = 2 * width * random.LEVELS / max(count - 1, 1)
+    level = torch.arange(count, dtype=torch.float32).mul_(rise).add_((density - width) * random.LEVELS).round_()
     return torch.where(level > 0, level, -1.0)  # what is never kept is divided, too
 
 

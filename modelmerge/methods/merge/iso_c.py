@@ -16,9 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _linalg
-from modelmerge.methods._sums import weighted_sum
+from modelmerge.methods import linalg
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
+from modelmerge.methods.sums import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    factor, s = _linalg.polar(weighted_sum(taus, context.weights))
+    factor, s = linalg.polar(weighted_sum(taus, context.weights))
     return factor.mul_(s.mean() if len(s) else 0.0).float().mul_(options.scale)
 
 

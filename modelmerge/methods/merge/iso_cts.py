@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _linalg
-from modelmerge.methods._sums import weighted_sum
+from modelmerge.methods import linalg
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
+from modelmerge.methods.sums import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,20 +43,20 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     common, own = ranks(min(taus.shape[1:]), len(taus), options.common_fraction)
     total = weighted_sum(taus, context.weights)
-    shared, s, right = _linalg.leading_triplets(total, common)
+    shared, s, right = linalg.leading_triplets(total, common)
     lefts, values, rights = [shared], [s], [right]
     largest = torch.linalg.vector_norm(taus, dim=(1, 2)).max()
     for tau, weight in zip(taus, context.weights, strict=True):
-        rest = _linalg.remove_subspace(tau.double() * weight, shared)
-        if not own or torch.linalg.vector_norm(rest) <= _linalg.SUPPORT * largest:
+        rest = linalg.remove_subspace(tau.double() * weight, shared)
+        if not own or torch.linalg.vector_norm(rest) <= linalg.SUPPORT * largest:
             continue  # what remains is rounding
-        left, s, right = _linalg.leading_triplets(rest, own)
+        left, s, right = linalg.leading_triplets(rest, own)
         lefts.append(left)
         values.append(s)
         rights.append(right)
     mean = torch.cat(values).mean() if any(len(s) for s in values) else 0.0
-    left, _ = _linalg.polar(torch.cat(lefts, dim=1))
-    right, _ = _linalg.polar(torch.cat(rights))
+    left, _ = linalg.polar(torch.cat(lefts, dim=1))
+    right, _ = linalg.polar(torch.cat(rights))
     return (left @ right).mul_(mean).float().mul_(options.scale)
 
 

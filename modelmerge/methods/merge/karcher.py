@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _sphere
+from modelmerge.methods import sphere
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,16 +34,16 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     assert context.measured is not None
     base = context.base if options.points == "weights" else None
     coefficients = _coefficients(tuple(context.measured.tolist()), context.weights, options.points)
-    return _sphere.combined(taus, base, coefficients)
+    return sphere.combined(taus, base, coefficients)
 
 
 @functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
 def _coefficients(moments: tuple[float, ...], weights: tuple[float, ...], points: str) -> tuple[float, ...]:
     told = torch.tensor(moments, dtype=torch.float64)
     alphas = [weight / sum(weights) for weight in weights]
-    if not bool(_sphere.inner_products(told, weights=False).any()):  # nothing changed, to the last digit
+    if not bool(sphere.inner_products(told, weights=False).any()):  # nothing changed, to the last digit
         return tuple(alphas)
-    return _sphere.centre(_sphere.inner_products(told, weights=points == "weights"), alphas)
+    return sphere.centre(sphere.inner_products(told, weights=points == "weights"), alphas)
 
 
 METHOD = Method(
@@ -56,6 +57,6 @@ METHOD = Method(
     ),
     normalises=True,
     wants_base=True,
-    moments=lambda options: _sphere.moments,
+    moments=lambda options: sphere.moments,
     workspace=lambda tasks: tasks + 4.0,
 )

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _linalg
+from modelmerge.methods import linalg
+from modelmerge.methods.contract import Citation, Context, Method
 from modelmerge.methods.merge import ties
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    basis = _linalg.joint_left_vectors(taus).float()
+    basis = linalg.joint_left_vectors(taus).float()
     coordinates = torch.stack([basis.T @ tau for tau in taus])
     told = ties.Options(density=options.density, scale=1.0, reduce=options.reduce, trim_scope="tensor")
     return (basis @ ties.apply(coordinates, told, context)).mul_(options.scale)

@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _linalg, _presence
-from modelmerge.methods._sums import weighted_sum
+from modelmerge.methods import linalg, presence
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
+from modelmerge.methods.sums import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,7 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    norms = _presence.changed(taus, context)
+    norms = presence.changed(taus, context)
     if not norms:
         return torch.zeros_like(taus[0])
     vectors = taus if len(norms) == len(taus) else taus[list(norms)]
@@ -63,8 +64,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     if options.damping:
         assert context.base is not None, "the method wants the base"
         # A weight that is zero at the base has no features to disturb.
-        size = _linalg.spectral_norm(context.base)
-        merged.mul_(1.0 / (1.0 + options.damping * _linalg.spectral_norm(merged) / size) if size else 1.0)
+        size = linalg.spectral_norm(context.base)
+        merged.mul_(1.0 / (1.0 + options.damping * linalg.spectral_norm(merged) / size) if size else 1.0)
     return merged.mul_(options.scale)
 
 
@@ -115,7 +116,7 @@ def solve(
 
 def _half_weightings(tau: Tensor, factors: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """L [m, m] and a factor W [k, n] of R = W^T W, both of trace 1, of a task vector [m, n] with m <= n; float32."""
-    left, s, right = _linalg.leading_triplets(tau, tau.shape[0], factors)
+    left, s, right = linalg.leading_triplets(tau, tau.shape[0], factors)
     s = s / s.sum()
     return ((left * s) @ left.T).float(), (right * s.sqrt()[:, None]).float()
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods._sums import gram, weighted_sum
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
+from modelmerge.methods.sums import gram, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelmerge.method import Context, Method, option
+from modelmerge.methods.contract import Context, Method
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, Pass, Survey, option
-from modelmerge.methods import _order
+from modelmerge.methods import order
+from modelmerge.methods.contract import Citation, Context, Method, Pass, Survey
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,9 +74,9 @@ def _share(values: Tensor, ends: Tensor) -> Tensor:
 def _survey(options: Options) -> Survey:
     def find(numel: int) -> Generator[Pass, Tensor, Tensor]:
         tails = (int(numel * _TAIL) + 1, max(int(numel * (1 - _TAIL) - 1), 0) + 1)
-        limits = yield from _order.by_rank(lambda taus: taus.abs(), tails)
+        limits = yield from order.by_rank(lambda taus: taus.abs(), tails)
         kept = (min(int(numel * (1 - options.ratio)) + 1, numel), numel)
-        ends = yield from _order.by_rank(lambda taus: scores(taus, limits), kept)
+        ends = yield from order.by_rank(lambda taus: scores(taus, limits), kept)
         return torch.cat([limits, ends], dim=1)
 
     return Survey(find=find, reads=lambda numel: 4.0)

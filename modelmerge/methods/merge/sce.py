@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _threshold
-from modelmerge.methods._blocks import blocks
+from modelmerge.methods import threshold
+from modelmerge.methods.blocks import blocks
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,7 @@ def selected(taus: Tensor, density: float) -> Tensor:
     count = int(changed * density)
     if count == 0:
         return variance.zero_()
-    limit = _threshold.smallest(variance[None].clone(), variance.numel() - count + 1)[0, 0]
+    limit = threshold.smallest(variance[None].clone(), variance.numel() - count + 1)[0, 0]
     return torch.ge(variance, limit, out=variance)
 
 

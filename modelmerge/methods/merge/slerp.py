@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _sphere
+from modelmerge.methods import sphere
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     assert context.measured is not None
     base = context.base if options.points == "weights" else None
     coefficients = _coefficients(tuple(context.measured.tolist()), context.weights, options)
-    return _sphere.combined(taus, base, coefficients)
+    return sphere.combined(taus, base, coefficients)
 
 
 @functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
@@ -53,7 +54,7 @@ def _coefficients(moments: tuple[float, ...], weights: tuple[float, ...], option
     else:
         first, second = (1.0 - options.t) * weights[0], options.t * weights[1]
         share = second / (first + second) if first + second else options.t
-    return _sphere.between(_sphere.inner_products(told, weights=options.points == "weights"), share)
+    return sphere.between(sphere.inner_products(told, weights=options.points == "weights"), share)
 
 
 METHOD = Method(
@@ -64,6 +65,6 @@ METHOD = Method(
     most_experts=2,
     normalises=True,
     wants_base=True,
-    moments=lambda options: _sphere.moments,
+    moments=lambda options: sphere.moments,
     workspace=lambda tasks: tasks + 4.0,
 )

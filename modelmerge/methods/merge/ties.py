@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _signs, _threshold
-from modelmerge.methods._blocks import in_blocks
+from modelmerge.methods import signs, threshold
+from modelmerge.methods.blocks import in_blocks
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,17 +41,17 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the trimmed entries that agree with the elected sign, reduced and scaled."""
     if options.trim_scope == "model":
         return _merged(taus, context.measured, options, context)
-    thresholds = _threshold.per_tensor(taus, context.each("density", options.density))
+    thresholds = threshold.per_tensor(taus, context.each("density", options.density))
     return in_blocks(taus, lambda block: _merged(block, thresholds, options, context))
 
 
 def _merged(taus: Tensor, thresholds: Tensor | None, options: Options, context: Context) -> Tensor:
     def trimmed() -> Iterator[Tensor]:
         for i, weight in enumerate(context.weights):
-            kept = _threshold.trim(taus[i], None if thresholds is None else thresholds[i])
+            kept = threshold.trim(taus[i], None if thresholds is None else thresholds[i])
             yield kept if weight == 1.0 else kept.mul_(weight)
 
-    return _signs.elect(trimmed(), context.weights, taus[0], options.reduce).mul_(options.scale)
+    return signs.elect(trimmed(), context.weights, taus[0], options.reduce).mul_(options.scale)
 
 
 METHOD = Method(
@@ -61,6 +62,6 @@ METHOD = Method(
         "TIES-Merging: Resolving Interference When Merging Models", "Prateek Yadav and others", "NeurIPS 2023"
     ),
     blockwise=lambda options: options.trim_scope == "model",
-    survey=lambda options: _threshold.survey(options.density) if options.trim_scope == "model" else None,
+    survey=lambda options: threshold.survey(options.density) if options.trim_scope == "model" else None,
     workspace=lambda tasks: 8.0,
 )

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _linalg
+from modelmerge.methods import linalg
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +40,12 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     lefts, values, rights = [], [], []
     factors = context.factors or (None,) * len(taus)
     for tau, weight, known in zip(taus, context.weights, factors, strict=True):
-        left, s, right = _linalg.leading_triplets(tau, rank, known)
+        left, s, right = linalg.leading_triplets(tau, rank, known)
         lefts.append(left)
         values.append(s * weight)
         rights.append(right)
-    left, _ = _linalg.polar(torch.cat(lefts, dim=1))
-    right, _ = _linalg.polar(torch.cat(rights))
+    left, _ = linalg.polar(torch.cat(lefts, dim=1))
+    right, _ = linalg.polar(torch.cat(rights))
     return ((left * torch.cat(values)) @ right).float().mul_(options.scale)
 
 

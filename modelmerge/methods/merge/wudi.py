@@ -34,9 +34,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.method import Citation, Context, Method, option
-from modelmerge.methods import _presence
-from modelmerge.methods._sums import weighted_sum
+from modelmerge.methods import presence
+from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.options import option
+from modelmerge.methods.sums import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    norms = _presence.changed(taus, context)
+    norms = presence.changed(taus, context)
     active = list(norms)
     if not active:
         return torch.zeros_like(taus[0])

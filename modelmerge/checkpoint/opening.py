@@ -1,0 +1,55 @@
+"""Open the base and its experts together: task vectors and adapters must be of that base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from modelmerge.checkpoint.reader import Checkpoint, attach, open_checkpoint
+from modelmerge.checkpoint.reference import Reference, parse, parse_experts
+from modelmerge.errors import PlanError, ReferenceNotFound
+
+
+def as_references(experts: Sequence[str | Path] | Mapping[str, str | Path]) -> tuple[str, ...]:
+    """`[NAME=]REF` of each expert, given so or as a mapping of name to reference."""
+    if isinstance(experts, Mapping):
+        return tuple(f"{name}={reference}" for name, reference in experts.items())
+    return tuple(map(str, experts))
+
+
+def open_models(base: str, experts: Sequence[str]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+    """The base and the experts, every header read; task vectors and adapters among them must be of this base.
+
+    Raises:
+        ReferenceNotFound: A reference leads nowhere.
+        HubError: The Hub refuses, or cannot be reached.
+        CheckpointError: A file is malformed.
+        PlanError: A task vector or an adapter is of another base, or stands where the base should.
+    """
+    return open_references(parse(base), parse_experts(experts))
+
+
+def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+    """`open_models` for references that have been parsed."""
+    origin = open_checkpoint(reference)
+    if origin.adapter is not None:
+        raise ReferenceNotFound(
+            f"{reference.text} is a PEFT adapter, not a base",
+            hint=f"its base was '{origin.adapter.base}'" if origin.adapter.base else "name the model it was trained on",
+        )
+    if origin.vector is not None:
+        raise ReferenceNotFound(
+            f"{reference.text} is a task vector, not a base", hint=f"its base was {origin.vector.base}"
+        )
+    opened = tuple(attach(open_checkpoint(other), origin) for other in others)
+    vectors = [expert for expert in opened if expert.vector is not None and expert.vector.base_sha256 is not None]
+    if vectors:
+        ours = tuple(sorted(origin.digests().values()))
+        for expert in vectors:
+            assert expert.vector is not None
+            if expert.vector.base_sha256 != ours:
+                raise PlanError(
+                    f"'{expert.name}' is a task vector of another base than {reference.text} (the sha256 differs)",
+                    hint=f"its base was '{expert.vector.base}'",
+                )
+    return origin, opened

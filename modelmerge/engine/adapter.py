@@ -1,0 +1,162 @@
+"""Merging into an adapter: the merged task vector as factors, matrix by matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_change
+from modelmerge.checkpoint.layout import Entry
+from modelmerge.checkpoint.staging import Scratch
+from modelmerge.engine.given import give
+from modelmerge.engine.job import SMALL, Findings, Job
+from modelmerge.engine.loader import TORCH_DTYPES, as_bytes, loaded, piece_bytes, rounded, whole
+from modelmerge.engine.memory import _ROWS
+from modelmerge.engine.merge import merged_vector
+from modelmerge.engine.parallel import prepare_process, threads
+from modelmerge.engine.rounding import squared
+from modelmerge.methods import linalg
+from modelmerge.plan.tensors import TensorPlan
+from modelmerge.progress import Reporter
+
+
+@dataclass(slots=True)
+class Adapted:
+    """What a merge became as an adapter.
+
+    `entries`: dtype, shape and bytes of each key of the adapter's file, and `places` where in the spool they lie.
+    `ranks`, and `lost` and `merged`, squared norms of what the factors miss and of the merged task vector: by tensor.
+    `saved`: the modules that are kept whole, with their tensors. `biases`: those of adapted layers.
+    """
+
+    findings: Findings = field(default_factory=Findings)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    merged: dict[str, float] = field(default_factory=dict)
+    saved: dict[str, list[str]] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+
+    def relative_error(self, tensor: str | None = None) -> float:
+        """`||merged - factors|| / ||merged||`, of one tensor's merged task vector or of the whole one."""
+        names = self.merged if tensor is None else (tensor,)
+        size = sum(self.merged[name] for name in names)
+        return (sum(self.lost.get(name, 0.0) for name in names) / size) ** 0.5 if size else 0.0
+
+
+def adapt(
+    job: Job,
+    table: Mapping[str, Role],
+    wanted: Size,
+    dtype: str,
+    spool: BinaryIO,
+    scratch: Callable[[int], Scratch],
+    reporter: Reporter,
+) -> Adapted:
+    """Merge every tensor of the plan, and spool what an adapter holds of it.
+
+    Args:
+        job: The merge.
+        table: What becomes of each tensor.
+        wanted: How small the factors shall be.
+        dtype: safetensors dtype of the factors.
+        spool: Gets the bytes.
+        scratch: Gives room of so many bytes on the disk.
+        reporter: Is told the progress.
+
+    Raises:
+        CheckpointError: A weight is NaN or Inf, or a file cannot be read.
+        OutputError: A tensor changes that an adapter has no place for; or the spool cannot be written.
+    """
+    prepare_process()
+    plan, adapted = job.plan, Adapted()
+    todo = [tensor for tensor in job.merged() if tensor.numel]
+    # What has no place is found out first: not at the end of a long merge.
+    todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
+    adapted.findings.merged = len(todo)
+    given = give(job, adapted.findings, scratch, reporter)
+    reporter.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
+    kept: set[str] = set()  # tensors that changed and are not low-rank
+    for tensor in todo:
+        role = table[tensor.name]
+        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
+        theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
+        with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
+            given.ready(piece, taus)
+            delta = merged_vector(given, piece, theta_0, taus, adapted.findings, given.factors(tensor))
+            del taus
+            square = squared(delta)
+            if square and role.kind == "no place":
+                raise refuse_change(tensor.name)
+            if square:
+                adapted.merged[tensor.name] = square
+            if square and role.kind == "low rank":
+                del theta_0
+                _spool_factors(adapted, tensor, role, delta, wanted, dtype, spool)
+            elif square:
+                kept.add(tensor.name)
+                values = rounded(piece, theta_0.add_(delta))
+                _spool(adapted, key(role, tensor.name, "whole"), tensor.out_dtype, values, tensor.shape, spool)
+        reporter.advance(piece_bytes(plan, piece), tensor.name)
+    _complete(job, adapted, table, kept, dtype, spool)
+    return adapted
+
+
+def _spool_factors(
+    adapted: Adapted, tensor: TensorPlan, role: Role, delta: Tensor, wanted: Size, dtype: str, spool: BinaryIO
+) -> None:
+    if wanted.rank is not None:
+        rank = min(wanted.rank, *tensor.shape)
+    else:
+        shares = linalg.singular_values(delta).square().cumsum(0)
+        # The smallest rank whose share reaches the energy, but for rounding of the sums.
+        rank = int((shares >= shares[-1] * ((wanted.energy or 0.0) - 1e-12)).float().argmax()) + 1
+    left, right = (factor.to(TORCH_DTYPES[dtype]) for factor in linalg.balanced(delta, rank))
+    adapted.ranks[tensor.name] = rank
+    step, lost = max(_ROWS // tensor.shape[1], 1), 0.0
+    for first in range(0, len(delta), step):
+        rows = left[first : first + step].double() @ right.double()
+        lost += float((delta[first : first + step] - rows).square().sum())
+    adapted.lost[tensor.name] = lost
+    a, b = (left.T, right.T) if role.transposed else (right, left)
+    for part, factor in (("A", a), ("B", b)):
+        _spool(adapted, key(role, tensor.name, part), dtype, factor.contiguous().cpu(), tuple(factor.shape), spool)
+
+
+def _complete(
+    job: Job, adapted: Adapted, table: Mapping[str, Role], kept: set[str], dtype: str, spool: BinaryIO
+) -> None:
+    """Spool what peft wants with the tensors that are kept: the rest of their modules, the layers of biases."""
+    tensors = job.plan.tensors
+    adapted.saved = kept_whole(kept, table)
+    for name in (name for names in adapted.saved.values() for name in names if name not in kept):
+        values = loaded(job.source, tensors[name])
+        _spool(adapted, key(table[name], name, "whole"), tensors[name].out_dtype, values, tensors[name].shape, spool)
+    weights = {table[name].module for name in adapted.ranks}
+    adapted.biases = sorted(name for name in kept if table[name].kind == "bias")
+    for name in adapted.biases:
+        if table[name].module not in weights:
+            _spool_nothing(adapted, tensors[f"{table[name].module}.weight"], table, dtype, spool)
+
+
+def _spool_nothing(
+    adapted: Adapted, tensor: TensorPlan, table: Mapping[str, Role], dtype: str, spool: BinaryIO
+) -> None:
+    """Factors of rank 1 that change nothing: peft keeps a bias only with the layer it adapts."""
+    m, n = tensor.shape[::-1] if table[tensor.name].transposed else tensor.shape
+    adapted.ranks[tensor.name] = 1
+    for part, shape in (("A", (1, n)), ("B", (m, 1))):
+        nothing = torch.zeros(shape, dtype=TORCH_DTYPES[dtype])
+        _spool(adapted, key(table[tensor.name], tensor.name, part), dtype, nothing, shape, spool)
+
+
+def _spool(adapted: Adapted, name: str, dtype: str, values: Tensor, shape: tuple[int, ...], spool: BinaryIO) -> None:
+    data = as_bytes(values.flatten())
+    adapted.places[name] = spool.tell()
+    adapted.entries[name] = (dtype, shape, len(data))
+    spool.write(data)

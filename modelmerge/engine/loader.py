@@ -1,0 +1,371 @@
+"""From stored bytes to task vectors, a piece at a time, on several threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelmerge.checkpoint.header import DTYPE_BITS, Change, TensorInfo
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.engine.job import Source
+from modelmerge.engine.rounding import Rounding, squared
+from modelmerge.errors import CheckpointError
+from modelmerge.plan.tensors import Plan, TensorPlan
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+_OTHER_DTYPES = {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of a tensor's elements."""
+
+    tensor: TensorPlan
+    start: int
+    stop: int
+    whole: bool = False  # keep the tensor's shape; otherwise the run is flat
+    sampled: bool = False  # others around it are not read: no occasion to hash the file
+
+
+class Loader:
+    """A thread's buffers, and the way from stored bytes to task vectors.
+
+    Args:
+        source: Where they come from.
+        elements: Capacity: elements of the largest piece that will be loaded.
+        stored: Capacity: bytes of the largest piece as any model stores it.
+        device: Where `theta_0` and the task vectors shall be.
+    """
+
+    def __init__(self, source: Source, elements: int, stored: int, device: torch.device) -> None:
+        self._source = source
+        self._models = source.plan.models
+        self._right: dict[str, tuple[TensorInfo, Tensor]] = {}  # by expert, the last right factor
+        self._device = device
+        pinned = device.type == "cuda"
+        self._raw = torch.empty(stored, dtype=torch.uint8, pin_memory=pinned)
+        self._theta_0 = torch.empty(elements, dtype=torch.float32, device=device)
+        self._taus = torch.empty(len(source.plan.experts) * elements, dtype=torch.float32, device=device)
+
+    def load(self, piece: Piece, *, check: bool) -> tuple[Tensor, Tensor]:
+        """`theta_0` [*shape], float32 or float64, and the task vectors [T, *shape], float32.
+
+        Both lie in buffers that the next call writes over; a whole tensor's `theta_0` is its own.
+
+        Raises:
+            CheckpointError: With `check`, a weight is NaN or Inf.
+        """
+        shape = piece.tensor.shape if piece.whole else (piece.stop - piece.start,)
+        taus = self._taus[: len(self._models[1:]) * (piece.stop - piece.start)].view(len(self._models) - 1, *shape)
+        theta_0 = self._widened(self._models[0], piece).view(shape)
+        for tau, expert in zip(taus, self._models[1:], strict=True):
+            self._load_one(expert, piece, theta_0, tau)
+        # One sum finds any NaN or Inf of base and experts, for both stay in a difference and in a sum. A sum that is
+        # not finite may also be an overflow of finite numbers: look again, one model at a time.
+        if check and not bool(taus.sum().isfinite()):
+            self._refuse_nonfinite(piece)
+        return theta_0, taus
+
+    def _load_one(self, expert: Checkpoint, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
+        common = piece.tensor.common - piece.start
+        if common < tau.numel():  # beyond the rows that all models have nothing changes
+            tau.zero_()
+            if common > 0:
+                part = replace(piece, stop=piece.start + common, whole=False)
+                self._load_one(expert, part, theta_0.flatten()[:common], tau.view(-1)[:common])
+            return
+        info = expert.tensors.get(piece.tensor.name)
+        if info is None:  # a task vector or an adapter that leaves out what did not change
+            tau.zero_()
+        elif info.change is None:
+            stored = self.stored(expert, piece).view(tau.shape)
+            if torch.float64 in (stored.dtype, theta_0.dtype):
+                tau.copy_(stored.double() - theta_0.double())
+            else:
+                tau.copy_(stored).sub_(theta_0)
+        elif info.change.factors is None:
+            tau.copy_(self.stored(expert, piece).view(tau.shape)).mul_(info.change.scale)
+        else:
+            self._load_changed(expert, info.change, piece, theta_0.flatten(), tau.flatten())
+
+    def _load_changed(self, expert: Checkpoint, change: Change, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
+        """A task vector that is told by factors, flat: `f (origin + product) - theta_0`.
+
+        f is DoRA's factor of each row or column. Written so that what is left is not a difference of large numbers.
+        """
+        width = piece.tensor.numel // piece.tensor.shape[0]
+        first, last = piece.start // width, -(-piece.stop // width)
+        rows = self.product(expert, change, first, last)
+        inside = slice(piece.start - first * width, piece.stop - first * width)
+        tau.copy_(rows.flatten()[inside])
+        if change.low_rank:
+            return
+        origin = theta_0 if change.origin is None else self._rows(expert, change.origin, piece.start, piece.stop)
+        if change.magnitude is not None:
+            factors = self._rescaling(expert, change, piece.tensor, first, last)
+            factors = factors[None, :] if change.transposed else factors[:, None]
+            spread, beyond = (f.float().expand(last - first, width).flatten()[inside] for f in (factors, factors - 1))
+            tau.mul_(spread).addcmul_(origin.to(tau.dtype), beyond)
+        if change.origin is not None:
+            tau.add_(origin - theta_0)
+
+    def _rescaling(self, expert: Checkpoint, change: Change, tensor: TensorPlan, first: int, last: int) -> Tensor:
+        """DoRA's factors, float64: of the rows from `first` to `last`, or of all columns if it is `transposed`."""
+        assert change.magnitude is not None
+        if not change.transposed:
+            learnt = self._rows(expert, change.magnitude, first, last)
+            return learnt.double() / torch.cat(list(self._changed_norms(expert, change, tensor, first, last, 1)))
+        key = (expert.name, tensor.name)
+        if key not in self._source.norms:
+            # Several threads may do this at once; they find the same.
+            parts = self._changed_norms(expert, change, tensor, 0, tensor.shape[0], 0)
+            self._source.norms[key] = sum(part.square() for part in parts).sqrt()  # type: ignore[union-attr]
+        learnt = self._rows(expert, change.magnitude, 0, tensor.shape[1])
+        return learnt.double() / self._source.norms[key]
+
+    def _changed_norms(
+        self, expert: Checkpoint, change: Change, tensor: TensorPlan, first: int, last: int, dim: int
+    ) -> Iterator[Tensor]:
+        """Norms over a dimension of the changed tensor's rows from `first` to `last`, some rows at a time, float64."""
+        width = tensor.numel // tensor.shape[0]
+        model, info = (self._models[0], self._models[0].tensors[tensor.name])
+        if change.origin is not None:
+            model, info = expert, change.origin
+        step = max(self._source.block // width, 1)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            changed = self._rows(model, info, start * width, stop * width).view(-1, width)
+            changed = changed + self.product(expert, change, start, stop)
+            yield torch.linalg.vector_norm(changed, dim=dim, dtype=torch.float64)
+
+    def product(self, expert: Checkpoint, change: Change, first: int, last: int) -> Tensor:
+        """The scaled product of the factors, rows from `first` to `last`: [rows, n], float32 or float64."""
+        left, right = self.factors(expert, change, first, last)
+        return left @ right
+
+    def factors(self, expert: Checkpoint, change: Change, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The factors as [rows, r], times the scale, and [r, n], of the rows from `first` to `last`."""
+        assert change.factors is not None
+        left, right = change.factors
+        if self._right.get(expert.name, (None,))[0] is not right:  # every piece of a tensor needs the whole of it
+            values = self._rows(expert, right, 0, right.numel)
+            values = values.view(right.shape).T if change.transposed else values.view(right.shape[0], -1)
+            self._right[expert.name] = right, values
+        _, values = self._right[expert.name]
+        if change.transposed:
+            rank, m = left.shape
+            rows = torch.stack([self._rows(expert, left, k * m + first, k * m + last) for k in range(rank)]).T
+        else:
+            rank = left.shape[1]
+            rows = self._rows(expert, left, first * rank, last * rank).view(-1, rank)
+        if rows.dtype != values.dtype:
+            rows, values = rows.double(), values.double()
+        return rows * change.scale, values
+
+    def _rows(self, model: Checkpoint, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """A stored tensor's elements from `start` to `stop`, flat, on the device, float32 or (if stored so) float64."""
+        size = item_bytes(info.dtype)
+        raw = torch.empty((stop - start) * size, dtype=torch.uint8)
+        model.read_into(info, start * size, _buffer(raw))
+        values = raw.view(TORCH_DTYPES[info.dtype]).to(self._device)
+        return values if values.dtype == torch.float64 else values.float()
+
+    def copy(self, piece: Piece) -> Tensor:
+        """The base's own elements, flat, in the output's dtype (raw bytes where it stays the same)."""
+        raw = self._read(self._models[0], piece)
+        if piece.tensor.checked and not bool(raw.view(TORCH_DTYPES[piece.tensor.dtype]).float().sum().isfinite()):
+            self._refuse_nonfinite(piece, self._models[:1])
+        if piece.tensor.out_dtype == piece.tensor.dtype:
+            return raw
+        return rounded(piece, self._widened(self._models[0], piece), check=piece.tensor.checked)
+
+    def _refuse_nonfinite(self, piece: Piece, models: Sequence[Checkpoint] | None = None) -> None:
+        for model in models or self._models:
+            info = model.tensors.get(piece.tensor.name)
+            if model is not self._models[0]:
+                piece = replace(piece, stop=min(piece.stop, piece.tensor.common))
+            if info is None or piece.start >= piece.stop:
+                continue
+            parts = info.change.parts if info.change is not None else ()
+            for part in parts or (info,):
+                values = self._rows(model, part, 0, part.numel) if parts else self.stored(model, piece)
+                if not bool(values.isfinite().all()):
+                    kind = "NaN" if bool(values.isnan().any()) else "Inf"
+                    raise CheckpointError(
+                        f"{info.file}: tensor '{part.name}' of '{model.name}' holds {kind}",
+                        hint=f"--exclude '{info.name}' copies it from the base unchecked, if that is meant to be so",
+                    )
+            if info.change is not None and info.change.magnitude is not None:
+                factors = self._rescaling(model, info.change, piece.tensor, 0, piece.tensor.shape[0])
+                if not bool(factors.isfinite().all()):
+                    raise CheckpointError(
+                        f"{info.file}: '{info.change.magnitude.name}' rescales weights that are all zero in the base",
+                        hint=f"--exclude '{info.name}' copies them from the base",
+                    )
+
+    def _widened(self, model: Checkpoint, piece: Piece) -> Tensor:
+        """A model's elements, flat, in float32, or float64 where they are stored so; in a buffer."""
+        stored = self.stored(model, piece)
+        if stored.dtype == torch.float64:
+            return stored.clone()
+        # What becomes of a whole tensor may still be on its way to the file when the next one is read.
+        if piece.whole:
+            return stored.to(torch.float32, copy=True)
+        return self._theta_0[: len(stored)].copy_(stored)
+
+    def stored(self, model: Checkpoint, piece: Piece) -> Tensor:
+        """A model's elements, flat, as stored, on the device; in a buffer that the next call writes over."""
+        return self._read(model, piece).view(TORCH_DTYPES[model.tensors[piece.tensor.name].dtype]).to(self._device)
+
+    def _read(self, model: Checkpoint, piece: Piece) -> Tensor:
+        info = model.tensors[piece.tensor.name]
+        first, last = piece.start * item_bytes(info.dtype), piece.stop * item_bytes(info.dtype)
+        raw = self._raw[: last - first]
+        model.read_into(info, first, _buffer(raw), follow=not piece.sampled)
+        return raw
+
+
+def pieces(
+    tensors: Sequence[TensorPlan], block: int, *, sampled: bool = False, by_rows: bool = False
+) -> Iterator[Piece]:
+    """The tensors cut into pieces of about `block` elements, matrices between rows; `by_rows` no row of any is cut."""
+    for tensor in tensors:
+        # Kinds that pack several elements into a byte are only ever copied, and are cut by bytes.
+        count = tensor.numel * DTYPE_BITS[tensor.dtype] // 8 // item_bytes(tensor.dtype)
+        width = tensor.row if by_rows or len(tensor.shape) == 2 else 1
+        step = max(block // width, 1) * width
+        for start in range(0, count, step):
+            yield Piece(tensor, start, min(start + step, count), sampled=sampled)
+
+
+def loader_of(source: Source, tensors: Sequence[TensorPlan]) -> Loader:
+    """A loader of whole tensors, on the host, that has room for each of these.
+
+    One for many tensors: memory that is new costs the system as much time as reading into it.
+    """
+    stored = max((model.stored_bytes(t.name) for t in tensors for model in source.plan.models), default=0)
+    return Loader(source, max((t.numel for t in tensors), default=0), stored, torch.device("cpu"))
+
+
+def whole(
+    source: Source, tensor: TensorPlan, *, check: bool, loader: Loader | None = None
+) -> tuple[Piece, Tensor, Tensor]:
+    """A whole tensor's piece, `theta_0` and task vectors, on the host; the latter in the loader's buffer, if any."""
+    piece = Piece(tensor, 0, tensor.numel, whole=True)
+    theta_0, taus = (loader or loader_of(source, [tensor])).load(piece, check=check)
+    return piece, theta_0, taus
+
+
+def wholes(source: Source, tensors: Sequence[TensorPlan], *, check: bool) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    """`whole` for one tensor after the other, on the source's device, the next one being read meanwhile."""
+    with ThreadPoolExecutor(1, "read") as reading:
+        ahead = reading.submit(whole, source, tensors[0], check=check) if tensors else None
+        for i in range(len(tensors)):
+            assert ahead is not None
+            piece, theta_0, taus = ahead.result()
+            ahead = reading.submit(whole, source, tensors[i + 1], check=check) if i + 1 < len(tensors) else None
+            yield piece, theta_0.to(source.device), taus.to(source.device)
+
+
+def read_tensor(model: Checkpoint, name: str) -> Tensor:
+    """A tensor as the model stores it, on the host.
+
+    Raises:
+        CheckpointError: The file ends before it, or it is of a dtype that torch lacks.
+    """
+    info = model.tensors[name]
+    dtype = (TORCH_DTYPES | _OTHER_DTYPES).get(info.dtype)
+    if dtype is None:
+        raise CheckpointError(f"{info.file}: tensor '{name}' is {info.dtype}, which torch has no dtype for")
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    model.read_into(info, 0, _buffer(raw))
+    return raw.view(dtype).view(info.shape)
+
+
+def loaded(source: Source, tensor: TensorPlan) -> Tensor:
+    """The base's own tensor, flat, as the output stores it, on the host (raw bytes where its dtype stays the same)."""
+    loader = Loader(source, tensor.numel, source.plan.base.stored_bytes(tensor.name), torch.device("cpu"))
+    return loader.copy(Piece(tensor, 0, tensor.numel))
+
+
+def known_factors(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
+    """Each expert's task vector [m, n] as factors [m, r] and [r, n], float32 on the device; None for one that has none.
+
+    None at all where no expert has any. An expert that did not change the tensor has factors of rank 0.
+    """
+    if tensor.rows is not None:  # the task vectors are cut
+        return None
+    found: list[tuple[Tensor, Tensor] | None] = []
+    loader = Loader(source, 0, 0, source.device)
+    for expert in source.plan.experts:
+        info = expert.tensors.get(tensor.name)
+        if len(tensor.shape) != 2 or (info is not None and (info.change is None or not info.change.low_rank)):
+            found.append(None)
+        elif info is None or info.change is None:
+            m, n = tensor.shape
+            found.append((torch.zeros(m, 0, device=source.device), torch.zeros(0, n, device=source.device)))
+        else:
+            left, right = loader.factors(expert, info.change, 0, tensor.shape[0])
+            found.append((left.float(), right.float()))
+    return tuple(found) if any(pair is not None for pair in found) else None
+
+
+def rounded(piece: Piece, merged: Tensor, *, check: bool = True, rounding: Rounding | None = None) -> Tensor:
+    """The merged values, flat, in the output's dtype, on the host; `rounding` is told what that loses.
+
+    Raises:
+        CheckpointError: With `check`, a value does not fit the dtype.
+    """
+    dtype = TORCH_DTYPES[piece.tensor.out_dtype]
+    stored = merged.to(dtype)
+    # As in loading: a sum first, a closer look only where it is not finite. What is lost is NaN wherever a value is.
+    if rounding is not None and dtype != merged.dtype:
+        lost = squared(stored.to(merged.dtype).sub_(merged))
+        rounding.lost.append(lost)
+        finite = math.isfinite(lost)
+    else:
+        finite = bool((stored if dtype == torch.float64 else stored.float()).sum().isfinite())
+    if check and not finite:
+        if not bool(merged.isfinite().all()):
+            raise CheckpointError(
+                f"tensor '{piece.tensor.name}': the merged values are not finite", hint="use a smaller scale or step"
+            )
+        if not bool(stored.isfinite().all()):
+            raise CheckpointError(
+                f"tensor '{piece.tensor.name}': the merged values overflow {str(dtype).removeprefix('torch.')}",
+                hint="store it wider: --dtype float32",
+            )
+    return stored.flatten().cpu()
+
+
+def as_bytes(data: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, not copied."""
+    return _buffer(data.view(torch.uint8))
+
+
+def _buffer(data: Tensor) -> memoryview:
+    array: Any = data.numpy()  # shares the tensor's memory
+    return memoryview(array)
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of what a piece counts: an element, or a byte where elements are smaller."""
+    return max(DTYPE_BITS[dtype] // 8, 1)
+
+
+def piece_bytes(plan: Plan, piece: Piece) -> int:
+    """Bytes that a piece takes in all the files it is read from."""
+    stored = plan.stored_bytes(piece.tensor, experts=piece.tensor.action != "copy")
+    return stored * (piece.stop - piece.start) // max(piece.tensor.numel, 1)

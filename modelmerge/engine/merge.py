@@ -1,0 +1,285 @@
+"""Merging: every tensor of a plan, streamed through its method into the output."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modelmerge.checkpoint.staging import Staging
+from modelmerge.engine.given import Factors, Given, give
+from modelmerge.engine.job import SMALL, Findings, Job
+from modelmerge.engine.loader import Loader, Piece, as_bytes, item_bytes, loader_of, piece_bytes, pieces, rounded, whole
+from modelmerge.engine.memory import beyond_device, together
+from modelmerge.engine.parallel import current, in_parallel, prepare_process, side_by_side, threads
+from modelmerge.engine.rounding import Rounding, squared, stored_narrow
+from modelmerge.methods.contract import Context
+from modelmerge.plan.overrides import Setting
+from modelmerge.plan.tensors import TensorPlan
+from modelmerge.progress import Reporter
+
+_REACH = 1 << 30  # bytes: little beside the memory that systems give to files
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """Where a merge goes, what is noticed of it, and what a tensor's merged task vector is multiplied by on the way."""
+
+    staging: Staging
+    findings: Findings
+    factors: Mapping[str, float]
+
+    def write(self, piece: Piece, data: Tensor) -> None:
+        """Write the piece's values, flat, as they are stored."""
+        start = piece.start * item_bytes(piece.tensor.out_dtype)
+        self.staging.write(piece.tensor.name, start, as_bytes(data))
+
+
+def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
+    """Merge every tensor of the plan into the staging directory.
+
+    Raises:
+        CheckpointError: A weight is NaN or Inf, or a file cannot be read.
+        OutputError: The output cannot be written.
+    """
+    output = _Output(staging, Findings(rounding=Rounding() if stored_narrow(job.plan) else None), {})
+    _run(job, (output,), reporter)
+    return output.findings
+
+
+def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], reporter: Reporter) -> list[Findings]:
+    """Several merges in one pass over the models: `run` for each, to the same bits.
+
+    Args:
+        jobs: They differ in nothing but that option of the merge's own method.
+        option: One that is declared linear: the merged task vector is found once, at 1, and multiplied for each.
+        stagings: Where each goes.
+        reporter: Is told the progress.
+
+    Raises:
+        CheckpointError: As for `run`.
+        OutputError: As for `run`.
+    """
+    own = next(part for part in jobs[0].parts if part.glob is None and not part.rest)
+    one = dataclasses.replace(own, options=dataclasses.replace(own.options, **{option: 1.0}))
+    names = {tensor.name for tensor in own.tensors}
+    settings = {
+        name: dataclasses.replace(told, options=dataclasses.replace(told.options, **{option: 1.0}))
+        if name in names
+        else told
+        for name, told in jobs[0].settings.items()
+    }
+    parts = tuple(one if part is own else part for part in jobs[0].parts)
+    # What the methods notice does not depend on the factor.
+    shared, outputs = Findings(), []
+    for job, staging in zip(jobs, stagings, strict=True):
+        rounding = Rounding() if stored_narrow(job.plan) else None
+        factors = {name: float(getattr(job.options_of(name), option)) for name in names}
+        outputs.append(_Output(staging, dataclasses.replace(shared, rounding=rounding), factors))
+    _run(dataclasses.replace(jobs[0], parts=parts, settings=settings), outputs, reporter)
+    return [output.findings for output in outputs]
+
+
+def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
+    """Merge into each of the outputs; finished tensors of the first are left out."""
+    prepare_process()
+    plan = job.plan
+    todo = [t for t in plan.in_order() if t.numel and not outputs[0].staging.is_finished(t.name)]
+    for output in outputs:
+        output.findings.scales = job.scales
+        output.findings.merged = sum(t.action != "copy" for t in todo)
+    if not todo:
+        return
+    first = outputs[0].findings
+    given = give(job, first, outputs[0].staging.scratch, reporter)
+    for output in outputs[1:]:
+        output.findings.scales, output.findings.lambdas = first.scales, first.lambdas
+
+    wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
+    streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
+    measured = [t for t in streamed if t.action != "copy" and job.part(t).moments is not None]
+    streamed = [t for t in streamed if t not in measured]
+    read = [*todo, *measured]  # the latter twice
+    reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in read))
+
+    def in_rows(tensor: TensorPlan) -> bool:
+        return tensor.action != "copy" and job.part(tensor).by_rows
+
+    def merge_piece(piece: Piece, loader: Loader) -> None:
+        if piece.tensor.action == "copy":
+            data = loader.copy(piece)
+            for output in outputs:
+                output.write(piece, data)
+        else:
+            theta_0, taus = loader.load(piece, check=given.unchecked(piece.tensor))
+            given.ready(piece, taus)
+            if in_rows(piece.tensor):
+                theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
+            for output, data in _merged(given, piece, theta_0, taus, outputs):
+                output.write(piece, data)
+        reporter.advance(piece_bytes(plan, piece), piece.tensor.name)
+
+    def merge_cut(tensors: Sequence[TensorPlan]) -> None:
+        cut = [piece for t in tensors for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
+        in_parallel(job.source, cut, merge_piece)
+
+    merge_cut(streamed)
+    for some in _in_reach(given, measured):
+        given.measure(some, reporter)
+        merge_cut(some)
+    _run_whole(given, wholes, outputs, reporter)
+
+
+def _in_reach(given: Given, tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
+    """The tensors in groups that are still in the page cache when they are read the second time."""
+    group: list[TensorPlan] = []
+    for tensor in tensors:
+        group.append(tensor)
+        if sum(given.job.plan.stored_bytes(t, experts=True) for t in group) >= _REACH:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _run_whole(given: Given, tensors: Sequence[TensorPlan], outputs: Sequence[_Output], reporter: Reporter) -> None:
+    """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
+    job = given.job
+
+    def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Iterator[tuple[_Output, Tensor]]:
+        given.ready(piece, taus)
+        return _merged(given, piece, theta_0, taus, outputs, given.factors(piece.tensor))
+
+    modest, own = [tensor for tensor in tensors if together(job.source, tensor)], threading.local()
+
+    def merge_alone(tensor: TensorPlan) -> None:
+        if not hasattr(own, "loader"):
+            own.loader = loader_of(job.source, modest)
+        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=own.loader)
+        for output, data in merge(piece, theta_0, taus):
+            output.write(piece, data)
+        reporter.advance(piece_bytes(job.plan, piece), tensor.name)
+
+    side_by_side(job.source, modest, merge_alone)
+    _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, reporter)
+
+
+def _run_in_turn(
+    given: Given,
+    tensors: Sequence[TensorPlan],
+    merge: Callable[[Piece, Tensor, Tensor], Iterator[tuple[_Output, Tensor]]],
+    reporter: Reporter,
+) -> None:
+    """Merge tensors one after the other: read one ahead, write one behind."""
+    job = given.job
+    device, left = job.source.device, beyond_device(job)
+    sending = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    # Buffers that are used again cost no page faults: one is read into, one is merged from. The two largest tensors,
+    # as a rule embedding and head, are not worth holding that much for all others: they have memory of their own.
+    sizes = sorted(tensor.numel for tensor in tensors)
+    most = sizes[-3] if len(sizes) > 2 else 0
+    loaders = [loader_of(job.source, [t for t in tensors[turn::2] if t.numel <= most]) for turn in (0, 1)]
+
+    def fetch(turn: int) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
+        tensor = tensors[turn]
+        loader = loaders[turn % 2] if tensor.numel <= most else None
+        with current(device):
+            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=loader)
+            return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
+
+    with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
+
+        def read(turn: int) -> Future[tuple[Piece, Tensor, Tensor, Callable[[], None]]]:
+            return reading.submit(fetch, turn)
+
+        ahead = read(0) if tensors else None
+        behind: Future[None] | None = None
+        for i, tensor in enumerate(tensors):
+            assert ahead is not None
+            piece, theta_0, taus, arrive = ahead.result()
+            ahead = read(i + 1) if i + 1 < len(tensors) else None
+            arrive()
+            with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
+                for output, data in merge(piece, theta_0, taus):
+                    if behind is not None:
+                        behind.result()
+                    behind = writing.submit(output.write, piece, data)
+            reporter.advance(piece_bytes(job.plan, piece), tensor.name)
+        if behind is not None:
+            behind.result()
+
+
+def _sent(theta_0: Tensor, taus: Tensor, stream: torch.cuda.Stream | None) -> tuple[Tensor, Tensor, Callable[[], None]]:
+    """The tensors on the stream's device, and what to call before they are used; as they are without a stream.
+
+    The copy runs beside the work of other streams; calling makes the current stream, not the processor, wait for it.
+    """
+    if stream is None:
+        return theta_0, taus, lambda: None
+    with torch.cuda.stream(stream):
+        there = [tensor.pin_memory().to(stream.device, non_blocking=True) for tensor in (theta_0, taus)]
+        copied = torch.cuda.Event()
+        copied.record(stream)
+
+    def arrive() -> None:
+        own = torch.cuda.current_stream(stream.device)
+        own.wait_event(copied)
+        for tensor in there:
+            tensor.record_stream(own)  # its memory is not given to another copy before this stream is done with it
+
+    return there[0], there[1], arrive
+
+
+def _merged(
+    given: Given,
+    piece: Piece,
+    theta_0: Tensor,
+    taus: Tensor,
+    outputs: Sequence[_Output],
+    factors: Factors | None = None,
+) -> Iterator[tuple[_Output, Tensor]]:
+    """The piece's merged values, flat, as each output will store them; `theta_0` is used up."""
+    found = merged_vector(given, piece, theta_0, taus, outputs[0].findings, factors)
+    for output in outputs:
+        factor, rounding = output.factors.get(piece.tensor.name), output.findings.rounding
+        delta = found if factor is None else found * factor
+        if rounding is not None:
+            rounding.merged.append(squared(delta))
+        merged = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
+        yield output, rounded(piece, merged, rounding=rounding)
+
+
+def merged_vector(
+    given: Given, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
+) -> Tensor:
+    """The piece's merged task vector."""
+    job = given.job
+    part = job.part(piece.tensor)
+    setting = job.settings.get(piece.tensor.name) or Setting(part.options, job.weights, {})
+
+    def leave_out(expert: int, reason: str) -> None:
+        findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
+
+    def tell(figures: Mapping[str, float]) -> None:
+        findings.figures.setdefault(piece.tensor.name, {}).update(figures)
+
+    measured = given.measured.get(piece.tensor.name)
+    if measured is None and part.moments is not None:  # it is here as a whole
+        measured = part.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
+    context = Context(
+        tensor=piece.tensor.twin or piece.tensor.name, weights=given.weights(piece.tensor, setting.weights),
+        experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
+        base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
+        leave_out=leave_out, tell=tell, varied=setting.each,
+    )  # fmt: skip
+    delta = part.method.apply(taus, setting.options, context)
+    if piece.tensor.rows is not None:
+        delta = delta.contiguous()
+        delta.view(-1)[max(piece.tensor.common - piece.start, 0) :] = 0
+    return delta

@@ -1,0 +1,156 @@
+"""Devices, threads, and work that is shared out among them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from modelmerge.engine.job import Source
+from modelmerge.engine.loader import Loader, Piece, pieces
+from modelmerge.errors import DeviceError
+from modelmerge.plan.tensors import Plan, TensorPlan
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name: cpu, cuda, cuda:N, or auto (a CUDA device if there is one).
+
+    Raises:
+        DeviceError: It is not there, or is no device modelmerge knows.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise DeviceError(f"--device '{name}' is no device", hint="use cpu, cuda, cuda:0, cuda:1, ... or auto")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        have = f"there {'is' if count == 1 else 'are'} {count}" if count else "this torch sees none"
+        raise DeviceError(f"--device {name}: no such CUDA device; {have}", hint="use --device cpu or auto")
+    return torch.device("cuda", int(number or 0))
+
+
+def default_workers(device: torch.device) -> int:
+    """Threads for element-wise work: the processors this process may use, unless torch was told fewer."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), processors)) if device.type == "cpu" else 2
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Give torch so many threads inside the block.
+
+    More than the work can use are worse than none: OpenMP's idle threads spin, and on a busy machine everybody waits.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a CUDA device this thread's own inside the block.
+
+    Pinned memory and streams belong to the current device, which is the first one unless a thread says otherwise: a run
+    on another card would take memory on that one too.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def prepare_process() -> None:
+    """Set this process's limits for streaming.
+
+    Open files: nine models of 200 shards are more than the usual 1024. Memory: glibc by and by stops giving freed
+    matrices back to the system, and gives blocks back only to fault them in again; fixed thresholds keep the peak to
+    what is in use.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else 65536
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and sys.platform == "linux":
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 4 << 20)
+        mallopt(trim_threshold, 64 << 20)
+
+
+Found = TypeVar("Found")
+
+
+def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, Loader], None]) -> None:
+    """Do all pieces, in about the order given, on the source's workers; the first error stops them all."""
+    queue, mutex, stop = iter(pieces), threading.Lock(), threading.Event()
+    capacity = max((piece.stop - piece.start for piece in pieces), default=0)
+
+    def serve() -> None:
+        try:
+            with current(source.device):
+                loader = Loader(source, capacity, capacity * 8, source.device)  # 8: the widest dtype there is
+                while not stop.is_set():
+                    with mutex:
+                        piece = next(queue, None)
+                    if piece is None:
+                        return
+                    work(piece, loader)
+        except BaseException:
+            stop.set()
+            raise
+
+    workers = max(1, min(source.workers, len(pieces)))
+    # One thread of torch's own to a worker: the workers fill the processors already.
+    with threads(1), ThreadPoolExecutor(workers, "merge") as pool:
+        futures = [pool.submit(serve) for _ in range(workers)]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            stop.set()
+
+
+def side_by_side(source: Source, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], None]) -> None:
+    """Do whole tensors of modest size, each on one thread of torch's, as many at a time as the source has workers.
+
+    The first error ends them all.
+    """
+    with threads(1), ThreadPoolExecutor(source.workers, "whole") as pool:
+        futures = [pool.submit(work, tensor) for tensor in tensors]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def gathered(
+    source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece, Loader], Found]
+) -> list[tuple[Piece, Found]]:
+    """What `look` gives for each piece, by tensor and position: sums of floats must not depend on the workers."""
+    found: list[tuple[Piece, Found]] = []
+    in_parallel(
+        source, list(pieces(tensors, source.block)), lambda piece, loader: found.append((piece, look(piece, loader)))
+    )
+    return sorted(found, key=lambda entry: (entry[0].tensor.name, entry[0].start))
+
+
+def source_of(plan: Plan, device: str) -> Source:
+    """Where the plan's task vectors come from, on the device of that name.
+
+    Raises:
+        DeviceError: There is no such device.
+    """
+    found = find_device(device)
+    return Source(plan, found, default_workers(found))

@@ -1,0 +1,71 @@
+"""A model as functions see it: a mapping of names to tensors that are read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.engine.job import Source
+from modelmerge.engine.loader import TORCH_DTYPES, read_tensor, whole
+from modelmerge.plan.tensors import make_plan
+
+
+class Model(Mapping[str, Tensor]):
+    """A model as a function sees it: its tensors by name, each read when it is asked for, and where it lies.
+
+    `dict(model)` is a state dict. An adapter or a task vector gives the base's tensors with its changes, in the base's
+    dtypes.
+
+    Args:
+        opened: The model, its weights on this machine.
+        base: The base, where `opened` is an adapter or a task vector of it, or shall be seen by the base's names.
+        device: Where a function that computes should do it; the tensors are on the CPU.
+    """
+
+    def __init__(
+        self, opened: Checkpoint, base: Checkpoint | None, device: torch.device, *, onto_base: bool = False
+    ) -> None:
+        self.name = opened.name
+        self.reference = opened.reference.text
+        self.path = opened.reference.path  # a directory with config and tokenizer, or a lone file of weights
+        self.device = device
+        self.opened = opened
+        self._source: Source | None = None
+        self.base = base
+        self.base_path = base.reference.path if base is not None else None
+        if opened.vector is not None or onto_base:
+            assert base is not None, "a change needs what it changes"
+            made = make_plan(base, [opened], matrices=False)
+            self._source = Source(made, torch.device("cpu"), 1)
+
+    def check(self) -> None:
+        """Make sure that its files are what they were when it was opened.
+
+        Raises:
+            CheckpointError: One has changed since.
+        """
+        self.opened.digests()
+
+    def __getitem__(self, tensor: str) -> Tensor:
+        if self._source is None:
+            if tensor not in self.opened.tensors:
+                raise KeyError(tensor)
+            return read_tensor(self.opened, tensor)
+        planned = self._source.plan.tensors[tensor]
+        if planned.action == "copy" or not planned.numel:
+            return read_tensor(self._source.plan.base, tensor)
+        own = self._source.plan.experts[0]
+        info = own.tensors.get(tensor)
+        if info is not None and info.change is None and info.shape == planned.shape:
+            return read_tensor(own, tensor)  # as it is, not by way of a difference
+        _, theta_0, taus = whole(self._source, planned, check=True)
+        return (theta_0 + taus[0]).to(TORCH_DTYPES[planned.dtype])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.opened.tensors if self._source is None else self._source.plan.tensors)
+
+    def __len__(self) -> int:
+        return len(self.opened.tensors if self._source is None else self._source.plan.tensors)

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: repositories, ranges of files, sparse copies, uploads."""

@@ -1,0 +1,319 @@
+"""The Hugging Face Hub: repositories pinned to a commit, shown as directories, fetched into the cache or streamed.
+
+A repository is shown to the readers as a directory, its outline: small files whole, weight files as sparse copies that
+hold their headers and nothing more. A plan needs nothing else, and so costs kilobytes. Before the work, `fetch` puts
+the files that the plan needs into the cache that all Hugging Face tools share, and links to them into the outline in
+the place of the sparse copies; what it leaves out is read over ranges.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from huggingface_hub import (
+    close_session,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound
+from modelmerge.hub import sparse
+from modelmerge.hub.ranges import LIBRARY, Chunks, Client, Ranges, explained
+from modelmerge.progress import Reporter
+
+_DOWNLOADS = 4  # files at a time
+_REQUESTS = 8  # for headers and the like, at a time
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
+_KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of a checkpoint's files; readers prefer the first
+_LOOKED_INTO = ("config.json", "adapter_config.json", "modelmerge.json")  # by readers, to know what a checkpoint is
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """What the Hub says of a file."""
+
+    size: int
+    sha256: str | None  # None for a file so small that git itself holds it
+
+
+class Repository:
+    """A model repository at one commit, and the directory that shows it.
+
+    Args:
+        name: As in `org/name`.
+        commit: The hash that everything is read at.
+        files: All files of that commit by their place.
+        inside: The folder or file in it that is meant; empty for the whole.
+    """
+
+    def __init__(self, name: str, commit: str, files: Mapping[str, RemoteFile], inside: str = "") -> None:
+        self.name, self.commit, self.files, self.inside = name, commit, files, inside
+        self._chunks = Chunks()
+        root = tempfile.mkdtemp(prefix=OUTLINES)
+        weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        self.directory = Path(root).resolve() / f"{name}@{commit[:12]}"
+        self.directory.mkdir(parents=True)
+
+    @property
+    def text(self) -> str:
+        """The reference that leads here and nowhere else."""
+        return f"hf://{self.name}/{self.inside}@{self.commit}" if self.inside else f"{self.name}@{self.commit}"
+
+    def place(self, file: Path) -> str:
+        """A file of the outline, by its place in the repository."""
+        return file.relative_to(self.directory).as_posix()
+
+    def address(self, file: Path) -> str:
+        """A file of the outline, by the name that it has for everybody."""
+        return f"hf://{self.name}@{self.commit}/{self.place(file)}"
+
+    def sha256(self, file: Path) -> str | None:
+        """The digest that the Hub gives for a file, where it gives one."""
+        return self.files[self.place(file)].sha256
+
+    def is_here(self, file: Path) -> bool:
+        """Whether a file of the outline is whole, and not a sparse copy."""
+        return file.is_symlink()
+
+    def ranges(self, file: Path) -> Ranges:
+        """A file of the outline, to be read where it is."""
+        return self._ranges(self.place(file))
+
+    def outline(self) -> Path:
+        """Make the outline; the directory or file in it that the reference means.
+
+        Raises:
+            HubError: The Hub refuses, or cannot be reached.
+        """
+        inside = PurePosixPath(self.inside)
+        folder = inside.parent if self.inside in self.files else inside
+        beside = [place for place in self.files if PurePosixPath(place).parent == folder]
+        weights = [place for place in beside if place.endswith(_WEIGHTS)]
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            list(pool.map(self.bring, filter(_is_looked_into, beside)))
+            wanted = self._checkpoint(weights, self.directory / folder)
+            list(pool.map(self._draw, weights, (place in wanted for place in weights)))
+        return self.directory / inside
+
+    def bring(self, place: str, progress: Any = None) -> None:
+        """Have a file in the shared cache, and a link to it in the outline.
+
+        Raises:
+            HubError: The Hub refuses, or cannot be reached.
+        """
+        with explained(self.name):
+            found = hf_hub_download(
+                self.name, place, revision=self.commit, tqdm_class=progress or _NoProgress, **LIBRARY
+            )
+        file = self._make_room(place)
+        file.unlink(missing_ok=True)
+        file.symlink_to(Path(found).resolve())
+
+    def is_cached(self, place: str) -> bool:
+        """Whether the shared cache has a file."""
+        return isinstance(try_to_load_from_cache(self.name, place, revision=self.commit), str)
+
+    def _checkpoint(self, weights: Sequence[str], folder: Path) -> set[str]:
+        """Of weight files side by side, those that a reader may open: not the copies of the model in other kinds."""
+        if self.inside in weights:
+            return {self.inside}
+        for stem, ending in _KINDS:
+            index = folder / f"{stem}{ending}.index.json"
+            listed = index.read_text(errors="replace") if index.exists() else ""
+            names = {place: PurePosixPath(place).name for place in weights if place.endswith(ending)}
+            found = {p for p, name in names.items() if name.startswith((stem, "adapter_model")) or name in listed}
+            if found:
+                return found
+        return set()
+
+    def _draw(self, place: str, wanted: bool) -> None:
+        """Put a weight file into the outline: whole if the cache has it or git holds it, else as a sparse copy."""
+        remote = self.files[place]
+        if self.is_cached(place) or (wanted and remote.sha256 is None):
+            self.bring(place)
+        elif not wanted:
+            sparse.blank(self._make_room(place), remote.size)
+        elif not sparse.draw(self._make_room(place), self._ranges(place), remote.size):
+            self.bring(place)
+
+    def _ranges(self, place: str) -> Ranges:
+        remote = self.files[place]
+        return Ranges(self.name, self.commit, place, remote.size, remote.sha256 or "", self._chunks)
+
+    def _make_room(self, place: str) -> Path:
+        file = self.directory / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file
+
+
+def find(name: str, revision: str | None, inside: str = "") -> Repository:
+    """The repository of that name, pinned to the commit that a branch, tag, pull request or hash names.
+
+    Without a connection, and with HF_HUB_OFFLINE, what the cache holds is taken.
+
+    Raises:
+        ReferenceNotFound: There is no such repository, revision, folder or file.
+        HubError: The Hub refuses, or cannot be reached.
+    """
+    api = Client()
+    with explained(name, revision, finding=True):
+        offline = constants.is_offline_mode()
+        commit = api.resolve_revision(name, revision=revision, local_files_only=offline).resolved
+        files = _files(api, name, commit)
+    if inside and inside not in files and not any(place.startswith(f"{inside}/") for place in files):
+        folders = sorted({place.partition("/")[0] for place in files})
+        raise ReferenceNotFound(
+            f"{name} has no '{inside}' on the Hub, at commit {commit[:12]}", hint=f"it holds: {', '.join(folders[:8])}"
+        )
+    return Repository(name, commit, files, inside)
+
+
+def _files(api: Client, name: str, commit: str) -> dict[str, RemoteFile]:
+    """The files of a commit; those in the shared cache, where the Hub cannot be reached."""
+    failed: Exception | None = None
+    if api.answer is None:  # it was not asked for a hash, or could not be
+        try:
+            api.model_info(name, revision=commit)
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            failed = error
+    if api.answer is not None:
+        files = api.answer.siblings or []
+        return {file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files}
+    try:
+        folder = Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[]))
+    except LocalEntryNotFoundError as error:
+        raise failed or error from None
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): RemoteFile(file.stat().st_size, None) for file in found}
+
+
+def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter) -> None:
+    """Have the files of each repository in the shared cache, linked to from its outline.
+
+    Raises:
+        HubError: The disk is too small, the Hub refuses, or cannot be reached.
+    """
+    total, free = (sum(download_bytes(*entry) for entry in wanted), free_bytes()) if wanted else (0, 0)
+    if total > free:
+        raise HubError(
+            f"{total:,} bytes have to be downloaded, and {cache_directory()} has {free:,} free",
+            hint="free some space, move the cache (HF_HOME), or read without storing: --stream",
+        )
+    if total:
+        reporter.stage("downloading", total)
+    stop = threading.Event()
+    waiting: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
+    made = []
+    for repository, place in [(repository, place) for repository, places in wanted for place in places]:
+        made.append(Future[None]())
+        waiting.put((made[-1], partial(repository.bring, place, _progress(reporter, place, stop))))
+    # Not a pool: the interpreter would wait for its threads, and a download can take hours.
+    threads = [threading.Thread(target=_work_off, args=(waiting, stop), daemon=True) for _ in made[:_DOWNLOADS]]
+    try:
+        for thread in threads:
+            thread.start()
+        for future in made:
+            future.result()
+    except BaseException:
+        stop.set()
+        close_session()  # breaks off what is under way
+        raise
+    finally:
+        patience = time.monotonic() + 5.0
+        for thread in threads:
+            thread.join(max(patience - time.monotonic(), 0.0))
+
+
+def _work_off(waiting: SimpleQueue[tuple[Future[None], Callable[[], None]]], stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            future, work = waiting.get_nowait()
+        except Empty:
+            return
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+
+def download_bytes(repository: Repository, places: Sequence[str]) -> int:
+    """Bytes that `fetch` would have to download for these files."""
+    return sum(repository.files[place].size for place in places if not repository.is_cached(place))
+
+
+def free_bytes() -> int:
+    """Bytes that the disk of the shared cache has left."""
+    place = cache_directory()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def cache_directory() -> Path:
+    """The cache that all Hugging Face tools share."""
+    return Path(constants.HF_HUB_CACHE).expanduser().resolve()
+
+
+def _is_looked_into(place: str) -> bool:
+    name = PurePosixPath(place).name
+    return name in _LOOKED_INTO or name.endswith(".index.json")
+
+
+class _Interrupted(Exception):
+    """The run stops: a download that is under way shall not go on."""
+
+
+class _NoProgress:
+    """What the client asks of a progress bar, doing nothing.
+
+    It has no `total`, as bars have that the client draws: then the client leaves sums to others.
+    """
+
+    def __init__(self, *words: object, **named: object) -> None:
+        pass
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, amount: float | None = 1) -> None:
+        """So much more of the file is there."""
+
+    def update_transfer(self, amount: float | None = 1) -> None:
+        """So much more has come over the network, which may be less than it makes of the file."""
+
+    def set_postfix_str(self, *words: object, **named: object) -> None:
+        """The speed, as text."""
+
+    set_transfer_postfix_str = refresh = close = set_postfix_str
+
+
+def _progress(reporter: Reporter, place: str, stop: threading.Event) -> Any:
+    """A class that the client takes for its progress bar, and that passes the bytes on to a reporter."""
+
+    class Progress(_NoProgress):
+        def update(self, amount: float | None = 1) -> None:
+            if stop.is_set():
+                raise _Interrupted
+            reporter.advance(int(amount or 0), place)
+
+    return Progress

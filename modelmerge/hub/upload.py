@@ -1,0 +1,156 @@
+"""Pushing a finished directory to the Hugging Face Hub: access checked beforehand, one commit, nothing stale left."""
+
+from __future__ import annotations
+
+import glob
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
+
+from modelmerge.errors import HubError, UsageError
+from modelmerge.hub.ranges import Client, explained, patiently
+
+# What loaders take for a model's weights, or for what says where they are: of an older model, it would win or confuse.
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model|adapter_model|consolidated|tf_model|flax_model)[\w.\-]*"
+    r"\.(safetensors|bin|h5|msgpack|index\.json)|adapter_config\.json"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A repository to push to.
+
+    Args:
+        name: As in `org/name`.
+        revision: The branch or pull request (`refs/pr/7`) to commit to; None for the main branch.
+        private: Make it a private one if it is new; refuse one that is public.
+        create_pr: Open a pull request instead of committing.
+        message: The commit's first line.
+    """
+
+    name: str
+    revision: str | None = None
+    private: bool = False
+    create_pr: bool = False
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """Where it went: the page to look at, and the commit."""
+
+    url: str
+    commit: str
+
+
+def parse_target(text: str, **told: Any) -> Target:
+    """The target that `org/name[@revision]` names.
+
+    Raises:
+        UsageError: It names none.
+    """
+    name, _, revision = text.removeprefix("hf://").partition("@")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    if name.count("/") != 1:
+        raise UsageError(f"--push '{text}' is no repository", hint="write it like org/name, or org/name@branch")
+    if revision and told.get("create_pr"):
+        raise UsageError("--create-pr opens a pull request against the main branch", hint=f"--push {name}")
+    return Target(name=name, revision=revision or None, **told)
+
+
+def check(target: Target, *, create: bool = True) -> dict[str, Any]:
+    """Make sure that a push will be allowed, and make the repository if there is none; what there is of it.
+
+    Args:
+        target: Where to.
+        create: False to leave all as it is, and take a missing repository for one that could be made.
+
+    Raises:
+        HubError: It will not, or the Hub cannot be reached.
+        ReferenceNotFound: There is no repository to open a pull request in, or no such branch.
+    """
+    name, api = target.name, Client()
+    if get_token() is None:
+        raise HubError(f"pushing to {name} needs a token", hint="log in: hf auth login, or set HF_TOKEN")
+    with explained(name, target.revision):
+        try:
+            # Whoever may read a repository may open a pull request.
+            patiently(lambda: api.auth_check(name, write=not target.create_pr))
+            new = False
+        except RepositoryNotFoundError:
+            if target.create_pr or target.revision:
+                raise
+            new = True
+            if create:
+                api.create_repo(name, private=target.private or None, exist_ok=True)
+        private = target.private if new else bool(api.model_info(name, revision=target.revision).private)
+    if target.private and not private:
+        raise HubError(
+            f"--private, but {name} exists and is public",
+            hint=f"push to another name, or make it private first: {constants.ENDPOINT}/{name}/settings",
+        )
+    return {"repository": name, "new": new, "private": private, "pull_request": target.create_pr}
+
+
+def upload(target: Target, directory: Path, instead: Mapping[str, bytes], message: str, *, progress: bool) -> Pushed:
+    """Commit a directory's files, and with the same commit delete what an older model has left beside them.
+
+    Args:
+        target: Where to.
+        directory: Its files.
+        instead: Content by place, for files whose copy on the Hub shall be another.
+        message: The commit's first line.
+        progress: Let the client draw its progress bars.
+
+    Raises:
+        HubError: The Hub refuses, or cannot be reached.
+    """
+    places = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
+    quiet = are_progress_bars_disabled()
+    if not progress:
+        disable_progress_bars()
+    try:
+        with explained(target.name, target.revision), tempfile.TemporaryDirectory(prefix="modelmerge-push-") as root:
+            for place, file in places.items():
+                link = Path(root, place)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if place in instead:
+                    link.write_bytes(instead[place])
+                else:
+                    link.symlink_to(file.resolve())
+            api = Client()
+            there = api.list_repo_files(target.name, revision=target.revision)
+            stale = [glob.escape(place) for place in there if _is_stale(place, places)]
+            told = api.upload_folder(
+                repo_id=target.name, folder_path=root, commit_message=message, revision=target.revision,
+                create_pr=target.create_pr, delete_patterns=stale or None,
+            )  # fmt: skip
+    finally:
+        if not quiet:
+            enable_progress_bars()
+    page = f"{constants.ENDPOINT}/{target.name}"
+    url = told.pr_url or (f"{page}/tree/{target.revision}" if target.revision else page)
+    return Pushed(url, told.oid)
+
+
+def _is_stale(place: str, written: Mapping[str, Path]) -> bool:
+    """Whether a file of the repository is of the weights that the written ones replace: it lies among them."""
+    folders = {PurePosixPath(other).parent for other in written if other.endswith(".safetensors")}
+    path = PurePosixPath(place)
+    return place not in written and path.parent in folders and _WEIGHTS.fullmatch(path.name) is not None

@@ -1,0 +1,254 @@
+"""The contract that a method file fulfils, and how methods are found.
+
+A method is one file in `methods/merge/`: `task_arithmetic.py` is `task-arithmetic`. The file holds a docstring whose
+first line is the method's help line; a frozen dataclass `Options`, each field made by `option`; a function `apply`;
+and `METHOD = Method(...)`. Nothing else has to be edited for it to show up in help, completion, the README's table
+and the tests that are asked of every method.
+
+Shapes: T experts; a task vector has the shape of its tensor; `taus` stacks them, [T, *shape], float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What a method is told besides the task vectors.
+
+    `weights` are the experts' weights (`--weight`) and `experts` their names, in the order of the task vectors.
+    `measured` is what the method's survey concluded, or the tensor's moments. `base` is `theta_0` [*shape], for methods
+    that want it; it must not be written to. `factors` are, for each expert whose task vector [m, n] is known to be a
+    product, the two of it, [m, r] and [r, n] with r = 0 for no change, and None for the others; None at all where no
+    expert's is, or where the task vectors are cut or have been changed since. `seed` is that of random draws, and
+    `start` the place in its tensor of the first element of a block. `leave_out(expert, reason)` records that an expert
+    (by position) had to be left out of this tensor; it is reported to the user and in the manifest. `tell(figures)`
+    puts figures about this tensor there, such as the steps a solver took. `varied` has the values of the options that
+    differ between the experts here.
+    """
+
+    tensor: str
+    weights: tuple[float, ...]
+    experts: tuple[str, ...] = ()
+    measured: Tensor | None = None
+    base: Tensor | None = None
+    factors: tuple[tuple[Tensor, Tensor] | None, ...] | None = None
+    seed: int = 0
+    start: int = 0
+    leave_out: Callable[[int, str], None] = lambda expert, reason: None
+    tell: Callable[[Mapping[str, float]], None] = lambda figures: None
+    varied: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def each(self, option: str, value: float) -> tuple[float, ...]:
+        """An option's value for each expert, in their order; `value` where nothing else was said."""
+        return self.varied.get(option, (value,) * len(self.weights))
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One trip over task vectors: `measure([T, n], total)` adds what it finds in a block to the int64 total, in place.
+
+    Integers, so that the sum has no rounding and no order over blocks, shards and workers; `total` has the shape
+    [T, counters]. With a `share` of N only a regular sample of one N-th of the entries is read.
+    """
+
+    measure: Callable[[Tensor, Tensor], None]
+    counters: int
+    share: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A whole-model quantity, found by streaming over all task vectors before anything is merged.
+
+    Args:
+        find: Given the number of entries of a task vector, a generator that yields passes, is sent the total of each,
+            and returns what `apply` sees as `context.measured`.
+        reads: Given the same, how many times the task vectors are read in all, as a rule.
+    """
+
+    find: Callable[[int], Generator[Pass, Tensor, Tensor]]
+    reads: Callable[[int], float]
+
+
+class Finder(Protocol):
+    """Finds a weight for each expert and tensor, by losses of the merged model on unlabelled data.
+
+    `values` are the merged tensors as the weights at hand make them, leaves that collect gradients.
+    """
+
+    values: dict[str, Tensor]
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """What is minimised, of a batch's logits [N, C]."""
+
+    def steps(self, losses: Sequence[Callable[[], Tensor]]) -> Iterator[list[float]]:
+        """Run; yields each step's losses, one for each task, while their gradients are there."""
+
+    def unread(self) -> list[str]:
+        """The tensors that no loss of the step at hand depends on."""
+
+    def found(self) -> dict[str, tuple[float, ...]]:
+        """By tensor, the weight of each expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A paper: its title, the authors as BibTeX has them ("First Last and others"), where and when ("ICML 2025")."""
+
+    title: str
+    authors: str
+    published: str
+
+    def bibtex(self, url: str) -> str:
+        """The entry for a bibliography."""
+        surname, year = self.authors.partition(" and ")[0].split()[-1].lower(), self.published.split()[-1]
+        fields = {
+            "title": f"{{{self.title}}}", "author": self.authors, "howpublished": self.published, "year": year,
+            "url": url,
+        }  # fmt: skip
+        lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+        return f"@misc{{{surname}{year},\n{lines}\n}}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How task vectors become one.
+
+    Args:
+        options: The method's frozen dataclass of options.
+        apply: `(taus [T, *shape], options, context) -> [*shape]`: the merged task vector. Must not write to `taus`.
+        paper: Link to the source.
+        citation: The paper, where there is one.
+        matrices: It takes the weights of linear layers only; what happens to the rest is `--rest`.
+        rest: Given the options, what happens to the rest where `--rest` does not say: base, average, task-arithmetic.
+        most_experts: The most experts it takes, where that is part of its definition.
+        normalises: It divides by the sum of the weights, which then must not be zero.
+        own_lambda: It makes the weights task-aware itself.
+        wants_base: It looks at `context.base`.
+        blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
+            as blocks [T, n]. Otherwise a tensor comes whole.
+        by_rows: Given the options, whether `apply` works row by row, so that a tensor that may not be cut anywhere may
+            be cut between rows: as blocks [T, rows, n]. A vector is one row.
+        survey: Given the options, the whole-model quantity that `apply` needs, if any.
+        moments: Given the options, what each tensor has to be measured by first, if anything: `(taus [T, n], base [n])
+            -> [k]`, float64, of a block; what it gives for a tensor's blocks, added up, is `context.measured` there.
+        workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
+        squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
+        published: The options that make it the published algorithm, where the defaults differ.
+        finder: For methods that find the experts' weights on unlabelled data before anything is merged: given
+            `theta_0` [*shape] and task vectors [T, *shape] by tensor, and the options. Such a method's options have
+            `batch_size`, the inputs of each task in a step, and `steps`.
+    """
+
+    options: type
+    apply: Callable[[Tensor, Any, Context], Tensor]
+    paper: str
+    citation: Citation | None = None
+    matrices: bool = False
+    rest: Callable[[Any], str] = lambda options: "base"
+    most_experts: int | None = None
+    normalises: bool = False
+    own_lambda: bool = False
+    wants_base: bool = False
+    blockwise: Callable[[Any], bool] = lambda options: True
+    by_rows: Callable[[Any], bool] = lambda options: False
+    survey: Callable[[Any], Survey | None] = lambda options: None
+    moments: Callable[[Any], Callable[[Tensor, Tensor], Tensor] | None] = lambda options: None
+    workspace: Callable[[int], float] = lambda tasks: 3.0
+    squares: float = 0.0
+    published: Mapping[str, Any] = field(default_factory=dict)
+    finder: Callable[[Mapping[str, tuple[Tensor, Tensor]], Any], Finder] | None = None
+
+
+Watch = Callable[[float], None]  # is told a solver's loss as it goes
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What a disentangler found for G groups: `delta = sum_k coefficients_k tau_k` in each.
+
+    `coefficients` and `active` are [G, T]; an expert that is not active in a group keeps its task vector there.
+    `losses` [steps + 1] are summed over the groups.
+    """
+
+    coefficients: Tensor
+    active: Tensor
+    losses: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redundancy:
+    """How one vector is found that is taken out of all task vectors, in each group.
+
+    The options have `granularity` (row, tensor, model: what a group is) and `solver` (gram, descent).
+
+    Args:
+        measure: `[T, G, n] -> [G, T, T]`: the Gram matrices, which add up over the parts of a group.
+        solve: `([G, T, T], options, watch) -> Solution`; `watch(loss)`, if any, is called at each step with the mean
+            over the groups.
+        descend: `([T, G, n], options, watch) -> Solution`, on the vectors themselves.
+    """
+
+    measure: Callable[[Tensor], Tensor]
+    solve: Callable[[Tensor, Any, Watch | None], Solution]
+    descend: Callable[[Tensor, Any, Watch | None], Solution]
+
+
+@dataclass(frozen=True, slots=True)
+class Corrected:
+    """What a disentangler found for one weight: matrices of its shape, and some numbers for each expert.
+
+    `matrices` are [C, m, n], float32; `numbers` [T, k] is all else that `Correction.correct` needs. `losses` are those
+    before and after.
+    """
+
+    matrices: Tensor
+    numbers: tuple[tuple[float, ...], ...]
+    losses: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """How matrices are found, weight by weight, by which the task vectors are then corrected, entry by entry.
+
+    The matrices wait in a file, so that no model is held in memory and nothing is solved twice.
+
+    Args:
+        find: `(taus [T, m, n], options, context) -> Corrected`, on a whole weight. Must not write to `taus`.
+        correct: `(taus [T, n], matrices [C, n], numbers)`: changes a run of a weight's entries in place.
+        matrices: `(options, T)`: how many matrices there are for each weight, C.
+        survey: Given the options, the whole-model quantity that `find` needs, if any; of task vectors as they are.
+        workspace: `(options, T)`: how many float32 copies of a weight `find` needs at once beside `taus`.
+    """
+
+    find: Callable[[Tensor, Any, Context], Corrected]
+    correct: Callable[[Tensor, Tensor, tuple[tuple[float, ...], ...]], None]
+    matrices: Callable[[Any, int], int]
+    survey: Callable[[Any], Survey | None]
+    workspace: Callable[[Any, int], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disentangler:
+    """How task vectors become others that are easier to merge.
+
+    Args:
+        options: The method's frozen dataclass of options.
+        by: What it does: takes one vector out of all, or corrects weight by weight.
+        paper: Link to the source.
+        citation: The paper.
+        published: The options that make it the published algorithm, where the defaults differ.
+    """
+
+    options: type
+    by: Redundancy | Correction
+    paper: str
+    citation: Citation
+    published: Mapping[str, Any]

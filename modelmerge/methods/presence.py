@@ -1,0 +1,28 @@
+"""Which experts changed a weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from modelmerge.methods.contract import Context
+
+# A task vector shorter than this share of the longest one, on one weight, counts as unchanged there.
+NEGLIGIBLE = 1e-3
+
+
+def changed(taus: Tensor, context: Context) -> dict[int, float]:
+    """The norms of the task vectors [T, *shape] by expert, without the negligible ones, which the user is told of."""
+    # One by one: all at once they would be widened together.
+    norms = [float(torch.linalg.vector_norm(tau, dtype=torch.float64)) for tau in taus]
+    kept = {}
+    for i, norm in enumerate(norms):
+        if norm == 0.0 or norm < NEGLIGIBLE * max(norms):
+            context.leave_out(i, "it did not change this weight" if norm == 0.0 else "it hardly changed this weight")
+        else:
+            kept[i] = norm
+    return kept

@@ -1,0 +1,81 @@
+"""How methods are found: by their files, without importing torch."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import sys
+import typing
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from modelmerge.errors import UsageError
+from modelmerge.methods.contract import Disentangler, Method
+
+_METHODS = Path(__file__).parent
+
+
+def names(kind: str = "merge") -> tuple[str, ...]:
+    """The methods of a kind, by name, found by their files; nothing is imported."""
+    return tuple(sorted(f.stem.replace("_", "-") for f in (_METHODS / kind).glob("[!_]*.py")))
+
+
+def data_free() -> tuple[str, ...]:
+    """The merge methods that need nothing but the models, by name."""
+    return tuple(name for name in names() if load(name).finder is None)
+
+
+def summary(name: str, kind: str = "merge") -> str:
+    """A method's help line: the first line of its file's docstring, read without importing it."""
+    source = (_METHODS / kind / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+@typing.overload
+def load(name: str, kind: Literal["merge"] = "merge") -> Method: ...
+
+
+@typing.overload
+def load(name: str, kind: Literal["transform"]) -> Disentangler: ...
+
+
+def load(name: str, kind: str = "merge") -> Method | Disentangler:
+    """The method of that name. Importing its file does not import torch: that happens on its first use.
+
+    Raises:
+        UsageError: There is no such method.
+    """
+    if name not in names(kind):
+        near = get_close_matches(name, names(kind), n=1)
+        raise UsageError(
+            f"there is no {kind} method '{name}'",
+            hint=f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names(kind))}",
+        )
+    with _deferred_torch():
+        return importlib.import_module(f"modelmerge.methods.{kind}.{name.replace('-', '_')}").METHOD
+
+
+class _DeferredTorch(ModuleType):
+    """Stands in for torch in a method's file until the first attribute is asked for."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return getattr(importlib.import_module("torch"), attribute)
+
+
+@contextlib.contextmanager
+def _deferred_torch() -> Iterator[None]:
+    """Let `import torch` inside the block cost nothing: importing torch takes seconds, and help needs none of it."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = _DeferredTorch("torch")
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]

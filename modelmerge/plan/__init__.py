@@ -1,0 +1,1 @@
+"""What is to be done: the recipe, the overrides, and what happens to each tensor."""

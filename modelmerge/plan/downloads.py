@@ -1,0 +1,103 @@
+"""What a run needs from the Hub: which files, how many bytes, and the download itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.checkpoint.staging import CARD, is_companion
+from modelmerge.hub import repository
+from modelmerge.hub.ranges import STREAM_BYTES
+from modelmerge.plan.tensors import Plan
+from modelmerge.progress import Reporter
+
+Beside = Literal["all", "cards", "nothing"]  # what of the files beside the weights a run needs
+
+
+def input_paths(plan: Plan) -> list[Path]:
+    """Every path that an output must keep away from."""
+    local = [model for model in plan.models if model.reference.repository is None]
+    paths = [path for model in local for path in (model.reference.path, *model.files)]
+    return paths if len(local) == len(plan.models) else [*paths, repository.cache_directory()]
+
+
+def wanted(plan: Plan, *, beside: Beside, stream: bool = False) -> list[tuple[repository.Repository, list[str]]]:
+    """What a run needs of the repositories on the Hub: weight files, but for a stream, and what lies beside them.
+
+    Args:
+        plan: The plan.
+        beside: Of what lies beside the weights: the models' cards, and with `all` the base's companions too.
+        stream: Weight files are to be read over ranges, where that can be.
+    """
+    needed = []
+    for model in plan.models:
+        remote = model.reference.repository
+        if remote is not None:
+            whole = beside == "all" and model is plan.base
+            needed.append((remote, _places(model, remote, cards=beside != "nothing", companions=whole, stream=stream)))
+    return needed
+
+
+def _places(
+    model: Checkpoint, remote: repository.Repository, *, cards: bool, companions: bool, stream: bool = False
+) -> list[str]:
+    """The files of a model's repository that are needed, by their place there."""
+    # A tensor whose elements lie in another order would be read over and over again.
+    infos = model.tensors.values()
+    parts = [*infos, *(part for info in infos if info.change for part in info.change.parts)]
+    gathered = {part.file for part in parts if part.strides is not None}
+    places = [remote.place(file) for file in model.files if not stream or file in gathered]
+    if model.directory is not None:
+        folder = f"{remote.inside}/" if remote.inside else ""
+        lies = {place.removeprefix(folder): place for place in remote.files if place.startswith(folder)}
+        places += [
+            place for name, place in lies.items() if (cards and name == CARD) or (companions and is_companion(name))
+        ]
+    return places
+
+
+def with_downloads(told: dict[str, Any], plan: Plan, *, beside: Beside, streamed: int | None) -> dict[str, Any]:
+    """A plan as it is told, with the bytes to download, the shared cache they go to, and a stream's memory.
+
+    `streamed` are the bytes to be read over ranges, where weight files are not stored.
+    """
+    needed = wanted(plan, beside=beside, stream=streamed is not None)
+    stored = sum(repository.download_bytes(remote, places) for remote, places in needed)
+    told["bytes"] = {"download": stored + (streamed or 0), **told["bytes"]}
+    cache = {
+        "directory": str(repository.cache_directory()),
+        "free": repository.free_bytes(),
+        "enough": stored <= repository.free_bytes(),
+    }
+    told["cache"] = cache if needed and streamed is None else None
+    if streamed:
+        told["peak_memory"]["host"] += STREAM_BYTES * sum(model.streamed for model in plan.models)
+    return told
+
+
+def fetch(plan: Plan, reporter: Reporter, *, beside: Beside, stream: bool) -> None:
+    """Have what a run needs of repositories on the Hub in the shared cache; nothing to do for local models.
+
+    Raises:
+        HubError: The disk is too small, the Hub refuses, or cannot be reached.
+    """
+    repository.fetch(wanted(plan, beside=beside, stream=stream), reporter)
+    for model in plan.models:
+        if model.reference.repository is not None:
+            model.look_again()
+
+
+def fetch_whole(models: Iterable[Checkpoint], reporter: Reporter) -> None:
+    """Have whole models from the Hub in the shared cache, with what lies beside their weights.
+
+    Raises:
+        HubError: The disk is too small, the Hub refuses, or cannot be reached.
+    """
+    remote = [(model, model.reference.repository) for model in models if model.reference.repository is not None]
+    repository.fetch(
+        [(there, _places(model, there, cards=False, companions=True)) for model, there in remote], reporter
+    )
+    for model, _ in remote:
+        model.look_again()

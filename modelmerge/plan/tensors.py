@@ -1,0 +1,392 @@
+"""From headers to what happens to each tensor, or one error that names every disagreement.
+
+Nothing here reads a tensor: a plan costs milliseconds, whatever the size of the models.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
+from modelmerge.checkpoint.layout import Layout, lay_out
+from modelmerge.checkpoint.matching import is_vocabulary, match, twins
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.errors import PlanError, UsageError
+from modelmerge.plan.rules import Rule
+
+Action = Literal["merge", "rest", "copy"]
+
+# Ends of the names of what quantised weights consist of.
+_QUANTISED_ENDS = {
+    ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".g_idx": "GPTQ",
+    ".weight.absmax": "bitsandbytes, 4 bits", ".weight.quant_map": "bitsandbytes, 4 bits",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes, 4 bits", ".quant_state.bitsandbytes__fp4": "bitsandbytes, 4 bits",
+    ".SCB": "bitsandbytes, 8 bits", ".weight_format": "bitsandbytes, 8 bits",
+    ".weight_scale": "fp8 or int8", ".weight_scale_inv": "fp8", ".weight_scale_2": "fp4", ".weight_packed": "packed",
+    ".W_q": "HQQ", "_proj_blocks": "MXFP4",
+}  # fmt: skip
+# Two-dimensional weights that are look-up tables or output heads, not linear layers, by the names the field uses.
+_NOT_LINEAR = (
+    "*embed*", "*wte.weight", "*wpe.weight", "shared.weight", "*.shared.weight", "*relative_attention_bias*",
+    "*lm_head*", "*position_encoding*", "*token_type*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What happens to one tensor of the base, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as the base stores it
+    out_dtype: str
+    action: Action
+    reason: str
+    linear: bool  # the weight of a linear layer
+    checked: bool = True  # refuse NaN and Inf
+    rows: int | None = None  # so many all models have; the base's others are kept. None: all have the base's
+    twin: str | None = None  # the tensor before it that it is tied to, in every model
+    rule: int | None = None  # the place of the rule that gives it a method of its own
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def row(self) -> int:
+        """Number of elements of a row: what lies below the first dimension; a vector is one row."""
+        return math.prod(self.shape[1:]) if len(self.shape) > 1 else self.numel
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether its shape differs among the models, which `--on-mismatch` allowed."""
+        return self.rows is not None or self.reason.startswith(_SHAPE)
+
+    @property
+    def common(self) -> int:
+        """Number of elements that all models have; they are its first."""
+        return self.numel if self.rows is None else self.rows * math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a merge will do, known before it starts."""
+
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    tensors: dict[str, TensorPlan]
+    expert_only: dict[str, tuple[str, ...]]  # tensor name -> the experts that have it; the merge leaves it out
+    layout: Layout
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """The base, then the experts in their order."""
+        return (self.base, *self.experts)
+
+    def close(self) -> None:
+        """Let go of the models' files."""
+        for model in self.models:
+            model.close()
+
+    def in_order(self) -> list[TensorPlan]:
+        """All tensors, in the order of the output's bytes."""
+        return [self.tensors[name] for shard in self.layout.shards for name in shard.tensors]
+
+    def select(self, action: Action) -> list[TensorPlan]:
+        """The tensors with that action, in the order of the output's bytes."""
+        return [tensor for tensor in self.in_order() if tensor.action == action]
+
+    def stored_bytes(self, tensor: TensorPlan, *, experts: bool, streamed: bool = False) -> int:
+        """Bytes of a tensor in the base and, with `experts`, in every expert; or only in models that are streamed."""
+        models = self.models if experts else self.models[:1]
+        return sum(model.stored_bytes(tensor.name) for model in models if model.streamed or not streamed)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all weight files."""
+        return sum(shard.file_bytes for shard in self.layout.shards)
+
+
+def make_plan(
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    *,
+    matrices: bool,
+    rest: str = "base",
+    rules: Sequence[Rule] = (),
+    dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_shard_size: int = 5_000_000_000,
+    on_mismatch: str = "error",
+) -> Plan:
+    """The plan for merging `experts` onto `base`.
+
+    Args:
+        base: The base, whose keys the output will have.
+        experts: The experts.
+        matrices: Merge the weights of linear layers only; `rest` says what happens to the other floating tensors.
+        rest: `base` copies them, any other value hands them to that method.
+        rules: Methods of their own for some tensors; the first that takes a tensor counts.
+        dtype: safetensors dtype to store floating tensors in, None for the base's own.
+        include: Globs of tensor names to merge; all if empty. Overrides what a method for linear layers leaves out
+            by name (embeddings, output heads).
+        exclude: Globs of tensor names to copy from the base, whatever the experts hold.
+        max_shard_size: Largest output shard, in bytes.
+        on_mismatch: What becomes of tensors whose shapes differ: `error`; `copy` takes the base's; `common-rows`
+            merges the first rows of embeddings and heads, as many as all have, and keeps the base's others.
+
+    Raises:
+        PlanError: The models disagree, or there is nothing to merge.
+        UsageError: A glob matches no tensor, or a rule takes none.
+    """
+    _refuse_quantised((base, *experts))
+    experts, complaints = _matched(base, experts, include, exclude)
+    _refuse_idle_globs(base, experts, include, exclude)
+    tensors = {}
+    for name, info in base.tensors.items():
+        linear = is_linear(info, include)
+        try:
+            rows = _common_rows(info, experts) if on_mismatch == "common-rows" else None
+            rule = next((i for i, rule in enumerate(rules) if rule.takes(name, linear=linear)), None)
+            left = matrices and not linear and rule is None
+            why = "the weight of a linear layer" if matrices else "shared by all"
+            why = why if rule is None else f"--rule '{rules[rule].tensors}': {rules[rule].name}"
+            action, reason = _decide(info, experts, why, left, rest, include, exclude, on_mismatch, rows)
+        except PlanError as complaint:
+            complaints.append(complaint.message)
+            continue
+        floating = info.dtype in MERGEABLE_DTYPES
+        out_dtype = dtype if dtype and floating else info.dtype
+        checked = floating and reason != _EXCLUDED
+        tensors[name] = TensorPlan(
+            name, info.shape, info.dtype, out_dtype, action, reason, linear, checked,
+            rows=rows if action != "copy" else None, rule=rule if action == "merge" else None,
+        )  # fmt: skip
+    if complaints:
+        raise _disagreement(complaints)
+    for name, twin in twins(base, experts).items():
+        alike = (tensors[name].action, tensors[name].rule) == (tensors[twin].action, tensors[twin].rule)
+        if alike and tensors[name].action != "copy":
+            tensors[name] = replace(tensors[name], twin=twin)
+    if not any(tensor.action != "copy" for tensor in tensors.values()):
+        raise _nothing_to_merge(base, experts, tensors)
+    _refuse_idle_rules(rules, tensors)
+    expert_only: dict[str, tuple[str, ...]] = {}
+    for expert in experts:
+        for name in expert.tensors.keys() - base.tensors.keys():
+            expert_only[name] = (*expert_only.get(name, ()), expert.name)
+    entries = {t.name: (t.out_dtype, t.shape, out_bytes(t)) for t in tensors.values()}
+    return Plan(base, tuple(experts), tensors, dict(sorted(expert_only.items())), lay_out(entries, max_shard_size))
+
+
+def _disagreement(complaints: Sequence[str]) -> PlanError:
+    hint = "--exclude GLOB copies a tensor from the base"
+    if any(f": {_SHAPE}" in complaint for complaint in complaints):
+        hint += "; so does --on-mismatch copy where shapes differ, and --on-mismatch common-rows merges what all have"
+    return PlanError(
+        f"the models disagree on {len(complaints)} tensor{'s' * (len(complaints) > 1)}:\n  " + "\n  ".join(complaints),
+        hint=hint,
+    )
+
+
+ON_MISMATCH = ("error", "copy", "common-rows")
+_EXCLUDED = "excluded"
+_SHAPE = "shape "  # begins whatever is said of shapes that differ
+
+
+def _decide(
+    info: TensorInfo,
+    experts: Sequence[Checkpoint],
+    why: str,
+    left: bool,
+    rest: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    on_mismatch: str,
+    rows: int | None,
+) -> tuple[Action, str]:
+    """What happens to a tensor of the base, and why.
+
+    `why`: it is merged, where it is. `left`: the method leaves a tensor like this to the rest. `rows`: so many are
+    merged, for not all models have more.
+
+    Raises:
+        PlanError: The experts disagree with the base or with one another.
+    """
+    if _matches(info.name, exclude):
+        return "copy", _EXCLUDED
+    if include and not _matches(info.name, include):
+        return "copy", "not included"
+    have = [expert for expert in experts if expert.has(info.name)]
+    if not have:
+        return "copy", "only in the base"
+    if info.dtype not in MERGEABLE_DTYPES and info.dtype not in QUANTISED_DTYPES:
+        return "copy", f"{info.dtype}, not floating"
+    if info.name.rpartition(".")[2] in BUFFERS:
+        return "copy", "a buffer, not a weight"
+    shapes = _other_shapes(info, have)
+    if shapes and on_mismatch == "copy" and len(have) == len(experts):
+        return "copy", f"{_SHAPE}{list(info.shape)} in the base, but {shapes}"
+    _refuse_disagreement(info, experts, have, shapes if rows is None else "")
+    few = f": the first {rows} rows are merged, the base's others kept" if rows is not None else ""
+    if not left:
+        return "merge", why + few
+    reason = "not the weight of a linear layer"
+    return ("copy", reason) if rest == "base" else ("rest", f"{reason}: {rest}{few}")
+
+
+def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
+    """Whether it is the weight of a linear layer: two-dimensional, and no table or head by its name.
+
+    Who includes tensors by name knows them: then the name does not count.
+    """
+    if len(info.shape) != 2 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
+        return False
+    return bool(include) or not _matches(info.name.lower(), _NOT_LINEAR)
+
+
+def _other_shapes(info: TensorInfo, have: Sequence[Checkpoint]) -> str:
+    """The experts whose tensor has another shape than the base's, in words; empty where there are none."""
+    held = [(e.name, e.tensors[info.name].shape) for e in have if info.name in e.tensors]
+    return ", ".join(f"{list(shape)} in {name}" for name, shape in held if shape != info.shape)
+
+
+def _common_rows(info: TensorInfo, experts: Sequence[Checkpoint]) -> int | None:
+    """How many rows all models have of a table or head that differs in nothing else; None where that is not so."""
+    shapes = {expert.tensors[info.name].shape for expert in experts if info.name in expert.tensors} | {info.shape}
+    if len(shapes) == 1 or len({(len(shape), shape[1:]) for shape in shapes}) > 1 or not is_vocabulary(info.name):
+        return None
+    return min(shape[0] for shape in shapes) or None
+
+
+def _refuse_disagreement(
+    info: TensorInfo, experts: Sequence[Checkpoint], have: Sequence[Checkpoint], shapes: str
+) -> None:
+    lacking = [expert.name for expert in experts if expert not in have]
+    if lacking:
+        holders = ", ".join(expert.name for expert in have)
+        raise PlanError(f"'{info.name}': in {holders}, but missing in {', '.join(lacking)}")
+    if shapes:
+        raise PlanError(f"'{info.name}': {_SHAPE}{list(info.shape)} in the base, but {shapes}")
+    kinds = [(e.name, e.tensors[info.name].dtype) for e in have if info.name in e.tensors]
+    odd = [f"{dtype} in {name}" for name, dtype in [("the base", info.dtype), *kinds] if dtype not in MERGEABLE_DTYPES]
+    if odd:
+        raise PlanError(
+            f"'{info.name}': dtype {', '.join(odd)}: only float64, float32, float16, bfloat16 can be merged"
+        )
+
+
+def _refuse_quantised(models: Sequence[Checkpoint]) -> None:
+    for model in models:
+        quantisation: Any = model.config.get("quantization_config")
+        if quantisation:
+            method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+            raise PlanError(
+                f"{model.reference.text}: its weights are quantised ({method}, says its config.json)",
+                hint="use the unquantised weights",
+            )
+        for name, info in model.tensors.items():
+            kind = _quantised_kind(name, info)
+            if kind:
+                raise PlanError(
+                    f"{model.reference.text}: its weights are quantised ({kind}, by its tensor '{name}')",
+                    hint="use the unquantised weights",
+                )
+
+
+def _quantised_kind(name: str, info: TensorInfo) -> str | None:
+    """How weights are quantised that a tensor of this name or dtype belongs to, if they are."""
+    if name.endswith(tuple(_QUANTISED_ENDS)):
+        return next(kind for end, kind in _QUANTISED_ENDS.items() if name.endswith(end))
+    if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in ("I8", "U8", "I32"):
+        return f"{info.dtype} weights"
+    return None
+
+
+def _matched(
+    base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
+) -> tuple[list[Checkpoint], list[str]]:
+    """The experts by the base's names, and what about that is not sure."""
+    found, complaints = [], []
+    for expert in experts:
+        matched, unsure = match(
+            base, expert, lambda name: not _matches(name, exclude) and (not include or _matches(name, include))
+        )
+        found.append(matched)
+        complaints += unsure
+    return found, complaints
+
+
+def _refuse_idle_globs(
+    base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    # What experts alone have can be excluded: then they may have it.
+    excludable = base.tensors.keys() | {name for expert in experts for name in expert.tensors}
+    for flag, globs, names in (("--include", include, base.tensors.keys()), ("--exclude", exclude, excludable)):
+        for glob in globs:
+            if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                some = ", ".join(list(base.tensors)[:3])
+                raise UsageError(f"{flag} '{glob}' matches no tensor of the base", hint=f"its names are like: {some}")
+
+
+def _refuse_idle_rules(rules: Sequence[Rule], tensors: dict[str, TensorPlan]) -> None:
+    for place, rule in enumerate(rules):
+        if any(tensor.rule == place for tensor in tensors.values()):
+            continue
+        matched = [tensor for tensor in tensors.values() if rule.matches(tensor.name)]
+        if not matched:
+            raise UsageError(
+                f"--rule '{rule.tensors}={rule.name}' matches no tensor of the base",
+                hint=f"its names are like: {', '.join(list(tensors)[:3])}",
+            )
+        before = [tensor for tensor in matched if tensor.rule is not None]
+        if before:
+            why, hint = "are taken by a rule before it", "the first rule that takes a tensor counts"
+        elif all(tensor.action == "copy" for tensor in matched):
+            why, hint = f"are copied from the base: {matched[0].reason}", "check --include and --exclude"
+        else:
+            why = f"are no weights of linear layers, and '{rule.name}' merges only those"
+            hint = "use a method for all tensors, like average, or name what counts as one with --include"
+        raise UsageError(f"--rule '{rule.tensors}={rule.name}': the tensors that it matches {why}", hint=hint)
+
+
+def _nothing_to_merge(base: Checkpoint, experts: Sequence[Checkpoint], tensors: dict[str, TensorPlan]) -> PlanError:
+    reasons = sorted({tensor.reason for tensor in tensors.values()})
+    strangers = [e.name for e in experts if not e.tensors.keys() & base.tensors.keys()]
+    if strangers:
+        theirs = next(iter(next(e for e in experts if e.name == strangers[0]).tensors), "nothing")
+        ours = next(iter(base.tensors), "nothing")
+        return PlanError(
+            f"no tensor of the base is in {', '.join(strangers)}: the base has '{ours}', {strangers[0]} has '{theirs}'",
+            hint="are these experts of this base?",
+        )
+    return PlanError(f"nothing is left to merge: {'; '.join(reasons)}", hint="check --include and --exclude")
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def out_bytes(tensor: TensorPlan) -> int:
+    """Bytes that a tensor takes in the output."""
+    return tensor.numel * DTYPE_BITS[tensor.out_dtype] // 8
+
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what `--dtype` takes, in safetensors' names
+
+
+def dtype_of(name: str) -> str:
+    """The safetensors dtype of the name that `--dtype` takes."""
+    return DTYPES[name]
+
+
+def layer_type(tensor: str) -> str:
+    """A tensor's name with the numbers of its layers left open: `model.layers.*.q_proj.weight`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)

@@ -1,0 +1,1 @@
+"""What was done: manifest, model card, fingerprint."""

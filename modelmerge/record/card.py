@@ -1,0 +1,273 @@
+"""The model card of a merged checkpoint: README.md, with the front matter that the Hub reads."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modelmerge.checkpoint.staging import CARD
+
+_FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s", re.DOTALL)
+_LICENSE = ("license", "license_name", "license_link")
+_WIDTH = 90  # characters of a line of shell that a page shows without scrolling
+_START, _END = "<!-- evaluation: written by modelmerge -->", "<!-- end of evaluation -->"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """The base or an expert, as the card tells it.
+
+    `repository` and `commit` are those of a model on the Hub; `weight` is None for the base; `front` is the front
+    matter of the model's own card, empty if it has none.
+    """
+
+    name: str
+    reference: str
+    weight: float | None = None
+    repository: str | None = None
+    commit: str | None = None
+    front: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a method is called, what it does, where it comes from, how to cite it, and its options as typed."""
+
+    name: str
+    summary: str
+    paper: str
+    bibtex: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One number of an evaluation, such as the accuracy on a data set's test split.
+
+    `task` is the Hub's word for it (image-classification, text-generation); `dataset` is what people call the data,
+    `dataset_id` what the Hub does, if it has them; `value` is a share, or in the metric's own unit; `detail` is what
+    else a reader should know, such as how many examples were looked at.
+    """
+
+    task: str
+    dataset: str
+    metric: str
+    value: float
+    dataset_id: str | None = None
+    split: str | None = None
+    detail: str = ""
+
+
+def front_matter(directory: Path | None) -> dict[str, Any]:
+    """The front matter of the card beside a model; empty if there is none that can be read."""
+    try:
+        found = _FRONT.match((directory / CARD).read_text(encoding="utf-8")) if directory is not None else None
+        front = yaml.safe_load(found[1]) if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return {}
+    return {str(key): value for key, value in front.items()} if isinstance(front, dict) else {}
+
+
+def render(
+    *,
+    title: str,
+    base: Model,
+    experts: Sequence[Model],
+    methods: Sequence[Source],
+    settings: Mapping[str, Any],
+    command: str,
+    notes: Sequence[str],
+    has_config: bool,
+    versions: Mapping[str, str],
+    device: str,
+    front: Source | None = None,
+    adapter: bool = False,
+) -> str:
+    """The card's text.
+
+    Args:
+        title: The output's name.
+        base: The base.
+        experts: The experts, in their order.
+        methods: What merged the task vectors: the merge's own method, then those that rules gave some tensors to.
+        settings: What every merge can be told, and was, as typed.
+        command: The shell line that repeats the merge.
+        notes: What a reader should know, a sentence each.
+        has_config: There is a config.json beside the weights, so that transformers can load them.
+        versions: Of the packages that bear on the result.
+        device: Where it was computed.
+        front: What disentangled the task vectors before, if anything.
+        adapter: What lies beside the card is a PEFT adapter, not a whole model.
+    """
+    models, before = [base, *experts], [front] if front else []
+    license, license_said = _license(models)
+    # Only what is on the Hub: it refuses a card whose base_model names anything else.
+    on_hub = list(dict.fromkeys(model.repository for model in (models[:1] if adapter else models) if model.repository))
+    data = ModelCardData(
+        base_model=on_hub or None,
+        base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
+        library_name="peft" if adapter else "transformers" if has_config else None,
+        pipeline_tag=_text(base.front.get("pipeline_tag")) if has_config else None,
+        tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(m.name for m in (*methods, *before))],
+    )
+    for key, value in license.items():
+        data[key] = value
+    names = " and ".join(f"`{method.name}`" for method in methods) + (f" after `{front.name}`" if front else "")
+    told = [*(item for method in (*before, *methods) for item in method.options.items()), *settings.items()]
+    cited = list(dict.fromkeys(method.bibtex for method in (*methods, *before) if method.bibtex))
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}",
+        f"A merge of {len(experts)} fine-tuned model{'s' * (len(experts) != 1)} onto their base {_link(base)}, made "
+        f"by {names} with modelmerge {versions['modelmerge']}."
+        + (" It is a PEFT adapter: `PeftModel.from_pretrained(base, DIR)` puts it on the base." if adapter else ""),
+        "## Models",
+        _models(base, experts),
+        license_said,
+        "## Method",
+        *(f"[`{method.name}`]({method.paper}): {method.summary}" for method in (*before, *methods)),
+        *([_table(("option", "value"), [(_code(name), _value(value)) for name, value in told])] if told else []),
+        "## Repeat it",
+        f"```sh\n{_wrapped(command)}\n```",
+        "`modelmerge.json` holds the complete recipe with the sha256 of every input and output file; "
+        "`modelmerge merge --recipe modelmerge.json -o DIR` replays it. Made with "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; computed on {device}.",
+        *(["## Notes", "\n".join(f"- {note}" for note in notes)] if notes else []),
+        *(["## Citation", "```bibtex\n" + "\n\n".join(cited) + "\n```"] if cited else []),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def with_results(text: str, results: Sequence[Result], *, name: str) -> str:
+    """The card with an evaluation's results, in place of those it had: a table, and `model-index` for the Hub.
+
+    Args:
+        text: A card.
+        results: What was measured; none takes earlier results out.
+        name: The model's name.
+    """
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data: Any = card.data
+    data.model_name = name if results else None
+    data.eval_results = [
+        EvalResult(
+            task_type=result.task, dataset_type=result.dataset_id or result.dataset, dataset_name=result.dataset,
+            dataset_split=result.split, metric_type=result.metric, metric_value=result.value,
+        )
+        for result in results
+    ] or None  # fmt: skip
+    body = re.sub(rf"{re.escape(_START)}.*?{re.escape(_END)}\n+", "", card.text, flags=re.DOTALL)
+    rows = [(result.dataset, result.split or "", result.metric, f"{result.value:.4g}", result.detail)
+            for result in results]  # fmt: skip
+    if results:
+        shown = _table(("data", "split", "metric", "value", ""), rows, right=(3,))
+        block = f"{_START}\n## Evaluation\n\n{shown}\n{_END}\n\n"
+        before, repeat, after = body.partition("## Repeat it\n")
+        body = f"{before}{block}{repeat}{after}" if repeat else f"{body.rstrip()}\n\n{block}".rstrip("\n") + "\n"
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
+    """The licence for the front matter, and a sentence about it: inherited where all models have the same."""
+    told = [{key: _text(model.front.get(key)) for key in _LICENSE} for model in models]
+    if told[0]["license"] and all(license == told[0] for license in told):
+        known = {key: value for key, value in told[0].items() if value}
+        name = known.get("license_name") or known["license"]
+        return known, f"License: {name}, which is that of the base and of every expert."
+    base, *experts = (license["license_name"] or license["license"] for license in told)
+    names: dict[str | None, list[str]] = {}
+    for model, license in zip(models[1:], experts, strict=True):
+        names.setdefault(license, []).append(f"`{model.name}`")
+    words = [f"{base or 'not stated'} for the base"]
+    for license, which in names.items():
+        words.append(f"{license or 'not stated'} for {'every expert' if len(names) == 1 else ', '.join(which)}")
+    if not base and names.keys() == {None}:
+        return {}, "License: none of the models states one here. It is for you to choose, within what theirs allow."
+    return {}, f"License: {'; '.join(words)}. It is for you to choose, within what these allow."
+
+
+def published(text: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The card as others may see it: models go by the names that `after` has for what `before`, the manifest, has."""
+    text = text.replace(_wrapped(before["command"]), _wrapped(after["command"]))
+    models = [(told["inputs"]["base"], *told["inputs"]["experts"]) for told in (before, after)]
+    for ours, theirs in zip(*models, strict=True):
+        text = text.replace(_code(ours["reference"]), _code(theirs["reference"]))
+    return text
+
+
+def _models(base: Model, experts: Sequence[Model]) -> str:
+    """A table of the models, with the columns that say something."""
+    models = (base, *experts)
+    columns: list[tuple[str, list[str]]] = [
+        ("", ["base", *(_code(expert.name) for expert in experts)]),
+        ("model", [_link(model) for model in models]),
+    ]
+    if any(model.commit for model in models):
+        columns.append(("commit", [_commit(model) for model in models]))
+    if len({expert.weight for expert in experts}) > 1 or experts[0].weight != 1.0:
+        columns.append(("weight", ["" if model.weight is None else f"{model.weight:g}" for model in models]))
+    return _table([name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
+
+
+def _link(model: Model) -> str:
+    if model.repository is None:
+        return _code(model.reference)
+    return f"[{model.repository}](https://huggingface.co/{model.repository})"
+
+
+def _commit(model: Model) -> str:
+    if model.commit is None:
+        return ""
+    return f"[{_code(model.commit[:12])}](https://huggingface.co/{model.repository}/tree/{model.commit})"
+
+
+def _wrapped(command: str) -> str:
+    """A shell line, broken where it is long: between arguments, and not between an option and its value."""
+    words = shlex.split(command)
+    groups = [words[:3]]
+    for before, token in itertools.pairwise(words[2:]):
+        if before.startswith("-"):
+            groups[-1].append(token)
+        else:
+            groups.append([token])
+    lines = [shlex.join(groups[0])]
+    for group in groups[1:]:
+        more = shlex.join(group)
+        if len(lines[-1]) + len(more) < _WIDTH:
+            lines[-1] += f" {more}"
+        else:
+            lines.append(f"  {more}")
+    return " \\\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+    lines = [head, ["---:" if i in right else "---" for i in range(len(head))], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
+
+
+def _code(text: str) -> str:
+    ticks = "``" if "`" in text else "`"
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "automatic"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return ", ".join(_code(str(each)) for each in value)
+    return str(value)
+
+
+def _text(value: Any) -> str | None:
+    """A string of somebody's front matter; None for what is none."""
+    return value if isinstance(value, str) and value else None

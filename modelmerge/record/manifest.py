@@ -1,0 +1,256 @@
+"""The manifest (`modelmerge.json`): what was merged, from what, how, and what was noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.checkpoint.staging import Staging
+from modelmerge.engine.job import Findings, Job, Source
+from modelmerge.engine.rounding import stored_narrow
+from modelmerge.errors import RecipeError
+from modelmerge.methods import registry
+from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.plan.overrides import layer_of
+from modelmerge.plan.recipe import FORMAT, Recipe
+from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
+from modelmerge.record import card
+from modelmerge.record.fingerprint import versions
+
+
+def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
+    """What a manifest says of an input."""
+    return {
+        "name": model.name,
+        "reference": model.reference.text,
+        "path": model.reference.location,
+        "files": {
+            model.reference.address(file): {"sha256": digest, "bytes": model.files[file].st_size}
+            for file, digest in digests.items()
+        },
+    }
+
+
+def stamp(device: object) -> dict[str, Any]:
+    """What every manifest says of its making: the format, where, when, with which versions."""
+    return {
+        "format": FORMAT,
+        "device": str(device),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+
+
+def listing(source: Source, tensors: Iterable[tuple[TensorPlan, str, str]]) -> dict[str, Any]:
+    """What every plan says: the models, the device, and what each tensor is stored as and what happens to it."""
+    made = source.plan
+    return {
+        "base": {"name": made.base.name, "reference": made.base.reference.text},
+        "experts": [{"name": expert.name, "reference": expert.reference.text} for expert in made.experts],
+        "device": str(source.device),
+        "tensors": [
+            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "stored_as": stored_as, "action": action,
+             "reason": t.reason}
+            for t, stored_as, action in tensors
+        ],
+        "expert_only": {name: list(experts) for name, experts in made.expert_only.items()},
+        "remarks": remarks(made),
+    }  # fmt: skip
+
+
+def remarks(plan: Plan) -> list[str]:
+    """What a person should know of how the models were read, each with the model's name in front."""
+    return [f"'{model.name}': {remark}." for model in plan.models for remark in model.remarks]
+
+
+_LOSSY = 0.05  # a loss to rounding above which a merge is worth storing wider
+
+
+def as_file(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it lies on the disk."""
+    return (json.dumps(manifest, indent=2) + "\n").encode()
+
+
+def refuse_changed(
+    recorded: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
+) -> None:
+    """Refuse inputs whose sha256 is not the recorded one.
+
+    Raises:
+        RecipeError: A file has changed since the recipe was made.
+    """
+    for model, files in zip(models, digests, strict=True):
+        for file, digest in files.items():
+            address, lies = model.reference.address(file), model.reference.location
+            # Where the recipe was published, by the model's name.
+            known = recorded.get(address, recorded.get(address.replace(lies, model.name)))
+            if recorded and known != digest:
+                raise RecipeError(
+                    f"{file}: not the file that the recipe was made with (its sha256 differs)",
+                    hint="restore the file, or run the merge anew without --recipe",
+                )
+
+
+def notes_of(job: Job, findings: Findings) -> list[str]:
+    """What a reader of the result should know: one sentence each."""
+    read = remarks(job.plan)
+    notes = []
+    for name, experts in job.plan.expert_only.items():
+        notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
+    if len(notes) > 5:
+        notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
+    notes = read + [f"'{t.name}': {t.reason}." for t in job.plan.tensors.values() if t.mismatched] + notes
+    reasons: dict[tuple[str, str], int] = {}
+    for _, expert, reason in findings.left_out:
+        reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
+    for (expert, reason), count in sorted(reasons.items()):
+        notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
+    if job.larv and findings.scales:
+        notes.append(_what_larv_found(findings.scales))
+    lost = findings.rounding.relative_error() if findings.rounding else None
+    if lost is not None and lost > _LOSSY:
+        notes.append(
+            f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: --dtype float32 keeps it."
+        )
+    return notes
+
+
+def _what_larv_found(scales: Mapping[str, float]) -> str:
+    layers: dict[float, set[tuple[str, int]]] = {}
+    for tensor, scale in scales.items():
+        layer = layer_of(tensor)
+        assert layer is not None, "only layers are scaled"
+        layers.setdefault(scale, set()).add(layer)
+    told = (
+        f"{scale:g} in {', '.join(f'{p}.{n}' for p, n in sorted(which))}" for scale, which in sorted(layers.items())
+    )
+    return f"LARV: the task vectors are multiplied by {'; by '.join(told)}."
+
+
+def _stored_as(job: Job) -> str:
+    """The 16-bit dtypes of the output's merged tensors."""
+    narrow = stored_narrow(job.plan)
+    return " and ".join(name for name, code in DTYPES.items() if code in narrow)
+
+
+def _rounding(job: Job, findings: Findings) -> dict[str, Any] | None:
+    """What storing lost of the merged task vector, where anything is stored in 16 bits."""
+    if findings.rounding is None:
+        return None
+    return {
+        "stored_as": _stored_as(job),
+        "relative_error": findings.rounding.relative_error(),
+        "tensors_measured": findings.merged,
+    }
+
+
+def parts_of(job: Job) -> list[dict[str, Any]]:
+    """Which method merges what."""
+    return [
+        {"method": part.name, "rule": part.glob, "tensors": [tensor.name for tensor in part.tensors]}
+        for part in job.parts
+    ]
+
+
+def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> bytes:
+    """The model card of a merge, as it lies on the disk."""
+    front = None
+    if job.front is not None:
+        assert recipe.disentangle is not None, "the job's front comes from the recipe"
+        front = _applied(recipe.disentangle, "transform", job.front[0], recipe.disentangle_options)
+    methods = [_applied(recipe.method, "merge", registry.load(recipe.method), recipe.options)]
+    for part in job.parts:  # a rule is told with its options among the settings
+        if part.glob is not None and part.name not in [source.name for source in methods]:
+            methods.append(_applied(part.name, "merge", part.method, {}))
+    if recipe.coefficients:
+        told = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
+        notes = [*notes, f"{told}; `modelmerge.json` has them."]
+    defaults = Recipe(method="", base="", experts=())
+    words = ("vary", "rule", "layer_scale", "task_lambda", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    settings = {name: getattr(recipe, name) for name in words}
+    return card.render(
+        title=out.resolve().name, base=_as_told(job.plan.base, None),
+        experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
+        methods=methods, front=front,
+        settings={
+            f"--{name.replace('_', '-')}": value for name, value in settings.items() if value != getattr(defaults, name)
+        },
+        command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
+        versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
+    ).encode()  # fmt: skip
+
+
+def _applied(
+    name: str,
+    kind: Literal["merge", "transform"],
+    chosen: Method | Disentangler,
+    options: Mapping[str, Any],
+) -> card.Source:
+    """A method as the card tells it, its options as they are typed."""
+    prefix = f"{name}-" if kind == "transform" else ""
+    told = {f"--{prefix}{key.replace('_', '-')}": value for key, value in options.items()}
+    bibtex = chosen.citation.bibtex(chosen.paper) if chosen.citation else ""
+    return card.Source(name=name, summary=registry.summary(name, kind), paper=chosen.paper, bibtex=bibtex, options=told)
+
+
+def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
+    """A model as the card tells it."""
+    remote = model.reference.repository
+    return card.Model(
+        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory),
+        repository=remote.name if remote else None, commit=remote.commit if remote else None,
+    )  # fmt: skip
+
+
+def manifest_of(
+    recipe: Recipe,
+    job: Job,
+    found: Mapping[str, Any] | None,
+    out: Path,
+    digests: Sequence[Mapping[Path, str]],
+    findings: Findings,
+    notes: Sequence[str],
+    staging: Staging,
+    seconds: float,
+) -> dict[str, Any]:
+    """The manifest of a merge; `found` is what there is to say of coefficients that were found on data."""
+    tensors = job.plan.tensors.values()
+    # Absolute paths and commits, so that the recipe can be replayed from anywhere.
+    located = dataclasses.replace(
+        recipe,
+        base=job.plan.base.reference.location,
+        experts=tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts),
+    )
+    return {
+        **stamp(job.source.device),
+        "recipe": located.to_dict(),
+        "command": recipe.command(str(out)),
+        "inputs": {
+            "base": record(job.plan.base, digests[0]),
+            "experts": [record(e, files) for e, files in zip(job.plan.experts, digests[1:], strict=True)],
+        },
+        "tensors": {
+            "merged": sum(t.action == "merge" for t in tensors),
+            "rest": sum(t.action == "rest" for t in tensors),
+            "parts": parts_of(job),
+            "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
+            "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
+            "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
+            "layer_scale": dict(findings.scales),
+            "task_lambda": {tensor: list(lambdas) for tensor, lambdas in findings.lambdas.items()},
+            "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
+            "tied": {t.name: t.twin for t in tensors if t.twin is not None},
+            "figures": dict(sorted(findings.figures.items())),
+            "dtypes": {t.name: t.out_dtype for t in tensors},
+        },
+        "rounding": _rounding(job, findings),
+        **({"adaptation": dict(found)} if found is not None else {}),
+        "notes": list(notes),
+        "seconds": round(seconds, 3),
+        "files": staging.listing(),
+    }
