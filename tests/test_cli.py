@@ -193,7 +193,7 @@ def test_the_device_can_come_from_the_environment(
 def test_an_unexpected_exception_keeps_its_traceback_and_is_called_a_bug(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from modelmerge.verbs import merge as verb
+    from modelmerge.verbs import prepare as verb
 
     def broken(*words: object, **named: object) -> None:
         raise ZeroDivisionError("oops")

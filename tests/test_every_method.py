@@ -28,7 +28,7 @@ def taus_of(experts: int = 4, seed: int = 0) -> Tensor:
 
 
 def measured(chosen: Method, options: Any, taus: Tensor, base: Tensor) -> Tensor | None:
-    survey, moments = chosen.survey(options), chosen.moments(options)
+    survey, moments = chosen.survey(options, {}), chosen.moments(options)
     if moments is not None:
         return moments(taus.reshape(len(taus), -1), base.reshape(-1))
     return None if survey is None else surveyed(survey, taus.reshape(len(taus), -1))
@@ -239,7 +239,7 @@ def test_cutting_a_tensor_between_rows_changes_no_bit(name: str, cut: int) -> No
 @pytest.mark.parametrize("name", NAMES)
 def test_surveys_add_up_over_blocks(name: str) -> None:
     chosen = registry.load(name)
-    survey = chosen.survey(chosen.options())
+    survey = chosen.survey(chosen.options(), {})
     if survey is None:
         return
     taus = taus_of().flatten(1)

@@ -99,8 +99,6 @@ SLOW = (
         "--awd-steps",
         "2",
     ],
-    ["merge", "average", "--layer-scale", "larv"],
-    ["merge", "average", "--task-lambda", "relative"],
     ["merge", "ties", "--rule", "layers.[0-3]*=tsv-m", "--rule", "layers*=average"],
     ["extract", "--rank", "8"],
     ["extract", "--energy", "0.5"],

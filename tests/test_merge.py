@@ -41,7 +41,7 @@ def in_memory(name: str, base: State, experts: list[State], **values: Any) -> St
         and (not chosen.matrices or (tensor.ndim == 2 and "embed" not in key))
     ]  # fmt: skip
     taus = {key: torch.stack([e[key].float() - base[key].float() for e in experts]) for key in kept}
-    survey, measured = chosen.survey(options), None
+    survey, measured = chosen.survey(options, {}), None
     if survey is not None:
         everything = torch.cat([tau.reshape(len(experts), -1) for tau in taus.values()], dim=1)
         measured = surveyed(survey, everything)

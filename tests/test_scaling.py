@@ -15,7 +15,7 @@ import modelmerge
 from modelmerge.cli import main
 from modelmerge.engine import job
 from modelmerge.errors import UsageError
-from modelmerge.methods import larv, registry
+from modelmerge.methods import registry
 from modelmerge.methods.options import option_types
 from modelmerge.plan import scaling
 from tests.checkpoints import SHAPES, State, base_state, read, write
@@ -247,55 +247,3 @@ def layered(root: Path, layers: int = 4) -> list[Path]:
 
 def hash_of(name: str) -> int:
     return sum(map(ord, name))
-
-
-def test_larv_from_files_is_larv_by_hand(tmp_path: Path) -> None:
-    paths = layered(tmp_path)
-    manifest = modelmerge.merge(
-        paths[0], paths[1:], tmp_path / "out", method="task-arithmetic", scale=1.0, layer_scale="larv"
-    )
-    base, *experts = (read(path) for path in paths)
-    contrasts, conflicts = {}, {}
-    for i in range(4):
-        updates = {
-            base[f"h.{i}.{name}.weight"]: sum(e[f"h.{i}.{name}.weight"] - base[f"h.{i}.{name}.weight"] for e in experts)
-            for name in ("attn", "mlp")
-        }
-        contrasts[i] = sum(larv.effective_rank(b) / larv.effective_rank(t) for b, t in updates.items()) / 2
-        conflicts[i] = sum(larv.conflict(b, t) for b, t in updates.items()) / 2
-    factors = larv.tiers(larv.scores(contrasts, conflicts, {i: (i + 1) / 4 for i in range(4)}))
-    assert sorted(factors.values()) == [0.8, 1.0, 1.0, 1.2]
-    want = {name: factors[int(name[2])] for name in base if name.startswith("h.")}
-    assert manifest["tensors"]["layer_scale"] == want
-    lowest = next(i for i, scale in factors.items() if scale == 0.8)
-    assert f"LARV: the task vectors are multiplied by 0.8 in h.{lowest}; by 1 in h." in manifest["notes"][0]
-    got = read(tmp_path / "out")
-    for name, tensor in base.items():
-        moved = sum(e[name].double() - tensor.double() for e in experts)
-        assert torch.allclose(got[name].double(), tensor.double() + want.get(name, 1.0) * moved, atol=1e-6), name
-
-
-def test_larv_is_what_its_factors_are(tmp_path: Path) -> None:
-    """Behind AWD, with rules, blocks and a trim over the model: the bits of a mapping of the factors that it found."""
-    paths = layered(tmp_path)
-    told: dict[str, Any] = {"method": "ties", "disentangle": "awd", "rule": ["*attn*=tsv-m"]}
-    got = merged(paths, tmp_path / "out", layer_scale="larv", **told)
-    factors = json.loads((tmp_path / "out" / "modelmerge.json").read_text())["tensors"]["layer_scale"]
-    assert set(factors.values()) == {0.8, 1.0, 1.2}
-    assert same_bits(got, merged(paths, tmp_path / "same", layer_scale=factors, **told))
-    assert not same_bits(got, merged(paths, tmp_path / "other", **told))
-
-
-def test_larv_is_told_and_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = layered(tmp_path)
-    words = ["merge", "average", *map(str, paths), "--layer-scale", "larv", "-o", str(tmp_path / "one")]
-    assert main([*words, "-n"]) == 0
-    assert "task vectors times what larv finds, by layer" in capsys.readouterr().out
-    assert main([*words, "-q"]) == 0
-    assert main(["merge", "--recipe", str(tmp_path / "one"), "-o", str(tmp_path / "two"), "-q"]) == 0
-    assert same_bits(read(tmp_path / "one"), read(tmp_path / "two"))
-
-
-def test_larv_needs_layers(models: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="larv: no weight of a linear layer that is merged lies in a numbered layer"):
-        merged(models, tmp_path / "out", method="average", include=["*embed*"], layer_scale="larv")

@@ -245,7 +245,7 @@ def test_one_pass_gives_all_values_to_the_bits_of_plain_merges(
         ({"method": "kron", "disentangle": "awd"}, {"scale": [0.5, 1.5], "awd-alpha": [0.1, 2.0]}, 3, 2),
         ({"method": "task-arithmetic", "vary": ["scale=0.2@*fc1.bias", "rotated:weight=2"]}, {"scale": [1, 0.5]}, 1, 1),
         ({"method": "tsv-m", "layer_scale": "0.5,1.2"}, {"scale": [1, 0.5]}, 1, 1),
-        ({"method": "ties", "layer_scale": "larv", "task_lambda": "relative"}, {"scale": [1, 0.5]}, 1, 1),
+        ({"method": "ties", "layer_scale": "0.5,1.5"}, {"scale": [1, 0.5]}, 1, 1),
         ({"method": "tsv-m", "rule": ["*fc1*=ties scale=0.7"], "rest": "average"}, {"scale": [1, 0.5]}, 1, 1),
         ({"method": "task-arithmetic", "as_lora": 8, "include": ["*.fc?.weight"]}, {"scale": [1, 0.5]}, 1, 2),
         ({"method": "ties", "max_shard_size": "300KB", "dtype": "bfloat16"}, {"scale": [1, 0.5]}, 1, 1),
