@@ -103,7 +103,8 @@ def list_methods(kind: str, sink: Sink) -> None:
     listed = [{"method": name, "summary": registry.summary(name, kind)} for name in registry.names(kind)]
     listed += [{"method": AUTO, "summary": SUMMARY}] if kind == "merge" else []
     shown = table(None, ["method", ""], [[m["method"], m["summary"]] for m in listed], left=2)
-    usage = f"\nmodelmerge {kind} METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
+    verb = "disentangle" if kind == "transform" else kind
+    usage = f"\nmodelmerge {verb} METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
     sink.result({"methods": listed}, quiet="\n".join(m["method"] for m in listed), human=[shown, usage])
 
 
