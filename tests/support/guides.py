@@ -1,4 +1,4 @@
-"""The blocks of the README that are made from the code: `python -m tests.readme` writes them anew."""
+"""The blocks of the guides that are made from the code: `python -m tests.support.guides` writes them anew."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any, Literal
 from modelmerge.methods import registry
 from modelmerge.plan import mergekit
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+# By topic, in the order of the alphabet.
+GUIDES = {file.stem: file for file in sorted((ROOT / "modelmerge" / "guides").glob("*.md"))}
 
 
 def method_table(kind: Literal["merge", "transform"]) -> str:
@@ -22,21 +25,21 @@ def method_table(kind: Literal["merge", "transform"]) -> str:
         defaults = {
             name: "-" if value is None else value for name, value in dataclasses.asdict(chosen.options()).items()
         }
-        told = [f"`--{name.replace('_', '-')}` ({default})" for name, default in defaults.items()]
-        rows.append(f"| [`{name}`]({chosen.paper}) | {registry.summary(name, kind)} | {' '.join(told)} |")
+        options = [f"`--{name.replace('_', '-')}` ({default})" for name, default in defaults.items()]
+        rows.append(f"| [`{name}`]({chosen.paper}) | {registry.summary(name, kind)} | {' '.join(options)} |")
     return "\n".join(rows)
 
 
 def mergekit_table() -> str:
     """What becomes of each key of a mergekit configuration, and of each parameter of each method."""
     rows = ["| key in the YAML | here |", "|---|---|"]
-    rows += [f"| `{key}` | {told} |" for key, told in mergekit.KEYS.items()]
+    rows += [f"| `{key}` | {text} |" for key, text in mergekit.KEYS.items()]
     rows += ["", "| `merge_method` | here | its `parameters` |", "|---|---|---|"]
     for name, row in mergekit.METHODS.items():
         here = f"`{row.method}{typed(row.fixed)}`"
         here += f"; without a `base_model` `{row.method}{typed({**row.fixed, **row.alone})}`" if row.alone else ""
-        told = "<br>".join(f"`{parameter.key}`: {becomes(parameter)}" for parameter in row.parameters)
-        rows.append(f"| `{name}` | {here} | {told} |")
+        text = "; ".join(f"`{parameter.key}`: {becomes(parameter)}" for parameter in row.parameters)
+        rows.append(f"| `{name}` | {here} | {text} |")
     return "\n".join(rows)
 
 
@@ -55,27 +58,31 @@ def becomes(parameter: mergekit.Parameter) -> str:
         return ", ".join(f"{str(value).lower()} is `{flag} {word}`" for value, word in parameter.words.items())
     if parameter.option == "weight":
         return "`--weight NAME=W`"
-    return f"`{flag}`, or `--vary NAME:{flag[2:]}=...`" if parameter.per_model else f"`{flag}`"
+    return f'`{flag}`, or `--at "*: NAME.{flag[2:]}=..."`' if parameter.per_model else f"`{flag}`"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "methods": lambda: method_table("merge"),
-    "disentanglers": lambda: method_table("transform"),
-    "mergekit": mergekit_table,
+# The generated blocks of each guide, by its topic.
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "methods": {
+        "methods": lambda: method_table("merge"),
+        "transforms": lambda: method_table("transform"),
+    },
+    "mergekit": {"mergekit": mergekit_table},
 }
 
 
-def renewed(text: str) -> str:
-    """The README's text with every block between its markers made anew."""
-    for name, make in BLOCKS.items():
-        start, end = f"<!-- {name}: made by python -m tests.readme -->", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(start)
+def renewed(topic: str, text: str) -> str:
+    """A guide's text with every block between its markers made anew."""
+    for name, make in BLOCKS.get(topic, {}).items():
+        start, end = f"<!-- {name}: made by python -m tests.support.guides -->", f"<!-- end of {name} -->"
+        before, marker, rest = text.partition(start)
         _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"README.md has no block '{name}'")
+        if not (marker and found):
+            raise ValueError(f"the guide '{topic}' has no block '{name}'")
         text = f"{before}{start}\n{make()}\n{end}{after}"
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(renewed(README.read_text()))
+    for topic in BLOCKS:
+        GUIDES[topic].write_text(renewed(topic, GUIDES[topic].read_text()))
