@@ -20,9 +20,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from modelmerge.errors import ModelMergeError
+from modelmerge.errors import ModelMergeError, spelled
 
 Format = Literal["human", "json", "quiet"]
+
+
+def flag(option: str) -> str:
+    """An option as it is typed."""
+    return "--" + option.replace("_", "-")
 
 
 class Sink:
@@ -60,11 +65,13 @@ class Sink:
 
     def error(self, error: ModelMergeError) -> None:
         """Say what went wrong and what to do, on stderr; with JSON, also as the one object on stdout."""
-        self.margin.print(f"[bold red]error:[/] {escape(error.message)}")
-        if error.hint:
-            self.margin.print(f"[bold cyan]hint:[/] {escape(error.hint)}")
+        message = spelled(error.template, flag)
+        hint = None if error.hint_template is None else spelled(error.hint_template, flag)
+        self.margin.print(f"[bold red]error:[/] {escape(message)}")
+        if hint:
+            self.margin.print(f"[bold cyan]hint:[/] {escape(hint)}")
         if self.form == "json":
-            told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            told = {"message": message, "hint": hint, "exit_code": error.exit_code}
             sys.stdout.write(json.dumps({"error": told}, indent=2) + "\n")
 
 

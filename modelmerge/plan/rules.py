@@ -69,7 +69,7 @@ def parse(text: str) -> Rule:
             values[option] = _value(chosen, option, value)
         return Rule(tensors, name, chosen, make_options(chosen, name, values))
     except UsageError as error:
-        raise UsageError(f"--rule '{text}': {error.message}", hint=error.hint) from error
+        raise UsageError(f"--rule '{text}': {error.template}", hint=error.hint_template) from error
 
 
 def _value(chosen: Method, option: str, text: str) -> Any:
