@@ -115,7 +115,7 @@ base_model: models/base
         (TIES + "parameters: {normalize: [true, false]}\n", ["parameters.normalize: can be honoured only as one"]),
         (TIES + "parameters: {lambda: much}\n", ["parameters.lambda: must be a number or a list of numbers"]),
         (TIES + "parameters: {lambda: [{value: 1, glob: x}]}\n", ["parameters.lambda: a condition has a 'value'"]),
-        (TIES + "parameters: {density: [0.5, 20]}\n", ["parameters.density: --density must be above 0 and at most 1"]),
+        (TIES + "parameters: {density: [0.5, 20]}\n", ["parameters.density: density must be above 0 and at most 1"]),
         (TIES.replace("weight: 1", "weight: 1, desnity: 1"),
          ["models[1].parameters.desnity: no method of mergekit has such a parameter; did you mean 'density'?",
           "models[2].parameters.desnity"]),

@@ -102,7 +102,7 @@ def test_the_rest_goes_by_the_weights_too(models: list[Path], tmp_path: Path) ->
         ("ties", "expert_0:density=0.1,0.5", "whole task vector, and can differ between experts only --trim"),
         ("ties", "expert_0:scale=1", "scale is one number for all experts"),
         ("ties", "scale=1@*colour*", r"'\*colour\*' matches no tensor that is merged"),
-        ("ties", "scale=inf", "--scale must be finite"),
+        ("ties", "scale=inf", "scale must be finite"),
         ("ties", "weight=nan", "a weight must be finite"),
         ("average", "weight=0@*norm*", "in 'model.layers.0.norm.weight' the weights add up to zero"),
         ("average", "position=1@position_ids", "'position_ids' matches no tensor that is merged"),
@@ -137,7 +137,7 @@ def test_a_density_of_the_whole_model_can_differ_between_experts(
 
 
 def test_a_density_out_of_bounds_is_refused(models: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--density must be above 0 and at most 1, not 2"):
+    with pytest.raises(UsageError, match="density must be above 0 and at most 1, not 2"):
         modelmerge.merge(
             models[0], models[1:], tmp_path / "out", method="ties", trim_scope="tensor", vary=["density=0.5,2"]
         )

@@ -9,8 +9,8 @@ the merged task vector M minimises
 and is multiplied by `scale`.
 
 `--published`, or `--solver adam`, is the published descent: 300 steps of Adam of 1e-5 from M0. The objective is
-quadratic and needs only two matrices that do not depend on the number of experts, so a step costs 2 m n^2 FLOP, not 4 T m^2 n and a backward
-pass. Adam's constants fit task vectors of CLIP's size; `--relative-lr` fits any.
+quadratic and needs only two matrices that do not depend on the number of experts, so a step costs 2 m n^2 FLOP, not 4 T
+m^2 n and a backward pass. Adam's constants fit task vectors of CLIP's size; `--relative-lr` fits any.
 
 `--solver exact`, the default, replaces the steps by a ridge towards M0: `r ||M - M0||^2` is added, and M follows from
 one Cholesky factorisation, whatever the size of the task vectors. r is `ridge` times the mean eigenvalue of
