@@ -87,7 +87,9 @@ def test_the_last_that_applies_counts(models: list[Path], tmp_path: Path) -> Non
 
 def test_the_rest_goes_by_the_weights_too(models: list[Path], tmp_path: Path) -> None:
     only = ["expert_0:weight=0", "expert_1:weight=0"]
-    modelmerge.merge(models[0], models[1:], tmp_path / "out", method="apgd", steps=2, rest="average", vary=only)
+    modelmerge.merge(
+        models[0], models[1:], tmp_path / "out", method="apgd", published=True, steps=2, rest="average", vary=only
+    )
     got, third = read(tmp_path / "out"), read(models[3])
     assert torch.allclose(got["model.embed_tokens.weight"], third["model.embed_tokens.weight"], atol=1e-7)
 

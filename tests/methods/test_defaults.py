@@ -141,12 +141,16 @@ def test_an_option_of_a_solver_that_does_not_run_is_refused_at_its_default_too(
             make_options(registry.load(name, kind), name, {**frame, option: value})
 
 
-@pytest.mark.parametrize("published", [False, True])
-@pytest.mark.parametrize("name", [n for n in registry.data_free() if is_linear(registry.load(n), "scale")])
+SCALED = [
+    (name, published)
+    for kind, name, published, option in all_options()
+    if kind == "merge" and is_linear(registry.load(name), option)
+]
+
+
+@pytest.mark.parametrize(("name", "published"), SCALED)
 def test_the_scale_is_linear_to_the_bit(name: str, published: bool, models: list[Path], tmp_path: Path) -> None:
     chosen = registry.load(name)
-    if published and "published" not in option_types(chosen.options):
-        pytest.skip("has no published form of its own")
     # On a base of zeros the merged weight is the merged task vector, without the rounding of a sum.
     zeros = write(tmp_path / "zeros", {key: torch.zeros_like(tensor) for key, tensor in read(models[0]).items()})
     experts = [
@@ -168,3 +172,11 @@ def test_the_scale_is_linear_to_the_bit(name: str, published: bool, models: list
 def test_every_scale_is_declared_linear(name: str) -> None:
     if "scale" in option_types(registry.load(name).options):
         assert is_linear(registry.load(name), "scale")
+
+
+def test_the_options_of_a_method_that_needs_data_are_the_same_with_a_default_named() -> None:
+    for name in set(registry.names()) - set(registry.data_free()):
+        chosen = registry.load(name)
+        for option in option_types(chosen.options):
+            named = make_options(chosen, name, {option: shown("merge", name, option, False)})
+            assert named == chosen.options()
