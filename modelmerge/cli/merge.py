@@ -125,7 +125,7 @@ def show_preset(preset: presets.Preset, sink: Sink) -> None:
 
 def _as_typed(options: Mapping[str, Any]) -> list[str]:
     return [
-        f"{opt.flag(option)} {each}"
+        opt.flag(option) if each is True else f"{opt.flag(option)} {each}"
         for option, value in options.items()
         for each in (value if isinstance(value, list) else [value])
     ]
@@ -217,7 +217,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             method=name,
             base=values["base"],
             experts=tuple(values["experts"]),
-            options=opt.chosen(chosen, values, context) if chosen else {},
+            options=opt.chosen(chosen, values) if chosen else {},
             weights=parse_weights(values["weight"] or ()),
             at=tuple(values["at"] or ()),
             disentangle=values["disentangle"],
@@ -243,15 +243,11 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     in_front = [parameter for front, told in fronts.items() for parameter in opt.of_front(front, told)]
     # Required parameters first, as in any signature; the method's own options head the help page.
     own = opt.of_method(chosen) if chosen else []
-    own += opt.shared(_published) if chosen and chosen.published else []
     found = opt.shared(opt.drawn) if chosen and chosen.finder else []
     own += [*opt.shared(opt.unlabelled), *opt.shared(_apgd)] if found else []
     return opt.with_parameters(
         run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *found, *in_front]
     )
-
-
-def _published(published: opt.Published = False) -> None: ...
 
 
 def _apgd(apgd: opt.Apgd = False) -> None: ...

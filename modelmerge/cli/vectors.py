@@ -151,20 +151,18 @@ def command(name: str) -> Callable[..., None]:
             typer.Option("--experts", help="Also write base + disentangled task vector, as checkpoints.",
                          rich_help_panel=opt.SHARED_PANEL),
         ] = False,
-        published: opt.Published = False,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
         max_shard_size: opt.ShardSize = "5GB",
     ) -> None: ...  # fmt: skip
 
-    def run(context: typer.Context, **values: Any) -> None:
+    def run(**values: Any) -> None:
         from modelmerge.verbs.vectors import disentangle
 
-        told = {"method": name, "full_experts": values["experts_too"], **opt.chosen(chosen, values, context)}
+        told = {"method": name, "full_experts": values["experts_too"], **opt.chosen(chosen, values)}
         _write(functools.partial(disentangle, **told), values, f"disentangle {name}", _disentangled)
 
-    arguments = [opt.of_argument("context", typer.Context), *_MODELS]
-    parameters = [*arguments, *opt.of_method(chosen), *opt.shared(shared), *opt.shared(opt.written)]
+    parameters = [*_MODELS, *opt.of_method(chosen), *opt.shared(shared), *opt.shared(opt.written)]
     return opt.with_parameters(run, parameters)
 
 
@@ -177,7 +175,7 @@ def _disentangled(report: dict[str, Any]) -> list[str | Table]:
             f" for {'all tasks' if options['correction'] == 'shared' else 'each task'}, {options['solver']}: {losses}"
         )
     else:
-        what = f" by {options['granularity']}, {options['solver']}: {losses} in {report['steps']} steps"
+        what = f" by {options['granularity']}: {losses} in {report['steps']} steps"
     size = "redundant" if report["steps"] is not None else "correction"
     columns = ["", "mean |cos|", "after", "largest |cos|", "after", size]
     return [
