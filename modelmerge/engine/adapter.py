@@ -12,13 +12,13 @@ from torch import Tensor
 from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_change
 from modelmerge.checkpoint.layout import Entry
 from modelmerge.checkpoint.staging import Scratch
-from modelmerge.engine.given import give
 from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import TORCH_DTYPES, as_bytes, loaded, piece_bytes, rounded, whole
-from modelmerge.engine.memory import _ROWS
+from modelmerge.engine.memory import PRODUCT_RUN
 from modelmerge.engine.merge import merged_vector
 from modelmerge.engine.parallel import prepare_process, threads
 from modelmerge.engine.rounding import squared
+from modelmerge.engine.transforms import fit
 from modelmerge.methods import linalg
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
@@ -52,7 +52,7 @@ class Adapted:
 def adapt(
     job: Job,
     table: Mapping[str, Role],
-    wanted: Size,
+    size: Size,
     dtype: str,
     spool: BinaryIO,
     scratch: Callable[[int], Scratch],
@@ -63,11 +63,11 @@ def adapt(
     Args:
         job: The merge.
         table: What becomes of each tensor.
-        wanted: How small the factors shall be.
+        size: How small the factors shall be.
         dtype: safetensors dtype of the factors.
         spool: Gets the bytes.
         scratch: Gives room of so many bytes on the disk.
-        reporter: Is told the progress.
+        reporter: Shows the progress.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
@@ -79,16 +79,17 @@ def adapt(
     # What has no place is found out first: not at the end of a long merge.
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
-    given = give(job, adapted.findings, scratch, reporter)
+    adapted.findings.scales = job.scales
+    fitted = fit(job, scratch, reporter)
     reporter.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
     kept: set[str] = set()  # tensors that changed and are not low-rank
     for tensor in todo:
         role = table[tensor.name]
-        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
+        piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor))
         theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
-            given.ready(piece, taus)
-            delta = merged_vector(given, piece, theta_0, taus, adapted.findings, given.factors(tensor))
+            fitted.apply(piece, taus)
+            delta = merged_vector(fitted, piece, theta_0, taus, adapted.findings, fitted.factors(tensor))
             del taus
             square = squared(delta)
             if square and role.kind == "no place":
@@ -97,7 +98,7 @@ def adapt(
                 adapted.merged[tensor.name] = square
             if square and role.kind == "low rank":
                 del theta_0
-                _spool_factors(adapted, tensor, role, delta, wanted, dtype, spool)
+                _spool_factors(adapted, tensor, role, delta, size, dtype, spool)
             elif square:
                 kept.add(tensor.name)
                 values = rounded(piece, theta_0.add_(delta))
@@ -108,17 +109,17 @@ def adapt(
 
 
 def _spool_factors(
-    adapted: Adapted, tensor: TensorPlan, role: Role, delta: Tensor, wanted: Size, dtype: str, spool: BinaryIO
+    adapted: Adapted, tensor: TensorPlan, role: Role, delta: Tensor, size: Size, dtype: str, spool: BinaryIO
 ) -> None:
-    if wanted.rank is not None:
-        rank = min(wanted.rank, *tensor.shape)
+    if size.rank is not None:
+        rank = min(size.rank, *tensor.shape)
     else:
         shares = linalg.singular_values(delta).square().cumsum(0)
         # The smallest rank whose share reaches the energy, but for rounding of the sums.
-        rank = int((shares >= shares[-1] * ((wanted.energy or 0.0) - 1e-12)).float().argmax()) + 1
+        rank = int((shares >= shares[-1] * ((size.energy or 0.0) - 1e-12)).float().argmax()) + 1
     left, right = (factor.to(TORCH_DTYPES[dtype]) for factor in linalg.balanced(delta, rank))
     adapted.ranks[tensor.name] = rank
-    step, lost = max(_ROWS // tensor.shape[1], 1), 0.0
+    step, lost = max(PRODUCT_RUN // tensor.shape[1], 1), 0.0
     for first in range(0, len(delta), step):
         rows = left[first : first + step].double() @ right.double()
         lost += float((delta[first : first + step] - rows).square().sum())

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modelmerge.engine.rounding import Rounding
-from modelmerge.methods.contract import Disentangler, Method, Survey
+from modelmerge.methods.contract import Method, Survey
 from modelmerge.plan.overrides import Setting
 from modelmerge.plan.tensors import Plan, TensorPlan
+
+if TYPE_CHECKING:
+    from modelmerge.engine.transforms import Transform
 
 # Elements per block. On a CPU a worker's buffers should fit its share of the L2/L3 cache (measured: 64 Ki and 1 Mi
 # elements cost 10 to 35 % more); a GPU wants blocks that are large against the launch of a kernel.
@@ -108,7 +111,7 @@ class Job:
         source: Where the task vectors come from.
         parts: The methods, each with the tensors that it merges; together they merge all that is not copied.
         weights: Each expert's weight.
-        front: What disentangles the task vectors before they are merged, with its options, if anything.
+        transforms: What changes the task vectors before they are merged, in this order.
         seed: The seed of random draws.
         settings: By tensor, what its method is told instead where something varies.
         scales: By tensor, the factor on the task vectors before anything but disentangling, where it is not 1.
@@ -117,7 +120,7 @@ class Job:
     source: Source
     parts: tuple[Part, ...]
     weights: tuple[float, ...]
-    front: tuple[Disentangler, Any] | None
+    transforms: tuple[Transform, ...] = ()
     seed: int = 0
     settings: Mapping[str, Setting] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
@@ -147,9 +150,9 @@ class Job:
         """The tensors that their method wants whole."""
         return [tensor for part in self.parts if not part.blockwise for tensor in part.tensors]
 
-    def disentangled(self) -> list[TensorPlan]:
-        """The tensors whose task vectors are disentangled before they are merged."""
-        return [tensor for tensor in self.merged() if tensor.linear] if self.front else []
+    def taken(self, transform: Transform) -> list[TensorPlan]:
+        """The merged tensors that a transform is fitted on."""
+        return [tensor for tensor in self.merged() if transform.takes(tensor)]
 
 
 @dataclass(slots=True)

@@ -46,12 +46,12 @@ def looked_at(plan: Plan) -> list[TensorPlan]:
 
 def look_bytes(plan: Plan) -> int:
     """Bytes that looking at all experts reads, where they changed the first matrices that are looked at."""
-    found = 0
+    total = 0
     for tensor in looked_at(plan)[:_CHANGED]:
         elements = min(ROWS, tensor.shape[0]) * tensor.shape[1]
         held = [model.tensors[tensor.name] for model in plan.models if tensor.name in model.tensors]
-        found += sum(elements * DTYPE_BITS[info.dtype] // 8 for info in held)
-    return found
+        total += sum(elements * DTYPE_BITS[info.dtype] // 8 for info in held)
+    return total
 
 
 def is_low_rank(plan: Plan, expert: int) -> bool:

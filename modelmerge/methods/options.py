@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from modelmerge.errors import UsageError
-from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.contract import Method, TransformSpec
 
 MOST = 10_000  # values of an option in a range, and candidates of a search; more are a slip of the keyboard
 
@@ -56,7 +56,7 @@ def option_types(options: type) -> dict[str, Any]:
     return typing.get_type_hints(options)
 
 
-def make_options(method: Method | Disentangler, name: str, values: Mapping[str, Any]) -> Any:
+def make_options(method: Method | TransformSpec, name: str, values: Mapping[str, Any]) -> Any:
     """The method's options with `values` in place of defaults, checked.
 
     Raises:
@@ -82,7 +82,7 @@ def is_linear(method: Method, option: str) -> bool:
     return any(spec.name == option and spec.metadata["linear"] for spec in dataclasses.fields(method.options))
 
 
-def check_option(method: Method | Disentangler, option: str, value: Any) -> Any:
+def check_option(method: Method | TransformSpec, option: str, value: Any) -> Any:
     """The value, if the option can have it.
 
     Raises:

@@ -26,8 +26,8 @@ class Recipe:
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
     defaults. `vary` says which numbers are others for an expert, a tensor or a layer, and `rule` which tensors go to a
     method of their own: `GLOB=METHOD [OPTION=V ...]` each. `layer_scale` are factors on the task vectors by layer or
-    tensor: `V[,V...]`, or JSON. `disentangle` names what goes
-    in front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
+    tensor: `V[,V...]`, or JSON. `disentangle` are the
+    transforms before the method, `NAME [OPTION=V ...]` each. `rest` is base, average, task-arithmetic, or None for the method's
     choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
     whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
     share of the squared norm that it keeps. `unlabelled` tells the data of a method that finds the experts' weights on
@@ -40,8 +40,7 @@ class Recipe:
     experts: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
-    disentangle: str | None = None
-    disentangle_options: Mapping[str, Any] = field(default_factory=dict)
+    disentangle: tuple[str, ...] = ()
     vary: tuple[str, ...] = ()
     rule: tuple[str, ...] = ()
     layer_scale: str | None = None
@@ -65,9 +64,8 @@ class Recipe:
         words = ["modelmerge", "merge", self.method, self.base, *self.experts]
         for name, value in self.options.items():
             words += [f"--{name.replace('_', '-')}", f"{value}"] if value is not None else []
-        words += ["--disentangle", self.disentangle] if self.disentangle else []
-        for name, value in self.disentangle_options.items():
-            words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"] if value is not None else []
+        for text in self.disentangle:
+            words += ["--disentangle", text]
         for name, weight in self.weights.items():
             words += ["--weight", f"{name}={written(weight)}"]
         for told in self.rule:

@@ -2,80 +2,121 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import check_output, finished
+from modelmerge.checkpoint.staging import Staging, check_output, finished
+from modelmerge.engine.coefficients import Coefficients
 from modelmerge.engine.job import Job, Part
 from modelmerge.engine.memory import (
     beyond_device,
     bytes_read,
-    finding_memory,
-    finding_reads,
     passes,
     peak_memory,
-    refuse_finding_beyond_memory,
-    refuse_too_large,
+    refuse_beyond_memory,
     scratch_bytes,
 )
 from modelmerge.engine.parallel import source_of
+from modelmerge.engine.transforms import Transform, transform_of
 from modelmerge.errors import UsageError
 from modelmerge.evaluation.custom import Script
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options
 from modelmerge.plan import mergekit, overrides, rules, scaling
 from modelmerge.plan.downloads import input_paths, with_downloads
 from modelmerge.plan.overrides import Share, settle, surveyed
 from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
 from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, dtype_of, make_plan
+from modelmerge.plan.transforms import as_typed, parse_transform
 from modelmerge.progress import Reporter
 from modelmerge.record.fingerprint import fingerprint
-from modelmerge.record.manifest import listing, parts_of, remarks
+from modelmerge.record.manifest import as_file, listing, parts_of, remarks
 from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.auto import AUTO, choose
 
 
-def disentangler(name: str, values: Mapping[str, Any]) -> tuple[Disentangler, Any]:
-    """A disentangling method with its options.
+class Output:
+    """An output that may be written: `complete` is its manifest, where a resumed run finds it complete already."""
 
-    Raises:
-        UsageError: There is no such method, or an option is wrong.
-    """
-    chosen = registry.load(name, "transform")
-    return chosen, make_options(chosen, name, values)
+    def __init__(
+        self, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool
+    ) -> None:  # fmt: skip
+        self.complete = complete
+        self._out, self._digest, self._force, self._resume = out, digest, force, resume
+        self._started = time.monotonic()
+        self._stack = contextlib.ExitStack()
+
+    def stage(self, layout: Layout | None = None, *, digest: str | None = None, resume: bool = True) -> Staging:
+        """Begin to write, into files of that layout.
+
+        Args:
+            layout: The weight files, where they are known already; else `Staging.lay_out` makes them.
+            digest: Of all that determines their bytes, where that has become known since.
+            resume: Take up shards of an interrupted run, where that was asked for.
+        """
+        staging = Staging(
+            self._out, layout or Layout((), {}, {}), force=self._force, resume=self._resume and resume,
+            fingerprint=digest or self._digest,
+        )  # fmt: skip
+        self.staging = self._stack.enter_context(staging)
+        return self.staging
+
+    @property
+    def seconds(self) -> float:
+        """How long the work has taken so far."""
+        return round(time.monotonic() - self._started, 3)
+
+    def publish(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the output in place; its manifest, with the time it took and its files."""
+        whole = {**manifest, "seconds": self.seconds, "files": self.staging.listing()}
+        self.staging.publish(as_file(whole))
+        return whole
 
 
-def begin(
+@contextlib.contextmanager
+def output_of(
     plan: Plan,
     out: Path,
-    determined_by: str,
+    digest: str,
     *,
     force: bool,
     resume: bool,
     ready: Callable[[], object] | None,
     reporter: Reporter,
-) -> dict[str, Any] | None:
-    """The last checks before the work; with `resume`, the manifest of an output that is complete already.
+) -> Iterator[Output]:
+    """Make the last checks before the work, and leave nothing half-written behind.
 
-    `ready` is called once all else is known to be well.
+    Args:
+        plan: The models, none of which the output may damage.
+        out: Where the output goes.
+        digest: Of all that determines it.
+        force: Replace what is there.
+        resume: Take up what an interrupted run has finished.
+        ready: Called once all else is known to be well.
+        reporter: Shows the progress.
 
     Raises:
         OutputError: The output would damage something.
     """
-    done = finished(out, determined_by) if resume else None
-    check_output(out, input_paths(plan), force=force or done is not None)
+    complete = finished(out, digest) if resume else None
+    check_output(out, input_paths(plan), force=force or complete is not None)
     if ready is not None:
         ready()
-    if done is not None:
+    if complete is not None:
         reporter.note(f"{out} is complete already")
-    return done
+    output = Output(out, digest, complete, force, resume)
+    with output._stack:
+        yield output
 
 
 RESTS = ("base", "average", "task-arithmetic")
@@ -103,21 +144,19 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = bytes_read(self.job, streamed=True) if self.stream else None
-        scratch = scratch_bytes(self.job.source, self.job.front, self.job.disentangled())
-        searched = (0.0, 0) if self.data is None else finding_reads(self.job)
         left = beyond_device(self.job)
         beyond = (
             [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
         )
         told = {
             "method": self.recipe.method,
-            "disentangle": self.recipe.disentangle,
+            "disentangle": list(self.recipe.disentangle),
             "parts": parts_of(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "layer_scale": dict(self.job.scales) or self.recipe.layer_scale,
-            "passes": passes(self.job) + searched[0],
-            "bytes": {"read": bytes_read(self.job) + searched[1], "write": written, "scratch": scratch},
-            "peak_memory": self._peak_memory(),
+            "passes": passes(self.job),
+            "bytes": {"read": bytes_read(self.job), "write": written, "scratch": scratch_bytes(self.job)},
+            "peak_memory": peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made), *beyond, *(self.data.remarks() if self.data else [])],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
@@ -125,13 +164,6 @@ class Prepared:
         if self.data is not None:
             told["unlabelled"] = dict(self.recipe.unlabelled)
         return with_downloads(told, made, beside="all" if size is None else "cards", streamed=streamed)
-
-    def _peak_memory(self) -> dict[str, int]:
-        """Of the merge, and of what is found before it."""
-        merging = peak_memory(self.job)
-        if self.data is None:
-            return merging
-        return {place: max(merging[place], needed) for place, needed in finding_memory(self.job).items()}
 
 
 def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> Prepared:
@@ -187,7 +219,7 @@ def prepare(
         remarks = [*remarks, f"The method is {choice.method}{told}: {choice.reason}."]
     chosen = registry.load(recipe.method)
     options = make_options(chosen, recipe.method, recipe.options)
-    front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
+    transforms = tuple(transform_of(*parse_transform(text)) for text in recipe.disentangle)
     _check_choices(recipe)
     adapted.size_of(recipe)
     given = [rules.parse(told) for told in recipe.rule]
@@ -206,36 +238,34 @@ def prepare(
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch,
     )  # fmt: skip
-    job = _job(recipe, made, Part(recipe.method, chosen, options, ()), given, front, weights, device)
-    if front is not None:
+    job = _job(recipe, made, Part(recipe.method, chosen, options, ()), given, transforms, weights, device)
+    for transform in transforms:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
-        if not job.disentangled():
+        if not job.taken(transform):
             raise UsageError("no weight of a linear layer is left to disentangle", hint="check --include and --exclude")
-        refuse_too_large(job.source, front, job.disentangled())
     data = None
     if recipe.coefficients:
         job = coefficients.with_coefficients(job, recipe.coefficients)
-    elif chosen.finder is not None:
+    elif chosen.on_data or recipe.unlabelled:
         data = coefficients.find_data(recipe, names, script)
-        refuse_finding_beyond_memory(job)
+        job = dataclasses.replace(job, transforms=(*transforms, Coefficients(data.options)))
+        refuse_beyond_memory(job)
     complete = dataclasses.replace(
         recipe,
         base=_pinned(recipe.base, base),
         experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
-        disentangle_options=dataclasses.asdict(front[1]) if front else {},
+        disentangle=tuple(as_typed(transform.name, transform.options) for transform in transforms),
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
     return Prepared(complete, job, dict(recorded or {}), remarks, stream, data)
 
 
 def _refuse_data_of_others(recipe: Recipe, chosen: Method, given: Sequence[rules.Rule]) -> None:
-    if chosen.finder is None and (recipe.unlabelled or recipe.coefficients):
-        raise UsageError(f"'{recipe.method}' looks at no data", hint="`merge adamerging` does")
-    # What is found on data is found for a model that is merged in one way.
-    alone = next((rule.name for rule in given if rule.method.finder is not None), None)
-    if given and (alone or chosen.finder is not None):
+    # Coefficients are found for a model that is merged in one way.
+    alone = next((rule.name for rule in given if rule.method.on_data), None)
+    if given and (alone or chosen.on_data or recipe.unlabelled or recipe.coefficients):
         raise UsageError(
             f"'{alone or recipe.method}' finds weights for all tensors on data, and takes no --rule beside it",
             hint="--include and --exclude say which tensors it merges",
@@ -247,7 +277,7 @@ def _job(
     made: Plan,
     own: Part,
     given: Sequence[rules.Rule],
-    front: tuple[Disentangler, Any] | None,
+    transforms: tuple[Transform, ...],
     weights: tuple[float, ...],
     device: str,
 ) -> Job:
@@ -274,7 +304,7 @@ def _job(
     if recipe.layer_scale is not None:
         scales = scaling.parse(recipe.layer_scale).factors([name for share in shares for name in share.tensors])
     job = Job(
-        source_of(made, device), tuple(parts), weights, front, recipe.seed, settings,
+        source_of(made, device), tuple(parts), weights, transforms, recipe.seed, settings,
         scales=scales,
     )  # fmt: skip
     return job

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from modelmerge.methods import threshold
-from modelmerge.methods.contract import Context, Corrected, Correction, Disentangler
+from modelmerge.methods.contract import Context, Corrected, Correction, TransformSpec
 from modelmerge.methods.merge import apgd
 from modelmerge.methods.options import option
 
@@ -109,7 +109,7 @@ def correct(taus: Tensor, matrices: Tensor, numbers: tuple[tuple[float, ...], ..
             tau.mul_(length)
 
 
-METHOD = Disentangler(
+METHOD = TransformSpec(
     options=Options,
     by=Correction(
         find=find,

@@ -8,14 +8,14 @@ by plain gradient descent from zero; each expert's disentangled task vector is `
 the granularity: a row of a weight (as the authors' code has it), a whole weight, or the whole model (as the paper
 reads). With the L2 norm a step moves delta by a combination of the task vectors and of delta itself, so delta never
 leaves their span: `delta = sum_k a_k tau_k`, and the T x T Gram matrix K of the task vectors is all that the descent
-needs. `--solver gram` iterates on the T numbers a and is streamed, whatever the size of the models; `--solver
-descent` iterates on vectors and arrives at the same delta.
+needs. It iterates on the T numbers a, and arrives at the delta of a descent on whole vectors; models are streamed,
+whatever their size.
 
 Defaults, from five sets of small experts (`tests/benchmarks/choose.py`, RESULTS-disentangle.md there): by row, by
 tensor and by model, AWD and task arithmetic end within noise of one another at their best scale (means over the sets
 74.1, 74.2, 74.1), and at twice that scale by row and by tensor gain the same. By tensor costs a hundredth of by row,
 and was nowhere below plain task arithmetic at large scales; so `tensor` is the default. The authors' code goes by
-row. Both solvers give the same vectors, and `gram` holds no model in memory.
+row.
 
 Units: `relative` (the default) measures task vectors in units of their own size s, the root mean square of their
 norms in the group: the objective is that of `tau / s`, so that multiplying all task vectors by ten multiplies delta by
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.methods.contract import Citation, Disentangler, Redundancy, Solution, Watch
+from modelmerge.methods.contract import Citation, SharedVector, Solution, TransformSpec, Watch
 from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
@@ -46,13 +46,12 @@ _TINY = 1e-30  # keeps the squares of norms off zero; far below any float32 task
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What AWD can be told."""
+    """The options of AWD."""
 
     alpha: float = option(0.1, "Weight of ||delta|| against the mean |cosine|.", minimum=0.0)
     lr: float = option(0.01, "Length of a step; in units of the task vectors' size if --units relative.", above=0.0)
     steps: int = option(300, "Steps of gradient descent.", minimum=0)
     granularity: Literal["row", "tensor", "model"] = option("tensor", "What shares one redundant vector.")
-    solver: Literal["gram", "descent"] = option("gram", "gram: T numbers on the Gram matrix; descent: whole vectors.")
     units: Literal["relative", "absolute"] = option(
         "relative", "Measure task vectors by their own size, or as published."
     )
@@ -76,26 +75,6 @@ def solve(grams: Tensor, options: Options, watch: Watch | None = None) -> Soluti
         coefficients = coefficients - problem.stride(length)[:, None] * step
     projections = (problem.gram @ coefficients[:, :, None]).squeeze(2)
     problem.look(coefficients, projections, (coefficients * projections).sum(1))
-    return problem.solution()
-
-
-def descend(taus: Tensor, options: Options, watch: Watch | None = None) -> Solution:
-    """Gradient descent on vectors: [T, G, n] -> coefficients [G, T] of the delta it arrives at.
-
-    Every inner product with delta is taken anew from its entries; the coefficients only keep count.
-    """
-    problem = _Problem(measure(taus), options, watch)
-    vectors = taus.transpose(0, 1).double() / problem.size[:, None, None]  # [G, T, n]
-    delta = torch.zeros_like(vectors[:, 0])
-    coefficients = torch.zeros_like(vectors[:, :, 0])
-    for _ in range(options.steps):
-        projections = (vectors @ delta[:, :, None]).squeeze(2)
-        pull = problem.look(coefficients, projections, delta.square().sum(1))
-        gradient = pull.along_delta[:, None] * delta - (pull.along_taus[:, None, :] @ vectors).squeeze(1)
-        stride = problem.stride(gradient.square().sum(1))[:, None]
-        delta = delta - stride * gradient
-        coefficients = coefficients - stride * (pull.along_delta[:, None] * coefficients - pull.along_taus)
-    problem.look(coefficients, (vectors @ delta[:, :, None]).squeeze(2), delta.square().sum(1))
     return problem.solution()
 
 
@@ -165,12 +144,12 @@ class _Problem:
         return Solution(self._coefficients, self.active, torch.stack(self._losses))
 
 
-METHOD = Disentangler(
+METHOD = TransformSpec(
     options=Options,
-    by=Redundancy(measure=measure, solve=solve, descend=descend),
+    by=SharedVector(measure=measure, solve=solve),
     paper="https://arxiv.org/abs/2411.18729",
     citation=Citation(
         "Multi-Task Model Merging via Adaptive Weight Disentanglement", "Feng Xiong and others", "arXiv 2024"
     ),
-    published={"granularity": "model", "solver": "descent", "units": "absolute"},
+    published={"granularity": "model", "units": "absolute"},
 )
