@@ -26,8 +26,8 @@ class Recipe:
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
     defaults. `vary` says which numbers are others for an expert, a tensor or a layer, and `rule` which tensors go to a
     method of their own: `GLOB=METHOD [OPTION=V ...]` each. `layer_scale` are factors on the task vectors by layer or
-    tensor: `V[,V...]`, or JSON. `disentangle` are the
-    transforms before the method, `NAME [OPTION=V ...]` each. `rest` is base, average, task-arithmetic, or None for the method's
+    tensor: `V[,V...]`, or JSON. `disentangle` are transforms before the method: `NAME [OPTION=V ...]` each, in order.
+    `rest` is base, average, task-arithmetic, or None for the method's
     choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
     whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
     share of the squared norm that it keeps. `unlabelled` tells the data of a method that finds the experts' weights on
