@@ -73,7 +73,7 @@ class CoefficientTable:
         tensors: Sequence[TensorPlan],
         before: Chain,
         scratch: Callable[[int], Scratch],
-        reporter: Reporter,
+        progress: Reporter,
     ) -> CoefficientTable:
         """The table itself."""
         return self
@@ -122,7 +122,7 @@ class Coefficients:
         tensors: Sequence[TensorPlan],
         before: Chain,
         scratch: Callable[[int], Scratch],
-        reporter: Reporter,
+        progress: Reporter,
     ) -> CoefficientTable:
         """Find the coefficients.
 
@@ -134,37 +134,37 @@ class Coefficients:
         prepare_process()
         firsts = {t.name: t.twin or t.name for t in job.merged() if t.numel}
         with current(job.source.device):
-            changed, still = _read(FittedJob(job, before), tensors, reporter)
-            if not changed:
+            parts, constants = _read(FittedJob(job, before), tensors, progress)
+            if not parts:
                 raise PlanError(
                     "all experts are the same as the base: there are no weights to find", hint="check the references"
                 )
-            mixture, losses = Mixture(changed, self.options), []
-            values = {name: mixture.values.get(first, still.get(first)) for name, first in firsts.items()}
+            mixture, losses = Mixture(parts, self.options), []
+            values = {name: mixture.values.get(first, constants.get(first)) for name, first in firsts.items()}
             for problem in self.problems():  # one at a time: each comes with a whole module
-                _put_in(problem, values, changed, job)
+                _put_in(problem, values, parts, job)
                 losses.append(_loss_of(problem, mixture))
             for value in mixture.values.values():
                 value.requires_grad_()
-            reporter.stage("adapting", self.options.steps, "steps")
+            progress.stage("adapting", self.options.steps, "steps")
             curve: list[list[float]] = []
             for step in mixture.steps(losses):
                 if not curve:
                     _refuse_unread(mixture.unread())
                 curve.append(step)
-                reporter.advance(1, f"entropy {sum(step) / len(step):.4f}")
+                progress.advance(1, f"entropy {sum(step) / len(step):.4f}")
         rows = mixture.by_tensor()
         return CoefficientTable({name: rows[first] for name, first in firsts.items() if first in rows}, curve)
 
 
 def _read(
-    fitted: FittedJob, tensors: Sequence[TensorPlan], reporter: Reporter
+    fitted: FittedJob, tensors: Sequence[TensorPlan], progress: Reporter
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """`theta_0` and task vectors of the tensors that change, by name; and `theta_0` of those that do not."""
     source = fitted.job.source
-    reporter.stage("reading", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
-    changed: dict[str, tuple[Tensor, Tensor]] = {}
-    still: dict[str, Tensor] = {}
+    progress.stage("reading", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
+    constants: dict[str, Tensor] = {}
     for piece, theta_0, taus in wholes(source, tensors, check=True):
         name = piece.tensor.name
         fitted.apply(piece, taus)
@@ -172,19 +172,19 @@ def _read(
             if weight != 1.0:
                 tau.mul_(weight)
         if bool(taus.any()):
-            changed[name] = theta_0.to(taus.dtype), taus
+            parts[name] = theta_0.to(taus.dtype), taus
         else:
-            still[name] = torch.nn.Parameter(theta_0.to(taus.dtype), requires_grad=False)
-        reporter.advance(piece_bytes(source.plan, piece), name)
-    return changed, still
+            constants[name] = torch.nn.Parameter(theta_0.to(taus.dtype), requires_grad=False)
+        progress.advance(piece_bytes(source.plan, piece), name)
+    return parts, constants
 
 
-def _put_in(problem: Problem, values: Mapping[str, Tensor | None], changed: Container[str], job: Job) -> None:
+def _put_in(problem: Problem, values: Mapping[str, Tensor | None], parts: Container[str], job: Job) -> None:
     """Have a module use these tensors in the place of its parameters, wherever it does; those learn nothing."""
     module = problem.module.float().to(job.source.device).eval().requires_grad_(False)
     parameters = module.state_dict(keep_vars=True)
-    merged = {name: value for name, value in values.items() if value is not None}
-    lacking = [name for name in merged if name in changed and problem.names.get(name) not in parameters]
+    tensors = {name: value for name, value in values.items() if value is not None}
+    lacking = [name for name in tensors if name in parts and problem.names.get(name) not in parameters]
     if lacking:
         raise PlanError(
             f"the module of '{problem.name}' lacks {len(lacking)} of the tensors that the experts changed: "
@@ -193,10 +193,10 @@ def _put_in(problem: Problem, values: Mapping[str, Tensor | None], changed: Cont
         )
     # A tensor that is used in two places is replaced in both.
     places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
-    for part in module.modules():
-        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
-            places.setdefault(id(tensor), []).append((part, name))
-    for name, value in merged.items():
+    for owner in module.modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            places.setdefault(id(tensor), []).append((owner, name))
+    for name, value in tensors.items():
         key = problem.names.get(name)
         if key not in parameters:
             continue
@@ -206,8 +206,8 @@ def _put_in(problem: Problem, values: Mapping[str, Tensor | None], changed: Cont
                 f"{list(value.shape)}",
                 hint="is it made by the base's config?",
             )
-        for part, place in places[id(parameters[key])]:
-            setattr(part, place, value)
+        for owner, place in places[id(parameters[key])]:
+            setattr(owner, place, value)
 
 
 def _loss_of(problem: Problem, mixture: Mixture) -> Callable[[], Tensor]:

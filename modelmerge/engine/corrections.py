@@ -89,7 +89,7 @@ class CorrectionTransform:
         tensors: Sequence[TensorPlan],
         before: Chain,
         scratch: Callable[[int], Scratch],
-        reporter: Reporter,
+        progress: Reporter,
     ) -> FittedCorrection:
         """Find the matrices: of modest weights side by side, of large ones in turn."""
         source, tasks = job.source, len(job.plan.experts)
@@ -100,8 +100,8 @@ class CorrectionTransform:
             end += memory.matrix_bytes(tensor, count)
         fitted = FittedCorrection(self.by, scratch(end), count, places)
         counted = [tensor for tensor in tensors if tensor.twin is None]
-        measured = run_survey(source, survey, before.apply, counted, reporter) if survey else None
-        reporter.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+        measured = run_survey(source, survey, before.apply, counted, progress) if survey else None
+        progress.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
         losses: dict[str, tuple[float, float]] = {}
         on_host = memory.correction_beyond_device(source, tensors, self.by, self.options)
 
@@ -118,7 +118,7 @@ class CorrectionTransform:
             self.by.correct(flat, solved.matrices.view(count, -1), solved.numbers)
             fitted.numbers[name], losses[name] = solved.numbers, solved.losses
             fitted.entanglement[name] = Entanglement(gram, _gram(flat), square)
-            reporter.advance(piece_bytes(source.plan, piece), name)
+            progress.advance(piece_bytes(source.plan, piece), name)
 
         def solve_alone(tensor: TensorPlan) -> None:
             piece, _, taus = whole(source, tensor, check=survey is None)

@@ -146,9 +146,9 @@ class Loader:
         step = max(self._source.block // width, 1)
         for start in range(first, last, step):
             stop = min(start + step, last)
-            changed = self._rows(model, info, start * width, stop * width).view(-1, width)
-            changed = changed + self.product(expert, change, start, stop)
-            yield torch.linalg.vector_norm(changed, dim=dim, dtype=torch.float64)
+            rows = self._rows(model, info, start * width, stop * width).view(-1, width)
+            rows = rows + self.product(expert, change, start, stop)
+            yield torch.linalg.vector_norm(rows, dim=dim, dtype=torch.float64)
 
     def product(self, expert: Checkpoint, change: Change, first: int, last: int) -> Tensor:
         """The scaled product of the factors, rows from `first` to `last`: [rows, n], float32 or float64."""
@@ -322,23 +322,23 @@ def factors_of(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor
     return tuple(pairs) if any(pair is not None for pair in pairs) else None
 
 
-def rounded(piece: Piece, merged: Tensor, *, check: bool = True, rounding: Rounding | None = None) -> Tensor:
+def rounded(piece: Piece, values: Tensor, *, check: bool = True, rounding: Rounding | None = None) -> Tensor:
     """The merged values, flat, in the output's dtype, on the host; `rounding` notes what that loses.
 
     Raises:
         CheckpointError: With `check`, a value does not fit the dtype.
     """
     dtype = TORCH_DTYPES[piece.tensor.out_dtype]
-    stored = merged.to(dtype)
+    stored = values.to(dtype)
     # As in loading: a sum first, a closer look only where it is not finite. What is lost is NaN wherever a value is.
-    if rounding is not None and dtype != merged.dtype:
-        lost = squared(stored.to(merged.dtype).sub_(merged))
-        rounding.lost.append(lost)
-        finite = math.isfinite(lost)
+    if rounding is not None and dtype != values.dtype:
+        error = squared(stored.to(values.dtype).sub_(values))
+        rounding.errors.append(error)
+        finite = math.isfinite(error)
     else:
         finite = bool((stored if dtype == torch.float64 else stored.float()).sum().isfinite())
     if check and not finite:
-        if not bool(merged.isfinite().all()):
+        if not bool(values.isfinite().all()):
             raise CheckpointError(
                 f"tensor '{piece.tensor.name}': the merged values are not finite", hint="use a smaller scale or step"
             )

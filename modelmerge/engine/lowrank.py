@@ -65,7 +65,7 @@ def is_low_rank(plan: Plan, expert: int) -> bool:
     """
     cpu = torch.device("cpu")
     alone = Source(replace(plan, experts=(plan.experts[expert],)), cpu, 1)
-    changed = 0
+    count = 0
     for tensor in looked_at(plan):
         rows, width = min(ROWS, tensor.shape[0]), tensor.shape[1]
         piece = Piece(tensor, 0, rows * width, sampled=True)
@@ -75,10 +75,10 @@ def is_low_rank(plan: Plan, expert: int) -> bool:
         with threads(1):
             if not _stands_out_little(taus[0].view(rows, width), theta_0.view(rows, width)):
                 return False
-        changed += 1
-        if changed == _CHANGED:
+        count += 1
+        if count == _CHANGED:
             break
-    return changed > 0
+    return count > 0
 
 
 def _stands_out_little(tau: Tensor, theta_0: Tensor) -> bool:

@@ -46,13 +46,13 @@ _NOTHING = Bytes(0, 0)
 class Needs:
     """What fitting a transform takes, and what it keeps.
 
-    `reads`: how many times which tensors' task vectors are read. `working`: memory while it fits. `kept`: bytes of
+    `reads`: how many times which tensors' task vectors are read. `working`: memory while it fits. `resident`: bytes of
     memory in every pass after it. `scratch`: bytes on the disk.
     """
 
     reads: tuple[tuple[float, Sequence[TensorPlan]], ...] = ()
     working: Bytes = _NOTHING
-    kept: int = 0
+    resident: int = 0
     scratch: int = 0
 
 
@@ -81,8 +81,8 @@ def vector_memory(
 
 def _peak(job: Job, *stages: Bytes) -> dict[str, int]:
     needs = needs_of(job)
-    stages, kept = (*stages, *(each.working for each in needs)), sum(each.kept for each in needs)
-    host, device = (max(column) + kept for column in zip(*stages, strict=True))
+    stages, resident = (*stages, *(each.working for each in needs)), sum(each.resident for each in needs)
+    host, device = (max(column) + resident for column in zip(*stages, strict=True))
     return {"host": PROCESS_BYTES + host, "device": 0 if job.source.device.type == "cpu" else device}
 
 
@@ -128,14 +128,14 @@ def fit_shared_vector(source: Source, tensors: Sequence[TensorPlan], granularity
     if not tensors:
         return Needs()
     tasks, block = len(source.plan.experts), min(source.block, max(t.numel for t in tensors))
-    kept = tasks * 8 * {"row": sum(t.shape[0] for t in tensors), "tensor": len(tensors), "model": 1}[granularity]
+    resident = tasks * 8 * {"row": sum(t.shape[0] for t in tensors), "tensor": len(tensors), "model": 1}[granularity]
     # Row by row, each of a block's rows is solved while others are read: some 24 arrays of T x T numbers.
     groups = -(-block // min(t.shape[1] for t in tensors)) if granularity == "row" else 1
     taus_and_base, in_float64, bytes_as_stored = 4 * (tasks + 1), 8 * (tasks + 1), 12
     working = source.workers * (
         block * (taus_and_base + in_float64 + bytes_as_stored) + groups * tasks * tasks * 8 * 24
     )  # fmt: skip
-    return Needs(((1.0, tensors),), Bytes(working, working), kept)
+    return Needs(((1.0, tensors),), Bytes(working, working), resident)
 
 
 def fit_correction(source: Source, tensors: Sequence[TensorPlan], by: Correction, options: Any) -> Needs:

@@ -39,7 +39,7 @@ class _Output:
         self.staging.write(piece.tensor.name, start, as_bytes(data))
 
 
-def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
+def run(job: Job, staging: Staging, progress: Reporter) -> Findings:
     """Merge every tensor of the plan into the staging directory.
 
     Raises:
@@ -47,18 +47,18 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
         OutputError: The output cannot be written.
     """
     output = _Output(staging, Findings(rounding=Rounding() if stored_narrow(job.plan) else None), {})
-    _run(job, (output,), reporter)
+    _run(job, (output,), progress)
     return output.findings
 
 
-def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], reporter: Reporter) -> list[Findings]:
+def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], progress: Reporter) -> list[Findings]:
     """Several merges in one pass over the models: `run` for each, to the same bits.
 
     Args:
         jobs: They differ in nothing but that option of the merge's own method.
         option: One that is declared linear: the merged task vector is found once, at 1, and multiplied for each.
         stagings: Where each goes.
-        reporter: Shows the progress.
+        progress: Shows the progress.
 
     Raises:
         CheckpointError: As for `run`.
@@ -80,11 +80,11 @@ def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], re
         rounding = Rounding() if stored_narrow(job.plan) else None
         factors = {name: float(getattr(job.options_of(name), option)) for name in names}
         outputs.append(_Output(staging, dataclasses.replace(shared, rounding=rounding), factors))
-    _run(dataclasses.replace(jobs[0], parts=parts, settings=settings), outputs, reporter)
+    _run(dataclasses.replace(jobs[0], parts=parts, settings=settings), outputs, progress)
     return [output.findings for output in outputs]
 
 
-def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
+def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
     """Merge into each of the outputs, without the tensors that the first has already."""
     prepare_process()
     plan = job.plan
@@ -94,14 +94,14 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
         output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return
-    fitted = fit(job, outputs[0].staging.scratch, reporter)
+    fitted = fit(job, outputs[0].staging.scratch, progress)
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
-    measured = [t for t in streamed if t.action != "copy" and job.part(t).moments is not None]
-    streamed = [t for t in streamed if t not in measured]
-    read = [*todo, *measured]  # the latter twice
-    reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in read))
+    with_moments = [t for t in streamed if t.action != "copy" and job.part(t).moments is not None]
+    streamed = [t for t in streamed if t not in with_moments]
+    reads = [*todo, *with_moments]  # the latter twice
+    progress.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in reads))
 
     def in_rows(tensor: TensorPlan) -> bool:
         return tensor.action != "copy" and job.part(tensor).by_rows
@@ -118,17 +118,17 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
             for output, data in _merged(fitted, piece, theta_0, taus, outputs):
                 output.write(piece, data)
-        reporter.advance(piece_bytes(plan, piece), piece.tensor.name)
+        progress.advance(piece_bytes(plan, piece), piece.tensor.name)
 
     def merge_cut(tensors: Sequence[TensorPlan]) -> None:
         cut = [piece for t in tensors for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
         in_parallel(job.source, cut, merge_piece)
 
     merge_cut(streamed)
-    for some in _in_reach(fitted, measured):
-        fitted.measure(some, reporter)
+    for some in _in_reach(fitted, with_moments):
+        fitted.measure(some, progress)
         merge_cut(some)
-    _run_whole(fitted, wholes, outputs, reporter)
+    _run_whole(fitted, wholes, outputs, progress)
 
 
 def _in_reach(fitted: FittedJob, tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
@@ -144,7 +144,7 @@ def _in_reach(fitted: FittedJob, tensors: Sequence[TensorPlan]) -> Iterator[list
 
 
 def _run_whole(
-    fitted: FittedJob, tensors: Sequence[TensorPlan], outputs: Sequence[_Output], reporter: Reporter
+    fitted: FittedJob, tensors: Sequence[TensorPlan], outputs: Sequence[_Output], progress: Reporter
 ) -> None:
     """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
     job = fitted.job
@@ -161,17 +161,17 @@ def _run_whole(
         piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor), loader=thread.loader)
         for output, data in merge(piece, theta_0, taus):
             output.write(piece, data)
-        reporter.advance(piece_bytes(job.plan, piece), tensor.name)
+        progress.advance(piece_bytes(job.plan, piece), tensor.name)
 
     side_by_side(job.source, modest, merge_alone)
-    _run_in_turn(fitted, [tensor for tensor in tensors if not together(job.source, tensor)], merge, reporter)
+    _run_in_turn(fitted, [tensor for tensor in tensors if not together(job.source, tensor)], merge, progress)
 
 
 def _run_in_turn(
     fitted: FittedJob,
     tensors: Sequence[TensorPlan],
     merge: Callable[[Piece, Tensor, Tensor], Iterator[tuple[_Output, Tensor]]],
-    reporter: Reporter,
+    progress: Reporter,
 ) -> None:
     """Merge tensors one after the other: read one ahead, write one behind."""
     job = fitted.job
@@ -208,7 +208,7 @@ def _run_in_turn(
                     if behind is not None:
                         behind.result()
                     behind = writing.submit(output.write, piece, data)
-            reporter.advance(piece_bytes(job.plan, piece), tensor.name)
+            progress.advance(piece_bytes(job.plan, piece), tensor.name)
         if behind is not None:
             behind.result()
 
@@ -248,9 +248,9 @@ def _merged(
         factor, rounding = output.factors.get(piece.tensor.name), output.findings.rounding
         delta = vector if factor is None else vector * factor
         if rounding is not None:
-            rounding.merged.append(squared(delta))
-        merged = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
-        yield output, rounded(piece, merged, rounding=rounding)
+            rounding.squares.append(squared(delta))
+        values = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
+        yield output, rounded(piece, values, rounding=rounding)
 
 
 def merged_vector(

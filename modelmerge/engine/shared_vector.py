@@ -107,25 +107,25 @@ class VectorTransform:
         tensors: Sequence[TensorPlan],
         before: Chain,
         scratch: Callable[[int], Scratch],
-        reporter: Reporter,
+        progress: Reporter,
     ) -> FittedVector:
         """Find the vectors in one pass."""
         source, granularity = job.source, self.options.granularity
         fitted = FittedVector(by_row=granularity == "row")
-        reporter.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+        progress.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
         if fitted.by_row:
-            self._fit_rows(source, tensors, before, fitted, reporter)
+            self._fit_rows(source, tensors, before, fitted, progress)
             return fitted
-        grams = self._grams(source, tensors, before, reporter)
+        grams = self._grams(source, tensors, before, progress)
         stacked = torch.stack(list(grams.values()))
         groups = stacked if granularity == "tensor" else stacked.sum(0, keepdim=True)
-        reporter.stage("descending", self.options.steps + 1, "steps")
-        watch: Watch = lambda loss: reporter.advance(1, f"loss {loss:.4f}")  # noqa: E731
+        progress.stage("descending", self.options.steps + 1, "steps")
+        watch: Watch = lambda loss: progress.advance(1, f"loss {loss:.4f}")  # noqa: E731
         self._share_out(source, self.by.solve(groups, self.options, watch), grams, fitted)
         return fitted
 
     def _fit_rows(
-        self, source: Source, tensors: Sequence[TensorPlan], before: Chain, fitted: FittedVector, reporter: Reporter
+        self, source: Source, tensors: Sequence[TensorPlan], before: Chain, fitted: FittedVector, progress: Reporter
     ) -> None:
 
         def solve(piece: Piece, loader: Loader) -> tuple[Solution, Entanglement]:
@@ -134,7 +134,7 @@ class VectorTransform:
             grams = self.by.measure(taus.view(len(taus), -1, piece.tensor.shape[1]))
             solution = self.by.solve(grams, self.options, None)
             loss = solution.losses[-1].item() / len(grams)
-            reporter.advance(piece_bytes(source.plan, piece), f"{piece.tensor.name}  loss {loss:.4f}")
+            progress.advance(piece_bytes(source.plan, piece), f"{piece.tensor.name}  loss {loss:.4f}")
             return solution, entanglement_of(grams, solution)
 
         groups, losses = 0, torch.zeros(())
@@ -147,14 +147,14 @@ class VectorTransform:
         fitted.losses = (losses / max(groups, 1)).tolist()
 
     def _grams(
-        self, source: Source, tensors: Sequence[TensorPlan], before: Chain, reporter: Reporter
+        self, source: Source, tensors: Sequence[TensorPlan], before: Chain, progress: Reporter
     ) -> dict[str, Tensor]:
         """The Gram matrix of each tensor's task vectors, float64 [T, T]."""
 
         def measure(piece: Piece, loader: Loader) -> Tensor:
             _, taus = loader.load(piece, check=True)
             before.apply(piece, taus)
-            reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+            progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
             return self.by.measure(taus[:, None, :])[0]
 
         grams: dict[str, Tensor] = {tensor.name: torch.zeros((), device=source.device) for tensor in tensors}

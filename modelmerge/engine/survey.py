@@ -21,7 +21,7 @@ def run_survey(
     survey: Survey,
     apply: Callable[[Piece, Tensor], None],
     tensors: Sequence[TensorPlan],
-    reporter: Reporter,
+    progress: Reporter,
 ) -> Tensor:
     """What a survey concludes from the tensors' task vectors, which `apply` changes in place before.
 
@@ -32,7 +32,7 @@ def run_survey(
     trip, checked = next(search), False
     while True:
         full = trip.share == 1
-        total = _one_pass(source, trip, apply, tensors, reporter, check=full and not checked)
+        total = _one_pass(source, trip, apply, tensors, progress, check=full and not checked)
         checked = checked or full
         try:
             trip = search.send(total)
@@ -46,13 +46,13 @@ def _one_pass(
     trip: Pass,
     apply: Callable[[Piece, Tensor], None],
     tensors: Sequence[TensorPlan],
-    reporter: Reporter,
+    progress: Reporter,
     *,
     check: bool,
 ) -> Tensor:
     sampled = trip.share > 1
     runs = list(pieces(tensors, SAMPLE_RUN if sampled else source.block, sampled=sampled))[:: trip.share]
-    reporter.stage("sampling" if sampled else "measuring", sum(piece_bytes(source.plan, run) for run in runs))
+    progress.stage("sampling" if sampled else "measuring", sum(piece_bytes(source.plan, run) for run in runs))
     parts: dict[int, Tensor] = {}  # one running total per worker
 
     def add(piece: Piece, loader: Loader) -> None:
@@ -62,7 +62,7 @@ def _one_pass(
         if thread not in parts:
             parts[thread] = taus.new_zeros((len(taus), trip.counters), dtype=torch.int64)
         trip.measure(taus, parts[thread])
-        reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+        progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
 
     in_parallel(source, runs, add)
     return torch.stack(list(parts.values())).sum(0)

@@ -78,7 +78,7 @@ class Transform(Protocol):
         tensors: Sequence[TensorPlan],
         before: Chain,
         scratch: Callable[[int], Scratch],
-        reporter: Reporter,
+        progress: Reporter,
     ) -> Fitted:
         """Fit it on the tensors.
 
@@ -87,7 +87,7 @@ class Transform(Protocol):
             tensors: Those that it takes.
             before: The transforms before it, fitted.
             scratch: Gives room of so many bytes on the disk.
-            reporter: Shows the progress.
+            progress: Shows the progress.
 
         Raises:
             CheckpointError: A weight is NaN or Inf, or a file cannot be read.
@@ -130,7 +130,7 @@ def transform_of(name: str, spec: TransformSpec, options: Any) -> Transform:
     return _KINDS[type(spec.by)](name, spec.by, options)
 
 
-def fit_chain(job: Job, scratch: Callable[[int], Scratch], reporter: Reporter) -> Chain:
+def fit_chain(job: Job, scratch: Callable[[int], Scratch], progress: Reporter) -> Chain:
     """Fit the job's transforms, one after the other.
 
     Raises:
@@ -139,7 +139,7 @@ def fit_chain(job: Job, scratch: Callable[[int], Scratch], reporter: Reporter) -
     """
     chain = Chain()
     for transform in job.transforms:
-        chain = Chain((*chain.links, transform.fit(job, job.taken(transform), chain, scratch, reporter)))
+        chain = Chain((*chain.links, transform.fit(job, job.taken(transform), chain, scratch, progress)))
     return chain
 
 
@@ -183,7 +183,7 @@ class FittedJob:
         """True if no earlier pass has checked this tensor for NaN and Inf."""
         return self.job.part(tensor).survey is None and tensor.name not in self.measured
 
-    def measure(self, tensors: Sequence[TensorPlan], reporter: Reporter) -> None:
+    def measure(self, tensors: Sequence[TensorPlan], progress: Reporter) -> None:
         """Find the moments of tensors whose method takes them in blocks and needs that.
 
         Raises:
@@ -194,7 +194,7 @@ class FittedJob:
         def look(piece: Piece, loader: Loader) -> Tensor:
             theta_0, taus = loader.load(piece, check=True)
             self.apply(piece, taus)
-            reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+            progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
             moments = self.job.part(piece.tensor).moments
             assert moments is not None, "only what has moments is measured"
             return moments(taus, theta_0)
@@ -205,16 +205,16 @@ class FittedJob:
         self.measured.update(totals)
 
 
-def fit(job: Job, scratch: Callable[[int], Scratch], reporter: Reporter) -> FittedJob:
+def fit(job: Job, scratch: Callable[[int], Scratch], progress: Reporter) -> FittedJob:
     """Make the passes over the task vectors that come before the merge: transforms, then surveys.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         OutputError: There is no room on the disk.
     """
-    fitted = FittedJob(job, fit_chain(job, scratch, reporter))
+    fitted = FittedJob(job, fit_chain(job, scratch, progress))
     for part in job.parts:
         if part.survey is not None:
-            measured = run_survey(job.source, part.survey, fitted.apply, part.surveyed(), reporter)
+            measured = run_survey(job.source, part.survey, fitted.apply, part.surveyed(), progress)
             fitted.measured.update(dict.fromkeys((tensor.name for tensor in part.tensors), measured))
     return fitted

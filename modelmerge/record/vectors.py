@@ -34,10 +34,10 @@ def measured_report(
                 "name": name,
                 "norm": norms[i],
                 "relative_norm": norms[i] / total.base_square**0.5 if total.base_square else None,
-                "changed": total.changed[i] / entries,
-                "unchanged_tensors": [t.name for t in tensors if not measured[t.name].changed[i]],
+                "changed": total.nonzero[i] / entries,
+                "unchanged_tensors": [t.name for t in tensors if not measured[t.name].nonzero[i]],
                 # Where base + task vector, rounded to the expert's dtype, is not the expert to the last bit.
-                "entries_not_restored": total.lost[i],
+                "entries_not_restored": total.inexact[i],
             }
             for i, name in enumerate(names)
         ],
@@ -88,7 +88,7 @@ def low_rank_report(
     report = {}
     for i, name in enumerate(names):
         square = sum(float(part.gram[i, i]) for part in measured.values())
-        lost = sum(error[i] for error in errors.values())
+        total = sum(error[i] for error in errors.values())
         tensors = {
             tensor: {
                 "rank": ranks[tensor][i],
@@ -96,7 +96,7 @@ def low_rank_report(
             }
             for tensor, error in errors.items()
         }
-        report[name] = {"relative_error": (lost / square) ** 0.5 if square else 0.0, "tensors": tensors}
+        report[name] = {"relative_error": (total / square) ** 0.5 if square else 0.0, "tensors": tensors}
     return report
 
 

@@ -57,7 +57,7 @@ def most_bytes(job: Job, recipe: Recipe, size: as_lora.Size) -> int:
     return adapter_bytes(job, as_lora.roles(job.plan.base), size, _dtype(recipe))
 
 
-def run(job: Job, recipe: Recipe, size: as_lora.Size, staging: Staging, reporter: Reporter) -> Adapted:
+def run(job: Job, recipe: Recipe, size: as_lora.Size, staging: Staging, progress: Reporter) -> Adapted:
     """Merge into an adapter's two files.
 
     Raises:
@@ -65,7 +65,7 @@ def run(job: Job, recipe: Recipe, size: as_lora.Size, staging: Staging, reporter
     """
     base, table = job.plan.base, as_lora.roles(job.plan.base)
     with staging.spool() as spool:
-        adapted = adapt(job, table, size, _dtype(recipe), spool, staging.scratch, reporter)
+        adapted = adapt(job, table, size, _dtype(recipe), spool, staging.scratch, progress)
         if not adapted.ranks:
             raise OutputError(
                 "the merge changes no weight of a linear layer: there is nothing to write as a LoRA",
@@ -76,7 +76,7 @@ def run(job: Job, recipe: Recipe, size: as_lora.Size, staging: Staging, reporter
             spool.seek(adapted.places[key])
             for start in range(0, nbytes, _BLOCK):
                 staging.write(key, start, memoryview(spool.read(min(_BLOCK, nbytes - start))))
-    config = as_lora.config(base, adapted.ranks, adapted.saved, table, biases=bool(adapted.biases))
+    config = as_lora.config(base, adapted.ranks, adapted.modules, table, biases=bool(adapted.biases))
     staging.write_file(CONFIG, config)
     return adapted
 
@@ -86,10 +86,10 @@ def report(adapted: Adapted) -> dict[str, Any]:
     return {
         "relative_error": adapted.relative_error(),
         "tensors": {
-            name: {"rank": rank, "relative_error": adapted.relative_error(name) if name in adapted.merged else 0.0}
+            name: {"rank": rank, "relative_error": adapted.relative_error(name) if name in adapted.squares else 0.0}
             for name, rank in adapted.ranks.items()
         },
-        "modules_to_save": sorted(adapted.saved),
+        "modules_to_save": sorted(adapted.modules),
         "biases": adapted.biases,
     }
 
@@ -98,8 +98,8 @@ def note(adapted: Adapted) -> str:
     """A sentence about an adapter, for people."""
     ranks = sorted(set(adapted.ranks.values()))
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    whole = f"{len(adapted.saved)} modules and {len(adapted.biases)} biases that are no LoRA are kept whole"
-    kept = f"; {whole}" if adapted.saved or adapted.biases else ""
+    whole = f"{len(adapted.modules)} modules and {len(adapted.biases)} biases that are no LoRA are kept whole"
+    kept = f"; {whole}" if adapted.modules or adapted.biases else ""
     return f"Written as a PEFT adapter of {rank}: its relative error is {adapted.relative_error():.2%}{kept}."
 
 

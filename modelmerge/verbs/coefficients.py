@@ -259,7 +259,7 @@ def find(
     scratch: Callable[[int], Scratch],
     *,
     resume: bool,
-    reporter: Reporter,
+    progress: Reporter,
 ) -> dict[str, Any]:
     """The coefficients by tensor and expert, and what there is to say of the search, as plain data.
 
@@ -269,7 +269,7 @@ def find(
         key: Digest of everything that determines the coefficients.
         scratch: Gives room of so many bytes on the disk.
         resume: Take those that an earlier run found.
-        reporter: Shows the progress.
+        progress: Shows the progress.
 
     Raises:
         ModelMergeError: See `modelmerge.engine.coefficients`.
@@ -277,13 +277,13 @@ def find(
     name = cache.key({"coefficients": key})
     entry = cache.recall(name, "coefficients") if resume else None
     if entry is not None:
-        reporter.note("the coefficients were found by an earlier run")
+        progress.note("the coefficients were found by an earlier run")
         return entry
     refuse_beyond_memory(job)
     experts = [expert.name for expert in job.plan.experts]
     search = Coefficients(data.data.options, lambda: data.problems(job))
-    before = fit_chain(dataclasses.replace(job, transforms=_before(job)), scratch, reporter)
-    table = search.fit(job, job.taken(search), before, scratch, reporter)
+    before = fit_chain(dataclasses.replace(job, transforms=_before(job)), scratch, progress)
+    table = search.fit(job, job.taken(search), before, scratch, progress)
     steps = torch.tensor(table.losses, dtype=torch.float64)
     some = max(len(steps) // _TENTH, 1)
     first, last = steps[:some].mean(0).tolist(), steps[-some:].mean(0).tolist()

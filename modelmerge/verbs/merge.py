@@ -171,13 +171,13 @@ def execute(
         data = prepared.data.read(prepared.recipe.seed) if prepared.data is not None else None
         digest = digest_of(prepared, data)
         with output_of(
-            prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, reporter=reporter
+            prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=reporter
         ) as output:
             if output.complete is not None:
                 return output.complete
             if data is not None:
                 fetch(prepared.job.plan, reporter, beside=beside, stream=prepared.stream)
-                prepared = _with_coefficients(prepared, data, digest, out, resume=resume, reporter=reporter)
+                prepared = _with_coefficients(prepared, data, digest, out, resume=resume, progress=reporter)
             job = prepared.job
             # Shards of other coefficients are not taken up.
             staging = output.stage(
@@ -228,11 +228,11 @@ def complete(
 
 
 def _with_coefficients(
-    prepared: Prepared, data: coefficients.Read, key: str, out: Path, *, resume: bool, reporter: Reporter
+    prepared: Prepared, data: coefficients.Read, key: str, out: Path, *, resume: bool, progress: Reporter
 ) -> Prepared:
     """The merge with the coefficients that are found on its data; `key` is the digest of all they depend on."""
     with scratches(out) as scratch:
-        search = coefficients.find(prepared.job, data, key, scratch, resume=resume, reporter=reporter)
+        search = coefficients.find(prepared.job, data, key, scratch, resume=resume, progress=progress)
     recipe = dataclasses.replace(prepared.recipe, coefficients=search["coefficients"])
     about = {name: value for name, value in search.items() if name != "coefficients"}
     return dataclasses.replace(

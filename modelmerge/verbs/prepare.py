@@ -92,7 +92,7 @@ def output_of(
     force: bool,
     resume: bool,
     ready: Callable[[], object] | None,
-    reporter: Reporter,
+    progress: Reporter,
 ) -> Iterator[Output]:
     """Make the last checks before the work, and leave nothing half-written behind.
 
@@ -103,7 +103,7 @@ def output_of(
         force: Replace what is there.
         resume: Take up what an interrupted run has finished.
         ready: Called once all else is known to be well.
-        reporter: Shows the progress.
+        progress: Shows the progress.
 
     Raises:
         OutputError: The output would damage something.
@@ -113,7 +113,7 @@ def output_of(
     if ready is not None:
         ready()
     if complete is not None:
-        reporter.note(f"{out} is complete already")
+        progress.note(f"{out} is complete already")
     output = Output(out, digest, complete, force, resume)
     with output._stack:
         yield output

@@ -312,7 +312,7 @@ def execute_search(
     try:
         with output_of(
             search.first.job.plan, out, digest_of(search.first), force=force, resume=False, ready=ready,
-            reporter=reporter,
+            progress=reporter,
         ) as output:  # fmt: skip
             prepare_process()
             staging = output.stage()

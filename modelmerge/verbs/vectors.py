@@ -63,7 +63,7 @@ class _Opened:
         return [tensor for tensor in self.tensors if tensor.linear]
 
     def unchanged(self, measured: Mapping[str, Measured], expert: int) -> list[str]:
-        return [*self.empty, *(t.name for t in self.tensors if not measured[t.name].changed[expert])]
+        return [*self.empty, *(t.name for t in self.tensors if not measured[t.name].nonzero[expert])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class _Frame:
     resume: bool
     stream: bool
     ready: Callable[[], object] | None
-    reporter: Reporter
+    progress: Reporter
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,16 +285,16 @@ def _run(
 
     `write` is given what prepares the output with a layout.
     """
-    plan, reporter = opened.job.plan, frame.reporter
+    plan, progress = opened.job.plan, frame.progress
     digest = fingerprint(plan, verb, *settings, frame.include, frame.exclude, frame.max_shard_size)
     with output_of(
-        plan, frame.out, digest, force=frame.force, resume=frame.resume, ready=frame.ready, reporter=reporter
+        plan, frame.out, digest, force=frame.force, resume=frame.resume, ready=frame.ready, progress=progress
     ) as output:
         if output.complete is not None:
             return output.complete["report"]
         for remark in remarks(plan):
-            reporter.note(remark)
-        fetch(plan, reporter, beside=beside, stream=frame.stream)
+            progress.note(remark)
+        fetch(plan, progress, beside=beside, stream=frame.stream)
         result = write(output.stage)
         output.staging.write_indices()
         each, whole = vector_manifests(verb, plan, opened.job.source.device, result.unchanged, result.ranks)
@@ -353,13 +353,13 @@ def _ranks(
     for tensor in linear:
         m, n = tensor.shape
         if rank is not None:
-            each = [min(rank, m, n)] * len(measured[tensor.name].changed)
+            each = [min(rank, m, n)] * len(measured[tensor.name].nonzero)
         else:
             shares = spectra[tensor.name].square().cumsum(1)
             # The smallest rank whose share reaches the energy, but for rounding of the sums.
             enough = shares >= shares[:, -1:] * (float(energy or 0.0) - 1e-12)
             each = [int(row.float().argmax()) + 1 for row in enough]
-        each = [r if changed else 0 for r, changed in zip(each, measured[tensor.name].changed, strict=True)]
+        each = [r if entries else 0 for r, entries in zip(each, measured[tensor.name].nonzero, strict=True)]
         if max(each) * (m + n) < m * n:
             ranks[tensor.name] = tuple(each)
     return ranks
@@ -370,7 +370,7 @@ def _layouts(opened: _Opened, measured: Mapping[str, Measured], ranks: Ranks, si
     for i, name in enumerate(opened.names):
         entries: dict[str, Entry] = {}
         for tensor in opened.tensors:
-            if not measured[tensor.name].changed[i]:
+            if not measured[tensor.name].nonzero[i]:
                 continue
             if tensor.name in ranks:
                 rank = ranks[tensor.name][i]
