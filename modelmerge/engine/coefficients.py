@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.staging import Scratch
+from modelmerge.checkpoint.staging import Room
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
@@ -21,7 +21,7 @@ from modelmerge.engine.parallel import current, prepare_process
 from modelmerge.engine.transforms import Chain, FittedJob
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError
 from modelmerge.methods.coefficients import Mixture, Options
-from modelmerge.plan.tensors import TensorPlan
+from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
 
 _FEW = 3  # names that an error lists
@@ -48,35 +48,12 @@ class Problem:
 class CoefficientTable:
     """Coefficients by tensor, one for each expert, and the losses on the way to them, [steps][tasks].
 
-    They multiply the experts' weights; the task vectors stay. A tensor without coefficients keeps its weights. A table
-    is a transform that has been fitted already.
+    They multiply the experts' weights; the task vectors stay. A tensor without coefficients keeps its weights.
     """
 
     factors: Mapping[str, tuple[float, ...]]
     losses: Sequence[Sequence[float]] = ()
-    name = "coefficients"
-    options = None
-    shares_vector = False
     keeps_factors = True
-
-    def takes(self, tensor: TensorPlan) -> bool:
-        """It is fitted on no tensor."""
-        return False
-
-    def needs(self, job: Job, tensors: Sequence[TensorPlan]) -> memory.Needs:
-        """Nothing."""
-        return memory.Needs()
-
-    def fit(
-        self,
-        job: Job,
-        tensors: Sequence[TensorPlan],
-        before: Chain,
-        scratch: Callable[[int], Scratch],
-        progress: Reporter,
-    ) -> CoefficientTable:
-        """The table itself."""
-        return self
 
     def apply(self, piece: Piece, taus: Tensor) -> None:
         """Leave the task vectors as they are."""
@@ -100,10 +77,12 @@ class Coefficients:
     Args:
         options: Those of the search.
         problems: Makes the tasks' problems, one after the other, once the models have been read.
+        table: The coefficients, where an earlier search has found them.
     """
 
-    options: Options
+    options: Options | None = None
     problems: Callable[[], Iterable[Problem]] = field(default=tuple)
+    table: CoefficientTable | None = None
     name = "coefficients"
     shares_vector = False
 
@@ -111,19 +90,14 @@ class Coefficients:
         """Whether it has a value of its own: tied tensors are one, and have the same coefficients."""
         return bool(tensor.numel) and tensor.twin is None
 
-    def needs(self, job: Job, tensors: Sequence[TensorPlan]) -> memory.Needs:
+    def needs(self, job: Job, tensors: Tensors) -> memory.Needs:
         """What finding them takes."""
+        if self.table is not None:
+            return memory.Needs()
         before = [t.needs(job, job.taken(t)) for t in job.transforms if t is not self]
         return memory.fit_coefficients(job, tensors, before)
 
-    def fit(
-        self,
-        job: Job,
-        tensors: Sequence[TensorPlan],
-        before: Chain,
-        scratch: Callable[[int], Scratch],
-        progress: Reporter,
-    ) -> CoefficientTable:
+    def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> CoefficientTable:
         """Find the coefficients.
 
         Raises:
@@ -131,6 +105,9 @@ class Coefficients:
             PlanError: A module and the checkpoint do not go together.
             ModelMergeError: A module cannot be called with its data, or does not give logits.
         """
+        if self.table is not None:
+            return self.table
+        assert self.options is not None, "a search has options"
         prepare_process()
         firsts = {t.name: t.twin or t.name for t in job.merged() if t.numel}
         with current(job.source.device):
@@ -158,7 +135,7 @@ class Coefficients:
 
 
 def _read(
-    fitted: FittedJob, tensors: Sequence[TensorPlan], progress: Reporter
+    fitted: FittedJob, tensors: Tensors, progress: Reporter
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """`theta_0` and task vectors of the tensors that change, by name; and `theta_0` of those that do not."""
     source = fitted.job.source

@@ -7,14 +7,13 @@ of all that reading (7 s of processor time against 0.2 s for two blocks of a ViT
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.staging import Scratch
+from modelmerge.checkpoint.staging import Room, Scratch
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures
 from modelmerge.engine.job import SMALL, Job
@@ -22,7 +21,7 @@ from modelmerge.engine.loader import Piece, as_bytes, factors_of, piece_bytes, w
 from modelmerge.engine.parallel import current, side_by_side, threads
 from modelmerge.engine.survey import run_survey
 from modelmerge.methods.contract import Context, Correction
-from modelmerge.plan.tensors import TensorPlan
+from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
 
 if TYPE_CHECKING:
@@ -79,18 +78,11 @@ class CorrectionTransform:
         """Whether it is the weight of a linear layer."""
         return tensor.linear
 
-    def needs(self, job: Job, tensors: Sequence[TensorPlan]) -> memory.Needs:
+    def needs(self, job: Job, tensors: Tensors) -> memory.Needs:
         """What fitting takes."""
         return memory.fit_correction(job.source, tensors, self.by, self.options)
 
-    def fit(
-        self,
-        job: Job,
-        tensors: Sequence[TensorPlan],
-        before: Chain,
-        scratch: Callable[[int], Scratch],
-        progress: Reporter,
-    ) -> FittedCorrection:
+    def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> FittedCorrection:
         """Find the matrices: of modest weights side by side, of large ones in turn."""
         source, tasks = job.source, len(job.plan.experts)
         experts, survey = tuple(expert.name for expert in job.plan.experts), self.by.survey(self.options)
@@ -108,9 +100,7 @@ class CorrectionTransform:
         def solve(piece: Piece, taus: Tensor) -> None:
             name = piece.tensor.name
             factors = factors_of(source, piece.tensor) if before.keeps_factors and name not in on_host else None
-            context = Context(
-                tensor=name, weights=(1.0,) * tasks, experts=experts, measured=measured, factors=factors
-            )  # fmt: skip
+            context = Context(tensor=name, weights=(1.0,) * tasks, experts=experts, measured=measured, factors=factors)
             solved = self.by.find(taus, self.options, context)
             flat = taus.view(tasks, -1)
             gram, square = _gram(flat), float(_gram(solved.matrices.view(count, -1)).trace()) / count

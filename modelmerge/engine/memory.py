@@ -19,7 +19,7 @@ from modelmerge.engine.job import MODEST, Job, Source
 from modelmerge.errors import UsageError
 from modelmerge.methods import linalg
 from modelmerge.methods.contract import Correction
-from modelmerge.plan.tensors import Plan, TensorPlan
+from modelmerge.plan.tensors import Plan, TensorPlan, Tensors
 
 # Elements of a product that is made only to be measured, a run of rows at a time.
 PRODUCT_RUN = 1 << 22
@@ -50,7 +50,7 @@ class Needs:
     memory in every pass after it. `scratch`: bytes on the disk.
     """
 
-    reads: tuple[tuple[float, Sequence[TensorPlan]], ...] = ()
+    reads: tuple[tuple[float, Tensors], ...] = ()
     working: Bytes = _NOTHING
     resident: int = 0
     scratch: int = 0
@@ -72,9 +72,7 @@ def adapter_memory(job: Job, size: Size) -> dict[str, int]:
     return _peak(job, survey(job), merge_into_adapter(job, size))
 
 
-def vector_memory(
-    job: Job, tensors: Sequence[TensorPlan], decomposed: Sequence[TensorPlan] = ()
-) -> dict[str, int]:  # fmt: skip
+def vector_memory(job: Job, tensors: Tensors, decomposed: Tensors = ()) -> dict[str, int]:
     """The most anonymous memory that writing task vectors needs, in bytes, as `peak_memory` has it."""
     return _peak(job, write_vectors(job.source, tensors), decompose(job.source, decomposed))
 
@@ -116,14 +114,14 @@ def bytes_read(job: Job, *, streamed: bool = False) -> int:
     return merging + fitting_bytes(job, streamed=streamed) + copying
 
 
-def _bytes_of(reads: Sequence[tuple[float, Sequence[TensorPlan]]], plan: Plan, *, streamed: bool) -> int:
+def _bytes_of(reads: Sequence[tuple[float, Tensors]], plan: Plan, *, streamed: bool) -> int:
     return int(sum(times * plan.stored_bytes(t, experts=True, streamed=streamed) for times, ts in reads for t in ts))
 
 
 # Fitting transforms.
 
 
-def fit_shared_vector(source: Source, tensors: Sequence[TensorPlan], granularity: str) -> Needs:
+def fit_shared_vector(source: Source, tensors: Tensors, granularity: str) -> Needs:
     """Fitting a shared vector: Gram matrices, and coefficients from them."""
     if not tensors:
         return Needs()
@@ -132,13 +130,12 @@ def fit_shared_vector(source: Source, tensors: Sequence[TensorPlan], granularity
     # Row by row, each of a block's rows is solved while others are read: some 24 arrays of T x T numbers.
     groups = -(-block // min(t.shape[1] for t in tensors)) if granularity == "row" else 1
     taus_and_base, in_float64, bytes_as_stored = 4 * (tasks + 1), 8 * (tasks + 1), 12
-    working = source.workers * (
-        block * (taus_and_base + in_float64 + bytes_as_stored) + groups * tasks * tasks * 8 * 24
-    )  # fmt: skip
+    of_block = block * (taus_and_base + in_float64 + bytes_as_stored)
+    working = source.workers * (of_block + groups * tasks * tasks * 8 * 24)
     return Needs(((1.0, tensors),), Bytes(working, working), resident)
 
 
-def fit_correction(source: Source, tensors: Sequence[TensorPlan], by: Correction, options: Any) -> Needs:
+def fit_correction(source: Source, tensors: Tensors, by: Correction, options: Any) -> Needs:
     """Fitting matrices that correct whole weights, which wait on the disk."""
     if not tensors:
         return Needs()
@@ -161,9 +158,7 @@ def matrix_bytes(tensor: TensorPlan, count: int) -> int:
     return 4 * tensor.numel * count
 
 
-def correction_beyond_device(
-    source: Source, tensors: Sequence[TensorPlan], by: Correction, options: Any
-) -> frozenset[str]:
+def correction_beyond_device(source: Source, tensors: Tensors, by: Correction, options: Any) -> frozenset[str]:
     """The tensors whose correction would not fit in the device's free memory: it is found on the CPU."""
     if source.device.type == "cpu":
         return frozenset()
@@ -171,12 +166,12 @@ def correction_beyond_device(
     return frozenset(t.name for t in tensors if _correction_bytes(source, [t, t], by, options) > _USABLE * free)
 
 
-def _correction_bytes(source: Source, tensors: Sequence[TensorPlan], by: Correction, options: Any) -> int:
+def _correction_bytes(source: Source, tensors: Tensors, by: Correction, options: Any) -> int:
     workspace = by.workspace(options, len(source.plan.experts))
     return _bytes_of_wholes(source, tensors, lambda tensor: tensor.numel * 4 * workspace)
 
 
-def fit_coefficients(job: Job, tensors: Sequence[TensorPlan], before: Sequence[Needs]) -> Needs:
+def fit_coefficients(job: Job, tensors: Tensors, before: Sequence[Needs]) -> Needs:
     """Finding coefficients: whole models in memory, beside the data and the modules' activations.
 
     `before` are the needs of the transforms before it, which are fitted once more for it.
@@ -263,7 +258,7 @@ def beyond_device(job: Job) -> frozenset[str]:
     return frozenset(t.name for t in wholes if _whole_bytes(job, [t, t]) > _USABLE * free)
 
 
-def _whole_bytes(job: Job, tensors: Sequence[TensorPlan]) -> int:
+def _whole_bytes(job: Job, tensors: Tensors) -> int:
     """Bytes that merging whole tensors takes."""
     tasks = len(job.plan.experts)
 
@@ -276,7 +271,7 @@ def _whole_bytes(job: Job, tensors: Sequence[TensorPlan]) -> int:
     return _bytes_of_wholes(job.source, tensors, of_method)
 
 
-def _bytes_of_wholes(source: Source, tensors: Sequence[TensorPlan], beside: Callable[[TensorPlan], float]) -> int:
+def _bytes_of_wholes(source: Source, tensors: Tensors, beside: Callable[[TensorPlan], float]) -> int:
     """Bytes that work on whole tensors takes, `beside` being what it takes beside the task vectors and its result.
 
     Of those in turn: two as task vectors, one of them in the method's hands, one result. Of those side by side: all
@@ -324,7 +319,7 @@ def adapter_bytes(job: Job, table: Mapping[str, Role], size: Size, dtype: str) -
 # Task vectors as files.
 
 
-def write_vectors(source: Source, tensors: Sequence[TensorPlan]) -> Bytes:
+def write_vectors(source: Source, tensors: Tensors) -> Bytes:
     """Measuring and writing task vectors, a block for each worker."""
     tasks, block = len(source.plan.experts), min(source.block, max((t.numel for t in tensors), default=0))
     # Task vectors and theta_0, their float64 copy for inner products, the shared vector, stored bytes in and out.
@@ -333,7 +328,7 @@ def write_vectors(source: Source, tensors: Sequence[TensorPlan]) -> Bytes:
     return Bytes(total, total)
 
 
-def decompose(source: Source, tensors: Sequence[TensorPlan]) -> Bytes:
+def decompose(source: Source, tensors: Tensors) -> Bytes:
     """Singular values or factors of matrices, one after the other."""
     if not tensors:
         return _NOTHING

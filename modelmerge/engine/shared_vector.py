@@ -6,21 +6,21 @@ all that is kept between the passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.staging import Scratch
+from modelmerge.checkpoint.staging import Room
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures, entanglement_of
 from modelmerge.engine.job import Job, Source
 from modelmerge.engine.loader import Loader, Piece, piece_bytes
 from modelmerge.engine.parallel import gathered
 from modelmerge.methods.contract import SharedVector, Solution, Watch
-from modelmerge.plan.tensors import TensorPlan
+from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
 
 if TYPE_CHECKING:
@@ -97,18 +97,11 @@ class VectorTransform:
         """Whether it is the weight of a linear layer."""
         return tensor.linear
 
-    def needs(self, job: Job, tensors: Sequence[TensorPlan]) -> memory.Needs:
+    def needs(self, job: Job, tensors: Tensors) -> memory.Needs:
         """What fitting takes."""
         return memory.fit_shared_vector(job.source, tensors, self.options.granularity)
 
-    def fit(
-        self,
-        job: Job,
-        tensors: Sequence[TensorPlan],
-        before: Chain,
-        scratch: Callable[[int], Scratch],
-        progress: Reporter,
-    ) -> FittedVector:
+    def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> FittedVector:
         """Find the vectors in one pass."""
         source, granularity = job.source, self.options.granularity
         fitted = FittedVector(by_row=granularity == "row")
@@ -125,7 +118,7 @@ class VectorTransform:
         return fitted
 
     def _fit_rows(
-        self, source: Source, tensors: Sequence[TensorPlan], before: Chain, fitted: FittedVector, progress: Reporter
+        self, source: Source, tensors: Tensors, before: Chain, fitted: FittedVector, progress: Reporter
     ) -> None:
 
         def solve(piece: Piece, loader: Loader) -> tuple[Solution, Entanglement]:
@@ -146,9 +139,7 @@ class VectorTransform:
             fitted.entanglement[name] = fitted.entanglement[name] + part if piece.start else part
         fitted.losses = (losses / max(groups, 1)).tolist()
 
-    def _grams(
-        self, source: Source, tensors: Sequence[TensorPlan], before: Chain, progress: Reporter
-    ) -> dict[str, Tensor]:
+    def _grams(self, source: Source, tensors: Tensors, before: Chain, progress: Reporter) -> dict[str, Tensor]:
         """The Gram matrix of each tensor's task vectors, float64 [T, T]."""
 
         def measure(piece: Piece, loader: Loader) -> Tensor:

@@ -7,13 +7,13 @@ make of the task vectors. To add a kind of transform, write one class that fulfi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from modelmerge.checkpoint.staging import Scratch
+from modelmerge.checkpoint.staging import Room
 from modelmerge.engine.corrections import CorrectionTransform
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
@@ -24,7 +24,7 @@ from modelmerge.engine.shared_vector import VectorTransform
 from modelmerge.engine.survey import run_survey
 from modelmerge.methods.contract import Correction, SharedVector, TransformSpec
 from modelmerge.plan.overrides import Setting
-from modelmerge.plan.tensors import TensorPlan
+from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
 
 Factors = tuple[tuple[Tensor, Tensor] | None, ...]
@@ -69,17 +69,10 @@ class Transform(Protocol):
     def takes(self, tensor: TensorPlan) -> bool:
         """Whether it is fitted on this tensor."""
 
-    def needs(self, job: Job, tensors: Sequence[TensorPlan]) -> Needs:
+    def needs(self, job: Job, tensors: Tensors) -> Needs:
         """What fitting on the tensors takes."""
 
-    def fit(
-        self,
-        job: Job,
-        tensors: Sequence[TensorPlan],
-        before: Chain,
-        scratch: Callable[[int], Scratch],
-        progress: Reporter,
-    ) -> Fitted:
+    def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> Fitted:
         """Fit it on the tensors.
 
         Args:
@@ -130,7 +123,7 @@ def transform_of(name: str, spec: TransformSpec, options: Any) -> Transform:
     return _KINDS[type(spec.by)](name, spec.by, options)
 
 
-def fit_chain(job: Job, scratch: Callable[[int], Scratch], progress: Reporter) -> Chain:
+def fit_chain(job: Job, scratch: Room, progress: Reporter) -> Chain:
     """Fit the job's transforms, one after the other.
 
     Raises:
@@ -183,7 +176,7 @@ class FittedJob:
         """True if no earlier pass has checked this tensor for NaN and Inf."""
         return self.job.part(tensor).survey is None and tensor.name not in self.measured
 
-    def measure(self, tensors: Sequence[TensorPlan], progress: Reporter) -> None:
+    def measure(self, tensors: Tensors, progress: Reporter) -> None:
         """Find the moments of tensors whose method takes them in blocks and needs that.
 
         Raises:
@@ -205,7 +198,7 @@ class FittedJob:
         self.measured.update(totals)
 
 
-def fit(job: Job, scratch: Callable[[int], Scratch], progress: Reporter) -> FittedJob:
+def fit(job: Job, scratch: Room, progress: Reporter) -> FittedJob:
     """Make the passes over the task vectors that come before the merge: transforms, then surveys.
 
     Raises:

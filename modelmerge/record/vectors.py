@@ -100,9 +100,7 @@ def low_rank_report(
     return report
 
 
-def transform_report(
-    names: Sequence[str], method: str, options: Mapping[str, Any], figures: Figures
-) -> dict[str, Any]:  # fmt: skip
+def transform_report(names: Sequence[str], method: str, options: Mapping[str, Any], figures: Figures) -> dict[str, Any]:
     """What a transform did: cosines before and after, the size of the change, the loss at each step."""
     losses = list(figures.losses)
     return {
@@ -156,6 +154,4 @@ def vector_manifests(
         }
         for name, tensors in unchanged.items()
     }
-    return each, {
-        **common, "kind": verb, "inputs": {"base": base, "experts": experts}, "remarks": remarks(plan),
-    }  # fmt: skip
+    return each, {**common, "kind": verb, "inputs": {"base": base, "experts": experts}, "remarks": remarks(plan)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import Scratch
+from modelmerge.checkpoint.staging import Room
 from modelmerge.engine.coefficients import Coefficients, CoefficientTable, Problem
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import refuse_beyond_memory
@@ -244,7 +244,7 @@ def with_coefficients(job: Job, coefficients: Mapping[str, Mapping[str, float]])
         if factors.keys() != set(experts):
             raise RecipeError(f"the recipe has coefficients of {', '.join(factors)} for '{tensor}'", hint=_ANEW)
     table = {tensor: tuple(factors[name] for name in experts) for tensor, factors in coefficients.items()}
-    return dataclasses.replace(job, transforms=(*_before(job), CoefficientTable(table)))
+    return dataclasses.replace(job, transforms=(*_before(job), Coefficients(table=CoefficientTable(table))))
 
 
 def _before(job: Job) -> tuple[Transform, ...]:
@@ -256,7 +256,7 @@ def find(
     job: Job,
     data: Read,
     key: str,
-    scratch: Callable[[int], Scratch],
+    scratch: Room,
     *,
     resume: bool,
     progress: Reporter,

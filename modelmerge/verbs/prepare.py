@@ -48,9 +48,7 @@ from modelmerge.verbs.auto import AUTO, choose
 class Output:
     """An output that may be written: `complete` is its manifest, where a resumed run finds it complete already."""
 
-    def __init__(
-        self, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool
-    ) -> None:  # fmt: skip
+    def __init__(self, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool) -> None:
         self.complete = complete
         self._out, self._digest, self._force, self._resume = out, digest, force, resume
         self._started = time.monotonic()
