@@ -79,7 +79,6 @@ def adapt(
     # What has no place is found out first: not at the end of a long merge.
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
-    adapted.findings.scales = job.scales
     fitted = fit(job, scratch, progress)
     progress.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
     dense: set[str] = set()  # tensors that changed and are not low-rank
@@ -88,7 +87,7 @@ def adapt(
         piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor))
         theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
-            fitted.apply(piece, taus)
+            fitted.chain.apply(piece, taus)
             delta = merged_vector(fitted, piece, theta_0, taus, adapted.findings, fitted.factors(tensor))
             del taus
             square = squared(delta)

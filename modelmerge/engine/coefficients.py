@@ -144,7 +144,7 @@ def _read(
     constants: dict[str, Tensor] = {}
     for piece, theta_0, taus in wholes(source, tensors, check=True):
         name = piece.tensor.name
-        fitted.apply(piece, taus)
+        fitted.chain.apply(piece, taus)
         for tau, weight in zip(taus, fitted.setting(piece.tensor).weights, strict=True):
             if weight != 1.0:
                 tau.mul_(weight)

@@ -93,7 +93,7 @@ def _stands_out_little(tau: Tensor, theta_0: Tensor) -> bool:
 
 
 def _rounding(theta: Tensor) -> float:
-    """Root mean square of what storing weights has rounded away, told by how many bits of them are used."""
+    """Root mean square of what storing weights has rounded away, by how many bits of them are used."""
     bits = next(
         (
             bits

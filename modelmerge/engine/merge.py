@@ -19,6 +19,7 @@ from modelmerge.engine.parallel import current, in_parallel, prepare_process, si
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.transforms import Factors, FittedJob, fit
 from modelmerge.methods.contract import Context
+from modelmerge.methods.options import is_linear
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
 
@@ -64,16 +65,20 @@ def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], pr
         CheckpointError: As for `run`.
         OutputError: As for `run`.
     """
-    scaled = next(part for part in jobs[0].parts if part.glob is None and not part.rest)
-    at_one = dataclasses.replace(scaled, options=dataclasses.replace(scaled.options, **{option: 1.0}))
-    names = {tensor.name for tensor in scaled.tensors}
+    linear = [part for part in jobs[0].parts if is_linear(part.method, option)]
+    names = {tensor.name for part in linear for tensor in part.tensors}
     settings = {
         name: dataclasses.replace(setting, options=dataclasses.replace(setting.options, **{option: 1.0}))
         if name in names
         else setting
         for name, setting in jobs[0].settings.items()
     }
-    parts = tuple(at_one if part is scaled else part for part in jobs[0].parts)
+    parts = tuple(
+        dataclasses.replace(part, options=dataclasses.replace(part.options, **{option: 1.0}))
+        if part in linear
+        else part
+        for part in jobs[0].parts
+    )
     # The methods notice the same whatever the factor.
     shared, outputs = Findings(), []
     for job, staging in zip(jobs, stagings, strict=True):
@@ -90,7 +95,6 @@ def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
     plan = job.plan
     todo = [t for t in plan.in_order() if t.numel and not outputs[0].staging.is_finished(t.name)]
     for output in outputs:
-        output.findings.scales = job.scales
         output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return
@@ -113,7 +117,7 @@ def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
                 output.write(piece, data)
         else:
             theta_0, taus = loader.load(piece, check=fitted.unchecked(piece.tensor))
-            fitted.apply(piece, taus)
+            fitted.chain.apply(piece, taus)
             if in_rows(piece.tensor):
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
             for output, data in _merged(fitted, piece, theta_0, taus, outputs):
@@ -150,7 +154,7 @@ def _run_whole(
     job = fitted.job
 
     def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Iterator[tuple[_Output, Tensor]]:
-        fitted.apply(piece, taus)
+        fitted.chain.apply(piece, taus)
         return _merged(fitted, piece, theta_0, taus, outputs, fitted.factors(piece.tensor))
 
     modest, thread = [tensor for tensor in tensors if together(job.source, tensor)], threading.local()

@@ -151,26 +151,14 @@ class FittedJob:
     chain: Chain
     measured: dict[str, Tensor] = field(default_factory=dict)
 
-    def apply(self, piece: Piece, taus: Tensor) -> None:
-        """Make task vectors [T, *shape] as they were read those that are merged, in place."""
-        self.chain.apply(piece, taus)
-        scale = self.job.scales.get(piece.tensor.name, 1.0)
-        if scale != 1.0:
-            taus.mul_(scale)
-
     def setting(self, tensor: TensorPlan) -> Setting:
         """The options and weights of the tensor's method there."""
-        job = self.job
-        setting = job.settings.get(tensor.name) or Setting(job.part(tensor).options, job.weights, {})
+        setting = self.job.settings[tensor.name]
         return dataclasses.replace(setting, weights=self.chain.weights(tensor.name, setting.weights))
 
     def factors(self, tensor: TensorPlan) -> Factors | None:
         """The factors of task vectors that are still products."""
-        factors = factors_of(self.job.source, tensor) if self.chain.keeps_factors else None
-        scale = self.job.scales.get(tensor.name, 1.0)
-        if factors is None or scale == 1.0:
-            return factors
-        return tuple(None if pair is None else (pair[0] * scale, pair[1]) for pair in factors)
+        return factors_of(self.job.source, tensor) if self.chain.keeps_factors else None
 
     def unchecked(self, tensor: TensorPlan) -> bool:
         """True if no earlier pass has checked this tensor for NaN and Inf."""
@@ -186,7 +174,7 @@ class FittedJob:
 
         def look(piece: Piece, loader: Loader) -> Tensor:
             theta_0, taus = loader.load(piece, check=True)
-            self.apply(piece, taus)
+            self.chain.apply(piece, taus)
             progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
             moments = self.job.part(piece.tensor).moments
             assert moments is not None, "only what has moments is measured"
@@ -208,6 +196,6 @@ def fit(job: Job, scratch: Room, progress: Reporter) -> FittedJob:
     fitted = FittedJob(job, fit_chain(job, scratch, progress))
     for part in job.parts:
         if part.survey is not None:
-            measured = run_survey(job.source, part.survey, fitted.apply, part.surveyed(), progress)
+            measured = run_survey(job.source, part.survey, fitted.chain.apply, part.surveyed(), progress)
             fitted.measured.update(dict.fromkeys((tensor.name for tensor in part.tensors), measured))
     return fitted

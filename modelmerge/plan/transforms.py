@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import typing
 from typing import Any
 
 from modelmerge.errors import UsageError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import TransformSpec
-from modelmerge.methods.options import make_options, option_types
+from modelmerge.methods.options import make_options, read_option
 
 _FORM = "write it like 'awd alpha=0.2'"
 
@@ -32,21 +31,8 @@ def parse_transform(text: str) -> tuple[str, TransformSpec, Any]:
         if not equals or not option or option in values:
             trouble = "comes twice" if option in values else "is not OPTION=V"
             raise UsageError(f"--disentangle '{text}': '{word}' {trouble}", hint=_FORM)
-        values[option] = _value(spec, option, value)
+        values[option] = read_option(spec, name, option, value)
     return name, spec, make_options(spec, name, values)
-
-
-def _value(spec: TransformSpec, option: str, text: str) -> Any:
-    """The value as the option's type has it; the text where it is of no such type, for `make_options` to refuse."""
-    kind = option_types(spec.options).get(option)
-    kinds = typing.get_args(kind) or (kind,)
-    for number in (int, float):
-        if number in kinds:
-            try:
-                return number(text)
-            except ValueError:
-                continue
-    return text
 
 
 def as_typed(name: str, options: Any) -> str:

@@ -265,7 +265,7 @@ def _open(
 ) -> _Opened:
     prepare_process()
     origin, others = open_models(str(base), as_references(experts))
-    plan = make_plan(origin, others, matrices=False, include=include, exclude=exclude)
+    plan = make_plan(origin, others, include=include, exclude=exclude)
     shared = [tensor for tensor in plan.tensors.values() if tensor.action == "merge"]
     empty = [tensor.name for tensor in shared if not tensor.numel]
     job = Job(source_of(plan, device), (), (1.0,) * len(others), transforms)

@@ -317,13 +317,12 @@ def test_any_method_can_stand_behind_coefficients(
     mixture = run(small, tmp_path / "mixture", script, disentangle=transforms)
     assert coefficients(manifest) == coefficients(mixture)
     assert manifest["adaptation"] == mixture["adaptation"]
-    vary = [
-        f"{expert}:weight={c!r}@{tensor}"
+    at = [
+        f"{tensor}: {' '.join(f'{expert}.weight={c!r}' for expert, c in each.items())}"
         for tensor, each in coefficients(mixture).items()
-        for expert, c in each.items()
     ]
     modelmerge.merge(
-        small[0], small[1:], tmp_path / "by-hand", method="ties", density=0.5, disentangle=transforms, vary=vary
+        small[0], small[1:], tmp_path / "by-hand", method="ties", density=0.5, disentangle=transforms, at=at
     )
     modelmerge.replay(tmp_path / "ties", tmp_path / "again")
     names = ("ties", "by-hand", "again", "mixture")
@@ -337,7 +336,7 @@ def test_a_layer_scale_is_part_of_the_task_vectors(small: list[Path], tmp_path: 
         return Network(), rows()
 
     plain = run(small, tmp_path / "plain", script)
-    told = run(small, tmp_path / "told", script, layer_scale={"lower*": 0.5, "*": 2.0})
+    told = run(small, tmp_path / "told", script, at=["lower*: weight=0.5", "*: weight=2"])
     assert plain["adaptation"]["entropy"][0] != told["adaptation"]["entropy"][0]
     base, *others, merged = (load_file(p / "model.safetensors") for p in (*small, tmp_path / "told"))
     for key, factor in (("lower.weight", 0.5), ("upper.weight", 2.0)):
@@ -543,10 +542,9 @@ def test_what_a_function_prints_is_no_result(
 
 
 def test_coefficients_are_for_models_that_are_merged_in_one_way(small: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="'adamerging' finds weights for all tensors on data, and takes no --rule"):
-        run(small, tmp_path / "out", lambda expert: (Network(), rows()), rule=["upper*=average"])
-    with pytest.raises(UsageError, match="'adamerging' finds weights for all tensors on data, and takes no --rule"):
-        modelmerge.merge(small[0], small[1:], tmp_path / "out", method="ties", rule=["upper*=adamerging"])
+    for method in ("adamerging", "ties"):
+        with pytest.raises(UsageError, match=f"'{method}' finds weights for all tensors on data, and no other"):
+            run(small, tmp_path / "out", lambda expert: (Network(), rows()), at=["upper*: average"], method=method)
     with pytest.raises(UsageError, match="unlabelled data have no setting 'task'"):
         modelmerge.merge(small[0], small[1:], tmp_path / "out", method="adamerging", unlabelled={"task": ["svhn"]})
 
