@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,8 +15,6 @@ from modelmerge.cli.output import Bars, Format, Sink, size, table
 from modelmerge.cli.search import results
 from modelmerge.errors import UsageError
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Disentangler
-from modelmerge.methods.options import option_types
 from modelmerge.plan import presets
 from modelmerge.plan.recipe import Recipe, parse_weights
 from modelmerge.verbs.auto import AUTO, SUMMARY
@@ -33,7 +31,7 @@ EXAMPLES = (
     "modelmerge merge                                                    (lists the methods)",
     "modelmerge merge task-arithmetic base math code -o merged --scale 0.4",
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
-    "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
+    "modelmerge merge task-arithmetic base math code -o merged --disentangle 'awd alpha=0.2'",
     "modelmerge merge ties base math code -o merged --disentangle apgd",
     'modelmerge merge ties base math code -o merged --at "*attn*: tsv-m scale=0.8" --at "*mlp*: kron"',
     "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
@@ -86,7 +84,7 @@ def examples(lines: tuple[str, ...]) -> str:
 
 def usage(kind: str, name: str) -> tuple[str, ...]:
     """Examples of a method."""
-    if kind == "merge" and name != AUTO and registry.load(name).finder is not None:
+    if kind == "merge" and name != AUTO and registry.load(name).on_data:
         return (
             f"modelmerge merge {name} base svhn mnist -o out --task svhn --task mnist",
             f"modelmerge merge {name} base svhn mine -o out --task svhn --data mine=photos --classes mine=names.txt",
@@ -184,7 +182,6 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     With a preset there are no arguments.
     """
     chosen = None if name == AUTO else registry.load(name)
-    fronts = {front: registry.load(front, "transform") for front in registry.names("transform")}
 
     def shared(
         output: opt.Output,
@@ -210,8 +207,6 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
 
         if preset:
             values |= _of_preset(presets.load(values["preset"]), name, context)
-        if values.get("apgd"):
-            values |= _with_apgd(values)
         small = parse_size(values["as_lora"]) if values["as_lora"] is not None else None
         recipe = Recipe(
             method=name,
@@ -220,8 +215,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             options=opt.chosen(chosen, values) if chosen else {},
             weights=parse_weights(values["weight"] or ()),
             at=tuple(values["at"] or ()),
-            disentangle=values["disentangle"],
-            disentangle_options=_front_options(fronts, values),
+            disentangle=tuple(values["disentangle"] or ()),
             rest=values["rest"],
             dtype=values["dtype"],
             include=tuple(values["include"] or ()),
@@ -230,7 +224,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             max_shard_size=values["max_shard_size"],
             seed=values["seed"],
             as_lora=(small.rank or small.energy) if small is not None else None,
-            unlabelled=_unlabelled(values) if chosen and chosen.finder else {},
+            unlabelled=_unlabelled(values) if chosen and chosen.on_data else {},
         )
         look = not values["dry_run"]
         if values["search"] or values["on"]:
@@ -240,26 +234,11 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
 
     arguments = [opt.of_argument("context", typer.Context)]
     arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
-    in_front = [parameter for front, told in fronts.items() for parameter in opt.of_front(front, told)]
     # Required parameters first, as in any signature; the method's own options head the help page.
     own = opt.of_method(chosen) if chosen else []
-    found = opt.shared(opt.drawn) if chosen and chosen.finder else []
-    own += [*opt.shared(opt.unlabelled), *opt.shared(_apgd)] if found else []
-    return opt.with_parameters(
-        run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *found, *in_front]
-    )
-
-
-def _apgd(apgd: opt.Apgd = False) -> None: ...
-
-
-def _with_apgd(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What --apgd is short for."""
-    if values["disentangle"] not in (None, "apgd"):
-        raise UsageError(f"--apgd and --disentangle {values['disentangle']} exclude each other")
-    if values["apgd_correction"] not in (None, "task"):
-        raise UsageError("--apgd is --apgd-correction task", hint="for another one: --disentangle apgd")
-    return {"disentangle": "apgd", "apgd_correction": "task"}
+    found = opt.shared(opt.drawn) if chosen and chosen.on_data else []
+    own += opt.shared(opt.unlabelled) if found else []
+    return opt.with_parameters(run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *found])
 
 
 def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,21 +262,6 @@ def _of_preset(preset: presets.Preset, name: str, context: typer.Context) -> dic
         if not any(map(given, own)):
             told[option] = value
     return told
-
-
-def _front_options(fronts: dict[str, Disentangler], values: dict[str, Any]) -> dict[str, Any]:
-    """The options given for what goes in front of the method."""
-    given = {}
-    for front, told in fronts.items():
-        for spec in option_types(told.options):
-            value = values[opt.front_word(front, spec)]
-            if value is None:
-                continue
-            if values["disentangle"] != front:
-                word = opt.flag(opt.front_word(front, spec))
-                raise UsageError(f"{word} has no effect without --disentangle {front}")
-            given[spec] = value
-    return given
 
 
 def destination(values: Mapping[str, Any]) -> Target | None:
@@ -379,7 +343,7 @@ def _run(
         sink.result(
             {"plan": plan},
             quiet=str(out),
-            human=plan_lines(_with_front(plan["method"], plan["disentangle"]), plan, sink.verbose),
+            human=plan_lines(_chain(plan["method"], plan["disentangle"]), plan, sink.verbose),
         )
         return
     with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
@@ -391,7 +355,7 @@ def _run(
     done += [f"{len(counts['copied'])} copied from the base"] if counts["copied"] else []
     lines: list[str | Table] = [
         f"[bold green]merged[/] {len(manifest['inputs']['experts'])} experts with "
-        f"{_with_front(manifest['recipe']['method'], manifest['recipe']['disentangle'])}: "
+        f"{_chain(manifest['recipe']['method'], manifest['recipe']['disentangle'])}: "
         f"{', '.join(done)}",
         f"[bold]{out}[/]  {size(weights)} of weights in {manifest['seconds']:.1f} s on {manifest['device']}",
     ]
@@ -435,8 +399,8 @@ def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str |
     return lines
 
 
-def _with_front(name: str, front: str | None) -> str:
-    return f"{front} + {name}" if front else name
+def _chain(method: str, transforms: Sequence[str]) -> str:
+    return " + ".join([*(text.partition(" ")[0] for text in transforms), method])
 
 
 def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Table]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from modelmerge.cli.output import flag as flag
-from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.contract import Method, TransformSpec
 from modelmerge.methods.options import bounds, option_types
 from modelmerge.plan import presets
 
@@ -163,18 +163,11 @@ On = Annotated[
     ),
 ]
 Disentangle = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        help="Disentangle the task vectors first: apgd, awd. The same bits as through `modelmerge disentangle`.",
-        metavar="METHOD",
-        rich_help_panel=SHARED_PANEL,
-    ),
-]
-Apgd = Annotated[
-    bool,
-    typer.Option(
-        "--apgd",
-        help="Short for --disentangle apgd --apgd-correction task: a correction for each task in front.",
+        help="Change the task vectors first: awd or apgd with their options, as in 'awd alpha=0.2'. The same bits as "
+        "through `modelmerge disentangle`, whose help lists the options. Repeatable, in order.",
+        metavar="'TRANSFORM [OPTION=V...]'",
         rich_help_panel=SHARED_PANEL,
     ),
 ]
@@ -330,7 +323,7 @@ def written(
     """What every command takes that writes a directory; for its signature alone."""
 
 
-def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:
+def of_method(method: Method | TransformSpec) -> list[inspect.Parameter]:
     """A keyword parameter for Typer for each field of the method's options."""
     types = option_types(method.options)
     made = []
@@ -341,34 +334,9 @@ def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:
     return made
 
 
-def chosen(method: Method | Disentangler, values: Mapping[str, Any]) -> dict[str, Any]:
+def chosen(method: Method | TransformSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     """The method's options among the values; None where an option follows from others."""
     return {spec: values[spec] for spec in option_types(method.options)}
-
-
-def of_front(name: str, method: Disentangler) -> list[inspect.Parameter]:
-    """A parameter `--NAME-OPTION` for each option of a disentangler in front of a merge; None is: not given."""
-    types = option_types(method.options)
-    return [
-        _keyword(
-            front_word(name, spec.name),
-            Annotated[
-                types[spec.name] | None,
-                typer.Option(
-                    flag(front_word(name, spec.name)),
-                    help=f"{_told(spec)} Default: {spec.default}." if spec.default else _told(spec),
-                    rich_help_panel=f"Options of --disentangle {name}",
-                ),
-            ],
-            None,
-        )
-        for spec in dataclasses.fields(method.options)
-    ]
-
-
-def front_word(name: str, option: str) -> str:
-    """The Python name of a disentangler's option in a merge command."""
-    return f"{name}_{option}"
 
 
 def _told(spec: dataclasses.Field[Any]) -> str:

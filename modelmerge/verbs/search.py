@@ -31,10 +31,11 @@ from modelmerge.errors import ModelMergeError, OutputError, UsageError
 from modelmerge.evaluation.custom import Metric
 from modelmerge.evaluation.scores import summarise
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.contract import Method, TransformSpec
 from modelmerge.methods.options import MOST, check_option, is_linear, option_types, read_values, written
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
+from modelmerge.plan.transforms import parse_transform, with_option
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import as_file, write_card
 from modelmerge.record.redaction import placeless
@@ -43,7 +44,7 @@ from modelmerge.verbs.auto import AUTO
 from modelmerge.verbs.evaluate import evaluate
 from modelmerge.verbs.measure import Measure, _measures
 from modelmerge.verbs.merge import complete
-from modelmerge.verbs.prepare import Prepared, begin, digest_of, prepare
+from modelmerge.verbs.prepare import Prepared, digest_of, output_of, prepare
 
 _FREE = 0.95  # share of a disk's free bytes that candidates may take
 _LEFT_OUT = ("items", "ids", "normalised")  # of a score
@@ -144,7 +145,7 @@ def prepare_search(
     measures = _measures(on, metric)
     if not axes:
         raise UsageError("--on has no effect without --search", hint="as in --search scale=0.1:1.0:0.1")
-    if recipe.method != AUTO and registry.load(recipe.method).finder is not None:
+    if recipe.unlabelled or (recipe.method != AUTO and registry.load(recipe.method).on_data):
         raise UsageError(
             f"'{recipe.method}' finds its coefficients on unlabelled data, and takes no --search besides",
             hint="search another method, or run it alone",
@@ -185,14 +186,15 @@ def _candidate(
     device: str,
     stream: bool,
 ) -> Candidate:
-    front = f"{recipe.disentangle}_"
-    own = {name: value for name, value in values.items() if _is_of_method(recipe, name)}
-    others = {name.removeprefix(front): value for name, value in values.items() if name not in own}
-    made = dataclasses.replace(
-        recipe, options={**recipe.options, **own}, disentangle_options={**recipe.disentangle_options, **others}
-    )
+    transforms = list(recipe.disentangle)
+    for name, value in values.items():
+        if not _is_of_method(recipe, name):
+            place, _, option = _transform_options(recipe)[name]
+            transforms[place] = with_option(transforms[place], option, value)
+    options = {name: value for name, value in values.items() if _is_of_method(recipe, name)}
+    candidate = dataclasses.replace(recipe, options={**recipe.options, **options}, disentangle=tuple(transforms))
     try:
-        prepared = prepare(made, device=device, remarks=first.remarks, stream=stream, opened=opened)
+        prepared = prepare(candidate, device=device, remarks=first.remarks, stream=stream, opened=opened)
     except UsageError as error:
         label = Candidate(values, first).label
         raise UsageError(f"--search, {label}: {error.template}", hint=error.hint_template) from error
@@ -201,6 +203,16 @@ def _candidate(
 
 def _is_of_method(recipe: Recipe, name: str) -> bool:
     return name in option_types(registry.load(recipe.method).options)
+
+
+def _transform_options(recipe: Recipe) -> dict[str, tuple[int, TransformSpec, str]]:
+    """By `TRANSFORM_OPTION`, the place of the transform in the recipe, its declaration, and its option."""
+    options: dict[str, tuple[int, TransformSpec, str]] = {}
+    for place, text in enumerate(recipe.disentangle):
+        name, spec, _ = parse_transform(text)
+        for option in option_types(spec.options):
+            options.setdefault(f"{name}_{option}", (place, spec, option))
+    return options
 
 
 def _refuse_idle(name: str, candidates: Sequence[Candidate]) -> None:
@@ -226,14 +238,12 @@ def _axis(recipe: Recipe, name: str, told: Sequence[Any] | str) -> tuple[Any, ..
     Raises:
         UsageError: There is no such option, or a value is none it can have, or comes twice.
     """
-    chosen: Method | Disentangler = registry.load(recipe.method)
-    words = list(option_types(chosen.options))
+    chosen: Method | TransformSpec = registry.load(recipe.method)
+    of_transforms = _transform_options(recipe)
+    words = [*option_types(chosen.options), *of_transforms]
     option = name
-    if recipe.disentangle and name not in words:
-        front = registry.load(recipe.disentangle, "transform")
-        words += [f"{recipe.disentangle}_{word}" for word in option_types(front.options)]
-        if name in words:
-            chosen, option = front, name.removeprefix(f"{recipe.disentangle}_")
+    if name in of_transforms and not _is_of_method(recipe, name):
+        _, chosen, option = of_transforms[name]
     flag = name.replace("_", "-")
     if name not in words:
         near = get_close_matches(name, words, n=1)
@@ -295,16 +305,17 @@ def execute_search(
     Raises:
         ModelMergeError: As for `merge` and `evaluate`.
     """
-    started = time.monotonic()
     if resume:
         raise UsageError(
             "--resume has no effect with --search", hint="run it again: scores that were measured are remembered"
         )
-    job = search.first.job
     try:
-        begin(job.plan, out, digest_of(search.first), force=force, resume=False, ready=ready, reporter=reporter)
-        prepare_process()
-        with Staging(out, Layout((), {}, {}), force=force) as staging:
+        with output_of(
+            search.first.job.plan, out, digest_of(search.first), force=force, resume=False, ready=ready,
+            progress=reporter,
+        ) as output:  # fmt: skip
+            prepare_process()
+            staging = output.stage()
             with staging.folder() as folder:
                 room = _room(search, folder)
                 base = _measure_base(search, reporter)
@@ -317,12 +328,7 @@ def execute_search(
             for note in notes:
                 reporter.note(note)
             staging.write_file(CARD, write_card(best.prepared.recipe, best.prepared.job, out, notes))
-            manifest = {
-                **best.manifest, "notes": notes, "searched": _told(search, best, base, reports),
-                "seconds": round(time.monotonic() - started, 3), "files": staging.listing(),
-            }  # fmt: skip
-            staging.publish(as_file(manifest))
-        return manifest
+            return output.publish({**best.manifest, "notes": notes, "searched": _told(search, best, base, reports)})
     finally:
         search.close()
 

@@ -275,8 +275,8 @@ def test_a_search_goes_with_all_else(
             "options"
         ]
     )
-    front = {"alpha": values.pop("awd_alpha")} if "awd_alpha" in values else {}
-    told = told | ({"disentangle_options": front} if front else {})
+    if "awd_alpha" in values:
+        told = told | {"disentangle": f"awd alpha={values.pop('awd_alpha')}"}
     assert weights("out") == plain(models, **told, **values)
     files = [file.name for file in Path("plain").iterdir()]
     assert sorted(files) == sorted(file.name for file in Path("out").iterdir())
