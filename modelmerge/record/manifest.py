@@ -16,6 +16,7 @@ from modelmerge.engine.rounding import stored_narrow
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.options import describe
 from modelmerge.plan.recipe import FORMAT, Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 from modelmerge.record import card
@@ -135,9 +136,14 @@ def _rounding(job: Job, findings: Findings) -> dict[str, Any] | None:
 
 
 def parts_of(job: Job) -> list[dict[str, Any]]:
-    """Which method merges what."""
+    """Which method merges what, with all its settings."""
     return [
-        {"method": part.name, "rule": part.glob, "tensors": [tensor.name for tensor in part.tensors]}
+        {
+            "method": part.name,
+            "rule": part.glob,
+            "settings": describe(part.options),
+            "tensors": [tensor.name for tensor in part.tensors],
+        }
         for part in job.parts
     ]
 
@@ -176,9 +182,13 @@ def _applied(
     chosen: Method | Disentangler,
     options: Mapping[str, Any],
 ) -> card.Source:
-    """A method as the card tells it, its options as they are typed."""
+    """A method as the card tells it: its options as they are typed, and what follows from them."""
     prefix = f"{name}-" if kind == "transform" else ""
-    told = {f"--{prefix}{key.replace('_', '-')}": value for key, value in options.items()}
+    settings = describe(chosen.options(**options)) if options else {}
+    told = {
+        f"--{prefix}{key.replace('_', '-')}" if key in options else f"{prefix}{key.replace('_', ' ')}": value
+        for key, value in settings.items()
+    }
     bibtex = chosen.citation.bibtex(chosen.paper) if chosen.citation else ""
     return card.Source(name=name, summary=registry.summary(name, kind), paper=chosen.paper, bibtex=bibtex, options=told)
 
