@@ -16,6 +16,7 @@ from modelmerge.engine.rounding import stored_narrow
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method, TransformSpec
+from modelmerge.methods.options import describe
 from modelmerge.plan.recipe import FORMAT, Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 from modelmerge.plan.transforms import parse_transform
@@ -136,8 +137,11 @@ def _rounding(job: Job, findings: Findings) -> dict[str, Any] | None:
 
 
 def groups_of(job: Job) -> list[dict[str, Any]]:
-    """Which method merges what."""
-    return [{"method": part.name, "tensors": [tensor.name for tensor in part.tensors]} for part in job.parts]
+    """Which method merges what, with all its settings."""
+    return [
+        {"method": part.name, "settings": describe(part.options), "tensors": [tensor.name for tensor in part.tensors]}
+        for part in job.parts
+    ]
 
 
 def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> bytes:
@@ -176,9 +180,13 @@ def _applied(
     chosen: Method | TransformSpec,
     options: Mapping[str, Any],
 ) -> card.Source:
-    """A method as the card tells it, its options as they are typed."""
+    """A method as the card shows it: its options as they are typed, and what follows from them."""
     prefix = f"{name} " if kind == "transform" else "--"
-    told = {f"{prefix}{key.replace('_', '-')}": value for key, value in options.items()}
+    settings = describe(chosen.options(**options)) if options else {}
+    told = {
+        f"{prefix}{key.replace('_', '-')}" if key in options else f"{prefix.strip('-')}{key.replace('_', ' ')}": value
+        for key, value in settings.items()
+    }
     bibtex = chosen.citation.bibtex(chosen.paper) if chosen.citation else ""
     return card.Source(name=name, summary=registry.summary(name, kind), paper=chosen.paper, bibtex=bibtex, options=told)
 
