@@ -123,7 +123,7 @@ def show_preset(preset: presets.Preset, sink: Sink) -> None:
 
 def _as_typed(options: Mapping[str, Any]) -> list[str]:
     return [
-        f"{opt.flag(option)} {each}"
+        opt.flag(option) if each is True else f"{opt.flag(option)} {each}"
         for option, value in options.items()
         for each in (value if isinstance(value, list) else [value])
     ]
@@ -212,7 +212,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             method=name,
             base=values["base"],
             experts=tuple(values["experts"]),
-            options=opt.chosen(chosen, values, context) if chosen else {},
+            options=opt.chosen(chosen, values) if chosen else {},
             weights=parse_weights(values["weight"] or ()),
             at=tuple(values["at"] or ()),
             disentangle=tuple(values["disentangle"] or ()),
@@ -236,13 +236,9 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     arguments += [] if preset else [opt.of_argument("base", Base), opt.of_argument("experts", Experts)]
     # Required parameters first, as in any signature; the method's own options head the help page.
     own = opt.of_method(chosen) if chosen else []
-    own += opt.shared(_published) if chosen and chosen.published else []
     found = opt.shared(opt.drawn) if chosen and chosen.on_data else []
     own += opt.shared(opt.unlabelled) if found else []
     return opt.with_parameters(run, [*arguments, *own, *opt.shared(shared), *opt.shared(opt.written), *found])
-
-
-def _published(published: opt.Published = False) -> None: ...
 
 
 def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from modelmerge.cli.output import flag as flag
 from modelmerge.methods.contract import Method, TransformSpec
 from modelmerge.methods.options import bounds, option_types
 from modelmerge.plan import presets
@@ -178,14 +179,6 @@ Rest = Annotated[
         rich_help_panel=SHARED_PANEL,
     ),
 ]
-Published = Annotated[
-    bool,
-    typer.Option(
-        "--published",
-        help="The published algorithm, where the defaults differ; other options win.",
-        rich_help_panel=METHOD_PANEL,
-    ),
-]
 Form = Annotated[
     Literal["human", "json", "quiet"],
     typer.Option("--format", help="How results are printed.", rich_help_panel=PRINT_PANEL),
@@ -335,26 +328,15 @@ def of_method(method: Method | TransformSpec) -> list[inspect.Parameter]:
     types = option_types(method.options)
     made = []
     for spec in dataclasses.fields(method.options):
-        optional = type(None) in typing.get_args(types[spec.name])
-        declared = typer.Option(
-            flag(spec.name), help=_told(spec), rich_help_panel=METHOD_PANEL, show_default=not optional
-        )
+        shown = types[spec.name] is not bool and type(None) not in typing.get_args(types[spec.name])
+        declared = typer.Option(flag(spec.name), help=_told(spec), rich_help_panel=METHOD_PANEL, show_default=shown)
         made.append(_keyword(spec.name, Annotated[types[spec.name], declared], spec.default))
     return made
 
 
-def chosen(method: Method | TransformSpec, values: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
-    """The method's options as they were typed, over those of --published where that is asked for."""
-    options = {spec: values[spec] for spec in option_types(method.options)}
-    if not values.get("published"):
-        return options
-    given = {spec for spec in options if getattr(context.get_parameter_source(spec), "name", "") == "COMMANDLINE"}
-    return options | {spec: value for spec, value in method.published.items() if spec not in given}
-
-
-def flag(option: str) -> str:
-    """An option as it is typed."""
-    return "--" + option.replace("_", "-")
+def chosen(method: Method | TransformSpec, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's options among the values; None where an option follows from others."""
+    return {spec: values[spec] for spec in option_types(method.options)}
 
 
 def _told(spec: dataclasses.Field[Any]) -> str:

@@ -60,7 +60,7 @@ class Sink:
 
     def error(self, error: ModelMergeError) -> None:
         """Say what went wrong and what to do, on stderr; with JSON, also as the one object on stdout."""
-        message, hint = spelled(error.template, _flag), error.hint_template and spelled(error.hint_template, _flag)
+        message, hint = spelled(error.template, flag), error.hint_template and spelled(error.hint_template, flag)
         self.margin.print(f"[bold red]error:[/] {escape(message)}")
         if hint:
             self.margin.print(f"[bold cyan]hint:[/] {escape(hint)}")
@@ -139,6 +139,6 @@ def table(title: str | None, columns: list[str], rows: Sequence[Sequence[str | T
     return made
 
 
-def _flag(option: str) -> str:
+def flag(option: str) -> str:
     """An option as the command line has it."""
     return "--" + {"weights": "weight"}.get(option, option).replace("_", "-")

@@ -151,20 +151,18 @@ def command(name: str) -> Callable[..., None]:
             typer.Option("--experts", help="Also write base + disentangled task vector, as checkpoints.",
                          rich_help_panel=opt.SHARED_PANEL),
         ] = False,
-        published: opt.Published = False,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
         max_shard_size: opt.ShardSize = "5GB",
     ) -> None: ...  # fmt: skip
 
-    def run(context: typer.Context, **values: Any) -> None:
+    def run(**values: Any) -> None:
         from modelmerge.verbs.vectors import disentangle
 
-        told = {"method": name, "full_experts": values["experts_too"], **opt.chosen(chosen, values, context)}
+        told = {"method": name, "full_experts": values["experts_too"], **opt.chosen(chosen, values)}
         _write(functools.partial(disentangle, **told), values, f"disentangle {name}", _disentangled)
 
-    arguments = [opt.of_argument("context", typer.Context), *_MODELS]
-    parameters = [*arguments, *opt.of_method(chosen), *opt.shared(shared), *opt.shared(opt.written)]
+    parameters = [*_MODELS, *opt.of_method(chosen), *opt.shared(shared), *opt.shared(opt.written)]
     return opt.with_parameters(run, parameters)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What a method is told besides the task vectors.
+    """Everything that `apply` receives besides the task vectors.
 
     `weights` are the experts' weights (`--weight`) and `experts` their names, in the order of the task vectors.
     `measured` is what the method's survey concluded, or the tensor's moments. `base` is `theta_0` [*shape], for methods
@@ -120,7 +120,6 @@ class Method:
             -> [k]`, float64, of a block; what it gives for a tensor's blocks, added up, is `context.measured` there.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
-        published: The options that make it the published algorithm, where the defaults differ.
         on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
             `modelmerge.methods.coefficients`.
     """
@@ -140,11 +139,10 @@ class Method:
     moments: Callable[[Any], Callable[[Tensor, Tensor], Tensor] | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
     squares: float = 0.0
-    published: Mapping[str, Any] = field(default_factory=dict)
     on_data: bool = False
 
 
-Watch = Callable[[float], None]  # is called with a solver's loss as it goes
+Watch = Callable[[float], None]  # hears a solver's loss as it goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +217,9 @@ class TransformSpec:
         by: Its mathematics; the engine has one way to fit and apply each kind.
         paper: Link to the source.
         citation: The paper.
-        published: The options that make it the published algorithm, where the defaults differ.
     """
 
     options: type
     by: SharedVector | Correction
     paper: str
     citation: Citation
-    published: Mapping[str, Any]

@@ -59,8 +59,7 @@ class Recipe:
     def command(self, output: str) -> str:
         """The shell line that repeats the merge."""
         words = ["modelmerge", "merge", self.method, self.base, *self.experts]
-        for name, value in self.options.items():
-            words += [f"--{name.replace('_', '-')}", f"{value}"] if value is not None else []
+        words += _typed("--", self.options)
         for text in self.disentangle:
             words += ["--disentangle", text]
         for name, weight in self.weights.items():
@@ -78,6 +77,15 @@ class Recipe:
             for each in told if isinstance(told, list | tuple) else [told]:
                 words += [data_flag(name), str(each)]
         return shlex.join([*words, "-o", output])
+
+
+def _typed(prefix: str, options: Mapping[str, Any]) -> list[str]:
+    """A method's options as they are typed; a switch that is off is not."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += [f"{prefix}{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 def data_flag(name: str) -> str:

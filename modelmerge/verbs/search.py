@@ -197,7 +197,7 @@ def _candidate(
         prepared = prepare(candidate, device=device, remarks=first.remarks, stream=stream, opened=opened)
     except UsageError as error:
         label = Candidate(values, first).label
-        raise UsageError(f"--search, {label}: {error.message}", hint=error.hint) from error
+        raise UsageError(f"--search, {label}: {error.template}", hint=error.hint_template) from error
     return Candidate(values, prepared)
 
 
@@ -251,13 +251,13 @@ def _axis(recipe: Recipe, name: str, told: Sequence[Any] | str) -> tuple[Any, ..
         hint = f"did you mean '{near[0].replace('_', '-')}'?" if near else f"it has: {have}" if have else None
         raise UsageError(f"--search: '{recipe.method}' has no option '{flag}'", hint=hint)
     kind = option_types(chosen.options)[option]
-    values = read_values(flag, told, kind) if isinstance(told, str) else tuple(told)
-    if not values:
-        raise UsageError(f"--search {flag}: there is no value")
     try:
+        values = read_values(option, told, kind) if isinstance(told, str) else tuple(told)
         checked = tuple(check_option(chosen, option, value) for value in values)
     except UsageError as error:
-        raise UsageError(f"--search {flag}: {error.message}", hint=error.hint) from error
+        raise UsageError(f"--search {flag}: {error.template}", hint=error.hint_template) from error
+    if not checked:
+        raise UsageError(f"--search {flag}: there is no value")
     if len(set(checked)) < len(checked):
         twice = next(value for i, value in enumerate(checked) if value in checked[:i])
         raise UsageError(f"--search {flag}: {_word(twice)} comes twice")

@@ -86,7 +86,7 @@ SLOW = (
         for name in ("dare", "della", "pcb", "consensus", "breadcrumbs", "sce", "model-stock", "karcher")
     ),
     ["merge", "dare", "--consensus", "ties", "--reduce", "mean"],
-    ["merge", "apgd", "--steps", "2"],
+    ["merge", "apgd", "--published", "--steps", "2"],
     [
         "merge",
         "average",
@@ -101,7 +101,7 @@ SLOW = (
     ["disentangle", "awd", "--experts"],
     ["disentangle", "apgd"],
     ["merge", "ties", "--disentangle", "apgd"],
-    ["merge", "kron", "--disentangle", "apgd correction=task solver=adam steps=2"],
+    ["merge", "kron", "--disentangle", "apgd correction=task published=true steps=2"],
     ["merge", "average", "--as-lora", "8", "--exclude", "embed*"],
     ["merge", "apgd", "--as-lora", "0.5", "--exclude", "embed*"],
 )
@@ -118,7 +118,7 @@ def test_the_promise_is_kept(words: list[str], heavy: list[str], tmp_path: Path)
     "words",
     [
         ["merge", "ties"],
-        pytest.param(["merge", "apgd", "--steps", "2"], marks=pytest.mark.slow),
+        pytest.param(["merge", "apgd", "--published", "--steps", "2"], marks=pytest.mark.slow),
         pytest.param(["extract"], marks=pytest.mark.slow),
     ],
     ids=" ".join,

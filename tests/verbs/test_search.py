@@ -432,7 +432,7 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
         (("--search", "scale=0.1:1", "--on", "custom:m.py:f"), "'0.1:1' is no number and no range"),
         (("--search", "scale=0.1:1:0", "--on", "custom:m.py:f"), "'0.1:1:0' leads nowhere"),
         (("--search", "scale=0:1:1e-9", "--on", "custom:m.py:f"), "has more than 10,000 values"),
-        (("--search", "scale=nan", "--on", "custom:m.py:f"), "'nan' is no number"),
+        (("--search", "scale=nan", "--on", "custom:m.py:f"), "must be a float, not 'nan'"),
         (("--search", "scale=0.2,0.2", "--on", "custom:m.py:f"), "--search scale: 0.2 comes twice"),
         (("--search", "density=0.2,2", "--on", "custom:m.py:f"), "--density must be above 0 and at most 1, not 2"),
         (("--search", "reduce=sum,max", "--on", "custom:m.py:f"), "--reduce must be one of sum, mean, not 'max'"),

@@ -200,9 +200,13 @@ def test_in_front_of_any_merge_is_the_two_commands_in_turn(
 @pytest.mark.parametrize(
     ("front", "told"),
     [
-        *(("awd", {"granularity": granularity, "steps": 30}) for granularity in ("row", "tensor", "model")),
-        ("apgd", {"correction": "task", "trim_scope": "tensor", "density": 0.5}),
-        ("apgd", {"correction": "task", "solver": "adam", "steps": 5}),
+        *(
+            ("awd", {"granularity": granularity, "published": published, "steps": 30})
+            for granularity in ("row", "tensor", "model")
+            for published in (False, True)
+        ),
+        ("apgd", {"correction": "task", "density": 0.5}),
+        ("apgd", {"correction": "task", "published": True, "steps": 5}),
         ("apgd", {"solver": "adam", "steps": 5, "lengths": "lambda"}),
     ],
 )
@@ -237,7 +241,7 @@ def test_a_chain_of_transforms_is_the_commands_in_turn(
 
 
 @pytest.mark.parametrize(
-    "told", [{}, {"density": 0.3}, {"trim_scope": "tensor", "density": 0.3}, {"solver": "adam", "steps": 20}]
+    "told", [{}, {"density": 0.3}, {"published": True, "steps": 20}, {"solver": "adam", "steps": 20}]
 )
 def test_the_sum_of_what_apgd_corrected_is_apgd(told: dict[str, Any], models: list[Path], tmp_path: Path) -> None:
     modelmerge.merge(models[0], models[1:], tmp_path / "apgd", method="apgd", norm_cap=1e9, rest="base", **told)
@@ -461,9 +465,9 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, capsys: pytest.
     assert (tmp_path / "d" / "experts" / "expert_0" / "config.json").is_file()
     assert main(["disentangle", "awd", *words, "-o", str(tmp_path / "p"), "--published", "--steps", "5", "--json"]) == 0
     options = json.loads(capsys.readouterr().out)["options"]
-    assert (options["granularity"], options["units"], options["steps"]) == ("model", "absolute", 5)
-    row = ["--published", "--granularity", "row", "-q"]
-    assert main(["disentangle", "awd", *words, "-o", str(tmp_path / "q"), *row]) == 0
+    assert (options["granularity"], options["published"], options["steps"]) == ("model", True, 5)
+    row = ["disentangle", "awd", *words, "-o", str(tmp_path / "q"), "--published", "--granularity", "row", "-q"]
+    assert main(row) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'q'}\n"
     assert json.loads((tmp_path / "q" / "modelmerge.json").read_bytes())["report"]["options"]["granularity"] == "row"
     merge = ["merge", "task-arithmetic", *words, "-o", str(tmp_path / "m")]
