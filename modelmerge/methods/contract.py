@@ -142,7 +142,7 @@ class Method:
     on_data: bool = False
 
 
-Watch = Callable[[float], None]  # is called with a solver's loss as it goes
+Watch = Callable[[float], None]  # hears a solver's loss as it goes
 
 
 @dataclass(frozen=True, slots=True)

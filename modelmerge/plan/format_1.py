@@ -118,6 +118,8 @@ def transforms_of(stored: Mapping[str, Any]) -> tuple[str, ...]:
     values = {option: value for option, value in stored.get("disentangle_options", {}).items() if value is not None}
     if name == "awd":
         values.pop("solver", None)
+        if values.pop("units", None) == "absolute":
+            values["published"] = "true"
     words = [f"{option.replace('_', '-')}={value}" for option, value in values.items()]
     return (" ".join([name, *words]),) if name else ()
 

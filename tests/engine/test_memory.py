@@ -101,7 +101,7 @@ SLOW = (
     ["disentangle", "awd", "--experts"],
     ["disentangle", "apgd"],
     ["merge", "ties", "--disentangle", "apgd"],
-    ["merge", "kron", "--disentangle", "apgd correction=task solver=adam steps=2"],
+    ["merge", "kron", "--disentangle", "apgd correction=task published=true steps=2"],
     ["merge", "average", "--as-lora", "8", "--exclude", "embed*"],
     ["merge", "apgd", "--as-lora", "0.5", "--exclude", "embed*"],
 )

@@ -450,7 +450,7 @@ def test_plan_manifest_and_card_say_what_ran(
     recipe = Recipe(method="apgd", base=str(models[0]), experts=tuple(map(str, models[1:])), options=values)
     plan = prepare(recipe).describe()
     manifest = modelmerge.merge(models[0], models[1:], tmp_path / "out", method="apgd", **values)
-    for parts in (plan["parts"], manifest["tensors"]["parts"]):
+    for parts in (plan["groups"], manifest["tensors"]["groups"]):
         assert says.items() <= next(part["settings"] for part in parts if part["method"] == "apgd").items()
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| `--solver` | {says['solver']} |" in card

@@ -544,7 +544,9 @@ def test_what_a_function_prints_is_no_result(
 def test_coefficients_are_for_models_that_are_merged_in_one_way(small: list[Path], tmp_path: Path) -> None:
     for method in ("adamerging", "ties"):
         with pytest.raises(UsageError, match=f"'{method}' finds weights for all tensors on data, and no other"):
-            run(small, tmp_path / "out", lambda expert: (Network(), rows()), at=["upper*: average"], method=method)
+            modelmerge.merge(
+                small[0], small[1:], tmp_path / "out", method=method, unlabelled={"script": "x.py:f"}, at=["u*: sce"]
+            )
     with pytest.raises(UsageError, match="unlabelled data have no setting 'task'"):
         modelmerge.merge(small[0], small[1:], tmp_path / "out", method="adamerging", unlabelled={"task": ["svhn"]})
 
