@@ -424,9 +424,9 @@ def test_a_gate_fails_with_the_report_printed(
     assert (code, len(out.split())) == (1, 2)
 
 
-def report_of(name: str, **scores: Any) -> dict[str, Any]:
-    rows = {task: scores.read_score(told, task).to_dict() for task, told in scores.items()}
-    return {"tasks": list(scores), "models": [{"name": name, "role": "model", "scores": rows}],
+def report_of(name: str, **results: Any) -> dict[str, Any]:
+    rows = {task: scores.read_score(result, task).to_dict() for task, result in results.items()}
+    return {"tasks": list(results), "models": [{"name": name, "role": "model", "scores": rows}],
             "metric": {"function": "f", "sha256": "0"}, "seed": 0}  # fmt: skip
 
 
