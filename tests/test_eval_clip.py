@@ -22,9 +22,9 @@ from modelmerge.checkpoint.reference import parse
 from modelmerge.cli import main
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
-from modelmerge.evaluation import class_names, image_data, image_tasks
 from modelmerge.evaluation import clip as suite
 from modelmerge.evaluation import clip_models as clip
+from modelmerge.evaluation import image_data, image_tasks
 from modelmerge.evaluation.image_data import Items
 from modelmerge.evaluation.image_tasks import Task
 from modelmerge.evaluation.model import Model
@@ -644,7 +644,7 @@ def test_the_papers_tasks_have_their_classes_and_prompts() -> None:
 
 def named(task: str, own: list[str], *, has_names: bool = True) -> tuple[tuple[str, ...], list[str]]:
     (found,) = image_tasks.published_tasks([task])
-    return class_names.name_classes(found, own, are_names=has_names)
+    return image_tasks.name_classes(found, own, are_names=has_names)
 
 
 def test_published_names_are_found_however_the_data_set_spells_them() -> None:
@@ -674,7 +674,7 @@ def test_published_names_are_found_however_the_data_set_spells_them() -> None:
 
 def test_letters_that_differ_in_case_are_different_classes() -> None:
     task = Task(name="letters", data="letters", classes=("b", "A", "a", "B"))
-    assert class_names.name_classes(task, ["a", "b", "A", "B"], are_names=True)[0] == ("a", "b", "A", "B")
+    assert image_tasks.name_classes(task, ["a", "b", "A", "B"], are_names=True)[0] == ("a", "b", "A", "B")
 
 
 def test_templates_must_hold_the_class() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from modelmerge.evaluation.report import (
     ExpertFigures,
@@ -14,6 +15,10 @@ from modelmerge.evaluation.report import (
     ScoreReport,
     WeightReport,
 )
+
+_CLOSENESS: tuple[tuple[str, Literal["cosine", "relative_distance", "subspace_alignment"]], ...] = (
+    ("cosine", "cosine"), ("distance", "relative_distance"), ("alignment", "subspace_alignment"),
+)  # fmt: skip
 
 
 class Best(str):
@@ -188,14 +193,9 @@ def _comparison(models: Mapping[str, ModelFigures], experts: list[str], inputs: 
         ["lost to rounding", *rounding],
         ["APGD's gap (base: 1)", *(_number(model["apgd_gap"]) for model in figures)],
     ]
-    close = {expert: [model["experts"][expert] for model in figures] for expert in experts}
-    rows += [[f"cosine {expert}", *(_number(each["cosine"]) for each in row)] for expert, row in close.items()]
-    rows += [
-        [f"distance {expert}", *(_number(each["relative_distance"]) for each in row)] for expert, row in close.items()
-    ]
-    rows += [
-        [f"alignment {expert}", *(_number(each["subspace_alignment"]) for each in row)] for expert, row in close.items()
-    ]
+    for label, key in _CLOSENESS:
+        for expert in experts:
+            rows.append([f"{label} {expert}", *(_number(model["experts"][expert][key]) for model in figures)])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Models at tasks, whatever the suite: each model opened, each task measured once, one report."""
+"""What suites share: how they run, and models at tasks: each model opened, each task measured once, one report."""
 
 from __future__ import annotations
 
@@ -20,12 +20,43 @@ from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.evaluation import cache
 from modelmerge.evaluation.model import Model
 from modelmerge.evaluation.report import ModelRow, ScoreEntry, ScoreReport
-from modelmerge.evaluation.running import Models, Running
 from modelmerge.evaluation.scores import Score, check_gates, differences, mean, parse_gate, summarise
 from modelmerge.plan.downloads import fetch_whole
+from modelmerge.progress import SILENT, Reporter
 from modelmerge.record import card
 from modelmerge.record.fingerprint import versions
 from modelmerge.record.manifest import record, stamp
+
+Models = Sequence[str | Path] | Mapping[str, str | Path]  # `[NAME=]REF` each, or a mapping of name to reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """What every suite takes besides the models and its own options; `weights` uses four of them.
+
+    Args:
+        base: The base. Suites of scores evaluate it too; adapters and task vectors need it.
+        experts: The experts. Suites of scores evaluate them too, and normalise a task's scores by the expert of its
+            name.
+        seed: Seed of all random numbers; None is the suite's default.
+        cache: Reuse scores that were measured before in the same way.
+        compare: File of an earlier report; the report has the differences to it, with their significance.
+        fail_under: Least values, `avg=0.70`, `normalized=0.95` or `TASK=0.8`. `gate` in the report says whether every
+            model reaches them.
+        update_card: Write the scores into each model's card. The models must be local directories.
+        device: Where models run: cpu, cuda, cuda:N or auto.
+        progress: Receives progress and notes.
+    """
+
+    base: str | Path | None = None
+    experts: Models = ()
+    seed: int | None = None
+    cache: bool = True
+    compare: str | Path | None = None
+    fail_under: Sequence[str] = ()
+    update_card: bool = False
+    device: str = "auto"
+    progress: Reporter = SILENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +143,7 @@ def run(bench: Bench, models: Models, running: Running) -> ScoreReport:
 
 
 def merge_inputs(directory: str | Path) -> dict[str, Any]:
-    """A merge's base and experts, as its manifest has them; empty for what is no merge.
-
-    `base`, a path; `experts`, their names; `paths`, theirs.
-    """
+    """A merge's `base`, its `experts` by name, and their `paths`, as its manifest has them; empty for what is none."""
     try:
         inputs = json.loads((Path(directory) / MANIFEST).read_bytes())["inputs"]
         return {
@@ -127,26 +155,41 @@ def merge_inputs(directory: str | Path) -> dict[str, Any]:
         return {}
 
 
-def base_name(report: ScoreReport, row: ModelRow) -> str:
-    """The repository's name of the base that was evaluated too, or that a merge was made from; else empty."""
-    bases = [each["path"] for each in report["models"] if each["role"] == "base"]
-    return Path((bases[0] if bases else merge_inputs(row["path"]).get("base", "")).partition("@")[0]).name
-
-
 def normalise_by_published(
-    report: ScoreReport, row: ModelRow, shares: Mapping[str, float | None], *, of: str, figures: Mapping[str, Any]
+    report: ScoreReport,
+    bases: Mapping[str, Any],
+    experts: Mapping[str, str],
+    *,
+    what: str,
+    kind: Callable[[ModelRow, Mapping[str, Any]], str] = lambda row, figures: "experts",
 ) -> None:
-    """Put a model's mean share of published scores beside its own, where no expert was measured; the note says so.
+    """Where no expert was measured: put a model's mean share of published scores beside its own, and say so in a note.
 
-    `shares` are by task, `of` is what they are shares of, `figures` the published ones with the base's name as `model`.
+    Args:
+        report: The report; it is changed.
+        bases: By the name of a base's repository, what is published.
+        experts: By task, the published name of its expert.
+        what: The word for the scores.
+        kind: Which experts of what is published a model is a merge of.
     """
-    report["published"] = dict(figures)
-    row["normalised_by_published"] = share = mean(list(shares.values()))
-    if share is not None:
-        report["notes"].append(
-            f"'{row['name']}' has {share:.1%} of the {of} of {figures['model']} (FusionBench), "
-            f"not measured here; over {', '.join(shares)}"
-        )
+    paths = [each["path"] for each in report["models"] if each["role"] == "base"]
+    for row in (row for row in report["models"] if row["role"] == "model"):
+        base = Path((paths[0] if paths else merge_inputs(row["path"]).get("base", "")).partition("@")[0]).name
+        scores = row["scores"]
+        if base not in bases or not experts or any(scores[task]["normalised"] is not None for task in experts):
+            continue
+        key = kind(row, bases[base])
+        shares = {
+            task: None if (score := scores[task]["score"]) is None else score / bases[base][key][name]
+            for task, name in experts.items()
+        }
+        report["published"] = {"model": base, **bases[base]}
+        row["normalised_by_published"] = share = mean(list(shares.values()))
+        if share is not None:
+            report["notes"].append(
+                f"'{row['name']}' has {share:.1%} of the {what} published for the {key} of {base} (FusionBench), "
+                f"not measured here; over {', '.join(shares)}"
+            )
 
 
 def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Checkpoint]:

@@ -3,8 +3,6 @@
 A class's text embedding is the mean of those of its prompts, each of length one, brought to length one itself (Radford
 et al. 2021, https://arxiv.org/abs/2103.00020). All classes' embeddings are the text head. Experts that were fine-tuned
 with a frozen text tower share the base's, and may be the vision tower alone: a head holds what else it takes.
-
-Shapes: N items, C classes, H the vision tower's width, D the width that images and texts share.
 """
 
 from __future__ import annotations
@@ -27,13 +25,12 @@ from modelmerge.checkpoint.reference import Reference, parse_all
 from modelmerge.engine.parallel import prepare_process
 from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
 from modelmerge.evaluation import clip_models, image_data
-from modelmerge.evaluation.bench import Bench, base_name, merge_inputs, normalise_by_published, run
+from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, run
 from modelmerge.evaluation.clip_models import Classifier, Head, Parts, Tower
 from modelmerge.evaluation.image_data import Items
 from modelmerge.evaluation.image_tasks import Task, find_tasks, publication
 from modelmerge.evaluation.model import Model
 from modelmerge.evaluation.report import ScoreReport
-from modelmerge.evaluation.running import Models, Running
 from modelmerge.evaluation.scores import Score, plain, read_score
 from modelmerge.progress import SILENT, Reporter
 
@@ -138,7 +135,12 @@ def evaluate(
     report = run(bench, models, replace(running, base=base, seed=seed, cache=running.cache and complete))
     report["notes"] = [*(note for each in items.values() for note in each.notes), *report["notes"]]
     _mark_unseen(report, choice)
-    _add_published(report, choice)
+    # All tasks must be without a measured expert; those with usual splits alone are published.
+    if not any(row["scores"][t.name]["normalised"] is not None for row in report["models"] for t in choice):
+        usual = [task for task in choice if task.is_published and task.split in (None, "test") and not task.held_out]
+        normalise_by_published(
+            report, publication()["published"], {task.name: task.head for task in usual}, what="accuracy"
+        )
     return report
 
 
@@ -234,20 +236,6 @@ def _mark_unseen(report: ScoreReport, tasks: Sequence[Task]) -> None:
                 f"'{row['name']}' has {at_old:.1%} on the tasks of its experts, and {at_new:.1%} on those it has "
                 f"not seen: {', '.join(new)}"
             )
-
-
-def _add_published(report: ScoreReport, tasks: Sequence[Task]) -> None:
-    """Where no expert was measured: accuracies by those published for the experts of the same base."""
-    bases = publication()["published"]
-    usual = [task for task in tasks if task.is_published and task.split in (None, "test") and not task.held_out]
-    for row in (row for row in report["models"] if row["role"] == "model"):
-        base = base_name(report, row)
-        if base not in bases or any(row["scores"][t.name]["normalised"] is not None for t in tasks) or not usual:
-            continue
-        shares = {t.name: (row["scores"][t.name]["score"] or 0.0) / bases[base]["experts"][t.head] for t in usual}
-        normalise_by_published(
-            report, row, shares, of="accuracy published for the experts", figures={"model": base, **bases[base]}
-        )
 
 
 def measure(

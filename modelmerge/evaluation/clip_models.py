@@ -20,8 +20,7 @@ from torch.nn import functional
 
 from modelmerge.checkpoint.digest import cache_directory
 from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
-from modelmerge.evaluation.class_names import match
-from modelmerge.evaluation.image_tasks import Task
+from modelmerge.evaluation.image_tasks import Task, match
 from modelmerge.evaluation.model import Model
 
 _VISION, _TEXT = "vision_model.", "text_model."

@@ -19,10 +19,9 @@ import numpy
 import torch
 
 from modelmerge.errors import ModelMergeError, UsageError
-from modelmerge.evaluation.bench import Bench, run
+from modelmerge.evaluation.bench import Bench, Models, Running, run
 from modelmerge.evaluation.model import Model
 from modelmerge.evaluation.report import ScoreReport
-from modelmerge.evaluation.running import Models, Running
 from modelmerge.evaluation.scores import Score, read_score
 
 Metric = Callable[..., Any]  # (model) or (model, task) -> a score, or a mapping of tasks to scores

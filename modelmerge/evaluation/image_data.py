@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.errors import HubError, ModelMergeError, UsageError
-from modelmerge.evaluation.class_names import listing, name_classes
-from modelmerge.evaluation.image_tasks import Task
+from modelmerge.evaluation.image_tasks import Task, listing, name_classes
 
 # Splits that choices can be made on without spoiling what is reported, the best first.
 _HELD_OUT = ("validation", "val", "valid", "dev", "train", "training")

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import random
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modelmerge.engine.parallel import find_device
-from modelmerge.evaluation.bench import Bench, base_name, merge_inputs, normalise_by_published, run
-from modelmerge.evaluation.lm_harness import versions
+from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, run
+from modelmerge.evaluation.lm_harness import SEEDS, naming, quiet, seed, versions
 from modelmerge.evaluation.lm_models import open_model
-from modelmerge.evaluation.lm_scores import measure
 from modelmerge.evaluation.lm_tasks import Settings, Task, check_settings, load_tasks, parse_metrics, requests
 from modelmerge.evaluation.model import Model
-from modelmerge.evaluation.report import ScoreReport
-from modelmerge.evaluation.running import Models, Running
+from modelmerge.evaluation.report import ModelRow, ScoreReport
 from modelmerge.evaluation.scores import Score
 from modelmerge.progress import Reporter
 
+_RESAMPLES = 200  # for the standard error of what is no mean
+_SLOW = ("bleu", "chrf", "chrf++", "ter")  # whole-corpus metrics that take seconds each
+_SHARE = 1e-9  # by which a mean may differ from the harness's own sum
 OURS = "flan_t5_glue_"  # in front of the names of our own tasks
 
 
@@ -91,7 +96,7 @@ def evaluate(
     )  # fmt: skip
     report = run(bench, models, running)
     if not held_out:
-        _add_published(report, harness.experts())
+        normalise_by_published(report, publication(), harness.experts(), what="scores", kind=_kind)
     return report
 
 
@@ -160,24 +165,165 @@ def publication() -> dict[str, dict[str, dict[str, float]]]:
     return json.loads(Path(__file__).with_suffix(".json").read_bytes())["published"]
 
 
-def _add_published(report: ScoreReport, experts: Mapping[str, str]) -> None:
-    """Where no expert was measured: scores at our own tasks by those published for the experts of the same base.
+def _kind(row: ModelRow, figures: Mapping[str, Any]) -> str:
+    """Of which experts a model is a merge: adapters, by their paths, or whole models."""
+    adapters = any("lora" in path.lower() for path in merge_inputs(row["path"]).get("paths", ()))
+    return "lora-experts" if adapters or "experts" not in figures else "experts"
 
-    Of a merge of adapters, by its experts' names, those of adapters.
+
+def measure(model: Any, name: str, task: Task, settings: Settings, progress: Reporter) -> Score:
+    """A model's score at a task: its main metric, and all others beside it.
+
+    Args:
+        model: From `open_model`.
+        name: What errors call the model.
+        task: From `load_tasks`.
+        settings: The same as there.
+        progress: Receives the progress, in items.
+
+    Raises:
+        ModelMergeError: The harness fails, labels are hidden, or the model cannot do such a task.
     """
-    bases = publication() if experts else {}
-    for row in (row for row in report["models"] if row["role"] == "model"):
-        base = base_name(report, row)
-        scores = {task: row["scores"][task] for task in experts}
-        if base not in bases or any(score["normalised"] is not None for score in scores.values()):
-            continue
-        paths = merge_inputs(row["path"]).get("paths", ())
-        adapters = any("lora" in path.lower() for path in paths) or "experts" not in bases[base]
-        kind = "lora-experts" if adapters else "experts"
-        shares = {
-            task: score["score"] / bases[base][kind][experts[task]] if score["score"] is not None else None
-            for task, score in scores.items()
-        }
-        normalise_by_published(
-            report, row, shares, of=f"scores published for the {kind}", figures={"model": base, **bases[base]}
+    from lm_eval import evaluator
+
+    for part in task.parts:
+        _refuse_unfit(model, name, part)
+    seeds = SEEDS if settings.seed is None else (settings.seed,) * 4
+    with quiet(progress, strict=True), naming(task.name, name):
+        seed(seeds)
+        for part in task.parts:
+            part.set_fewshot_seed(seed=seeds[3])
+        groups = [task.unit, *task.unit.get_all_groups()] if hasattr(task.unit, "get_all_groups") else []
+        model.set_cache_hook(_Hook(progress, f"{name} {task.name}"))
+        outcome = evaluator.evaluate(
+            lm=model,
+            task_dict={
+                "tasks": {part.task_name: part for part in task.parts},
+                "groups": {group.name: group for group in groups},
+                "group_map": {group.name: group.child_names for group in groups},
+            },
+            limit=settings.limit, bootstrap_iters=0, log_samples=True,
+            apply_chat_template=settings.apply_chat_template, fewshot_as_multiturn=settings.apply_chat_template,
+            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+        )  # fmt: skip
+        return _score(task, outcome, settings)
+
+
+def _refuse_unfit(model: Any, name: str, task: Any) -> None:
+    """The length of a whole text is that of the answer only where the question is not part of it."""
+    generation = task.get_config("generation_kwargs") or {}
+    if model.backend == "causal" and "max_length" in generation:
+        raise UsageError(
+            f"task '{task.task_name}' is for encoder-decoder models such as Flan-T5, and '{name}' has no encoder",
+            hint="the harness has a task for it: `lm-eval ls tasks`",
         )
+
+
+class _Hook:
+    """In the place of the harness's cache of answers: each answer moves the progress on."""
+
+    def __init__(self, progress: Reporter, item: str) -> None:
+        self._progress, self._item = progress, item
+
+    def add_partial(self, *words: Any) -> None:
+        self._progress.advance(1, self._item)
+
+
+def _score(task: Task, outcome: Mapping[str, Any], settings: Settings) -> Score:
+    results, is_group = outcome["results"][task.name], hasattr(task.unit, "get_all_tasks")
+    figures = {
+        key: _finite(value) for key, value in results.items()
+        if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    }  # fmt: skip
+    if not figures:
+        raise ModelMergeError(f"task '{task.name}' came to no figure", hint="does its YAML name a metric?")
+    better = {
+        metric: bool(value)
+        for part in task.parts
+        for metric, value in (outcome["higher_is_better"].get(part.task_name) or {}).items()
+    }
+    key = _main(task, figures, better, settings)
+    metric, _, rule = key.partition(",")
+    count = sum(outcome["n-samples"][part.task_name]["effective"] for part in task.parts)
+    raw = {
+        part.task_name: [s for s in outcome["samples"][part.task_name] if s["filter"] == rule] for part in task.parts
+    }
+    for part in task.parts:
+        _refuse_hidden(part, raw[part.task_name])
+    samples = [sample for part in task.parts for sample in raw[part.task_name]]
+    value = figures[key]
+    items = _items([sample.get(metric) for sample in samples], value)
+    if items is not None:
+        stderr = statistics.stdev(items) / math.sqrt(len(items)) if len(items) > 1 else None
+    elif is_group or metric in _SLOW or value is None:
+        stderr = None
+    else:
+        stderr = _bootstrap_error([sample[metric] for sample in samples], task.unit.aggregation()[metric])
+    return Score(
+        value=value, count=count, stderr=stderr, items=items,
+        ids=None if items is None else tuple(str(sample["doc_hash"])[:12] for sample in samples),
+        metric=metric if rule == "none" else key, figures=figures, lower=not better.get(metric, True),
+    )  # fmt: skip
+
+
+def _main(task: Task, figures: Mapping[str, Any], better: Mapping[str, bool], settings: Settings) -> str:
+    """The metric that is the score: the one that was asked for, or the first that the task lists where more is better.
+
+    Raises:
+        UsageError: The one that was asked for is not there.
+    """
+    request = settings.metrics.get(task.name) or settings.metrics.get("")
+    if request is not None:
+        keys = [key for key in figures if request in (key, key.partition(",")[0])]
+        if not keys:
+            there = ", ".join(key.removesuffix(",none") for key in figures)
+            raise UsageError(f"--metric: task '{task.name}' has no '{request}'", hint=f"it has: {there}")
+        return keys[0]
+    if hasattr(task.unit, "get_all_tasks"):
+        order = [each.metric for each in task.unit.aggregate_metric_list]
+    else:
+        order = [each["metric"] for each in task.unit.get_config("metric_list") or ()]
+    names = [getattr(each, "__name__", each) for each in order]
+    ranking = sorted(figures, key=lambda key: names.index(m) if (m := key.partition(",")[0]) in names else len(names))
+    return next((key for key in ranking if better.get(key.partition(",")[0], True)), ranking[0])
+
+
+def _refuse_hidden(task: Any, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Of a choice between answers, the label must be one of them; the harness counts such items as wrong."""
+    if task.get_config("output_type") != "multiple_choice":
+        return
+    for sample in samples:
+        targets = sample["target"] if isinstance(sample["target"], list) else [sample["target"]]
+        choices = len(sample["arguments"])
+        if any(isinstance(target, int) and not 0 <= target < choices for target in targets):
+            raise ModelMergeError(
+                f"task '{task.task_name}': the label of item {sample['doc_id']} is {sample['target']}, of "
+                f"{choices} choices",
+                hint="the labels of many test splits are hidden: name the validation split",
+            )
+
+
+def _items(values: Sequence[Any], mean: float | None) -> tuple[float, ...] | None:
+    """The score of each item, where their mean is the score."""
+    if mean is None or not values or not all(_finite(value) is not None for value in values):
+        return None
+    items = tuple(float(value) for value in values)
+    return items if math.isclose(statistics.fmean(items), mean, rel_tol=_SHARE, abs_tol=_SHARE) else None
+
+
+def _bootstrap_error(values: Sequence[Any], aggregate: Any) -> float | None:
+    """The standard deviation of a metric over items drawn again, with replacement, from a seed of its own."""
+    if len(values) < 2:
+        return None
+    draw = random.Random(0)
+    draws = (aggregate(draw.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    results = [value for value in map(_finite, draws) if value is not None]
+    # Where most draws have no value, the spread of the others says nothing.
+    return statistics.stdev(results) if len(results) > _RESAMPLES // 2 else None
+
+
+def _finite(value: Any) -> float | None:
+    """A number as a float; None where it is none, or not finite."""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -10,20 +10,13 @@ if TYPE_CHECKING:
 Role = Literal["base", "expert", "model"]
 
 
-class FileEntry(TypedDict):
-    """A file that was read."""
-
-    sha256: str
-    bytes: int
-
-
 class Input(TypedDict):
     """A model that was read, as manifests have it too."""
 
     name: str
     reference: str
     path: str
-    files: dict[str, FileEntry]
+    files: dict[str, dict[str, Any]]  # by name, their `sha256` and `bytes`
 
 
 class ScoreEntry(TypedDict):
@@ -77,20 +70,12 @@ class ModelDifferences(TypedDict):
 Comparison = TypedDict("Comparison", {"with": str, "models": list[ModelDifferences]})
 
 
-class Failure(TypedDict):
-    """A gate that a model does not reach."""
-
-    model: str
-    gate: str
-    value: float | None
-
-
 class GateResult(TypedDict):
     """Whether all models reach all gates."""
 
     gates: list[str]
     passed: bool
-    failures: list[Failure]
+    failures: list[dict[str, Any]]  # `model`, `gate`, and the `value` that is too small or None
 
 
 class _Stamp(TypedDict):

@@ -12,7 +12,6 @@ from typing import Any
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.evaluation.report import (
     Difference,
-    Failure,
     GateResult,
     ModelDifferences,
     ModelRow,
@@ -213,7 +212,7 @@ def check_gates(
     Raises:
         UsageError: A gate names no task, or what was not measured.
     """
-    failures: list[Failure] = []
+    failures: list[dict[str, Any]] = []
     least = [task for task in tasks if not models[0]["scores"][task].get("lower")]
     for gate in gates:
         if gate.what not in ("avg", "normalized", *tasks):

@@ -26,9 +26,8 @@ from modelmerge.engine.parallel import gathered, prepare_process, source_of, thr
 from modelmerge.engine.transforms import entanglement_of
 from modelmerge.errors import UsageError
 from modelmerge.evaluation import interference
-from modelmerge.evaluation.bench import merge_inputs
+from modelmerge.evaluation.bench import Models, Running, merge_inputs
 from modelmerge.evaluation.report import Closeness, Figures, FigureTables, ModelFigures, WeightReport
-from modelmerge.evaluation.running import Models, Running
 from modelmerge.methods.transform import awd
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.tensors import ON_MISMATCH, TensorPlan, layer_type, make_plan

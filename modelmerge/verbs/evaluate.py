@@ -10,8 +10,8 @@ from typing import Any
 
 from modelmerge.errors import UsageError
 from modelmerge.evaluation import clip, custom, lm, weights
+from modelmerge.evaluation.bench import Models, Running
 from modelmerge.evaluation.report import Report
-from modelmerge.evaluation.running import Models, Running
 from modelmerge.progress import SILENT, Reporter
 
 SUITES: dict[str, Callable[..., Report]] = {
@@ -28,7 +28,7 @@ def evaluate(models: Models, *, suite: str = "custom", reporter: Reporter = SILE
         models: References of the models, `[NAME=]REF` each, or a mapping of name to reference.
         suite: `custom`: by a function, `metric=`; `clip`: images; `lm`: language models; `weights`: no data.
         reporter: Receives progress and notes.
-        **options: Those that suites share, see `modelmerge.evaluation.running.Running`, and the suite's own: see
+        **options: Those that suites share, see `modelmerge.evaluation.bench.Running`, and the suite's own: see
             `evaluate` of `modelmerge.evaluation.custom`, `.clip`, `.lm` or `.weights`.
 
     Returns:
