@@ -14,27 +14,72 @@ ModelMergeError            one line that names the file, tensor or option; a hin
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 OUTLINES = "modelmerge-hub-"  # how the temporary directories begin in which repositories of the Hub are shown
 _OUTLINE = re.compile(rf"\S*/{OUTLINES}[^/]+/")
 
 
+_NAMED = re.compile("\N{LEFT WHITE SQUARE BRACKET}([^\N{RIGHT WHITE SQUARE BRACKET}]*)\N{RIGHT WHITE SQUARE BRACKET}")
+
+Speller = Callable[[str], str]  # an option's Python name -> how the reader types it
+
+
+def named(option: str) -> str:
+    """An option in a message, by its Python name; whoever shows the message spells it as its reader types it."""
+    return f"\N{LEFT WHITE SQUARE BRACKET}{option}\N{RIGHT WHITE SQUARE BRACKET}"
+
+
+def spelled(text: str, spell: Speller = str) -> str:
+    """The text with each option in it spelt; by default as Python has it."""
+    return _NAMED.sub(lambda match: spell(match[1]), text)
+
+
 class ModelMergeError(Exception):
-    """An error with a sentence for the user and, where there is one, a hint that says what to do."""
+    """An error with a sentence for the user and, where there is one, a hint that says what to do.
+
+    Both may mention options by `named`. `message` and `hint` spell them as Python does; the command line passes the
+    error's `template` and `hint_template` to `spelled` with its own spelling.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        message = _OUTLINE.sub("hf://", message)  # what is shown there is told by the name it has for everybody
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        # A sparse copy of a repository is shown by the name that the repository has for everybody.
+        self.template = _OUTLINE.sub("hf://", message)
+        self.hint_template = hint
+        super().__init__(spelled(self.template))
+
+    @property
+    def message(self) -> str:
+        """The sentence, with options spelt as in Python."""
+        return spelled(self.template)
+
+    @property
+    def hint(self) -> str | None:
+        """What to do about it, with options spelt as in Python."""
+        return None if self.hint_template is None else spelled(self.hint_template)
 
 
 class UsageError(ModelMergeError):
-    """An option or an argument that cannot be meant."""
+    """An option or an argument that cannot be meant.
+
+    Args:
+        message: The sentence; with `option`, the rule that its value breaks: "must be at least 0, not -1".
+        option: The option's Python name; the sentence then begins with it.
+        hint: What to do.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, option: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message if option is None else f"{named(option)} {message}", hint=hint)
+
+    def within(self, option: str, text: str) -> UsageError:
+        """The same error about words inside an option's value, such as `at "*mlp*: density=2"`; they have no dashes."""
+        word = spelled(self.template, lambda name: name.replace("_", "-"))
+        hint = self.hint_template and spelled(self.hint_template, lambda name: name.replace("_", "-"))
+        return UsageError(f"{named(option)} '{text}': {word}", hint=hint)
 
 
 class ReferenceNotFound(ModelMergeError):

@@ -68,11 +68,11 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.command("extract", epilog=merge.examples(vectors.EXTRACT_EXAMPLES))(vectors.extract())
     merging = functools.partial(merge.command, preset=_names_preset(words))
     kinds = (
-        ("disentangle", vectors.disentangle_or_list, vectors.command, vectors.DISENTANGLE_EXAMPLES),
-        ("merge", merge.replay_or_list(), merging, merge.EXAMPLES),
+        ("disentangle", "transform", vectors.disentangle_or_list, vectors.command, vectors.DISENTANGLE_EXAMPLES),
+        ("merge", "merge", merge.replay_or_list(), merging, merge.EXAMPLES),
     )
-    for kind, callback, command, lines in kinds:
-        app.add_typer(_methods(kind, callback, command, lines, words), name=kind)
+    for verb, kind, callback, command, lines in kinds:
+        app.add_typer(_methods(verb, kind, callback, command, lines, words), name=verb)
     evaluate.add_suites(app)
     app.command(epilog=merge.examples(demo.EXAMPLES))(demo.demo)
     return app
@@ -94,6 +94,7 @@ def _version(asked: bool) -> None:
 
 
 def _methods(
+    verb: str,
     kind: str,
     callback: Callable[..., None],
     command: Callable[[str], Callable[..., None]],
@@ -109,7 +110,7 @@ def _methods(
     asked = _completing() or words
     for name in (*registry.names(kind), *((AUTO,) if kind == "merge" else ())):
         made = command(name) if name in asked else _unasked
-        usage = merge.usage(kind, name) if name in asked else ()
+        usage = merge.usage(verb, name) if name in asked else ()
         summary = SUMMARY if name == AUTO else registry.summary(name, kind)
         app.command(name, help=summary, epilog=merge.examples(usage))(made)
     return app

@@ -103,7 +103,8 @@ def list_methods(kind: str, sink: Sink) -> None:
     listed = [{"method": name, "summary": registry.summary(name, kind)} for name in registry.names(kind)]
     listed += [{"method": AUTO, "summary": SUMMARY}] if kind == "merge" else []
     shown = table(None, ["method", ""], [[m["method"], m["summary"]] for m in listed], left=2)
-    usage = f"\nmodelmerge {kind} METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
+    verb = "disentangle" if kind == "transform" else kind
+    usage = f"\nmodelmerge {verb} METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
     sink.result({"methods": listed}, quiet="\n".join(m["method"] for m in listed), human=[shown, usage])
 
 
@@ -192,7 +193,6 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         vary: opt.Vary = None,
         rule: opt.Rule = None,
         layer_scale: opt.LayerScale = None,
-        task_lambda: opt.TaskLambda = None,
         disentangle: opt.Disentangle = None,
         rest: opt.Rest = None,
         dtype: opt.Dtype = None,
@@ -224,7 +224,6 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             vary=tuple(values["vary"] or ()),
             rule=tuple(values["rule"] or ()),
             layer_scale=values["layer_scale"],
-            task_lambda=values["task_lambda"],
             disentangle=values["disentangle"],
             disentangle_options=_front_options(fronts, values),
             rest=values["rest"],

@@ -152,17 +152,9 @@ Rule = Annotated[
 LayerScale = Annotated[
     str | None,
     typer.Option(
-        help="Factors on all task vectors: from the first layer to the last (0.8,1.2), larv (found by spectrum and "
-        "depth), or of a JSON or YAML file: a list over the layers, or {GLOB: factor or list}.",
-        metavar="V,V[,V...]|larv|FILE",
-        rich_help_panel=SHARED_PANEL,
-    ),
-]
-TaskLambda = Annotated[
-    Literal["relative", "matched", "paper"] | None,
-    typer.Option(
-        help="Task-aware weights, as in APGD: make the experts' task vectors equally long on each tensor. relative: as "
-        "they are on average; matched: so that their sum is, at most; paper: 0.07.",
+        help="Factors on all task vectors: from the first layer to the last (0.8,1.2), or of a JSON or YAML file: a "
+        "list over the layers, or {GLOB: factor or list}.",
+        metavar="V,V[,V...]|FILE",
         rich_help_panel=SHARED_PANEL,
     ),
 ]

@@ -109,7 +109,7 @@ def _read(
         name = piece.tensor.name
         given.ready(piece, taus)
         setting = job.settings.get(name)
-        weights = given.weights(piece.tensor, job.weights if setting is None else setting.weights)
+        weights = job.weights if setting is None else setting.weights
         for tau, weight in zip(taus, weights, strict=True):
             if weight != 1.0:
                 tau.mul_(weight)

@@ -11,8 +11,7 @@ import torch
 
 from modelmerge.engine.rounding import Rounding
 from modelmerge.methods.contract import Disentangler, Method, Survey
-from modelmerge.methods.lambdas import Mode
-from modelmerge.plan.overrides import Setting, layer_of
+from modelmerge.plan.overrides import Setting
 from modelmerge.plan.tensors import Plan, TensorPlan
 
 # Elements per block. On a CPU a worker's buffers should fit its share of the L2/L3 cache (measured: 64 Ki and 1 Mi
@@ -73,7 +72,7 @@ class Part:
     @property
     def survey(self) -> Survey | None:
         """The quantity of all its tensors together that the method needs."""
-        return self.method.survey(self.options if self.for_survey is None else self.for_survey)
+        return self.method.survey(self.options if self.for_survey is None else self.for_survey, {})
 
     @property
     def moments(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
@@ -113,8 +112,6 @@ class Job:
         seed: The seed of random draws.
         settings: By tensor, what its method is told instead where something varies.
         scales: By tensor, the factor on the task vectors before anything but disentangling, where it is not 1.
-        larv: LARV finds these factors, layer by layer.
-        task_lambda: How each expert's weight is made task-aware on each tensor, if it is.
     """
 
     source: Source
@@ -124,8 +121,6 @@ class Job:
     seed: int = 0
     settings: Mapping[str, Setting] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
-    larv: bool = False
-    task_lambda: Mode | None = None
 
     @property
     def plan(self) -> Plan:
@@ -152,11 +147,6 @@ class Job:
         """The tensors that their method wants whole."""
         return [tensor for part in self.parts if not part.blockwise for tensor in part.tensors]
 
-    def looked_at(self) -> list[TensorPlan]:
-        """The matrices by which LARV tells layers apart: linear layers' weights in numbered ones, tied ones once."""
-        linear = [tensor for tensor in self.merged() if tensor.linear and tensor.numel and tensor.twin is None]
-        return [tensor for tensor in linear if layer_of(tensor.name)] if self.larv else []
-
     def disentangled(self) -> list[TensorPlan]:
         """The tensors whose task vectors are disentangled before they are merged."""
         return [tensor for tensor in self.merged() if tensor.linear] if self.front else []
@@ -174,6 +164,5 @@ class Findings:
     left_out: list[tuple[str, str, str]] = field(default_factory=list)
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
-    lambdas: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     rounding: Rounding | None = None
     merged: int = 0

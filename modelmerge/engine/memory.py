@@ -35,7 +35,7 @@ def adapted_memory(job: Job, wanted: Size) -> dict[str, int]:
         exact = wanted.rank is None or not linalg.iterates((m, n), wanted.rank)
         needed = m * n * 8 * 5 + 8 * 9 * min(m, n) ** 2 if exact else 8 * 6 * (m + n) * (wanted.rank or 0) + 24 * _ROWS
         splitting = max(splitting, 4 * m * n + needed)
-    working = max(merging, splitting, spectra_bytes(job))
+    working = max(merging, splitting)
     return {"host": PROCESS_BYTES + working, "device": 0 if job.source.device.type == "cpu" else working}
 
 
@@ -102,7 +102,7 @@ PROCESS_BYTES = 230_000_000
 
 def passes(job: Job) -> float:
     """How many times task vectors are read at most: to merge, and for all that has to be known before."""
-    before = front_reads(job.front, job.disentangled()) + job.larv + (job.task_lambda is not None)
+    before = front_reads(job.front, job.disentangled())
     return 1.0 + max((part.reads() for part in job.parts), default=0.0) + before
 
 
@@ -131,7 +131,7 @@ def matrix_bytes(tensor: TensorPlan, count: int) -> int:
 def bytes_read(job: Job, *, streamed: bool = False) -> int:
     """Bytes of tensors that a run reads, all passes counted; or only from models that are streamed."""
     plan = job.plan
-    apart, once = job.disentangled(), [*job.merged(), *job.looked_at(), *(job.merged() if job.task_lambda else [])]
+    apart, once = job.disentangled(), job.merged()
     fitting = front_reads(job.front, apart)
     times = [(1.0, once), (fitting, apart), *((part.reads(), part.surveyed()) for part in job.parts)]
     read = sum(c * plan.stored_bytes(t, experts=True, streamed=streamed) for c, tensors in times for t in tensors)
@@ -161,20 +161,9 @@ def peak_memory(job: Job) -> dict[str, int]:
         whole = _whole_bytes(job, wholes) + 2 * widest + kept + unfolding(plan, max(t.numel for t in wholes))
         left = beyond_device(job)
         on_device = _whole_bytes(job, [t for t in wholes if t.name not in left])
-    spectra = spectra_bytes(job)
-    working, on_device = max(streaming, whole, spectra), max(on_device, spectra)
+    working = max(streaming, whole)
     on_device = 0 if device.type == "cpu" else max(streaming, on_device)
     return {"host": PROCESS_BYTES + working, "device": on_device}
-
-
-def spectra_bytes(job: Job) -> int:
-    """Bytes that LARV takes: of two matrices the task vectors and the base, of one of them Gram matrices."""
-    tasks, matrices = len(job.plan.experts), job.looked_at()
-    largest = max((tensor.numel for tensor in matrices), default=0)
-    widest = max((model.stored_bytes(t.name) for t in matrices for model in job.plan.models), default=0)
-    # Two matrices in float64, their Gram matrices, and an eigendecomposition with LAPACK's workspace.
-    side = max((min(tensor.shape) for tensor in matrices), default=0)
-    return largest * (2 * 4 * (tasks + 1) + 2 * 8) + 2 * widest + 8 * 12 * side**2 + unfolding(job.plan, largest)
 
 
 def together(source: Source, tensor: TensorPlan) -> bool:

@@ -98,7 +98,7 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
     first = outputs[0].findings
     given = give(job, first, outputs[0].staging.scratch, reporter)
     for output in outputs[1:]:
-        output.findings.scales, output.findings.lambdas = first.scales, first.lambdas
+        output.findings.scales = first.scales
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
@@ -273,7 +273,7 @@ def merged_vector(
     if measured is None and part.moments is not None:  # it is here as a whole
         measured = part.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(
-        tensor=piece.tensor.twin or piece.tensor.name, weights=given.weights(piece.tensor, setting.weights),
+        tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
         experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
         base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,

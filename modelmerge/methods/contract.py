@@ -130,13 +130,13 @@ class Method:
         rest: Given the options, what happens to the rest where `--rest` does not say: base, average, task-arithmetic.
         most_experts: The most experts it takes, where that is part of its definition.
         normalises: It divides by the sum of the weights, which then must not be zero.
-        own_lambda: It makes the weights task-aware itself.
         wants_base: It looks at `context.base`.
         blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
             as blocks [T, n]. Otherwise a tensor comes whole.
         by_rows: Given the options, whether `apply` works row by row, so that a tensor that may not be cut anywhere may
             be cut between rows: as blocks [T, rows, n]. A vector is one row.
-        survey: Given the options, the whole-model quantity that `apply` needs, if any.
+        survey: Given the options and, by option, the experts' values where they differ, the whole-model quantity that
+            `apply` needs, if any.
         moments: Given the options, what each tensor has to be measured by first, if anything: `(taus [T, n], base [n])
             -> [k]`, float64, of a block; what it gives for a tensor's blocks, added up, is `context.measured` there.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
@@ -155,11 +155,10 @@ class Method:
     rest: Callable[[Any], str] = lambda options: "base"
     most_experts: int | None = None
     normalises: bool = False
-    own_lambda: bool = False
     wants_base: bool = False
     blockwise: Callable[[Any], bool] = lambda options: True
     by_rows: Callable[[Any], bool] = lambda options: False
-    survey: Callable[[Any], Survey | None] = lambda options: None
+    survey: Callable[[Any, Mapping[str, tuple[float, ...]]], Survey | None] = lambda options, each: None
     moments: Callable[[Any], Callable[[Tensor, Tensor], Tensor] | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
     squares: float = 0.0

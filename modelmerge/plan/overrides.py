@@ -238,7 +238,7 @@ def _check(variation: Variation, shares: Sequence[Share], experts: Sequence[str]
 
 def _check_share(variation: Variation, share: Share, told: str) -> None:
     """Refuse what a method that has the option cannot be told."""
-    by_expert, surveys = share.varying[variation.option] == "expert", share.method.survey(share.options) is not None
+    by_expert, surveys = share.varying[variation.option] == "expert", share.method.survey(share.options, {}) is not None
     if by_expert and surveys and not variation.everywhere:
         raise UsageError(
             f"{told}: with these options of '{share.name}', {variation.option} is a share of the whole task vector, "

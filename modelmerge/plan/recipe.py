@@ -26,7 +26,7 @@ class Recipe:
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
     defaults. `vary` says which numbers are others for an expert, a tensor or a layer, and `rule` which tensors go to a
     method of their own: `GLOB=METHOD [OPTION=V ...]` each. `layer_scale` are factors on the task vectors by layer or
-    tensor: `V[,V...]`, JSON or larv. `task_lambda` is relative, matched, paper or None. `disentangle` names what goes
+    tensor: `V[,V...]`, or JSON. `disentangle` names what goes
     in front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
     choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
     whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
@@ -45,7 +45,6 @@ class Recipe:
     vary: tuple[str, ...] = ()
     rule: tuple[str, ...] = ()
     layer_scale: str | None = None
-    task_lambda: str | None = None
     rest: str | None = None
     dtype: str | None = None
     include: tuple[str, ...] = ()
@@ -76,7 +75,7 @@ class Recipe:
         for told in self.vary:
             words += ["--vary", told]
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        for name in ("layer_scale", "task_lambda", "rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
+        for name in ("layer_scale", "rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
             value = getattr(self, name)
             words += [f"--{name.replace('_', '-')}", str(value)] if value != defaults[name] else []
         for name in ("include", "exclude"):

@@ -24,8 +24,7 @@ from modelmerge.errors import UsageError
 from modelmerge.methods.options import written
 from modelmerge.plan.overrides import Variation, depths, layer_of
 
-LARV = "larv"  # factors that the weights themselves tell: `methods/_larv.py`
-_HINT = "write it like 0.5,1.2 or larv, or name a JSON or YAML file of {GLOB: FACTOR} or of a list over the layers"
+_HINT = "write it like 0.5,1.2, or name a JSON or YAML file of {GLOB: FACTOR} or of a list over the layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def canonical(text: str) -> str:
     Raises:
         UsageError: As for `parse`.
     """
-    return text if text == LARV else str(parse(text))
+    return str(parse(text))
 
 
 def parse(text: str) -> LayerScale:

@@ -16,7 +16,6 @@ from modelmerge.engine.rounding import stored_narrow
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Disentangler, Method
-from modelmerge.plan.overrides import layer_of
 from modelmerge.plan.recipe import FORMAT, Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 from modelmerge.record import card
@@ -110,26 +109,12 @@ def notes_of(job: Job, findings: Findings) -> list[str]:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
     for (expert, reason), count in sorted(reasons.items()):
         notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
-    if job.larv and findings.scales:
-        notes.append(_what_larv_found(findings.scales))
     lost = findings.rounding.relative_error() if findings.rounding else None
     if lost is not None and lost > _LOSSY:
         notes.append(
             f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: --dtype float32 keeps it."
         )
     return notes
-
-
-def _what_larv_found(scales: Mapping[str, float]) -> str:
-    layers: dict[float, set[tuple[str, int]]] = {}
-    for tensor, scale in scales.items():
-        layer = layer_of(tensor)
-        assert layer is not None, "only layers are scaled"
-        layers.setdefault(scale, set()).add(layer)
-    told = (
-        f"{scale:g} in {', '.join(f'{p}.{n}' for p, n in sorted(which))}" for scale, which in sorted(layers.items())
-    )
-    return f"LARV: the task vectors are multiplied by {'; by '.join(told)}."
 
 
 def _stored_as(job: Job) -> str:
@@ -171,7 +156,7 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         told = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
         notes = [*notes, f"{told}; `modelmerge.json` has them."]
     defaults = Recipe(method="", base="", experts=())
-    words = ("vary", "rule", "layer_scale", "task_lambda", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    words = ("vary", "rule", "layer_scale", "rest", "dtype", "include", "exclude", "seed", "as_lora")
     settings = {name: getattr(recipe, name) for name in words}
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
@@ -242,7 +227,6 @@ def manifest_of(
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
             "layer_scale": dict(findings.scales),
-            "task_lambda": {tensor: list(lambdas) for tensor, lambdas in findings.lambdas.items()},
             "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
             "tied": {t.name: t.twin for t in tensors if t.twin is not None},
             "figures": dict(sorted(findings.figures.items())),

@@ -42,7 +42,6 @@ def merge(
     vary: Sequence[str] = (),
     rule: Sequence[str] = (),
     layer_scale: str | Path | Sequence[float] | Mapping[str, Any] | None = None,
-    task_lambda: str | None = None,
     rest: str | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
@@ -76,8 +75,7 @@ def merge(
         rule: Methods of their own for some tensors, `GLOB=METHOD [OPTION=V ...]` each; the first that takes a tensor
             counts, and `method` merges what no rule takes.
         layer_scale: Factors on the task vectors: over the layers, first to last, or by glob of tensor names, or both;
-            or `V[,V...]`, JSON, or a JSON or YAML file of such; or larv, which finds them.
-        task_lambda: Weights that make the experts' task vectors equally long on each tensor: relative, matched, paper.
+            or `V[,V...]`, JSON, or a JSON or YAML file of such.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
             the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
@@ -117,7 +115,7 @@ def merge(
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary),
-        rule=tuple(rule), layer_scale=scaling.typed(layer_scale), task_lambda=task_lambda, rest=rest, dtype=dtype,
+        rule=tuple(rule), layer_scale=scaling.typed(layer_scale), rest=rest, dtype=dtype,
         include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
         seed=seed, as_lora=as_lora, unlabelled=data,
     )  # fmt: skip

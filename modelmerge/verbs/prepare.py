@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -30,7 +29,6 @@ from modelmerge.errors import UsageError
 from modelmerge.evaluation.custom import Script
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Disentangler, Method
-from modelmerge.methods.lambdas import Mode
 from modelmerge.methods.options import make_options
 from modelmerge.plan import mergekit, overrides, rules, scaling
 from modelmerge.plan.downloads import input_paths, with_downloads
@@ -78,9 +76,6 @@ def begin(
     if done is not None:
         reporter.note(f"{out} is complete already")
     return done
-
-
-TASK_LAMBDAS = typing.get_args(Mode)
 
 
 RESTS = ("base", "average", "task-arithmetic")
@@ -275,32 +270,14 @@ def _job(
     if variations:
         told_apart = (surveyed(variations, share, names) for share in shares)
         parts = [dataclasses.replace(part, for_survey=told) for part, told in zip(parts, told_apart, strict=True)]
-    larv, scales = recipe.layer_scale == scaling.LARV, {}
-    if recipe.layer_scale is not None and not larv:
+    scales = {}
+    if recipe.layer_scale is not None:
         scales = scaling.parse(recipe.layer_scale).factors([name for share in shares for name in share.tensors])
     job = Job(
         source_of(made, device), tuple(parts), weights, front, recipe.seed, settings,
-        scales=scales, larv=larv, task_lambda=_task_lambda(recipe, parts),
+        scales=scales,
     )  # fmt: skip
-    if larv and not job.looked_at():
-        raise UsageError("--layer-scale larv: no weight of a linear layer that is merged lies in a numbered layer")
     return job
-
-
-def _task_lambda(recipe: Recipe, parts: Sequence[Part]) -> Mode | None:
-    """How weights are made task-aware, if they are.
-
-    Raises:
-        UsageError: A method does that itself.
-    """
-    if recipe.task_lambda is None:
-        return None
-    for part in parts:
-        if part.method.own_lambda:
-            raise UsageError(
-                f"--task-lambda: '{part.name}' makes its lambdas task-aware itself", hint="use its own --lambda-mode"
-            )
-    return typing.cast(Mode, recipe.task_lambda)
 
 
 def _refuse_many_experts(methods: Mapping[str, Method], experts: int) -> None:
@@ -343,7 +320,6 @@ def _check_choices(recipe: Recipe) -> None:
         ("--rest", recipe.rest or RESTS[0], RESTS),
         ("--dtype", recipe.dtype or "float32", tuple(DTYPES)),
         ("--on-mismatch", recipe.on_mismatch, ON_MISMATCH),
-        ("--task-lambda", recipe.task_lambda or TASK_LAMBDAS[0], TASK_LAMBDAS),
     ):
         if value not in choices:
             near = get_close_matches(value, choices, n=1)

@@ -28,7 +28,7 @@ from modelmerge.methods.contract import Context, Correction, Redundancy
 from modelmerge.methods.options import make_options
 from modelmerge.plan.tensors import is_linear
 from tests.benchmarks.experts import SETS, ExpertSet, build
-from tests.test_every_method import surveyed
+from tests.support.methods import surveyed
 
 HERE = Path(__file__).parent
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -79,7 +79,7 @@ def corrected(vectors: Vectors, **options: Any) -> Vectors:
     chosen = registry.load("apgd", "transform")
     told, apgd = make_options(chosen, "apgd", options), chosen.by
     assert isinstance(apgd, Correction)
-    assert apgd.survey(told) is None
+    assert apgd.survey(told, {}) is None
     taus = dict(vectors.taus)
     for name in sorted(vectors.linear):
         own = taus[name].clone()
@@ -95,7 +95,7 @@ def merged(vectors: Vectors, name: str, **options: Any) -> State:
     chosen = registry.load(name)
     told = make_options(chosen, name, options)
     taken = {key: taus for key, taus in vectors.taus.items() if key in vectors.linear or not chosen.matrices}
-    survey, measured = chosen.survey(told), None
+    survey, measured = chosen.survey(told, {}), None
     tasks = len(next(iter(taken.values())))
     if survey is not None:
         measured = surveyed(survey, torch.cat([taus.reshape(tasks, -1) for taus in taken.values()], dim=1))

@@ -23,15 +23,13 @@ import modelmerge
 from tests.benchmarks.choose import State
 from tests.benchmarks.experts import SETS, ExpertSet, build, save
 from tests.benchmarks.grid import accuracy, best_scale, scaled
-from tests.checkpoints import read
+from tests.support.checkpoints import read
 
 HERE = Path(__file__).parent
 METHODS = ("task-arithmetic", "ties", "tsv-m", "iso-c", "kron")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "--layer-scale 0.8,1.2": {"layer_scale": "0.8,1.2"},
-    "--layer-scale larv": {"layer_scale": "larv"},
-    "--task-lambda relative": {"task_lambda": "relative"},
 }
 # Attention by one method, the rest of the linear layers by another; where there is attention.
 MIXED = ("ties", "tsv-m", "iso-c", "kron")

@@ -414,11 +414,12 @@ METHOD = Method(
     matrices=True,
     rest=lambda options: "base" if options.lambda_mode == "paper" else "average",
     wants_base=True,
-    own_lambda=True,
     blockwise=lambda options: False,
-    survey=lambda options: threshold.survey(options.density) if options.trim_scope == "model" else None,
+    survey=lambda options, each: (
+        threshold.survey(each.get("density", options.density)) if options.trim_scope == "model" else None
+    ),
     published={"solver": "adam", "lambda_mode": "paper"},
     # The descent holds the task vectors twice and Adam's state; the bases before it, the eigendecomposition of a
-    # float64 Gram matrix with LAPACK's workspace (measured on square and oblong matrices: tests/test_memory.py).
+    # float64 Gram matrix with LAPACK's workspace (measured on square and oblong matrices: tests/engine/test_memory.py).
     workspace=lambda tasks: max(2.0 * tasks + 8.0, 26.0),
 )

@@ -12,7 +12,7 @@ agreement over the tasks after it. An expert whose magnitudes or scores are all 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,7 @@ def _share(values: Tensor, ends: Tensor) -> Tensor:
     return values.clamp_(low, high).sub_(low).div_(reach)
 
 
-def _survey(options: Options) -> Survey:
+def _survey(options: Options, each: Mapping[str, tuple[float, ...]]) -> Survey:
     def find(numel: int) -> Generator[Pass, Tensor, Tensor]:
         tails = (int(numel * _TAIL) + 1, max(int(numel * (1 - _TAIL) - 1), 0) + 1)
         limits = yield from order.by_rank(lambda taus: taus.abs(), tails)

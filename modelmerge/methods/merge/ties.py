@@ -62,6 +62,8 @@ METHOD = Method(
         "TIES-Merging: Resolving Interference When Merging Models", "Prateek Yadav and others", "NeurIPS 2023"
     ),
     blockwise=lambda options: options.trim_scope == "model",
-    survey=lambda options: threshold.survey(options.density) if options.trim_scope == "model" else None,
+    survey=lambda options, each: (
+        threshold.survey(each.get("density", options.density)) if options.trim_scope == "model" else None
+    ),
     workspace=lambda tasks: 8.0,
 )
