@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +75,7 @@ class Bench:
         base_counts: Scores may depend on the base too, by what lies beside its weights.
         items: How many items a task has, where `measure` advances the progress by them itself.
         experts: By task, the name of its expert, where that is not the task's name.
-        versions: Of packages that bear on the scores, besides modelmerge's own.
+        packages: Others that bear on the scores, besides modelmerge's own.
     """
 
     suite: str
@@ -86,7 +87,18 @@ class Bench:
     base_counts: bool = False
     items: Callable[[str | None], int] | None = None
     experts: Mapping[str, str] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
+
+    def versions(self) -> dict[str, str]:
+        """Versions of all packages that bear on the scores."""
+        return {**versions(), **{name: _version(name) for name in self.packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def run(bench: Bench, models: Models, running: Running) -> ScoreReport:
@@ -128,7 +140,7 @@ def run(bench: Bench, models: Models, running: Running) -> ScoreReport:
     owners = summarise(tasks, rows, bench.experts)
     header = stamp(device)
     report = cast(ScoreReport, {
-        "suite": bench.suite, **header, "versions": {**header["versions"], **bench.versions}, **bench.about,
+        "suite": bench.suite, **header, "versions": bench.versions(), **bench.about,
         "seed": running.seed, "tasks": tasks, "models": rows, "notes": _notes(rows),
         **({"own_experts": owners} if owners else {}),
     })  # fmt: skip
@@ -224,7 +236,7 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
         keeps = bench.depends is not None
         request = {"suite": bench.suite, "model": digest, "task": task, "seed": running.seed,
                    "depends": bench.depends(task) if bench.depends is not None else None}  # fmt: skip
-        name = cache.key({**request, "device": str(model.device), "versions": {**versions(), **bench.versions}})
+        name = cache.key({**request, "device": str(model.device), "versions": bench.versions()})
         entry = cache.recall(name) if running.cache and keeps else None
         if entry is None:
             start = time.monotonic()

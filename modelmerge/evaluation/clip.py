@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ def evaluate(
         measure=_Measurer(items, folder, batch_size, running.progress), onto_base=base is not None,
         items=lambda task: len(items[str(task)].ids),
         experts={task: expert for task, expert in experts.items() if expert is not None},
-        versions={package: _version(package) for package in _PACKAGES},
+        packages=_PACKAGES,
     )  # fmt: skip
     # A head that is asked for is made, though its scores be in the cache.
     complete = folder is None or all((folder / f"{task.head}.safetensors").exists() for task in choice)
@@ -195,13 +194,6 @@ class _Measurer:
         classifier = clip_models.classifier(tower, head, model.device)
         score = measure(classifier, head, items, model.name, batch=self._batch, progress=self._progress)
         return {str(task): score}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _expert_of(task: Task, experts: Sequence[str]) -> str | None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from modelmerge.errors import HubError, ModelMergeError, UsageError
-from modelmerge.evaluation.image_tasks import Task, listing, name_classes
+from modelmerge.evaluation.image_tasks import Task, name_classes
+from modelmerge.evaluation.scores import listing
 
 # Splits that choices can be made on without spoiling what is reported, the best first.
 _HELD_OUT = ("validation", "val", "valid", "dev", "train", "training")

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.errors import ModelMergeError, UsageError
-from modelmerge.evaluation.scores import plain
+from modelmerge.evaluation.scores import listing, plain
 
 TEMPLATE = "a photo of a {}."
-_FEW = 6  # names that an error lists
 _ORDER = "lines of LABEL<tab>NAME say which is which"
 
 
@@ -332,9 +331,3 @@ def match(
         raise ModelMergeError(f"{where} have different classes: {'; '.join(parts)}", hint=hint)
     places = {key: i for i, key in enumerate(theirs)}
     return [places[key] for key in ours]
-
-
-def listing(names: Sequence[str]) -> str:
-    """The first few of the names, in quotes."""
-    text = ", ".join(f"'{name}'" for name in names[:_FEW])
-    return f"{text} and {len(names) - _FEW} more" if len(names) > _FEW else text

@@ -19,7 +19,7 @@ from typing import Any
 from modelmerge.engine.parallel import find_device
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, run
-from modelmerge.evaluation.lm_harness import SEEDS, naming, quiet, seed, versions
+from modelmerge.evaluation.lm_harness import SEEDS, naming, quiet, seed
 from modelmerge.evaluation.lm_models import open_model
 from modelmerge.evaluation.lm_tasks import Settings, Task, check_settings, load_tasks, parse_metrics, requests
 from modelmerge.evaluation.model import Model
@@ -92,7 +92,7 @@ def evaluate(
         depends=lambda task: harness.depends(str(task)),
         measure=lambda model, task: {str(task): harness.measure(model, str(task))},
         base_counts=True, items=lambda task: harness.items(str(task)), experts=harness.experts(),
-        versions=versions(),
+        packages=("lm_eval", "transformers", "datasets", "peft"),
     )  # fmt: skip
     report = run(bench, models, running)
     if not held_out:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import logging
 import random
@@ -38,11 +37,6 @@ def check_installed() -> None:
             f"eval lm needs lm-evaluation-harness with transformers, and there is no '{error.name}'",
             hint="pip install 'modelmerge[lm]'",
         ) from error
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that bear on scores."""
-    return {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "datasets", "peft")}
 
 
 def seed(seeds: Sequence[int]) -> None:
@@ -124,9 +118,3 @@ def first_line(error: object) -> str:
     """The first line of an error's text."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else "without a word")[:300]
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of the names, in quotes."""
-    text = ", ".join(f"'{name}'" for name in names[:3])
-    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text

@@ -7,8 +7,9 @@ from typing import Any
 
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import CheckpointError, ReferenceNotFound
-from modelmerge.evaluation.lm_harness import check_installed, first_line, quiet, some
+from modelmerge.evaluation.lm_harness import check_installed, first_line, quiet
 from modelmerge.evaluation.lm_tasks import Settings
+from modelmerge.evaluation.scores import listing
 from modelmerge.progress import Reporter
 
 
@@ -92,13 +93,13 @@ def _load(model: Checkpoint, automodel: Any, dtype: str) -> Any:
         if names:
             raise CheckpointError(
                 f"{model.directory}: {type(network).__name__} would run on random weights: the checkpoint {verb} "
-                f"{some(names)}",
+                f"{listing(names, 3)}",
                 hint="does its config.json belong to these weights?",
             )
     extra = sorted(map(str, keys.get("unexpected_keys") or ()))
     if extra:
         raise CheckpointError(
-            f"{model.directory}: {type(network).__name__} has no place for {some(extra)}",
+            f"{model.directory}: {type(network).__name__} has no place for {listing(extra, 3)}",
             hint="does its config.json belong to these weights?",
         )
     return network

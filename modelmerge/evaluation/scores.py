@@ -131,6 +131,12 @@ def plain(name: str) -> str:
     return re.sub(r"[\W_]+", " ", name).strip().lower()
 
 
+def listing(names: Sequence[str], count: int = 6) -> str:
+    """The first few of the names, in quotes."""
+    text = ", ".join(f"'{name}'" for name in names[:count])
+    return f"{text} and {len(names) - count} more" if len(names) > count else text
+
+
 def summarise(
     tasks: Sequence[str], models: Sequence[ModelRow], experts: Mapping[str, str] | None = None
 ) -> dict[str, str]:
