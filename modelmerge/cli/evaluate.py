@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from modelmerge.charts import tables
+    from modelmerge.evaluation import report as evaluation_report
     from modelmerge.verbs.render import Pictures
 
 EXAMPLES = (
@@ -206,15 +207,15 @@ def _weights(
     json: opt.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    from modelmerge.verbs.evaluate import evaluate_weights
-    from modelmerge.verbs.render import asked
+    from modelmerge.verbs.evaluate import evaluate
+    from modelmerge.verbs.render import pictures_at
 
-    pictures = asked(plot, "auto", page)
+    pictures = pictures_at(plot, "auto", page)
     sink = Sink(chosen_format(form, json, quiet))
     with Bars(sink) as bars:
-        report = evaluate_weights(
-            models, base=base, experts=expert or (), per_layer=per_layer, decompose=decompose, include=include or (),
-            exclude=exclude or (), on_mismatch=on_mismatch, device=device, reporter=bars,
+        report = evaluate(
+            models, suite="weights", base=base, experts=expert or (), per_layer=per_layer, decompose=decompose,
+            include=include or (), exclude=exclude or (), on_mismatch=on_mismatch, device=device, reporter=bars,
         )  # fmt: skip
     _draw(pictures, report, sink)
     _tell(report, sink)
@@ -387,15 +388,15 @@ def _scores(suite: str, own: Callable[..., dict[str, Any]]) -> Callable[..., Non
     words = [parameter.name for parameter in parameters]
 
     def run(**values: Any) -> None:
-        from modelmerge.verbs.evaluate import SUITES
-        from modelmerge.verbs.render import asked
+        from modelmerge.verbs.evaluate import evaluate
+        from modelmerge.verbs.render import pictures_at
 
-        pictures = asked(values["plot"], values["chart"], values["page"])
+        pictures = pictures_at(values["plot"], values["chart"], values["page"])
         sink = sink_of(values)
         # What a suite's own code prints is no result.
         with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
-            report = SUITES[suite](
-                values["models"], cache=not values["no_cache"], compare=values["compare"],
+            report = evaluate(
+                values["models"], suite=suite, cache=not values["no_cache"], compare=values["compare"],
                 fail_under=values["fail_under"] or (), update_card=values["update_card"], device=values["device"],
                 reporter=bars, **own(**{word: values[word] for word in words}),
             )  # fmt: skip
@@ -426,21 +427,21 @@ def _render(
     quiet: Quiet = False,
 ) -> None:
     """Print a saved report again, or draw it; nothing is evaluated."""
-    from modelmerge.verbs.render import asked, read
+    from modelmerge.verbs.render import pictures_at, read
 
-    pictures = asked(plot, chart, page)
+    pictures = pictures_at(plot, chart, page)
     sink = Sink(chosen_format(form, json, quiet))
     told = read(report)
     _draw(pictures, told, sink)
     _tell(told, sink)
 
 
-def _draw(pictures: Pictures, report: dict[str, Any], sink: Sink) -> None:
+def _draw(pictures: Pictures, report: evaluation_report.Report, sink: Sink) -> None:
     for file in pictures.write(report):
         sink.note(f"drawn: {file}")
 
 
-def _tell(report: dict[str, Any], sink: Sink) -> None:
+def _tell(report: evaluation_report.Report, sink: Sink) -> None:
     """Print a report, whatever the suite."""
     from modelmerge.charts.tables import of_report
 
@@ -456,13 +457,13 @@ def _tell(report: dict[str, Any], sink: Sink) -> None:
         averages = [model["average"] for model in report["models"] if model["role"] == "model"]
         figures = ["n/a" if average is None else f"{average:.6g}" for average in averages]
     human = _printed(of_report(report, widest=_SHOWN_COSINES))
-    human += [f"\n{report['remark']}"] if "remark" in report else []
+    human += [f"\n{report['remark']}"] if report["suite"] == "weights" else []
     sink.result(report, quiet="\n".join(figures), human=human)
 
 
-def _gate(report: dict[str, Any], sink: Sink) -> None:
+def _gate(report: evaluation_report.Report, sink: Sink) -> None:
     """Exit code 1 where a gate is not passed."""
-    failures = report.get("gate", {}).get("failures", [])
+    failures = report["gate"]["failures"] if report["suite"] != "weights" and "gate" in report else []
     for failure in failures:
         value = "n/a" if failure["value"] is None else f"{failure['value']:.4g}"
         sink.failed(f"'{failure['model']}' has {value}, and --fail-under asks for {failure['gate']}")
@@ -479,5 +480,5 @@ def _printed(told: Sequence[tables.Table]) -> list[str | Table]:
     lines: list[str | Table] = []
     for each in told:
         rows = [[Text(c, style="bold") if isinstance(c, Best) else c for c in row] for row in (*each.rows, *each.foot)]
-        lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, left=each.left)]
+        lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, left=each.words)]
     return lines

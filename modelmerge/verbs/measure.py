@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.errors import UsageError
-from modelmerge.evaluation import images
+from modelmerge.evaluation import image_tasks
 from modelmerge.evaluation.custom import Metric
 
 _SUITES = ("custom", "clip", "lm")
@@ -136,7 +136,7 @@ def _what(suite: str, what: str, text: str, told: Mapping[str, Any]) -> dict[str
     if suite == "lm":
         return {"tasks": (what,), "held_out": True}
     name, _, split = what.partition(":")
-    known = {*images.published()["tasks"], *images.groups()}
+    known = {*image_tasks.publication()["tasks"], *image_tasks.groups()}
     if _REPORTED in (split, told.get("split")):
         raise UsageError(
             f"--on '{text}': the split '{_REPORTED}' is what `eval clip` reports; who chooses by it reports too much",

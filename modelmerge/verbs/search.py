@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from modelmerge.checkpoint.digest import vouch
 from modelmerge.checkpoint.layout import Layout
@@ -29,6 +29,7 @@ from modelmerge.engine.merge import run, run_scaled
 from modelmerge.engine.parallel import prepare_process
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 from modelmerge.evaluation.custom import Metric
+from modelmerge.evaluation.report import ModelRow, ScoreReport
 from modelmerge.evaluation.scores import summarise
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method, TransformSpec
@@ -134,7 +135,7 @@ def prepare_search(
         recipe: The merge; what it says of the options that are searched does not count.
         axes: By option, the values: in a sequence, or as they are typed, `0.1:1.0:0.1` or `0.2,0.5`.
         on: What to measure with, `SUITE:WHAT[,SETTING=VALUE...]` each.
-        metric: A function to measure with, or `FILE:FUNCTION`; as for `evaluate_custom`.
+        metric: A function to measure with, or `FILE:FUNCTION`; as for suite `custom` of `evaluate`.
         device: As for `merge`; the candidates are measured there too.
         stream: As for `merge`.
         look: As for `prepare`.
@@ -350,9 +351,9 @@ def _room(search: Search, folder: Path) -> int:
     return min(room, len(search.candidates))
 
 
-def _work_through(search: Search, folder: Path, out: Path, room: int, reporter: Reporter) -> list[list[dict[str, Any]]]:
+def _work_through(search: Search, folder: Path, out: Path, room: int, reporter: Reporter) -> list[list[ScoreReport]]:
     """Merge and measure all candidates, as many at a time as there is room for; the reports, by batch and measure."""
-    reports: list[list[dict[str, Any]]] = []
+    reports: list[list[ScoreReport]] = []
     waiting: list[Candidate] = []
     kept = 0  # the best so far, once there is one
 
@@ -428,12 +429,13 @@ def _measure_base(search: Search, reporter: Reporter) -> Candidate | None:
             [search.first.job.plan.base.reference.location], suite=measure.suite, device=search.device,
             reporter=reporter, **measure.told,
         )  # fmt: skip
+        assert report["suite"] != "weights", "candidates are measured by scores"
         _take(base, report["models"][-1]["scores"], measure)
     _order([base])
     return base
 
 
-def _measure(search: Search, candidates: Sequence[Candidate], reporter: Reporter) -> list[dict[str, Any]]:
+def _measure(search: Search, candidates: Sequence[Candidate], reporter: Reporter) -> list[ScoreReport]:
     """Measure candidates that were merged; the reports."""
     reports = []
     for measure in search.measures:
@@ -444,6 +446,7 @@ def _measure(search: Search, candidates: Sequence[Candidate], reporter: Reporter
             [str(candidate.place) for candidate in candidates], suite=measure.suite, device=search.device,
             reporter=reporter, **told,
         )  # fmt: skip
+        assert report["suite"] != "weights", "candidates are measured by scores"
         rows = [row for row in report["models"] if row["role"] == "model"]
         for candidate, row in zip(candidates, rows, strict=True):
             _take(candidate, row["scores"], measure)
@@ -482,7 +485,7 @@ def _average(candidate: Candidate) -> dict[str, Any]:
     """The mean over the tasks and its standard error, as a report has them."""
     # Where less is better at all of them the mean is one as well.
     scores = {t: {key: v for key, v in told.items() if key != "lower"} for t, told in candidate.scores.items()}
-    row: dict[str, Any] = {"name": "", "role": "model", "scores": scores}
+    row = cast(ModelRow, {"name": "", "role": "model", "scores": scores})
     summarise(list(scores), [row])
     return {"average": row["average"], "average_stderr": row["average_stderr"]}
 
