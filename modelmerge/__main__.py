@@ -14,8 +14,10 @@ def run() -> None:
     gc.set_threshold(100_000)
     from modelmerge.cli import main
 
-    # A job that is cancelled (CI, SLURM, kill) clears up as one that is interrupted does.
+    # A job that is cancelled (CI, SLURM, kill), or whose terminal closes, clears up as one that is interrupted does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_server import FakeHub
+from tests.support.hub_server import FakeHub
 
 # The client reads its settings when it is imported: before that, it is pointed at a Hub of our own and away from the
 # user's token and cache. Xet, the Hub's protocol for large files, is off: the server here speaks HTTP and LFS.
@@ -20,7 +20,7 @@ for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))
     del os.environ[_name]
 os.environ |= {"HF_ENDPOINT": _HUB.endpoint, "HF_HOME": _HOME, "HF_HUB_DISABLE_XET": "1"}
 
-from tests.checkpoints import family  # noqa: E402
+from tests.support.checkpoints import family  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

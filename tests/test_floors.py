@@ -79,3 +79,20 @@ def test_only_the_command_line_imports_rich_and_typer() -> None:
 
 def test_no_module_is_a_drawer() -> None:
     assert not [file for file in modules() if file.stem in ("utils", "helpers", "misc", "common")]
+
+
+def test_no_test_module_imports_another() -> None:
+    """What tests share lies in tests/support/, which imports no test module either."""
+    tests = Path(__file__).parent
+    for file in sorted(tests.rglob("*.py")):
+        for name in imports(file):
+            words = name.split(".")
+            shared = words[0] != "tests" or not any(word.startswith(("test_", "conftest")) for word in words)
+            assert shared, f"{file.relative_to(tests)} imports {name}"
+
+
+def test_the_tests_mirror_the_package() -> None:
+    tests = Path(__file__).parent
+    folders = {file.parent.name for file in tests.glob("*/test_*.py")}
+    assert folders <= {folder.name for folder in PACKAGE.iterdir() if folder.is_dir()}
+    assert all((tests / folder / "__init__.py").is_file() for folder in folders)

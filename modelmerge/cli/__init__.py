@@ -19,7 +19,7 @@ import modelmerge
 from modelmerge.cli import demo, evaluate, guide, merge, push, search, vectors, verify
 from modelmerge.cli.help import with_examples
 from modelmerge.cli.output import Sink
-from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.errors import ModelMergeError
 from modelmerge.methods import registry
 from modelmerge.verbs.auto import AUTO, SUMMARY
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except typer.TyperException as error:
-        sink.failure(error.format_message(), _where_to_look(error), error.exit_code)
+        sink.failure(error.format_message(), _where_to_look(error, words), error.exit_code)
         return error.exit_code
     except ModelMergeError as error:
         sink.error(error)
@@ -129,8 +129,11 @@ def _not_named() -> None:
     """A method that the command line does not name: it is listed, and never run."""
 
 
-def _where_to_look(error: typer.TyperException) -> str | None:
+def _where_to_look(error: typer.TyperException, words: Sequence[str]) -> str | None:
     """What to do about words that Typer could not make sense of."""
+    file = next((word for word in words[1:2] if word.endswith((".yaml", ".yml", ".json"))), None)
+    if file is not None and words[0] == "merge":
+        return f"a recipe has an option of its own: --recipe {file}"
     context: typer.Context | None = getattr(error, "ctx", None)
     if context is None:
         return None

@@ -18,7 +18,6 @@ from modelmerge.cli.plan import head, plan_lines, result_lines
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
-from modelmerge.methods.options import option_types
 from modelmerge.plan import presets
 from modelmerge.plan.recipe import Recipe, parse_weights
 from modelmerge.verbs.auto import AUTO, SUMMARY
@@ -27,9 +26,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from modelmerge.hub.upload import Target
+    from modelmerge.verbs.prepare import Prepared
 
 MERGE = with_examples(
-    "Merge experts of one base into one checkpoint. Without METHOD: repeat a recipe, or list the methods.",
+    "Merge experts of one base into one checkpoint. Without METHOD: list the methods.",
     (
         "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
         "modelmerge merge --recipe merged/modelmerge.json -o again",
@@ -41,7 +41,10 @@ def usage(verb: str, name: str) -> tuple[str, str]:
     """Two examples of a verb with a method."""
     line = f"modelmerge {verb} {name} base math code -o out"
     if verb == "search":
-        return f"{line} --try scale=0.2,0.5 --on lm:gsm8k", f"{line} --try scale=0.1:1.0:0.1 --on custom:metric.py:score"
+        return (
+            f"{line} --try scale=0.2,0.5 --on lm:gsm8k",
+            f"{line} --try scale=0.1:1.0:0.1 --on custom:metric.py:score",
+        )
     if verb == "merge" and name != AUTO and _looks_at_data(registry.load(name)):
         return (
             f"modelmerge merge {name} base svhn mine -o out --task svhn --data mine=photos --classes mine=names.txt",
@@ -118,9 +121,14 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
             from modelmerge.verbs.prepare import prepare_file
 
             names = {name for name in values if opt.typed(context, name)}
-            place = {"device": values["device"], "stream": values["stream"]}
-            change = {"change": lambda recipe: _changed(recipe, method, values, names)}
-            carry_out(lambda: prepare_file(Path(recipe).expanduser(), **place, **change), execute, values, sink)
+
+            def prepare() -> Prepared:
+                return prepare_file(
+                    Path(recipe).expanduser(), device=values["device"], stream=values["stream"],
+                    change=lambda recipe: _changed(recipe, method, values, names),
+                )  # fmt: skip
+
+            carry_out(prepare, execute, values, sink)
 
     arguments = [opt.argument("context", typer.Context)]
     parameters = [*(_of_method(method) if method else []), *opt.shared(models), *opt.shared(opt.merged)]
@@ -224,7 +232,9 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """What the shared options say of a recipe, as far as they were typed."""
     from modelmerge.checkpoint.as_lora import parse_size
 
-    fields = {name: tuple(values[name]) for name in ("at", "disentangle", "include", "exclude") if values[name]}
+    fields: dict[str, Any] = {
+        name: tuple(values[name]) for name in ("at", "disentangle", "include", "exclude") if values[name]
+    }
     plain = ("rest", "dtype", "on_mismatch", "max_shard_size", "seed")
     fields |= {name: values[name] for name in plain if values[name] is not None}
     if values["weight"]:
@@ -310,9 +320,7 @@ def carry_out(
         return
     resume = {"resume": values["resume"]} if "resume" in values else {}
     with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
-        manifest = execute(
-            prepared, out, force=values["force"], **resume, ready=lambda: checked(target), reporter=bars
-        )
+        manifest = execute(prepared, out, force=values["force"], **resume, ready=lambda: checked(target), reporter=bars)
     lines = [*more(manifest), *result_lines(manifest, out, verbose=sink.verbose)]
     data = {"output": str(out), "manifest": manifest}
     if plot is not None:

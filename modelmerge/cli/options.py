@@ -23,7 +23,6 @@ from modelmerge.plan import presets
 
 MERGE_PANEL = "What is merged, and how"
 RUN_PANEL = "How it is run"
-PRINT_PANEL = "What is printed"
 HUB_PANEL = "The Hugging Face Hub"
 DATA_PANEL = "Images and their classes"
 UNLABELLED_PANEL = "Unlabelled data of any kind"
@@ -32,12 +31,12 @@ Base = Annotated[
     str,
     typer.Argument(
         metavar="BASE",
-        help="The model the experts were fine-tuned from, as [NAME=]REF: a path, or org/name@revision on the Hub.",
+        help="What the experts were fine-tuned from, [NAME=]REF: a path or org/name@revision.",
         show_default=False,
     ),
 ]
 Experts = Annotated[
-    list[str], typer.Argument(metavar="EXPERT", help="The fine-tuned models, as [NAME=]REF each.", show_default=False)
+    list[str], typer.Argument(metavar="EXPERT", help="The fine-tuned models, [NAME=]REF each.", show_default=False)
 ]
 Output = Annotated[
     str, typer.Option("-o", "--output", help="Directory for the result.", metavar="DIR", rich_help_panel=RUN_PANEL)
@@ -52,11 +51,13 @@ OptionalOutput = Annotated[
 ]
 
 
-def device(panel: str) -> Any:
+def device(panel: str | None) -> Any:
     """The option that chooses a device, in a panel of the help page."""
     return typer.Option(
         envvar="MODELMERGE_DEVICE",
-        help="cpu, cuda, cuda:1; auto: a CUDA device if there is one.",
+        help="cpu, cuda, cuda:1, or auto, the default; or the variable MODELMERGE_DEVICE.",
+        show_default=False,
+        show_envvar=False,
         metavar="NAME",
         rich_help_panel=panel,
     )
@@ -72,13 +73,13 @@ DryRun = Annotated[
 Force = Annotated[bool, typer.Option("-f", "--force", help="Replace DIR.", rich_help_panel=RUN_PANEL)]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Take up what an interrupted run finished, and keep it again.",
-                 rich_help_panel=RUN_PANEL),
+    typer.Option("--resume", help="Take up what an interrupted run finished.", rich_help_panel=RUN_PANEL),
 ]
 Stream = Annotated[
     bool,
-    typer.Option("--stream", help="Read weights on the Hub tensor by tensor, without storing them.",
-                 rich_help_panel=HUB_PANEL),
+    typer.Option(
+        "--stream", help="Read weights on the Hub tensor by tensor, without storing them.", rich_help_panel=HUB_PANEL
+    ),
 ]
 Push = Annotated[
     str | None,
@@ -90,7 +91,8 @@ Private = Annotated[
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
     typer.Option(
-        help="Store floats as float32, float16 or bfloat16, not as the base does.", metavar="TYPE",
+        help="Store floats as float32, float16 or bfloat16, not as the base does.",
+        metavar="TYPE",
         rich_help_panel=MERGE_PANEL,
     ),
 ]
@@ -100,8 +102,11 @@ Include = Annotated[
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option(help="Leave tensors of such names as the base has them. Repeatable.", metavar="GLOB",
-                 rich_help_panel=MERGE_PANEL),
+    typer.Option(
+        help="Leave tensors of such names as the base has them. Repeatable.",
+        metavar="GLOB",
+        rich_help_panel=MERGE_PANEL,
+    ),
 ]
 OnMismatch = Annotated[
     Literal["error", "copy", "common-rows"] | None,
@@ -135,7 +140,7 @@ Weight = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="A published set in place of BASE EXPERT..., with the paper's settings.",
+        help="A published set with its settings, in place of BASE EXPERT...",
         metavar="NAME",
         autocompletion=lambda: list(presets.names()),
         rich_help_panel=RUN_PANEL,
@@ -145,7 +150,9 @@ Preset = Annotated[
 RecipeFile = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="FILE", help="Repeat the merge of a modelmerge.json, or run a mergekit YAML.",
+        "--recipe",
+        metavar="FILE",
+        help="Repeat the merge of a modelmerge.json, or run a mergekit YAML.",
         rich_help_panel=RUN_PANEL,
     ),
 ]
@@ -168,7 +175,8 @@ Disentangle = Annotated[
 Rest = Annotated[
     str | None,
     typer.Option(
-        help="The method for what a method for linear layers leaves; base copies.", metavar="METHOD",
+        help="The method for what a method for linear layers leaves; base copies.",
+        metavar="METHOD",
         rich_help_panel=MERGE_PANEL,
     ),
 ]
@@ -176,13 +184,9 @@ Published = Annotated[
     bool,
     typer.Option("--published", help="The published algorithm, where the defaults differ; other options win."),
 ]
-Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object on stdout, whatever happens.", rich_help_panel=PRINT_PANEL)
-]
-Quiet = Annotated[
-    bool, typer.Option("-q", "--quiet", help="Only the path, URL, names or figures.", rich_help_panel=PRINT_PANEL)
-]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Name every tensor.", rich_help_panel=PRINT_PANEL)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, whatever happens.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the path, URL, names or figures.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Name every tensor.")]
 
 ImageTask = Annotated[
     list[str] | None,
@@ -290,11 +294,10 @@ def drawn(
             "--plot",
             help="Draw the coefficients as a heatmap, as .svg, .png or .pdf.",
             metavar="FILE",
-            rich_help_panel=PRINT_PANEL,
         ),
     ] = None,
 ) -> None:
-    """What a method is told that finds coefficients, besides its data; for its signature alone."""
+    """What a method takes that finds coefficients, besides its data; for its signature alone."""
 
 
 def merged(

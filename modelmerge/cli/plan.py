@@ -114,11 +114,11 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Ta
     if sizes["scratch"]:
         lines.append(f"{size(sizes['scratch'])} beside the output while it runs, for what disentangling found")
     if "search" in plan:
-        search = plan["search"]
+        search, disk = plan["search"], plan["search"]["disk"]
         lines.append(
-            f"{search['candidates']} candidates in {search['merges']} merge{'s' * (search['merges'] != 1)}, each measured "
-            f"on {escape(', '.join(search['on']))}; on the disk {size(search['disk']['all'])} at once, where there is "
-            f"less {size(search['disk']['least'])} at least"
+            f"{search['candidates']} candidates in {search['merges']} merge{'s' * (search['merges'] != 1)}, each "
+            f"measured on {escape(', '.join(search['on']))}; on the disk {size(disk['all'])} at once, where there is "
+            f"less {size(disk['least'])} at least"
         )
     if plan["push"]:
         what = [word for word in ("new", "private") if plan["push"][word]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +11,7 @@ from rich.text import Text
 from modelmerge.cli import merge
 from modelmerge.cli import options as opt
 from modelmerge.cli.help import with_examples
-from modelmerge.cli.output import Sink, table
+from modelmerge.cli.output import Sink, flag, table
 from modelmerge.errors import UsageError
 from modelmerge.methods import registry
 from modelmerge.verbs.auto import AUTO
@@ -23,7 +23,7 @@ SEARCH = with_examples(
     "Merge with each value of some options, measure, and keep the best. Without METHOD: list the methods.",
     (
         "modelmerge search ties base math code -o merged --try scale=0.1:1.0:0.1 --on lm:gsm8k",
-        "modelmerge search tsv-m base svhn gtsrb -o merged --try scale=0.5,1.0 --on clip:svhn --on clip:gtsrb,limit=500",
+        "modelmerge search tsv-m base svhn gtsrb -o merged --try scale=0.5,1.0 --on clip:svhn,limit=500",
     ),
 )
 _PANEL = "What is tried, and how it is measured"
@@ -71,7 +71,7 @@ def command(name: str) -> Callable[..., None]:
 
         tries = parse_tries(values["tries"])
         for option in (option for option in tries if option in values and opt.typed(context, option)):
-            raise UsageError(f"{opt.flag(option)} is given, and tried", hint="leave one of them out")
+            raise UsageError(f"{flag(option)} is given, and tried", hint="leave one of them out")
         recipe = merge.recipe_of(name, method, values, context)
         place = {"device": values["device"], "stream": values["stream"], "look": not values["dry_run"]}
         merge.carry_out(

@@ -14,7 +14,8 @@ The result is mergekit's, to rounding in float32, with exceptions where its numb
 - Of a tensor of fewer than 1 / density entries, its breadcrumbs keep nothing; here one entry stays.
 - Where entries are dropped at random the draws are other ones.
 
-Checked against runs of mergekit 0.1.5 (`tests/mergekit_runs.py` makes them, `tests/test_mergekit.py` compares).
+Checked against runs of mergekit 0.1.5 (`tests/support/mergekit_runs.py` makes them, `tests/plan/test_mergekit.py`
+compares).
 """
 
 from __future__ import annotations

@@ -134,23 +134,29 @@ class Prepared:
         return {place: max(merging[place], needed) for place, needed in finding_memory(self.job).items()}
 
 
-def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> Prepared:
-    """Plan the merge that a manifest records or a mergekit YAML describes; nothing is written.
+def prepare_file(
+    file: Path,
+    *,
+    device: str = "auto",
+    stream: bool = False,
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+) -> Prepared:
+    """Plan the merge that a manifest records or a mergekit YAML describes, `change`d; nothing is written.
 
     Raises:
         ModelMergeError: As for `replay`.
     """
     if file.suffix not in (".yaml", ".yml"):
         recipe, recorded = read_recipe(file)
-        return prepare(recipe, device=device, recorded=recorded, stream=stream)
+        return prepare(change(recipe), device=device, recorded=recorded, stream=stream)
     translated = mergekit.read(file)
-    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream)
+    prepared = prepare(change(translated.recipe), device=device, remarks=translated.remarks, stream=stream)
     translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
     again = translated.stored_as_mergekit_does(prepared.job.plan)
     if again is translated:
         return prepared
     prepared.close()
-    return prepare(again.recipe, device=device, remarks=again.remarks, stream=stream)
+    return prepare(change(again.recipe), device=device, remarks=again.remarks, stream=stream)
 
 
 def prepare(

@@ -28,7 +28,7 @@ from modelmerge.methods.contract import Context, Correction, Redundancy
 from modelmerge.methods.options import make_options
 from modelmerge.plan.tensors import is_linear
 from tests.benchmarks.experts import SETS, ExpertSet, build
-from tests.test_every_method import surveyed
+from tests.support.methods import surveyed
 
 HERE = Path(__file__).parent
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)

@@ -23,7 +23,7 @@ import modelmerge
 from tests.benchmarks.choose import State
 from tests.benchmarks.experts import SETS, ExpertSet, build, save
 from tests.benchmarks.grid import accuracy, best_scale, scaled
-from tests.checkpoints import read
+from tests.support.checkpoints import read
 
 HERE = Path(__file__).parent
 METHODS = ("task-arithmetic", "ties", "tsv-m", "iso-c", "kron")

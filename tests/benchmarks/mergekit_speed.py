@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.methods import registry
-from tests import mergekit_runs
 from tests.benchmarks import merge_speed
 from tests.benchmarks.merge_speed import Inputs, Usage
+from tests.support import mergekit_runs
 
 MODULE = "tests.benchmarks.mergekit_speed"
 RESULTS = Path(__file__).parent / "RESULTS-mergekit.md"

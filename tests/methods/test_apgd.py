@@ -18,20 +18,14 @@ from modelmerge.methods import linalg, registry
 from modelmerge.methods.contract import Context
 from modelmerge.methods.merge import apgd
 from modelmerge.methods.options import make_options
-from tests.checkpoints import read
-from tests.test_every_method import merged, taus_of
+from tests.support.checkpoints import read
+from tests.support.float64 import apgd_loss
+from tests.support.methods import merged, taus_of
 
 PUBLISHED = {
     "solver": "adam", "lambda_mode": "paper", "eta": 0.07, "density": 0.3, "steps": 400, "lr": 1e-4, "ridge": None,
     "norm_cap": None,
 }  # fmt: skip
-
-
-def loss(correction: Tensor, taus: Tensor, lambdas: list[float], inner: str) -> Tensor:
-    """`sum_j sum_rows (<tau_j, sum_i lambda_i (tau_i + D) - tau_j>)^2`, as the paper writes it."""
-    merged_ = sum(lam * (tau + correction) for lam, tau in zip(lambdas, taus, strict=True))
-    dims = (1,) if inner == "row" else (0, 1)
-    return sum(((tau * (merged_ - tau)).sum(dims) ** 2).sum() for tau in taus)
 
 
 def float64_descent(taus: Tensor, lambdas: list[float], basis: Tensor, options: apgd.Options) -> Tensor:
@@ -41,7 +35,7 @@ def float64_descent(taus: Tensor, lambdas: list[float], basis: Tensor, options: 
     adam = torch.optim.Adam([correction], lr=options.lr)
     for _ in range(options.steps):
         adam.zero_grad()
-        loss(correction, taus, lambdas, options.inner).backward()
+        apgd_loss(correction, taus, lambdas, options.inner).backward()
         correction.grad -= basis @ (basis.T @ correction.grad)
         adam.step()
     return correction.detach()
@@ -57,7 +51,7 @@ def test_the_descent_agrees_with_float64_autograd(shape: tuple[int, int], inner:
     got = apgd.descend(taus, lambdas, basis, options, Context(tensor="w", weights=(1.0,) * len(taus)))
     want = float64_descent(taus, lambdas, basis, options)
     assert (got.double() - want).norm() <= 1e-4 * want.norm()
-    assert loss(got.double(), taus.double(), lambdas, inner) < loss(
+    assert apgd_loss(got.double(), taus.double(), lambdas, inner) < apgd_loss(
         torch.zeros_like(want), taus.double(), lambdas, inner
     )
 
@@ -201,7 +195,7 @@ def test_the_exact_solver_finds_the_shortest_minimiser(case: str, shared_rank: i
     want = dense_minimiser(taus, lambdas, basis, inner)
     assert (got - want).norm() <= 1e-3 * want.norm()
     zero = torch.zeros_like(got)
-    assert loss(got, taus.double(), lambdas, inner) <= 1e-5 * loss(zero, taus.double(), lambdas, inner)
+    assert apgd_loss(got, taus.double(), lambdas, inner) <= 1e-5 * apgd_loss(zero, taus.double(), lambdas, inner)
     assert (basis.double().T @ got).norm() <= 1e-5 * got.norm()
 
 
@@ -224,8 +218,8 @@ def test_the_exact_solver_converges_where_the_system_is_singular(case: str, make
     got = apgd.solve(taus, lambdas, basis, options, quiet(len(taus), told)).double()
     assert got.isfinite().all(), case
     assert told.get("iterations", 0) < 200  # none at all where there is no basis
-    at_zero = loss(torch.zeros_like(got), taus.double(), lambdas, "row")
-    assert loss(got, taus.double(), lambdas, "row") <= at_zero * (1 + 1e-3)
+    at_zero = apgd_loss(torch.zeros_like(got), taus.double(), lambdas, "row")
+    assert apgd_loss(got, taus.double(), lambdas, "row") <= at_zero * (1 + 1e-3)
     assert (basis.double().T @ got).norm() <= 1e-5 * got.norm() + 1e-12
     assert got.norm() < 100 * taus.norm()
 

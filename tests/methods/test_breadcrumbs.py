@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modelmerge.methods import threshold
 from modelmerge.methods.merge.breadcrumbs import ends, middle
-from tests.test_every_method import merged, taus_of
+from tests.support.methods import merged, taus_of
 
 
 def reference(rows: Tensor, density: float, gamma: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.test_every_method import merged, taus_of
+from tests.support.methods import merged, taus_of
 
 
 @pytest.mark.parametrize("tall_lambda", [0.0, 0.4, 0.6])

@@ -11,8 +11,8 @@ from torch import Tensor
 from modelmerge.methods.contract import Context, Corrected
 from modelmerge.methods.merge import apgd
 from modelmerge.methods.transform import apgd as front
-from tests.methods.test_apgd import loss
-from tests.test_every_method import merged, surveyed, taus_of
+from tests.support.float64 import apgd_loss
+from tests.support.methods import merged, surveyed, taus_of
 
 
 def found(taus: Tensor, **told: Any) -> Corrected:
@@ -88,7 +88,7 @@ def test_the_losses_are_those_of_what_was_found(told: dict[str, Any]) -> None:
     parts = [part for _, part, _ in made.numbers]
     mean = sum(part * lam for part, lam in zip(parts, lambdas, strict=True)) / sum(lambdas)
     for scale, got in zip((0.0, mean), made.losses, strict=True):
-        want = loss(scale * made.matrices[0].double(), taus.double(), lambdas, told.get("inner", "row"))
+        want = apgd_loss(scale * made.matrices[0].double(), taus.double(), lambdas, told.get("inner", "row"))
         assert got == pytest.approx(float(want), rel=1e-3)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modelmerge.methods import random
 from modelmerge.methods.contract import Context
-from tests.test_every_method import SHAPE, merged, taus_of
+from tests.support.methods import SHAPE, merged, taus_of
 
 
 def reference(taus: Tensor, masks: Tensor, weights: Tensor, density: float, consensus: str, reduce: str) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from modelmerge.methods import random
 from modelmerge.methods.contract import Context
 from modelmerge.methods.merge import della
-from tests.test_every_method import SHAPE, merged, taus_of
+from tests.support.methods import SHAPE, merged, taus_of
 
 
 def pruned(tau: Tensor, drawn: Tensor, density: float, epsilon: float) -> Tensor:

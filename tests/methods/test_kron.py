@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.methods import registry
-from tests.test_every_method import context_of, merged, taus_of
+from tests.support.methods import context_of, merged, taus_of
 
 
 def half(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modelmerge.methods.registry import load
-from tests.test_every_method import SHAPE, context_of, merged, taus_of
+from tests.support.methods import SHAPE, context_of, merged, taus_of
 
 
 @pytest.mark.parametrize("scope", ["tensor", "row"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from modelmerge.methods import order
 from modelmerge.methods.contract import Survey
 from modelmerge.methods.merge import pcb
-from tests.test_every_method import merged, surveyed, taus_of
+from tests.support.methods import merged, surveyed, taus_of
 
 
 def between(values: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:

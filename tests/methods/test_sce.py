@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.test_every_method import merged, taus_of
+from tests.support.methods import merged, taus_of
 
 
 @pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])

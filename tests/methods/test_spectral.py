@@ -10,8 +10,8 @@ from torch import Tensor
 
 from modelmerge.methods import linalg, registry
 from modelmerge.methods.merge import iso_cts
-from tests.methods.test_ties import reference as float64_ties
-from tests.test_every_method import context_of, merged
+from tests.support.float64 import ties as float64_ties
+from tests.support.methods import context_of, merged
 
 SHAPES = [(24, 18), (18, 24), (20, 20), (3, 40), (40, 3)]
 

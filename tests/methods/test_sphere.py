@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modelmerge.methods import sphere
 from modelmerge.methods.registry import load
-from tests.test_every_method import context_of, merged, taus_of
+from tests.support.methods import context_of, merged, taus_of
 
 
 def base_of(name: str, taus: Tensor) -> Tensor:

@@ -8,21 +8,8 @@ from torch import Tensor
 
 from modelmerge.methods import threshold
 from modelmerge.methods import threshold as thresholds
-from tests.test_every_method import counted, merged, surveyed, taus_of
-
-
-def reference(taus: Tensor, density: float, scale: float, reduce: str, scope: str, weights: list[float]) -> Tensor:
-    flat, weight = taus.double().flatten(1), torch.tensor(weights, dtype=torch.float64)[:, None]
-    kept = int(density * flat.shape[1]) + (scope == "model")  # the published code keeps one more
-    limits = flat.abs().sort(1, descending=True).values[:, min(max(kept, 1), flat.shape[1]) - 1]
-    kept = weight * torch.where(flat.abs() >= limits[:, None], flat, 0.0)
-    sign = kept.sum(0).sign()
-    agreeing = torch.where(kept.sign() == sign, kept, 0.0)
-    total = agreeing.sum(0) * (sign != 0)
-    if reduce == "mean":
-        share = (weight * (agreeing != 0)).sum(0)
-        total = total / torch.where(share == 0, 1.0, share)
-    return (scale * total).view(taus.shape[1:])
+from tests.support.float64 import ties
+from tests.support.methods import counted, merged, surveyed, taus_of
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -32,7 +19,7 @@ def reference(taus: Tensor, density: float, scale: float, reduce: str, scope: st
 def test_agrees_with_float64(density: float, scope: str, reduce: str, weights: list[float]) -> None:
     taus = taus_of(5)
     got = merged("ties", taus, tuple(weights), density=density, scale=0.7, reduce=reduce, trim_scope=scope)
-    want = reference(taus, density, 0.7, reduce, scope, weights)
+    want = ties(taus, density, 0.7, reduce, scope, weights)
     assert (got.double() - want).norm() <= 1e-6 * want.norm()
 
 

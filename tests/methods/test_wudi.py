@@ -9,7 +9,7 @@ from torch import Tensor
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Context
 from modelmerge.methods.options import make_options
-from tests.test_every_method import merged, taus_of
+from tests.support.methods import merged, taus_of
 
 
 def loss(candidate: Tensor, taus: Tensor) -> Tensor:

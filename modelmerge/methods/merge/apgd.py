@@ -420,6 +420,6 @@ METHOD = Method(
     ),
     published={"solver": "adam", "lambda_mode": "paper"},
     # The descent holds the task vectors twice and Adam's state; the bases before it, the eigendecomposition of a
-    # float64 Gram matrix with LAPACK's workspace (measured on square and oblong matrices: tests/test_memory.py).
+    # float64 Gram matrix with LAPACK's workspace (measured on square and oblong matrices: tests/engine/test_memory.py).
     workspace=lambda tasks: max(2.0 * tasks + 8.0, 26.0),
 )

@@ -1,0 +1,224 @@
+"""The command line: words in; exit code, stdout and stderr out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import modelmerge
+from modelmerge.cli import main
+from modelmerge.methods import registry
+from modelmerge.methods.options import option_types
+from tests.support.checkpoints import read
+from tests.support.terminal import seen
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--version"], 0, modelmerge.__version__),
+        (["--help"], 0, "Examples"),
+        (["merge"], 0, "task-arithmetic"),
+        (["merge", "--help"], 0, "Examples"),
+        (["demo", "--help"], 0, "Examples"),
+        (["mrege"], 2, "Did you mean"),
+        (["merge", "tise"], 2, "ties"),
+        (["merge", "ties"], 2, "Missing argument"),
+        (["merge", "ties", "BASE", "E0"], 2, "--output"),
+        (["merge", "ties", "BASE", "-o", "out"], 2, "Missing argument"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--desnity", "0.5"], 2, "--density"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--density", "20"], 2, "--density must be above 0 and at most 1"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--density", "much"], 2, "--density"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--reduce", "max"], 2, "--reduce"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--weight", "E0"], 2, "--weight"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--on-mismatch", "skip"], 2, "--on-mismatch"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--weight", "expert_7=1"], 2, "did you mean 'expert_0'"),
+        (["merge", "ties", "BASE", "E0", "E0", "-o", "out"], 2, "two experts are called"),
+        (["merge", "nearswap", "BASE", "E0", "X=E0", "-o", "out"], 2, "'nearswap' takes one expert, and 2 are named"),
+        (["merge", "slerp", "BASE", "E0", "E0", "E0", "-o", "out"], 2, "'slerp' takes 2 experts at most, and 3 are"),
+        (["merge", "karcher", "BASE", "E0", "-o", "out", "--weight", "expert_0=0"], 2, "add up to zero"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--device", "cuda:99"], 1, "no such CUDA device"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--json", "-q"], 2, "different formats"),
+        (["merge", "ties", "BASE", "./nothing", "-o", "out"], 1, "no such file or directory"),
+        (["merge", "ties", "BASE", "org/name@v1", "-o", "out"], 1, "neither a path here nor a repository on the Hub"),
+        (["merge", "--recipe", "nothing.json", "-o", "out"], 1, "no such file"),
+        (["merge", "--recipe", "nothing.json"], 2, "needs an output"),
+        (["merge", "--recipe", "recipe.yaml", "-o", "out"], 1, "no such file"),
+        (
+            ["merge", "ties", "--preset", "clip-b32", "-o", "out"],
+            2,
+            "did you mean 'clip-b32-8'? there are: clip",
+        ),
+        (["merge", "ties", "BASE", "E0", "--preset", "clip-b32-8", "-o", "out"], 2, "unexpected extra argument"),
+        (["merge", "--preset", "nothing"], 2, "there is no preset 'nothing'"),
+        (["merge", "--preset", "clip-b32-8", "ties", "-o", "out"], 2, "--preset stands before the method"),
+        (["merge", "--preset", "clip-b32-8", "-o", "out"], 2, "no method is named"),
+        (["merge", "--preset", "clip-b32-8", "--recipe", "x", "-o", "out"], 2, "exclude each other"),
+        (["merge", "--preset", "clip-b32-8"], 0, "tanganke/clip-vit-base-patch32_svhn"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--vary", "scale"], 2, "--vary 'scale' is not"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--vary", "sclae=1"], 2, "did you mean 'scale'"),
+        (["merge", "-o", "out"], 2, "no method is named"),
+        (["merge", "ties", "BASE", "E0", "-o", "BASE"], 1, "is the input"),
+    ],
+)
+def test_words_and_exit_codes(
+    words: list[str], code: int, says: str, models: list[Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    places = {"BASE": models[0], "E0": models[1]}
+    got, out, err = run(capsys, *(places.get(word, word) for word in words))
+    assert got == code
+    assert says in (out if code == 0 else err)
+    assert "Traceback" not in err
+    assert code != 1 or err.startswith("error: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["models"]
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_help_of_a_method_shows_each_option_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "merge", name, "--help")
+    assert code == 0
+    assert "Examples" in out
+    for option in option_types(registry.load(name).options):
+        assert "--" + option.replace("_", "-") in out
+    assert "--dry-run" in out
+
+
+def test_help_imports_no_torch() -> None:
+    script = (
+        "import sys, modelmerge.cli\n"
+        "for words in (['--help'], ['merge', '--help'], ['merge'], ['merge', 'apgd', '--help'], ['demo', '--help'],\n"
+        "              ['--version'], ['merge', 'tise'], ['merge', 'ties', '-o']):\n"
+        "    modelmerge.cli.main(words)\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_merge_prints_what_it_did(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "merge", "ties", *models, "-o", tmp_path / "out", "--weight", "expert_1=2")
+    assert code == 0
+    assert out.startswith("merged 3 experts with ties: 8 tensors merged, 1 copied from the base\n")
+    assert str(tmp_path / "out") in out
+    assert err == ""
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--format", "json"], ["--format=json"]])
+def test_json_is_all_of_stdout(
+    flags: list[str], models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "merge", "average", *models, "-o", tmp_path / "out", *flags)
+    told = json.loads(out)
+    assert code == 0
+    assert told["output"] == str(tmp_path / "out")
+    assert told["manifest"] == json.loads((tmp_path / "out" / "modelmerge.json").read_bytes())
+
+
+def test_quiet_is_the_path_alone(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "merge", "average", *models, "-o", tmp_path / "out", "-q") == (0, f"{tmp_path / 'out'}\n", "")
+
+
+def test_an_error_with_json_is_one_object_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "merge", "average", "./no", "./nil", "-o", tmp_path / "out", "--json")
+    assert code == 1
+    assert json.loads(out)["error"]["exit_code"] == 1
+    assert err.startswith("error: './no'")
+    assert "hint: " in err
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "merge", "apgd", *models, "-o", tmp_path / "out", "--published", "--dry-run", "--json")
+    plan = json.loads(out)["plan"]
+    assert code == 0
+    assert not (tmp_path / "out").exists()
+    actions = {t["name"]: (t["action"], t["reason"]) for t in plan["tensors"]}
+    assert actions["model.layers.0.q_proj.weight"] == ("merge", "the weight of a linear layer")
+    assert actions["model.embed_tokens.weight"] == ("copy", "not the weight of a linear layer")
+    assert actions["position_ids"] == ("copy", "I64, not floating")
+    stored = sum(f.stat().st_size for m in models for f in m.glob("*.safetensors"))
+    assert stored < plan["bytes"]["read"] < 3 * stored
+    assert plan["bytes"]["download"] == 0
+    assert plan["peak_memory"]["host"] > 0
+    code, out, _ = run(capsys, "merge", "apgd", *models, "-o", tmp_path / "out", "-n", "-v")
+    assert "peak memory" in out
+    assert "model.layers.0.q_proj.weight" in out
+
+
+def test_recipe_on_the_command_line(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "merge", "ties", *models, "-o", tmp_path / "one", "--density", "0.6")
+    code, out, _ = run(capsys, "merge", "--recipe", tmp_path / "one" / "modelmerge.json", "-o", tmp_path / "two", "-q")
+    assert (code, out) == (0, f"{tmp_path / 'two'}\n")
+    one, two = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("one", "two"))
+    assert one == two
+
+
+def test_the_card_s_command_repeats_the_merge(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shlex
+
+    out = tmp_path / "out"
+    run(capsys, "merge", "apgd", *models, "-o", out, "--steps", "2", "--weight", "expert_0=0.5", "--rest", "average")
+    block = (out / "README.md").read_text().partition("```sh\n")[2].partition("```")[0]
+    assert len(block.splitlines()) > 5  # nobody reads a line that has to be scrolled
+    line = block.replace("\\\n", "")
+    before = (out / "model.safetensors").read_bytes()
+    assert main([*shlex.split(line)[1:], "--force"]) == 0
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_the_device_can_come_from_the_environment(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MODELMERGE_DEVICE", "cuda:99")
+    code, _, err = run(capsys, "merge", "average", *models, "-o", tmp_path / "out")
+    assert code == 1
+    assert "cuda:99" in err
+
+
+def test_an_unexpected_exception_keeps_its_traceback_and_is_called_a_bug(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from modelmerge.verbs import prepare as verb
+
+    def broken(*words: object, **named: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(verb, "prepare", broken)
+    code, _, err = run(capsys, "merge", "average", *models, "-o", tmp_path / "out")
+    assert code == 1
+    assert "Traceback" in err
+    assert "ZeroDivisionError: oops" in err
+    assert "bug in modelmerge" in err
+
+
+def test_a_terminal_sees_bytes_and_tensor_names(models: list[Path], tmp_path: Path) -> None:
+    text, out, code = seen(["merge", "ties", *map(str, models), "-o", str(tmp_path / "out")])
+    assert code == 0
+    assert "merged 3 experts" in out
+    assert "measuring" in text
+    assert "merging" in text
+    assert "kB" in text
+    assert any(name in text for name in read(models[0]))
+
+
+def test_no_color_is_respected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    _, out, err = run(capsys, "merge", "average", "./no", "./nil", "-o", tmp_path / "out")
+    assert "\x1b" not in out + err

@@ -1,0 +1,141 @@
+"""What `--dry-run` says of memory is kept: real processes, their anonymous memory watched while they run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.support.checkpoints import write
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A base and three experts of 34 MB each: matrices large enough to show in a process's memory."""
+    root = tmp_path_factory.mktemp("heavy")
+    generator = torch.Generator().manual_seed(0)
+    base = {
+        f"layers.{i}.fc.weight": torch.randn(1536, 1024, generator=generator).mul(0.02).bfloat16() for i in range(8)
+    } | {"embed_tokens.weight": torch.randn(4096, 1024, generator=generator).mul(0.02).bfloat16()}
+    paths = [write(root / "base", base)]
+    for i in range(3):
+        expert = {
+            name: (t.float() + 1e-3 * torch.randn(t.shape, generator=generator)).bfloat16() for name, t in base.items()
+        }
+        paths.append(write(root / f"expert_{i}", expert))
+    return [str(path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def adapters(heavy: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The base and two adapters of it, the second with DoRA, on all its layers."""
+    root = tmp_path_factory.mktemp("adapters")
+    rank, paths = 64, heavy[:1]
+    for dora in (False, True):
+        state = {}
+        for i in range(8):
+            key = f"base_model.model.layers.{i}.fc"
+            state |= {f"{key}.lora_A.weight": torch.randn(rank, 1024), f"{key}.lora_B.weight": torch.ones(1536, rank)}
+            state |= {f"{key}.lora_magnitude_vector": torch.ones(1536)} if dora else {}
+        key = "base_model.model.embed_tokens.lora_"
+        state |= {f"{key}embedding_A": torch.randn(rank, 4096), f"{key}embedding_B": torch.ones(1024, rank)}
+        state |= {f"{key}magnitude_vector": torch.ones(1024)} if dora else {}
+        directory = root / ("dora" if dora else "plain")
+        directory.mkdir()
+        save_file(state, directory / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "use_dora": dora}
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+        paths.append(str(directory))
+    return paths
+
+
+def anonymous_peak(words: list[str]) -> int:
+    """The most anonymous memory that the command held, in bytes."""
+    peak = 0
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        while child.poll() is None:
+            try:
+                status = Path(f"/proc/{child.pid}/status").read_text()
+            except OSError:
+                break
+            peak = max(
+                [peak, *(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))]
+            )
+            time.sleep(0.005)
+        error = child.communicate()[1]
+    assert child.returncode == 0, error
+    return peak
+
+
+QUICK = (["merge", "ties"], ["merge", "apgd"], ["merge", "average", "--disentangle", "awd"])
+SLOW = (
+    *(["merge", name] for name in ("kron", "wudi", "tsv-m", "iso-c", "iso-cts", "knots")),
+    ["merge", "wudi", "--solver", "adam", "--steps", "2"],
+    ["merge", "average"],
+    ["merge", "ties", "--trim-scope", "tensor"],
+    *(
+        ["merge", name]
+        for name in ("dare", "della", "pcb", "consensus", "breadcrumbs", "sce", "model-stock", "karcher")
+    ),
+    ["merge", "dare", "--consensus", "ties", "--reduce", "mean"],
+    ["merge", "apgd", "--steps", "2"],
+    [
+        "merge",
+        "average",
+        "--disentangle",
+        "awd",
+        "--awd-solver",
+        "descent",
+        "--awd-granularity",
+        "model",
+        "--awd-steps",
+        "2",
+    ],
+    ["merge", "ties", "--rule", "layers.[0-3]*=tsv-m", "--rule", "layers*=average"],
+    ["extract", "--rank", "8"],
+    ["extract", "--energy", "0.5"],
+    ["disentangle", "awd", "--experts"],
+    ["disentangle", "apgd"],
+    ["merge", "ties", "--disentangle", "apgd"],
+    ["merge", "kron", "--disentangle", "apgd", "--apgd-correction", "task", "--apgd-steps", "2"],
+    ["merge", "average", "--as-lora", "8", "--exclude", "embed*"],
+    ["merge", "apgd", "--as-lora", "0.5", "--exclude", "embed*"],
+)
+
+
+@pytest.mark.parametrize(
+    "words", [*QUICK, *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW)], ids=" ".join
+)
+def test_the_promise_is_kept(words: list[str], heavy: list[str], tmp_path: Path) -> None:
+    check(words, heavy, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "ties"],
+        pytest.param(["merge", "apgd", "--steps", "2"], marks=pytest.mark.slow),
+        pytest.param(["extract"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_the_promise_is_kept_with_adapters(words: list[str], adapters: list[str], tmp_path: Path) -> None:
+    check(words, adapters, tmp_path)
+
+
+def check(words: list[str], models: list[str], tmp_path: Path) -> None:
+    verb = words[:2] if words[0] != "extract" else words[:1]
+    command = [sys.executable, "-m", "modelmerge", *verb, *models, "-o", str(tmp_path / "out"), *words[len(verb) :]]
+    done = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, check=True)
+    promised = json.loads(done.stdout)["plan"]["peak_memory"]["host"]
+    peak = anonymous_peak(command)
+    assert peak <= promised
+    assert promised <= 2.5 * peak  # a promise of anything would be no promise

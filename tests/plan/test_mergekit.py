@@ -1,0 +1,218 @@
+"""mergekit's configurations, against what mergekit itself made of them (see `tests/support/mergekit_runs.py`)."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import modelmerge
+from modelmerge.cli import main
+from modelmerge.errors import RecipeError
+from modelmerge.methods import registry
+from modelmerge.methods.options import make_options, option_types
+from modelmerge.plan import mergekit
+from tests.support import mergekit_runs
+from tests.support.checkpoints import State, read, write
+
+ORACLE = mergekit_runs.ORACLE
+# Where mergekit's number is wrong, and a test of its own says why.
+WRONG = {"half-arithmetic", "ties-cancels"}
+SAME = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("*.yml") if file.stem not in WRONG)
+
+
+@pytest.fixture
+def beside_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory where `models/base` and the others lie, as the configurations name them."""
+    (tmp_path / "models").symlink_to(ORACLE / "models")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def merged(config: str) -> tuple[State, State]:
+    """What modelmerge makes of a configuration, and what mergekit made of it."""
+    modelmerge.replay(mergekit_runs.CONFIGS / f"{config}.yml", Path("out"))
+    return read(Path("out")), load_file(ORACLE / "merged" / f"{config}.safetensors")
+
+
+@pytest.mark.parametrize("config", SAME)
+def test_the_result_is_mergekits(config: str, beside_models: Path) -> None:
+    got, want = merged(config)
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert tensor.dtype == got[name].dtype == torch.float32
+        assert (got[name] - tensor).abs().max() <= 1e-6, name
+    base = read(ORACLE / "models" / "base")
+    moved = [name for name in base if (want[name] - base[name]).abs().max() > 1e-3]
+    assert len(moved) > 0.8 * len(base)
+
+
+def test_mergekit_computes_in_the_dtype_it_stores(beside_models: Path) -> None:
+    """`dtype: bfloat16` rounds every model before it subtracts: most of a small task vector is rounding then."""
+    ours, theirs = merged("half-arithmetic")
+    base, fine = (load_file(ORACLE / "models" / name / "model.safetensors") for name in ("base", "fine"))
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.weight"):
+        tau = fine[name].double() - base[name].double()
+        assert (theirs[name] - base[name] - tau).norm() > 0.5 * tau.norm()
+        assert (ours[name] - base[name] - tau).norm() < 1e-4 * tau.norm()
+
+
+def test_mergekit_lets_cancelling_entries_go_up(beside_models: Path) -> None:
+    """Two experts that differ from the base by the same steps to either side: the paper elects no sign there."""
+    ours, theirs = merged("ties-cancels")
+    base, up = (load_file(ORACLE / "models" / name / "model.safetensors") for name in ("base", "up"))
+    for name, tensor in base.items():
+        assert torch.equal(ours[name], tensor)
+        assert torch.equal(theirs[name] - tensor, (up[name] - tensor).abs())
+
+
+def test_without_a_dtype_the_widest_is_stored(beside_models: Path) -> None:
+    """As in mergekit; where it is not the same for all tensors, a remark says what is done instead."""
+    manifest = modelmerge.replay(mergekit_runs.CONFIGS / "mixed-dtypes.yml", "out")
+    assert manifest["recipe"]["dtype"] == "float32"
+    assert any(note.startswith("No dtype: stored in float32") for note in manifest["notes"])
+    text = (mergekit_runs.CONFIGS / "mixed-dtypes.yml").read_text()
+    write(Path("half"), {key: tensor.half() for key, tensor in read(ORACLE / "models" / "code").items()})
+    Path("c.yml").write_text(text.replace("models/math", "half").replace("models/code", "models/base16"))
+    assert modelmerge.replay("c.yml", "halves")["recipe"]["dtype"] == "float32"
+    text = text.replace("models/code", "code")
+    Path("c.yml").write_text(text.replace("models/math", "models/base16"))
+    wide = {key: t if "mlp" in key else t.bfloat16() for key, t in read(ORACLE / "models" / "code").items()}
+    write(Path("code"), wide)
+    manifest = modelmerge.replay("c.yml", "other")
+    assert manifest["recipe"]["dtype"] is None
+    assert any(note.startswith("No dtype: tensors are stored as the base does") for note in manifest["notes"])
+
+
+TIES = """
+models:
+  - model: models/base
+  - model: models/math
+    parameters: {weight: 1}
+  - model: models/code
+    parameters: {weight: 1}
+merge_method: ties
+base_model: models/base
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "complaints"),
+    [
+        (TIES.replace("ties", "tise"), ["merge_method: modelmerge has no counterpart of 'tise'; did you mean 'ties'?"]),
+        (TIES.replace("ties", "passthrough"), ["merge_method: modelmerge has no counterpart of 'passthrough'"]),
+        (TIES + "colour: blue\n", ["colour: mergekit has no such key"]),
+        (TIES + "tokenizer_source: union\n", ["tokenizer_source: 'union': only the base's own tokenizer"]),
+        (TIES + "tokenizer: {source: base, tokens: {}}\n", ["tokenizer.tokens: only the base's own tokenizer"]),
+        (TIES + "tokenizer: {}\n", ["tokenizer: its source is 'union' where none is given"]),
+        (TIES + "chat_template: auto\n", ["chat_template: the base's files are copied as they are"]),
+        (TIES + "dtype: float64\n", ["dtype: 'float64': only float32, float16, bfloat16"]),
+        (TIES + "parameters: {rescale: true}\n", ["rescale: true cannot be honoured with this method, only false"]),
+        (TIES + "parameters: {normalize: 1}\n", ["parameters.normalize: must be true or false, not 1"]),
+        (TIES + "parameters: {normalize: [true, false]}\n", ["parameters.normalize: can be honoured only as one"]),
+        (TIES + "parameters: {lambda: much}\n", ["parameters.lambda: must be a number or a list of numbers"]),
+        (TIES + "parameters: {lambda: [{value: 1, glob: x}]}\n", ["parameters.lambda: a condition has a 'value'"]),
+        (TIES + "parameters: {density: [0.5, 20]}\n", ["parameters.density: --density must be above 0 and at most 1"]),
+        (TIES.replace("weight: 1", "weight: 1, desnity: 1"),
+         ["models[1].parameters.desnity: no method of mergekit has such a parameter; did you mean 'density'?",
+          "models[2].parameters.desnity"]),
+        (TIES.replace("{weight: 1}", "{}", 1), ["models[1].parameters.weight: is missing: mergekit insists on it"]),
+        (TIES.replace("weight: 1", "weight: [{value: 1, filter: mlp}]", 1),
+         ["models[1].parameters.weight: is missing for tensors that no filter matches"]),
+        (TIES.replace("weight: 1", "weight: 1, lambda: 2", 1), ["models[1].parameters.lambda: mergekit ignores it"]),
+        (TIES.replace("base_model: models/base", ""), ["base_model: is missing"]),
+        (TIES.replace("models/code", "models/math"), ["models[2].model: 'models/math' is listed twice"]),
+        (TIES.replace("models/code", "models/code+lora"), ["models[2].model: an adapter can be honoured on"]),
+        (TIES.replace("models/code", "{path: 7}"), ["models[2].model: only a path or a name on the Hub"]),
+        (TIES.replace("models:\n", "modules: {}\nmodles:\n"), ["modles: mergekit has no", "models: mergekit takes"]),
+        ("merge_method: ties\nmodules: {default: {}}\n", ["modules: parts of a model", "base_model: is missing"]),
+        ("merge_method: ties\nbase_model: a\nmodels: [b]\n", ["models[0]: has no 'model'", "models: this method"]),
+        ("merge_method: ties\nbase_model: a\nslices: [{}, {}]\n", ["slices: several slices stack layers anew"]),
+        ("merge_method: ties\nslices: [{residual_weight: 1, sources: [{model: b, layer_range: [1, 4]}]}]\n",
+         ["slices[0].residual_weight", "slices[0].sources: each needs the layer_range [0, N]"]),
+        ("merge_method: slerp\nbase_model: a\nmodels: [{model: b}, {model: c}]\nparameters: {t: 0.5}\n",
+         ["models: this method takes 1 besides the base, and there are 2"]),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 2}}]\nparameters: {normalize: false}\n",
+         ["parameters.normalize: false with weights that add up to 2"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_honoured_is_listed_with_its_place(text: str, complaints: list[str], tmp_path: Path) -> None:
+    (tmp_path / "c.yml").write_text(text)
+    with pytest.raises(RecipeError, match="that cannot be honoured") as refused:
+        mergekit.read(tmp_path / "c.yml")
+    lines = [line.strip() for line in refused.value.message.splitlines()[1:]]
+    for complaint in complaints:
+        assert any(line.startswith(complaint) for line in lines), lines
+    assert f": {len(lines)} thing" in refused.value.message.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: [1", "cannot be read as YAML"), ("{}", "no mergekit configuration"), ("7", "no mergekit configuration"),
+        ("merge_method: ties\nmerge_method: linear\n", "the key 'merge_method' comes twice"),
+        ("!!python/object/apply:os.system [exit]", "cannot be read as YAML"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_none_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=says):
+        mergekit.read(tmp_path / "c.yaml")
+
+
+def test_slices_over_part_of_the_layers_are_refused(beside_models: Path) -> None:
+    text = (mergekit_runs.CONFIGS / "task-arithmetic-slices.yml").read_text().replace("[0, 4]", "[0, 3]")
+    Path("c.yml").write_text(text)
+    with pytest.raises(RecipeError, match="goes over 3 layers of models that have 4"):
+        modelmerge.replay("c.yml", "out")
+    assert not Path("out").exists()
+
+
+def test_what_has_no_effect_is_remarked(beside_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("c.yml").write_text(TIES.replace("ties", "task_arithmetic") + "parameters: {filter_wise: true}\n")
+    assert main(["merge", "--recipe", "c.yml", "-o", "out", "--dry-run"]) == 0
+    assert "note: parameters.filter_wise has no effect on this method in mergekit, nor here." in capsys.readouterr().out
+    assert main(["merge", "--recipe", "c.yml", "-o", "out"]) == 0
+    assert "parameters.filter_wise has no effect" in Path("out/README.md").read_text()
+
+
+def test_the_command_and_the_manifest_repeat_the_merge(beside_models: Path) -> None:
+    """Gradients and filters come out as options of the command line."""
+    first = modelmerge.replay(mergekit_runs.CONFIGS / "ties-gradients.yml", "one")
+    assert "--vary math:density=1,0.7,0.1" in first["command"]
+    modelmerge.replay("one/modelmerge.json", "two")
+    assert main([*shlex.split(first["command"])[1:-1], "three"]) == 0
+    assert {(Path(name) / "model.safetensors").read_bytes() for name in ("one", "two", "three")} == {
+        Path("one/model.safetensors").read_bytes()
+    }
+
+
+def test_names_and_references_of_models(tmp_path: Path) -> None:
+    text = TIES.replace("models/math", "{model: {path: org/a.b, revision: v1}}")
+    for adapter in ("models/base+hub/a.b", "{model: models/base, lora: hub/a.b}"):
+        (tmp_path / "c.yml").write_text(text.replace("models/code", adapter))
+        recipe = mergekit.read(tmp_path / "c.yml").recipe
+        assert recipe.experts == ("a.b=org/a.b@v1", "a.b-2=hub/a.b")
+
+
+@pytest.mark.parametrize("name", mergekit.METHODS)
+def test_every_row_names_options_that_there_are(name: str) -> None:
+    row = mergekit.METHODS[name]
+    chosen = registry.load(row.method)
+    have = option_types(chosen.options)
+    for parameter in row.parameters:
+        assert parameter.key in mergekit.KNOWN
+        assert parameter.option in (None, "weight", *have)
+    make_options(chosen, row.method, row.fixed)
+
+
+@pytest.mark.slow
+def test_mergekit_still_makes_what_is_kept(tmp_path: Path) -> None:
+    mergekit_runs.make(tmp_path)
+    for kept in (ORACLE / "merged").glob("*.safetensors"):
+        new, old = load_file(tmp_path / "merged" / kept.name), load_file(kept)
+        assert new.keys() == old.keys()
+        assert all((new[name] - old[name]).abs().max() <= 1e-6 for name in old), kept.name

@@ -1,0 +1,88 @@
+"""The blocks of the guides that are made from the code: `python -m tests.support.guides` writes them anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from modelmerge.methods import registry
+from modelmerge.plan import mergekit
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+# By topic, in the order of the alphabet.
+GUIDES = {file.stem: file for file in sorted((ROOT / "modelmerge" / "guides").glob("*.md"))}
+
+
+def method_table(kind: Literal["merge", "transform"]) -> str:
+    """Every method of a kind with its help line, its options and its source."""
+    rows = ["| method | what it does | options (default) |", "|---|---|---|"]
+    for name in registry.names(kind):
+        chosen = registry.load(name, kind)
+        # As they follow from one another where none is given: `-` has no effect then, or is found for each tensor.
+        defaults = {
+            name: "-" if value is None else value for name, value in dataclasses.asdict(chosen.options()).items()
+        }
+        options = [f"`--{name.replace('_', '-')}` ({default})" for name, default in defaults.items()]
+        rows.append(f"| [`{name}`]({chosen.paper}) | {registry.summary(name, kind)} | {' '.join(options)} |")
+    return "\n".join(rows)
+
+
+def mergekit_table() -> str:
+    """What becomes of each key of a mergekit configuration, and of each parameter of each method."""
+    rows = ["| key in the YAML | here |", "|---|---|"]
+    rows += [f"| `{key}` | {text} |" for key, text in mergekit.KEYS.items()]
+    rows += ["", "| `merge_method` | here | its `parameters` |", "|---|---|---|"]
+    for name, row in mergekit.METHODS.items():
+        here = f"`{row.method}{typed(row.fixed)}`"
+        here += f"; without a `base_model` `{row.method}{typed({**row.fixed, **row.alone})}`" if row.alone else ""
+        text = "; ".join(f"`{parameter.key}`: {becomes(parameter)}" for parameter in row.parameters)
+        rows.append(f"| `{name}` | {here} | {text} |")
+    return "\n".join(rows)
+
+
+def typed(options: Mapping[str, Any]) -> str:
+    return "".join(f" --{option.replace('_', '-')} {value}" for option, value in options.items())
+
+
+def becomes(parameter: mergekit.Parameter) -> str:
+    """What a parameter of mergekit is here."""
+    if parameter.told is not None:
+        return parameter.told
+    if parameter.option is None:
+        return f"only {str(parameter.only).lower()}" if parameter.only is not None else "has no effect"
+    flag = f"--{parameter.option.replace('_', '-')}"
+    if parameter.words:
+        return ", ".join(f"{str(value).lower()} is `{flag} {word}`" for value, word in parameter.words.items())
+    if parameter.option == "weight":
+        return "`--weight NAME=W`"
+    return f'`{flag}`, or `--at "*: NAME.{flag[2:]}=..."`' if parameter.per_model else f"`{flag}`"
+
+
+# The generated blocks of each guide, by its topic.
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "methods": {
+        "methods": lambda: method_table("merge"),
+        "transforms": lambda: method_table("transform"),
+    },
+    "mergekit": {"mergekit": mergekit_table},
+}
+
+
+def renewed(topic: str, text: str) -> str:
+    """A guide's text with every block between its markers made anew."""
+    for name, make in BLOCKS.get(topic, {}).items():
+        start, end = f"<!-- {name}: made by python -m tests.support.guides -->", f"<!-- end of {name} -->"
+        before, marker, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        if not (marker and found):
+            raise ValueError(f"the guide '{topic}' has no block '{name}'")
+        text = f"{before}{start}\n{make()}\n{end}{after}"
+    return text
+
+
+if __name__ == "__main__":
+    for topic in BLOCKS:
+        GUIDES[topic].write_text(renewed(topic, GUIDES[topic].read_text()))

@@ -1,0 +1,113 @@
+"""Runs of mergekit itself, to compare with: `python -m tests.support.mergekit_runs [DIR [PYTHON]]`.
+
+Installs mergekit into an environment of its own in a temporary directory, makes the small models, runs every
+configuration of `tests/oracle/mergekit/configs`, and writes models and results below DIR (tests/oracle/mergekit).
+Models are Llamas of four layers; `up` and `down` are the base plus and minus the same steps, exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+VERSION = "0.1.5"
+ORACLE = Path(__file__).parent.parent / "oracle" / "mergekit"
+CONFIGS = ORACLE / "configs"
+HIDDEN, INNER, LAYERS, VOCABULARY = 8, 12, 4, 16
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+RUN = """
+import pathlib, sys, yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+for file in map(pathlib.Path, sys.argv[1:]):
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=0)
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(file.read_text())), f"out/{file.stem}", options=options)
+"""
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        found |= {f"{prefix}self_attn.{k}_proj.weight": (HIDDEN, HIDDEN) for k in "qkvo"}
+        found |= {f"{prefix}mlp.{k}_proj.weight": (INNER, HIDDEN) for k in ("gate", "up")}
+        found |= {f"{prefix}mlp.down_proj.weight": (HIDDEN, INNER)}
+        found |= {f"{prefix}{k}_layernorm.weight": (HIDDEN,) for k in ("input", "post_attention")}
+    return found
+
+
+def write_models(root: Path) -> None:
+    """base, math, code, chat; fine, whose task vector is small; up and down; kin_1 and kin_2, which agree."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(scale: float, step: float | None = None) -> dict[str, torch.Tensor]:
+        state = {name: torch.randn(shape, generator=generator) * scale for name, shape in shapes().items()}
+        return {name: (t / step).round() * step for name, t in state.items()} if step else state
+
+    base, steps = drawn(0.1, 2**-12), drawn(0.02, 2**-12)
+    models = {"base": base}
+    for name, scale in (("math", 0.02), ("code", 0.02), ("chat", 0.03), ("fine", 2e-4)):
+        models[name] = {key: base[key] + noise for key, noise in drawn(scale).items()}
+    models["base16"] = {key: tensor.bfloat16() for key, tensor in base.items()}
+    models["up"] = {key: base[key] + steps[key] for key in base}
+    models["down"] = {key: base[key] - steps[key] for key in base}
+    shared = drawn(0.03)
+    for name in ("kin_1", "kin_2"):
+        models[name] = {key: base[key] + shared[key] + noise for key, noise in drawn(0.008).items()}
+    for name, state in models.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        save_file(state, root / name / "model.safetensors", metadata={"format": "pt"})
+        os.chmod(root / name / "model.safetensors", 0o644)
+        (root / name / "config.json").write_text(json.dumps(CONFIG) + "\n")
+
+
+def make(target: Path, python: str | None = None) -> None:
+    """Everything anew, below `target`: models/NAME and merged/CONFIG.safetensors; `python` is one that has mergekit."""
+    write_models(target / "models")
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        python = python or installed(place / "venv")
+        (place / "models").symlink_to((target / "models").resolve())
+        configs = sorted(CONFIGS.glob("*.yml"))
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [python, "-c", RUN, *map(str, configs)]
+        subprocess.run(command, check=True, cwd=place, env=environment)
+        (target / "merged").mkdir(exist_ok=True)
+        for config in configs:
+            written = place / "out" / config.stem / "model.safetensors"
+            (target / "merged" / f"{config.stem}.safetensors").write_bytes(written.read_bytes())
+
+
+def installed(environment: Path) -> str:
+    """A new environment with mergekit in it; its Python."""
+    python = new_environment(environment)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", f"mergekit=={VERSION}"], check=True)
+    return python
+
+
+def new_environment(environment: Path) -> str:
+    """A new environment whose packages come before those of this one, which serve it as well; its Python."""
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    paths = [path for path in sys.path if path.endswith("site-packages")]
+    (next(environment.glob("lib/python*/site-packages")) / "outer.pth").write_text("\n".join(paths))
+    return str(environment / "bin" / "python")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]) if len(sys.argv) > 1 else ORACLE, *sys.argv[2:3])

@@ -1,0 +1,78 @@
+"""Task vectors by chance, and methods applied to them in memory as the engine would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelmerge.methods import registry
+from modelmerge.methods.contract import Context, Method, Pass, Survey
+from modelmerge.methods.options import make_options
+
+SHAPE = (24, 18)
+
+
+def taus_of(experts: int = 4, seed: int = 0) -> Tensor:
+    """Task vectors that agree a little, as those of one base do."""
+    generator = torch.Generator().manual_seed(seed)
+    own, shared = torch.randn(experts, *SHAPE, generator=generator), torch.randn(*SHAPE, generator=generator)
+    return 1e-2 * own + 3e-3 * shared
+
+
+def measured(chosen: Method, options: Any, taus: Tensor, base: Tensor) -> Tensor | None:
+    survey, moments = chosen.survey(options, {}), chosen.moments(options)
+    if moments is not None:
+        return moments(taus.reshape(len(taus), -1), base.reshape(-1))
+    return None if survey is None else surveyed(survey, taus.reshape(len(taus), -1))
+
+
+def surveyed(survey: Survey, taus: Tensor) -> Tensor:
+    """What a survey concludes from task vectors [T, n] that lie in memory, shares taken as every so-manieth entry."""
+    search = survey.find(taus.shape[1])
+    wanted = next(search)
+    while True:
+        try:
+            wanted = search.send(counted(wanted, taus[:, :: wanted.share]))
+        except StopIteration as found:
+            return found.value
+
+
+def counted(wanted: Pass, taus: Tensor) -> Tensor:
+    total = torch.zeros(len(taus), wanted.counters, dtype=torch.int64)
+    wanted.measure(taus.contiguous(), total)
+    return total
+
+
+def takes(name: str, experts: int) -> int:
+    """So many experts, or as many as the method takes."""
+    return min(experts, registry.load(name).most_experts or experts)
+
+
+def context_of(chosen: Method, options: Any, taus: Tensor, **told: Any) -> Context:
+    """The context in which the engine would call the method on the whole tensor `w`."""
+    base = torch.randn(taus.shape[1:], generator=torch.Generator().manual_seed(99)).to(taus.device)
+    told = {
+        "tensor": "w",
+        "weights": (1.0,) * len(taus),
+        "experts": tuple(f"e{i}" for i in range(len(taus))),
+        "measured": measured(chosen, options, taus, base),
+        "base": base if chosen.wants_base else None,
+    } | told
+    return Context(**told)
+
+
+def merged(
+    name: str,
+    taus: Tensor,
+    weights: tuple[float, ...] | None = None,
+    experts: tuple[str, ...] | None = None,
+    seed: int = 0,
+    **values: Any,
+) -> Tensor:
+    chosen = registry.load(name)
+    options = make_options(chosen, name, values)
+    told: dict[str, Any] = {"weights": weights} if weights else {}
+    told |= {"experts": experts} if experts else {}
+    return chosen.apply(taus, options, context_of(chosen, options, taus, seed=seed, **told))

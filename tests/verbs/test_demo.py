@@ -1,0 +1,116 @@
+"""The demo: real experts, and merges that pay."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import modelmerge
+from modelmerge.cli import main
+from modelmerge.engine.parallel import threads
+from modelmerge.evaluation import digits
+from modelmerge.methods import registry
+from modelmerge.verbs.demo import suited
+from tests.support.checkpoints import read
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The demo's directory, and what it prints as JSON."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    words = [sys.executable, "-m", "modelmerge", "demo", "-o", str(out), "--json"]
+    return out, json.loads(subprocess.run(words, capture_output=True, check=True, text=True).stdout)
+
+
+def test_the_demo_tells_the_whole_story(demo: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    out, told = demo
+    rows = {row["model"]: row for row in told["models"]}
+    merges = {name for name, row in rows.items() if row["kind"] == "merge"}
+    assert merges == {
+        *suited(len(digits.TASKS)),
+        *(f"{front} + task-arithmetic" for front in registry.names("transform")),
+    }
+    experts = [row for row in rows.values() if row["kind"] == "expert"]
+    assert len(experts) == len(digits.TASKS) >= 4
+    base = rows["base"]
+    for expert in experts:
+        own = expert["accuracy"][expert["model"]]
+        assert own > base["accuracy"][expert["model"]] + 0.15
+        assert own > 0.9
+    own_mean = sum(e["accuracy"][e["model"]] for e in experts) / len(experts)
+    for name in suited(len(digits.TASKS)):
+        assert base["mean"] + 0.01 < rows[name]["mean"] < own_mean
+        # What the table says is what lies on disk.
+        merged, task = read(out / "merged" / name), digits.load_tasks()["mirrored"]
+        assert digits.accuracy(merged, task) == rows[name]["accuracy"]["mirrored"]
+    reach = {row["scale"]: (row["task-arithmetic"], row["awd + task-arithmetic"]) for row in told["scales"]}
+    assert reach[0.3] == (rows["task-arithmetic"]["mean"], rows["awd + task-arithmetic"]["mean"])
+    # What disentangling gives task arithmetic grows with the scale.
+    assert reach[0.8][1] - reach[0.8][0] > reach[0.2][1] - reach[0.2][0]
+    assert rows["average"]["mean"] < rows["task-arithmetic"]["mean"]
+    assert Path(told["manifests"]["apgd"]).is_file()
+    assert told["commands"]["apgd"].startswith("modelmerge merge apgd ")
+    _evaluated(out, rows, capsys)
+
+
+def _evaluated(demo: Path, rows: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """`eval` finds what the demo has measured, and knows the experts of its merges."""
+    words = ["eval", "custom", "--script", "modelmerge.evaluation.digits:scores", str(demo / "merged" / "apgd")]
+    experts = [word for task in digits.TASKS for word in ("--expert", str(demo / "experts" / task))]
+    assert main([*words, *experts, "--base", str(demo / "base"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    models = {model["name"]: model for model in told["models"]}
+    assert told["tasks"] == list(digits.TASKS)
+    for name, model in models.items():
+        for task, accuracy in rows[name]["accuracy"].items():
+            assert model["scores"][task]["score"] == pytest.approx(accuracy)
+        assert model["average"] == pytest.approx(rows[name]["mean"])
+    assert models["apgd"]["normalised"] == pytest.approx(
+        sum(rows["apgd"]["accuracy"][task] / rows[task]["accuracy"][task] for task in digits.TASKS) / len(digits.TASKS)
+    )
+    assert models["base"]["normalised"] < models["apgd"]["normalised"] < 1.0
+    assert main(["eval", "weights", str(demo / "merged" / "apgd"), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["model"]
+    assert list(figures["experts"]["norms"]) == list(digits.TASKS)
+    assert figures["models"]["apgd"]["apgd_gap"] < 1.0
+
+
+def test_the_correction_of_apgd_pays(demo: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    tasks, scores = digits.load_tasks(), {}
+    for steps in (0, 400):
+        out = tmp_path / f"out{steps}"
+        experts = [demo[0] / "experts" / name for name in tasks]
+        modelmerge.merge(demo[0] / "base", experts, out, method="apgd", steps=steps)
+        scores[steps] = sum(digits.accuracy(read(out), task) for task in tasks.values()) / len(tasks)
+    assert scores[400] > scores[0] + 0.02
+
+
+def test_no_test_image_is_trained_on() -> None:
+    for task in digits.load_tasks().values():
+        seen = {image.numpy().tobytes() for image in task.train_x}
+        assert not any(image.numpy().tobytes() in seen for image in task.test_x)
+        assert len(task.train_y) + len(task.test_y) == 1797
+
+
+def test_training_is_repeatable_and_leaves_the_classifier_and_the_base_alone() -> None:
+    tasks = digits.load_tasks()
+    with threads(1):
+        base = digits.train_base(tasks)
+        before = {name: tensor.clone() for name, tensor in base.items()}
+        one, two = (digits.train_expert(base, tasks["striped"]) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.equal(base[name], before[name]) for name in base)
+    assert torch.equal(one["classifier.weight"], base["classifier.weight"])
+
+
+def test_the_demo_refuses_a_directory_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    assert main(["demo", "-o", str(tmp_path)]) == 1
+    assert "not empty" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "keep"

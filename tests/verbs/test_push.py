@@ -1,0 +1,358 @@
+"""Pushing results to the Hub: the real client against a server on the loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import modelmerge
+from modelmerge.cli import main
+from modelmerge.errors import HubError, OutputError
+from modelmerge.hub import ranges
+from tests.support.checkpoints import family
+from tests.support.hub_server import OWNER, READER, FakeHub
+
+# The client's own, of the HTTP library it is built on.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _owner(monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> None:
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+    monkeypatch.setattr(ranges, "_PAUSES", (0.01, 0.01, 0.01))
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> list[Path]:
+    """[base, expert_0, expert_1] on disk."""
+    return family(tmp_path / "local", experts=2)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:
+    """The error and the hint of a command that fails as it should: one line each."""
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (1, "")
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 2, err
+    return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
+
+
+def test_a_merge_is_pushed_and_its_url_is_what_a_script_gets(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    code, said, err = run(capsys, "merge", "ties", *local, "-o", out, "--push", "org/merged", "-q")
+    assert (code, said, err) == (0, f"{hub.endpoint}/org/merged\n", "")
+    pushed = hub.files("org/merged")
+    for file in (f for f in out.iterdir() if f.name not in ("README.md", "modelmerge.json")):
+        assert pushed[file.name] == file.read_bytes()
+    assert pushed.keys() - {".gitattributes"} == {file.name for file in out.iterdir()}
+    repo = hub.repos["org/merged"]
+    assert repo.messages == ["initial commit", "Merge of 2 experts by ties"]
+    assert not repo.private
+    # And it is a model like any other there.
+    told = modelmerge.merge("org/merged", local[1:2], tmp_path / "again", method="average")
+    assert told["recipe"]["base"] == f"org/merged@{repo.refs['main']}"
+
+
+def test_what_is_said_of_a_push(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("merge", "ties", *local, "-o", tmp_path / "out", "--push", "org/merged")
+    code, out, _ = run(capsys, *words, "--dry-run")
+    assert code == 0
+    assert "push to org/merged new\n" in out
+    assert "org/merged" not in hub.repos, "a dry run makes nothing"
+    code, out, _ = run(capsys, *words, "--commit-message", "A first try", "--json")
+    told = json.loads(out)
+    assert told["url"] == f"{hub.endpoint}/org/merged"
+    assert told["commit"] == hub.repos["org/merged"].refs["main"]
+    assert hub.repos["org/merged"].messages[-1] == "A first try"
+    code, out, _ = run(capsys, *words, "--dry-run", "--json", "--force")
+    assert json.loads(out)["plan"]["push"] == {
+        "repository": "org/merged", "new": False, "private": False, "pull_request": False}  # fmt: skip
+    code, out, _ = run(capsys, *words, "--force")
+    assert f"pushed to {hub.endpoint}/org/merged\n" in out
+
+
+def test_nothing_pushed_tells_of_this_machine(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha = hub.add("org/expert", local[1])
+    monkeypatch.chdir(tmp_path)
+    given = [local[0], "org/expert", "secret=local/expert_1"]
+    assert run(capsys, "merge", "ties", *given, "-o", tmp_path / "out", "--push", "org/merged")[0] == 0
+    assert run(capsys, "extract", *given, "-o", tmp_path / "vectors", "--push", "org/vectors")[0] == 0
+    assert run(capsys, *AS_LORA[:2], *given, *AS_LORA[2:], "-o", tmp_path / "adapter", "--push", "org/adapter")[0] == 0
+    for repo in ("org/merged", "org/vectors", "org/adapter"):
+        for name, content in hub.files(repo).items():
+            for place in (str(tmp_path), "local/", "hf-cache", "modelmerge-hub-"):
+                assert place.encode() not in content, (repo, name)
+    manifest = json.loads(hub.files("org/merged")["modelmerge.json"])
+    assert manifest["recipe"]["base"] == "base"
+    assert manifest["recipe"]["experts"] == [f"expert=org/expert@{sha}", "secret=secret"]
+    assert f" base expert=org/expert@{sha} secret --" in manifest["command"]
+    assert manifest["command"].endswith(" -o out")
+    digest = json.loads((tmp_path / "out" / "modelmerge.json").read_bytes())["inputs"]["base"]["files"]
+    assert manifest["inputs"]["base"]["files"] == {"base/model.safetensors": next(iter(digest.values()))}
+    card = hub.files("org/merged")["README.md"].decode()
+    assert "| `secret` | `secret` |" in card
+    assert "[org/expert](https://huggingface.co/org/expert)" in card
+    # At home all is as it was, so that the merge can be replayed.
+    assert str(local[0]) in (tmp_path / "out" / "modelmerge.json").read_text()
+    assert modelmerge.replay(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_pushed_recipe_is_replayed_by_who_has_the_models(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/expert", local[1])
+    words = (
+        "merge",
+        "ties",
+        local[0],
+        "org/expert",
+        f"mine={local[2]}",
+        "-o",
+        tmp_path / "out",
+        "--push",
+        "org/merged",
+    )
+    assert run(capsys, *words)[0] == 0
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(local[0], elsewhere / "base")
+    shutil.copytree(local[2], elsewhere / "mine")
+    (elsewhere / "modelmerge.json").write_bytes(hub.files("org/merged")["modelmerge.json"])
+    monkeypatch.chdir(elsewhere)
+    assert run(capsys, "merge", "--recipe", "modelmerge.json", "-o", "again")[0] == 0
+    assert Path("again/model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    shutil.rmtree("again")
+    shutil.copytree(local[1], "mine", dirs_exist_ok=True)
+    code, _, err = run(capsys, "merge", "--recipe", "modelmerge.json", "-o", "again")
+    assert code == 1
+    assert "not the file that the recipe was made with" in err
+
+
+def test_access_is_checked_before_the_work(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for directory in local:
+        hub.add(f"org/{directory.name}", directory)
+    hub.add("org/merged", {"README.md": b"taken"})
+    words = ["org/base", "org/expert_0", "org/expert_1", "-o", tmp_path / "out", "--push"]
+    for verb in (["merge", "ties"], ["extract"], ["disentangle", "awd"]):
+        monkeypatch.setenv("HF_TOKEN", READER)
+        error, hint = refused(capsys, *verb, *words, "org/merged")
+        assert "org/merged: your token may not do this: You don't have write access" in error
+        assert "settings/tokens" in hint
+        assert "may not do this: You don't have the rights to create" in refused(capsys, *verb, *words, "org/new")[0]
+        monkeypatch.delenv("HF_TOKEN")
+        assert refused(capsys, *verb, *words, "org/merged")[0] == "pushing to org/merged needs a token"
+    assert not [r for r in hub.asked("GET /cdn") if r.range is None], "weights were downloaded for nothing"
+    assert not (tmp_path / "out").exists()
+    assert hub.repos.keys() == {"org/base", "org/expert_0", "org/expert_1", "org/merged"}
+
+
+def test_a_bad_plan_makes_no_repository(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").touch()
+    words = (*local, "-o", tmp_path / "out", "--push", "org/new")
+    for verb in (["merge", "ties"], ["extract"], ["disentangle", "awd"]):
+        assert "is not empty" in refused(capsys, *verb, *words)[0]
+        assert run(capsys, *verb, *words, "--include", "nothing*", "--force")[0] == 2
+    assert not hub.repos
+
+
+def test_private_repositories(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("org/public", {"README.md": b"for all"})
+    words = ("merge", "average", *local, "-o", tmp_path / "out", "--private", "--push")
+    error, hint = refused(capsys, *words, "org/public")
+    assert error == "--private, but org/public exists and is public"
+    assert "/org/public/settings" in hint
+    assert run(capsys, *words, "org/secret")[0] == 0
+    assert hub.repos["org/secret"].private
+    assert run(capsys, *words, "org/secret", "--force")[0] == 0, "it stays as private as it is"
+
+
+def test_weights_of_an_older_model_go_with_the_same_commit(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stale = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    stale += [
+        "pytorch_model.bin",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tf_model.h5",
+        "model.fp16.safetensors",
+    ]
+    kept = ["model-q4.gguf", "training_args.bin", "LICENSE", "original/model.safetensors", "notes[1].md"]
+    before = hub.add("org/merged", dict.fromkeys([*stale, *kept, "config.json"], b"old"))
+    words = ("merge", "average", *local, "-o", tmp_path / "out", "--push", "org/merged")
+    assert run(capsys, *words)[0] == 0
+    repo = hub.repos["org/merged"]
+    assert next(iter(repo.commits)) == before
+    assert len(repo.commits) == 2, "one commit does it all"
+    after = hub.files("org/merged")
+    assert not after.keys() & set(stale)
+    assert after.keys() == {*kept, *(file.name for file in (tmp_path / "out").iterdir())}
+    assert after["config.json"] == (local[0] / "config.json").read_bytes()
+    # From one file to shards, and the index is not a stale one.
+    assert run(capsys, *words, "--max-shard-size", "4kB", "--force")[0] == 0
+    now = hub.files("org/merged").keys()
+    assert "model.safetensors" not in now
+    assert "model.safetensors.index.json" in now
+    assert {file.name for file in (tmp_path / "out").glob("*.safetensors")} <= now
+
+
+def test_a_pull_request_needs_no_write_access(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = hub.add("org/merged", {"README.md": b"theirs"})
+    monkeypatch.setenv("HF_TOKEN", READER)
+    words = ("merge", "average", *local, "-o", tmp_path / "out", "--create-pr", "--push")
+    assert "org/none is not a repository on the Hub" in refused(capsys, *words, "org/none")[0]
+    code, out, _ = run(capsys, *words, "org/merged", "-q")
+    assert (code, out) == (0, f"{hub.endpoint}/org/merged/discussions/1\n")
+    assert hub.repos["org/merged"].refs["main"] == before
+    assert "model.safetensors" in hub.files("org/merged", "refs/pr/1")
+    # The owner goes on in the same pull request.
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+    words = ("merge", "ties", *local, "-o", tmp_path / "out", "--force", "-q", "--push", "org/merged@refs/pr/1")
+    code, out, _ = run(capsys, *words)
+    assert (code, out) == (0, f"{hub.endpoint}/org/merged/tree/refs/pr/1\n")
+    assert hub.repos["org/merged"].refs["main"] == before
+    assert hub.repos["org/merged"].messages[-1] == "Merge of 2 experts by ties"
+    error, hint = refused(capsys, *words[:-1], "org/merged@dev")
+    assert error == "org/merged has no revision 'dev'"
+    assert hint == "it has: main"
+
+
+AS_LORA = ["merge", "average", "--as-lora", "2", "--include", "*_proj.weight"]
+
+
+@pytest.mark.parametrize("verb", [["merge", "ties"], AS_LORA, ["extract"], ["disentangle", "awd", "--experts"]])
+def test_an_upload_that_failed_is_taken_up_without_the_work(
+    verb: list[str], hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    out = tmp_path / "out"
+    hub.fail("PUT /lfs", status=500, times=1000)
+    words = (*verb, *local, "-o", out, "--push", "org/result")
+    code, said, err = run(capsys, *words)
+    assert (code, said) == (1, "")
+    errors = [line for line in err.splitlines() if line.startswith(("error: ", "hint: "))]
+    assert errors[0] == "error: org/result: the Hub answered 500"
+    assert errors[1] == f"hint: {out} is complete: the same command with --resume goes on from here"
+    assert (out / "modelmerge.json").exists()
+    assert hub.files("org/result").keys() == {".gitattributes"}, "nothing half-pushed"
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+    hub.faults.clear()
+    code, said, err = run(capsys, *words, "--resume")
+    assert code == 0
+    assert f"note: {out} is complete already" in err
+    assert f"pushed to {hub.endpoint}/org/result" in said
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
+    files = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    assert files == hub.files("org/result").keys() - {".gitattributes"}
+
+
+def test_resume_takes_up_only_the_same_and_undamaged_output(local: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = modelmerge.merge(local[0], local[1:], out, method="ties")
+    assert modelmerge.merge(local[0], local[1:], out, method="ties", resume=True) == first
+    with pytest.raises(OutputError, match="not empty"):
+        modelmerge.merge(local[0], local[1:], out, method="ties", density=0.1, resume=True)
+    with pytest.raises(OutputError, match="not empty"):
+        modelmerge.merge(local[0], {"a": local[1], "b": local[2]}, out, method="ties", resume=True)
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "model.safetensors").write_bytes(content)
+    with pytest.raises(OutputError, match="not empty"):
+        modelmerge.merge(local[0], local[1:], out, method="ties", resume=True)
+    again = modelmerge.merge(local[0], local[1:], out, method="ties", resume=True, force=True)
+    assert again["files"]["model.safetensors"] == first["files"]["model.safetensors"]
+
+
+def test_pushed_task_vectors_stand_for_their_experts(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for directory in local:
+        hub.add(f"org/{directory.name}", directory)
+    remote = ["org/base", "org/expert_0", "org/expert_1"]
+    code, out, _ = run(capsys, "extract", *remote, "-o", tmp_path / "vectors", "--push", "org/vectors", "-q")
+    assert (code, out) == (0, f"{hub.endpoint}/org/vectors\n")
+    assert hub.repos["org/vectors"].messages[-1] == "Task vectors of 2 experts"
+    code, out, _ = run(capsys, "disentangle", "awd", *remote, "-o", tmp_path / "apart", "--push", "org/apart", "--json")
+    assert json.loads(out)["url"] == f"{hub.endpoint}/org/apart"
+    assert "redundant/model.safetensors" in hub.files("org/apart")
+    assert hub.repos["org/apart"].messages[-1] == "Disentangled task vectors of 2 experts"
+    vectors = [f"hf://org/vectors/expert_{i}" for i in range(2)]
+    told = modelmerge.merge("org/base", vectors, tmp_path / "there", method="task-arithmetic", stream=True)
+    modelmerge.merge(local[0], local[1:], tmp_path / "here", method="task-arithmetic")
+    assert (tmp_path / "there/model.safetensors").read_bytes() == (tmp_path / "here/model.safetensors").read_bytes()
+    sha = hub.repos["org/vectors"].refs["main"]
+    assert told["recipe"]["experts"] == [f"expert_{i}=hf://org/vectors/expert_{i}@{sha}" for i in range(2)]
+
+
+def test_transformers_loads_what_was_pushed(hub: FakeHub, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    for i, name in enumerate(("base", "one", "two")):
+        torch.manual_seed(i)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name, max_shard_size="20kB")
+        hub.add(f"org/{name}", tmp_path / name)
+    modelmerge.merge("org/base", ["org/one", "org/two"], tmp_path / "out", method="average", stream=True)
+    modelmerge.push(tmp_path / "out", "org/merged")
+    tokens = torch.arange(10)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(which)(tokens).logits for which in ("org/merged", tmp_path / "out")]
+    assert torch.equal(*logits)
+
+
+def test_push_in_python(hub: FakeHub, local: list[Path], tmp_path: Path) -> None:
+    modelmerge.merge(local[0], local[1:], tmp_path / "out", method="average")
+    done = modelmerge.push(tmp_path / "out", "org/merged", private=True, commit_message="by hand")
+    assert done == {"url": f"{hub.endpoint}/org/merged", "commit": hub.repos["org/merged"].refs["main"]}
+    assert hub.repos["org/merged"].messages[-1] == "by hand"
+    with pytest.raises(OutputError, match="no finished output"):
+        modelmerge.push(local[0], "org/other")
+    hub.fail("POST /api/repos/create", status=403)
+    with pytest.raises(HubError, match="your token may not do this"):
+        modelmerge.push(tmp_path / "out", "org/other")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--private"], "--private has no effect without --push REPO"),
+        (["--create-pr"], "--create-pr has no effect without --push REPO"),
+        (["--commit-message", "x"], "--commit-message has no effect without --push REPO"),
+        (["--push", "merged"], "--push 'merged' is no repository"),
+        (["--push", "org/merged/sub"], "--push 'org/merged/sub' is no repository"),
+        (["--push", "org/merged@dev", "--create-pr"], "--create-pr opens a pull request against the main branch"),
+    ],
+)
+def test_what_cannot_be_meant_is_wrong_usage(
+    words: list[str], says: str, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in (["merge", "ties"], ["extract"], ["disentangle", "awd"]):
+        code, out, err = run(capsys, *verb, *local, "-o", tmp_path / "out", *words)
+        assert (code, out) == (2, "")
+        assert says in err
