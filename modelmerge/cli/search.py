@@ -67,7 +67,8 @@ def command(name: str) -> Callable[..., None]:
     def searched(tries: Try, on: On) -> None: ...
 
     def run(sink: Sink, context: typer.Context, **values: Any) -> None:
-        from modelmerge.verbs.search import execute_search, prepare_search
+        from modelmerge.verbs.candidates import prepare_search
+        from modelmerge.verbs.search import execute_search
 
         tries = parse_tries(values["tries"])
         for option in (option for option in tries if option in values and opt.typed(context, option)):

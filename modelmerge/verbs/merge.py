@@ -14,7 +14,6 @@ from modelmerge.checkpoint.staging import CARD, Staging, companions, scratches
 from modelmerge.engine.adapter import Adapted
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run
-from modelmerge.errors import UsageError
 from modelmerge.plan import scaling
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
@@ -50,9 +49,6 @@ def merge(
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
-    search: Mapping[str, Sequence[Any] | str] | None = None,
-    on: Sequence[str] = (),
-    metric: Callable[..., Any] | str | None = None,
     unlabelled: Mapping[str, Any] | None = None,
     device: str = "auto",
     stream: bool = False,
@@ -87,11 +83,6 @@ def merge(
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
             this share of its squared norm.
-        search: By option of the method, values to choose from by measuring, `{"scale": [0.2, 0.3]}` or
-            `{"scale": "0.1:1.0:0.1"}`; all combinations are merged, the best is kept, and the manifest has all results
-            in `searched`.
-        on: What `search` measures with: `custom:FILE:FUNCTION`, `clip:TASK`, `lm:TASK`, with settings behind commas.
-        metric: A function that `search` measures with, or `FILE:FUNCTION`; see `evaluate`.
         unlabelled: The data of a method that finds the experts' weights on unlabelled data. For CLIP models what
             `evaluate` is told: `tasks`, `data`, `classes`, `templates`, `config`, `split`, `image_column`,
             `label_column`, `heads`, `limit`; each expert goes with the task of its name. For any other classifier
@@ -119,14 +110,6 @@ def merge(
         include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
         seed=seed, as_lora=as_lora, unlabelled=data,
     )  # fmt: skip
-    if search is not None or on or metric is not None:
-        from modelmerge.verbs.search import execute_search, prepare_search
-
-        axes = search or {}
-        if twice := sorted(options.keys() & axes.keys()):
-            raise UsageError(f"'{twice[0]}' is given and searched: one of them")
-        wanted = prepare_search(recipe, axes, on, metric, device=device, stream=stream)
-        return execute_search(wanted, Path(out), force=force, resume=resume, reporter=reporter)
     prepared = prepare(recipe, device=device, stream=stream, script=script)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 
