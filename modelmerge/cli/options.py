@@ -122,7 +122,7 @@ ShardSize = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(help="Seed of methods that draw at random. Default: 0.", metavar="N", rich_help_panel=RUN_PANEL),
+    typer.Option(help="Seed of methods that draw at random. Default: 0.", metavar="N", rich_help_panel=MERGE_PANEL),
 ]
 AsLora = Annotated[
     str | None,
@@ -310,6 +310,7 @@ def merged(
     on_mismatch: OnMismatch = None,
     dtype: Dtype = None,
     as_lora: AsLora = None,
+    seed: Seed = None,
 ) -> None:
     """What determines the weights of every merge, besides the method's options; for its signature alone."""
 

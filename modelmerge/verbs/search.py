@@ -38,6 +38,7 @@ from modelmerge.verbs.candidates import Candidate, Search, Values, label_of, pre
 from modelmerge.verbs.merge import complete
 from modelmerge.verbs.prepare import begin, digest_of
 
+Report = Mapping[str, Any]
 _FREE = 0.95  # share of a disk's free bytes that candidates may take
 
 
@@ -187,9 +188,9 @@ def _room(search: Search, folder: Path) -> int:
     return min(room, len(search.candidates))
 
 
-def _work_through(search: Search, folder: Path, out: Path, room: int, reporter: Reporter) -> list[list[Mapping[str, Any]]]:
+def _work_through(search: Search, folder: Path, out: Path, room: int, reporter: Reporter) -> list[list[Report]]:
     """Merge and measure all candidates, as many at a time as there is room for; the reports, by batch and measure."""
-    reports: list[list[Mapping[str, Any]]] = []
+    reports: list[list[Report]] = []
     waiting: list[Candidate] = []
     kept = 0  # the best so far, once there is one
 
@@ -268,7 +269,7 @@ def _measure_base(search: Search, reporter: Reporter) -> Candidate | None:
     return base
 
 
-def _measure(search: Search, candidates: Sequence[Candidate], reporter: Reporter) -> list[Mapping[str, Any]]:
+def _measure(search: Search, candidates: Sequence[Candidate], reporter: Reporter) -> list[Report]:
     """Measure candidates that were merged; the reports."""
     reports = []
     adapter = search.first.recipe.as_lora is not None
@@ -297,7 +298,7 @@ def _best(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def _results(
-    search: Search, best: Candidate, base: Candidate | None, reports: Sequence[Sequence[Mapping[str, Any]]]
+    search: Search, best: Candidate, base: Candidate | None, reports: Sequence[Sequence[Report]]
 ) -> dict[str, Any]:
     """What the manifest says of the search."""
     top = measure.average(best.scores)["average"]
