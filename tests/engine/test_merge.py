@@ -317,7 +317,7 @@ def test_what_does_not_fit_on_the_device_is_merged_on_the_cpu(
     assert peak_memory(job)["device"] <= everything
     assert beyond_device(prepared.job) == set()
     largest = max(sizes, key=lambda name: sizes[name])
-    needed = job._whole_bytes(job, [job.plan.tensors[largest]] * 2)
+    needed = memory._whole_bytes(job, [job.plan.tensors[largest]] * 2)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(needed * 1.2))
     assert beyond_device(job) == set()
     monkeypatch.setattr(memory, "free_memory", lambda device: needed)  # a tenth is kept free

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import modelmerge
-from modelmerge import engine
 from modelmerge.charts.figures import of_coefficients
 from modelmerge.cli import main
 from modelmerge.engine import memory
@@ -353,7 +352,7 @@ def test_a_run_that_was_interrupted_is_not_searched_again(
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run", full)
+        patch.setattr("modelmerge.verbs.merge.run", full)
         with pytest.raises(OSError, match="the disk is full"):
             run(small, tmp_path / "out", script, resume=True)
     manifest = run(small, tmp_path / "out", script, resume=True)

@@ -38,7 +38,7 @@ from tests.support.hub_server import FakeHub
 
 TASKS = ("inverted", "rotated")
 SCRIPT = """
-from modelmerge import digits
+from modelmerge.evaluation import digits
 
 TASKS = digits.load_tasks()
 
