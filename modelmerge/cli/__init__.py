@@ -25,6 +25,13 @@ from modelmerge.verbs.auto import AUTO, SUMMARY
 
 EXAMPLES = ("modelmerge demo", "modelmerge merge ties base math code -o merged")
 _SIGNALS = {130: "interrupted", 143: "terminated", 129: "hung up"}
+_received: list[int] = []  # signals that stop a run, other than Ctrl-C's
+
+
+def stop(number: int, frame: object) -> None:
+    """Handle a signal that shall stop a run as Ctrl-C does."""
+    _received.append(number)
+    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{type(error).__name__}: {error}", "this is a bug in modelmerge: please report it with the lines above", 1
         )
         return 1
+    if code == 130 and _received:
+        code = 128 + _received[-1]
     if code in _SIGNALS:
         sink.failure(_SIGNALS[code], "nothing was left at the output", code)
     return code

@@ -137,7 +137,7 @@ def suites() -> typer.Typer:
 
 
 def _list(sink: Sink, context: typer.Context) -> None:
-    if context.invoked_subcommand is not None:
+    if not opt.is_alone(context):
         return
     listed = [{"suite": name, "summary": evaluation.summary(name)} for name in evaluation.names()]
     sink.result(

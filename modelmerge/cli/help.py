@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 def with_examples(summary: str, lines: Sequence[str]) -> str:
     """A command's sentence, with examples below it."""
-    return f"{summary}\n\n\b" + "\n".join(f"[dim]$[/] {_plain(line)}" for line in lines)
+    return f"{summary}\n\n\b[bold]Examples[/]\n" + "\n".join(f"[dim]$[/] {_plain(line)}" for line in lines)
 
 
 def _plain(line: str) -> str:

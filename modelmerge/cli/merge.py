@@ -100,9 +100,7 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
 
     def run(sink: Sink, context: typer.Context, **values: Any) -> None:
         recipe, preset, output = values["recipe"], values["preset"], values["output"]
-        if context.invoked_subcommand is not None:
-            for name in (name for name in values if opt.typed(context, name) and name != "device"):
-                raise UsageError(f"{flag(name)} stands before the method", hint="options follow METHOD BASE EXPERT...")
+        if not opt.is_alone(context):
             return
         if preset and recipe:
             raise UsageError("--recipe and --preset exclude each other", hint="a recipe names its models")

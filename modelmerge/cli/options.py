@@ -21,6 +21,7 @@ from modelmerge.methods.contract import Disentangler, Method
 from modelmerge.methods.options import bounds, option_types
 from modelmerge.plan import presets
 
+_FROM_ENVIRONMENT = ("--device",)
 MERGE_PANEL = "What is merged, and how"
 RUN_PANEL = "How it is run"
 HUB_PANEL = "The Hugging Face Hub"
@@ -375,6 +376,20 @@ def hidden(parameter: inspect.Parameter) -> inspect.Parameter:
     option = copy.copy(option)
     option.hidden = True
     return parameter.replace(annotation=Annotated[kind, option])
+
+
+def is_alone(context: typer.Context) -> bool:
+    """Whether a verb stands without a method or suite.
+
+    Raises:
+        UsageError: It does not, and options stand before it, where nothing would heed them.
+    """
+    if context.invoked_subcommand is None:
+        return True
+    for name in (name for name in context.params if typed(context, name) and flag(name) not in _FROM_ENVIRONMENT):
+        place = "stands before the method or suite"
+        raise UsageError(f"{flag(name)} {place}", hint=f"put it after '{context.invoked_subcommand}'")
+    return False
 
 
 def typed(context: typer.Context, name: str) -> bool:

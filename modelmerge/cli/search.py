@@ -54,7 +54,7 @@ def listing() -> Callable[..., None]:
     """What `search` does without a method."""
 
     def run(sink: Sink, context: typer.Context) -> None:
-        if context.invoked_subcommand is None:
+        if opt.is_alone(context):
             merge.list_methods("search", "merge", sink)
 
     return opt.command(run, [opt.argument("context", typer.Context)])

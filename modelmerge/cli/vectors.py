@@ -124,7 +124,7 @@ def disentangle_or_list() -> Callable[..., None]:
     """What `disentangle` does without a method."""
 
     def run(sink: Sink, context: typer.Context) -> None:
-        if context.invoked_subcommand is None:
+        if opt.is_alone(context):
             list_methods("disentangle", "transform", sink)
 
     return opt.command(run, [opt.argument("context", typer.Context)])
