@@ -31,7 +31,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound
+from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound, named
 from modelmerge.hub import sparse
 from modelmerge.hub.ranges import LIBRARY, Chunks, Client, Ranges, explained
 from modelmerge.progress import Reporter
@@ -215,7 +215,7 @@ def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter
     if total > free:
         raise HubError(
             f"{total:,} bytes have to be downloaded, and {cache_directory()} has {free:,} free",
-            hint="free some space, move the cache (HF_HOME), or read without storing: --stream",
+            hint=f"free some space, move the cache (HF_HOME), or read without storing: {named('stream')}",
         )
     if total:
         reporter.stage("downloading", total)

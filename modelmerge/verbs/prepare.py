@@ -189,8 +189,9 @@ def prepare(
         )
         choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
-        told = "".join(f" --{name} {value}" for name, value in choice.options.items())
-        remarks = [*remarks, f"The method is {choice.method}{told}: {choice.reason}."]
+        options = ", ".join(f"{name}={value}" for name, value in choice.options.items())
+        method = f"{choice.method} with {options}" if options else choice.method
+        remarks = [*remarks, f"The method is {method}: {choice.reason}."]
     chosen = registry.load(recipe.method)
     options = make_options(chosen, recipe.method, recipe.options)
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
