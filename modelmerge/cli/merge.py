@@ -166,7 +166,9 @@ def _changed(recipe: Recipe, method: Method | None, values: Mapping[str, Any], n
             fields |= {"unlabelled": unlabelled, "coefficients": {}}
         elif options:
             fields["coefficients"] = {}
-    return dataclasses.replace(recipe, **fields, options={**recipe.options, **options})
+    if method and options:
+        fields["options"] = dataclasses.asdict(change_options(method, recipe.method, recipe.options, options))
+    return dataclasses.replace(recipe, **fields)
 
 
 def command(name: str, *, preset: bool = False) -> Callable[..., None]:

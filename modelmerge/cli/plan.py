@@ -25,9 +25,8 @@ def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> li
     """What a merge did, for people."""
     recipe, counts = manifest["recipe"], manifest["tensors"]
     weights = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors"))
-    by_rule = [f"{len(part['tensors'])} by {part['method']}" for part in counts["parts"] if part["rule"] is not None]
-    counted = [f"{counts['merged']} tensors merged" + (f" ({', '.join(by_rule)})" if by_rule else "")]
-    counted += [f"{counts['rest']} by {recipe['rest']}"] if counts["rest"] else []
+    groups = [f"{len(group['tensors'])} by {group['method']}" for group in counts["groups"]]
+    counted = [f"{counts['merged']} tensors merged" + (f" ({', '.join(groups)})" if len(groups) > 1 else "")]
     counted += [f"{len(counts['copied'])} copied from the base"] if counts["copied"] else []
     experts = len(manifest["inputs"]["experts"])
     lines: list[str | Table] = [

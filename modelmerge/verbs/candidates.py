@@ -187,9 +187,8 @@ def _refuse_idle(name: str, candidates: Sequence[Candidate]) -> None:
         return
     values: dict[str, set[Any]] = {}
     for candidate in candidates:
-        job = candidate.prepared.job
-        for tensor in (t.name for part in job.parts if part.glob is None and not part.rest for t in part.tensors):
-            values.setdefault(tensor, set()).add(getattr(job.options_of(tensor), name))
+        for tensor, setting in candidate.prepared.job.settings.items():
+            values.setdefault(tensor, set()).add(getattr(setting.options, name, None))
     tried = {candidate.values[name] for candidate in candidates}
     if len(tried) > 1 and not any(len(each) > 1 for each in values.values()):
         raise UsageError(
