@@ -18,6 +18,7 @@ from modelmerge.cli.plan import head, plan_lines, result_lines
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
+from modelmerge.methods.options import change_options
 from modelmerge.plan import presets
 from modelmerge.plan.recipe import Recipe, parse_weights
 from modelmerge.verbs.auto import AUTO, SUMMARY
