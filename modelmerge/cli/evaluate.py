@@ -144,7 +144,7 @@ def _list(sink: Sink, context: typer.Context) -> None:
         {"suites": listed},
         quiet="\n".join(evaluation.names()),
         human=[
-            table(None, ["suite", ""], [[s["suite"], s["summary"]] for s in listed], left=2),
+            table(None, ["suite", ""], [[s["suite"], s["summary"]] for s in listed], words=2),
             "\nmodelmerge eval SUITE MODEL...      (SUITE --help for its options)",
         ],
     )
@@ -406,5 +406,5 @@ def _printed(grids: Sequence[tables.Table]) -> list[str | Table]:
     lines: list[str | Table] = []
     for each in grids:
         rows = [[Text(c, style="bold") if isinstance(c, Best) else c for c in row] for row in (*each.rows, *each.foot)]
-        lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, left=each.left)]
+        lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, words=each.left)]
     return lines

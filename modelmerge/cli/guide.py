@@ -35,7 +35,7 @@ def command() -> Callable[..., None]:
                 {"guides": listed},
                 quiet="\n".join(guides.names()),
                 human=[
-                    table(None, ["guide", ""], [[g["guide"], g["summary"]] for g in listed], left=2),
+                    table(None, ["guide", ""], [[g["guide"], g["summary"]] for g in listed], words=2),
                     "\nmodelmerge guide GUIDE",
                 ],
             )

@@ -60,7 +60,7 @@ def list_methods(verb: str, kind: str, sink: Sink) -> None:
     """Print the methods of a kind."""
     methods = [{"method": name, "summary": registry.summary(name, kind)} for name in registry.names(kind)]
     methods += [{"method": AUTO, "summary": SUMMARY}] if kind == "merge" else []
-    grid = table(None, ["method", ""], [[m["method"], m["summary"]] for m in methods], left=2)
+    grid = table(None, ["method", ""], [[m["method"], m["summary"]] for m in methods], words=2)
     line = f"\nmodelmerge {verb} METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
     sink.result({"methods": methods}, quiet="\n".join(m["method"] for m in methods), human=[grid, line])
 
@@ -73,8 +73,8 @@ def show_preset(preset: presets.Preset, sink: Sink) -> None:
         {"preset": dataclasses.asdict(preset)},
         quiet="\n".join([preset.base, *preset.experts.values()]),
         human=[
-            preset.summary, table(None, ["", "reference"], rows, left=2),
-            table(None, ["method", "settings"], settings, left=2),
+            preset.summary, table(None, ["", "reference"], rows, words=2),
+            table(None, ["method", "settings"], settings, words=2),
             f"\nmodelmerge merge METHOD --preset {preset.name} -o DIR",
         ],
     )  # fmt: skip

@@ -144,11 +144,11 @@ def size(count: int) -> str:
     raise AssertionError("unreachable")
 
 
-def table(title: str | None, columns: list[str], rows: Sequence[Sequence[str | Text]], *, left: int = 1) -> Table:
-    """A plain table; the first `left` columns are words, the others numbers. A cell may have a style of its own."""
+def table(title: str | None, columns: list[str], rows: Sequence[Sequence[str | Text]], *, words: int = 1) -> Table:
+    """A plain table; the first `words` columns are words, the others numbers. A cell may have a style of its own."""
     grid = Table(title=title, box=None, pad_edge=False, padding=(0, 1), header_style="bold", title_justify="left")
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+        grid.add_column(column, justify="left" if i < words else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
     return grid

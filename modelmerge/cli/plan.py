@@ -41,7 +41,7 @@ def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> li
         )
     lines += _coefficient_lines(manifest, verbose) if "adaptation" in manifest else []
     if verbose and counts["copied"]:
-        lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], left=2))
+        lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], words=2))
     return lines
 
 
@@ -75,7 +75,7 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Ta
     for tensor in plan["tensors"]:
         groups[tensor["action"], tensor["reason"]] = groups.get((tensor["action"], tensor["reason"]), 0) + 1
     rows = [[action, str(count), reason] for (action, reason), count in sorted(groups.items(), reverse=True)]
-    counted = table(None, ["action", "tensors", "why"], rows, left=3)
+    counted = table(None, ["action", "tensors", "why"], rows, words=3)
     sizes, memory = plan["bytes"], plan["peak_memory"]
     lines: list[str | Table] = [
         f"[bold]{title}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
@@ -83,7 +83,7 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Ta
     ]
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
-        lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))
+        lines.append(table(None, ["not in the base, left out", "in"], rows, words=2))
     lines += [f"note: {escape(remark)}" for remark in plan["remarks"]]
     if verbose:
         rows = [
@@ -96,7 +96,7 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Ta
             ]
             for t in plan["tensors"]
         ]
-        lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, left=5))
+        lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, words=5))
     times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
     files = f" in {len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}" if "shards" in plan else " at most"
     peak = f"peak memory {size(memory['host'])}"

@@ -127,7 +127,7 @@ def results(search: dict[str, Any]) -> list[str | Table]:
     chosen = ", ".join(f"{name.replace('_', '-')}={_word(value)}" for name, value in search["chosen"].items())
     equal = f", the first of {1 + len(search['equal'])} equal ones" if search["equal"] else ""
     best = f"[bold green]best[/] [bold]{chosen}[/] of {len(search['results'])} candidates{equal}"
-    return [table(title[0].upper() + title[1:], columns, rows, left=0), best]
+    return [table(title[0].upper() + title[1:], columns, rows, words=0), best]
 
 
 def _word(value: Any) -> str:

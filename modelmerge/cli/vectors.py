@@ -111,7 +111,7 @@ def _extracted(report: dict[str, Any]) -> list[str | Table]:
     if report["ranks"]:
         ranked = [[r["tensor"], "x".join(map(str, r["shape"])), *(str(r["numerical_rank"][n]) for n in names)]
                   for r in report["ranks"]]  # fmt: skip
-        lines += ["", table("Numerical rank of the largest layers", ["tensor", "shape", *names], ranked, left=2)]
+        lines += ["", table("Numerical rank of the largest layers", ["tensor", "shape", *names], ranked, words=2)]
     return lines
 
 

@@ -39,7 +39,7 @@ def command() -> Callable[..., None]:
             report,
             quiet="\n".join(different),
             human=[
-                *([table(None, ["", "file"], rows, left=2)] if rows else []),
+                *([table(None, ["", "file"], rows, words=2)] if rows else []),
                 f"{same} of {len(files)} files are what the manifest says"
                 + (f"; {len(missing)} inputs were not found" if missing else ""),
             ],
