@@ -298,6 +298,52 @@ def test_recipe_on_the_command_line(models: list[Path], tmp_path: Path, capsys: 
     assert one == two
 
 
+def test_options_override_those_of_a_recipe(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, plain = (tmp_path / name for name in ("one", "two", "plain"))
+    run(capsys, "merge", "ties", *models, "-o", one, "--density", "0.6", "--weight", "expert_0=0.5")
+    more = (
+        "--scale",
+        "0.7",
+        "--reduce",
+        "mean",
+        "--weight",
+        "expert_1=2",
+        "--exclude",
+        "*norm*",
+        "--dtype",
+        "bfloat16",
+    )
+    code, _, err = run(capsys, "merge", "--recipe", one / "modelmerge.json", "-o", two, *more)
+    assert code == 0, err
+    words = ("--density", "0.6", "--weight", "expert_0=0.5", *more)
+    assert run(capsys, "merge", "ties", *models, "-o", plain, *words)[0] == 0
+    recipes = [json.loads((place / "modelmerge.json").read_bytes())["recipe"] for place in (two, plain)]
+    assert recipes[0]["options"] == recipes[1]["options"]
+    assert (two / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    code, out, _ = run(capsys, "merge", "--recipe", one / "modelmerge.json", "-o", two, "-n", "--json")
+    assert code == 0
+    assert json.loads(out)["plan"]["method"] == "ties"
+    code, _, err = run(capsys, "merge", "--recipe", one / "modelmerge.json", "-o", two, "--power", "2")
+    assert (code, "No such option: --power" in err) == (2, True)
+    code, out, _ = run(capsys, "merge", "--recipe", one / "modelmerge.json", "--help")
+    assert (code, "--density" in out, "--weight" in out) == (0, True, True)
+
+
+def test_options_override_those_of_mergekit_s_yaml(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mergekit.yml"
+    file.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {models[0]}\ndtype: float32\n"
+        f"models:\n  - model: {models[1]}\n    parameters: {{weight: 0.5}}\n"
+    )
+    code, out, err = run(capsys, "merge", "--recipe", file, "-o", tmp_path / "out", "--seed", "3", "--json")
+    assert code == 0, err
+    assert json.loads(out)["manifest"]["recipe"]["seed"] == 3
+
+
 def test_the_card_s_command_repeats_the_merge(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
