@@ -82,7 +82,7 @@ def show_preset(preset: presets.Preset, sink: Sink) -> None:
 
 def _as_typed(options: Mapping[str, Any]) -> list[str]:
     return [
-        f"{flag(option)} {each}"
+        flag(option) if each is True else f"{flag(option)} {each}"
         for option, value in options.items()
         for each in (value if isinstance(value, list) else [value])
     ]

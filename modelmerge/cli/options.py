@@ -181,10 +181,6 @@ Rest = Annotated[
         rich_help_panel=MERGE_PANEL,
     ),
 ]
-Published = Annotated[
-    bool,
-    typer.Option("--published", help="The published algorithm, where the defaults differ; other options win."),
-]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, whatever happens.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the path, URL, names or figures.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Name every tensor.")]
@@ -362,12 +358,7 @@ def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:
         names = [flag(spec.name)] if types[spec.name] is not bool or not spec.default else []
         declared = typer.Option(*names, help=words, show_default=not optional and types[spec.name] is not bool)
         parameters.append(_keyword(spec.name, Annotated[types[spec.name], declared], spec.default))
-    if method.published and "published" not in types:
-        parameters += shared(_with_published)
     return parameters
-
-
-def _with_published(published: Published = False) -> None: ...
 
 
 def hidden(parameter: inspect.Parameter) -> inspect.Parameter:
@@ -399,9 +390,8 @@ def typed(context: typer.Context, name: str) -> bool:
 
 
 def of_values(method: Method | Disentangler, values: Mapping[str, Any], names: AbstractSet[str]) -> dict[str, Any]:
-    """The method's options among `names`, over those of --published where that is asked for."""
-    options = {name: values[name] for name in option_types(method.options) if name in names}
-    return {**(method.published if values.get("published") and "published" not in options else {}), **options}
+    """The method's options among `names`; the others follow from these, or have their defaults."""
+    return {name: values[name] for name in option_types(method.options) if name in names}
 
 
 def argument(name: str, annotation: Any) -> inspect.Parameter:

@@ -168,7 +168,7 @@ def _disentangled(report: dict[str, Any]) -> list[str | Table]:
             f" for {'all tasks' if options['correction'] == 'shared' else 'each task'}, {options['solver']}: {losses}"
         )
     else:
-        what = f" by {options['granularity']}, {options['solver']}: {losses} in {report['steps']} steps"
+        what = f" by {options['granularity']}: {losses} in {report['steps']} steps"
     size = "redundant" if report["steps"] is not None else "correction"
     columns = ["", "mean |cos|", "after", "largest |cos|", "after", size]
     return [

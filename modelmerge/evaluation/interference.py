@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modelmerge.methods import linalg, presence
+from modelmerge.methods import apgd, linalg, presence
 from modelmerge.methods.contract import Context
-from modelmerge.methods.merge import apgd
+from modelmerge.methods.merge import apgd as merge_apgd
 from modelmerge.methods.transform import awd
 
 # Of the merged matrix, so much may lie outside of the subspace that counts as its own (Marczak et al.).
@@ -88,8 +88,8 @@ def gap(taus: Tensor, merged: Tensor) -> float:
     From [T, m, n] and [m, n]; in the optimiser's own terms, `merged` being a task with a factor of one and the
     others with none (Wei et al., ICML 2025, arXiv 2501.01230).
     """
-    rows = apgd.side_by_side(torch.cat([taus, merged[None]]), apgd.Options())
-    errors = apgd.wanted(rows, [0.0] * len(taus) + [1.0])[:, : len(taus)]
+    rows = apgd.rows_of(torch.cat([taus, merged[None]]))
+    errors = apgd.targets(rows, [0.0] * len(taus) + [1.0])[:, : len(taus)]
     return float(errors.double().square().sum())
 
 
@@ -98,7 +98,7 @@ def apgd_gaps(taus: Tensor, base: Tensor, tensor: str) -> tuple[float, float]:
 
     `base` is `theta_0` [m, n].
     """
-    options = apgd.Options()
+    options = merge_apgd.Options()
     context = Context(tensor=tensor, weights=(1.0,) * len(taus), base=base.float())
     changed = presence.changed(taus, context)
     if not changed:
@@ -106,8 +106,7 @@ def apgd_gaps(taus: Tensor, base: Tensor, tensor: str) -> tuple[float, float]:
     vectors = taus[list(changed)]
     lambdas = apgd.task_lambdas(vectors, list(changed.values()), [1.0] * len(changed), options)
     start = torch.tensordot(torch.tensor(lambdas, dtype=taus.dtype, device=taus.device), vectors, dims=1)
-    solved = apgd.apply(taus, options, context)
-    return gap(taus, start), gap(taus, solved)
+    return gap(taus, start), gap(taus, merge_apgd.apply(taus, options, context))
 
 
 def orthogonality(grams: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What a method is told besides the task vectors.
+    """Everything that `apply` receives besides the task vectors.
 
     `weights` are the experts' weights (`--weight`) and `experts` their names, in the order of the task vectors.
     `measured` is what the method's survey concluded, or the tensor's moments. `base` is `theta_0` [*shape], for methods
@@ -141,7 +141,6 @@ class Method:
             -> [k]`, float64, of a block; what it gives for a tensor's blocks, added up, is `context.measured` there.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
-        published: The options that make it the published algorithm, where the defaults differ.
         finder: For methods that find the experts' weights on unlabelled data before anything is merged: given
             `theta_0` [*shape] and task vectors [T, *shape] by tensor, and the options. Such a method's options have
             `batch_size`, the inputs of each task in a step, and `steps`.
@@ -162,11 +161,10 @@ class Method:
     moments: Callable[[Any], Callable[[Tensor, Tensor], Tensor] | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
     squares: float = 0.0
-    published: Mapping[str, Any] = field(default_factory=dict)
     finder: Callable[[Mapping[str, tuple[Tensor, Tensor]], Any], Finder] | None = None
 
 
-Watch = Callable[[float], None]  # is told a solver's loss as it goes
+Watch = Callable[[float], None]  # hears a solver's loss as it goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +241,9 @@ class Disentangler:
         by: What it does: takes one vector out of all, or corrects weight by weight.
         paper: Link to the source.
         citation: The paper.
-        published: The options that make it the published algorithm, where the defaults differ.
     """
 
     options: type
     by: Redundancy | Correction
     paper: str
     citation: Citation
-    published: Mapping[str, Any]

@@ -16,6 +16,7 @@ from typing import Any
 
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
+from modelmerge.methods.options import option_types
 from modelmerge.plan.overrides import BASE, WEIGHT, Override, curve_text, layer_of
 
 OLD = ("vary", "rule", "layer_scale", "task_lambda")
@@ -53,6 +54,7 @@ def merged_overrides(
     tensors: Sequence[str],
     variations: Sequence[Variation],
     method_of: Callable[[str], str | None] = lambda tensor: None,
+    has_option: Callable[[str, str], bool] = lambda tensor, option: True,
 ) -> list[Override]:
     """Overrides that give each tensor what the last matching variation of each option says, and its method.
 
@@ -60,8 +62,12 @@ def merged_overrides(
         tensors: The names of all tensors of the base.
         variations: In their order; of those for the same option and expert, the last that matches counts.
         method_of: The method of a tensor with its options, as an override says them; None for the merge's own.
+        has_option: Does the method of a tensor have an option? Variations of others do not concern the tensor.
     """
-    settings = {tensor: _setting(tensor, variations, method_of(tensor)) for tensor in tensors}
+    settings = {
+        tensor: _setting(tensor, [v for v in variations if has_option(tensor, v.option)], method_of(tensor))
+        for tensor in tensors
+    }
     overrides: list[Override] = []
     open_tensors = list(tensors)
     globs = list(dict.fromkeys([v.tensors for v in reversed(variations) if v.tensors is not None]))
@@ -116,11 +122,13 @@ def overrides_of(stored: Mapping[str, Any], tensors: Mapping[str, bool]) -> tupl
     if stored.get("task_lambda"):
         raise _gone("task_lambda")
     variations = [read_variation(text) for text in stored.get("vary", ())]
+    rest = stored.get("rest") or BASE
+    if stored.get("layer_scale") and registry.load(method).matrices and rest == "average":
+        raise _gone("layer_scale")  # an average does not change with all its weights
     variations += _layer_scale(stored.get("layer_scale"), method, list(tensors))
     rules = [(head.rpartition("=")[0], head.rpartition("=")[2], rest)
              for head, _, rest in (text.partition(" ") for text in stored.get("rule", ()))]  # fmt: skip
     own = registry.load(method)
-    rest = stored.get("rest") or BASE
 
     def method_of(tensor: str) -> str | None:
         for glob, name, options in rules:
@@ -130,7 +138,13 @@ def overrides_of(stored: Mapping[str, Any], tensors: Mapping[str, bool]) -> tupl
             return rest
         return None
 
-    return tuple(map(str, merged_overrides(list(tensors), variations, method_of)))
+    def has_option(tensor: str, option: str) -> bool:
+        merger = registry.load((method_of(tensor) or method).partition(" ")[0])
+        if merger.matrices and not tensors[tensor]:
+            return option == WEIGHT  # it goes to the rest
+        return option == WEIGHT or option in option_types(merger.options)
+
+    return tuple(map(str, merged_overrides(list(tensors), variations, method_of, has_option)))
 
 
 def _layer_scale(text: str | None, method: str, tensors: Sequence[str]) -> list[Variation]:

@@ -60,11 +60,9 @@ class Recipe:
     def command(self, output: str) -> str:
         """The shell line that repeats the merge."""
         words = ["modelmerge", "merge", self.method, self.base, *self.experts]
-        for name, value in self.options.items():
-            words += [f"--{name.replace('_', '-')}", f"{value}"] if value is not None else []
+        words += _typed("--", self.options)
         words += ["--disentangle", self.disentangle] if self.disentangle else []
-        for name, value in self.disentangle_options.items():
-            words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"] if value is not None else []
+        words += _typed(f"--{self.disentangle}-", self.disentangle_options)
         for name, weight in self.weights.items():
             words += ["--weight", f"{name}={written(weight)}"]
         for override in self.at:
@@ -80,6 +78,15 @@ class Recipe:
             for each in told if isinstance(told, list | tuple) else [told]:
                 words += [data_flag(name), str(each)]
         return shlex.join([*words, "-o", output])
+
+
+def _typed(prefix: str, options: Mapping[str, Any]) -> list[str]:
+    """A method's options as they are typed; a switch that is off is not."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += [f"{prefix}{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 def data_flag(name: str) -> str:

@@ -350,7 +350,8 @@ def test_the_card_s_command_repeats_the_merge(
     import shlex
 
     out = tmp_path / "out"
-    run(capsys, "merge", "apgd", *models, "-o", out, "--steps", "2", "--weight", "expert_0=0.5", "--rest", "average")
+    words = ["--published", "--steps", "2", "--weight", "expert_0=0.5", "--rest", "average"]
+    run(capsys, "merge", "apgd", *models, "-o", out, *words)
     block = (out / "README.md").read_text().partition("```sh\n")[2].partition("```")[0]
     assert len(block.splitlines()) > 5  # nobody reads a line that has to be scrolled
     line = block.replace("\\\n", "")

@@ -302,7 +302,9 @@ def test_adapters_on_the_hub(
 # Streams
 
 
-@pytest.mark.parametrize("words", [["ties"], ["apgd", "--steps", "2"], ["task-arithmetic", "--disentangle", "awd"]])
+@pytest.mark.parametrize(
+    "words", [["ties"], ["apgd", "--published", "--steps", "2"], ["task-arithmetic", "--disentangle", "awd"]]
+)
 def test_a_stream_gives_the_same_bits_and_fills_no_cache(
     words: list[str], hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 import modelmerge
 from modelmerge.checkpoint.staging import Scratch, Staging
 from modelmerge.cli import main
-from modelmerge.engine import job, memory
+from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, OutputError, PlanError, ReferenceNotFound, UsageError
 from modelmerge.methods import registry
 from tests.support.checkpoints import State, base_state, expert_state, family, read, same_bits, write
@@ -199,12 +199,12 @@ def test_in_front_of_any_merge_is_the_two_commands_in_turn(
     ("front", "told"),
     [
         *(
-            ("awd", {"granularity": granularity, "solver": solver, "steps": 30})
+            ("awd", {"granularity": granularity, "published": published, "steps": 30})
             for granularity in ("row", "tensor", "model")
-            for solver in ("gram", "descent")
+            for published in (False, True)
         ),
-        ("apgd", {"correction": "task", "trim_scope": "tensor", "density": 0.5}),
-        ("apgd", {"correction": "task", "solver": "adam", "steps": 5}),
+        ("apgd", {"correction": "task", "density": 0.5}),
+        ("apgd", {"correction": "task", "published": True, "steps": 5}),
         ("apgd", {"solver": "adam", "steps": 5, "lengths": "lambda"}),
     ],
 )
@@ -217,7 +217,7 @@ def test_in_front_of_a_merge_with_options_is_the_two_commands_in_turn(
 
 
 @pytest.mark.parametrize(
-    "told", [{}, {"density": 0.3}, {"trim_scope": "tensor", "density": 0.3}, {"solver": "adam", "steps": 20}]
+    "told", [{}, {"density": 0.3}, {"published": True, "steps": 20}, {"solver": "adam", "steps": 20}]
 )
 def test_the_sum_of_what_apgd_corrected_is_apgd(told: dict[str, Any], models: list[Path], tmp_path: Path) -> None:
     modelmerge.merge(models[0], models[1:], tmp_path / "apgd", method="apgd", norm_cap=1e9, rest="base", **told)
@@ -358,22 +358,6 @@ def test_one_expert_is_nothing_to_disentangle(models: list[Path], tmp_path: Path
     assert not (tmp_path / "v").exists()
 
 
-def test_a_descent_that_does_not_fit_is_refused_beforehand(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    for run in (
-        lambda: modelmerge.disentangle(models[0], models[1:], tmp_path / "v", method="awd", solver="descent",
-                                       granularity="model"),
-        lambda: modelmerge.merge(models[0], models[1:], tmp_path / "v", method="average", disentangle="awd",
-                                 disentangle_options={"solver": "descent", "granularity": "model"}),
-    ):  # fmt: skip
-        with pytest.raises(UsageError, match=r"needs [\d,]+ bytes of memory, and 1,000 are free") as refused:
-            run()
-        assert "--solver gram" in str(refused.value.hint)
-    assert not (tmp_path / "v").exists()
-
-
 @pytest.mark.parametrize(
     ("told", "says"),
     [
@@ -455,19 +439,15 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, capsys: pytest.
     assert "awd" in capsys.readouterr().out
     assert main(["disentangle", "awd", *words, "-o", str(tmp_path / "d"), "--experts"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("awd by tensor, gram: loss ")
+    assert out.startswith("awd by tensor: loss ")
     assert (tmp_path / "d" / "experts" / "expert_0" / "config.json").is_file()
     assert main(["disentangle", "awd", *words, "-o", str(tmp_path / "p"), "--published", "--steps", "5", "--json"]) == 0
     options = json.loads(capsys.readouterr().out)["options"]
-    assert (options["granularity"], options["solver"], options["units"], options["steps"]) == (
-        "model",
-        "descent",
-        "absolute",
-        5,
-    )
-    assert main(["disentangle", "awd", *words, "-o", str(tmp_path / "q"), "--published", "--solver", "gram", "-q"]) == 0
+    assert (options["granularity"], options["published"], options["steps"]) == ("model", True, 5)
+    row = ["disentangle", "awd", *words, "-o", str(tmp_path / "q"), "--published", "--granularity", "row", "-q"]
+    assert main(row) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'q'}\n"
-    assert json.loads((tmp_path / "q" / "modelmerge.json").read_bytes())["report"]["options"]["solver"] == "gram"
+    assert json.loads((tmp_path / "q" / "modelmerge.json").read_bytes())["report"]["options"]["granularity"] == "row"
     merge = ["merge", "task-arithmetic", *words, "-o", str(tmp_path / "m")]
     assert main([*merge, "--awd-alpha", "0.5"]) == 2
     assert "--awd-alpha has no effect without --disentangle awd" in capsys.readouterr().err

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What AdaMerging can be told."""
+    """Options of AdaMerging."""
 
     granularity: Literal["layer", "task"] = option(
         "layer", "layer: a coefficient for each expert and tensor; task: one for each expert."
@@ -72,8 +72,8 @@ class Mixture:
         """Set the values to what the coefficients say, and forget their gradients."""
         rows = self.coefficients.to(next(iter(self._parts.values()))[1])
         for name, (theta_0, taus) in self._parts.items():
-            value, own = self.values[name], rows[self._groups[name]]
-            torch.addmv(theta_0.view(-1), taus.view(len(taus), -1).mT, own, out=value.detach().view(-1))
+            value, weights = self.values[name], rows[self._groups[name]]
+            torch.addmv(theta_0.view(-1), taus.view(len(taus), -1).mT, weights, out=value.detach().view(-1))
             value.grad = None
 
     def loss(self, logits: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Mixture:
         """The gradient with respect to the coefficients, [G, T], from those that the values have collected."""
         read = {name: value.grad for name, value in self.values.items() if value.grad is not None}
         tasks = self.coefficients.shape[1]
-        products = [torch.mv(self._parts[n][1].view(tasks, -1), found.reshape(-1)) for n, found in read.items()]
+        products = [torch.mv(self._parts[n][1].view(tasks, -1), slope.reshape(-1)) for n, slope in read.items()]
         total = torch.zeros_like(self.coefficients)
         groups = torch.tensor([self._groups[name] for name in read])
         return total.index_add_(0, groups, torch.stack(products).to(total))  # one trip from the device
@@ -101,12 +101,12 @@ class Mixture:
         """
         adam = torch.optim.Adam([self.coefficients], lr=self._options.lr)
         for _ in range(self._options.steps):
-            told = []
+            values = []
             for loss in losses:
                 value = loss()
                 value.backward()
-                told.append(float(value.detach()))
-            yield told
+                values.append(float(value.detach()))
+            yield values
             self.coefficients.grad = self.gradient()
             adam.step()
             self.renew()
