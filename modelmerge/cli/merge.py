@@ -132,8 +132,9 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
     arguments = [opt.argument("context", typer.Context)]
     parameters = [*(_of_method(method) if method else []), *opt.shared(models), *opt.shared(opt.merged)]
     parameters += opt.shared(opt.written)
-    visible = {"recipe", "preset", "output"} | ({p.name for p in parameters} if file is not None else set())
-    return opt.command(run, [*arguments, *(p if p.name in visible else opt.hidden(p) for p in parameters)])
+    if file is None:  # the page lists the methods, whose pages have the options
+        parameters = [opt.in_help(p, shown=p.name in ("recipe", "preset", "output")) for p in parameters]
+    return opt.command(run, [*arguments, *parameters])
 
 
 def _recipe_in(words: Sequence[str]) -> Path | None:

@@ -361,11 +361,11 @@ def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:
     return parameters
 
 
-def hidden(parameter: inspect.Parameter) -> inspect.Parameter:
-    """The parameter, not shown by help."""
+def in_help(parameter: inspect.Parameter, *, shown: bool) -> inspect.Parameter:
+    """The parameter, among the first options of its help page or not on it."""
     kind, option = typing.get_args(parameter.annotation)
     option = copy.copy(option)
-    option.hidden = True
+    option.hidden, option.rich_help_panel = not shown, None
     return parameter.replace(annotation=Annotated[kind, option])
 
 
