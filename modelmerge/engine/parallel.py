@@ -16,7 +16,7 @@ import torch
 
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import Loader, Piece, pieces
-from modelmerge.errors import DeviceError
+from modelmerge.errors import DeviceError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
 
 
@@ -30,13 +30,13 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
-        raise DeviceError(f"--device '{name}' is no device", hint="use cpu, cuda, cuda:0, cuda:1, ... or auto")
+        raise DeviceError(f"{named('device')} '{name}' is no device", hint="use cpu, cuda, cuda:0, cuda:1, ... or auto")
     if kind == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
         have = f"there {'is' if count == 1 else 'are'} {count}" if count else "this torch sees none"
-        raise DeviceError(f"--device {name}: no such CUDA device; {have}", hint="use --device cpu or auto")
+        raise DeviceError(f"{named('device')} {name}: no such CUDA device; {have}", hint="use cpu or auto")
     return torch.device("cuda", int(number or 0))
 
 

@@ -93,7 +93,7 @@ def refuse_changed(
             if recorded and known != digest:
                 raise RecipeError(
                     f"{file}: not the file that the recipe was made with (its sha256 differs)",
-                    hint="restore the file, or run the merge anew without --recipe",
+                    hint="restore the file, or make the merge anew without the recipe",
                 )
 
 
@@ -114,7 +114,7 @@ def notes_of(job: Job, findings: Findings) -> list[str]:
     lost = findings.rounding.relative_error() if findings.rounding else None
     if lost is not None and lost > _LOSSY:
         notes.append(
-            f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: --dtype float32 keeps it."
+            f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: the dtype float32 keeps it."
         )
     return notes
 

@@ -12,7 +12,6 @@ from modelmerge.checkpoint.staging import CARD, Staging, companions, scratches
 from modelmerge.engine.adapter import Adapted
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run
-from modelmerge.errors import UsageError
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import SILENT, Reporter
@@ -43,9 +42,6 @@ def merge(
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
-    search: Mapping[str, Sequence[Any] | str] | None = None,
-    on: Sequence[str] = (),
-    metric: Callable[..., Any] | str | None = None,
     unlabelled: Mapping[str, Any] | None = None,
     device: str = "auto",
     stream: bool = False,
@@ -77,11 +73,6 @@ def merge(
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
             this share of its squared norm.
-        search: By option of the method, values to choose from by measuring, `{"scale": [0.2, 0.3]}` or
-            `{"scale": "0.1:1.0:0.1"}`; all combinations are merged, the best is kept, and the manifest has all results
-            in `searched`.
-        on: What `search` measures with: `custom:FILE:FUNCTION`, `clip:TASK`, `lm:TASK`, with settings behind commas.
-        metric: A function that `search` measures with, or `FILE:FUNCTION`; see `evaluate`.
         unlabelled: Unlabelled data, on which a coefficient for each expert and tensor is found before `method` merges;
             the search's options can stand here too: `granularity`, `init`, `steps`, `lr`, `batch_size` (of
             `adamerging` they are the method's). For CLIP models what `evaluate` takes: `tasks`, `data`, `classes`,
@@ -111,14 +102,6 @@ def merge(
         include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
         seed=seed, as_lora=as_lora, unlabelled=data,
     )  # fmt: skip
-    if search is not None or on or metric is not None:
-        from modelmerge.verbs.search import execute_search, prepare_search
-
-        axes = search or {}
-        if twice := sorted(options.keys() & axes.keys()):
-            raise UsageError(f"'{twice[0]}' is given and searched: one of them")
-        wanted = prepare_search(recipe, axes, on, metric, device=device, stream=stream)
-        return execute_search(wanted, Path(out), force=force, resume=resume, reporter=reporter)
     prepared = prepare(recipe, device=device, stream=stream, script=script)
     return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
 

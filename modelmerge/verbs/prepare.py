@@ -165,8 +165,14 @@ class Prepared:
         return with_downloads(told, made, beside="all" if size is None else "cards", streamed=streamed)
 
 
-def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> Prepared:
-    """Plan the merge that a manifest records or a mergekit YAML describes; nothing is written.
+def prepare_file(
+    file: Path,
+    *,
+    device: str = "auto",
+    stream: bool = False,
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+) -> Prepared:
+    """Plan the merge that a manifest records or a mergekit YAML describes, `change`d; nothing is written.
 
     Raises:
         ModelMergeError: As for `replay`.
@@ -174,16 +180,17 @@ def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> P
     if file.suffix not in (".yaml", ".yml"):
         recipe, recorded, old = read_recipe(file)
         later = functools.partial(format_1.overrides_of, old) if old is not None else None
-        return prepare(recipe, device=device, recorded=recorded, stream=stream, overrides=later)
+        return prepare(change(recipe), device=device, recorded=recorded, stream=stream, overrides=later)
     translated = mergekit.read(file)
     late = translated.overrides
-    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late)
+    recipe = change(translated.recipe)
+    prepared = prepare(recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late)
     translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
     again = translated.stored_as_mergekit_does(prepared.job.plan)
     if again is translated:
         return prepared
     prepared.close()
-    return prepare(again.recipe, device=device, remarks=again.remarks, stream=stream, overrides=late)
+    return prepare(change(again.recipe), device=device, remarks=again.remarks, stream=stream, overrides=late)
 
 
 def prepare(
@@ -216,8 +223,9 @@ def prepare(
         shared = make_plan(*opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch)
         choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
-        told = "".join(f" --{name} {value}" for name, value in choice.options.items())
-        remarks = [*remarks, f"The method is {choice.method}{told}: {choice.reason}."]
+        options = ", ".join(f"{name}={value}" for name, value in choice.options.items())
+        method = f"{choice.method} with {options}" if options else choice.method
+        remarks = [*remarks, f"The method is {method}: {choice.reason}."]
     chosen = registry.load(recipe.method)
     options = make_options(chosen, recipe.method, recipe.options)
     transforms = tuple(transform_of(*parse_transform(text)) for text in recipe.disentangle)
