@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modelmerge.cli import main
 from modelmerge.methods import registry
-from tests.checkpoints import expert_state, write
+from tests.support.checkpoints import expert_state, write
 from tests.support.guides import BLOCKS, GUIDES, README, ROOT, renewed
 
 TEXTS = {"README": README.read_text(), **{topic: file.read_text() for topic, file in GUIDES.items()}}
