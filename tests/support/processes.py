@@ -26,6 +26,12 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 120.0  # seconds until a run counts as hanging; nothing is measured by it
+# `python -c PROGRAM WORDS...` is `python -m modelmerge WORDS...` that can be interrupted wherever it is started: a
+# shell starts background jobs with SIGINT ignored, and children inherit that.
+PROGRAM = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('modelmerge', run_name='__main__')"
+)
 
 
 class Run:
@@ -167,7 +173,6 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
     sys.path[0] = request["directory"]
-    # A shell starts background jobs with SIGINT ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, value in request["limits"].items():
         import resource
