@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,27 @@ class Run:
         stop: A function of the package, `module:Class.function`: before it is called, the run stops itself.
         call: Which of the calls is meant, from 1.
         limits: Resource limits by their names in `resource`.
+        terminal: The terminal that stderr is, where it is one.
+        environment: Variables beside those of this process.
     """
 
     def __init__(
-        self, words: Sequence[str], *, stop: str | None = None, call: int = 1, limits: dict[str, int] | None = None
+        self,
+        words: Sequence[str],
+        *,
+        stop: str | None = None,
+        call: int = 1,
+        limits: Mapping[str, int] | None = None,
+        terminal: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         with tempfile.NamedTemporaryFile(delete=False) as out, tempfile.NamedTemporaryFile(delete=False) as err:
             self._out, self._err = Path(out.name), Path(err.name)
         self.code: int | None = None
         self._parent = _parent()
         request = {
-            "words": list(words), "stop": stop, "call": call, "limits": limits or {}, "out": out.name, "err": err.name,
-            "directory": os.getcwd(), "environment": dict(os.environ),
+            "words": list(words), "stop": stop, "call": call, "limits": dict(limits or {}), "out": out.name,
+            "err": terminal or err.name, "directory": os.getcwd(), "environment": {**os.environ, **(environment or {})},
         }  # fmt: skip
         self._pid = self._parent.ask(request)["pid"]
 
@@ -166,7 +175,7 @@ def _tell(**what: Any) -> None:
 
 def _become(request: dict[str, Any]) -> None:
     for descriptor, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
-        opened = os.open(name, os.O_RDWR)
+        opened = os.open(name, os.O_RDWR | os.O_NOCTTY)
         os.dup2(opened, descriptor)
         os.close(opened)
     os.environ.clear()
