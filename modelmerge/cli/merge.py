@@ -35,7 +35,7 @@ EXAMPLES = (
     "modelmerge merge ties base math=runs/7 code=runs/9 -o merged --weight math=2",
     "modelmerge merge task-arithmetic base math code -o merged --disentangle awd",
     "modelmerge merge ties base math code -o merged --disentangle apgd",
-    'modelmerge merge ties base math code -o merged --rule "*attn*=tsv-m scale=0.8" --rule "*mlp*=kron"',
+    'modelmerge merge ties base math code -o merged --at "*attn*: tsv-m scale=0.8" --at "*mlp*: kron"',
     "modelmerge merge ties base lora-1 lora-2 -o merged --as-lora 32     (adapters in, an adapter out)",
     "modelmerge merge apgd base sun cars dtd -o merged --device cuda:1 --dry-run",
     "modelmerge merge apgd --preset clip-b32-8 -o merged",
@@ -190,9 +190,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         output: opt.Output,
         preset: opt.Preset = None,
         weight: opt.Weight = None,
-        vary: opt.Vary = None,
-        rule: opt.Rule = None,
-        layer_scale: opt.LayerScale = None,
+        at: opt.At = None,
         disentangle: opt.Disentangle = None,
         rest: opt.Rest = None,
         dtype: opt.Dtype = None,
@@ -221,9 +219,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
             experts=tuple(values["experts"]),
             options=opt.chosen(chosen, values, context) if chosen else {},
             weights=parse_weights(values["weight"] or ()),
-            vary=tuple(values["vary"] or ()),
-            rule=tuple(values["rule"] or ()),
-            layer_scale=values["layer_scale"],
+            at=tuple(values["at"] or ()),
             disentangle=values["disentangle"],
             disentangle_options=_front_options(fronts, values),
             rest=values["rest"],
@@ -394,9 +390,8 @@ def _run(
         manifest = execute(prepared, out, force=force, resume=resume, ready=lambda: checked(target), reporter=bars)
     weights = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors"))
     counts = manifest["tensors"]
-    by_rule = [f"{len(part['tensors'])} by {part['method']}" for part in counts["parts"] if part["rule"] is not None]
-    done = [f"{counts['merged']} tensors merged" + (f" ({', '.join(by_rule)})" if by_rule else "")]
-    done += [f"{counts['rest']} by {manifest['recipe']['rest']}"] if counts["rest"] else []
+    groups = [f"{len(group['tensors'])} by {group['method']}" for group in counts["groups"]]
+    done = [f"{counts['merged']} tensors merged" + (f" ({', '.join(groups)})" if len(groups) > 1 else "")]
     done += [f"{len(counts['copied'])} copied from the base"] if counts["copied"] else []
     lines: list[str | Table] = [
         f"[bold green]merged[/] {len(manifest['inputs']['experts'])} experts with "
@@ -460,11 +455,6 @@ def plan_lines(head: str, plan: dict[str, Any], verbose: bool) -> list[str | Tab
         f"[bold]{head}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
         counted,
     ]
-    scale = plan.get("layer_scale")
-    if isinstance(scale, dict):
-        lines.append(f"task vectors times {min(scale.values()):g} to {max(scale.values()):g}, by layer")
-    elif scale:
-        lines.append(f"task vectors times what {scale} finds, by layer")
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, left=2))

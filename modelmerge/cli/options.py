@@ -131,30 +131,12 @@ Preset = Annotated[
         show_default=False,
     ),
 ]
-Vary = Annotated[
+At = Annotated[
     list[str] | None,
     typer.Option(
-        help="Another value for one expert (math:weight=0.5), for tensors of such names (scale=0.2@*mlp*), or rising "
-        "over the layers (scale=0.1,0.5). Repeatable; the last that applies counts.",
-        metavar="[NAME:]OPTION=V[,V...][@GLOB]",
-        rich_help_panel=SHARED_PANEL,
-    ),
-]
-Rule = Annotated[
-    list[str] | None,
-    typer.Option(
-        help='Another method for tensors of such names: "*attn*=tsv-m scale=0.8". Repeatable; the first that takes a '
-        "tensor counts, and what none takes goes by the command's own method.",
-        metavar="GLOB=METHOD [OPTION=V]...",
-        rich_help_panel=SHARED_PANEL,
-    ),
-]
-LayerScale = Annotated[
-    str | None,
-    typer.Option(
-        help="Factors on all task vectors: from the first layer to the last (0.8,1.2), or of a JSON or YAML file: a "
-        "list over the layers, or {GLOB: factor or list}.",
-        metavar="V,V[,V...]|FILE",
+        help='Another method or other values for tensors of such names: "*attn*: tsv-m", "*mlp*: scale=0.1,0.5", '
+        '"*: math.weight=0.5". Repeatable; the first GLOB that matches decides.',
+        metavar="GLOB: [METHOD] [OPTION=V[,V]] [NAME.OPTION=V]",
         rich_help_panel=SHARED_PANEL,
     ),
 ]

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from modelmerge.errors import ModelMergeError
+from modelmerge.errors import ModelMergeError, spelled
 
 Format = Literal["human", "json", "quiet"]
 
@@ -60,11 +60,12 @@ class Sink:
 
     def error(self, error: ModelMergeError) -> None:
         """Say what went wrong and what to do, on stderr; with JSON, also as the one object on stdout."""
-        self.margin.print(f"[bold red]error:[/] {escape(error.message)}")
-        if error.hint:
-            self.margin.print(f"[bold cyan]hint:[/] {escape(error.hint)}")
+        message, hint = spelled(error.template, _flag), error.hint_template and spelled(error.hint_template, _flag)
+        self.margin.print(f"[bold red]error:[/] {escape(message)}")
+        if hint:
+            self.margin.print(f"[bold cyan]hint:[/] {escape(hint)}")
         if self.form == "json":
-            told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            told = {"message": message, "hint": hint, "exit_code": error.exit_code}
             sys.stdout.write(json.dumps({"error": told}, indent=2) + "\n")
 
 
@@ -136,3 +137,8 @@ def table(title: str | None, columns: list[str], rows: Sequence[Sequence[str | T
     for row in rows:
         made.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
     return made
+
+
+def _flag(option: str) -> str:
+    """An option as the command line has it."""
+    return "--" + {"weights": "weight"}.get(option, option).replace("_", "-")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -26,31 +26,22 @@ class Given:
     Args:
         job: The job.
         front: What disentangles the task vectors, fitted.
-        scales: By tensor, the factor on all its task vectors, where it is not 1.
         measured: By tensor, what its method's survey concludes from all the tensors that the method merges, or the
             tensor's own moments.
     """
 
     job: Job
     front: Front | None
-    scales: Mapping[str, float]
     measured: dict[str, Tensor] = field(default_factory=dict)
 
     def ready(self, piece: Piece, taus: Tensor) -> None:
         """Make task vectors [T, *shape] as they were read those that are merged, in place."""
         if self.front is not None:
             self.front.take_out(piece, taus)
-        scale = self.scales.get(piece.tensor.name, 1.0)
-        if scale != 1.0:
-            taus.mul_(scale)
 
     def factors(self, tensor: TensorPlan) -> Factors | None:
         """The factors of task vectors that are products still: what a front has changed is none any more."""
-        known = known_factors(self.job.source, tensor) if self.front is None else None
-        scale = self.scales.get(tensor.name, 1.0)
-        if known is None or scale == 1.0:
-            return known
-        return tuple(None if pair is None else (pair[0] * scale, pair[1]) for pair in known)
+        return known_factors(self.job.source, tensor) if self.front is None else None
 
     def unchecked(self, tensor: TensorPlan) -> bool:
         """Whether nobody has looked for NaN and Inf before the merge: who measures does."""
@@ -88,8 +79,7 @@ def give(job: Job, findings: Findings, scratch: Callable[[int], Scratch], report
         OutputError: There is no such room.
     """
     front = fit(job.source, job.front, job.disentangled(), scratch, reporter) if job.front else None
-    findings.scales = job.scales
-    given = Given(job, front, findings.scales)
+    given = Given(job, front)
     for part in job.parts:
         if part.survey is not None:
             found = run_survey(job.source, part.survey, given.ready, part.surveyed(), reporter)

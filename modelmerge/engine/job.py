@@ -53,26 +53,19 @@ class Part:
         method: The method.
         options: Its options.
         tensors: What it merges, in the order of the output's bytes.
-        glob: The names that a rule gave to it; None for the merge's own method and the one for the rest.
-        for_survey: The options as its survey is told them, where something varies.
+        each: The values of the options that a survey asks for and that differ between the experts.
     """
 
     name: str
     method: Method
     options: Any
     tensors: tuple[TensorPlan, ...]
-    glob: str | None = None
-    for_survey: Any = None
-
-    @property
-    def rest(self) -> bool:
-        """Whether it is for what a method for linear layers leaves."""
-        return bool(self.tensors) and self.tensors[0].action == "rest"
+    each: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def survey(self) -> Survey | None:
         """The quantity of all its tensors together that the method needs."""
-        return self.method.survey(self.options if self.for_survey is None else self.for_survey, {})
+        return self.method.survey(self.options, self.each)
 
     @property
     def moments(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
@@ -110,8 +103,7 @@ class Job:
         weights: Each expert's weight.
         front: What disentangles the task vectors before they are merged, with its options, if anything.
         seed: The seed of random draws.
-        settings: By tensor, what its method is told instead where something varies.
-        scales: By tensor, the factor on the task vectors before anything but disentangling, where it is not 1.
+        settings: By tensor, how it is merged.
     """
 
     source: Source
@@ -120,7 +112,6 @@ class Job:
     front: tuple[Disentangler, Any] | None
     seed: int = 0
     settings: Mapping[str, Setting] = field(default_factory=dict)
-    scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -136,8 +127,8 @@ class Job:
         return self._takers[tensor.name]
 
     def options_of(self, tensor: str) -> Any:
-        """What the tensor's method is told for it."""
-        return self.settings[tensor].options if tensor in self.settings else self._takers[tensor].options
+        """The options of the tensor's method there."""
+        return self.settings[tensor].options
 
     def merged(self) -> list[TensorPlan]:
         """All that is merged, in the order of the output's bytes."""
@@ -163,6 +154,5 @@ class Findings:
 
     left_out: list[tuple[str, str, str]] = field(default_factory=list)
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    scales: Mapping[str, float] = field(default_factory=dict)
     rounding: Rounding | None = None
     merged: int = 0

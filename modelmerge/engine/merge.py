@@ -19,7 +19,7 @@ from modelmerge.engine.memory import beyond_device, together
 from modelmerge.engine.parallel import current, in_parallel, prepare_process, side_by_side, threads
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.methods.contract import Context
-from modelmerge.plan.overrides import Setting
+from modelmerge.methods.options import is_linear
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
 
@@ -65,16 +65,20 @@ def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], re
         CheckpointError: As for `run`.
         OutputError: As for `run`.
     """
-    own = next(part for part in jobs[0].parts if part.glob is None and not part.rest)
-    one = dataclasses.replace(own, options=dataclasses.replace(own.options, **{option: 1.0}))
-    names = {tensor.name for tensor in own.tensors}
+    linear = [part for part in jobs[0].parts if is_linear(part.method, option)]
+    names = {tensor.name for part in linear for tensor in part.tensors}
     settings = {
-        name: dataclasses.replace(told, options=dataclasses.replace(told.options, **{option: 1.0}))
+        name: dataclasses.replace(setting, options=dataclasses.replace(setting.options, **{option: 1.0}))
         if name in names
-        else told
-        for name, told in jobs[0].settings.items()
+        else setting
+        for name, setting in jobs[0].settings.items()
     }
-    parts = tuple(one if part is own else part for part in jobs[0].parts)
+    parts = tuple(
+        dataclasses.replace(part, options=dataclasses.replace(part.options, **{option: 1.0}))
+        if part in linear
+        else part
+        for part in jobs[0].parts
+    )
     # What the methods notice does not depend on the factor.
     shared, outputs = Findings(), []
     for job, staging in zip(jobs, stagings, strict=True):
@@ -91,14 +95,11 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
     plan = job.plan
     todo = [t for t in plan.in_order() if t.numel and not outputs[0].staging.is_finished(t.name)]
     for output in outputs:
-        output.findings.scales = job.scales
         output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return
     first = outputs[0].findings
     given = give(job, first, outputs[0].staging.scratch, reporter)
-    for output in outputs[1:]:
-        output.findings.scales = first.scales
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
@@ -261,7 +262,7 @@ def merged_vector(
     """The piece's merged task vector."""
     job = given.job
     part = job.part(piece.tensor)
-    setting = job.settings.get(piece.tensor.name) or Setting(part.options, job.weights, {})
+    setting = job.settings[piece.tensor.name]
 
     def leave_out(expert: int, reason: str) -> None:
         findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))

@@ -38,7 +38,7 @@ class Model(Mapping[str, Tensor]):
         self.base_path = base.reference.path if base is not None else None
         if opened.vector is not None or onto_base:
             assert base is not None, "a change needs what it changes"
-            made = make_plan(base, [opened], matrices=False)
+            made = make_plan(base, [opened])
             self._source = Source(made, torch.device("cpu"), 1)
 
     def check(self) -> None:

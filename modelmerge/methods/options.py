@@ -1,20 +1,27 @@
-"""The options of methods: declare one, check a value, read a value from text."""
+"""The options of methods: declare one, check a value, read a value from text.
+
+Errors name options by `errors.named`, so that whoever shows one spells the option as its reader types it. The words of
+a value are the same everywhere: on the command line, in `--at`, in `--try` and in presets.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, named
 from modelmerge.methods.contract import Disentangler, Method
 
 MOST = 10_000  # values of an option in a range, and candidates of a search; more are a slip of the keyboard
+PUBLISHED = "The published algorithm with its constants; options named beside it win."
+_DIGITS = 308  # no float64 has more before the point
+_RANGE = "a range is START:STOP:STEP, as 0.1:1.0:0.1"
 
 
 def option(
@@ -35,6 +42,9 @@ def option(
 
     One that is `linear` multiplies the merged task vector, in float32, as the last thing that `apply` does: the result
     is this number times the one at 1, bit for bit, and one pass over the models serves all its values (`--search`).
+
+    A default of None follows from the other options, or from each tensor. The help then ends with it: "Default: 1.", or
+    "Default: 1; 0.3 as published." `follow` puts it in place.
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum}
     return field(default=default, metadata={"help": help, **bounds, "varies": varies, "linear": linear})
@@ -56,25 +66,71 @@ def option_types(options: type) -> dict[str, Any]:
     return typing.get_type_hints(options)
 
 
+def follow(options: Any, **defaults: Any) -> None:
+    """Put defaults that follow from other options in the place of None; for the `__post_init__` of an options class."""
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            object.__setattr__(options, name, value)  # frozen for everybody else
+
+
+def refuse_idle(options: Any, names: Sequence[str], reason: str) -> None:
+    """Refuse options that have no effect; for the `__post_init__` of an options class.
+
+    Ask before `follow` gives them values.
+
+    Raises:
+        UsageError: One of them has a value.
+    """
+    for name in names:
+        if getattr(options, name) is not None:
+            raise UsageError(f"has no effect {reason}", option=name)
+
+
 def make_options(method: Method | Disentangler, name: str, values: Mapping[str, Any]) -> Any:
     """The method's options with `values` in place of defaults, checked.
 
     Raises:
-        UsageError: An option the method does not have, of the wrong type or out of bounds.
+        UsageError: An option the method does not have, of the wrong type, out of bounds, or without effect.
     """
-    specs = {spec.name: spec for spec in dataclasses.fields(method.options)}
     types = option_types(method.options)
     checked = {}
     for key, value in values.items():
-        if key not in specs:
-            near = get_close_matches(key, specs, n=1)
-            have = f"it has: {', '.join(specs)}" if specs else "it has no options"
-            raise UsageError(f"'{name}' has no option '{key}'", hint=f"did you mean '{near[0]}'?" if near else have)
-        checked[key] = _check(specs[key], types[key], value)
-    try:
-        return method.options(**checked)
-    except ValueError as error:  # options that exclude one another
-        raise UsageError(f"'{name}': {error}") from error
+        spec = _spec(method, name, key)
+        checked[key] = _check(spec, types[key], value)
+    return method.options(**checked)
+
+
+def change_options(
+    method: Method | Disentangler, name: str, values: Mapping[str, Any], changes: Mapping[str, Any]
+) -> Any:
+    """The options that `values` make, with `changes` in place, checked; what followed from others follows anew.
+
+    So recorded options, which hold what followed, can be changed: of APGD's exact solver, with its ridge, `solver:
+    adam` makes Adam, without one.
+
+    Raises:
+        UsageError: As for `make_options`.
+    """
+    options = make_options(method, name, values)
+    fewest = dataclasses.asdict(options)
+    for key in reversed(list(fewest)):
+        fewer = {other: value for other, value in fewest.items() if other != key}
+        try:
+            same = method.options(**fewer) == options
+        except UsageError:  # another option has an effect only beside this one
+            continue
+        fewest = fewer if same else fewest
+    return make_options(method, name, {**fewest, **changes})
+
+
+def describe(options: Any) -> dict[str, Any]:
+    """What runs with these options, for plans, manifests and cards: those with a value, and what follows from them.
+
+    An options class may have a method `describe() -> dict[str, str]`: by name, in words, what is no option, such as how
+    APGD's lambdas are made, or has a value only in a tensor, such as a rank.
+    """
+    values = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+    return {**values, **(options.describe() if hasattr(options, "describe") else {})}
 
 
 def is_linear(method: Method, option: str) -> bool:
@@ -92,26 +148,51 @@ def check_option(method: Method | Disentangler, option: str, value: Any) -> Any:
     return _check(spec, option_types(method.options)[option], value)
 
 
+def _spec(method: Method | Disentangler, name: str, option: str) -> dataclasses.Field[Any]:
+    """How an option is declared.
+
+    Raises:
+        UsageError: The method of that name does not have it.
+    """
+    specs = {spec.name: spec for spec in dataclasses.fields(method.options)}
+    if option in specs:
+        return specs[option]
+    near = get_close_matches(option, specs, n=1)
+    hint = f"it has: {', '.join(map(named, specs))}" if specs else "it has no options"
+    raise UsageError(
+        f"'{name}' has no option '{named(option)}'", hint=f"did you mean '{named(near[0])}'?" if near else hint
+    )
+
+
 def _check(spec: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
-    flag = "--" + spec.name.replace("_", "-")
-    if type(None) in typing.get_args(kind):
-        if value is None:
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if value is None and type(None) in typing.get_args(kind):
+        return None
+    kind = _plain(kind)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            raise UsageError(f"{flag} must be one of {', '.join(typing.get_args(kind))}, not {value!r}")
+            raise UsageError(f"must be one of {', '.join(typing.get_args(kind))}, not {value!r}", option=spec.name)
         return value
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise UsageError(f"{flag} must be {'an integer' if kind is int else f'a {kind.__name__}'}, not {value!r}")
+        raise UsageError(f"must be {_noun(kind)}, not {value!r}", option=spec.name)
     if kind in (int, float):
         low, above, high = (spec.metadata[k] for k in ("minimum", "above", "maximum"))
         inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
         if not math.isfinite(value) or not inside:
-            raise UsageError(f"{flag} must be {bounds(spec) or 'finite'}, not {value:g}")
+            raise UsageError(f"must be {bounds(spec) or 'finite'}, not {value:g}", option=spec.name)
     return value
+
+
+def _plain(kind: Any) -> Any:
+    """The type of an option without its None."""
+    if type(None) not in typing.get_args(kind):
+        return kind
+    return next(each for each in typing.get_args(kind) if each is not type(None))
+
+
+def _noun(kind: type) -> str:
+    return {int: "an integer", bool: "true or false", str: "a word"}.get(kind, f"a {kind.__name__}")
 
 
 def written(value: float) -> str:
@@ -119,44 +200,83 @@ def written(value: float) -> str:
     return short if float(short := f"{value:g}") == value else repr(value)
 
 
-def read_values(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
+def read_option(method: Method | Disentangler, name: str, option: str, text: str) -> Any:
+    """The value of an option of the method `name` that a text stands for, checked.
+
+    Raises:
+        UsageError: The method does not have the option, or the option cannot have that value.
+    """
+    spec, kind = _spec(method, name, option), option_types(method.options)[option]
+    return _check(spec, kind, read_value(option, text, kind))
+
+
+def read_value(option: str, text: str, kind: Any) -> Any:
+    """The value of an option's type that a text stands for: a number, `true` or `false`, or one of its choices.
+
+    Of a type with None, `none` is the default that follows from the other options or from each tensor.
+
+    Raises:
+        UsageError: It stands for none of that type; the error begins with the option.
+    """
+    text, plain = text.strip(), _plain(kind)
+    if text == "none" and plain is not kind:
+        return None
+    if plain is bool:
+        if text not in ("true", "false"):
+            raise UsageError(f"must be {_noun(plain)}, not {text!r}", option=option)
+        return text == "true"
+    if typing.get_origin(plain) is Literal:
+        if text not in typing.get_args(plain):
+            raise UsageError(f"must be one of {', '.join(typing.get_args(plain))}, not {text!r}", option=option)
+        return text
+    return _read_number(option, text, plain) if plain in (int, float) else text
+
+
+def read_values(option: str, text: str, kind: Any) -> tuple[Any, ...]:
     """The values that `START:STOP:STEP`, `V,V...`, or both with commas between, stand for; STOP is one of them.
 
     Raises:
-        UsageError: One is no value of that kind.
+        UsageError: One is no value of that kind; the error begins with the option.
     """
-    return tuple(value for part in text.split(",") for value in _read_part(flag, part.strip(), kind))
+    return tuple(value for part in text.split(",") for value in _read_part(option, part.strip(), kind))
 
 
-def _read_part(flag: str, part: str, kind: Any) -> Iterator[Any]:
-    kinds = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
-    number = next((each for each in kinds if each in (int, float)), None)
-    if part == "none" and type(None) in kinds:
-        yield None
-    elif bool in kinds and part in ("true", "false"):
-        yield part == "true"
-    elif number is None:
-        yield part  # of choices: whether it is one is asked later
-    else:
-        try:
-            # In decimals: 0.1:1.0:0.1 has the ten numbers that one would type.
-            told = [Decimal(word) for word in part.split(":")]
-            if not all(word.is_finite() for word in told):
-                raise InvalidOperation
-        except InvalidOperation:
-            told = []
-        if len(told) not in (1, 3):
-            raise UsageError(
-                f"--search {flag}: '{part}' is no number and no range",
-                hint="a range is START:STOP:STEP, as 0.1:1.0:0.1",
-            )
-        if len(told) == 3 and (not told[2] or (told[1] - told[0]) / told[2] < 0):
-            raise UsageError(f"--search {flag}: '{part}' leads nowhere", hint="a range is START:STOP:STEP")
-        steps = int((told[1] - told[0]) / told[2]) if len(told) == 3 else 0
-        if steps > MOST:
-            raise UsageError(f"--search {flag}: '{part}' has more than {MOST:,} values")
-        for i in range(steps + 1):
-            value = told[0] + i * told[2] if len(told) == 3 else told[0]
-            if number is int and value != int(value):
-                raise UsageError(f"--search {flag}: {value} is no whole number")
-            yield number(value)
+def _read_part(option: str, part: str, kind: Any) -> Iterator[Any]:
+    plain = _plain(kind)
+    words = part.split(":")
+    if plain not in (int, float) or len(words) == 1:
+        yield read_value(option, part, kind)
+        return
+    if len(words) != 3:
+        raise UsageError(f"'{part}' is no number and no range", option=option, hint=_RANGE)
+    # In decimals: 0.1:1.0:0.1 has the ten numbers that one would type.
+    start, stop, step = (_decimal(option, word, plain) for word in words)
+    if not step or (stop - start) / step < 0:
+        raise UsageError(f"'{part}' leads nowhere", option=option, hint=_RANGE)
+    steps = int((stop - start) / step)
+    if steps > MOST:
+        raise UsageError(f"'{part}' has more than {MOST:,} values", option=option)
+    for i in range(steps + 1):
+        yield _number(option, start + i * step, plain)
+
+
+def _read_number(option: str, text: str, kind: type) -> float:
+    return _number(option, _decimal(option, text, kind), kind)
+
+
+def _decimal(option: str, text: str, kind: type) -> Decimal:
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        value = Decimal("nan")
+    if value.is_nan():
+        raise UsageError(f"must be {_noun(kind)}, not {text!r}", option=option)
+    if value.is_infinite() or value.adjusted() >= _DIGITS:
+        raise UsageError(f"must be finite, not {text}", option=option)
+    return value
+
+
+def _number(option: str, value: Decimal, kind: type) -> float:
+    if kind is int and value != value.to_integral_value():
+        raise UsageError(f"must be {_noun(kind)}, not {value}", option=option)
+    return kind(value)

@@ -34,7 +34,8 @@ import yaml
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.methods import registry
 from modelmerge.methods.options import check_option
-from modelmerge.plan.overrides import WEIGHT, Variation, layers
+from modelmerge.plan.format_1 import Variation, merged_overrides
+from modelmerge.plan.overrides import WEIGHT, layers
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import Plan, TensorPlan
 
@@ -190,7 +191,7 @@ KEYS: Mapping[str, str] = {
     "base_model": "BASE; where a method needs none, the first model",
     "models": "EXPERT...; an adapter on the base, `base+adapter`, is the adapter",
     "slices": "one, over all layers: as `models`",
-    "parameters": "see below; a list over the layers or a `filter` becomes `--vary`",
+    "parameters": "see below; a list over the layers or a `filter` becomes `--at`",
     "dtype": "`--dtype`; the arithmetic is float32 whatever it says",
     "out_dtype": "`--dtype`",
     "tokenizer_source": "`base` only: the base's files are copied",
@@ -202,11 +203,19 @@ KEYS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """A configuration as a recipe, what should be known of it, and how many layers its slices go over, if any."""
+    """A configuration as a recipe, what should be known of it, and how many layers its slices go over, if any.
+
+    The recipe lacks its overrides: they follow from the `variations` and the tensors' names.
+    """
 
     recipe: Recipe
+    variations: tuple[Variation, ...]
     remarks: tuple[str, ...]
     layers: int | None
+
+    def overrides(self, tensors: Iterable[str]) -> tuple[str, ...]:
+        """The overrides of the recipe, for a base with tensors of these names."""
+        return tuple(map(str, merged_overrides(list(tensors), self.variations)))
 
     def refuse_part_of_the_layers(self, file: Path, tensors: Iterable[str]) -> None:
         """Refuse slices that leave layers out.
@@ -225,8 +234,8 @@ class Translated:
         """The same where the file says no dtype: mergekit then stores the widest that a tensor has in any model."""
         if self.recipe.dtype is not None:
             return self
-        widest = {_widest(tensor, plan) for tensor in plan.in_order() if tensor.action != "copy"}
-        own = {tensor.dtype for tensor in plan.in_order() if tensor.action != "copy"}
+        widest = {_widest(tensor, plan) for tensor in plan.in_order() if tensor.action == "merge"}
+        own = {tensor.dtype for tensor in plan.in_order() if tensor.action == "merge"}
         name = _DTYPE_NAMES.get(next(iter(widest))) if len(widest) == 1 else None
         if widest == own:
             return self
@@ -292,6 +301,7 @@ class _Translation:
         self.file = file
         self.complaints: list[str] = []
         self.remarks: list[str] = []
+        self.variations: list[Variation] = []
         self.layers: int | None = None
         self.row: Row | None = None
 
@@ -315,7 +325,7 @@ class _Translation:
                 + "\n  ".join(self.complaints),
                 hint="change or remove these keys; the README says which ones modelmerge reads",
             )
-        return Translated(recipe, tuple(self.remarks), self.layers)
+        return Translated(recipe, tuple(self.variations), tuple(self.remarks), self.layers)
 
     def _row(self, name: Any) -> Row | None:
         if name in METHODS:
@@ -498,10 +508,11 @@ class _Translation:
             self._refuse_sum(weights, vary)
         if row.remark:
             self.remarks.append(row.remark)
+        self.variations = vary
         return Recipe(
             method=row.method, base=base if base is not None else models[0].reference,
             experts=tuple(f"{model.name}={model.reference}" for model in models), options=options, weights=weights,
-            vary=tuple(map(str, vary)), dtype=dtype,
+            dtype=dtype,
         )  # fmt: skip
 
     def _is_base(self, model: _Model, base: str | None) -> bool:

@@ -1,8 +1,14 @@
-"""Numbers that differ between experts, tensors or layers: `[EXPERT:]OPTION=V[,V...][@GLOB]`.
+"""Overrides: another method or other values for some tensors.
 
-`scale=0.2@*mlp*` is another scale for tensors of such names, `math:weight=0.5` another weight for one expert, and
-`math:weight=0,0.5,1` one that rises over the layers: the values are spread evenly from the first layer to the last,
-with straight lines between them. Where several apply to a tensor, the last one named counts.
+An override is written `GLOB: [METHOD] [OPTION=V[,V...]] [EXPERT.OPTION=V[,V...]]`. `*attn*: tsv-m scale=0.8` merges
+tensors of such names by another method; `*mlp*: scale=0.2` keeps the merge's method and changes one of its options;
+`*: math.weight=0,0.5,1` gives one expert a weight that rises over the layers: the values are spread evenly from the
+first layer to the last, with straight lines between them. The first override whose GLOB matches a tensor decides alone.
+`base` is a method: it copies.
+
+A method for linear layers merges their weights only; what its GLOB matches besides goes to the method's rest. What a
+method measures over the model, such as the share of the largest entries, it measures over all tensors that it merges
+with the same options: they are one group.
 """
 
 from __future__ import annotations
@@ -10,43 +16,29 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, named
+from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
-from modelmerge.methods.options import check_option, written
+from modelmerge.methods.options import change_options, check_option, make_options, option_types, read_option, written
 
+BASE = "base"  # the method that copies
 WEIGHT = "weight"
 _LAYER = re.compile(r"\.(\d+)\.")
+_FORM = "write it like '*mlp*: scale=0.2', '*attn*: tsv-m' or '*: math.weight=0.5'"
 
 
 @dataclass(frozen=True, slots=True)
-class Variation:
-    """Another value of a number: for one expert or all, for tensors of such names or all, over the layers or not."""
+class Curve:
+    """A number over the layers: one value, or several from the first layer to the last."""
 
-    option: str
     values: tuple[float, ...]
-    expert: str | None = None
-    tensors: str | None = None
-
-    def __str__(self) -> str:
-        """As it is typed."""
-        expert = f"{self.expert}:" if self.expert else ""
-        tensors = f"@{self.tensors}" if self.tensors else ""
-        return f"{expert}{self.option.replace('_', '-')}={','.join(map(written, self.values))}{tensors}"
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether it is the same in all tensors."""
-        return self.tensors is None and len(self.values) == 1
-
-    def matches(self, tensor: str) -> bool:
-        """Whether it is for the tensor of that name."""
-        return self.tensors is None or fnmatch.fnmatchcase(tensor, self.tensors)
 
     def at(self, depth: float) -> float:
         """The value at a depth from 0, the first layer, to 1, the last."""
@@ -57,64 +49,333 @@ class Variation:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """The tensors that one method merges, by name; of the `rest`'s method only the weights vary."""
+class Override:
+    """What one override says: `values` by option and `experts` by expert and option, as text."""
+
+    tensors: str
+    method: str | None = None
+    values: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        words = [self.method] if self.method else []
+        words += [f"{option.replace('_', '-')}={value}" for option, value in self.values.items()]
+        words += [f"{expert}.{option.replace('_', '-')}={value}" for (expert, option), value in self.experts.items()]
+        return f"{self.tensors}: {shlex.join(words)}"
+
+    def matches(self, tensor: str) -> bool:
+        """Does the glob match the name?"""
+        return fnmatch.fnmatchcase(tensor, self.tensors)
+
+
+def parse(text: str) -> Override:
+    """The override that a text says.
+
+    Raises:
+        UsageError: The text is not of that form.
+    """
+    glob, colon, rest = text.partition(": ") if ": " in text else (text.removesuffix(":"), text[-1:], "")
+    try:
+        words = shlex.split(rest)
+    except ValueError as error:
+        raise UsageError(f"'{text}': {error}", option="at", hint=_FORM) from None
+    if colon not in (": ", ":") or not glob:
+        raise UsageError(f"'{text}' is not 'GLOB: [METHOD] [OPTION=V] [EXPERT.OPTION=V]'", option="at", hint=_FORM)
+    method = words.pop(0) if words and "=" not in words[0] else None
+    values: dict[str, str] = {}
+    experts: dict[tuple[str, str], str] = {}
+    for word in words:
+        target, equals, value = word.rpartition("=")
+        expert, dot, option = target.rpartition(".")
+        option = option.replace("-", "_")
+        if not equals or not option or not value or bool(dot) != bool(expert):
+            raise UsageError(f"'{text}': '{word}' is not OPTION=V", option="at", hint=_FORM)
+        if (expert, option) in experts or (not expert and option in values):
+            raise UsageError(f"'{text}': '{target}' comes twice", option="at", hint=_FORM)
+        if expert:
+            experts[expert, option] = value
+        else:
+            values[option] = value
+    return Override(glob, method, values, experts)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How tensors are merged: a method with its options, and the curves that differ by layer or expert.
+
+    `override` is the place of the override that says so; None for the merge's own method. With `rest`, the method is
+    the one for what a method for linear layers leaves: it runs at its defaults, and only weights differ.
+    """
 
     name: str
     method: Method
     options: Any
-    tensors: tuple[str, ...]
+    override: int | None = None
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    experts: Mapping[tuple[str, str], Curve] = field(default_factory=dict)
     rest: bool = False
-
-    @property
-    def varying(self) -> dict[str, str]:
-        """The options that can vary, and between what: `tensor` or `expert`."""
-        specs = () if self.rest else dataclasses.fields(self.method.options)
-        return {spec.name: spec.metadata["varies"] for spec in specs if spec.metadata["varies"]}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a method is told for one tensor.
+    """How one tensor is merged.
 
-    `each` has the values of the options that differ between the experts, in their order.
+    Args:
+        method: The method's name.
+        options: Its options here.
+        weights: The experts' weights here.
+        each: The values of the options that differ between the experts, in their order.
     """
 
+    method: str
     options: Any
     weights: tuple[float, ...]
-    each: Mapping[str, tuple[float, ...]]
+    each: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
-def parse(text: str) -> Variation:
-    """The variation that `[EXPERT:]OPTION=V[,V...][@GLOB]` says.
+class Methods:
+    """Which method merges which tensor.
+
+    Args:
+        name: The merge's own method.
+        options: Its options, as they were given.
+        overrides: What differs for some tensors, in the order in which they are asked.
+        rest: The method for what methods for linear layers leave; None for the method's own choice.
+        experts: The experts' names.
 
     Raises:
-        UsageError: It is not of that form.
+        UsageError: There is no such method, option or expert, or a value is out of bounds.
     """
-    told, at, tensors = text.partition("@")
-    left, _, numbers = told.partition("=")
-    expert, colon, option = left.rpartition(":")
+
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        overrides: Sequence[Override],
+        rest: str | None,
+        experts: Sequence[str],
+    ) -> None:
+        method = registry.load(name)
+        self.own = Choice(name, method, make_options(method, name, options))
+        self.overrides = tuple(overrides)
+        self._given, self._rest, self._experts = dict(options), rest, experts
+        self._choices = [self._bound(place, override) for place, override in enumerate(overrides)]
+
+    def _bound(self, place: int, override: Override) -> Choice | None:
+        """The override with its values read; None for `base`."""
+        try:
+            if override.method == BASE:
+                if override.values or override.experts:
+                    raise UsageError(f"'{BASE}' copies the base and has no options", hint=_FORM)
+                return None
+            name = override.method or self.own.name
+            method = registry.load(name)
+            return self._read(place, override, name, method)
+        except UsageError as error:
+            raise error.within("at", str(override)) from error
+
+    def _read(self, place: int, override: Override, name: str, method: Method) -> Choice:
+        types, plain, curves = option_types(method.options), {}, {}
+        for option, text in override.values.items():
+            if option != WEIGHT and option not in types:
+                raise self._no_such(option, name, [WEIGHT, *types])
+            values = _numbers(text) if "," in text or option == WEIGHT else None
+            if values is None:
+                plain[option] = read_option(method, name, option, text)
+                continue
+            if option != WEIGHT:
+                self._check_curve(method, name, option, values)
+            curves[option] = Curve(values)
+        experts: dict[tuple[str, str], Curve] = {}
+        for (expert, option), text in override.experts.items():
+            if expert not in self._experts:
+                near = get_close_matches(expert, self._experts, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(self._experts)}"
+                raise UsageError(f"'{expert}' is no expert", hint=hint)
+            values = _numbers(text)
+            if values is None:
+                raise UsageError(f"{named(option)} of '{expert}' is no number: '{text}'", hint=_FORM)
+            if option != WEIGHT:
+                if option not in types:
+                    raise self._no_such(option, name, [WEIGHT, *types])
+                if _varies(method).get(option) != "expert":
+                    raise UsageError(
+                        f"{named(option)} of '{name}' is one value for all experts", hint="leave the expert's name out"
+                    )
+                self._check_curve(method, name, option, values)
+            experts[expert, option] = Curve(values)
+        options = change_options(method, name, self._given if override.method is None else {}, plain)
+        for option, curve in {**curves, **{option: curve for (_, option), curve in experts.items()}}.items():
+            if _varies(method).get(option) == "expert" and len(curve.values) > 1 and method.survey(options, {}):
+                raise UsageError(
+                    f"with these options of '{name}', {named(option)} is a share of the whole task vector and cannot "
+                    "differ between layers",
+                    hint="trim-scope=tensor counts the share in each tensor",
+                )
+        return Choice(name, method, options, place, curves, experts)
+
+    @staticmethod
+    def _no_such(option: str, name: str, options: Sequence[str]) -> UsageError:
+        near = get_close_matches(option, options, n=1)
+        spelt = [word.replace("_", "-") for word in options]
+        hint = f"did you mean '{near[0].replace('_', '-')}'?" if near else f"it has: {', '.join(spelt)}"
+        return UsageError(f"'{name}' has no option '{option.replace('_', '-')}'", hint=hint)
+
+    @staticmethod
+    def _check_curve(method: Method, name: str, option: str, values: tuple[float, ...]) -> None:
+        if len(values) > 1 and option not in _varies(method):
+            raise UsageError(f"{named(option)} of '{name}' is one value for all layers", hint="give one value")
+        for value in values:
+            check_option(method, option, value)
+
+    def choose(self, tensor: str, *, linear: bool) -> Choice | None:
+        """How the tensor is merged; None: it is copied. `linear`: it is the weight of a linear layer."""
+        place = next((i for i, override in enumerate(self.overrides) if override.matches(tensor)), None)
+        choice = self.own if place is None else self._choices[place]
+        if choice is None or linear or not choice.method.matrices:
+            return choice
+        rest = self._rest or choice.method.rest(choice.options)
+        if rest == BASE:
+            return None
+        method = registry.load(rest)
+        weights = {option: curve for option, curve in choice.curves.items() if option == WEIGHT}
+        experts = {key: curve for key, curve in choice.experts.items() if key[1] == WEIGHT}
+        return Choice(rest, method, method.options(), place, weights, experts, rest=True)
+
+    def recorded(self) -> tuple[str, ...]:
+        """The overrides as text; where one names a method, with all its options: defaults may change."""
+        texts = []
+        for override, choice in zip(self.overrides, self._choices, strict=True):
+            values = dict(override.values)
+            if choice is not None and override.method is not None:
+                options = dataclasses.asdict(choice.options)
+                values = {key: text_of(value) for key, value in options.items() if value is not None} | values
+            texts.append(str(dataclasses.replace(override, values=values)))
+        return tuple(texts)
+
+    def settings(self, tensors: Mapping[str, bool], weights: tuple[float, ...]) -> dict[str, Setting]:
+        """How each tensor is merged, of those that are; `tensors` says by name which are weights of linear layers.
+
+        Raises:
+            UsageError: A curve goes over layers that are not there, or the weights of an average add up to zero.
+        """
+        depth, settings = depths(list(tensors)), {}
+        numbered = bool(layers(tensors))
+        for tensor, linear in tensors.items():
+            choice = self.choose(tensor, linear=linear)
+            if choice is None:
+                raise AssertionError(f"'{tensor}' is copied")
+            long = any(len(curve.values) > 1 for curve in (*choice.curves.values(), *choice.experts.values()))
+            if long and not numbered:
+                assert choice.override is not None, "only overrides have curves"
+                raise UsageError(
+                    f"'{self.overrides[choice.override]}' goes over layers, and no tensor that is merged "
+                    "has a numbered layer in its name",
+                    option="at",
+                )
+            settings[tensor] = self._setting(choice, weights, depth[tensor])
+            if choice.method.normalises and abs(sum(settings[tensor].weights)) < 1e-8:
+                raise UsageError(
+                    f"in '{tensor}' the weights add up to zero: their average does not exist",
+                    hint=f"check {named('weights')}",
+                )
+        return settings
+
+    def _setting(self, choice: Choice, weights: tuple[float, ...], depth: float) -> Setting:
+        plain = {option: curve.at(depth) for option, curve in choice.curves.items() if option != WEIGHT}
+        options = dataclasses.replace(choice.options, **plain) if plain else choice.options
+        here = list(weights)
+        if WEIGHT in choice.curves:
+            here = [choice.curves[WEIGHT].at(depth)] * len(here)
+        each: dict[str, list[float]] = {}
+        for (expert, option), curve in choice.experts.items():
+            place = self._experts.index(expert)
+            if option == WEIGHT:
+                here[place] = curve.at(depth)
+            else:
+                each.setdefault(option, [getattr(options, option)] * len(here))[place] = curve.at(depth)
+        return Setting(choice.name, options, tuple(here), {option: tuple(values) for option, values in each.items()})
+
+    def refuse_idle(self, tensors: Mapping[str, tuple[bool, bool, int | None]]) -> None:
+        """Refuse overrides that change nothing; by tensor: is it merged, is it linear, which override decides.
+
+        Raises:
+            UsageError: An override matches no tensor, or none that is merged and that no override before it matches.
+        """
+        for place, override in enumerate(self.overrides):
+            matched = {name: entry for name, entry in tensors.items() if override.matches(name)}
+            mine = [(name, *entry) for name, entry in matched.items() if entry[2] == place]
+            if not matched:
+                raise UsageError(
+                    f"'{override}' matches no tensor of the base", option="at",
+                    hint=f"its names are like: {', '.join(list(tensors)[:3])}",
+                )  # fmt: skip
+            choice = self._choices[place]
+            if not mine:
+                why, hint = "an override before it matches them", "the first override that matches a tensor decides"
+            elif choice is None:
+                continue
+            elif override.method and choice.method.matrices and not any(linear for _, _, linear, _ in mine):
+                why = f"they are no weights of linear layers, and '{choice.name}' merges only those"
+                hint = "use a method for all tensors, like average"
+            elif not any(merged for _, merged, _, _ in mine):
+                why, hint = "they are copied from the base", f"check {named('include')} and {named('exclude')}"
+            else:
+                continue
+            raise UsageError(f"'{override}' changes none of the tensors that it matches: {why}", option="at", hint=hint)
+
+
+def group_key(method: Method, setting: Setting) -> tuple[Any, ...]:
+    """What tensors of one group share: the method, and all options that do not differ from tensor to tensor."""
+    varies = _varies(method)
+    surveys = method.survey(setting.options, setting.each) is not None
+    free = {option for option, kind in varies.items() if kind == "tensor" or not surveys}
+    options = tuple(
+        (spec.name, getattr(setting.options, spec.name))
+        for spec in dataclasses.fields(method.options)
+        if spec.name not in free
+    )
+    each = tuple(sorted((option, values) for option, values in setting.each.items() if option not in free))
+    return (setting.method, options, each)
+
+
+def _varies(method: Method) -> dict[str, str]:
+    """The options that can vary, and between what: `tensor` or `expert`."""
+    specs = dataclasses.fields(method.options)
+    return {spec.name: spec.metadata["varies"] for spec in specs if spec.metadata["varies"]}
+
+
+def _numbers(text: str) -> tuple[float, ...] | None:
+    """The finite numbers that a text lists with commas; None where it does not."""
     try:
-        values = tuple(float(number) for number in numbers.split(","))
+        values = tuple(float(word) for word in text.split(","))
     except ValueError:
-        values = ()
-    if not option or not values or bool(colon) != bool(expert) or bool(at) != bool(tensors):
-        raise UsageError(
-            f"--vary '{text}' is not [EXPERT:]OPTION=V[,V...][@GLOB]",
-            hint="write it like --vary 'scale=0.2@*mlp*' or --vary math:weight=0,0.5,1",
-        )
-    return Variation(option.replace("-", "_"), values, expert or None, tensors or None)
+        return None
+    return values if all(abs(value) < float("inf") for value in values) else None
+
+
+def text_of(value: Any) -> str:
+    """A value of an option as it is typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return written(value) if isinstance(value, float) else str(value)
+
+
+def curve_text(values: Sequence[float]) -> str:
+    """Numbers over the layers as they are typed."""
+    return ",".join(map(written, values))
 
 
 def layers(names: Iterable[str]) -> dict[str, int]:
     """How many numbered layers there are below each prefix, such as `model.layers`."""
-    found: Counter[str] = Counter()
+    count: Counter[str] = Counter()
     for name in names:
         layer = layer_of(name)
         if layer is not None:
             prefix, number = layer
-            found[prefix] = max(found[prefix], number + 1)
-    return dict(found)
+            count[prefix] = max(count[prefix], number + 1)
+    return dict(count)
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
@@ -125,129 +386,12 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 def depths(names: Sequence[str]) -> dict[str, float]:
     """How deep each tensor lies: 0 in the first layer, 1 in the last (and in an only one), 0 outside all layers."""
-    count, found = layers(names), {}
+    count, depth = layers(names), {}
     for name in names:
         layer = layer_of(name)
         if layer is None:
-            found[name] = 0.0
+            depth[name] = 0.0
         else:
             prefix, number = layer
-            found[name] = number / (count[prefix] - 1) if count[prefix] > 1 else 1.0
-    return found
-
-
-def settle(
-    variations: Sequence[Variation],
-    shares: Sequence[Share],
-    weights: tuple[float, ...],
-    experts: Sequence[str],
-) -> dict[str, Setting]:
-    """What a method is told for each tensor that it is told something else for.
-
-    Args:
-        variations: In the order in which they were named.
-        shares: The methods with the tensors they merge. A variation is for the methods that have its option.
-        weights: The experts' weights where nothing else is said.
-        experts: Their names.
-
-    Raises:
-        UsageError: There is no such option, expert or tensor, the option cannot vary, or a value is out of bounds.
-    """
-    tensors = [tensor for share in shares for tensor in share.tensors]
-    for variation in variations:
-        _check(variation, shares, experts, tensors)
-    depth, found = depths(tensors), {}
-    for share in shares:
-        mine = [v for v in variations if v.option == WEIGHT or v.option in share.varying]
-        for tensor in share.tensors:
-            told = [v for v in mine if v.matches(tensor)]
-            if told:
-                found[tensor] = _setting(told, share.options, weights, experts, depth[tensor])
-    return found
-
-
-def _setting(
-    told: Sequence[Variation], options: Any, weights: tuple[float, ...], experts: Sequence[str], depth: float
-) -> Setting:
-    """What variations that all apply to a tensor come to."""
-    plain: dict[str, float] = {}
-    each = {WEIGHT: list(weights)}
-    for variation in told:
-        value = variation.at(depth)
-        if variation.option != WEIGHT and variation.expert is None:
-            plain[variation.option] = value
-            each.pop(variation.option, None)
-            continue
-        values = each.setdefault(
-            variation.option,
-            [plain.get(variation.option, getattr(options, variation.option, 0.0))] * len(experts),
-        )
-        for i, expert in enumerate(experts):
-            if variation.expert in (None, expert):
-                values[i] = value
-    here = tuple(each.pop(WEIGHT))
-    return Setting(dataclasses.replace(options, **plain), here, {name: tuple(values) for name, values in each.items()})
-
-
-def surveyed(variations: Sequence[Variation], share: Share, experts: Sequence[str]) -> Any:
-    """The options as a survey is told them: a tuple, one value for each expert, where the experts differ."""
-    varied: dict[str, Any] = {}
-    for variation in variations:
-        if variation.option not in share.varying or not variation.everywhere:
-            continue
-        value = variation.values[0]
-        before = varied.get(variation.option, getattr(share.options, variation.option))
-        values = before if isinstance(before, tuple) else (before,) * len(experts)
-        each = tuple(value if variation.expert in (None, e) else v for e, v in zip(experts, values, strict=True))
-        varied[variation.option] = each if variation.expert is not None else value
-    return dataclasses.replace(share.options, **varied)
-
-
-def _check(variation: Variation, shares: Sequence[Share], experts: Sequence[str], tensors: Sequence[str]) -> None:
-    told = f"--vary '{variation}'"
-    if variation.expert is not None and variation.expert not in experts:
-        near = get_close_matches(variation.expert, experts, n=1)
-        raise UsageError(
-            f"{told} names '{variation.expert}', which is no expert",
-            hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(experts)}",
-        )
-    if variation.tensors is not None and not any(variation.matches(tensor) for tensor in tensors):
-        raise UsageError(
-            f"{told}: '{variation.tensors}' matches no tensor that is merged",
-            hint=f"their names are like: {', '.join(tensors[:3])}",
-        )
-    if len(variation.values) > 1 and not layers(tensors):
-        raise UsageError(f"{told} goes over layers, and no tensor that is merged has a numbered layer in its name")
-    if variation.option == WEIGHT:
-        if not all(abs(value) < float("inf") for value in variation.values):
-            raise UsageError(f"{told}: a weight must be finite")
-        return
-    concerned = [share for share in shares if any(variation.matches(tensor) for tensor in share.tensors)]
-    having = [share for share in concerned if variation.option in share.varying]
-    if not having:
-        names = " or ".join(f"'{name}'" for name in dict.fromkeys(share.name for share in concerned))
-        may = list(dict.fromkeys([WEIGHT, *(option for share in concerned for option in share.varying)]))
-        near = get_close_matches(variation.option, may, n=1)
-        raise UsageError(
-            f"{told}: {variation.option.replace('_', '-')} is nothing of {names} that can vary",
-            hint=f"did you mean '{near[0]}'?" if near else f"what can: {', '.join(may)}",
-        )
-    for share in having:
-        _check_share(variation, share, told)
-
-
-def _check_share(variation: Variation, share: Share, told: str) -> None:
-    """Refuse what a method that has the option cannot be told."""
-    by_expert, surveys = share.varying[variation.option] == "expert", share.method.survey(share.options, {}) is not None
-    if by_expert and surveys and not variation.everywhere:
-        raise UsageError(
-            f"{told}: with these options of '{share.name}', {variation.option} is a share of the whole task vector, "
-            "and can differ between experts only",
-            hint="--trim-scope tensor counts it in each tensor",
-        )
-    if variation.expert is not None and not by_expert:
-        raise UsageError(
-            f"{told}: {variation.option} is one number for all experts", hint="leave the expert's name out"
-        )
-    for value in variation.values:
-        check_option(share.method, variation.option, value)
+            depth[name] = number / (count[prefix] - 1) if count[prefix] > 1 else 1.0
+    return depth

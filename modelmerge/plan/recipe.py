@@ -13,8 +13,9 @@ from typing import Any
 
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.methods.options import written
+from modelmerge.plan import format_1
 
-FORMAT = 1  # of modelmerge.json; counts up when a reader of the old form would misread the new one
+FORMAT = 2  # of modelmerge.json; counts up when a reader of the old form would misread the new one
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
@@ -23,16 +24,14 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 class Recipe:
     """Everything that determines the merged weights, and nothing else.
 
-    `experts` are `[NAME=]REF` in their order; `options` are the method's, and a method for the rest runs at its
-    defaults. `vary` says which numbers are others for an expert, a tensor or a layer, and `rule` which tensors go to a
-    method of their own: `GLOB=METHOD [OPTION=V ...]` each. `layer_scale` are factors on the task vectors by layer or
-    tensor: `V[,V...]`, or JSON. `disentangle` names what goes
-    in front of the method, with its own options. `rest` is base, average, task-arithmetic, or None for the method's
-    choice. `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
-    whose shapes differ. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
-    share of the squared norm that it keeps. `unlabelled` tells the data of a method that finds the experts' weights on
-    them, see `modelmerge.verbs.coefficients`; `coefficients` are what it found, by tensor and expert, and with them no
-    data are needed.
+    `experts` are `[NAME=]REF` in their order; `options` are the method's, and the method for the rest runs at its
+    defaults. `at` are overrides, in the order in which they are asked: `modelmerge.plan.overrides`. `disentangle` names
+    the transform in front of the method, with its own options. `rest` is the method for what a method for linear layers
+    leaves, base, or None for the method's choice. `dtype` is float32, float16, bfloat16 or None for the base's own.
+    `on_mismatch` is what becomes of tensors whose shapes differ. `as_lora` is the rank of the PEFT adapter to write
+    instead of a checkpoint or, below 1, the share of the squared norm that it keeps. `unlabelled` tells the data of
+    a method that finds the experts' weights on them, see `modelmerge.verbs.coefficients`; `coefficients` are what
+    it found, by tensor and expert, and with them no data are needed.
     """
 
     method: str
@@ -42,9 +41,7 @@ class Recipe:
     weights: Mapping[str, float] = field(default_factory=dict)
     disentangle: str | None = None
     disentangle_options: Mapping[str, Any] = field(default_factory=dict)
-    vary: tuple[str, ...] = ()
-    rule: tuple[str, ...] = ()
-    layer_scale: str | None = None
+    at: tuple[str, ...] = ()
     rest: str | None = None
     dtype: str | None = None
     include: tuple[str, ...] = ()
@@ -70,12 +67,10 @@ class Recipe:
             words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"] if value is not None else []
         for name, weight in self.weights.items():
             words += ["--weight", f"{name}={written(weight)}"]
-        for told in self.rule:
-            words += ["--rule", told]
-        for told in self.vary:
-            words += ["--vary", told]
+        for override in self.at:
+            words += ["--at", override]
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        for name in ("layer_scale", "rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
+        for name in ("rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
             value = getattr(self, name)
             words += [f"--{name.replace('_', '-')}", str(value)] if value != defaults[name] else []
         for name in ("include", "exclude"):
@@ -92,8 +87,10 @@ def data_flag(name: str) -> str:
     return "--" + {"tasks": "task", "templates": "template"}.get(name, name).replace("_", "-")
 
 
-def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
-    """The recipe in a manifest, and the sha256 of each input file by path, as they were.
+def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | None]:
+    """The recipe in a manifest, the sha256 of each input file by path, and what format 1 stored, if it is of that.
+
+    A recipe of format 1 lacks its overrides: they follow from the tensors' names (`format_1.overrides_of`).
 
     Raises:
         RecipeError: The file is no manifest that this version can read.
@@ -102,12 +99,15 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
         file = file / "modelmerge.json"
     try:
         manifest = json.loads(file.read_bytes())
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in (1, FORMAT):
             raise RecipeError(
                 f"{file}: written in format {manifest['format']}, and this version reads format {FORMAT}",
                 hint=f"use modelmerge {manifest['versions']['modelmerge']}",
             )
-        stored = manifest["recipe"]
+        stored = dict(manifest["recipe"])
+        old = dict(stored) if manifest["format"] == 1 else None
+        if old is not None:
+            stored = {key: value for key, value in stored.items() if key not in format_1.OLD}
         known = {spec.name for spec in dataclasses.fields(Recipe)}
         unknown = stored.keys() - known
         if unknown:
@@ -123,7 +123,7 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str]]:
             f"{file}: not a manifest that merge wrote ({type(error).__name__}: {error})",
             hint="give the modelmerge.json of a merged checkpoint",
         ) from error
-    return recipe, digests
+    return recipe, digests, old
 
 
 def parse_size(text: str) -> int:

@@ -16,10 +16,10 @@ from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, 
 from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.matching import is_vocabulary, match, twins
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.errors import PlanError, UsageError
-from modelmerge.plan.rules import Rule
+from modelmerge.errors import PlanError, UsageError, named
+from modelmerge.plan.overrides import BASE, Methods
 
-Action = Literal["merge", "rest", "copy"]
+Action = Literal["merge", "copy"]
 
 # Ends of the names of what quantised weights consist of.
 _QUANTISED_ENDS = {
@@ -51,7 +51,8 @@ class TensorPlan:
     checked: bool = True  # refuse NaN and Inf
     rows: int | None = None  # so many all models have; the base's others are kept. None: all have the base's
     twin: str | None = None  # the tensor before it that it is tied to, in every model
-    rule: int | None = None  # the place of the rule that gives it a method of its own
+    method: str | None = None  # what merges it, where that is known
+    override: int | None = None  # the place of the override that decides
 
     @property
     def numel(self) -> int:
@@ -117,23 +118,20 @@ def make_plan(
     base: Checkpoint,
     experts: Sequence[Checkpoint],
     *,
-    matrices: bool,
-    rest: str = "base",
-    rules: Sequence[Rule] = (),
+    methods: Methods | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_shard_size: int = 5_000_000_000,
     on_mismatch: str = "error",
+    strict: bool = True,
 ) -> Plan:
     """The plan for merging `experts` onto `base`.
 
     Args:
         base: The base, whose keys the output will have.
         experts: The experts.
-        matrices: Merge the weights of linear layers only; `rest` says what happens to the other floating tensors.
-        rest: `base` copies them, any other value hands them to that method.
-        rules: Methods of their own for some tensors; the first that takes a tensor counts.
+        methods: Which method merges which tensor; None where it is enough to know what could be merged.
         dtype: safetensors dtype to store floating tensors in, None for the base's own.
         include: Globs of tensor names to merge; all if empty. Overrides what a method for linear layers leaves out
             by name (embeddings, output heads).
@@ -141,10 +139,11 @@ def make_plan(
         max_shard_size: Largest output shard, in bytes.
         on_mismatch: What becomes of tensors whose shapes differ: `error`; `copy` takes the base's; `common-rows`
             merges the first rows of embeddings and heads, as many as all have, and keeps the base's others.
+        strict: Refuse overrides that change nothing.
 
     Raises:
         PlanError: The models disagree, or there is nothing to merge.
-        UsageError: A glob matches no tensor, or a rule takes none.
+        UsageError: A glob matches no tensor, or an override changes none.
     """
     _refuse_quantised((base, *experts))
     experts, complaints = _matched(base, experts, include, exclude)
@@ -154,11 +153,8 @@ def make_plan(
         linear = is_linear(info, include)
         try:
             rows = _common_rows(info, experts) if on_mismatch == "common-rows" else None
-            rule = next((i for i, rule in enumerate(rules) if rule.takes(name, linear=linear)), None)
-            left = matrices and not linear and rule is None
-            why = "the weight of a linear layer" if matrices else "shared by all"
-            why = why if rule is None else f"--rule '{rules[rule].tensors}': {rules[rule].name}"
-            action, reason = _decide(info, experts, why, left, rest, include, exclude, on_mismatch, rows)
+            method, place, reason = _method_of(methods, name, linear)
+            action, reason = _decide(info, experts, method, reason, include, exclude, on_mismatch, rows)
         except PlanError as complaint:
             complaints.append(complaint.message)
             continue
@@ -167,17 +163,22 @@ def make_plan(
         checked = floating and reason != _EXCLUDED
         tensors[name] = TensorPlan(
             name, info.shape, info.dtype, out_dtype, action, reason, linear, checked,
-            rows=rows if action != "copy" else None, rule=rule if action == "merge" else None,
+            rows=rows if action == "merge" else None, method=method if action == "merge" else None, override=place,
         )  # fmt: skip
     if complaints:
         raise _disagreement(complaints)
     for name, twin in twins(base, experts).items():
-        alike = (tensors[name].action, tensors[name].rule) == (tensors[twin].action, tensors[twin].rule)
-        if alike and tensors[name].action != "copy":
+        one, other = tensors[name], tensors[twin]
+        if one.action == "merge" and (one.action, one.override, one.method) == (
+            other.action,
+            other.override,
+            other.method,
+        ):
             tensors[name] = replace(tensors[name], twin=twin)
-    if not any(tensor.action != "copy" for tensor in tensors.values()):
+    if not any(tensor.action == "merge" for tensor in tensors.values()):
         raise _nothing_to_merge(base, experts, tensors)
-    _refuse_idle_rules(rules, tensors)
+    if methods is not None and strict:
+        methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()})
     expert_only: dict[str, tuple[str, ...]] = {}
     for expert in experts:
         for name in expert.tensors.keys() - base.tensors.keys():
@@ -187,9 +188,12 @@ def make_plan(
 
 
 def _disagreement(complaints: Sequence[str]) -> PlanError:
-    hint = "--exclude GLOB copies a tensor from the base"
+    hint = f"{named('exclude')} GLOB copies a tensor from the base"
     if any(f": {_SHAPE}" in complaint for complaint in complaints):
-        hint += "; so does --on-mismatch copy where shapes differ, and --on-mismatch common-rows merges what all have"
+        hint += (
+            f"; so does {named('on_mismatch')} copy where shapes differ, and {named('on_mismatch')} common-rows merges "
+            "what all have"
+        )
     return PlanError(
         f"the models disagree on {len(complaints)} tensor{'s' * (len(complaints) > 1)}:\n  " + "\n  ".join(complaints),
         hint=hint,
@@ -204,9 +208,8 @@ _SHAPE = "shape "  # begins whatever is said of shapes that differ
 def _decide(
     info: TensorInfo,
     experts: Sequence[Checkpoint],
+    method: str,
     why: str,
-    left: bool,
-    rest: str,
     include: Sequence[str],
     exclude: Sequence[str],
     on_mismatch: str,
@@ -214,8 +217,7 @@ def _decide(
 ) -> tuple[Action, str]:
     """What happens to a tensor of the base, and why.
 
-    `why`: it is merged, where it is. `left`: the method leaves a tensor like this to the rest. `rows`: so many are
-    merged, for not all models have more.
+    `method` merges it, or is `base`, and `why` says why. `rows`: so many are merged, for not all models have more.
 
     Raises:
         PlanError: The experts disagree with the base or with one another.
@@ -236,10 +238,24 @@ def _decide(
         return "copy", f"{_SHAPE}{list(info.shape)} in the base, but {shapes}"
     _refuse_disagreement(info, experts, have, shapes if rows is None else "")
     few = f": the first {rows} rows are merged, the base's others kept" if rows is not None else ""
-    if not left:
-        return "merge", why + few
-    reason = "not the weight of a linear layer"
-    return ("copy", reason) if rest == "base" else ("rest", f"{reason}: {rest}{few}")
+    return ("copy", why) if method == BASE else ("merge", why + few)
+
+
+def _method_of(methods: Methods | None, name: str, linear: bool) -> tuple[str, int | None, str]:
+    """The name of the method that merges a tensor, the place of the override that says so, and the reason."""
+    if methods is None:
+        return "", None, "shared by all"
+    place = next((i for i, override in enumerate(methods.overrides) if override.matches(name)), None)
+    choice = methods.choose(name, linear=linear)
+    where = "" if place is None else f"override '{methods.overrides[place].tensors}': "
+    if choice is None:
+        overridden = place is not None and methods.overrides[place].method == BASE
+        return BASE, place, where + (BASE if overridden else "not the weight of a linear layer")
+    if choice.rest:
+        return choice.name, place, f"{where}not the weight of a linear layer: {choice.name}"
+    if place is not None:
+        return choice.name, place, where + choice.name
+    return choice.name, None, "the weight of a linear layer" if choice.method.matrices else "shared by all"
 
 
 def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
@@ -329,32 +345,13 @@ def _refuse_idle_globs(
 ) -> None:
     # What experts alone have can be excluded: then they may have it.
     excludable = base.tensors.keys() | {name for expert in experts for name in expert.tensors}
-    for flag, globs, names in (("--include", include, base.tensors.keys()), ("--exclude", exclude, excludable)):
+    for option, globs, names in (("include", include, base.tensors.keys()), ("exclude", exclude, excludable)):
         for glob in globs:
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
                 some = ", ".join(list(base.tensors)[:3])
-                raise UsageError(f"{flag} '{glob}' matches no tensor of the base", hint=f"its names are like: {some}")
-
-
-def _refuse_idle_rules(rules: Sequence[Rule], tensors: dict[str, TensorPlan]) -> None:
-    for place, rule in enumerate(rules):
-        if any(tensor.rule == place for tensor in tensors.values()):
-            continue
-        matched = [tensor for tensor in tensors.values() if rule.matches(tensor.name)]
-        if not matched:
-            raise UsageError(
-                f"--rule '{rule.tensors}={rule.name}' matches no tensor of the base",
-                hint=f"its names are like: {', '.join(list(tensors)[:3])}",
-            )
-        before = [tensor for tensor in matched if tensor.rule is not None]
-        if before:
-            why, hint = "are taken by a rule before it", "the first rule that takes a tensor counts"
-        elif all(tensor.action == "copy" for tensor in matched):
-            why, hint = f"are copied from the base: {matched[0].reason}", "check --include and --exclude"
-        else:
-            why = f"are no weights of linear layers, and '{rule.name}' merges only those"
-            hint = "use a method for all tensors, like average, or name what counts as one with --include"
-        raise UsageError(f"--rule '{rule.tensors}={rule.name}': the tensors that it matches {why}", hint=hint)
+                raise UsageError(
+                    f"'{glob}' matches no tensor of the base", option=option, hint=f"its names are like: {some}"
+                )
 
 
 def _nothing_to_merge(base: Checkpoint, experts: Sequence[Checkpoint], tensors: dict[str, TensorPlan]) -> PlanError:
@@ -367,7 +364,9 @@ def _nothing_to_merge(base: Checkpoint, experts: Sequence[Checkpoint], tensors: 
             f"no tensor of the base is in {', '.join(strangers)}: the base has '{ours}', {strangers[0]} has '{theirs}'",
             hint="are these experts of this base?",
         )
-    return PlanError(f"nothing is left to merge: {'; '.join(reasons)}", hint="check --include and --exclude")
+    return PlanError(
+        f"nothing is left to merge: {'; '.join(reasons)}", hint=f"check {named('include')} and {named('exclude')}"
+    )
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

@@ -134,12 +134,9 @@ def _rounding(job: Job, findings: Findings) -> dict[str, Any] | None:
     }
 
 
-def parts_of(job: Job) -> list[dict[str, Any]]:
+def groups_of(job: Job) -> list[dict[str, Any]]:
     """Which method merges what."""
-    return [
-        {"method": part.name, "rule": part.glob, "tensors": [tensor.name for tensor in part.tensors]}
-        for part in job.parts
-    ]
+    return [{"method": part.name, "tensors": [tensor.name for tensor in part.tensors]} for part in job.parts]
 
 
 def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> bytes:
@@ -149,14 +146,14 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         assert recipe.disentangle is not None, "the job's front comes from the recipe"
         front = _applied(recipe.disentangle, "transform", job.front[0], recipe.disentangle_options)
     methods = [_applied(recipe.method, "merge", registry.load(recipe.method), recipe.options)]
-    for part in job.parts:  # a rule is told with its options among the settings
-        if part.glob is not None and part.name not in [source.name for source in methods]:
+    for part in job.parts:  # an override is said with its options among the settings
+        if part.name not in [source.name for source in methods]:
             methods.append(_applied(part.name, "merge", part.method, {}))
     if recipe.coefficients:
         told = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
         notes = [*notes, f"{told}; `modelmerge.json` has them."]
     defaults = Recipe(method="", base="", experts=())
-    words = ("vary", "rule", "layer_scale", "rest", "dtype", "include", "exclude", "seed", "as_lora")
+    words = ("at", "rest", "dtype", "include", "exclude", "seed", "as_lora")
     settings = {name: getattr(recipe, name) for name in words}
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
@@ -221,12 +218,10 @@ def manifest_of(
         },
         "tensors": {
             "merged": sum(t.action == "merge" for t in tensors),
-            "rest": sum(t.action == "rest" for t in tensors),
-            "parts": parts_of(job),
+            "groups": groups_of(job),
             "copied": {t.name: t.reason for t in tensors if t.action == "copy"},
             "expert_only": {name: list(experts) for name, experts in job.plan.expert_only.items()},
             "left_out": [{"tensor": t, "expert": e, "reason": r} for t, e, r in sorted(findings.left_out)],
-            "layer_scale": dict(findings.scales),
             "common_rows": {t.name: t.rows for t in tensors if t.rows is not None},
             "tied": {t.name: t.twin for t in tensors if t.twin is not None},
             "figures": dict(sorted(findings.figures.items())),

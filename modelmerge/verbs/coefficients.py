@@ -23,7 +23,6 @@ from modelmerge.evaluation import cache, clip, images, unlabelled
 from modelmerge.evaluation.custom import Script, load_script
 from modelmerge.evaluation.images import Items, Task
 from modelmerge.evaluation.model import Model
-from modelmerge.plan.overrides import Setting
 from modelmerge.plan.recipe import Recipe, data_flag
 from modelmerge.progress import Reporter
 from modelmerge.verbs.evaluate_clip import find_tasks, is_for, parts_of
@@ -225,7 +224,7 @@ def with_coefficients(job: Job, coefficients: Mapping[str, Mapping[str, float]])
     Raises:
         RecipeError: They are of other tensors or experts.
     """
-    options, settings = job.parts[0].options, dict(job.settings)
+    settings = dict(job.settings)
     experts, tensors = [expert.name for expert in job.plan.experts], [tensor.name for tensor in job.merged()]
     odd = next((tensor for tensor in coefficients if tensor not in tensors), None)
     if odd is not None:
@@ -234,9 +233,9 @@ def with_coefficients(job: Job, coefficients: Mapping[str, Mapping[str, float]])
         told = coefficients.get(tensor, dict.fromkeys(experts, 0.0))
         if told.keys() != set(experts):
             raise RecipeError(f"the recipe has coefficients of {', '.join(told)} for '{tensor}'", hint=_ANEW)
-        known = settings.get(tensor) or Setting(options, job.weights, {})
+        known = settings[tensor]
         weights = tuple(weight * told[name] for weight, name in zip(known.weights, experts, strict=True))
-        settings[tensor] = Setting(known.options, weights, known.each)
+        settings[tensor] = dataclasses.replace(known, weights=weights)
     return dataclasses.replace(job, settings=settings)
 
 

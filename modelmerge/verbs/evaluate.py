@@ -97,7 +97,7 @@ def evaluate_weights(
     apart = [replace(m, name=f"model {m.name}") if m.name in taken else m for m in looked_at]
     origin, opened = open_references(parse(str(base)), [*others, *apart])
     made = make_plan(
-        origin, opened, matrices=False, include=include, exclude=exclude, on_mismatch=on_mismatch
+        origin, opened, include=include, exclude=exclude, on_mismatch=on_mismatch
     )  # fmt: skip
     try:
         source = source_of(made, device)

@@ -15,7 +15,6 @@ from modelmerge.engine.adapter import Adapted
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run
 from modelmerge.errors import UsageError
-from modelmerge.plan import scaling
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import SILENT, Reporter
@@ -39,9 +38,7 @@ def merge(
     weights: Mapping[str, float] | None = None,
     disentangle: str | None = None,
     disentangle_options: Mapping[str, Any] | None = None,
-    vary: Sequence[str] = (),
-    rule: Sequence[str] = (),
-    layer_scale: str | Path | Sequence[float] | Mapping[str, Any] | None = None,
+    at: Sequence[str] = (),
     rest: str | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
@@ -71,11 +68,8 @@ def merge(
         weights: Weight of each expert by name; 1 where none is given.
         disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
         disentangle_options: Its options.
-        vary: Numbers that differ between experts, tensors or layers, `[EXPERT:]OPTION=V[,V...][@GLOB]` each.
-        rule: Methods of their own for some tensors, `GLOB=METHOD [OPTION=V ...]` each; the first that takes a tensor
-            counts, and `method` merges what no rule takes.
-        layer_scale: Factors on the task vectors: over the layers, first to last, or by glob of tensor names, or both;
-            or `V[,V...]`, JSON, or a JSON or YAML file of such.
+        at: Overrides, `GLOB: [METHOD] [OPTION=V[,V...]] [EXPERT.OPTION=V[,V...]]` each: another method or other values
+            for tensors of such names. The first that matches a tensor decides.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
             the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
@@ -114,8 +108,8 @@ def merge(
     data, script = coefficients.as_told(unlabelled or {})
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
-        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), vary=tuple(vary),
-        rule=tuple(rule), layer_scale=scaling.typed(layer_scale), rest=rest, dtype=dtype,
+        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), at=tuple(at),
+        rest=rest, dtype=dtype,
         include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
         seed=seed, as_lora=as_lora, unlabelled=data,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,19 +26,19 @@ from modelmerge.engine.memory import (
     scratch_bytes,
 )
 from modelmerge.engine.parallel import source_of
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, named
 from modelmerge.evaluation.custom import Script
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Disentangler, Method
 from modelmerge.methods.options import make_options
-from modelmerge.plan import mergekit, overrides, rules, scaling
+from modelmerge.plan import format_1, mergekit
 from modelmerge.plan.downloads import input_paths, with_downloads
-from modelmerge.plan.overrides import Share, settle, surveyed
+from modelmerge.plan.overrides import BASE, Methods, group_key, parse
 from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
-from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, dtype_of, make_plan
+from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, dtype_of, is_linear, make_plan
 from modelmerge.progress import Reporter
 from modelmerge.record.fingerprint import fingerprint
-from modelmerge.record.manifest import listing, parts_of, remarks
+from modelmerge.record.manifest import groups_of, listing, remarks
 from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.auto import AUTO, choose
 
@@ -112,9 +113,9 @@ class Prepared:
         told = {
             "method": self.recipe.method,
             "disentangle": self.recipe.disentangle,
-            "parts": parts_of(self.job),
+            "groups": groups_of(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
-            "layer_scale": dict(self.job.scales) or self.recipe.layer_scale,
+            "at": list(self.recipe.at),
             "passes": passes(self.job) + searched[0],
             "bytes": {"read": bytes_read(self.job) + searched[1], "write": written, "scratch": scratch},
             "peak_memory": self._peak_memory(),
@@ -141,16 +142,18 @@ def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> P
         ModelMergeError: As for `replay`.
     """
     if file.suffix not in (".yaml", ".yml"):
-        recipe, recorded = read_recipe(file)
-        return prepare(recipe, device=device, recorded=recorded, stream=stream)
+        recipe, recorded, old = read_recipe(file)
+        later = functools.partial(format_1.overrides_of, old) if old is not None else None
+        return prepare(recipe, device=device, recorded=recorded, stream=stream, overrides=later)
     translated = mergekit.read(file)
-    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream)
+    late = translated.overrides
+    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late)
     translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
     again = translated.stored_as_mergekit_does(prepared.job.plan)
     if again is translated:
         return prepared
     prepared.close()
-    return prepare(again.recipe, device=device, remarks=again.remarks, stream=stream)
+    return prepare(again.recipe, device=device, remarks=again.remarks, stream=stream, overrides=late)
 
 
 def prepare(
@@ -163,12 +166,14 @@ def prepare(
     script: Script | None = None,
     look: bool = True,
     opened: tuple[Checkpoint, tuple[Checkpoint, ...]] | None = None,
+    overrides: Callable[[Mapping[str, bool]], Sequence[str]] | None = None,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
     `script` is a function that gives unlabelled data, where it comes out of no file. With `look`, `auto` may read a few
     megabytes of weights on the Hub to see of what kind they are. `opened` are the base and the experts, where they have
-    been opened before.
+    been opened before. `overrides` gives the recipe's
+    overrides, where they follow from the names of the tensors (and from which are weights of linear layers).
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -178,9 +183,7 @@ def prepare(
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
         _check_choices(recipe)
         opened = opened or open_models(recipe.base, recipe.experts)
-        shared = make_plan(
-            *opened, matrices=False, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch
-        )
+        shared = make_plan(*opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch)
         choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
         told = "".join(f" --{name} {value}" for name, value in choice.options.items())
@@ -190,28 +193,32 @@ def prepare(
     front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
     _check_choices(recipe)
     adapted.size_of(recipe)
-    given = [rules.parse(told) for told in recipe.rule]
-    scale = None if recipe.layer_scale is None else scaling.canonical(recipe.layer_scale)
-    recipe = dataclasses.replace(recipe, rule=tuple(map(str, given)), layer_scale=scale)
-    _refuse_data_of_others(recipe, chosen, given)
-    _refuse_many_experts({recipe.method: chosen, **{rule.name: rule.method for rule in given}}, len(recipe.experts))
-    if recipe.rest is None and chosen.matrices:
-        recipe = dataclasses.replace(recipe, rest=chosen.rest(options))
+    _refuse_idle_data(recipe, chosen)
+    overrides_read = [parse(text) for text in recipe.at]
+    _refuse_many_experts([recipe.method, *(o.method for o in overrides_read if o.method)], len(recipe.experts))
     base, experts = opened or open_models(recipe.base, recipe.experts)
     names = [expert.name for expert in experts]
     weights = _weights(recipe, names)
+    if overrides is not None:
+        linear = {tensor.name: is_linear(tensor, recipe.include) for tensor in base.tensors.values()}
+        overrides_read = [parse(text) for text in overrides(linear)]
+    methods = Methods(recipe.method, recipe.options, overrides_read, _rest(recipe), names)
+    recipe = dataclasses.replace(recipe, at=methods.recorded())
     made = make_plan(
-        base, experts, matrices=chosen.matrices, rest=recipe.rest or "base", rules=given,
+        base, experts, methods=methods,
         dtype=dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
-        on_mismatch=recipe.on_mismatch,
+        on_mismatch=recipe.on_mismatch, strict=overrides is None,
     )  # fmt: skip
-    job = _job(recipe, made, Part(recipe.method, chosen, options, ()), given, front, weights, device)
+    job = job_of(recipe, made, methods, front, weights, device)
     if front is not None:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
         if not job.disentangled():
-            raise UsageError("no weight of a linear layer is left to disentangle", hint="check --include and --exclude")
+            raise UsageError(
+                "no weight of a linear layer is left to disentangle",
+                hint=f"check {named('include')} and {named('exclude')}",
+            )
         refuse_too_large(job.source, front, job.disentangled())
     data = None
     if recipe.coefficients:
@@ -230,77 +237,63 @@ def prepare(
     return Prepared(complete, job, dict(recorded or {}), remarks, stream, data)
 
 
-def _refuse_data_of_others(recipe: Recipe, chosen: Method, given: Sequence[rules.Rule]) -> None:
+def _refuse_idle_data(recipe: Recipe, chosen: Method) -> None:
     if chosen.finder is None and (recipe.unlabelled or recipe.coefficients):
-        raise UsageError(f"'{recipe.method}' looks at no data", hint="`merge adamerging` does")
-    # What is found on data is found for a model that is merged in one way.
-    alone = next((rule.name for rule in given if rule.method.finder is not None), None)
-    if given and (alone or chosen.finder is not None):
+        raise UsageError(f"'{recipe.method}' looks at no data", hint="`adamerging` does")
+    if chosen.finder is not None and any(parse(text).method not in (None, recipe.method) for text in recipe.at):
+        # Coefficients are found for a model that is merged in one way.
         raise UsageError(
-            f"'{alone or recipe.method}' finds weights for all tensors on data, and takes no --rule beside it",
-            hint="--include and --exclude say which tensors it merges",
+            f"'{recipe.method}' finds weights for all tensors on data, and no other method can merge some of them",
+            hint=f"{named('include')} and {named('exclude')} say which tensors it merges",
         )
 
 
-def _job(
+def _rest(recipe: Recipe) -> str | None:
+    """The method for what methods for linear layers leave, checked."""
+    if recipe.rest not in (None, BASE) and registry.load(recipe.rest).matrices:
+        raise UsageError(
+            f"must be a method for all tensors or {BASE}, and '{recipe.rest}' is for linear layers only", option="rest",
+            hint="average, task-arithmetic and base are the usual ones",
+        )  # fmt: skip
+    return recipe.rest
+
+
+def job_of(
     recipe: Recipe,
-    made: Plan,
-    own: Part,
-    given: Sequence[rules.Rule],
+    plan: Plan,
+    methods: Methods,
     front: tuple[Disentangler, Any] | None,
     weights: tuple[float, ...],
     device: str,
 ) -> Job:
-    """The plan's merge by the methods, with every number that differs between experts, tensors and layers.
-
-    `own` is the merge's own method, still without tensors.
+    """The plan as a job: every tensor's setting, and the groups of tensors that are merged alike.
 
     Raises:
-        UsageError: Something differs that cannot, or where it cannot.
+        UsageError: An override goes over layers that are not there, or weights of an average add up to zero.
         DeviceError: There is no such device.
     """
-    names, variations = [expert.name for expert in made.experts], [overrides.parse(told) for told in recipe.vary]
-    parts = _parts(made, own, given, recipe.rest or "base")
-    shares = [Share(p.name, p.method, p.options, tuple(t.name for t in p.tensors), rest=p.rest) for p in parts]
-    settings = settle(variations, shares, weights, names)
-    for part, share in zip(parts, shares, strict=True):
-        for tensor in (name for name in share.tensors if part.method.normalises and name in settings):
-            if abs(sum(settings[tensor].weights)) < 1e-8:
-                raise UsageError(f"in '{tensor}' the weights add up to zero: their average does not exist")
-    if variations:
-        told_apart = (surveyed(variations, share, names) for share in shares)
-        parts = [dataclasses.replace(part, for_survey=told) for part, told in zip(parts, told_apart, strict=True)]
-    scales = {}
-    if recipe.layer_scale is not None:
-        scales = scaling.parse(recipe.layer_scale).factors([name for share in shares for name in share.tensors])
-    job = Job(
-        source_of(made, device), tuple(parts), weights, front, recipe.seed, settings,
-        scales=scales,
-    )  # fmt: skip
-    return job
+    tensors = plan.select("merge")
+    settings = methods.settings({tensor.name: tensor.linear for tensor in tensors}, weights)
+    members: dict[Any, list[TensorPlan]] = {}
+    for tensor in tensors:
+        setting = settings[tensor.name]
+        members.setdefault(group_key(registry.load(setting.method), setting), []).append(tensor)
+    parts = []
+    for group in members.values():
+        first = settings[group[0].name]
+        parts.append(Part(first.method, registry.load(first.method), first.options, tuple(group), first.each))
+    return Job(source_of(plan, device), tuple(parts), weights, front, recipe.seed, settings)
 
 
-def _refuse_many_experts(methods: Mapping[str, Method], experts: int) -> None:
-    for name, chosen in methods.items():
-        if chosen.most_experts is not None and experts > chosen.most_experts:
-            many = "one expert" if chosen.most_experts == 1 else f"{chosen.most_experts} experts at most"
+def _refuse_many_experts(names: Sequence[str], experts: int) -> None:
+    for name in names:
+        most = registry.load(name).most_experts if name != BASE else None
+        if most is not None and experts > most:
+            many = "one expert" if most == 1 else f"{most} experts at most"
             raise UsageError(
                 f"'{name}' takes {many}, and {experts} are named",
                 hint="`modelmerge merge` lists the methods that take any number",
             )
-
-
-def _parts(made: Plan, own: Part, given: Sequence[rules.Rule], left: str) -> list[Part]:
-    """The methods with the tensors they merge: the merge's own, those of the rules, and the one for what is left."""
-    merged = made.select("merge")
-    found = [dataclasses.replace(own, tensors=tuple(t for t in merged if t.rule is None))]
-    for place, rule in enumerate(given):
-        taken = tuple(tensor for tensor in merged if tensor.rule == place)
-        found.append(Part(rule.name, rule.method, rule.options, taken, rule.tensors))
-    if left != "base":
-        other = registry.load(left)
-        found.append(Part(left, other, other.options(), tuple(made.select("rest"))))
-    return [part for part in found if part.tensors]
 
 
 def _pinned(text: str, model: Checkpoint) -> str:
@@ -316,15 +309,15 @@ def digest_of(prepared: Prepared, read: coefficients.Read | None = None) -> str:
 
 
 def _check_choices(recipe: Recipe) -> None:
-    for flag, value, choices in (
-        ("--rest", recipe.rest or RESTS[0], RESTS),
-        ("--dtype", recipe.dtype or "float32", tuple(DTYPES)),
-        ("--on-mismatch", recipe.on_mismatch, ON_MISMATCH),
+    for option, value, choices in (
+        ("dtype", recipe.dtype or "float32", tuple(DTYPES)),
+        ("on_mismatch", recipe.on_mismatch, ON_MISMATCH),
     ):
         if value not in choices:
             near = get_close_matches(value, choices, n=1)
             raise UsageError(
-                f"{flag} must be one of {', '.join(choices)}, not '{value}'",
+                f"must be one of {', '.join(choices)}, not '{value}'",
+                option=option,
                 hint=f"did you mean '{near[0]}'?" if near else None,
             )
 
@@ -334,16 +327,9 @@ def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
         if name not in names:
             near = get_close_matches(name, names, n=1)
             raise UsageError(
-                f"--weight names '{name}', which is no expert",
+                f"names '{name}', which is no expert",
+                option="weights",
                 hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(names)}",
             )
     weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
-    if sum(weights) == 0.0 and _normalises(recipe):
-        raise UsageError("the weights add up to zero: their average does not exist", hint="check --weight")
     return weights
-
-
-def _normalises(recipe: Recipe) -> bool:
-    """Whether a method of the recipe divides by the sum of the weights."""
-    names = (recipe.method, *(rules.parse(told).name for told in recipe.rule), recipe.rest or "base")
-    return any(registry.load(name).normalises for name in names if name != "base")

@@ -204,18 +204,18 @@ def _is_of_method(recipe: Recipe, name: str) -> bool:
 
 
 def _refuse_idle(name: str, candidates: Sequence[Candidate]) -> None:
-    """Refuse to search an option that --vary or --rule sets for every tensor."""
+    """Refuse to search an option that overrides set for every tensor."""
     found: dict[str, set[Any]] = {}
     for candidate in candidates:
         if not _is_of_method(candidate.prepared.recipe, name):
             return
         job = candidate.prepared.job
-        for tensor in (t.name for part in job.parts if part.glob is None and not part.rest for t in part.tensors):
-            found.setdefault(tensor, set()).add(getattr(job.options_of(tensor), name))
+        for tensor, setting in job.settings.items():
+            found.setdefault(tensor, set()).add(getattr(setting.options, name, None))
     told = {candidate.values[name] for candidate in candidates}
     if len(told) > 1 and not any(len(values) > 1 for values in found.values()):
         raise UsageError(
-            f"--search {name.replace('_', '-')} has no effect: --vary or --rule says what it is for every tensor",
+            f"--search {name.replace('_', '-')} has no effect: --at says what it is for every tensor",
             hint="leave one of them out",
         )
 

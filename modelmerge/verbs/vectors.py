@@ -248,7 +248,7 @@ def _open(
 ) -> _Opened:
     prepare_process()
     origin, others = open_models(str(base), as_references(experts))
-    made = make_plan(origin, others, matrices=False, include=include, exclude=exclude)
+    made = make_plan(origin, others, include=include, exclude=exclude)
     shared = [tensor for tensor in made.tensors.values() if tensor.action == "merge"]
     empty = [tensor.name for tensor in shared if not tensor.numel]
     return _Opened(source_of(made, device), [tensor for tensor in shared if tensor.numel], empty)

@@ -55,7 +55,7 @@ def with_config(directory: Path, **config: Any) -> Path:
 
 def planned(base: Path, *experts: Path, **options: Any) -> Plan:
     opened = [open_checkpoint(parse(str(path))) for path in (base, *experts)]
-    return make_plan(opened[0], opened[1:], matrices=False, **options)
+    return make_plan(opened[0], opened[1:], **options)
 
 
 def told(made: Plan) -> str:

@@ -102,7 +102,7 @@ SLOW = (
         "--awd-steps",
         "2",
     ],
-    ["merge", "ties", "--rule", "layers.[0-3]*=tsv-m", "--rule", "layers*=average"],
+    ["merge", "ties", "--at", "layers.[0-3]*: tsv-m", "--at", "layers*: average"],
     ["extract", "--rank", "8"],
     ["extract", "--energy", "0.5"],
     ["disentangle", "awd", "--experts"],

@@ -115,7 +115,7 @@ base_model: models/base
         (TIES + "parameters: {normalize: [true, false]}\n", ["parameters.normalize: can be honoured only as one"]),
         (TIES + "parameters: {lambda: much}\n", ["parameters.lambda: must be a number or a list of numbers"]),
         (TIES + "parameters: {lambda: [{value: 1, glob: x}]}\n", ["parameters.lambda: a condition has a 'value'"]),
-        (TIES + "parameters: {density: [0.5, 20]}\n", ["parameters.density: --density must be above 0 and at most 1"]),
+        (TIES + "parameters: {density: [0.5, 20]}\n", ["parameters.density: density must be above 0 and at most 1"]),
         (TIES.replace("weight: 1", "weight: 1, desnity: 1"),
          ["models[1].parameters.desnity: no method of mergekit has such a parameter; did you mean 'density'?",
           "models[2].parameters.desnity"]),
@@ -182,7 +182,7 @@ def test_what_has_no_effect_is_remarked(beside_models: Path, capsys: pytest.Capt
 def test_the_command_and_the_manifest_repeat_the_merge(beside_models: Path) -> None:
     """Gradients and filters come out as options of the command line."""
     first = modelmerge.replay(mergekit_runs.CONFIGS / "ties-gradients.yml", "one")
-    assert "--vary math:density=1,0.7,0.1" in first["command"]
+    assert "math.density=1,0.7,0.1" in first["command"]
     modelmerge.replay("one/modelmerge.json", "two")
     assert main([*shlex.split(first["command"])[1:-1], "three"]) == 0
     assert {(Path(name) / "model.safetensors").read_bytes() for name in ("one", "two", "three")} == {

@@ -19,6 +19,7 @@ from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import parse
 from modelmerge.errors import PlanError, UsageError
+from modelmerge.plan.overrides import Methods
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import Plan, dtype_of, make_plan
 from modelmerge.verbs.merge import execute
@@ -39,9 +40,10 @@ def opened(root: Path, models: Models) -> list[Checkpoint]:
     return [open_checkpoint(parse(str(write(root / n, s)))) for n, s in zip(names, models, strict=True)]
 
 
-def plan(root: Path, models: Models, *, matrices: bool = False, **options: Any) -> Plan:
+def plan(root: Path, models: Models, *, matrices: bool = False, rest: str = "base", **options: Any) -> Plan:
     base, *experts = opened(root, models)
-    return make_plan(base, experts, matrices=matrices, **options)
+    methods = Methods("kron" if matrices else "average", {}, [], rest, [expert.name for expert in experts])
+    return make_plan(base, experts, methods=methods, **options)
 
 
 def actions(made: Plan) -> dict[str, str]:
@@ -155,7 +157,7 @@ def test_all_disagreements_are_in_one_error(tmp_path: Path) -> None:
     for told in DISAGREEMENTS:
         assert told in caught.value.message
     assert len(caught.value.message.splitlines()) == 1 + len(DISAGREEMENTS)
-    assert "--exclude" in (caught.value.hint or "")
+    assert "exclude" in (caught.value.hint or "")
 
 
 def test_disagreements_show_before_any_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +202,7 @@ def test_exclude_wins_over_include(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["include", "exclude"])
 def test_a_glob_that_matches_nothing_is_refused(flag: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=rf"--{flag} '\*\.qproj\.\*' matches no tensor") as caught:
+    with pytest.raises(UsageError, match=rf"{flag} '\*\.qproj\.\*' matches no tensor") as caught:
         plan(tmp_path, states(), **{flag: ["*.q_proj.*", "*.qproj.*"]})
     assert "logit_scale" in (caught.value.hint or "")
 
@@ -220,7 +222,7 @@ def test_a_quantised_model_is_refused_by_name(culprit: str, tmp_path: Path) -> N
     (tmp_path / culprit / "config.json").write_text(json.dumps(config))
     base, *experts = (open_checkpoint(parse(str(tmp_path / n))) for n in ("base", "expert_0", "expert_1"))
     with pytest.raises(PlanError, match="quantised") as caught:
-        make_plan(base, experts, matrices=False)
+        make_plan(base, experts)
     assert str(tmp_path / culprit) in caught.value.message
     assert "gptq" in caught.value.message
     assert "unquantised" in (caught.value.hint or "")
@@ -231,7 +233,7 @@ def test_a_config_without_quantisation_is_no_obstacle(config: str, tmp_path: Pat
     opened(tmp_path, states(1))
     (tmp_path / "base" / "config.json").write_text(config)
     base, expert = (open_checkpoint(parse(str(tmp_path / n))) for n in ("base", "expert_0"))
-    assert make_plan(base, [expert], matrices=False).tensors["logit_scale"].action == "merge"
+    assert make_plan(base, [expert]).tensors["logit_scale"].action == "merge"
 
 
 def test_8_bit_tensors_that_all_share_are_refused_by_name(tmp_path: Path) -> None:
@@ -281,14 +283,13 @@ def test_include_overrides_names_but_not_shapes(tmp_path: Path) -> None:
 
 def test_the_rest_goes_to_the_method_for_the_rest(tmp_path: Path) -> None:
     made = plan(tmp_path, states(), matrices=True, rest="average", exclude=["*.bias"])
-    assert {name for name, action in actions(made).items() if action == "merge"} == LINEAR
-    assert {name for name, action in actions(made).items() if action == "rest"} == {
-        "model.embed_tokens.weight", "model.layers.0.norm.weight", "logit_scale", "empty",
-    }  # fmt: skip
+    by = {method: {t.name for t in made.tensors.values() if t.method == method} for method in ("kron", "average")}
+    assert by["kron"] == LINEAR
+    assert by["average"] == {"model.embed_tokens.weight", "model.layers.0.norm.weight", "logit_scale", "empty"}
     assert made.tensors["logit_scale"].reason.endswith(": average")
     assert made.tensors["position_ids"].action == "copy"
-    assert [t.name for t in made.select("rest")] == [
-        n for shard in made.layout.shards for n in shard.tensors if made.tensors[n].action == "rest"
+    assert [t.name for t in made.select("merge")] == [
+        n for shard in made.layout.shards for n in shard.tensors if made.tensors[n].action == "merge"
     ]
 
 
@@ -365,7 +366,7 @@ def test_every_tensor_starts_at_a_multiple_of_its_item_size(
     base, expert = (open_checkpoint(parse(str(write(tmp_path / n, state, shards=4)))) for n in ("base", "expert"))
     kinds = [DTYPE_BITS[info.dtype] for info in base.tensors.values()]
     assert kinds != sorted(kinds, reverse=True)
-    made = make_plan(base, [expert], matrices=False, dtype=dtype, max_shard_size=limit)
+    made = make_plan(base, [expert], dtype=dtype, max_shard_size=limit)
     for shard in made.layout.shards:
         (length,) = struct.unpack("<Q", shard.header[:8])
         assert 8 + length == len(shard.header)
@@ -423,7 +424,7 @@ def test_models_may_be_cut_into_shards_differently(tmp_path: Path) -> None:
     bases = open_checkpoint(parse(str(write(tmp_path / "base", models[0], shards=4))))
     experts = [open_checkpoint(parse(str(write(tmp_path / f"e{i}", m, shards=i)))) for i, m in enumerate(models[1:], 1)]
     assert (tmp_path / "base" / INDEX).exists()
-    assert set(actions(make_plan(bases, experts, matrices=False)).values()) == {"merge", "copy"}
+    assert set(actions(make_plan(bases, experts)).values()) == {"merge", "copy"}
 
 
 def test_a_lone_file_is_planned_like_a_directory(tmp_path: Path) -> None:
@@ -431,4 +432,4 @@ def test_a_lone_file_is_planned_like_a_directory(tmp_path: Path) -> None:
     for name, state in zip(("base", "expert"), models, strict=True):
         (tmp_path / f"{name}.safetensors").write_bytes(save(state))
     base, expert = (open_checkpoint(parse(str(tmp_path / f"{n}.safetensors"))) for n in ("base", "expert"))
-    assert make_plan(base, [expert], matrices=False).tensors["logit_scale"].action == "merge"
+    assert make_plan(base, [expert]).tensors["logit_scale"].action == "merge"

@@ -131,12 +131,12 @@ def test_a_card_that_cannot_be_read_says_nothing(text: bytes, tmp_path: Path) ->
 
 def test_notes_and_disentangling_are_told(models: list[Path], tmp_path: Path) -> None:
     modelmerge.merge(
-        models[0], models[1:], tmp_path / "out", method="average", disentangle="awd", vary=["weight=2@*q_proj*"]
+        models[0], models[1:], tmp_path / "out", method="average", disentangle="awd", at=["*q_proj*: weight=2"]
     )  # fmt: skip
     text = (tmp_path / "out" / "README.md").read_text()
     assert "made by `average` after `awd`" in text
     assert "| `--awd-alpha` | 0.1 |" in text
-    assert "| `--vary` | `weight=2@*q_proj*` |" in text
+    assert "| `--at` | `*q_proj*: weight=2` |" in text
     assert front(text)["tags"] == ["merge", "modelmerge", "average", "awd"]
     assert text.count("@misc{") == 2
 

@@ -317,7 +317,7 @@ def test_a_layer_scale_is_part_of_the_task_vectors(small: list[Path], tmp_path: 
         return Network(), rows()
 
     plain = run(small, tmp_path / "plain", script)
-    told = run(small, tmp_path / "told", script, layer_scale={"lower*": 0.5, "*": 2.0})
+    told = run(small, tmp_path / "told", script, at=["lower*: weight=0.5", "*: weight=2"])
     assert plain["adaptation"]["entropy"][0] != told["adaptation"]["entropy"][0]
     base, *others, merged = (load_file(p / "model.safetensors") for p in (*small, tmp_path / "told"))
     for key, factor in (("lower.weight", 0.5), ("upper.weight", 2.0)):
@@ -526,10 +526,8 @@ def test_what_a_function_prints_is_no_result(
 def test_other_methods_look_at_no_data(small: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'ties' looks at no data"):
         modelmerge.merge(small[0], small[1:], tmp_path / "out", method="ties", unlabelled={"script": "x.py:f"})
-    with pytest.raises(UsageError, match="'adamerging' finds weights for all tensors on data, and takes no --rule"):
-        run(small, tmp_path / "out", lambda expert: (Network(), rows()), rule=["upper*=average"])
-    with pytest.raises(UsageError, match="'adamerging' finds weights for all tensors on data, and takes no --rule"):
-        modelmerge.merge(small[0], small[1:], tmp_path / "out", method="ties", rule=["upper*=adamerging"])
+    with pytest.raises(UsageError, match="'adamerging' finds weights for all tensors on data, and no other"):
+        run(small, tmp_path / "out", lambda expert: (Network(), rows()), at=["upper*: average"])
     with pytest.raises(UsageError, match="unlabelled data are not told by 'task'"):
         modelmerge.merge(small[0], small[1:], tmp_path / "out", method="adamerging", unlabelled={"task": ["svhn"]})
 

@@ -1,0 +1,171 @@
+"""Recipes of format 1 as this version says them: `vary`, `rule` and `layer_scale` become overrides.
+
+There, several variations could apply to a tensor and the last one counted, and a rule for linear layers passed over
+what is none; here the first override that matches decides alone. So every tensor's setting is worked out by the old
+rules, and tensors of the same setting are named together.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelmerge.errors import RecipeError
+from modelmerge.methods import registry
+from modelmerge.methods.options import option_types
+from modelmerge.plan.overrides import BASE, WEIGHT, Override, curve_text, layer_of
+
+OLD = ("vary", "rule", "layer_scale", "task_lambda")
+# Methods whose result is the same when weights are multiplied instead of task vectors.
+_SCALED_BY_WEIGHT = frozenset({
+    "breadcrumbs", "consensus", "dare", "iso-c", "iso-cts", "kron", "task-arithmetic", "tsv-m", "wudi",
+})  # fmt: skip
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """Another value of an option or weight, for one expert or all, tensors of such names or all, over the layers."""
+
+    option: str
+    values: tuple[float, ...]
+    expert: str | None = None
+    tensors: str | None = None
+
+    def matches(self, tensor: str) -> bool:
+        """Is it for the tensor of that name?"""
+        return self.tensors is None or fnmatch.fnmatchcase(tensor, self.tensors)
+
+
+def read_variation(text: str) -> Variation:
+    """What `[EXPERT:]OPTION=V[,V...][@GLOB]` says."""
+    head, _, tensors = text.partition("@")
+    target, _, numbers = head.partition("=")
+    expert, _, option = target.rpartition(":")
+    values = tuple(float(number) for number in numbers.split(","))
+    return Variation(option.replace("-", "_"), values, expert or None, tensors or None)
+
+
+def merged_overrides(
+    tensors: Sequence[str],
+    variations: Sequence[Variation],
+    method_of: Callable[[str], str | None] = lambda tensor: None,
+    has_option: Callable[[str, str], bool] = lambda tensor, option: True,
+) -> list[Override]:
+    """Overrides that give each tensor what the last matching variation of each option says, and its method.
+
+    Args:
+        tensors: The names of all tensors of the base.
+        variations: In their order; of those for the same option and expert, the last that matches counts.
+        method_of: The method of a tensor with its options, as an override says them; None for the merge's own.
+        has_option: Does the method of a tensor have an option? Variations of others do not concern the tensor.
+    """
+    settings = {
+        tensor: _setting(tensor, [v for v in variations if has_option(tensor, v.option)], method_of(tensor))
+        for tensor in tensors
+    }
+    overrides: list[Override] = []
+    open_tensors = list(tensors)
+    globs = list(dict.fromkeys([v.tensors for v in reversed(variations) if v.tensors is not None]))
+    for glob in [*globs, "*"]:
+        here = [tensor for tensor in open_tensors if fnmatch.fnmatchcase(tensor, glob)]
+        if here and all(settings[tensor] == settings[here[0]] for tensor in here):
+            overrides.append(_override(glob, settings[here[0]]))
+            open_tensors = [tensor for tensor in open_tensors if tensor not in here]
+    # What globs do not tell apart is named, but for the numbers of layers.
+    for tensor in list(open_tensors):
+        if tensor not in open_tensors:
+            continue
+        glob = _LAYER_NUMBER.sub("*", tensor)
+        here = [name for name in open_tensors if fnmatch.fnmatchcase(name, glob)]
+        alike = all(settings[name] == settings[tensor] for name in here)
+        overrides.append(_override(glob if alike else tensor, settings[tensor]))
+        open_tensors = [name for name in open_tensors if name not in (here if alike else [tensor])]
+    while overrides and overrides[-1] == Override(overrides[-1].tensors):
+        overrides.pop()  # what says nothing, with nothing behind it
+    return overrides
+
+
+_Setting = tuple[str | None, tuple[tuple[str | None, str, tuple[float, ...]], ...]]
+
+
+def _setting(tensor: str, variations: Sequence[Variation], method: str | None) -> _Setting:
+    values: dict[tuple[str | None, str], tuple[float, ...]] = {}
+    for variation in variations:
+        if variation.matches(tensor):
+            if variation.expert is None:
+                values = {key: each for key, each in values.items() if key[1] != variation.option}
+            values[variation.expert, variation.option] = variation.values
+    return method, tuple((expert, option, each) for (expert, option), each in sorted(values.items(), key=str))
+
+
+def _override(glob: str, setting: _Setting) -> Override:
+    method, values = setting
+    name, _, options = (method or "").partition(" ")
+    plain = dict(word.partition("=")[::2] for word in options.split()) if options else {}
+    plain |= {option: curve_text(each) for expert, option, each in values if expert is None}
+    experts = {(expert, option): curve_text(each) for expert, option, each in values if expert is not None}
+    return Override(glob, name or None, {key.replace("-", "_"): value for key, value in plain.items()}, experts)
+
+
+def overrides_of(stored: Mapping[str, Any], tensors: Mapping[str, bool]) -> tuple[str, ...]:
+    """The overrides of a recipe of format 1; `tensors` says by name which are weights of linear layers.
+
+    Raises:
+        RecipeError: The recipe asks for what this version cannot say.
+    """
+    method = stored["method"]
+    if stored.get("task_lambda"):
+        raise _gone("task_lambda")
+    variations = [read_variation(text) for text in stored.get("vary", ())]
+    rest = stored.get("rest") or BASE
+    if stored.get("layer_scale") and registry.load(method).matrices and rest == "average":
+        raise _gone("layer_scale")  # an average does not change with all its weights
+    variations += _layer_scale(stored.get("layer_scale"), method, list(tensors))
+    rules = [(head.rpartition("=")[0], head.rpartition("=")[2], rest)
+             for head, _, rest in (text.partition(" ") for text in stored.get("rule", ()))]  # fmt: skip
+    own = registry.load(method)
+
+    def method_of(tensor: str) -> str | None:
+        for glob, name, options in rules:
+            if fnmatch.fnmatchcase(tensor, glob) and (tensors[tensor] or not registry.load(name).matrices):
+                return f"{name} {options}".strip()
+        if any(fnmatch.fnmatchcase(tensor, glob) for glob, _, _ in rules) and own.matrices and not tensors[tensor]:
+            return rest
+        return None
+
+    def has_option(tensor: str, option: str) -> bool:
+        merger = registry.load((method_of(tensor) or method).partition(" ")[0])
+        if merger.matrices and not tensors[tensor]:
+            return option == WEIGHT  # it goes to the rest
+        return option == WEIGHT or option in option_types(merger.options)
+
+    return tuple(map(str, merged_overrides(list(tensors), variations, method_of, has_option)))
+
+
+def _layer_scale(text: str | None, method: str, tensors: Sequence[str]) -> list[Variation]:
+    """Factors on all task vectors as weights, where the method's result is the same."""
+    if text is None:
+        return []
+    if text == "larv" or method not in _SCALED_BY_WEIGHT:
+        raise _gone("layer_scale")
+    entries = json.loads(text) if text.lstrip().startswith("{") else {"*": [float(word) for word in text.split(",")]}
+    variations: list[Variation] = []
+    for glob, values in reversed(list(entries.items())):  # there the first glob that matched counted
+        numbers = tuple(float(value) for value in (values if isinstance(values, list) else [values]))
+        outside = [tensor for tensor in tensors if layer_of(tensor) is None and fnmatch.fnmatchcase(tensor, glob)]
+        variations.append(Variation(WEIGHT, numbers, None, glob))
+        if len(numbers) > 1:  # a list left what lies outside all layers as it was
+            variations += [Variation(WEIGHT, (1.0,), None, tensor) for tensor in outside]
+    return variations
+
+
+def _gone(entry: str) -> RecipeError:
+    return RecipeError(
+        f"the recipe was made by modelmerge 0.1.0 with '{entry}', which this version does not have",
+        hint="replay it with modelmerge 0.1.0",
+    )
