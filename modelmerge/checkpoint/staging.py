@@ -155,8 +155,11 @@ class Scratch:
         self._file.close()
 
 
+Room = Callable[[int], Scratch]  # gives room of so many bytes on the disk
+
+
 @contextlib.contextmanager
-def scratches(output: Path) -> Iterator[Callable[[int], Scratch]]:
+def scratches(output: Path) -> Iterator[Room]:
     """Gives room beside an output that is not being written yet, for as long as the block lasts.
 
     Raises:

@@ -210,7 +210,7 @@ def _of_method(method: Method) -> list[Any]:
 
 
 def _looks_at_data(method: Method) -> bool:
-    return method.finder is not None
+    return method.on_data
 
 
 def recipe_of(name: str, method: Method | None, values: dict[str, Any], context: typer.Context) -> Recipe:

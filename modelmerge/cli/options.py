@@ -17,7 +17,7 @@ import typer
 
 from modelmerge.cli.output import Format, Sink, flag
 from modelmerge.errors import UsageError
-from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.contract import Method, TransformSpec
 from modelmerge.methods.options import bounds, option_types
 from modelmerge.plan import presets
 
@@ -346,7 +346,7 @@ def command(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -
     return called
 
 
-def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:
+def of_method(method: Method | TransformSpec) -> list[inspect.Parameter]:
     """A keyword parameter for Typer for each field of the method's options."""
     types = option_types(method.options)
     parameters = []
@@ -389,7 +389,7 @@ def typed(context: typer.Context, name: str) -> bool:
     return source is not None and not source.name.startswith("DEFAULT")
 
 
-def of_values(method: Method | Disentangler, values: Mapping[str, Any], names: AbstractSet[str]) -> dict[str, Any]:
+def of_values(method: Method | TransformSpec, values: Mapping[str, Any], names: AbstractSet[str]) -> dict[str, Any]:
     """The method's options among `names`; the others follow from these, or have their defaults."""
     return {name: values[name] for name in option_types(method.options) if name in names}
 

@@ -41,7 +41,7 @@ def find_device(name: str) -> torch.device:
 
 
 def default_workers(device: torch.device) -> int:
-    """Threads for element-wise work: the processors this process may use, unless torch was told fewer."""
+    """Threads for element-wise work: the processors this process may use, unless torch was set to fewer."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(torch.get_num_threads(), processors)) if device.type == "cpu" else 2
 
@@ -77,10 +77,10 @@ def prepare_process() -> None:
     what is in use.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if hard != resource.RLIM_INFINITY else 65536
-    if soft < wanted:
+    most = hard if hard != resource.RLIM_INFINITY else 65536
+    if soft < most:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and sys.platform == "linux":
         trim_threshold, mmap_threshold = -1, -3
@@ -88,7 +88,7 @@ def prepare_process() -> None:
         mallopt(trim_threshold, 64 << 20)
 
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, Loader], None]) -> None:
@@ -136,14 +136,14 @@ def side_by_side(source: Source, tensors: Sequence[TensorPlan], work: Callable[[
 
 
 def gathered(
-    source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece, Loader], Found]
-) -> list[tuple[Piece, Found]]:
+    source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece, Loader], Result]
+) -> list[tuple[Piece, Result]]:
     """What `look` gives for each piece, by tensor and position: sums of floats must not depend on the workers."""
-    found: list[tuple[Piece, Found]] = []
+    results: list[tuple[Piece, Result]] = []
     in_parallel(
-        source, list(pieces(tensors, source.block)), lambda piece, loader: found.append((piece, look(piece, loader)))
+        source, list(pieces(tensors, source.block)), lambda piece, loader: results.append((piece, look(piece, loader)))
     )
-    return sorted(found, key=lambda entry: (entry[0].tensor.name, entry[0].start))
+    return sorted(results, key=lambda entry: (entry[0].tensor.name, entry[0].start))
 
 
 def source_of(plan: Plan, device: str) -> Source:
@@ -152,5 +152,5 @@ def source_of(plan: Plan, device: str) -> Source:
     Raises:
         DeviceError: There is no such device.
     """
-    found = find_device(device)
-    return Source(plan, found, default_workers(found))
+    place = find_device(device)
+    return Source(plan, place, default_workers(place))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.header import HALF_DTYPES
+from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import TORCH_DTYPES, Loader, Piece, piece_bytes, wholes
 from modelmerge.engine.parallel import gathered, threads
-from modelmerge.engine.transforms import entanglement_of
 from modelmerge.evaluation import interference
 from modelmerge.methods.transform import awd
 from modelmerge.plan.tensors import TensorPlan, layer_type

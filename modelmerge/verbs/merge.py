@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.staging import CARD, Staging, companions, scratches
 from modelmerge.engine.adapter import Adapted
@@ -18,14 +16,13 @@ from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import (
-    as_file,
     manifest_of,
     notes_of,
     refuse_changed,
     write_card,
 )
 from modelmerge.verbs import adapted, coefficients
-from modelmerge.verbs.prepare import Prepared, begin, digest_of, prepare, prepare_file
+from modelmerge.verbs.prepare import Prepared, digest_of, output_of, prepare, prepare_file
 
 
 def merge(
@@ -35,8 +32,7 @@ def merge(
     *,
     method: str,
     weights: Mapping[str, float] | None = None,
-    disentangle: str | None = None,
-    disentangle_options: Mapping[str, Any] | None = None,
+    disentangle: str | Sequence[str] = (),
     at: Sequence[str] = (),
     rest: str | None = None,
     dtype: str | None = None,
@@ -62,8 +58,8 @@ def merge(
         out: Where the merged checkpoint shall be.
         method: A merge method's name, or `auto`; `options` are the method's own, by their Python names.
         weights: Weight of each expert by name; 1 where none is given.
-        disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
-        disentangle_options: Its options.
+        disentangle: Transforms of the task vectors before they are merged, in their order, `NAME [OPTION=V ...]` each,
+            as in "awd alpha=0.2".
         at: Overrides, `GLOB: [METHOD] [OPTION=V[,V...]] [EXPERT.OPTION=V[,V...]]` each: another method or other values
             for tensors of such names. The first that matches a tensor decides.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
@@ -77,11 +73,13 @@ def merge(
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
             this share of its squared norm.
-        unlabelled: The data of a method that finds the experts' weights on unlabelled data. For CLIP models what
-            `evaluate` is told: `tasks`, `data`, `classes`, `templates`, `config`, `split`, `image_column`,
-            `label_column`, `heads`, `limit`; each expert goes with the task of its name. For any other classifier
-            `script`: a function, or `FILE:FUNCTION`, that is given an expert (`modelmerge.evaluation.custom.Model`: a
-            mapping of tensor names to tensors, with `name`, `path`, `base_path` and `device`) and returns
+        unlabelled: Unlabelled data, on which a coefficient for each expert and tensor is found before `method` merges;
+            the search's options can stand here too: `granularity`, `init`, `steps`, `lr`, `batch_size` (of
+            `adamerging` they are the method's). For CLIP models what `evaluate` takes: `tasks`, `data`, `classes`,
+            `templates`, `config`, `split`, `image_column`, `label_column`, `heads`, `limit`; each expert goes with the
+            task of its name. For any other classifier `script`: a function, or `FILE:FUNCTION`, that takes an expert
+            (`modelmerge.evaluation.custom.Model`: a mapping of tensor names to tensors, with `name`, `path`,
+            `base_path` and `device`) and returns
             `(module, inputs)`. The module gives logits [N, C] or has them as `logits` in what it returns; the merged
             tensors are put into it where its state dict has their names, which may be behind one prefix, and the rest
             of it, such as a head of its own, stays. The inputs are a tensor [N, ...], a tuple or a mapping of such, or
@@ -96,10 +94,10 @@ def merge(
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
-    data, script = coefficients.as_told(unlabelled or {})
+    data, script = coefficients.to_recipe(unlabelled or {})
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
-        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), at=tuple(at),
+        disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
         rest=rest, dtype=dtype,
         include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
         seed=seed, as_lora=as_lora, unlabelled=data,
@@ -144,31 +142,31 @@ def execute(
     Raises:
         ModelMergeError: As for `merge`.
     """
-    started = time.monotonic()
-    job = prepared.job
     try:
         size = adapted.size_of(prepared.recipe)
-        layout = job.plan.layout if size is None else Layout((), {}, {})
-        opened = prepared.data.read(prepared.recipe.seed) if prepared.data is not None else None
-        determined_by = same = digest_of(prepared, opened)
-        done = begin(job.plan, out, determined_by, force=force, resume=resume, ready=ready, reporter=reporter)
-        if done is not None:
-            return done
-        if opened is not None:
-            fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
-            prepared = _searched(prepared, opened, determined_by, out, resume=resume, reporter=reporter)
+        beside: Literal["all", "cards"] = "all" if size is None else "cards"
+        data = prepared.data.read(prepared.recipe.seed) if prepared.data is not None else None
+        digest = digest_of(prepared, data)
+        with output_of(
+            prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=reporter
+        ) as output:
+            if output.complete is not None:
+                return output.complete
+            if data is not None:
+                fetch(prepared.job.plan, reporter, beside=beside, stream=prepared.stream)
+                prepared = _with_coefficients(prepared, data, digest, out, resume=resume, progress=reporter)
             job = prepared.job
             # Shards of other coefficients are not taken up.
-            same = digest_of(prepared, opened)
-        with Staging(out, layout, force=force, resume=resume and size is None, fingerprint=same) as staging:
-            fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
+            staging = output.stage(
+                job.plan.layout if size is None else None, digest=digest_of(prepared, data), resume=size is None
+            )
+            fetch(job.plan, reporter, beside=beside, stream=prepared.stream)
             small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
             findings = run(job, staging, reporter) if small is None else small.findings
-            manifest = complete(prepared, out, staging, findings, small, time.monotonic() - started, determined_by)
+            manifest = complete(prepared, out, staging, findings, small, output.seconds, digest)
             for note in manifest["notes"]:
                 reporter.note(note)
-            staging.publish(as_file(manifest))
-        return manifest
+            return output.publish(manifest)
     finally:
         prepared.close()
 
@@ -206,14 +204,14 @@ def complete(
     return manifest
 
 
-def _searched(
-    prepared: Prepared, data: coefficients.Read, key: str, out: Path, *, resume: bool, reporter: Reporter
+def _with_coefficients(
+    prepared: Prepared, data: coefficients.Read, key: str, out: Path, *, resume: bool, progress: Reporter
 ) -> Prepared:
     """The merge with the coefficients that are found on its data; `key` is the digest of all they depend on."""
     with scratches(out) as scratch:
-        found = coefficients.find(prepared.job, data, key, scratch, resume=resume, reporter=reporter)
-    recipe = dataclasses.replace(prepared.recipe, coefficients=found["coefficients"])
-    about = {name: told for name, told in found.items() if name != "coefficients"}
+        search = coefficients.find(prepared.job, data, key, scratch, resume=resume, progress=progress)
+    recipe = dataclasses.replace(prepared.recipe, coefficients=search["coefficients"])
+    about = {name: value for name, value in search.items() if name != "coefficients"}
     return dataclasses.replace(
         prepared, recipe=recipe, job=coefficients.with_coefficients(prepared.job, recipe.coefficients),
         remarks=[*prepared.remarks, *data.notes()], found=about,

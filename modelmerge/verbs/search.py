@@ -36,7 +36,7 @@ from modelmerge.verbs import adapted, measure
 from modelmerge.verbs.auto import AUTO
 from modelmerge.verbs.candidates import Candidate, Search, Values, label_of, prepare_search
 from modelmerge.verbs.merge import complete
-from modelmerge.verbs.prepare import begin, digest_of
+from modelmerge.verbs.prepare import digest_of, output_of
 
 Report = Mapping[str, Any]
 _FREE = 0.95  # share of a disk's free bytes that candidates may take
@@ -108,7 +108,8 @@ def search(
         raise UsageError(f"'{twice[0]}' is given, and tried", hint="leave one of them out")
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
-        at=tuple(at), rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
+        at=tuple(at), disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle),
+        rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
         max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
     prepared = prepare_search(recipe, tries, on, metric, device=device, stream=stream, look=not dry_run)
@@ -143,12 +144,13 @@ def execute_search(
     Raises:
         ModelMergeError: As for `merge` and `evaluate`.
     """
-    started = time.monotonic()
-    job = search.first.job
     try:
-        begin(job.plan, out, digest_of(search.first), force=force, resume=False, ready=ready, reporter=reporter)
-        prepare_process()
-        with Staging(out, Layout((), {}, {}), force=force) as staging:
+        with output_of(
+            search.first.job.plan, out, digest_of(search.first), force=force, resume=False, ready=ready,
+            progress=reporter,
+        ) as output:  # fmt: skip
+            prepare_process()
+            staging = output.stage()
             with staging.folder() as folder:
                 room = _room(search, folder)
                 base = _measure_base(search, reporter)
@@ -161,12 +163,7 @@ def execute_search(
             for note in notes:
                 reporter.note(note)
             staging.write_file(CARD, write_card(best.prepared.recipe, best.prepared.job, out, notes))
-            manifest = {
-                **best.manifest, "notes": notes, "searched": _results(search, best, base, reports),
-                "seconds": round(time.monotonic() - started, 3), "files": staging.listing(),
-            }  # fmt: skip
-            staging.publish(as_file(manifest))
-        return manifest
+            return output.publish({**best.manifest, "notes": notes, "searched": _results(search, best, base, reports)})
     finally:
         search.close()
 

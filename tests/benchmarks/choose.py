@@ -24,7 +24,7 @@ from torch import Tensor
 
 from modelmerge.checkpoint.header import TensorInfo
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Context, Correction, Redundancy
+from modelmerge.methods.contract import Context, Correction, SharedVector
 from modelmerge.methods.options import make_options
 from modelmerge.plan.tensors import is_linear
 from tests.benchmarks.experts import SETS, ExpertSet, build
@@ -56,7 +56,7 @@ def disentangled(vectors: Vectors, **options: Any) -> Vectors:
     """The task vectors after AWD, as `disentangle awd` makes them."""
     chosen = registry.load("awd", "transform")
     told, awd = make_options(chosen, "awd", options), chosen.by
-    assert isinstance(awd, Redundancy)
+    assert isinstance(awd, SharedVector)
     names = sorted(name for name in vectors.linear if vectors.taus[name].any())
     flat = {name: vectors.taus[name].flatten(1)[:, None, :] for name in names}
     if told.granularity == "row":

@@ -18,6 +18,8 @@ from modelmerge.methods import apgd, linalg, registry
 from modelmerge.methods.contract import Context
 from modelmerge.methods.merge.apgd import Options
 from modelmerge.methods.options import change_options, describe, make_options
+from modelmerge.plan.recipe import Recipe
+from modelmerge.verbs.prepare import prepare
 from tests.support.checkpoints import read
 from tests.support.float64 import apgd_loss
 from tests.support.methods import merged, taus_of
@@ -431,3 +433,25 @@ def test_the_steps_of_the_exact_solver_stand_in_the_manifest(models: list[Path],
         "model.layers.0.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight",
     }  # fmt: skip
     assert all(0 <= told["iterations"] < 200 for told in figures.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({}, {"solver": "exact", "published": False, "lambda": "matched", "ridge": 1.0, "norm_cap": 0.45}),
+        ({"solver": "adam", "steps": 2}, {"solver": "adam", "published": False, "lambda": "matched", "steps": 2}),
+        ({"published": True, "steps": 2}, {"solver": "adam", "lambda": "eta / ||tau||", "eta": 0.07, "density": 0.3}),
+    ],
+    ids=["default", "adam", "published"],
+)
+def test_plan_manifest_and_card_say_what_ran(
+    values: dict[str, Any], says: dict[str, Any], models: list[Path], tmp_path: Path
+) -> None:
+    recipe = Recipe(method="apgd", base=str(models[0]), experts=tuple(map(str, models[1:])), options=values)
+    plan = prepare(recipe).describe()
+    manifest = modelmerge.merge(models[0], models[1:], tmp_path / "out", method="apgd", **values)
+    for parts in (plan["groups"], manifest["tensors"]["groups"]):
+        assert says.items() <= next(part["settings"] for part in parts if part["method"] == "apgd").items()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| `--solver` | {says['solver']} |" in card
+    assert "| `lambda` | " in card

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Redundancy
+from modelmerge.methods.contract import SharedVector
 from modelmerge.methods.options import make_options, option_types
 from modelmerge.methods.transform import awd
 
@@ -174,7 +174,7 @@ def test_every_disentangler_has_a_help_line_and_options_that_are_allowed(name: s
     assert registry.summary(name, "transform").endswith(".")
     assert chosen.paper.startswith("https://")
     assert make_options(chosen, name, {"published": True}) != chosen.options()
-    if isinstance(chosen.by, Redundancy):
+    if isinstance(chosen.by, SharedVector):
         assert "granularity" in option_types(chosen.options)
 
 

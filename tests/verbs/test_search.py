@@ -276,8 +276,8 @@ def test_a_search_goes_with_all_else(
             "options"
         ]
     )
-    front = {"alpha": values.pop("awd.alpha")} if "awd.alpha" in values else {}
-    told = told | ({"disentangle_options": front} if front else {})
+    if "awd.alpha" in values:
+        told = told | {"disentangle": f"awd alpha={values.pop('awd.alpha')}"}
     assert weights("out") == plain(models, **told, **values)
     files = [file.name for file in Path("plain").iterdir()]
     assert sorted(files) == sorted(file.name for file in Path("out").iterdir())

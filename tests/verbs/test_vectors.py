@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from functools import partial
@@ -17,8 +18,9 @@ from modelmerge.cli import main
 from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, OutputError, PlanError, ReferenceNotFound, UsageError
 from modelmerge.methods import registry
+from modelmerge.plan.transforms import parse_transform
 from tests.support.checkpoints import State, base_state, expert_state, family, read, same_bits, write
-from tests.support.methods import takes
+from tests.support.methods import takes, typed
 
 LINEAR = {
     "model.layers.0.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight",
@@ -169,7 +171,7 @@ def both_ways(models: list[Path], out: Path, name: str, front: str, told: dict[s
         modelmerge.disentangle(models[0], models[1:], vectors[0].parent, method=front, **told)
     modelmerge.merge(models[0], vectors, out / "two", method=name, force=True, **more)
     modelmerge.merge(
-        models[0], models[1:], out / "one", method=name, disentangle=front, disentangle_options=told, force=True, **more
+        models[0], models[1:], out / "one", method=name, disentangle=typed(front, told), force=True, **more
     )
     assert same_bits(read(out / "one"), read(out / "two"))
 
@@ -216,6 +218,28 @@ def test_in_front_of_a_merge_with_options_is_the_two_commands_in_turn(
     both_ways(models, tmp_path, "tsv-m", front, told)
 
 
+@pytest.mark.parametrize("order", [("awd", "apgd"), ("apgd density=0.5", "awd granularity=row"), ("awd", "awd")])
+@pytest.mark.parametrize("name", ["ties", "tsv-m"])
+def test_a_chain_of_transforms_is_the_commands_in_turn(
+    name: str, order: tuple[str, str], models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "CPU_BLOCK", 100)
+    place = models[1:]
+    for i, text in enumerate(order):
+        method, spec, options = parse_transform(text)
+        given = {
+            key: value for key, value in dataclasses.asdict(options).items() if value != getattr(spec.options(), key)
+        }
+        modelmerge.disentangle(models[0], place, tmp_path / f"v{i}", method=method, **given)
+        place = [tmp_path / f"v{i}" / path.name for path in models[1:]]
+    modelmerge.merge(models[0], place, tmp_path / "in-turn", method=name)
+    manifest = modelmerge.merge(models[0], models[1:], tmp_path / "chain", method=name, disentangle=order)
+    assert same_bits(read(tmp_path / "chain"), read(tmp_path / "in-turn"))
+    modelmerge.replay(tmp_path / "chain", tmp_path / "again")
+    assert same_bits(read(tmp_path / "chain"), read(tmp_path / "again"))
+    assert manifest["command"].count("--disentangle") == 2
+
+
 @pytest.mark.parametrize(
     "told", [{}, {"density": 0.3}, {"published": True, "steps": 20}, {"solver": "adam", "steps": 20}]
 )
@@ -240,7 +264,7 @@ def test_matrices_that_wait_take_the_room_that_was_said(
         )["plan"]  # fmt: skip
         assert plan["bytes"]["scratch"] == 4 * entries * count
         modelmerge.merge(
-            models[0], models[1:], tmp_path / "m", method="ties", disentangle="apgd", disentangle_options=told,
+            models[0], models[1:], tmp_path / "m", method="ties", disentangle=typed("apgd", told),
             force=True,
         )  # fmt: skip
         assert seen.pop() == 4 * entries * count
@@ -331,11 +355,9 @@ def test_sharding_and_workers_change_no_bit_of_a_disentangled_merge(
 
 
 def test_a_recipe_with_a_front_repeats_to_the_same_bits(models: list[Path], tmp_path: Path) -> None:
-    modelmerge.merge(
-        models[0], models[1:], tmp_path / "one", method="ties", disentangle="awd", disentangle_options={"alpha": 0.03}
-    )
+    modelmerge.merge(models[0], models[1:], tmp_path / "one", method="ties", disentangle="awd alpha=0.03")
     again = modelmerge.replay(tmp_path / "one", tmp_path / "two")
-    assert again["recipe"]["disentangle_options"]["alpha"] == 0.03
+    assert again["recipe"]["disentangle"][0].startswith("awd alpha=0.03 lr=0.01 ")
     assert same_bits(read(tmp_path / "one"), read(tmp_path / "two"))
 
 
@@ -449,20 +471,22 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out == f"{tmp_path / 'q'}\n"
     assert json.loads((tmp_path / "q" / "modelmerge.json").read_bytes())["report"]["options"]["granularity"] == "row"
     merge = ["merge", "task-arithmetic", *words, "-o", str(tmp_path / "m")]
-    assert main([*merge, "--awd-alpha", "0.5"]) == 2
-    assert "--awd-alpha has no effect without --disentangle awd" in capsys.readouterr().err
+    assert main([*merge, "--disentangle", "awd alfa=0.5"]) == 2
+    assert "did you mean 'alpha'" in capsys.readouterr().err
+    assert main([*merge, "--disentangle", "awd alpha"]) == 2
+    assert "'alpha' is not OPTION=V" in capsys.readouterr().err
     assert main([*merge, "--disentangle", "adw"]) == 2
     assert "did you mean 'awd'" in capsys.readouterr().err
-    assert main([*merge, "--disentangle", "awd", "--awd-alpha", "0.5", "--awd-granularity", "model"]) == 0
+    assert main([*merge, "--disentangle", "awd alpha=0.5 granularity=model"]) == 0
     assert capsys.readouterr().out.startswith("merged 3 experts with awd + task-arithmetic")
     card = (tmp_path / "m" / "README.md").read_text().replace(" \\\n ", "")
-    assert "--disentangle awd --awd-alpha 0.5" in card
-    words = ["merge", "ties", *words, "-o", str(tmp_path / "c"), "--disentangle", "apgd", "--apgd-ridge", "0.5"]
+    assert "--disentangle 'awd alpha=0.5 " in card
+    words = ["merge", "ties", *words, "-o", str(tmp_path / "c"), "--disentangle", "apgd ridge=0.5"]
     assert main([*words, "--dry-run"]) == 0
     assert "beside the output while it runs, for what disentangling found" in capsys.readouterr().out
     assert main(words) == 0
     card = (tmp_path / "c" / "README.md").read_text().replace(" \\\n ", "")
-    assert "--apgd-ridge 0.5" in card
+    assert "ridge=0.5" in card
     assert "None" not in card[card.index("modelmerge merge") :]
-    assert main([*words[:-2], "--apgd-steps", "5", "--apgd-solver", "exact", "-f"]) == 2
+    assert main([*words[:-1], "apgd steps=5 solver=exact", "-f"]) == 2
     assert "--steps has no effect with --solver exact" in capsys.readouterr().err

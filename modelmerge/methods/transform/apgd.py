@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from modelmerge.methods import apgd, threshold
-from modelmerge.methods.contract import Context, Corrected, Correction, Disentangler
+from modelmerge.methods.contract import Context, Corrected, Correction, TransformSpec
 from modelmerge.methods.options import option
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def correct(taus: Tensor, matrices: Tensor, numbers: tuple[tuple[float, ...], ..
             tau.mul_(length)
 
 
-METHOD = Disentangler(
+METHOD = TransformSpec(
     options=Options,
     by=Correction(
         find=find,

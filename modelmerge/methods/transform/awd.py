@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.methods.contract import Citation, Disentangler, Redundancy, Solution, Watch
+from modelmerge.methods.contract import Citation, SharedVector, Solution, TransformSpec, Watch
 from modelmerge.methods.options import PUBLISHED, follow, option
 
 if TYPE_CHECKING:
@@ -62,11 +62,6 @@ class Options:
         """What follows from the options, in words."""
         return {"units": "absolute" if self.published else "relative"}
 
-    @property
-    def solver(self) -> str:
-        """The only one; for those who ask."""
-        return "gram"
-
 
 def measure(taus: Tensor) -> Tensor:
     """[T, G, n] -> float64 [G, T, T]: the Gram matrix of each group."""
@@ -86,26 +81,6 @@ def solve(grams: Tensor, options: Options, watch: Watch | None = None) -> Soluti
         coefficients = coefficients - problem.stride(length)[:, None] * step
     projections = (problem.gram @ coefficients[:, :, None]).squeeze(2)
     problem.look(coefficients, projections, (coefficients * projections).sum(1))
-    return problem.solution()
-
-
-def descend(taus: Tensor, options: Options, watch: Watch | None = None) -> Solution:
-    """Gradient descent on vectors: [T, G, n] -> coefficients [G, T] of the delta it arrives at.
-
-    Every inner product with delta is taken anew from its entries; the coefficients only keep count.
-    """
-    problem = _Problem(measure(taus), options, watch)
-    vectors = taus.transpose(0, 1).double() / problem.size[:, None, None]  # [G, T, n]
-    delta = torch.zeros_like(vectors[:, 0])
-    coefficients = torch.zeros_like(vectors[:, :, 0])
-    for _ in range(options.steps):
-        projections = (vectors @ delta[:, :, None]).squeeze(2)
-        pull = problem.look(coefficients, projections, delta.square().sum(1))
-        gradient = pull.along_delta[:, None] * delta - (pull.along_taus[:, None, :] @ vectors).squeeze(1)
-        stride = problem.stride(gradient.square().sum(1))[:, None]
-        delta = delta - stride * gradient
-        coefficients = coefficients - stride * (pull.along_delta[:, None] * coefficients - pull.along_taus)
-    problem.look(coefficients, (vectors @ delta[:, :, None]).squeeze(2), delta.square().sum(1))
     return problem.solution()
 
 
@@ -175,9 +150,9 @@ class _Problem:
         return Solution(self._coefficients, self.active, torch.stack(self._losses))
 
 
-METHOD = Disentangler(
+METHOD = TransformSpec(
     options=Options,
-    by=Redundancy(measure=measure, solve=solve, descend=descend),
+    by=SharedVector(measure=measure, solve=solve),
     paper="https://arxiv.org/abs/2411.18729",
     citation=Citation(
         "Multi-Task Model Merging via Adaptive Weight Disentanglement", "Feng Xiong and others", "arXiv 2024"
