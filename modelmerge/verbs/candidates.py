@@ -159,13 +159,15 @@ def _candidate(
     device: str,
     stream: bool,
 ) -> Candidate:
-    changed = recipe
+    options, transforms, places = dict(recipe.options), list(recipe.disentangle), _transforms(recipe)
     for name, value in values.items():
         transform, dot, option = name.rpartition(".")
         if dot:
-            changed = _with_transform_option(changed, transform, option, value)
+            place, _ = places[transform]
+            transforms[place] = with_option(transforms[place], option, value)
         else:
-            changed = dataclasses.replace(changed, options={**changed.options, option: value})
+            options[option] = value
+    changed = dataclasses.replace(recipe, options=options, disentangle=tuple(transforms))
     try:
         prepared = prepare(changed, device=device, remarks=first.remarks, stream=stream, opened=opened)
     except UsageError as error:
@@ -173,17 +175,13 @@ def _candidate(
     return Candidate(values, prepared)
 
 
-def _transforms(recipe: Recipe) -> list[str]:
-    """The names of the transforms in front, in their order."""
-    return [parse_transform(text)[0] for text in recipe.disentangle]
-
-
-def _with_transform_option(recipe: Recipe, transform: str, option: str, value: Any) -> Recipe:
-    texts = [
-        with_option(text, option, value) if name == transform else text
-        for name, text in zip(_transforms(recipe), recipe.disentangle, strict=True)
-    ]
-    return dataclasses.replace(recipe, disentangle=tuple(texts))
+def _transforms(recipe: Recipe) -> dict[str, tuple[int, TransformSpec]]:
+    """The transforms in front by name, with their places; of two of one name the first."""
+    transforms: dict[str, tuple[int, TransformSpec]] = {}
+    for place, text in enumerate(recipe.disentangle):
+        name, spec, _ = parse_transform(text)
+        transforms.setdefault(name, (place, spec))
+    return transforms
 
 
 def _refuse_idle(name: str, candidates: Sequence[Candidate]) -> None:
@@ -208,10 +206,10 @@ def _axis(recipe: Recipe, name: str, values: Values) -> tuple[Any, ...]:
     Raises:
         UsageError: There is no such option, or a value is none it can have, or comes twice.
     """
-    words = {word: (recipe.method, word) for word in option_types(registry.load(recipe.method).options)}
-    for transform in _transforms(recipe):
-        options = option_types(registry.load(transform, "transform").options)
-        words |= {f"{transform}.{word}": (transform, word) for word in options}
+    method = registry.load(recipe.method)
+    words: dict[str, tuple[Method | TransformSpec, str]] = {o: (method, o) for o in option_types(method.options)}
+    for transform, (_, spec) in _transforms(recipe).items():
+        words |= {f"{transform}.{option}": (spec, option) for option in option_types(spec.options)}
     flag, text = name.replace("_", "-"), values if isinstance(values, str) else ", ".join(map(_word, values))
     if name.replace("-", "_") not in words:
         near = get_close_matches(name.replace("-", "_"), words, n=1)
@@ -219,10 +217,9 @@ def _axis(recipe: Recipe, name: str, values: Values) -> tuple[Any, ...]:
         hint = f"did you mean '{near[0].replace('_', '-')}'?" if near else f"it has: {have}" if have else None
         raise UsageError(f"'{recipe.method}' has no option '{flag}'", hint=hint).within("tries", f"{flag}={text}")
     owner, option = words[name.replace("-", "_")]
-    method: Method | TransformSpec = registry.load(owner, "transform" if "." in name else "merge")
     try:
-        each = read_values(option, values, option_types(method.options)[option]) if isinstance(values, str) else values
-        checked = tuple(check_option(method, option, value) for value in each)
+        each = read_values(option, values, option_types(owner.options)[option]) if isinstance(values, str) else values
+        checked = tuple(check_option(owner, option, value) for value in each)
         if not checked:
             raise UsageError("there is no value")
         if len(set(checked)) < len(checked):

@@ -108,8 +108,8 @@ def search(
         raise UsageError(f"'{twice[0]}' is given, and tried", hint="leave one of them out")
     recipe = Recipe(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
-        at=tuple(at), rest=rest, disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle),
-        dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
+        at=tuple(at), disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle),
+        rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
         max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
     prepared = prepare_search(recipe, tries, on, metric, device=device, stream=stream, look=not dry_run)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,6 @@ from modelmerge.verbs.search import search
 from tests.support import clip_models
 from tests.support.checkpoints import read
 from tests.support.hub_server import FakeHub
-from tests.support.processes import running
 
 TASKS = ("inverted", "rotated")
 SCRIPT = """
@@ -273,8 +276,8 @@ def test_a_search_goes_with_all_else(
             "options"
         ]
     )
-    front = {"alpha": values.pop("awd.alpha")} if "awd.alpha" in values else {}
-    told = told | ({"disentangle_options": front} if front else {})
+    if "awd.alpha" in values:
+        told = told | {"disentangle": f"awd alpha={values.pop('awd.alpha')}"}
     assert weights("out") == plain(models, **told, **values)
     files = [file.name for file in Path("plain").iterdir()]
     assert sorted(files) == sorted(file.name for file in Path("out").iterdir())
@@ -351,11 +354,11 @@ def test_what_cannot_be_measured_is_known_before_the_work(models: list[Path]) ->
 def test_an_interrupt_leaves_nothing(models: list[Path]) -> None:
     """A real process, stopped by Ctrl-C while a candidate is measured."""
     Path("slow.py").write_text(
-        "import os, pathlib, signal\n"
+        "import pathlib, time\n"
         "def f(model):\n"
         "    if model.name != 'base':\n"
         "        pathlib.Path('reached').touch()\n"
-        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "        time.sleep(60)\n"
         "    return 1.0\n"
     )
     words = [
@@ -369,11 +372,18 @@ def test_an_interrupt_leaves_nothing(models: list[Path]) -> None:
         "--on",
         "custom:slow.py:f",
     ]
-    with running(words) as run:
-        run.until_stopped()
+    process = subprocess.Popen([sys.executable, "-m", "modelmerge", *words], stderr=subprocess.PIPE, env=os.environ)
+    try:
+        for _ in range(600):
+            if Path("reached").exists() or process.poll() is not None:
+                break
+            time.sleep(0.05)
         assert any(path.name == "scale-0.1" for path in Path().rglob("*")), "the candidates are beside the output"
-        run.send(signal.SIGINT)
-        assert run.end() == 130, run.err()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130, process.stderr
+    finally:
+        process.kill()
+        process.communicate()
     assert {path.name for path in Path().iterdir()} - {"__pycache__"} == {"slow.py", "reached"}
 
 
