@@ -322,7 +322,7 @@ def carry_out(
         return
     resume = {"resume": values["resume"]} if "resume" in values else {}
     with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
-        manifest = execute(prepared, out, force=values["force"], **resume, ready=lambda: checked(target), reporter=bars)
+        manifest = execute(prepared, out, force=values["force"], **resume, ready=lambda: checked(target), progress=bars)
     lines = [*more(manifest), *result_lines(manifest, out, verbose=sink.verbose)]
     data = {"output": str(out), "manifest": manifest}
     if plot is not None:

@@ -52,6 +52,10 @@ class Recipe:
     unlabelled: Mapping[str, Any] = field(default_factory=dict)
     coefficients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
+    def with_models(self, base: str, experts: Sequence[str]) -> Recipe:
+        """The recipe for other models."""
+        return dataclasses.replace(self, base=base, experts=tuple(experts))
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

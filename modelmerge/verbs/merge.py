@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from modelmerge.checkpoint.staging import CARD, Staging, companions, scratches
 from modelmerge.engine.adapter import Adapted
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run
+from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import SILENT, Reporter
@@ -22,23 +24,33 @@ from modelmerge.record.manifest import (
     write_card,
 )
 from modelmerge.verbs import adapted, coefficients
-from modelmerge.verbs.prepare import Prepared, digest_of, output_of, prepare, prepare_file
+from modelmerge.verbs.prepare import (
+    Dtype,
+    OnMismatch,
+    Prepared,
+    digest_of,
+    output_of,
+    prepare,
+    prepare_file,
+    refuse_unknown,
+)
+from modelmerge.verbs.tensors import State, merge_tensors, states_of
 
 
 def merge(
-    base: str | Path,
-    experts: Sequence[str | Path] | Mapping[str, str | Path],
-    out: str | Path,
+    base: str | Path | State,
+    experts: Sequence[str | Path] | Mapping[str, str | Path] | Mapping[str, State],
+    out: str | Path | None = None,
     *,
     method: str,
     weights: Mapping[str, float] | None = None,
     disentangle: str | Sequence[str] = (),
     at: Sequence[str] = (),
     rest: str | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    on_mismatch: str = "error",
+    on_mismatch: OnMismatch = "error",
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
@@ -47,15 +59,20 @@ def merge(
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
-    reporter: Reporter = SILENT,
+    dry_run: bool = False,
+    progress: Reporter = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
     """Merge `experts` onto `base` into the directory `out`; the manifest that was written there.
 
+    In a notebook, `merge(base_tensors, {"math": tensors}, method="ties")` merges tensors that are in memory and returns
+    the merged ones, with the bits that files would have.
+
     Args:
-        base: Reference of the base.
-        experts: References of the experts, `[NAME=]REF` each, or a mapping of name to reference.
-        out: Where the merged checkpoint shall be.
+        base: Reference of the base, or a mapping of its tensors by name.
+        experts: References of the experts, `[NAME=]REF` each, or a mapping of name to reference (to tensors, where the
+            base is tensors).
+        out: Where the merged checkpoint shall be; None for tensors in memory.
         method: A merge method's name, or `auto`; `options` are the method's own, by their Python names.
         weights: Weight of each expert by name; 1 where none is given.
         disentangle: Transforms of the task vectors before they are merged, in their order, `NAME [OPTION=V ...]` each,
@@ -88,22 +105,41 @@ def merge(
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
-        reporter: Is told the progress.
+        dry_run: Write nothing, and return the plan: tensors and why, bytes, peak memory.
+        progress: Hears of the progress.
         **options: The method's options.
 
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
+    refuse_unknown(merge, method, options)
     data, script = coefficients.to_recipe(unlabelled or {})
+    states = states_of(base, experts)
     recipe = Recipe(
-        method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
+        method=method, base="" if states else str(base), experts=() if states else as_references(experts),  # type: ignore[arg-type]
+        options=options, weights=dict(weights or {}),
         disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
         rest=rest, dtype=dtype,
         include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
         seed=seed, as_lora=as_lora, unlabelled=data,
     )  # fmt: skip
-    prepared = prepare(recipe, device=device, stream=stream, script=script)
-    return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
+
+    def run_recipe(recipe: Recipe, place: Path, progress: Reporter) -> dict[str, Any]:
+        prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
+        if dry_run:
+            with contextlib.closing(prepared):
+                return prepared.describe()
+        return execute(prepared, place, force=force, resume=resume, progress=progress)
+
+    if states is not None:
+        if out is not None or as_lora is not None:
+            raise UsageError(
+                "tensors in memory are merged in memory", hint=f"leave out {named('out')} and {named('as_lora')}"
+            )
+        return merge_tensors(*states, recipe, run_recipe, progress)
+    if out is None and not dry_run:
+        raise UsageError("is missing: where the merged checkpoint shall be", option="out")
+    return run_recipe(recipe, Path(out or ""), progress)
 
 
 def replay(
@@ -114,7 +150,7 @@ def replay(
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
-    reporter: Reporter = SILENT,
+    progress: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Repeat the merge that a manifest records, or make the one that a mergekit YAML describes; the new manifest.
 
@@ -123,7 +159,7 @@ def replay(
         ModelMergeError: As for `merge`.
     """
     prepared = prepare_file(Path(file), device=device, stream=stream)
-    return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
+    return execute(prepared, Path(out), force=force, resume=resume, progress=progress)
 
 
 def execute(
@@ -133,7 +169,7 @@ def execute(
     force: bool = False,
     resume: bool = False,
     ready: Callable[[], object] | None = None,
-    reporter: Reporter = SILENT,
+    progress: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Run a prepared merge into `out`; the manifest. The inputs are closed afterwards.
 
@@ -148,24 +184,24 @@ def execute(
         data = prepared.data.read(prepared.recipe.seed) if prepared.data is not None else None
         digest = digest_of(prepared, data)
         with output_of(
-            prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=reporter
+            prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=progress
         ) as output:
             if output.complete is not None:
                 return output.complete
             if data is not None:
-                fetch(prepared.job.plan, reporter, beside=beside, stream=prepared.stream)
-                prepared = _with_coefficients(prepared, data, digest, out, resume=resume, progress=reporter)
+                fetch(prepared.job.plan, progress, beside=beside, stream=prepared.stream)
+                prepared = _with_coefficients(prepared, data, digest, out, resume=resume, progress=progress)
             job = prepared.job
             # Shards of other coefficients are not taken up.
             staging = output.stage(
                 job.plan.layout if size is None else None, digest=digest_of(prepared, data), resume=size is None
             )
-            fetch(job.plan, reporter, beside=beside, stream=prepared.stream)
-            small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
-            findings = run(job, staging, reporter) if small is None else small.findings
+            fetch(job.plan, progress, beside=beside, stream=prepared.stream)
+            small = None if size is None else adapted.run(job, prepared.recipe, size, staging, progress)
+            findings = run(job, staging, progress) if small is None else small.findings
             manifest = complete(prepared, out, staging, findings, small, output.seconds, digest)
             for note in manifest["notes"]:
-                reporter.note(note)
+                progress.note(note)
             return output.publish(manifest)
     finally:
         prepared.close()

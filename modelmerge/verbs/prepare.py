@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
@@ -32,7 +33,7 @@ from modelmerge.errors import UsageError, named
 from modelmerge.evaluation.custom import Script
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
-from modelmerge.methods.options import make_options
+from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan import format_1, mergekit
 from modelmerge.plan.downloads import input_paths, with_downloads
 from modelmerge.plan.overrides import BASE, Methods, group_key, parse
@@ -119,6 +120,10 @@ def output_of(
 
 
 RESTS = ("base", "average", "task-arithmetic")
+
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+OnMismatch = Literal["error", "copy", "common-rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +278,19 @@ def prepare(
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
     return Prepared(complete, job, dict(recorded or {}), remarks, stream, data)
+
+
+def refuse_unknown(verb: Callable[..., Any], method: str, options: Mapping[str, Any]) -> None:
+    """Refuse a keyword that is no option of the method and looks like a parameter of the verb.
+
+    Raises:
+        UsageError: With the parameter or option that was probably meant.
+    """
+    have = [] if method == AUTO else list(option_types(registry.load(method).options))
+    parameters = [name for name in inspect.signature(verb).parameters if name != "options"]
+    for name in options.keys() - set(have):
+        if near := get_close_matches(name, [*parameters, *have], n=1):
+            raise UsageError(f"there is no option '{name}'", hint=f"did you mean '{near[0]}'?")
 
 
 def _refuse_idle_data(recipe: Recipe, chosen: Method) -> None:

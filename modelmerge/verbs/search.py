@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +24,15 @@ from modelmerge.engine.parallel import prepare_process
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 from modelmerge.evaluation.custom import Metric
 from modelmerge.methods import registry
-from modelmerge.methods.options import option_types
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import as_file, write_card
 from modelmerge.record.redaction import placeless
 from modelmerge.verbs import adapted, measure
-from modelmerge.verbs.auto import AUTO
 from modelmerge.verbs.candidates import Candidate, Search, Values, label_of, prepare_search
 from modelmerge.verbs.merge import complete
-from modelmerge.verbs.prepare import digest_of, output_of
+from modelmerge.verbs.prepare import digest_of, output_of, refuse_unknown
 
 Report = Mapping[str, Any]
 _FREE = 0.95  # share of a disk's free bytes that candidates may take
@@ -103,7 +99,7 @@ def search(
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
-    _refuse_unknown(method, options)
+    refuse_unknown(search, method, options)
     if twice := sorted(options.keys() & tries.keys()):
         raise UsageError(f"'{twice[0]}' is given, and tried", hint="leave one of them out")
     recipe = Recipe(
@@ -117,15 +113,6 @@ def search(
         with contextlib.closing(prepared):
             return {"plan": prepared.describe()}
     return execute_search(prepared, Path(out), force=force, reporter=progress)
-
-
-def _refuse_unknown(method: str, options: Mapping[str, Any]) -> None:
-    """Refuse a keyword that is no option of the method and looks like a parameter of `search`."""
-    have = [] if method == AUTO else list(option_types(registry.load(method).options))
-    mine = [name for name in inspect.signature(search).parameters if name != "options"]
-    for name in options.keys() - set(have):
-        if near := get_close_matches(name, [*mine, *have], n=1):
-            raise UsageError(f"there is no option '{name}'", hint=f"did you mean '{near[0]}'?")
 
 
 def execute_search(

@@ -667,7 +667,7 @@ class Ear:
 
 def test_progress_is_told_in_bytes(names: list[str], local: list[Path], tmp_path: Path) -> None:
     ear = Ear()
-    modelmerge.merge(names[0], names[1:], tmp_path / "out", method="average", reporter=ear)
+    modelmerge.merge(names[0], names[1:], tmp_path / "out", method="average", progress=ear)
     files = [m / "model.safetensors" for m in local] + [local[0] / "tokenizer.json"]
     total = sum(file.stat().st_size for file in files)
     assert ear.stages[0] == ("downloading", total)
