@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from modelmerge.charts import tables
+    from modelmerge.evaluation import report as evaluation_report
     from modelmerge.verbs.render import Pictures
 
 EXAMPLES = {
@@ -174,14 +175,14 @@ def _of_weights(
 
 
 def _weights(sink: Sink, models: list[str], plot: str | None, page: str | None, **values: Any) -> None:
-    from modelmerge.verbs.evaluate import evaluate_weights
-    from modelmerge.verbs.render import asked
+    from modelmerge.verbs.evaluate import evaluate
+    from modelmerge.verbs.render import pictures_at
 
-    pictures = asked(plot, "auto", page)
+    pictures = pictures_at(plot, "auto", page)
     values |= {name: values[name] or () for name in ("include", "exclude")}
     experts = values.pop("expert") or ()
     with Bars(sink) as bars:
-        report = evaluate_weights(models, experts=experts, reporter=bars, **values)
+        report = evaluate(models, suite="weights", experts=experts, reporter=bars, **values)
     _show(report, sink, pictures)
 
 
@@ -322,14 +323,14 @@ def _scores(suite: str, declared: Callable[..., dict[str, Any]]) -> Callable[...
     words = [parameter.name for parameter in parameters]
 
     def run(sink: Sink, **values: Any) -> None:
-        from modelmerge.verbs.evaluate import SUITES
-        from modelmerge.verbs.render import asked
+        from modelmerge.verbs.evaluate import evaluate
+        from modelmerge.verbs.render import pictures_at
 
-        pictures = asked(values["plot"], values["chart"], values["page"])
+        pictures = pictures_at(values["plot"], values["chart"], values["page"])
         # What a suite's own code prints is no result.
         with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
-            report = SUITES[suite](
-                values["models"], cache=not values["no_cache"], compare=values["compare"],
+            report = evaluate(
+                values["models"], suite=suite, cache=not values["no_cache"], compare=values["compare"],
                 fail_under=values["fail_under"] or (), update_card=values["update_card"], device=values["device"],
                 reporter=bars, **declared(**{word: values[word] for word in words}),
             )  # fmt: skip
@@ -359,13 +360,13 @@ def _rendered(
 
 
 def _render(sink: Sink, report: str, plot: str | None, chart: Any, page: str | None) -> None:
-    from modelmerge.verbs.render import asked, read
+    from modelmerge.verbs.render import pictures_at, read
 
-    pictures = asked(plot, chart, page)
+    pictures = pictures_at(plot, chart, page)
     _show(read(report), sink, pictures)
 
 
-def _show(report: dict[str, Any], sink: Sink, pictures: Pictures) -> None:
+def _show(report: evaluation_report.Report, sink: Sink, pictures: Pictures) -> None:
     """Draw and print a report, whatever the suite."""
     from modelmerge.charts.tables import of_report
 
@@ -383,13 +384,13 @@ def _show(report: dict[str, Any], sink: Sink, pictures: Pictures) -> None:
         averages = [model["average"] for model in report["models"] if model["role"] == "model"]
         figures = ["n/a" if average is None else f"{average:.6g}" for average in averages]
     human = _printed(of_report(report, widest=_SHOWN_COSINES))
-    human += [f"\n{report['remark']}"] if "remark" in report else []
+    human += [f"\n{report['remark']}"] if report["suite"] == "weights" else []
     sink.result(report, quiet="\n".join(figures), human=human)
 
 
-def _gate(report: dict[str, Any], sink: Sink) -> None:
+def _gate(report: evaluation_report.Report, sink: Sink) -> None:
     """Exit code 1 where a gate is not passed."""
-    failures = report.get("gate", {}).get("failures", [])
+    failures = report["gate"]["failures"] if report["suite"] != "weights" and "gate" in report else []
     for failure in failures:
         value = "n/a" if failure["value"] is None else f"{failure['value']:.4g}"
         sink.failed(f"'{failure['model']}' has {value}, and --fail-under asks for {failure['gate']}")
@@ -406,5 +407,5 @@ def _printed(grids: Sequence[tables.Table]) -> list[str | Table]:
     lines: list[str | Table] = []
     for each in grids:
         rows = [[Text(c, style="bold") if isinstance(c, Best) else c for c in row] for row in (*each.rows, *each.foot)]
-        lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, words=each.left)]
+        lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, words=each.words)]
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
@@ -50,7 +50,7 @@ class Sink:
         self.screen = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
         self.margin = Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
-    def result(self, data: dict[str, Any], *, quiet: str, human: Sequence[str | Table | Text]) -> None:
+    def result(self, data: Mapping[str, Any], *, quiet: str, human: Sequence[str | Table | Text]) -> None:
         """Print a command's result: `data` as JSON, `quiet` alone, or the lines and tables for people."""
         if self.form == "json":
             sys.stdout.write(json.dumps(data, indent=2) + "\n")

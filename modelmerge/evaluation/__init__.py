@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
+
+from modelmerge.methods.registry import first_line
 
 SUITES = ("clip", "custom", "lm", "weights")
 
@@ -15,5 +16,4 @@ def names() -> tuple[str, ...]:
 
 def summary(name: str) -> str:
     """A suite's help line: the first line of its file's docstring, read without importing it."""
-    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    return first_line(Path(__file__).parent / f"{name}.py")

@@ -320,6 +320,10 @@ def _progress(reporter: Reporter, place: str, stop: threading.Event) -> Any:
     """A class that the client takes for its progress bar, and that passes the bytes on to a reporter."""
 
     class Progress(_NoProgress):
+        def __init__(self, *words: object, **named: object) -> None:
+            if stop.is_set():  # the answer to a request that was still on its way when the run was stopped
+                raise _Interrupted
+
         def update(self, amount: float | None = 1) -> None:
             if stop.is_set():
                 raise _Interrupted

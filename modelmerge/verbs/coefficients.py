@@ -20,18 +20,19 @@ from modelmerge.engine.job import Job
 from modelmerge.engine.memory import refuse_beyond_memory
 from modelmerge.engine.transforms import Transform, fit_chain
 from modelmerge.errors import RecipeError, UsageError
-from modelmerge.evaluation import cache, clip, images, unlabelled
+from modelmerge.evaluation import cache, clip, clip_models, image_data, unlabelled
+from modelmerge.evaluation.clip_models import Parts, Tower
 from modelmerge.evaluation.custom import Script, load_script
-from modelmerge.evaluation.images import Items, Task
+from modelmerge.evaluation.image_data import Items
+from modelmerge.evaluation.image_tasks import Task, find_tasks
 from modelmerge.evaluation.model import Model
 from modelmerge.methods import registry
 from modelmerge.methods.coefficients import Options
 from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan.recipe import Recipe, data_flag
 from modelmerge.progress import Reporter
-from modelmerge.verbs.evaluate_clip import find_tasks, is_for, parts_of
 
-# The settings of images, as in `evaluate_clip`.
+# What images are told by, as in suite `clip`.
 IMAGES = (
     "tasks", "data", "classes", "templates", "config", "split", "image_column", "label_column", "heads", "limit",
 )  # fmt: skip
@@ -69,10 +70,11 @@ class Data:
         Raises:
             ModelMergeError: A data set cannot be read, or is empty.
         """
-        loaded = {
-            name: images.load(task, limit=self.limit, seed=seed, labelled=False) for name, task in self.tasks.items()
+        items = {
+            name: image_data.load(task, limit=self.limit, seed=seed, with_labels=False)
+            for name, task in self.tasks.items()
         }
-        return Read(self, loaded)
+        return Read(self, items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +114,8 @@ class Read:
             for expert in job.plan.experts:
                 yield self._of_script(self.data.script, expert, job)
             return
-        parts = parts_of(Model(job.plan.base, None, job.source.device))
-        tower, digest = clip.read_tower(parts), clip.text_digest(parts) if parts.has_text else ""
+        parts = clip_models.parts_of(Model(job.plan.base, None, job.source.device))
+        tower, digest = clip_models.read_tower(parts), clip_models.text_digest(parts) if parts.has_text else ""
         for expert in job.plan.experts:
             yield self._of_images(expert.name, parts, tower, digest, job)
 
@@ -126,19 +128,19 @@ class Read:
         predict = unlabelled.predictor(where, module, batches, job.source.device)
         return Problem(expert.name, module, names, predict)
 
-    def _of_images(self, name: str, parts: clip.Parts, tower: clip.Tower, digest: str, job: Job) -> Problem:
+    def _of_images(self, name: str, parts: Parts, tower: Tower, digest: str, job: Job) -> Problem:
         batch_size, items = self.data.options.batch_size, self.items[name]
         try:
-            head = clip.find_head(items.task, items.classes, parts, self.data.heads, digest)
+            head = clip_models.find_head(items.task, items.classes, parts, self.data.heads, digest)
         except UsageError as error:
             raise UsageError(
                 error.message, hint="a whole CLIP model as BASE has one; or a folder that has the head: --heads DIR"
             ) from error
-        module = clip.classifier(tower, head, job.source.device)
+        module = clip_models.classifier(tower, head, job.source.device)
         order = unlabelled.draws(len(items.ids), batch_size, job.seed, name)
         pixels = (batch for batch, _ in clip.batches(items, head, batch_size, order))
         return Problem(
-            name, module, clip.names_in(module, parts),
+            name, module, clip_models.names_in(module, parts),
             unlabelled.predictor(f"the data of '{name}'", module, pixels, job.source.device),
         )  # fmt: skip
 
@@ -211,7 +213,7 @@ def _paired(tasks: Sequence[Task], experts: Sequence[str]) -> dict[str, Task]:
     names = ", ".join(task.name for task in tasks)
     for expert in experts:
         # Of several that the name ends in, as of b and a-b, the longest is meant.
-        fitting = sorted((task for task in tasks if is_for(task, expert)), key=lambda task: -len(task.head))
+        fitting = sorted((task for task in tasks if clip.is_for(task, expert)), key=lambda task: -len(task.head))
         if not fitting:
             raise UsageError(
                 f"the expert '{expert}' has no unlabelled data: there are those of {names}",

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from modelmerge.errors import ModelMergeError, UsageError, named
-from modelmerge.evaluation import images
+from modelmerge.evaluation import image_tasks
 from modelmerge.evaluation.custom import Metric
+from modelmerge.evaluation.report import ModelRow, ScoreReport
 from modelmerge.evaluation.scores import summarise
 from modelmerge.progress import Reporter
 from modelmerge.verbs.evaluate import evaluate
@@ -54,7 +55,7 @@ class Measure:
         """
         options = {**more, **self.options}
         report = evaluate(models, suite=self.suite, device=device, reporter=progress, **options)
-        rows = [row["scores"] for row in report["models"] if row["role"] == "model"]
+        rows = [row["scores"] for row in cast(ScoreReport, report)["models"] if row["role"] == "model"]
         kept: list[Scores] = [
             {task: {k: v for k, v in score.items() if k not in _LEFT_OUT} for task, score in row.items()}
             for row in rows
@@ -156,7 +157,7 @@ def _what(suite: str, what: str, text: str, options: Mapping[str, Any]) -> dict[
     if suite == "lm":
         return {"tasks": (what,), "held_out": True}
     name, _, split = what.partition(":")
-    tasks = {*images.published()["tasks"], *images.groups()}
+    tasks = {*image_tasks.publication()["tasks"], *image_tasks.groups()}
     if _REPORTED in (split, options.get("split")):
         raise UsageError(
             f"'{text}': the split '{_REPORTED}' is what `eval clip` reports; who chooses by it reports too much",
@@ -202,7 +203,7 @@ def average(scores: Scores) -> dict[str, Any]:
     """The mean over the tasks and its standard error, as a report has them."""
     # Where less is better at all of them the mean is one as well.
     alike = {task: {key: v for key, v in score.items() if key != "lower"} for task, score in scores.items()}
-    row: dict[str, Any] = {"name": "", "role": "model", "scores": alike}
+    row = cast(ModelRow, {"name": "", "role": "model", "scores": alike})
     summarise(list(alike), [row])
     return {"average": row["average"], "average_stderr": row["average_stderr"]}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -11,8 +10,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +32,7 @@ from modelmerge.plan.recipe import Recipe
 from modelmerge.verbs.merge import execute
 from modelmerge.verbs.prepare import Prepared, prepare
 from tests.support.checkpoints import State, base_state, expert_state, family, read, write
+from tests.support.processes import running
 
 Content = dict[str, bytes]
 
@@ -63,36 +61,6 @@ def leftovers(out: Path) -> list[str]:
 def words(models: Sequence[Path], out: Path, *extra: str, method: str = "task-arithmetic") -> list[str]:
     """The command line, after the program's name."""
     return ["merge", method, *map(str, models), "-o", str(out), "--device", "cpu", *extra]
-
-
-def start(command: Sequence[str], *, prelude: str = "") -> subprocess.Popen[str]:
-    """A real run in a process of its own; `prelude` is Python that it runs first."""
-    launch = ["-m", "modelmerge"]
-    if prelude:
-        launch = ["-c", f"{prelude}\nimport runpy; runpy.run_module('modelmerge', run_name='__main__')"]
-    return subprocess.Popen(
-        [sys.executable, *launch, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-@contextlib.contextmanager
-def running(command: Sequence[str], *, prelude: str = "") -> Iterator[subprocess.Popen[str]]:
-    """As `start`, and never left behind."""
-    process = start(command, prelude=prelude)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def wait_until(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
-    """Return as soon as something is so; fail if the process ends before."""
-    while not happened():
-        if process.poll() is not None:
-            pytest.fail(f"the run ended too early: {process.communicate()}")
-        time.sleep(0.0005)
 
 
 class Meddler:
@@ -156,12 +124,12 @@ def errors(captured: pytest.CaptureFixture[str]) -> str:
     return told
 
 
-# --- models that take a second to merge ---
+# --- models of many tensors ---
 
 
 @dataclass(frozen=True)
-class Big:
-    """Three models of 38 MB and the digest of their merge by `ties`."""
+class Many:
+    """Three models of 24 matrices and the digest of their merge by `ties`."""
 
     models: list[Path]
     merged: dict[str, str]
@@ -170,14 +138,14 @@ class Big:
         return words(self.models, out, *extra, method="ties")
 
 
-@pytest.fixture(scope="session")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Big:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Many:
     """Made once; the merge is checked against the definition of TIES, in memory."""
-    root = tmp_path_factory.mktemp("big")
+    root = tmp_path_factory.mktemp("many")
     generator = torch.Generator().manual_seed(0)
 
     def noise(scale: float) -> State:
-        return {f"layers.{i:02}.weight": scale * torch.randn(512, 800, generator=generator) for i in range(24)}
+        return {f"layers.{i:02}.weight": scale * torch.randn(64, 100, generator=generator) for i in range(24)}
 
     base = noise(0.1)
     experts = [{name: base[name] + tau for name, tau in noise(0.01).items()} for _ in range(2)]
@@ -194,85 +162,64 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Big:
     want = 0.3 * sum(tau * (tau.sign() == sign) for tau in trimmed)
     got = torch.cat([(found[name] - base[name]).flatten() for name in base])
     torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
-    return Big(models, digests(root / "merged"))
+    return Many(models, digests(root / "merged"))
 
 
-Moment = Callable[[Path], bool]
+# --- killed and interrupted runs, stopped before a call ---
 
-
-def staging_is_there(out: Path) -> bool:
-    return staging_of(out).exists()
-
-
-def merging_has_begun(out: Path) -> bool:
-    """Blocks are written to the shard, a while after it was made."""
-    with contextlib.suppress(FileNotFoundError):
-        staging = staging_of(out)
-        return (staging / "model.safetensors").stat().st_mtime_ns > staging.stat().st_mtime_ns + 20_000_000
-    return False
-
-
-def card_is_written(out: Path) -> bool:
-    return (staging_of(out) / CARD).exists()
-
-
-def manifest_is_written(out: Path) -> bool:
-    return (staging_of(out) / MANIFEST).exists() or (out / MANIFEST).exists()
-
-
-def old_content_is_gone(out: Path) -> bool:
-    return not (out / "sub" / "precious").exists()
-
-
+STAGING = "modelmerge.checkpoint.staging:Staging"
 KILLS = {
-    "at the start": (staging_is_there, 0.0),
-    "while measuring": (staging_is_there, 0.2),
-    "while merging": (merging_has_begun, 0.0),
-    "while finishing": (card_is_written, 0.0),
+    "at the start": (f"{STAGING}._make_shards", 1),
+    "while measuring": ("modelmerge.checkpoint.reader:Checkpoint.read_into", 5),
+    "while merging": (f"{STAGING}.write", 5),
+    "while finishing": (f"{STAGING}.publish", 1),
 }
 KILLS_WITH_FORCE = {
-    "while merging": (merging_has_begun, 0.1),
-    "before replacing": (manifest_is_written, 0.0),
-    "while replacing": (old_content_is_gone, 0.0),
+    "while merging": (f"{STAGING}.write", 5),
+    "before replacing": (f"{STAGING}._swap", 1),
+    "after replacing": ("pathlib:Path.rename", 1),
+    "while the old content goes": ("os:rmdir", 1),
 }
-
-
-def kill_at(command: Sequence[str], out: Path, happened: Moment, delay: float) -> None:
-    with running(command) as process:
-        wait_until(process, lambda: happened(out))
-        time.sleep(delay)
-        process.kill()
-        assert process.wait() in (-signal.SIGKILL, 0)
 
 
 @pytest.mark.parametrize("moment", KILLS)
-def test_a_killed_run_leaves_nothing_at_the_output_and_can_be_repeated(moment: str, big: Big, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_nothing_at_the_output_and_can_be_repeated(moment: str, many: Many, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    kill_at(big.command(out), out, *KILLS[moment])
-    if out.exists():  # the run was quicker than the kill: then it is all there
-        assert digests(out) == big.merged
-        assert (out / MANIFEST).exists()
-        shutil.rmtree(out)
-    assert main(big.command(out)) == 0
-    assert digests(out) == big.merged
+    stop, call = KILLS[moment]
+    with running(many.command(out), stop=stop, call=call) as run:
+        run.until_stopped()
+        assert staging_of(out).exists()
+        assert (staging_of(out) / CARD).exists() == (moment == "while finishing")
+        run.send(signal.SIGKILL)
+        assert run.end() == -signal.SIGKILL
+    assert not out.exists()
+    assert main(many.command(out)) == 0
+    assert digests(out) == many.merged
     assert leftovers(out) == []
     assert not [name for name in content(out) if name.startswith(".")]
 
 
 @pytest.mark.parametrize("moment", KILLS_WITH_FORCE)
-def test_a_killed_run_with_force_leaves_the_old_content_or_the_new(moment: str, big: Big, tmp_path: Path) -> None:
+def test_a_killed_run_with_force_leaves_the_old_content_or_the_new(moment: str, many: Many, tmp_path: Path) -> None:
     out = write(tmp_path / "out", base_state())
     (out / "sub").mkdir()
     (out / "sub" / "precious").write_text("mine")
     old = content(out)
-    kill_at(big.command(out, "--force"), out, *KILLS_WITH_FORCE[moment])
+    stop, call = KILLS_WITH_FORCE[moment]
+    with running(many.command(out, "--force"), stop=stop, call=call) as run:
+        run.until_stopped()
+        assert (staging_of(out) / MANIFEST).exists() == (moment == "before replacing")
+        run.send(signal.SIGKILL)
+        assert run.end() == -signal.SIGKILL
     found = content(out)
-    if found != old:
-        assert digests(out) == big.merged
+    replaced = moment in ("after replacing", "while the old content goes")
+    assert (found != old) == replaced
+    if replaced:
+        assert digests(out) == many.merged
         manifest = json.loads(found[MANIFEST])
         assert found.keys() == {*manifest["files"], MANIFEST}
-    assert main(big.command(out, "--force")) == 0
-    assert digests(out) == big.merged
+    assert main(many.command(out, "--force")) == 0
+    assert digests(out) == many.merged
     assert not (out / "sub").exists()
     assert leftovers(out) == []
 
@@ -282,26 +229,22 @@ def identities(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, in
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
-def test_a_killed_run_is_taken_up_without_rewriting_finished_shards(big: Big, tmp_path: Path) -> None:
+def test_a_killed_run_is_taken_up_without_rewriting_finished_shards(many: Many, tmp_path: Path) -> None:
     out, journal = tmp_path / "out", staging_of(tmp_path / "out") / ".journal.json"
-    command = words(big.models, out, "--resume", "--max-shard-size", "1.7MB")
-
-    def finished() -> list[str]:
-        return sorted(json.loads(journal.read_bytes())["finished"]) if journal.exists() else []
-
-    with running(command) as process:
-        wait_until(process, lambda: len(finished()) >= 3)
-        process.send_signal(signal.SIGSTOP)
-        done = finished()
+    command = words(many.models, out, "--resume", "--max-shard-size", "26kB")
+    with running(command, stop=f"{STAGING}.write", call=12) as run:
+        run.until_stopped()
+        done = sorted(json.loads(journal.read_bytes())["finished"])
         before = identities(staging_of(out), done)
-        process.kill()
+        run.send(signal.SIGKILL)
+        assert run.end() == -signal.SIGKILL
     assert 3 <= len(done) < 24
     assert not out.exists()
 
     assert main(command) == 0
     assert identities(out, done) == before
     whole = tmp_path / "whole"
-    assert main(words(big.models, whole, "--max-shard-size", "1.7MB")) == 0
+    assert main(words(many.models, whole, "--max-shard-size", "26kB")) == 0
     assert digests(out) == digests(whole)
     assert len(digests(out)) == 24
     assert (out / INDEX).read_bytes() == (whole / INDEX).read_bytes()
@@ -310,36 +253,32 @@ def test_a_killed_run_is_taken_up_without_rewriting_finished_shards(big: Big, tm
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_an_interrupted_run_leaves_nothing(number: signal.Signals, code: int, big: Big, tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_nothing(number: signal.Signals, code: int, many: Many, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    # A shell starts background jobs with SIGINT ignored, and children inherit that.
-    prelude = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    with running(big.command(out), prelude=prelude) as process:
-        wait_until(process, lambda: staging_of(out).exists())
-        time.sleep(0.05)
-        process.send_signal(number)
-        told = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert "Traceback" not in "".join(told)
+    with running(many.command(out), stop=f"{STAGING}.write", call=5) as run:
+        run.until_stopped()
+        assert staging_of(out).exists()
+        run.send(number)
+        assert run.end() == code
+        assert "Traceback" not in run.out() + run.err()
     assert not out.exists()
     assert leftovers(out) == []
 
 
 def test_a_second_run_to_the_same_output_is_refused(
-    big: Big, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    many: Many, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    with running(big.command(out)) as first:
-        wait_until(first, lambda: staging_of(out).exists() and any(staging_of(out).iterdir()))
-        first.send_signal(signal.SIGSTOP)
+    with running(many.command(out), stop=f"{STAGING}.write", call=5) as first:
+        first.until_stopped()
         before = os.stat(staging_of(out)).st_ino, sorted(p.name for p in staging_of(out).iterdir())
-        assert main(big.command(out)) == 1
+        assert main(many.command(out)) == 1
         assert f"another run is writing {out}" in errors(capsys)
-        assert main(big.command(out, "--force", "--resume")) == 1
+        assert main(many.command(out, "--force", "--resume")) == 1
         assert (os.stat(staging_of(out)).st_ino, sorted(p.name for p in staging_of(out).iterdir())) == before
-        first.send_signal(signal.SIGCONT)
-        assert first.wait(timeout=60) == 0
-    assert digests(out) == big.merged
+        first.send(signal.SIGCONT)
+        assert first.end() == 0
+    assert digests(out) == many.merged
     assert leftovers(out) == []
 
 
@@ -710,10 +649,9 @@ def test_a_disk_that_fills_up_leaves_the_old_content(
 def test_a_limit_on_file_sizes_leaves_the_old_content(with_large_tokenizer: list[Path], tmp_path: Path) -> None:
     out = write(tmp_path / "out", base_state())
     old = content(out)
-    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
-    with running(words(with_large_tokenizer, out, "--force"), prelude=prelude) as process:
-        printed, told = process.communicate(timeout=60)
-    assert process.returncode == 1
+    with running(words(with_large_tokenizer, out, "--force"), limits={"RLIMIT_FSIZE": 1_000_000}) as run:
+        assert run.end() == 1
+        printed, told = run.out(), run.err()
     assert printed == ""
     assert told.count("error:") == 1
     assert "cannot write tokenizer.json" in told

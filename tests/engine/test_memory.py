@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from modelmerge.cli import main
 from tests.support.checkpoints import write
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -75,8 +76,10 @@ def anonymous_peak(words: list[str]) -> int:
     return peak
 
 
-QUICK = (["merge", "ties"], ["merge", "apgd"], ["merge", "average", "--disentangle", "awd"])
+QUICK = (["merge", "ties"],)
 SLOW = (
+    ["merge", "apgd"],
+    ["merge", "average", "--disentangle", "awd"],
     *(["merge", name] for name in ("kron", "wudi", "tsv-m", "iso-c", "iso-cts", "knots")),
     ["merge", "wudi", "--solver", "adam", "--steps", "2"],
     ["merge", "average"],
@@ -110,28 +113,38 @@ SLOW = (
 @pytest.mark.parametrize(
     "words", [*QUICK, *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW)], ids=" ".join
 )
-def test_the_promise_is_kept(words: list[str], heavy: list[str], tmp_path: Path) -> None:
-    check(words, heavy, tmp_path)
+def test_the_promise_is_kept(
+    words: list[str], heavy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(words, heavy, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
     "words",
     [
         ["merge", "ties"],
-        pytest.param(["merge", "apgd", "--published", "--steps", "2"], marks=pytest.mark.slow),
-        pytest.param(["extract"], marks=pytest.mark.slow),
+        ["merge", "apgd", "--published", "--steps", "2"],
+        ["extract"],
     ],
     ids=" ".join,
 )
-def test_the_promise_is_kept_with_adapters(words: list[str], adapters: list[str], tmp_path: Path) -> None:
-    check(words, adapters, tmp_path)
+@pytest.mark.slow
+def test_the_promise_is_kept_with_adapters(
+    words: list[str], adapters: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(words, adapters, tmp_path, capsys)
 
 
-def check(words: list[str], models: list[str], tmp_path: Path) -> None:
+def check(words: list[str], models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verb = words[:2] if words[0] != "extract" else words[:1]
-    command = [sys.executable, "-m", "modelmerge", *verb, *models, "-o", str(tmp_path / "out"), *words[len(verb) :]]
-    done = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, check=True)
-    promised = json.loads(done.stdout)["plan"]["peak_memory"]["host"]
+    line = [*verb, *models, "-o", str(tmp_path / "out"), *words[len(verb) :]]
+    assert main([*line, "--dry-run", "--json"]) == 0
+    promised = json.loads(capsys.readouterr().out)["plan"]["peak_memory"]["host"]
+    command = [sys.executable, "-m", "modelmerge", *line]
     peak = anonymous_peak(command)
-    assert peak <= promised
-    assert promised <= 2.5 * peak  # a promise of anything would be no promise
+    for _ in range(3):  # on a busy machine, nobody may have looked at the peak
+        assert peak <= promised
+        if promised <= 2.5 * peak:  # a promise of anything would be no promise
+            return
+        peak = max(peak, anonymous_peak([*command, "--force"]))
+    pytest.fail(f"{promised:,} bytes are promised, {peak:,} are held")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from modelmerge.evaluation import scores
 from modelmerge.evaluation.custom import Model
 from tests.support.checkpoints import read, write
 from tests.support.hub_server import FakeHub
+from tests.support.processes import running
 
 Q = "model.layers.0.q_proj.weight"
 SCRIPT = """
@@ -354,8 +353,9 @@ def test_what_a_script_imports_beside_it_counts_too(models: list[Path], setup: S
     script.write_text("import beside_it_a\ndef f(model):\n    return beside_it_a.VALUE\n")
 
     def value() -> float:
-        words = [sys.executable, "-m", "modelmerge", "eval", "custom", str(models[1]), "--script", f"{script}:f", "-q"]
-        return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        with running(["eval", "custom", str(models[1]), "--script", f"{script}:f", "-q"]) as run:
+            assert run.end() == 0
+            return float(run.out())
 
     assert value() == 0.25
     (tmp_path / "beside_it_a.py").write_text("VALUE = 0.125\n")
@@ -377,14 +377,15 @@ def test_a_function_in_python_is_cached_by_a_key_only(models: list[Path], setup:
 
 
 def test_a_killed_run_keeps_the_tasks_that_were_done(models: list[Path], setup: Setup) -> None:
-    words = [sys.executable, "-m", "modelmerge", "eval", "custom", str(models[1]), "--script", setup.script("each")]
+    words = ["eval", "custom", str(models[1]), "--script", setup.script("each")]
     words += ["--task", "first", "--task", "deadly", "-q"]
     setup.trap.touch()
-    killed = subprocess.run(words, capture_output=True, check=False, env=os.environ)
-    assert killed.returncode == -signal.SIGKILL
+    with running(words) as killed:
+        assert killed.end() == -signal.SIGKILL
     assert setup.calls() == ["expert_0 first", "expert_0 deadly"]
     setup.trap.unlink()
-    assert subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ).stdout == "0.5\n"
+    with running(words) as again:
+        assert (again.end(), again.out()) == (0, "0.5\n")
     assert setup.calls() == ["expert_0 deadly"]
 
 
@@ -424,9 +425,9 @@ def test_a_gate_fails_with_the_report_printed(
     assert (code, len(out.split())) == (1, 2)
 
 
-def report_of(name: str, **scores: Any) -> dict[str, Any]:
-    rows = {task: scores.read_score(told, task).to_dict() for task, told in scores.items()}
-    return {"tasks": list(scores), "models": [{"name": name, "role": "model", "scores": rows}],
+def report_of(name: str, **results: Any) -> dict[str, Any]:
+    rows = {task: scores.read_score(result, task).to_dict() for task, result in results.items()}
+    return {"tasks": list(results), "models": [{"name": name, "role": "model", "scores": rows}],
             "metric": {"function": "f", "sha256": "0"}, "seed": 0}  # fmt: skip
 
 
@@ -553,3 +554,20 @@ def test_suites_by_name(models: list[Path], tmp_path: Path) -> None:
             modelmerge.evaluate([], suite=which, **more)
     with pytest.raises(UsageError, match="there is no suite 'wieghts'"):
         modelmerge.evaluate([tmp_path / "merged"], suite="wieghts")
+
+
+@pytest.mark.parametrize(
+    ("suite", "options", "message", "hint"),
+    [
+        ("weights", {"cache": False}, "suite 'weights' has no option 'cache'", "it has: per_layer, .*device"),
+        ("weights", {"per_layers": True}, "has no option 'per_layers'", "did you mean 'per_layer'"),
+        ("custom", {"metric": len, "limit": 3}, "suite 'custom' has no option 'limit'", "it has: metric, "),
+        ("clip", {"fail_udner": ["avg=1"]}, "suite 'clip' has no option 'fail_udner'", "did you mean 'fail_under'"),
+        ("lm", {"progress": None}, "suite 'lm' has no option 'progress'", "it has: tasks"),
+        ("custom", {}, "suite 'custom' needs the option 'metric'", ""),
+    ],
+)  # fmt: skip
+def test_options_that_a_suite_lacks(suite: str, options: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        modelmerge.evaluate(["model"], suite=suite, **options)
+    assert re.search(hint, error.value.hint or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 
 import modelmerge
 from modelmerge.cli import main
-from modelmerge.errors import OUTLINES
+from modelmerge.errors import OUTLINES, HubError
 from modelmerge.hub import ranges
 from modelmerge.hub import repository as hub_module
 from tests.support.checkpoints import State, base_state, expert_state, family, read, write
 from tests.support.hub_server import OWNER, READER, FakeHub
+from tests.support.processes import PATIENCE, PROGRAM
 
 
 @pytest.fixture
@@ -417,12 +418,12 @@ def test_a_signed_address_that_has_expired_is_asked_for_anew(
 def test_a_connection_that_stalls_is_given_up_and_taken_up(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(ranges, "_TIMEOUT", 1.0)
     base, expert = large(tmp_path / "local")
     for directory in (base, expert):
         hub.add(f"org/{directory.name}", directory)
     modelmerge.merge(base, [expert], tmp_path / "here", method="average")
-    hub.fail("GET /cdn", pause=1.0, after=3, times=2)
+    hub.fail("GET /cdn", stalls=True, after=3, times=2)
     modelmerge.merge("org/base", ["org/expert"], tmp_path / "there", method="average", stream=True)
     assert same(tmp_path / "here", tmp_path / "there")
     assert not any(fault.times for fault in hub.faults)
@@ -443,22 +444,59 @@ def test_a_busy_hub_is_asked_again(hub: FakeHub, names: list[str], tmp_path: Pat
     modelmerge.merge(names[0], names[1:], tmp_path / "out", method="ties")
 
 
-def test_a_download_that_is_interrupted_ends_at_once(hub: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", ["begun", "on its way"])
+def test_a_download_that_is_interrupted_ends_at_once(answer: str, hub: FakeHub, tmp_path: Path) -> None:
     base, expert = large(tmp_path / "local")
     for directory in (base, expert):
         hub.add(f"org/{directory.name}", directory)
-    hub.fail("GET /cdn", pause=0.5, times=1000)  # some minutes in all
-    words = [sys.executable, "-m", "modelmerge", "merge", "ties", "org/base", "org/expert", "-o", str(tmp_path / "out")]
+    late = hashlib.sha256((expert / "model.safetensors").read_bytes()).hexdigest()
+    hub.fail(f"GET /cdn/{late}", whole=True, trickles=True, waits=answer == "on its way", times=1000)
+    hub.fail("GET /cdn", whole=True, trickles=True, times=1000)
+
+    def both_are_asked_for() -> bool:
+        asked = [request for request in hub.asked("GET /cdn") if request.range is None]
+        return len(asked) == 2 and sum(request.sent > 0 for request in asked) == (1 if answer == "on its way" else 2)
+
+    words = ["merge", "ties", "org/base", "org/expert", "-o", str(tmp_path / "out")]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        deadline = time.monotonic() + 60
-        while not [r for r in hub.asked("GET /cdn") if r.range is None and r.sent] and time.monotonic() < deadline:
-            time.sleep(0.1)
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=20)
+    command = [sys.executable, "-c", PROGRAM, *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            hub.until(both_are_asked_for)
+            child.send_signal(signal.SIGINT)
+            hub.release()
+            _, err = child.communicate(timeout=PATIENCE)
+        finally:
+            child.kill()
     assert child.returncode == 130
     assert "Traceback" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf-cache", "local"]
+    assert not list((tmp_path / "hf-cache").rglob("*.incomplete"))
+
+
+def test_a_download_that_begins_when_all_has_ended_ends_too(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for directory in large(tmp_path / "local"):
+        hub.add(f"org/{directory.name}", directory)
+    hub.fail("GET /cdn", whole=True, trickles=True, times=1000)
+    bring, close, closed = hub_module.Repository.bring, hub_module.close_session, threading.Event()
+
+    def in_turn(repository: Any, place: str, progress: Any = None) -> None:
+        if progress and repository.name == "org/base":
+            raise HubError("broken")
+        if progress:
+            assert closed.wait(PATIENCE)
+        bring(repository, place, progress)
+
+    monkeypatch.setattr(hub_module.Repository, "bring", in_turn)
+    monkeypatch.setattr(hub_module, "close_session", lambda: (close(), closed.set()))
+    with pytest.raises(HubError, match="broken"):
+        modelmerge.merge("org/base", ["org/expert"], tmp_path / "out", method="ties")
+    for thread in threading.enumerate():
+        if "_work_off" in thread.name:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
     assert not list((tmp_path / "hf-cache").rglob("*.incomplete"))
 
 

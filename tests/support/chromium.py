@@ -22,7 +22,7 @@ _FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--remote-debugging-pipe",
 )  # fmt: skip
-_PATIENCE = 60.0  # seconds, of a machine that is busy
+_PATIENCE = 120.0  # seconds, of a machine that is busy
 
 
 class Browser:

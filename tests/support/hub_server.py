@@ -15,7 +15,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,11 +52,13 @@ class Fault:
     pattern: str
     times: int
     after: int = 0  # so many go well before
+    whole: bool = False  # only requests for whole files
     status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
     cut_after: int = -1  # bytes of the body, then the connection breaks
-    delay: float = 0.0  # seconds before the answer
-    pause: float = 0.0  # seconds before each 16 KiB of the body
+    waits: bool = False  # for `release` before the answer
+    stalls: bool = False  # after the first 16 KiB of the body, until all is forgotten
+    trickles: bool = False  # byte by byte after the first 16 KiB of the body: it never ends
     ignore_range: bool = False
 
 
@@ -80,6 +82,8 @@ class FakeHub:
         self.faults: list[Fault] = []
         self.stored: Files = {}  # LFS objects by sha256
         self.mutex = threading.Lock()
+        self._changed = threading.Condition()
+        self._released, self._over = threading.Event(), threading.Event()
         hub = self
 
         class Handler(_Handler):
@@ -93,8 +97,11 @@ class FakeHub:
 
     def clear(self) -> None:
         """Forget all repositories, requests and faults."""
+        self._released.set()
+        self._over.set()
         with self.mutex:
             self.repos, self.requests, self.faults, self.stored = {}, [], [], {}
+            self._released, self._over = threading.Event(), threading.Event()
 
     def add(
         self, repo: str, files: Path | Mapping[str, bytes], *, private: bool = False, gated: bool = False,
@@ -138,6 +145,20 @@ class FakeHub:
         """The requests whose `METHOD path` matches."""
         return [r for r in self.requests if re.search(pattern, f"{r.method} {r.path}")]
 
+    def until(self, happened: Callable[[], bool]) -> None:
+        """Return when something is so that requests and answers bring about; two minutes count as never."""
+        with self._changed:
+            assert self._changed.wait_for(happened, 120), "it does not happen"
+
+    def release(self) -> None:
+        """Let all answers go on that wait."""
+        self._released.set()
+
+    def changed(self) -> None:
+        """Tell `until` to look again."""
+        with self._changed:
+            self._changed.notify_all()
+
     def bytes_sent(self) -> int:
         """Bytes of all bodies so far."""
         return sum(request.sent for request in self.requests)
@@ -178,6 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
         with hub.mutex:
             hub.requests.append(self.record)
             for fault in hub.faults:
+                if fault.whole and self.record.range:
+                    continue
                 if fault.times and re.search(fault.pattern, f"{self.command} {unquote(path)}"):
                     if fault.after:
                         fault.after -= 1
@@ -185,8 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
                     fault.times -= 1
                     self.fault = fault
                     break
-        if self.fault and self.fault.delay:
-            time.sleep(self.fault.delay)
+            released, self.over = hub._released, hub._over
+        hub.changed()
+        if self.fault and self.fault.waits:
+            released.wait()
         if self.fault and self.fault.status:
             return self._refuse(self.fault.status, "", "made to fail", self.fault.headers)
         if token and token not in _USERS:
@@ -410,6 +435,7 @@ class _Handler(BaseHTTPRequestHandler):
         for part in self._parts(body):
             self.wfile.write(part)
             self.record.sent += len(part)
+            self.server_hub.changed()
 
     def _parts(self, body: bytes) -> Iterator[bytes]:
         fault = self.fault
@@ -418,9 +444,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             return
-        for start in range(0, len(body), 1 << 14):
-            if fault and fault.pause:
-                time.sleep(fault.pause)
+        yield body[: 1 << 14]
+        if fault and fault.stalls:
+            self.over.wait()
+        while fault and fault.trickles and not self.over.is_set():
+            yield b"."
+            time.sleep(0.01)
+        for start in range(1 << 14, len(body), 1 << 14):
             yield body[start : start + (1 << 14)]
 
 

@@ -80,4 +80,4 @@ def merged(
 
 def typed(name: str, options: dict[str, Any]) -> str:
     """A transform as `disentangle` takes it."""
-    return " ".join([name, *(f"{option}={value}" for option, value in options.items())])
+    return " ".join([name, *(f"{option}={str(value).lower()}" for option, value in options.items())])
