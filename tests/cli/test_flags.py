@@ -16,7 +16,6 @@ PENDING: set[str] = {
     "charts/drawing.py",
     "engine/coefficients.py",
     "engine/loader.py",
-    "engine/memory.py",
     "evaluation/bench.py",
     "evaluation/clip.py",
     "evaluation/custom.py",

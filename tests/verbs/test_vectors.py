@@ -463,8 +463,8 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, capsys: pytest.
     assert "Cosines" in out
     assert "expert_2" in out
     assert main(["extract", *words, "-o", str(tmp_path / "w"), "--rank", "2", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told["low_rank"]) == {"expert_0", "expert_1", "expert_2"}
+    report = json.loads(capsys.readouterr().out)["manifest"]["report"]
+    assert set(report["low_rank"]) == {"expert_0", "expert_1", "expert_2"}
     assert main(["disentangle"]) == 0
     assert "awd" in capsys.readouterr().out
     assert main(["disentangle", "awd", *words, "-o", str(tmp_path / "d"), "--experts"]) == 0
@@ -472,7 +472,7 @@ def test_on_the_command_line(models: list[Path], tmp_path: Path, capsys: pytest.
     assert out.startswith("awd by tensor: loss ")
     assert (tmp_path / "d" / "experts" / "expert_0" / "config.json").is_file()
     assert main(["disentangle", "awd", *words, "-o", str(tmp_path / "p"), "--published", "--steps", "5", "--json"]) == 0
-    options = json.loads(capsys.readouterr().out)["options"]
+    options = json.loads(capsys.readouterr().out)["manifest"]["report"]["options"]
     assert (options["granularity"], options["published"], options["steps"]) == ("model", True, 5)
     row = ["disentangle", "awd", *words, "-o", str(tmp_path / "q"), "--published", "--granularity", "row", "-q"]
     assert main(row) == 0
