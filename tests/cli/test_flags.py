@@ -23,12 +23,10 @@ PENDING: set[str] = {
     "evaluation/lm.py",
     "evaluation/scores.py",
     "plan/mergekit.py",
-    "verbs/adapted.py",
     "verbs/coefficients.py",
     "verbs/evaluate.py",
     "verbs/evaluate_clip.py",
     "verbs/render.py",
-    "verbs/vectors.py",
 }
 
 
