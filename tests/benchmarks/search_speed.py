@@ -1,7 +1,7 @@
 """What a search over ten scales costs, beside ten merges one after the other.
 
 `python -m tests.benchmarks.search_speed` makes a Llama and four experts, and for each method runs in child processes
-`modelmerge search --try scale=...` over ten values, by a function that looks at nothing, and ten merges at the same values. What is
+a search over ten values of the scale, by a function that looks at nothing, and ten merges at the same values. What is
 compared is processor time, wall time and the bytes that went through read and write, from after the imports to the
 end; it writes RESULTS-search.md. Linux only: bytes are read from /proc.
 """
