@@ -1,7 +1,7 @@
 """What a search over ten scales costs, beside ten merges one after the other.
 
 `python -m tests.benchmarks.search_speed` makes a Llama and four experts, and for each method runs in child processes
-`--search scale=...` over ten values, by a function that looks at nothing, and ten merges at the same values. What is
+a search over ten values of the scale, by a function that looks at nothing, and ten merges at the same values. What is
 compared is processor time, wall time and the bytes that went through read and write, from after the imports to the
 end; it writes RESULTS-search.md. Linux only: bytes are read from /proc.
 """
@@ -62,14 +62,14 @@ def _measure(work: Path, kind: str, name: str, models: Sequence[Path]) -> dict[s
 
 def child() -> None:
     """The search, or the merges one by one, and what they took. Arguments: KIND METHOD OUT MODEL..."""
-    from modelmerge.verbs import search  # noqa: F401
     from modelmerge.verbs.merge import merge
+    from modelmerge.verbs.search import search
 
     kind, name, out, *models = sys.argv[1:]
     before = _used()
     if kind == "searched":
-        merge(
-            models[0], models[1:], Path(out) / "best", method=name, search={"scale": VALUES}, metric=lambda model: 1.0
+        search(
+            models[0], models[1:], Path(out) / "best", method=name, tries={"scale": VALUES}, metric=lambda model: 1.0
         )
     else:
         for value in VALUES:
