@@ -8,12 +8,10 @@ smaller side it costs 2 m n s + 9 s^3 FLOP, where a full SVD costs two to ten ti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.contract import Tensor
 
 # Subspace iteration: vectors beyond the rank, the side from which on it pays, the gain in the squared norm that is kept
 # below which it stops, and a bound on the iterations.

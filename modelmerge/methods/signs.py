@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.contract import Tensor
 
 
 def elect(parts: Iterable[Tensor], weights: Sequence[float], like: Tensor, reduce: Literal["sum", "mean"]) -> Tensor:

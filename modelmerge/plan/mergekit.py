@@ -115,9 +115,7 @@ METHODS: Mapping[str, Row] = {
     ),
     "task_arithmetic": Row("task-arithmetic", (_WEIGHT, _LAMBDA, _normalize(False), _INT8_MASK)),
     "ties": Row(
-        "ties",
-        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _INT8_MASK, _AS_IT_IS),
-        fixed={"trim_scope": "tensor"},
+        "ties", (_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _INT8_MASK, _AS_IT_IS), fixed={"trim_scope": "tensor"}
     ),
     "dare_linear": Row(
         "dare", (_WEIGHT, _DENSITY, _LAMBDA, _SUM_ONLY, _INT8_MASK, _RESCALED), {"consensus": "linear"}, remark=_DRAWN

@@ -16,17 +16,13 @@ enter the mean.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelmerge.methods import linalg
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +63,7 @@ def ranks(smaller: int, tasks: int, fraction: float) -> tuple[int, int]:
     return smaller - specific * tasks, specific
 
 
-METHOD = Method(
+METHOD = matrix_method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2502.04959",
@@ -76,8 +72,5 @@ METHOD = Method(
         "Daniel Marczak and others",
         "ICML 2025",
     ),
-    matrices=True,
-    rest=lambda options: "average",
-    blockwise=lambda options: False,
     workspace=lambda tasks: 25.0,
 )

@@ -15,16 +15,13 @@ stays as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import gram, weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

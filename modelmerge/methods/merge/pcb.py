@@ -14,16 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelmerge.methods import order
-from modelmerge.methods.contract import Citation, Context, Method, Pass, Survey
+from modelmerge.methods.contract import Citation, Context, Method, Pass, Survey, Tensor
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _TAIL = 1e-4  # the share of the magnitudes that is cut off at either end
 # Elements of the widest vector registers, and more: exp and tanh of a whole register and of single numbers differ in

@@ -15,17 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelmerge.methods import threshold
 from modelmerge.methods.blocks import blocks
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,16 +15,12 @@ replaced by an arbitrary vector. With more tasks than min(m, n), each still keep
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelmerge.methods import linalg
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +45,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return ((left * torch.cat(values)) @ right).float().mul_(options.scale)
 
 
-METHOD = Method(
+METHOD = matrix_method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2412.00081",
@@ -58,8 +54,5 @@ METHOD = Method(
         "Antonio Andrea Gargiulo and others",
         "CVPR 2025",
     ),
-    matrices=True,
-    rest=lambda options: "average",
-    blockwise=lambda options: False,
     workspace=lambda tasks: 22.0,
 )

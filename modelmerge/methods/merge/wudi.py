@@ -30,18 +30,15 @@ left out of that weight, with a remark.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from modelmerge.errors import named
 from modelmerge.methods import presence
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.sums import weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +145,7 @@ def descend(taus: Tensor, norms: list[float], weights: list[float], start: Tenso
     return merged
 
 
-METHOD = Method(
+METHOD = matrix_method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2503.08099",
@@ -157,9 +154,6 @@ METHOD = Method(
         "Runxi Cheng and others",
         "ICML 2025",
     ),
-    matrices=True,
-    rest=lambda options: "average",
-    blockwise=lambda options: False,
     workspace=lambda tasks: 12.0,
     squares=3.0,
 )
