@@ -161,6 +161,11 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
     return (whitened @ x if wide else x @ whitened), s
 
 
+def nearest_orthogonal(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The orthogonal matrices nearest to U_i [m, k_i] side by side, and to V_i [k_i, n] below one another."""
+    return polar(torch.cat(list(lefts), dim=1))[0], polar(torch.cat(list(rights)))[0]
+
+
 def joint_left_vectors(taus: Tensor) -> Tensor:
     """The left singular vectors of task vectors [T, m, n] side by side, float64 [m, k], without the missing ones."""
     tasks, m, n = taus.shape

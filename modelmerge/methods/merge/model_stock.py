@@ -71,10 +71,6 @@ def stock_ratio(products: Tensor) -> Tensor:
     return count * cosine / (1 + (count - 1) * cosine)
 
 
-def _moments(taus: Tensor, base: Tensor) -> Tensor:
-    return gram(taus).flatten()
-
-
 METHOD = Method(
     options=Options,
     apply=apply,
@@ -84,6 +80,6 @@ METHOD = Method(
     ),
     normalises=True,
     blockwise=lambda options: options.scope == "tensor",
-    moments=lambda options: _moments if options.scope == "tensor" else None,
+    moments=lambda options: (lambda taus, base: gram(taus).flatten()) if options.scope == "tensor" else None,
     workspace=lambda tasks: 4.0,
 )

@@ -33,16 +33,12 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     rank = max(min(taus.shape[1:]) // len(taus), 1)
-    lefts, values, rights = [], [], []
     factors = context.factors or (None,) * len(taus)
-    for tau, weight, pair in zip(taus, context.weights, factors, strict=True):
-        left, s, right = linalg.leading_triplets(tau, rank, pair)
-        lefts.append(left)
-        values.append(s * weight)
-        rights.append(right)
-    left, _ = linalg.polar(torch.cat(lefts, dim=1))
-    right, _ = linalg.polar(torch.cat(rights))
-    return ((left * torch.cat(values)) @ right).float().mul_(options.scale)
+    triplets = [linalg.leading_triplets(tau, rank, pair) for tau, pair in zip(taus, factors, strict=True)]
+    lefts, values, rights = zip(*triplets, strict=True)
+    left, right = linalg.nearest_orthogonal(lefts, rights)
+    weighted = [s * weight for s, weight in zip(values, context.weights, strict=True)]
+    return ((left * torch.cat(weighted)) @ right).float().mul_(options.scale)
 
 
 METHOD = matrix_method(
