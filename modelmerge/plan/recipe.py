@@ -1,4 +1,4 @@
-"""What a merge was told, and what became of it: the recipe and the manifest (`modelmerge.json`)."""
+"""The recipe: everything that a merge was asked for."""
 
 from __future__ import annotations
 
@@ -119,12 +119,10 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | No
         if old is not None:
             stored = {key: value for key, value in stored.items() if key not in format_1.OLD}
             stored["disentangle"] = format_1.transforms_of(old)
-        known = {spec.name for spec in dataclasses.fields(Recipe)}
-        unknown = stored.keys() - known
-        if unknown:
+        if unknown := stored.keys() - {spec.name for spec in dataclasses.fields(Recipe)}:
             raise RecipeError(f"{file}: the recipe has the unknown entry '{sorted(unknown)[0]}'")
-        told: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        recipe = Recipe(**told)
+        entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        recipe = Recipe(**entries)
         inputs = [manifest["inputs"]["base"], *manifest["inputs"]["experts"]]
         digests = {name: entry["sha256"] for model in inputs for name, entry in model["files"].items()}
     except FileNotFoundError as error:
@@ -146,7 +144,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if size <= 0:
-        raise UsageError(f"--max-shard-size '{text}' is no size", hint="write it like 5GB, 200MB or 1GiB")
+        raise UsageError(f"'{text}' is no size", option="max_shard_size", hint="write it like 5GB, 200MB or 1GiB")
     return size
 
 
@@ -164,8 +162,8 @@ def parse_weights(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             value = float("nan")
         if not name or value != value or value in (float("inf"), float("-inf")):
-            raise UsageError(f"--weight '{text}' is not NAME=W", hint="write it like --weight math=0.5")
+            raise UsageError(f"'{text}' is not NAME=W", option="weights", hint="write it like math=0.5")
         if name in weights:
-            raise UsageError(f"--weight names '{name}' twice")
+            raise UsageError(f"names '{name}' twice", option="weights")
         weights[name] = value
     return weights

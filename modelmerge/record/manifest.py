@@ -139,8 +139,12 @@ def _rounding(job: Job, findings: Findings) -> dict[str, Any] | None:
 def groups_of(job: Job) -> list[dict[str, Any]]:
     """Which method merges what, with all its settings."""
     return [
-        {"method": part.name, "settings": describe(part.options), "tensors": [tensor.name for tensor in part.tensors]}
-        for part in job.parts
+        {
+            "method": group.name,
+            "settings": describe(group.options),
+            "tensors": [tensor.name for tensor in group.tensors],
+        }
+        for group in job.groups
     ]
 
 
@@ -151,9 +155,9 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         for name, spec, options in map(parse_transform, recipe.disentangle)
     ]
     methods = [_applied(recipe.method, "merge", registry.load(recipe.method), recipe.options)]
-    for part in job.parts:  # an override is said with its options among the settings
-        if part.name not in [source.name for source in methods]:
-            methods.append(_applied(part.name, "merge", part.method, {}))
+    for group in job.groups:  # an override is said with its options among the settings
+        if group.name not in [source.name for source in methods]:
+            methods.append(_applied(group.name, "merge", group.method, {}))
     if recipe.coefficients:
         told = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
         notes = [*notes, f"{told}; `modelmerge.json` has them."]

@@ -18,7 +18,7 @@ from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.staging import Staging, check_output, finished
 from modelmerge.engine.coefficients import Coefficients
-from modelmerge.engine.job import Job, Part
+from modelmerge.engine.job import Group, Job
 from modelmerge.engine.memory import (
     beyond_device,
     bytes_read,
@@ -335,11 +335,11 @@ def job_of(
     for tensor in tensors:
         setting = settings[tensor.name]
         members.setdefault(group_key(registry.load(setting.method), setting), []).append(tensor)
-    parts = []
-    for group in members.values():
-        first = settings[group[0].name]
-        parts.append(Part(first.method, registry.load(first.method), first.options, tuple(group), first.each))
-    return Job(source_of(plan, device), tuple(parts), weights, transforms, recipe.seed, settings)
+    groups = []
+    for taken in members.values():
+        first = settings[taken[0].name]
+        groups.append(Group(first.method, registry.load(first.method), first.options, tuple(taken), first.each))
+    return Job(source_of(plan, device), tuple(groups), weights, transforms, recipe.seed, settings)
 
 
 def _refuse_many_experts(names: Sequence[str], experts: int) -> None:

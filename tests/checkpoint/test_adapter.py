@@ -489,9 +489,9 @@ def test_a_method_is_told_the_factors(tmp_path: Path) -> None:
 
     def run(*experts: Path | str, **more: Any) -> None:
         told = prepare(Recipe(method="apgd", base=str(base), experts=tuple(map(str, experts)), **more))
-        own, *others = told.job.parts
+        own, *others = told.job.groups
         spying = replace(own, method=replace(own.method, apply=look, survey=lambda options: None))
-        spied = replace(told, job=replace(told.job, parts=(spying, *others)))
+        spied = replace(told, job=replace(told.job, groups=(spying, *others)))
         execute(spied, tmp_path / "out", force=True)
 
     attention, other = "transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_fc.weight"
