@@ -424,8 +424,7 @@ class _Places:
 
     def _ambiguous(self, key: str, places: Sequence[str]) -> PlanError:
         return PlanError(
-            f"{self._adapter.file.parent}: '{key}' may be any of {', '.join(places)} of the base",
-            hint=_MERGE_FIRST,
+            f"{self._adapter.file.parent}: '{key}' may be any of {', '.join(places)} of the base", hint=_MERGE_FIRST
         )
 
     def _unplaced(self, key: str) -> PlanError:

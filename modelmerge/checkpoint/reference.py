@@ -136,8 +136,7 @@ def _on_the_hub(ref: str, path: Path) -> repository.Repository:
 
 def _missing(ref: str, path: Path) -> ReferenceNotFound:
     return ReferenceNotFound(
-        f"'{ref}': no such file or directory",
-        hint=_beside(path) or "name a checkpoint directory or .safetensors file",
+        f"'{ref}': no such file or directory", hint=_beside(path) or "name a checkpoint directory or .safetensors file"
     )
 
 

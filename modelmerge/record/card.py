@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modelmerge.checkpoint.staging import CARD
+from modelmerge.record.command import REPLAY
 
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s", re.DOTALL)
 _LICENSE = ("license", "license_name", "license_link")
@@ -140,8 +141,7 @@ def render(
         "## Repeat it",
         f"```sh\n{_wrapped(command)}\n```",
         "`modelmerge.json` holds the complete recipe with the sha256 of every input and output file; "
-        "`modelmerge merge --recipe modelmerge.json -o DIR` replays it. Made with "
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; computed on {device}.",
+        f"`{REPLAY}` replays it. Made with {', '.join(map(' '.join, versions.items()))}; computed on {device}.",
         *(["## Notes", "\n".join(f"- {note}" for note in notes)] if notes else []),
         *(["## Citation", "```bibtex\n" + "\n\n".join(cited) + "\n```"] if cited else []),
     ]

@@ -21,6 +21,7 @@ from modelmerge.plan.recipe import FORMAT, Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 from modelmerge.plan.transforms import parse_transform
 from modelmerge.record import card
+from modelmerge.record.command import command_of, flag, settings_of
 from modelmerge.record.fingerprint import versions
 
 
@@ -155,40 +156,32 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         if part.name not in [source.name for source in methods]:
             methods.append(_applied(part.name, "merge", part.method, {}))
     if recipe.coefficients:
-        told = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
-        notes = [*notes, f"{told}; `modelmerge.json` has them."]
+        note = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
+        notes = [*notes, f"{note}; `modelmerge.json` has them."]
         if not registry.load(recipe.method).on_data:
             transforms.append(_applied("adamerging", "merge", registry.load("adamerging"), {}))
-    defaults = Recipe(method="", base="", experts=())
-    words = ("at", "rest", "dtype", "include", "exclude", "seed", "as_lora")
-    settings = {name: getattr(recipe, name) for name in words}
+    settings = settings_of(recipe, "at", "rest", "dtype", "include", "exclude", "seed", "as_lora")
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
         methods=methods, transforms=transforms,
-        settings={
-            f"--{name.replace('_', '-')}": value for name, value in settings.items() if value != getattr(defaults, name)
-        },
-        command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
+        settings={flag(name): value for name, value in settings.items()},
+        command=command_of(recipe, str(out)), notes=notes, has_config=bool(job.plan.base.config),
         versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
     ).encode()  # fmt: skip
 
 
 def _applied(
-    name: str,
-    kind: Literal["merge", "transform"],
-    chosen: Method | TransformSpec,
-    options: Mapping[str, Any],
+    name: str, kind: Literal["merge", "transform"], chosen: Method | TransformSpec, options: Mapping[str, Any]
 ) -> card.Source:
     """A method as the card shows it: its options as they are typed, and what follows from them."""
-    prefix = f"{name} " if kind == "transform" else "--"
     settings = describe(chosen.options(**options)) if options else {}
-    told = {
-        f"{prefix}{key.replace('_', '-')}" if key in options else f"{prefix.strip('-')}{key.replace('_', ' ')}": value
-        for key, value in settings.items()
-    }
-    bibtex = chosen.citation.bibtex(chosen.paper) if chosen.citation else ""
-    return card.Source(name=name, summary=registry.summary(name, kind), paper=chosen.paper, bibtex=bibtex, options=told)
+    shown = {}
+    for key, value in settings.items():
+        word = key.replace("_", " ") if key not in options else flag(key) if kind == "merge" else key.replace("_", "-")
+        shown[word if kind == "merge" else f"{name} {word}"] = value
+    bibtex, summary = chosen.citation.bibtex(chosen.paper) if chosen.citation else "", registry.summary(name, kind)
+    return card.Source(name=name, summary=summary, paper=chosen.paper, bibtex=bibtex, options=shown)
 
 
 def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
@@ -222,7 +215,7 @@ def manifest_of(
     return {
         **stamp(job.source.device),
         "recipe": located.to_dict(),
-        "command": recipe.command(str(out)),
+        "command": command_of(recipe, str(out)),
         "inputs": {
             "base": record(job.plan.base, digests[0]),
             "experts": [record(e, files) for e, files in zip(job.plan.experts, digests[1:], strict=True)],

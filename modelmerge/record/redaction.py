@@ -21,7 +21,7 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if "searched" in told:
         told["searched"]["on"] = placeless(told["searched"]["on"])
     if "command" in told:
-        # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see Recipe.command
+        # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see `command_of`
         words = renamed(shlex.split(manifest["command"]), data)
         for place, model in enumerate((inputs["base"], *inputs["experts"]), start=3):
             words[place] = model["name"] if model["path"] in local else words[place]
