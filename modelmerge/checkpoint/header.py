@@ -167,9 +167,9 @@ def _entry(file: Path, data_start: int, name: str, entry: Any) -> TensorInfo:
 
 
 def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    content = dict(pairs)
+    if len(content) != len(pairs):
         names = [key for key, _ in pairs]
         twice = next(key for key in names if names.count(key) > 1)
         raise CheckpointError(f"{file}: the header lies: '{twice}' stands in it twice")
-    return found
+    return content

@@ -41,8 +41,8 @@ def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[
         raise ReferenceNotFound(
             f"{reference.text} is a task vector, not a base", hint=f"its base was {origin.vector.base}"
         )
-    opened = tuple(attach(open_checkpoint(other), origin) for other in others)
-    vectors = [expert for expert in opened if expert.vector is not None and expert.vector.base_sha256 is not None]
+    experts = tuple(attach(open_checkpoint(other), origin) for other in others)
+    vectors = [expert for expert in experts if expert.vector is not None and expert.vector.base_sha256 is not None]
     if vectors:
         ours = tuple(sorted(origin.digests().values()))
         for expert in vectors:
@@ -52,4 +52,4 @@ def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[
                     f"'{expert.name}' is a task vector of another base than {reference.text} (the sha256 differs)",
                     hint=f"its base was '{expert.vector.base}'",
                 )
-    return origin, opened
+    return origin, experts

@@ -147,9 +147,9 @@ def read_pickle(file: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
                 )
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    state, told = _state_dict(file, content)
+    state, remarks = _state_dict(file, content)
     infos = [_info(file, name, tensor, places) for name, tensor in state.items()]
-    return {info.name: info for info in sorted(infos, key=lambda info: info.start)}, told
+    return {info.name: info for info in sorted(infos, key=lambda info: info.start)}, remarks
 
 
 def gather(descriptor: int, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
@@ -180,9 +180,9 @@ class _Unpickler(pickle.Unpickler):
             return _Dtype(name, _DTYPES[name])
         if module == "_codecs" and name == "encode":  # how protocol 2 writes bytes
             return _StandIn(lambda text, how: text.encode("latin1"))
-        known = _PLAIN.get((module, name))
-        if known is not None:
-            return known
+        plain = _PLAIN.get((module, name))
+        if plain is not None:
+            return plain
         if (module, name) in _IGNORED:
             return _StandIn(lambda *args: None)
         raise CheckpointError(
@@ -321,28 +321,28 @@ def _open_legacy(file: Path, stream: BinaryIO) -> tuple[Any, Places]:
 
 def _state_dict(file: Path, content: Any) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """The one state dict in what a file holds, wherever it is nested, and what to say of it."""
-    found = list(_search(content, ()))
-    if len(found) > 1:
+    dicts = list(_search(content, ()))
+    if len(dicts) > 1:
         # A tensor or two beside the nested weights are the state of a training run: a loss, a generator's.
-        found = [entry for entry in found if any(map(_is_weight, entry[1].values()))] or found
-    if not found:
-        held = f"a dict of {', '.join(map(repr, list(content)[:6]))}" if isinstance(content, dict) else "something else"
+        dicts = [entry for entry in dicts if any(map(_is_weight, entry[1].values()))] or dicts
+    if not dicts:
+        what = f"a dict of {', '.join(map(repr, list(content)[:6]))}" if isinstance(content, dict) else "something else"
         raise CheckpointError(
-            f"{file}: holds no state dict, no dict of names to tensors, but {held}",
+            f"{file}: holds no state dict, no dict of names to tensors, but {what}",
             hint="save the model's state dict: torch.save(model.state_dict(), ...)",
         )
-    if len(found) > 1:
+    if len(dicts) > 1:
         raise CheckpointError(
-            f"{file}: holds several state dicts: {', '.join(_where(path) for path, _ in found)}",
+            f"{file}: holds several state dicts: {', '.join(_where(path) for path, _ in dicts)}",
             hint="save the one that is meant by itself, with safetensors.torch.save_file",
         )
-    ((path, state),) = found
+    ((path, state),) = dicts
     tensors = {name: value for name, value in state.items() if isinstance(value, (_View, _Odd))}
-    told = [f"the weights are those under {_where(path)} in {file.name}"] if path else []
+    remarks = [f"the weights are those under {_where(path)} in {file.name}"] if path else []
     plain = [name for name, value in state.items() if name not in tensors and not _is_empty(value)]
     if plain:
-        told.append(f"{', '.join(map(repr, plain[:4]))} in {file.name} {'are' if plain[1:] else 'is'} no tensor")
-    return tensors, tuple(told)
+        remarks.append(f"{', '.join(map(repr, plain[:4]))} in {file.name} {'are' if plain[1:] else 'is'} no tensor")
+    return tensors, tuple(remarks)
 
 
 def _search(content: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -396,11 +396,11 @@ def _info(file: Path, name: str, tensor: Any, places: Places) -> TensorInfo:
     reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if numel else 0
     if first + reach * item > nbytes or numel * item >= 2**63:
         raise lie(f"lies in {nbytes} bytes of storage and reaches to byte {first + reach * item}")
-    ordered, step = True, 1
+    in_order, step = True, 1
     for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        ordered, step = ordered and (n == 1 or stride == step), step * n
-    gathered = None if ordered or not numel else tuple(strides)
-    return TensorInfo(name, tensor.dtype.code, tuple(shape), file, start + first, numel * item, strides=gathered)
+        in_order, step = in_order and (n == 1 or stride == step), step * n
+    stored_strides = None if in_order or not numel else tuple(strides)
+    return TensorInfo(name, tensor.dtype.code, tuple(shape), file, start + first, numel * item, strides=stored_strides)
 
 
 def _item(dtype: _Dtype) -> int:

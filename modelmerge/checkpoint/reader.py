@@ -88,10 +88,10 @@ class Checkpoint:
         position, done = tensor.start + offset, 0
         try:
             while done < len(buffer):
-                got = source.read(buffer[done:], position + done, follow=follow)
-                if not got:
+                count = source.read(buffer[done:], position + done, follow=follow)
+                if not count:
                     raise CheckpointError(f"{tensor.file}: ended while tensor '{tensor.name}' was read")
-                done += got
+                done += count
         except OSError as error:
             raise CheckpointError(f"{tensor.file}: tensor '{tensor.name}' cannot be read: {error.strerror}") from error
 
@@ -125,14 +125,14 @@ class Checkpoint:
             return self._sources[file]
 
     def _digest(self, file: Path) -> str:
-        found = self._open(file).finish()
+        digest = self._open(file).finish()
         remote = self.reference.repository
-        if remote is not None and found != (remote.sha256(file) or found):
+        if remote is not None and digest != (remote.sha256(file) or digest):
             raise CheckpointError(
                 f"{file}: not what the Hub has: its copy in the cache is damaged (the sha256 differs)",
                 hint=f"remove {file.resolve()} and run the command again",
             )
-        return found
+        return digest
 
 
 def open_checkpoint(reference: Reference) -> Checkpoint:
@@ -238,7 +238,7 @@ def _read_vector(directory: Path) -> VectorOf | None:
 
 def _joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors of a task vector, each pair of factors as the one tensor that is their product."""
-    joined = {n: replace(info, change=Change()) for n, info in tensors.items() if not n.endswith((LEFT, RIGHT))}
+    products = {n: replace(info, change=Change()) for n, info in tensors.items() if not n.endswith((LEFT, RIGHT))}
     for name, left in tensors.items():
         if name.endswith(LEFT):
             whole = name.removesuffix(LEFT)
@@ -246,10 +246,10 @@ def _joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
             if right is None or len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
                 raise CheckpointError(f"{left.file}: tensor '{name}' has no matching factor '{whole + RIGHT}'")
             shape, nbytes = (left.shape[0], right.shape[1]), left.nbytes + right.nbytes
-            joined[whole] = TensorInfo(
+            products[whole] = TensorInfo(
                 whole, left.dtype, shape, left.file, left.start, nbytes, change=Change(factors=(left, right))
             )
-    return joined
+    return products
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -286,16 +286,16 @@ def _read_shards(
     tensors: dict[str, TensorInfo] = {}
     remarks: tuple[str, ...] = ()
     for shard in shards:
-        held, told = read_file(directory / shard)
-        remarks += told
-        for name, tensor in held.items():
+        content, notes = read_file(directory / shard)
+        remarks += notes
+        for name, tensor in content.items():
             if weight_map.get(name) != shard:
                 raise CheckpointError(f"{directory / shard}: holds tensor '{name}', which {index} does not place there")
             tensors[name] = tensor
-    lost = [name for name in weight_map if name not in tensors]
-    if lost:
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
         raise CheckpointError(
-            f"{directory / weight_map[lost[0]]}: lacks tensor '{lost[0]}', which {index} places there"
+            f"{directory / weight_map[absent[0]]}: lacks tensor '{absent[0]}', which {index} places there"
         )
     return tensors, remarks
 
@@ -312,9 +312,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _no_weights(directory: Path) -> ReferenceNotFound:
-    found = sorted(p for p in directory.iterdir() if p.is_file())
-    foreign = next((p for p in found if p.suffix in _FOREIGN), None)
-    loose = [p.name for p in found if p.suffix == ".safetensors"] or [p.name for p in found if p.suffix in _PICKLES]
+    files = sorted(p for p in directory.iterdir() if p.is_file())
+    foreign = next((p for p in files if p.suffix in _FOREIGN), None)
+    loose = [p.name for p in files if p.suffix == ".safetensors"] or [p.name for p in files if p.suffix in _PICKLES]
     if loose:
         hint = f"it holds {', '.join(loose[:4])}: name one file, or restore the index if they are shards"
         return ReferenceNotFound(f"{directory} has neither {SINGLE} nor {INDEX} nor {PICKLED}", hint=hint)

@@ -41,9 +41,9 @@ def companions(directory: Path | None) -> dict[str, Path]:
     """The config, tokenizer, processor, code and licence files beside a base's weights, by their place there."""
     if directory is None:
         return {}
-    found = {file for pattern in _COMPANIONS for file in directory.glob(pattern) if file.is_file()}
-    wanted = {str(file.relative_to(directory)): file for file in sorted(found)}
-    return {place: file for place, file in wanted.items() if is_companion(place)}
+    files = {file for pattern in _COMPANIONS for file in directory.glob(pattern) if file.is_file()}
+    by_place = {str(file.relative_to(directory)): file for file in sorted(files)}
+    return {place: file for place, file in by_place.items() if is_companion(place)}
 
 
 def is_companion(place: str) -> bool:
@@ -96,11 +96,11 @@ def replace_file(output: Path, name: str, content: bytes) -> None:
     """
     manifest = output / MANIFEST
     try:
-        told = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
+        record = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
         _replace(output / name, content)
-        if name in told.get("files", {}):
-            told["files"][name] = {"sha256": sha256(output / name), "bytes": len(content)}
-            _replace(manifest, (json.dumps(told, indent=2) + "\n").encode())
+        if name in record.get("files", {}):
+            record["files"][name] = {"sha256": sha256(output / name), "bytes": len(content)}
+            _replace(manifest, (json.dumps(record, indent=2) + "\n").encode())
     except (OSError, ValueError, AttributeError) as error:
         raise OutputError(f"{output / name} cannot be written: {error}") from error
 
@@ -170,14 +170,14 @@ def scratches(output: Path) -> Iterator[Room]:
 
         def make(nbytes: int) -> Scratch:
             try:
-                made = Scratch(folder, nbytes)
+                scratch = Scratch(folder, nbytes)
             except OSError as error:
                 why = _FULL.get(error.errno or 0) or error.strerror or str(error)
                 raise OutputError(
                     f"cannot keep {nbytes:,} bytes in {folder}: {why}", hint="name another place or make room"
                 ) from error
-            stack.callback(made.close)
-            return made
+            stack.callback(scratch.close)
+            return scratch
 
         yield make
 
@@ -249,9 +249,9 @@ class Staging:
             OutputError: There is not so much, which shows before the work, not after.
         """
         with self._explained(f"keep {nbytes:,} bytes beside the output"):
-            made = Scratch(self._directory, nbytes)
-        self._scratches.append(made)
-        return made
+            scratch = Scratch(self._directory, nbytes)
+        self._scratches.append(scratch)
+        return scratch
 
     def lay_out(self, layout: Layout) -> None:
         """Make the weight files of a layout that was not known when the output was prepared."""
@@ -296,8 +296,8 @@ class Staging:
             _write_all(self._descriptors[shard.filename], data, shard.tensors[tensor] + offset)
             with self._mutex:
                 self._missing[shard.filename] -= len(data)
-                finished = self._missing[shard.filename] == 0
-            if finished:
+                complete = self._missing[shard.filename] == 0
+            if complete:
                 self._finish(shard)
 
     def write_if_wanted(self, tensor: str, offset: int, data: memoryview) -> None:
@@ -494,5 +494,5 @@ def _exchange(first: Path, second: Path) -> bool:
     if renameat2 is None:
         return False
     at_cwd, rename_exchange = -100, 2
-    done: int = renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange)
-    return done == 0
+    status: int = renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange)
+    return status == 0

@@ -31,7 +31,7 @@ from modelmerge.errors import HubError, ModelMergeError, ReferenceNotFound
 
 Answer = TypeVar("Answer")
 
-LIBRARY: dict[str, Any] = {"library_name": "modelmerge", "library_version": __version__}  # what the Hub is told
+LIBRARY: dict[str, Any] = {"library_name": "modelmerge", "library_version": __version__}  # what the Hub learns
 _TIMEOUT = 20.0  # seconds without a byte before a connection counts as dead
 _TRIES = 5  # attempts without progress before giving up
 _PAUSES = (0.5, 1.0, 2.0)  # seconds between questions that the Hub was too busy to answer
@@ -50,19 +50,19 @@ class Chunks:
     """The last few chunks of what is streamed from a repository: workers go through it side by side."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._chunks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, url: str, index: int, read: Callable[[], bytes]) -> bytes:
         """A chunk of the file at that address, read if it is not among them."""
         with self._lock:
-            if (url, index) in self._kept:
-                self._kept.move_to_end((url, index))
+            if (url, index) in self._chunks:
+                self._chunks.move_to_end((url, index))
             else:
-                self._kept[url, index] = read()
-                if len(self._kept) > _CHUNKS:
-                    self._kept.popitem(last=False)
-            return self._kept[url, index]
+                self._chunks[url, index] = read()
+                if len(self._chunks) > _CHUNKS:
+                    self._chunks.popitem(last=False)
+            return self._chunks[url, index]
 
 
 class Ranges:
@@ -72,7 +72,7 @@ class Ranges:
     """
 
     def __init__(self, name: str, commit: str, place: str, size: int, sha256: str, chunks: Chunks) -> None:
-        self._told = f"{name}/{place}"
+        self._address = f"{name}/{place}"
         self._size = size
         self._sha256 = sha256
         self._url = hf_hub_url(name, place, revision=commit)
@@ -129,9 +129,9 @@ class Ranges:
             if self._location and isinstance(error, HfHubHTTPError):
                 self._location = ""  # such an address lives for an hour or so
             elif error and (failures > _TRIES or isinstance(error, HfHubHTTPError)):
-                raise explain(error, self._told) from error
+                raise explain(error, self._address) from error
             elif failures > _TRIES:
-                raise HubError(f"{self._told}: the Hub sends nothing", hint="try again later")
+                raise HubError(f"{self._address}: the Hub sends nothing", hint="try again later")
             if done < len(buffer):
                 time.sleep(min(0.1 * 2**failures, 8.0))
 
@@ -151,7 +151,7 @@ class Ranges:
                 hf_raise_for_status(response)
                 if response.headers.get("Content-Range") != f"bytes {first}-{last}/{self._size}":
                     raise HubError(
-                        f"{self._told}: {response.url.host} does not serve ranges of files",
+                        f"{self._address}: {response.url.host} does not serve ranges of files",
                         hint="a proxy may be in the way; hf download fetches whole files",
                     )
                 if response.history:
@@ -216,9 +216,9 @@ def explain(error: Exception, name: str, revision: str | None = None, *, finding
     if isinstance(error, GatedRepoError):
         return HubError(f"{name} is gated: its owner decides who may read it", hint=f"ask at {page}, then {_LOG_IN}")
     if isinstance(error, RepositoryNotFoundError):
-        told = f"'{name}' is neither a path here nor" if finding else f"{name} is not"
+        text = f"'{name}' is neither a path here nor" if finding else f"{name} is not"
         return ReferenceNotFound(
-            f"{told} a repository on the Hub that you may see", hint=f"check the spelling; if it is private, {_LOG_IN}"
+            f"{text} a repository on the Hub that you may see", hint=f"check the spelling; if it is private, {_LOG_IN}"
         )
     if isinstance(error, RevisionNotFoundError):
         return ReferenceNotFound(f"{name} has no revision '{revision or 'main'}'", hint=_revisions(name))
@@ -245,8 +245,8 @@ def explain(error: Exception, name: str, revision: str | None = None, *, finding
         )
     if isinstance(error, OSError) and error.strerror:
         return HubError(f"{name}: {error.strerror}: {error.filename or constants.HF_HUB_CACHE}", hint="free some space")
-    told = (str(error) or type(error).__name__).splitlines()[0]
-    return HubError(f"{name}: {told}", hint="run the command again")
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return HubError(f"{name}: {text}", hint="run the command again")
 
 
 def _refused(error: HfHubHTTPError, name: str) -> HubError:

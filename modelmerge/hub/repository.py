@@ -101,8 +101,8 @@ class Repository:
         weights = [place for place in beside if place.endswith(_WEIGHTS)]
         with ThreadPoolExecutor(_REQUESTS) as pool:
             list(pool.map(self.bring, filter(_is_looked_into, beside)))
-            wanted = self._checkpoint(weights, self.directory / folder)
-            list(pool.map(self._draw, weights, (place in wanted for place in weights)))
+            readable = self._checkpoint(weights, self.directory / folder)
+            list(pool.map(self._draw, weights, (place in readable for place in weights)))
         return self.directory / inside
 
     def bring(self, place: str, progress: Any = None) -> None:
@@ -112,12 +112,12 @@ class Repository:
             HubError: The Hub refuses, or cannot be reached.
         """
         with explained(self.name):
-            found = hf_hub_download(
+            cached = hf_hub_download(
                 self.name, place, revision=self.commit, tqdm_class=progress or _NoProgress, **LIBRARY
             )
         file = self._make_room(place)
         file.unlink(missing_ok=True)
-        file.symlink_to(Path(found).resolve())
+        file.symlink_to(Path(cached).resolve())
 
     def is_cached(self, place: str) -> bool:
         """Whether the shared cache has a file."""
@@ -129,19 +129,19 @@ class Repository:
             return {self.inside}
         for stem, ending in _KINDS:
             index = folder / f"{stem}{ending}.index.json"
-            listed = index.read_text(errors="replace") if index.exists() else ""
+            index_text = index.read_text(errors="replace") if index.exists() else ""
             names = {place: PurePosixPath(place).name for place in weights if place.endswith(ending)}
-            found = {p for p, name in names.items() if name.startswith((stem, "adapter_model")) or name in listed}
-            if found:
-                return found
+            places = {p for p, name in names.items() if name.startswith((stem, "adapter_model")) or name in index_text}
+            if places:
+                return places
         return set()
 
-    def _draw(self, place: str, wanted: bool) -> None:
+    def _draw(self, place: str, readable: bool) -> None:
         """Put a weight file into the outline: whole if the cache has it or git holds it, else as a sparse copy."""
         remote = self.files[place]
-        if self.is_cached(place) or (wanted and remote.sha256 is None):
+        if self.is_cached(place) or (readable and remote.sha256 is None):
             self.bring(place)
-        elif not wanted:
+        elif not readable:
             sparse.blank(self._make_room(place), remote.size)
         elif not sparse.draw(self._make_room(place), self._ranges(place), remote.size):
             self.bring(place)
@@ -180,32 +180,32 @@ def find(name: str, revision: str | None, inside: str = "") -> Repository:
 
 def _files(api: Client, name: str, commit: str) -> dict[str, RemoteFile]:
     """The files of a commit; those in the shared cache, where the Hub cannot be reached."""
-    failed: Exception | None = None
+    failure: Exception | None = None
     if api.answer is None:  # it was not asked for a hash, or could not be
         try:
             api.model_info(name, revision=commit)
         except (HTTPError, OfflineModeIsEnabled) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
-            failed = error
+            failure = error
     if api.answer is not None:
         files = api.answer.siblings or []
         return {file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files}
     try:
         folder = Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError as error:
-        raise failed or error from None
-    found = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): RemoteFile(file.stat().st_size, None) for file in found}
+        raise failure or error from None
+    cached_files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): RemoteFile(file.stat().st_size, None) for file in cached_files}
 
 
-def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter) -> None:
+def fetch(downloads: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter) -> None:
     """Have the files of each repository in the shared cache, linked to from its outline.
 
     Raises:
         HubError: The disk is too small, the Hub refuses, or cannot be reached.
     """
-    total, free = (sum(download_bytes(*entry) for entry in wanted), free_bytes()) if wanted else (0, 0)
+    total, free = (sum(download_bytes(*entry) for entry in downloads), free_bytes()) if downloads else (0, 0)
     if total > free:
         raise HubError(
             f"{total:,} bytes have to be downloaded, and {cache_directory()} has {free:,} free",
@@ -215,16 +215,16 @@ def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter
         reporter.stage("downloading", total)
     stop = threading.Event()
     waiting: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
-    made = []
-    for repository, place in [(repository, place) for repository, places in wanted for place in places]:
-        made.append(Future[None]())
-        waiting.put((made[-1], partial(repository.bring, place, _progress(reporter, place, stop))))
+    futures = []
+    for repository, place in [(repository, place) for repository, places in downloads for place in places]:
+        futures.append(Future[None]())
+        waiting.put((futures[-1], partial(repository.bring, place, _progress(reporter, place, stop))))
     # Not a pool: the interpreter would wait for its threads, and a download can take hours.
-    threads = [threading.Thread(target=_work_off, args=(waiting, stop), daemon=True) for _ in made[:_DOWNLOADS]]
+    threads = [threading.Thread(target=_work_off, args=(waiting, stop), daemon=True) for _ in futures[:_DOWNLOADS]]
     try:
         for thread in threads:
             thread.start()
-        for future in made:
+        for future in futures:
             future.result()
     except BaseException:
         stop.set()

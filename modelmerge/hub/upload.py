@@ -137,7 +137,7 @@ def upload(target: Target, directory: Path, instead: Mapping[str, bytes], messag
             api = Client()
             there = api.list_repo_files(target.name, revision=target.revision)
             stale = [glob.escape(place) for place in there if _is_stale(place, places)]
-            told = api.upload_folder(
+            answer = api.upload_folder(
                 repo_id=target.name, folder_path=root, commit_message=message, revision=target.revision,
                 create_pr=target.create_pr, delete_patterns=stale or None,
             )  # fmt: skip
@@ -145,8 +145,8 @@ def upload(target: Target, directory: Path, instead: Mapping[str, bytes], messag
         if not quiet:
             enable_progress_bars()
     page = f"{constants.ENDPOINT}/{target.name}"
-    url = told.pr_url or (f"{page}/tree/{target.revision}" if target.revision else page)
-    return Pushed(url, told.oid)
+    url = answer.pr_url or (f"{page}/tree/{target.revision}" if target.revision else page)
+    return Pushed(url, answer.oid)
 
 
 def _is_stale(place: str, written: Mapping[str, Path]) -> bool:

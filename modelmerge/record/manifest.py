@@ -50,18 +50,18 @@ def stamp(device: object) -> dict[str, Any]:
 
 def listing(source: Source, tensors: Iterable[tuple[TensorPlan, str, str]]) -> dict[str, Any]:
     """What every plan says: the models, the device, and what each tensor is stored as and what happens to it."""
-    made = source.plan
+    plan = source.plan
     return {
-        "base": {"name": made.base.name, "reference": made.base.reference.text},
-        "experts": [{"name": expert.name, "reference": expert.reference.text} for expert in made.experts],
+        "base": {"name": plan.base.name, "reference": plan.base.reference.text},
+        "experts": [{"name": expert.name, "reference": expert.reference.text} for expert in plan.experts],
         "device": str(source.device),
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "stored_as": stored_as, "action": action,
              "reason": t.reason}
             for t, stored_as, action in tensors
         ],
-        "expert_only": {name: list(experts) for name, experts in made.expert_only.items()},
-        "remarks": remarks(made),
+        "expert_only": {name: list(experts) for name, experts in plan.expert_only.items()},
+        "remarks": remarks(plan),
     }  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def as_file(manifest: Mapping[str, Any]) -> bytes:
 
 
 def refuse_changed(
-    recorded: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
+    recipe_digests: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
 ) -> None:
     """Refuse inputs whose sha256 is not the recorded one.
 
@@ -90,8 +90,8 @@ def refuse_changed(
         for file, digest in files.items():
             address, lies = model.reference.address(file), model.reference.location
             # Where the recipe was published, by the model's name.
-            known = recorded.get(address, recorded.get(address.replace(lies, model.name)))
-            if recorded and known != digest:
+            expected = recipe_digests.get(address, recipe_digests.get(address.replace(lies, model.name)))
+            if recipe_digests and expected != digest:
                 raise RecipeError(
                     f"{file}: not the file that the recipe was made with (its sha256 differs)",
                     hint="restore the file, or make the merge anew without the recipe",
@@ -112,10 +112,10 @@ def notes_of(job: Job, findings: Findings) -> list[str]:
         reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
     for (expert, reason), count in sorted(reasons.items()):
         notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
-    lost = findings.rounding.relative_error() if findings.rounding else None
-    if lost is not None and lost > _LOSSY:
+    loss = findings.rounding.relative_error() if findings.rounding else None
+    if loss is not None and loss > _LOSSY:
         notes.append(
-            f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: the dtype float32 keeps it."
+            f"Storing in {_stored_as(job)} changes the merged task vector by {loss:.1%}: the dtype float32 keeps it."
         )
     return notes
 
@@ -172,16 +172,16 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
 
 
 def _applied(
-    name: str, kind: Literal["merge", "transform"], chosen: Method | TransformSpec, options: Mapping[str, Any]
+    name: str, kind: Literal["merge", "transform"], spec: Method | TransformSpec, options: Mapping[str, Any]
 ) -> card.Source:
     """A method as the card shows it: its options as they are typed, and what follows from them."""
-    settings = describe(chosen.options(**options)) if options else {}
-    shown = {}
+    settings = describe(spec.options(**options)) if options else {}
+    values = {}
     for key, value in settings.items():
         word = key.replace("_", " ") if key not in options else flag(key) if kind == "merge" else key.replace("_", "-")
-        shown[word if kind == "merge" else f"{name} {word}"] = value
-    bibtex, summary = chosen.citation.bibtex(chosen.paper) if chosen.citation else "", registry.summary(name, kind)
-    return card.Source(name=name, summary=summary, paper=chosen.paper, bibtex=bibtex, options=shown)
+        values[word if kind == "merge" else f"{name} {word}"] = value
+    bibtex, summary = spec.citation.bibtex(spec.paper) if spec.citation else "", registry.summary(name, kind)
+    return card.Source(name=name, summary=summary, paper=spec.paper, bibtex=bibtex, options=values)
 
 
 def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
@@ -196,7 +196,7 @@ def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
 def manifest_of(
     recipe: Recipe,
     job: Job,
-    found: Mapping[str, Any] | None,
+    coefficients: Mapping[str, Any] | None,
     out: Path,
     digests: Sequence[Mapping[Path, str]],
     findings: Findings,
@@ -204,17 +204,17 @@ def manifest_of(
     staging: Staging,
     seconds: float,
 ) -> dict[str, Any]:
-    """The manifest of a merge; `found` is what there is to say of coefficients that were found on data."""
+    """The manifest of a merge; `coefficients` is what there is to say of coefficients that were found on data."""
     tensors = job.plan.tensors.values()
     # Absolute paths and commits, so that the recipe can be replayed from anywhere.
-    located = dataclasses.replace(
+    replayable = dataclasses.replace(
         recipe,
         base=job.plan.base.reference.location,
         experts=tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts),
     )
     return {
         **stamp(job.source.device),
-        "recipe": located.to_dict(),
+        "recipe": replayable.to_dict(),
         "command": command_of(recipe, str(out)),
         "inputs": {
             "base": record(job.plan.base, digests[0]),
@@ -232,7 +232,7 @@ def manifest_of(
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
         "rounding": _rounding(job, findings),
-        **({"adaptation": dict(found)} if found is not None else {}),
+        **({"adaptation": dict(coefficients)} if coefficients is not None else {}),
         "notes": list(notes),
         "seconds": round(seconds, 3),
         "files": staging.listing(),
