@@ -11,7 +11,6 @@ to the base. For a module with rank r and scale s = alpha / r (or alpha / sqrt(r
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from modelmerge.checkpoint.header import Change, TensorInfo
+from modelmerge.checkpoint.header import Change, TensorInfo, read_json
 from modelmerge.errors import CheckpointError, PlanError, ReferenceNotFound
 
 CONFIG = "adapter_config.json"
@@ -74,10 +73,7 @@ def read_adapter(file: Path) -> Adapter:
         CheckpointError: The file is malformed.
         ReferenceNotFound: It is of a kind that cannot be merged; the message names it.
     """
-    try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from error
+    config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise CheckpointError(f"{file}: malformed: it does not name its 'peft_type'")
     _refuse_other_kinds(file, config)
@@ -96,10 +92,14 @@ def read_adapter(file: Path) -> Adapter:
     return Adapter(file, str(config.get("base_model_name_or_path") or ""), config)
 
 
+def _unmergeable(message: str) -> ReferenceNotFound:
+    return ReferenceNotFound(message, hint=_MERGE_FIRST)
+
+
 def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
     kind = config["peft_type"]
     if kind != "LORA":
-        raise ReferenceNotFound(f"{file.parent} is a {kind} adapter; only LORA can be read", hint=_MERGE_FIRST)
+        raise _unmergeable(f"{file.parent} is a {kind} adapter; only LORA can be read")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
         raise ReferenceNotFound(
@@ -109,15 +109,12 @@ def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
             + _MERGE_FIRST,
         )
     if start not in _PLAIN_INITS:
-        raise ReferenceNotFound(
-            f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which is unknown here",
-            hint=_MERGE_FIRST,
+        raise _unmergeable(
+            f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which is unknown here"
         )
     for name, value in config.items():
         if value and name not in _HARMLESS | _USED:
-            raise ReferenceNotFound(
-                f"{file.parent}: its adapter_config.json sets {name}, which cannot be merged here", hint=_MERGE_FIRST
-            )
+            raise _unmergeable(f"{file.parent}: its adapter_config.json sets {name}, which cannot be merged here")
 
 
 def translate(
@@ -185,7 +182,7 @@ def _sorted_keys(
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         module = plain.rpartition(".")[0]
         if "lora_" in name or "trainable_tokens" in name or not module:
-            raise ReferenceNotFound(f"{info.file}: the key '{info.name}' cannot be merged here", hint=_MERGE_FIRST)
+            raise _unmergeable(f"{info.file}: the key '{info.name}' cannot be merged here")
         if name.endswith(".base_layer.weight") and module in modules:
             modules[module]["origin"] = info
         else:
@@ -258,10 +255,8 @@ def _refuse_stacked(modules: Mapping[str, Mapping[str, TensorInfo]], base: Mappi
     joint = {name.split(".")[-2] for name in base if name.endswith(".in_proj_weight")}
     for name, parts in modules.items():
         if name.rpartition(".")[2] in joint:
-            raise ReferenceNotFound(
-                f"{parts['A'].file}: '{name}' is an nn.MultiheadAttention, whose LoRA cannot be merged here",
-                hint=_MERGE_FIRST,
-            )
+            why = "is an nn.MultiheadAttention, whose LoRA cannot be merged here"
+            raise _unmergeable(f"{parts['A'].file}: '{name}' {why}")
 
 
 def stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
@@ -371,7 +366,7 @@ class _Places:
             return _moved(name, next(iter(rules)))
         module = name.rpartition(".")[0]
         modules = self._adapter.config.get("modules_to_save") or ()
-        has_reason = any(word == module or f".{module}.".find(f".{word}.") >= 0 for word in modules)
+        has_reason = any(f".{word}." in f".{module}." for word in modules)
         has_reason |= name.endswith(".bias") and self._adapter.config.get("bias") == "all"
         if self._table is not None and module.rpartition(".")[2] in HEADS:
             if not self._adapter.config.get("ensure_weight_tying"):

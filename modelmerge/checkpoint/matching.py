@@ -36,13 +36,13 @@ def is_vocabulary(name: str) -> bool:
     return _ends(name, (*_INPUTS, *_HEADS, *_BIASES))
 
 
-def match(base: Checkpoint, expert: Checkpoint, concerns: Callable[[str], bool]) -> tuple[Checkpoint, list[str]]:
+def match(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -> tuple[Checkpoint, list[str]]:
     """The expert with its tensors by the base's names, and complaints about ties that are not sure.
 
     Args:
         base: The base.
         expert: An expert. A task vector or an adapter has the base's names already.
-        concerns: Whether a tensor of that name is to be merged; others cause no complaint.
+        merges: Whether a tensor of that name is to be merged; others cause no complaint.
 
     Raises:
         PlanError: Several prefixes would make the expert's names the base's.
@@ -54,7 +54,7 @@ def match(base: Checkpoint, expert: Checkpoint, concerns: Callable[[str], bool])
     tensors = {names[name]: info for name, info in expert.tensors.items()}
     remarks += _by_old_names(base, tensors)
     expert = replace(expert, tensors=tensors)
-    through, complaints = _through_twins(base, expert, concerns)
+    through, complaints = _through_twins(base, expert, merges)
     return replace(expert, remarks=(*expert.remarks, *remarks, *through)), complaints
 
 
@@ -112,11 +112,9 @@ def _under_a_prefix(base: Checkpoint, expert: Checkpoint) -> tuple[dict[str, str
         return identity, []
     rivals = [way for way in agreement if way != best and not agreement[way] < agreement[best]]
     if rivals:
-        ways_said = " or ".join(
-            f"{how} '{prefix}' in front" if how else "as they are" for how, prefix in (best, *rivals)
-        )
+        text = " or ".join(f"{how} '{prefix}' in front" if how else "as they are" for how, prefix in (best, *rivals))
         raise PlanError(
-            f"'{expert.name}': its names could be the base's {ways_said}; which is meant cannot be told",
+            f"'{expert.name}': its names could be the base's {text}; which is meant cannot be told",
             hint="save it under the base's names",
         )
     how, prefix = best
@@ -179,14 +177,12 @@ class _Ties:
                 yield "bias", info.shape
 
 
-def _through_twins(
-    base: Checkpoint, expert: Checkpoint, concerns: Callable[[str], bool]
-) -> tuple[list[str], list[str]]:
+def _through_twins(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     """Give the expert what it leaves out because it is tied, and take what the base leaves out for that reason."""
     remarks: list[str] = []
     complaints: list[str] = []
     tensors = expert.tensors
-    lacks = [name for name in base.tensors if name not in tensors and concerns(name)]
+    lacks = [name for name in base.tensors if name not in tensors and merges(name)]
     extra = [name for name in tensors if name not in base.tensors]
     if not lacks and not extra:
         return remarks, complaints
@@ -214,7 +210,7 @@ def _through_twins(
         if twin:
             del tensors[name]
             remarks.append(f"its '{name}' is the same as its '{twin}' and is left out, as in the base")
-        elif have and _ends(name, _HEADS) and not headless and concerns(name):
+        elif have and _ends(name, _HEADS) and not headless and merges(name):
             complaints.append(
                 f"'{name}': of its own in {expert.name}, other than '{have[0]}'; the base has none, and would lose it"
             )

@@ -10,20 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_url
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,  # from there: whichever httpx this version of the client is built on
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-    XetDownloadError,
-)
+from huggingface_hub import HfApi, ModelInfo, constants, errors, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from modelmerge._version import __version__
@@ -41,7 +28,8 @@ _CHUNKS = 3  # so many are kept of a repository
 STREAM_BYTES = (_CHUNKS + 1) * _CHUNK  # memory that the stream of a repository takes
 # What the client raises; RuntimeError and ValueError for uploads that fail and answers that make no sense.
 _CLIENT_ERRORS = (
-    HTTPError, OSError, RuntimeError, ValueError, RevisionResolutionError, XetDownloadError, EntryNotFoundError,
+    errors.HTTPError, OSError, RuntimeError, ValueError, errors.RevisionResolutionError, errors.XetDownloadError,
+    errors.EntryNotFoundError,
 )  # fmt: skip
 _LOG_IN = "log in: hf auth login, or set HF_TOKEN"
 
@@ -123,12 +111,12 @@ class Ranges:
             try:
                 done = self._receive(buffer, done, position)
                 error: Exception | None = None
-            except HTTPError as raised:
+            except errors.HTTPError as raised:
                 error = raised
             failures = 0 if done > before else failures + 1
-            if self._location and isinstance(error, HfHubHTTPError):
+            if self._location and isinstance(error, errors.HfHubHTTPError):
                 self._location = ""  # such an address lives for an hour or so
-            elif error and (failures > _TRIES or isinstance(error, HfHubHTTPError)):
+            elif error and (failures > _TRIES or isinstance(error, errors.HfHubHTTPError)):
                 raise explain(error, self._address) from error
             elif failures > _TRIES:
                 raise HubError(f"{self._address}: the Hub sends nothing", hint="try again later")
@@ -159,7 +147,7 @@ class Ranges:
                 for part in response.iter_raw():
                     buffer[received : received + len(part)] = part
                     received += len(part)
-        except HTTPError:
+        except errors.HTTPError:
             if received == done:
                 raise
         return received
@@ -184,7 +172,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
     for pause in _PAUSES:
         try:
             return ask()
-        except HfHubHTTPError as error:
+        except errors.HfHubHTTPError as error:
             if error.response.status_code not in _TRANSIENT:
                 raise
         time.sleep(pause)
@@ -208,25 +196,25 @@ def explained(name: str, revision: str | None = None, *, finding: bool = False) 
 
 def explain(error: Exception, name: str, revision: str | None = None, *, finding: bool = False) -> ModelMergeError:
     """The error of ours that says what an error of the client means; see `explained`."""
-    while isinstance(error, (LocalEntryNotFoundError, RevisionResolutionError, RuntimeError)):
+    while isinstance(error, (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, RuntimeError)):
         if not isinstance(error.__cause__, Exception):
             break
         error = error.__cause__
     page = f"{constants.ENDPOINT}/{name}"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return HubError(f"{name} is gated: its owner decides who may read it", hint=f"ask at {page}, then {_LOG_IN}")
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         text = f"'{name}' is neither a path here nor" if finding else f"{name} is not"
         return ReferenceNotFound(
             f"{text} a repository on the Hub that you may see", hint=f"check the spelling; if it is private, {_LOG_IN}"
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return ReferenceNotFound(f"{name} has no revision '{revision or 'main'}'", hint=_revisions(name))
-    if isinstance(error, DisabledRepoError):
+    if isinstance(error, errors.DisabledRepoError):
         return HubError(f"{name} has been disabled", hint=f"see {page}")
-    if isinstance(error, OfflineModeIsEnabled) and not finding:
+    if isinstance(error, errors.OfflineModeIsEnabled) and not finding:
         return HubError(f"{name}: HF_HUB_OFFLINE forbids to ask the Hub", hint="unset HF_HUB_OFFLINE")
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError)):
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.RevisionResolutionError)):
         what = f"{name}@{revision}" if revision else name
         if finding:
             what = f"'{what}' is not a path here, and"
@@ -234,9 +222,9 @@ def explain(error: Exception, name: str, revision: str | None = None, *, finding
             f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub",
             hint=f"unset HF_HUB_OFFLINE, or fetch it where there is a connection: hf download {name}",
         )
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         return _refused(error, name)
-    if isinstance(error, HTTPError):
+    if isinstance(error, errors.HTTPError):
         host = constants.ENDPOINT.partition("://")[2]
         what = f"'{name}' is not a path here, and {host}" if finding else f"{name}: {host}"
         return HubError(
@@ -249,7 +237,7 @@ def explain(error: Exception, name: str, revision: str | None = None, *, finding
     return HubError(f"{name}: {text}", hint="run the command again")
 
 
-def _refused(error: HfHubHTTPError, name: str) -> HubError:
+def _refused(error: errors.HfHubHTTPError, name: str) -> HubError:
     status = error.response.status_code
     if status == 401:
         return HubError(f"{name}: the Hub does not accept your token", hint=f"{_LOG_IN} anew")

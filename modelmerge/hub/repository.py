@@ -35,7 +35,8 @@ _REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 _KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of a checkpoint's files; readers prefer the first
 _ADDRESS = re.compile(r"hf://([^/@]+/[^/@]+)@([^/]+)/(.+)")
-_LOOKED_INTO = ("config.json", "adapter_config.json", "modelmerge.json")  # by readers, to know what a checkpoint is
+# By readers, to know what a checkpoint is.
+_LOOKED_INTO = re.compile(r"(.*/)?(config|adapter_config|modelmerge|[^/]*\.index)\.json", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,8 @@ class Repository:
 
     def ranges(self, file: Path) -> Ranges:
         """A file of the outline, to be read where it is."""
-        return self._ranges(self.place(file))
+        remote = self.files[self.place(file)]
+        return Ranges(self.name, self.commit, self.place(file), remote.size, remote.sha256 or "", self._chunks)
 
     def outline(self) -> Path:
         """Make the outline; the directory or file in it that the reference means.
@@ -100,7 +102,7 @@ class Repository:
         beside = [place for place in self.files if PurePosixPath(place).parent == folder]
         weights = [place for place in beside if place.endswith(_WEIGHTS)]
         with ThreadPoolExecutor(_REQUESTS) as pool:
-            list(pool.map(self.bring, filter(_is_looked_into, beside)))
+            list(pool.map(self.bring, filter(_LOOKED_INTO.fullmatch, beside)))
             readable = self._checkpoint(weights, self.directory / folder)
             list(pool.map(self._draw, weights, (place in readable for place in weights)))
         return self.directory / inside
@@ -115,7 +117,8 @@ class Repository:
             cached = hf_hub_download(
                 self.name, place, revision=self.commit, tqdm_class=progress or _NoProgress, **LIBRARY
             )
-        file = self._make_room(place)
+        file = self.directory / place
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
         file.symlink_to(Path(cached).resolve())
 
@@ -138,22 +141,14 @@ class Repository:
 
     def _draw(self, place: str, readable: bool) -> None:
         """Put a weight file into the outline: whole if the cache has it or git holds it, else as a sparse copy."""
-        remote = self.files[place]
+        remote, file = self.files[place], self.directory / place
+        file.parent.mkdir(parents=True, exist_ok=True)
         if self.is_cached(place) or (readable and remote.sha256 is None):
             self.bring(place)
         elif not readable:
-            sparse.blank(self._make_room(place), remote.size)
-        elif not sparse.draw(self._make_room(place), self._ranges(place), remote.size):
+            sparse.blank(file, remote.size)
+        elif not sparse.draw(file, self.ranges(file), remote.size):
             self.bring(place)
-
-    def _ranges(self, place: str) -> Ranges:
-        remote = self.files[place]
-        return Ranges(self.name, self.commit, place, remote.size, remote.sha256 or "", self._chunks)
-
-    def _make_room(self, place: str) -> Path:
-        file = self.directory / place
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file
 
 
 def find(name: str, revision: str | None, inside: str = "") -> Repository:
@@ -272,11 +267,6 @@ def cached(address: str) -> Path | None:
 def cache_directory() -> Path:
     """The cache that all Hugging Face tools share."""
     return Path(constants.HF_HUB_CACHE).expanduser().resolve()
-
-
-def _is_looked_into(place: str) -> bool:
-    name = PurePosixPath(place).name
-    return name in _LOOKED_INTO or name.endswith(".index.json")
 
 
 class _Interrupted(Exception):

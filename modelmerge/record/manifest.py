@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -107,9 +108,7 @@ def notes_of(job: Job, findings: Findings) -> list[str]:
     if len(notes) > 5:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
     notes = read + [f"'{t.name}': {t.reason}." for t in job.plan.tensors.values() if t.mismatched] + notes
-    reasons: dict[tuple[str, str], int] = {}
-    for _, expert, reason in findings.left_out:
-        reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
+    reasons = Counter((expert, reason) for _, expert, reason in findings.left_out)
     for (expert, reason), count in sorted(reasons.items()):
         notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
     loss = findings.rounding.relative_error() if findings.rounding else None
