@@ -14,7 +14,7 @@ import torch
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import Room
+from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine.coefficients import Coefficients, CoefficientTable, Problem
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import refuse_beyond_memory
