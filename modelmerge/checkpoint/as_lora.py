@@ -56,11 +56,8 @@ def parse_size(text: float | str) -> Size:
         return Size(energy=number)
     if number >= 1 and number == int(number):
         return Size(rank=int(number))
-    raise UsageError(
-        f"must be a rank (1, 2, ...) or a share of the squared norm between 0 and 1, not '{text}'",
-        option="as_lora",
-        hint="write it like 16 or 0.95",
-    )
+    rule = f"must be a rank (1, 2, ...) or a share of the squared norm between 0 and 1, not '{text}'"
+    raise UsageError(rule, option="as_lora", hint="write it like 16 or 0.95")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,19 +194,13 @@ def config(
         "revision": remote.commit if remote is not None else None,
         "task_type": _task(base),
         "inference_mode": True,
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": odd,
-        "alpha_pattern": odd,
+        "r": usual, "lora_alpha": usual, "rank_pattern": odd, "alpha_pattern": odd,
         "target_modules": _targets(by_module, {role.module for role in table.values()}),
         "modules_to_save": sorted(saved) or None,
         "bias": "lora_only" if biases else "none",
         "fan_in_fan_out": any(table[name].transposed for name in ranks),
-        "lora_dropout": 0.0,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-    }
+        "lora_dropout": 0.0, "init_lora_weights": True, "use_rslora": False, "use_dora": False,
+    }  # fmt: skip
     return (json.dumps(content, indent=2) + "\n").encode()
 
 

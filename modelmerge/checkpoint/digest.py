@@ -123,12 +123,9 @@ def _entry(file: Path) -> Path:
 
 def _identity(file: Path, stat: os.stat_result) -> dict[str, object]:
     return {
-        "path": str(file.resolve()),
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ctime_ns": stat.st_ctime_ns,
+        "path": str(file.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns,
         "inode": stat.st_ino,
-    }
+    }  # fmt: skip
 
 
 def _recall(file: Path, stat: os.stat_result) -> str | None:

@@ -78,20 +78,10 @@ def front_matter(directory: Path | None) -> dict[str, Any]:
 
 
 def render(
-    *,
-    title: str,
-    base: Model,
-    experts: Sequence[Model],
-    methods: Sequence[Source],
-    settings: Mapping[str, Any],
-    command: str,
-    notes: Sequence[str],
-    has_config: bool,
-    versions: Mapping[str, str],
-    device: str,
-    transforms: Sequence[Source] = (),
-    adapter: bool = False,
-) -> str:
+    *, title: str, base: Model, experts: Sequence[Model], methods: Sequence[Source], settings: Mapping[str, Any],
+    command: str, notes: Sequence[str], has_config: bool, versions: Mapping[str, str], device: str,
+    transforms: Sequence[Source] = (), adapter: bool = False,
+) -> str:  # fmt: skip
     """The card's text.
 
     Args:

@@ -32,6 +32,5 @@ def fingerprint(plan: Plan, *settings: Any) -> str:
         for file, stat in m.files.items()
     ]
     names = [model.name for model in plan.models]
-    return hashlib.sha256(
-        json.dumps([settings, names, files, versions()], sort_keys=True, default=str).encode()
-    ).hexdigest()
+    content = json.dumps([settings, names, files, versions()], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -193,24 +193,14 @@ def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
 
 
 def manifest_of(
-    recipe: Recipe,
-    job: Job,
-    coefficients: Mapping[str, Any] | None,
-    out: Path,
-    digests: Sequence[Mapping[Path, str]],
-    findings: Findings,
-    notes: Sequence[str],
-    staging: Staging,
-    seconds: float,
-) -> dict[str, Any]:
+    recipe: Recipe, job: Job, coefficients: Mapping[str, Any] | None, out: Path, digests: Sequence[Mapping[Path, str]],
+    findings: Findings, notes: Sequence[str], staging: Staging, seconds: float,
+) -> dict[str, Any]:  # fmt: skip
     """The manifest of a merge; `coefficients` is what there is to say of coefficients that were found on data."""
     tensors = job.plan.tensors.values()
     # Absolute paths and commits, so that the recipe can be replayed from anywhere.
-    replayable = dataclasses.replace(
-        recipe,
-        base=job.plan.base.reference.location,
-        experts=tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts),
-    )
+    experts = tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts)
+    replayable = dataclasses.replace(recipe, base=job.plan.base.reference.location, experts=experts)
     return {
         **stamp(job.source.device),
         "recipe": replayable.to_dict(),
