@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.staging import Room
+from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job

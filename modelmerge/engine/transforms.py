@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from modelmerge.checkpoint.staging import Room
+from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine.corrections import CorrectionTransform
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job

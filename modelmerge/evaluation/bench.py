@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from modelmerge.checkpoint.companions import companions
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.opening import as_references, open_references
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all
-from modelmerge.checkpoint.staging import CARD, companions, replace_file
+from modelmerge.checkpoint.staging import CARD, replace_file
 from modelmerge.engine.parallel import find_device
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.evaluation import cache

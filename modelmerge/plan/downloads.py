@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from modelmerge.checkpoint.companions import is_companion
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import CARD, is_companion
+from modelmerge.checkpoint.staging import CARD
 from modelmerge.hub import repository
 from modelmerge.hub.ranges import STREAM_BYTES
 from modelmerge.plan.tensors import Plan

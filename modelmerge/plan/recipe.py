@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modelmerge.errors import RecipeError, UsageError
-from modelmerge.methods.options import written
 from modelmerge.plan import format_1
 
 FORMAT = 2  # of modelmerge.json; counts up when a reader of the old form would misread the new one
@@ -59,42 +57,6 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    def command(self, output: str) -> str:
-        """The shell line that repeats the merge."""
-        words = ["modelmerge", "merge", self.method, self.base, *self.experts]
-        words += _typed("--", self.options)
-        for text in self.disentangle:
-            words += ["--disentangle", text]
-        for name, weight in self.weights.items():
-            words += ["--weight", f"{name}={written(weight)}"]
-        for override in self.at:
-            words += ["--at", override]
-        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        for name in ("rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
-            value = getattr(self, name)
-            words += [f"--{name.replace('_', '-')}", str(value)] if value != defaults[name] else []
-        for name in ("include", "exclude"):
-            for glob in getattr(self, name):
-                words += [f"--{name}", glob]
-        for name, told in self.unlabelled.items():
-            for each in told if isinstance(told, list | tuple) else [told]:
-                words += [data_flag(name), str(each)]
-        return shlex.join([*words, "-o", output])
-
-
-def _typed(prefix: str, options: Mapping[str, Any]) -> list[str]:
-    """A method's options as they are typed; a switch that is off is not."""
-    words: list[str] = []
-    for name, value in options.items():
-        if value is not None and value is not False:
-            words += [f"{prefix}{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return words
-
-
-def data_flag(name: str) -> str:
-    """What tells of unlabelled data, as it is typed."""
-    return "--" + {"tasks": "task", "templates": "template"}.get(name, name).replace("_", "-")
 
 
 def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | None]:

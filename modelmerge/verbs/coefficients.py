@@ -14,12 +14,12 @@ import torch
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import Room
+from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine.coefficients import Coefficients, CoefficientTable, Problem
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import refuse_beyond_memory
 from modelmerge.engine.transforms import Transform, fit_chain
-from modelmerge.errors import RecipeError, UsageError
+from modelmerge.errors import RecipeError, UsageError, named
 from modelmerge.evaluation import cache, clip, clip_models, image_data, unlabelled
 from modelmerge.evaluation.clip_models import Parts, Tower
 from modelmerge.evaluation.custom import Script, load_script
@@ -29,7 +29,7 @@ from modelmerge.evaluation.model import Model
 from modelmerge.methods import registry
 from modelmerge.methods.coefficients import Options
 from modelmerge.methods.options import make_options, option_types
-from modelmerge.plan.recipe import Recipe, data_flag
+from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import Reporter
 
 # What images are told by, as in suite `clip`.
@@ -195,7 +195,7 @@ def find_data(recipe: Recipe, experts: Sequence[str], script: Script | None = No
     if SCRIPT in values:
         if len(values) > 1:
             other = next(name for name in values if name != SCRIPT)
-            raise UsageError(f"--script brings its own data: {data_flag(other)} has no effect with it")
+            raise UsageError(f"brings its own data: {named(other)} has no effect with it", option=SCRIPT)
         return Data({}, script or load_script(str(values[SCRIPT])), None, None, options)
     clip.require_extra(recipe.method)
     if values.get("limit", 1) < 1:

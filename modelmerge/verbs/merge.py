@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from modelmerge.checkpoint.companions import companions
 from modelmerge.checkpoint.opening import as_references
-from modelmerge.checkpoint.staging import CARD, Staging, companions, scratches
+from modelmerge.checkpoint.scratch import scratches
+from modelmerge.checkpoint.staging import CARD, Staging
 from modelmerge.engine.adapter import Adapted
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run

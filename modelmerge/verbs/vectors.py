@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from modelmerge.checkpoint.companions import companions
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out, together
 from modelmerge.checkpoint.opening import as_references, open_models
 from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT
-from modelmerge.checkpoint.staging import Staging, companions
+from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine import vectors
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import fitting_bytes, scratch_bytes, vector_memory
