@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from modelmerge.evaluation.report import Figures, ModelRow, Report, Role, ScoreReport, WeightReport
+from modelmerge.evaluation.report import ModelRow, Report, Role
 from modelmerge.evaluation.scores import mean, mean_error, plain
 
 AVERAGE = "average"
@@ -123,7 +124,7 @@ def of_report(report: Report) -> list[Chart]:
     return [*of_weights(report)] if report["suite"] == "weights" else [*of_scores(report)]
 
 
-def of_scores(report: ScoreReport) -> list[Scores]:
+def of_scores(report: Report) -> list[Scores]:
     """The scores of a report: one chart of the tasks that are shares, one for each other metric."""
     groups: dict[tuple[str, bool], list[str]] = {}
     for task in report["tasks"]:
@@ -135,7 +136,7 @@ def of_scores(report: ScoreReport) -> list[Scores]:
     return [_scores(report, tasks, lower) for (_, lower), tasks in groups.items()]
 
 
-def _scores(report: ScoreReport, tasks: Sequence[str], lower: bool) -> Scores:
+def _scores(report: Report, tasks: Sequence[str], lower: bool) -> Scores:
     rows = [_of_model(model, tasks) for model in report["models"] if model["role"] != "expert"]
     rows[_bases(rows) : _bases(rows)] = _of_experts(report, tasks)
     average = len(tasks) > 1 and not lower
@@ -168,7 +169,7 @@ def _of_model(model: ModelRow, tasks: Sequence[str]) -> Series:
     )  # fmt: skip
 
 
-def _of_experts(report: ScoreReport, tasks: Sequence[str]) -> list[Series]:
+def _of_experts(report: Report, tasks: Sequence[str]) -> list[Series]:
     """The experts: those that are for one of the tasks as one series, each at its own task; others as they are."""
     experts = {plain(model["name"]): model for model in report["models"] if model["role"] == "expert"}
     owners = report.get("own_experts") or {task: task for task in report["tasks"]}  # what older reports leave out
@@ -180,8 +181,8 @@ def _of_experts(report: ScoreReport, tasks: Sequence[str]) -> list[Series]:
     if any(score is not None for score in scores):
         rows.insert(0, Series(
             name="each task's expert", role="expert",
-            values=tuple(score and score["score"] for score in scores),
-            errors=tuple(score and score["stderr"] for score in scores),
+            values=tuple(None if score is None else score["score"] for score in scores),
+            errors=tuple(None if score is None else score["stderr"] for score in scores),
         ))  # fmt: skip
     return rows
 
@@ -194,7 +195,7 @@ def _with_average(series: Series) -> Series:
     )  # fmt: skip
 
 
-def of_weights(report: WeightReport) -> list[Heatmap]:
+def of_weights(report: Report) -> list[Heatmap]:
     """The cosines of a report: of the experts with one another, and of each model with each expert, by layer."""
     whole = report["model"]
     experts, cosines = list(whole["experts"]["norms"]), whole["experts"]["cosines"]
@@ -205,7 +206,7 @@ def of_weights(report: WeightReport) -> list[Heatmap]:
         limit = _round_up(max(map(abs, others), default=1.0)) or 1.0
         title = "Cosines of the experts' task vectors with one another"
         maps.append(heatmap(title, experts, experts, cosines, what="cosine", limit=limit))
-    layers: dict[str, Figures] = {"whole model": whole, **report["layer_types"], **report.get("tensors", {})}
+    layers: dict[str, Any] = {"whole model": whole, **report["layer_types"], **report.get("tensors", {})}
     by_model = {
         name: [[layer["models"][name]["experts"][e]["cosine"] for e in experts] for layer in layers.values()]
         for name in whole["models"]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from modelmerge.charts import colours, tables
 from modelmerge.charts.figures import Chart, Heatmap, Scores, Series, of_report, ticks
 from modelmerge.charts.names import clean, wrap
 from modelmerge.checkpoint.staging import replace_file
-from modelmerge.evaluation.report import Input, Report
+from modelmerge.evaluation.report import Report
 
 __all__ = ["Incomplete", "render", "write"]  # Incomplete: what render raises of what is no report
 _HERE = Path(__file__).parent
@@ -238,12 +238,8 @@ def _exact(value: float | None, none: str = "n/a") -> str:
 def _inputs(report: Report) -> list[Mapping[str, Any]]:
     if report["suite"] != "weights":
         return [*report["models"]]
-    roles: list[tuple[str, Sequence[Input]]] = [
-        ("base", [report["base"]]),
-        ("expert", report["experts"]),
-        ("model", report["models"]),
-    ]
-    return [{**entry, "role": role} for role, entries in roles for entry in entries]
+    roles = {"base": [report["base"]], "expert": report["experts"], "model": report["models"]}
+    return [{**entry, "role": role} for role, entries in roles.items() for entry in entries]
 
 
 def _files(report: Report) -> tables.Table:

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from modelmerge.evaluation.report import (
-    ExpertFigures,
-    MergedInput,
-    ModelFigures,
-    ModelRow,
-    Report,
-    ScoreReport,
-    WeightReport,
-)
-
-_CLOSENESS: tuple[tuple[str, Literal["cosine", "relative_distance", "subspace_alignment"]], ...] = (
-    ("cosine", "cosine"), ("distance", "relative_distance"), ("alignment", "subspace_alignment"),
-)  # fmt: skip
+from modelmerge.evaluation.report import ModelRow, Report
 
 
 class Best(str):
@@ -54,12 +42,12 @@ def of_report(report: Report, *, widest: int | None = None) -> list[Table]:
     return [of_scores(report), *([of_differences(report)] if "comparison" in report else [])]
 
 
-def in_shares(report: ScoreReport) -> bool:
+def in_shares(report: Report) -> bool:
     """Whether all scores are between 0 and 1, and are shown in per cent."""
     return all(0.0 <= value <= 1.0 for value in _values(report["models"]))
 
 
-def of_scores(report: ScoreReport) -> Table:
+def of_scores(report: Report) -> Table:
     """A row for each model, a column for each task."""
     tasks, models = report["tasks"], report["models"]
     share = in_shares(report)
@@ -123,7 +111,7 @@ def _cell(value: float | None, error: float | None, share: bool, *, best: bool) 
     return Best(text) if best else text
 
 
-def of_differences(report: ScoreReport) -> Table:
+def of_differences(report: Report) -> Table:
     """A row for each task of each model that an earlier report has too."""
     comparison, share = report["comparison"], in_shares(report)
     rows, unit = [], 100 if share else 1
@@ -140,7 +128,7 @@ def of_differences(report: ScoreReport) -> Table:
     return table(title, ["", "task", "difference", "", "p", ""], rows, words=2)
 
 
-def of_weights(report: WeightReport, widest: int | None = None) -> list[Table]:
+def of_weights(report: Report, widest: int | None = None) -> list[Table]:
     """The experts, their conflicts, the models beside them, and each model by layer."""
     model, kinds = report["model"], report["layer_types"]
     experts, models = list(model["experts"]["norms"]), list(model["models"])
@@ -168,7 +156,7 @@ def of_weights(report: WeightReport, widest: int | None = None) -> list[Table]:
     return tables
 
 
-def _conflicts(name: str, figures: ExpertFigures) -> list[str]:
+def _conflicts(name: str, figures: Mapping[str, Any]) -> list[str]:
     interference, awd, apgd = (
         pair or {}
         for pair in (figures["singular_task_interference"], figures["awd_orthogonality"], figures["apgd_gap"])
@@ -180,7 +168,7 @@ def _conflicts(name: str, figures: ExpertFigures) -> list[str]:
     ]  # fmt: skip
 
 
-def _comparison(models: Mapping[str, ModelFigures], experts: list[str], inputs: list[MergedInput]) -> list[list[str]]:
+def _comparison(models: Mapping[str, Any], experts: list[str], inputs: list[ModelRow]) -> list[list[str]]:
     """A row for each figure, a column for each model."""
     figures = list(models.values())
     rounding = [
@@ -193,13 +181,13 @@ def _comparison(models: Mapping[str, ModelFigures], experts: list[str], inputs: 
         ["lost to rounding", *rounding],
         ["APGD's gap (base: 1)", *(_number(model["apgd_gap"]) for model in figures)],
     ]
-    for label, key in _CLOSENESS:
+    for label, key in {"cosine": "cosine", "distance": "relative_distance", "alignment": "subspace_alignment"}.items():
         for expert in experts:
             rows.append([f"{label} {expert}", *(_number(model["experts"][expert][key]) for model in figures)])
     return rows
 
 
-def _layer(name: str, figures: ModelFigures, experts: list[str]) -> list[str]:
+def _layer(name: str, figures: Mapping[str, Any], experts: list[str]) -> list[str]:
     rows = [figures["experts"][expert] for expert in experts]
     return [
         name, _size(figures["norm"]), _number(figures["apgd_gap"]), *(_number(each["cosine"]) for each in rows),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import time
@@ -17,10 +18,10 @@ from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all
 from modelmerge.checkpoint.staging import CARD, companions, replace_file
 from modelmerge.engine.parallel import find_device
-from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.errors import ModelMergeError, UsageError, named
 from modelmerge.evaluation import cache
 from modelmerge.evaluation.model import Model
-from modelmerge.evaluation.report import ModelRow, ScoreEntry, ScoreReport
+from modelmerge.evaluation.report import ModelRow, Report, ScoreEntry
 from modelmerge.evaluation.scores import Score, check_gates, differences, mean, parse_gate, summarise
 from modelmerge.plan.downloads import fetch_whole
 from modelmerge.progress import SILENT, Reporter
@@ -28,6 +29,7 @@ from modelmerge.record import card
 from modelmerge.record.fingerprint import versions
 from modelmerge.record.manifest import record, stamp
 
+SAVE = f"save one: modelmerge eval SUITE ... {named('json')} > report.json"
 Models = Sequence[str | Path] | Mapping[str, str | Path]  # `[NAME=]REF` each, or a mapping of name to reference
 
 
@@ -101,7 +103,21 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def run(bench: Bench, models: Models, running: Running) -> ScoreReport:
+def require(what: str, install: str, *modules: str) -> None:
+    """Refuse to begin without libraries that `what` needs and `pip install` brings by the words `install`.
+
+    Raises:
+        ModelMergeError: One is not installed.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            lacking = f"{what} needs {error.name or error}, which is not installed"
+            raise ModelMergeError(lacking, hint=f"pip install {install}") from error
+
+
+def run(bench: Bench, models: Models, running: Running) -> Report:
     """Measure the base, the experts and the models; the report.
 
     Raises:
@@ -113,7 +129,8 @@ def run(bench: Bench, models: Models, running: Running) -> ScoreReport:
     if not ours:
         raise UsageError("no model is named", hint="give at least one MODEL")
     if any(gate.what == "normalized" for gate in gates) and not experts:
-        raise UsageError("--fail-under normalized needs the experts", hint="--expert TASK=REF for each task")
+        hint = f"{named('experts')} TASK=REF for each task"
+        raise UsageError("normalized needs the experts", option="fail_under", hint=hint)
     if running.update_card:
         _refuse_cardless(ours)
     earlier = _read_report(Path(running.compare)) if running.compare is not None else None
@@ -137,11 +154,13 @@ def run(bench: Bench, models: Models, running: Running) -> ScoreReport:
         for checkpoint in checkpoints:
             checkpoint.close()
     tasks = list(rows[0]["scores"])
+    recalled, every = sum(len(row["cached"]) for row in rows), sum(len(row["scores"]) for row in rows)
     owners = summarise(tasks, rows, bench.experts)
     header = stamp(device)
-    report = cast(ScoreReport, {
+    report = cast(Report, {
         "suite": bench.suite, **header, "versions": bench.versions(), **bench.about,
-        "seed": running.seed, "tasks": tasks, "models": rows, "notes": _notes(rows),
+        "seed": running.seed, "tasks": tasks, "models": rows,
+        "notes": [f"{recalled} of {every} scores were measured before, in the same way: from the cache"][:recalled],
         **({"own_experts": owners} if owners else {}),
     })  # fmt: skip
     if earlier is not None:
@@ -158,17 +177,14 @@ def merge_inputs(directory: str | Path) -> dict[str, Any]:
     """A merge's `base`, its `experts` by name, and their `paths`, as its manifest has them; empty for what is none."""
     try:
         inputs = json.loads((Path(directory) / MANIFEST).read_bytes())["inputs"]
-        return {
-            "base": str(inputs["base"]["path"]),
-            "experts": [str(each["name"]) for each in inputs["experts"]],
-            "paths": [str(each["path"]) for each in inputs["experts"]],
-        }
+        names, paths = ([str(each[key]) for each in inputs["experts"]] for key in ("name", "path"))
+        return {"base": str(inputs["base"]["path"]), "experts": names, "paths": paths}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def normalise_by_published(
-    report: ScoreReport,
+    report: Report,
     bases: Mapping[str, Any],
     experts: Mapping[str, str],
     *,
@@ -217,7 +233,7 @@ def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Check
     for model in alone:
         if model.adapter is not None or model.vector is not None:
             kind = "a PEFT adapter" if model.adapter is not None else "a task vector"
-            raise UsageError(f"'{model.name}' is {kind}: its base must be named", hint="--base REF")
+            raise UsageError(f"'{model.name}' is {kind}: its base must be named", hint=f"{named('base')} REF")
     return alone
 
 
@@ -242,11 +258,8 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
             start = time.monotonic()
             results = bench.measure(model, task)
             model.check()
-            entry = {
-                **request,
-                "scores": {each: score.to_dict() for each, score in results.items()},
-                "seconds": round(time.monotonic() - start, 3),
-            }
+            entries = {each: score.to_dict() for each, score in results.items()}
+            entry = {**request, "scores": entries, "seconds": round(time.monotonic() - start, 3)}
             if keeps:
                 cache.remember(name, entry)
         else:
@@ -260,40 +273,29 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
 
 
 def _refuse_other_tasks(rows: Sequence[ModelRow]) -> None:
-    first, last = rows[0], rows[-1]
-    odd = sorted(first["scores"].keys() ^ last["scores"].keys())
+    odd = sorted(rows[0]["scores"].keys() ^ rows[-1]["scores"].keys())
     if odd:
-        holder = first if odd[0] in first["scores"] else last
-        lacking = last if holder is first else first
+        holder, lacking = sorted((rows[0], rows[-1]), key=lambda row: odd[0] not in row["scores"])
         raise ModelMergeError(
             f"'{holder['name']}' has a score for '{odd[0]}', and '{lacking['name']}' has none",
             hint="every model must be measured at the same tasks",
         )
 
 
-def _notes(rows: Sequence[ModelRow]) -> list[str]:
-    repeats, every = sum(len(row["cached"]) for row in rows), sum(len(row["scores"]) for row in rows)
-    if not repeats:
-        return []
-    return [f"{repeats} of {every} scores were measured before, in the same way; --no-cache measures again."]
-
-
-def _read_report(file: Path) -> ScoreReport:
+def _read_report(file: Path) -> Report:
     """An earlier report.
 
     Raises:
         ModelMergeError: It cannot be read, or is none with scores.
     """
     try:
-        report: ScoreReport = json.loads(file.expanduser().read_bytes())
+        report: Report = json.loads(file.expanduser().read_bytes())
         if not report["tasks"] or not all(model["scores"] for model in report["models"]):
             raise ValueError
     except OSError as error:
-        raise ModelMergeError(f"--compare {file}: cannot be read: {error.strerror}") from error
+        raise ModelMergeError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelMergeError(
-            f"--compare {file}: no report of scores", hint="save one: modelmerge eval SUITE ... --json > report.json"
-        ) from error
+        raise ModelMergeError(f"{file}: no report of scores", hint=SAVE) from error
     return report
 
 
@@ -301,7 +303,8 @@ def _refuse_cardless(models: Sequence[Reference]) -> None:
     for model in models:
         if model.repository is not None or not model.path.is_dir():
             raise UsageError(
-                f"--update-card: '{model.text}' is no directory here, whose card could be written",
+                f"'{model.text}' is no directory here, whose card could be written",
+                option="update_card",
                 hint="evaluate the directory, then push it",
             )
 

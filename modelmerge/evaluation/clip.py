@@ -22,14 +22,14 @@ from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse_all
 from modelmerge.engine.parallel import prepare_process
-from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
+from modelmerge.errors import CheckpointError, UsageError, named
 from modelmerge.evaluation import clip_models, image_data
-from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, run
+from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, require, run
 from modelmerge.evaluation.clip_models import Classifier, Head, Parts, Tower
 from modelmerge.evaluation.image_data import Items
 from modelmerge.evaluation.image_tasks import Task, find_tasks, publication
 from modelmerge.evaluation.model import Model
-from modelmerge.evaluation.report import ScoreReport
+from modelmerge.evaluation.report import Report
 from modelmerge.evaluation.scores import Score, plain, read_score
 from modelmerge.progress import SILENT, Reporter
 
@@ -38,19 +38,12 @@ _THREADS = 8  # that decode and resize images
 
 
 def require_extra(what: str = "eval clip") -> None:
-    """Refuse to begin without the libraries of the extra, which `what` needs.
+    """Refuse to begin without the libraries for images, which `what` needs.
 
     Raises:
         ModelMergeError: One is not installed.
     """
-    try:
-        import datasets  # noqa: F401
-        import PIL.Image  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ModelMergeError(
-            f"{what} needs {error.name or error}, which is not installed", hint="pip install 'modelmerge[clip]'"
-        ) from error
+    require(what, '"datasets>=4" "transformers>=5" pillow', "datasets", "PIL.Image", "transformers")
 
 
 def evaluate(
@@ -69,7 +62,7 @@ def evaluate(
     heads: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 64,
-) -> ScoreReport:
+) -> Report:
     """The accuracy of CLIP models as zero-shot classifiers of images.
 
     Each model's text head is made with its own text tower; a vision tower alone, or an adapter, is completed by the
@@ -101,13 +94,13 @@ def evaluate(
         `normalised_by_published`.
 
     Raises:
-        ModelMergeError: The extra is not installed; a model is no CLIP model; images, labels or class names do not go
+        ModelMergeError: A library is not installed; a model is no CLIP model; images, labels or class names do not go
             together; see `modelmerge.errors` for other kinds.
     """
     require_extra()
     prepare_process()
     if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+        raise UsageError(f"must be at least 1, not {batch_size}", option="batch_size")
     columns = {"config": config, "split": split, "image": image_column, "label": label_column}
     files = as_references([classes] if isinstance(classes, str | Path) else classes)
     choice = find_tasks(
@@ -172,7 +165,7 @@ def _base_of(models: Sequence[Reference]) -> str | None:
         return None
     bases = {inputs["base"] for model in models if (inputs := merge_inputs(model.path))}
     if len(bases) > 1:
-        raise UsageError("the models are merges of different bases", hint="name the CLIP model: --base REF")
+        raise UsageError("the models are merges of different bases", hint=f"name the CLIP model: {named('base')} REF")
     return next(iter(bases), None)
 
 
@@ -212,7 +205,7 @@ def _name_of(text: str) -> str:
     return name if equals else Path(text.partition("@")[0]).name
 
 
-def _mark_unseen(report: ScoreReport, tasks: Sequence[Task]) -> None:
+def _mark_unseen(report: Report, tasks: Sequence[Task]) -> None:
     """Add to each merge the tasks that none of its experts is for, and say how it does there."""
     for row in report["models"]:
         experts = merge_inputs(row["path"]).get("experts")

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modelmerge.checkpoint.digest import cache_directory
-from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
+from modelmerge.errors import CheckpointError, ModelMergeError, UsageError, named
 from modelmerge.evaluation.image_tasks import Task, match
 from modelmerge.evaluation.model import Model
 
@@ -145,14 +145,15 @@ def find_head(task: Task, classes: Sequence[str], source: Parts | None, folder: 
         if folder is not None and digest and head.digest != digest and source is not None:
             raise ModelMergeError(
                 f"{file}: made with the text tower of '{head.source}', which is not that of '{source.name}'",
-                hint="without --heads each model has the head of its own text tower",
+                hint=f"without {named('heads')} each model has the head of its own text tower",
             )
         return _in_order(head, task, classes, file)
     if source is None or not source.has_text:
         lacking = f"'{source.name}' has no text tower" if source else f"{file} is not there, and there is no text tower"
         raise UsageError(
             f"{lacking} to make the text head of '{task.name}' with",
-            hint="name the CLIP model the experts come from: --base REF; or a folder that has the head: --heads DIR",
+            hint=f"name the CLIP model the experts come from: {named('base')} REF; or a folder that has the head: "
+            f"{named('heads')} DIR",
         )
     head = replace(make_head(source, classes, task.templates), digest=digest)
     with contextlib.suppress(OSError) if folder is None else contextlib.nullcontext():
@@ -166,7 +167,7 @@ def _in_order(head: Head, task: Task, classes: Sequence[str], file: Path) -> Hea
     if head.templates != tuple(task.templates):
         raise ModelMergeError(
             f"{file}: made with other prompts than those of '{task.name}': {', '.join(head.templates[:2])} ...",
-            hint="remove it, to have it made again, or give its prompts: --template",
+            hint=f"remove it, to have it made again, or give its prompts: {named('templates')}",
         )
     return replace(head, weight=head.weight[order], classes=tuple(classes))
 
@@ -324,7 +325,7 @@ def _config(model: Parts) -> Mapping[str, Any]:
     what = f"a {kind} model" if kind else "a model without a config.json that says what it is"
     raise ModelMergeError(
         f"'{model.name}' is {what}, not CLIP",
-        hint="images are for CLIP models and their vision towers; others go with --script, or eval lm",
+        hint="images are for CLIP models and their vision towers; others go with eval custom, or eval lm",
     )
 
 
@@ -336,7 +337,9 @@ def _side(processor: Mapping[str, Any]) -> int | None:
 
 def _projection(model: Parts) -> Tensor:
     if not model.holds(_PROJECTION):
-        raise CheckpointError(f"'{model.name}' has no {_PROJECTION}", hint="--base must be a whole CLIP model")
+        raise CheckpointError(
+            f"'{model.name}' has no {_PROJECTION}", hint=f"{named('base')} must be a whole CLIP model"
+        )
     return model.tensors[_PROJECTION].float()
 
 

@@ -21,7 +21,7 @@ import torch
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.evaluation.bench import Bench, Models, Running, run
 from modelmerge.evaluation.model import Model
-from modelmerge.evaluation.report import ScoreReport
+from modelmerge.evaluation.report import Report
 from modelmerge.evaluation.scores import Score, read_score
 
 Metric = Callable[..., Any]  # (model) or (model, task) -> a score, or a mapping of tasks to scores
@@ -38,7 +38,7 @@ class Script:
 
 def evaluate(
     models: Models, running: Running, *, metric: Metric | str, tasks: Sequence[str] = (), key: str | None = None
-) -> ScoreReport:
+) -> Report:
     """The scores of models at tasks, by a function that is given each model.
 
     Args:
@@ -79,7 +79,7 @@ def load_script(text: str) -> Script:
     """
     where, colon, name = text.rpartition(":")
     if not colon or not where or not name.isidentifier():
-        raise UsageError(f"--script '{text}' is not FILE:FUNCTION", hint="as in --script metric.py:accuracy")
+        raise UsageError(f"'{text}' is not FILE:FUNCTION", hint="as in metric.py:accuracy")
     path = Path(where).expanduser().resolve()
     is_module = all(part.isidentifier() for part in where.split(".")) and not where.endswith(".py")
     if path.is_file():
@@ -87,7 +87,7 @@ def load_script(text: str) -> Script:
     elif is_module:
         module = _import(where)
     else:
-        raise ModelMergeError(f"--script {where}: no such file")
+        raise ModelMergeError(f"{where}: no such file")
     metric = getattr(module, name, None)
     if not callable(metric):
         have = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
@@ -105,17 +105,17 @@ def _import(name: str) -> ModuleType:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise ModelMergeError(
-            f"--script {name} cannot be imported: {in_words(error)}", hint=f"a file is named whole: {name}.py:FUNCTION"
+            f"{name} cannot be imported: {in_words(error)}", hint=f"a file is named whole: {name}.py:FUNCTION"
         ) from error
     if not str(getattr(module, "__file__", None)).endswith(".py"):
-        raise UsageError(f"--script {name} is no module in Python", hint="name a file: metric.py:accuracy")
+        raise UsageError(f"{name} is no module in Python", hint="name a file: metric.py:accuracy")
     return module
 
 
 def _run_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"modelmerge_script_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise UsageError(f"--script {file}: not a Python file", hint="its name must end in .py")
+        raise UsageError(f"{file}: not a Python file", hint="its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(file.parent))  # as if it were run: what lies beside it can be imported, now and later

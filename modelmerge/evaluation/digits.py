@@ -257,14 +257,14 @@ def right(state: Mapping[str, Tensor], task: Task) -> Tensor:
 
 
 def scores(model: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """A model's scores at all tasks, image by image, for `eval custom --script modelmerge.evaluation.digits:scores`."""
+    """A model's scores at all tasks, image by image, as a function of suite `custom`."""
     return {
         name: {"items": right(model, task).int().tolist(), "metric": "accuracy"} for name, task in load_tasks().items()
     }
 
 
 def unlabelled(expert: Any) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """The network and its task's training images: `--script modelmerge.evaluation.digits:unlabelled`."""
+    """The network and its task's training images, as a function of unlabelled data."""
     task = load_tasks()[expert.name]
     return _build(seed=0), (task.train_x, torch.full_like(task.train_y, task.index))
 

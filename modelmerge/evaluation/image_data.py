@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelmerge.errors import HubError, ModelMergeError, UsageError
+from modelmerge.errors import HubError, ModelMergeError, UsageError, named
 from modelmerge.evaluation.image_tasks import Task, name_classes
 from modelmerge.evaluation.scores import listing
 
@@ -63,13 +63,13 @@ def load(task: Task, *, limit: int | None = None, seed: int = 0, with_labels: bo
         ModelMergeError: The data set cannot be read, is empty, or its labels and the class names do not go together.
     """
     if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}: at least one item must be looked at")
+        raise UsageError(f"must be at least 1, not {limit}", option="limit")
     rows, split, identity = _open(task)
     notes = [_split_note(task, split)] if task.held_out else []
     task = replace(task, split=split) if task.held_out else task
     where = f"data set '{task.data}'"
     if not len(rows):
-        raise ModelMergeError(f"{where}: it is empty", hint="name another data set, or another split: --split")
+        raise ModelMergeError(f"{where}: it is empty", hint="name another data set, or another split")
     if with_labels or task.classes is None:
         rows, image, label = _columns(task, rows)
         are_names, names, labels = _labels(where, rows, label, of_all=with_labels)
@@ -162,7 +162,7 @@ def _from_hub(datasets: Any, task: Task) -> tuple[Any, str | None, str]:
         except HTTPError as error:
             raise HubError(
                 f"the Hub cannot be reached for data set '{name}': {error}",
-                hint="check the connection, or name a local copy with --data; HF_HUB_OFFLINE=1 takes what is cached",
+                hint="check the connection, or name a local copy; HF_HUB_OFFLINE=1 takes what is cached",
             ) from error
     splits = datasets.get_dataset_split_names(name, task.config, revision=commit)
     split = _split(task, splits)
@@ -185,9 +185,7 @@ def _split(task: Task, splits: Sequence[str]) -> str:
         return split
     split = task.split or "test"
     if split not in splits:
-        raise ModelMergeError(
-            f"data set '{task.data}' has no split '{split}'", hint=f"it has: {', '.join(splits)} (--split)"
-        )
+        raise ModelMergeError(f"data set '{task.data}' has no split '{split}'", hint=f"it has: {', '.join(splits)}")
     return split
 
 
@@ -267,7 +265,9 @@ def _column(
     names = [request] if request else [name for name in usual if name in fitting] or list(fitting)
     if (request and request not in every) or len(names) != 1:
         what = f"no column '{request}'" if request else f"{'no' if not names else 'more than one'} column of {kind}s"
-        raise ModelMergeError(f"{where}: {what}", hint=f"its columns: {', '.join(every)}; name it: --{kind}-column")
+        raise ModelMergeError(
+            f"{where}: {what}", hint=f"its columns: {', '.join(every)}; name it: {named(f'{kind}_column')}"
+        )
     return names[0]
 
 
@@ -282,7 +282,7 @@ def _labels(where: str, rows: Any, column: str, *, of_all: bool = True) -> tuple
     values = list(rows[column])
     if any(value is None or value == -1 for value in values):
         place = next(i for i, value in enumerate(values) if value is None or value == -1)
-        raise ModelMergeError(f"{where}: item {place} has no label", hint="take a split that is labelled: --split")
+        raise ModelMergeError(f"{where}: item {place} has no label", hint="take a split that is labelled")
     if hasattr(kind, "names"):
         names = [str(name) for name in kind.names]
         return True, names, torch.tensor(values)

@@ -23,7 +23,7 @@ from modelmerge.evaluation.lm_harness import SEEDS, naming, quiet, seed
 from modelmerge.evaluation.lm_models import open_model
 from modelmerge.evaluation.lm_tasks import Settings, Task, check_settings, load_tasks, parse_metrics, requests
 from modelmerge.evaluation.model import Model
-from modelmerge.evaluation.report import ModelRow, ScoreReport
+from modelmerge.evaluation.report import ModelRow, Report
 from modelmerge.evaluation.scores import Score
 from modelmerge.progress import Reporter
 
@@ -47,7 +47,7 @@ def evaluate(
     confirm_run_unsafe_code: bool = False,
     metrics: Sequence[str] | Mapping[str, str] = (),
     held_out: bool = False,
-) -> ScoreReport:
+) -> Report:
     """The scores of language models at tasks of lm-evaluation-harness; the words are the harness's where it has them.
 
     Args:
@@ -75,7 +75,7 @@ def evaluate(
         each model's `normalised_by_published`.
 
     Raises:
-        ModelMergeError: lm-evaluation-harness is not installed (`pip install 'modelmerge[lm]'`); there is no such
+        ModelMergeError: lm-evaluation-harness is not installed; there is no such
             task, or it has no items; a model is no language model; see `modelmerge.errors` for other kinds.
     """
     settings = Settings(
@@ -277,7 +277,7 @@ def _main(task: Task, figures: Mapping[str, Any], better: Mapping[str, bool], se
         keys = [key for key in figures if request in (key, key.partition(",")[0])]
         if not keys:
             there = ", ".join(key.removesuffix(",none") for key in figures)
-            raise UsageError(f"--metric: task '{task.name}' has no '{request}'", hint=f"it has: {there}")
+            raise UsageError(f"task '{task.name}' has no '{request}'", option="metrics", hint=f"it has: {there}")
         return keys[0]
     if hasattr(task.unit, "get_all_tasks"):
         order = [each.metric for each in task.unit.aggregate_metric_list]

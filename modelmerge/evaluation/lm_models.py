@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.errors import CheckpointError, ReferenceNotFound
+from modelmerge.errors import CheckpointError, ReferenceNotFound, named
 from modelmerge.evaluation.lm_harness import check_installed, first_line, quiet
 from modelmerge.evaluation.lm_tasks import Settings
 from modelmerge.evaluation.scores import listing
@@ -32,7 +32,7 @@ def open_model(model: Checkpoint, base: Checkpoint | None, settings: Settings, d
     if whole is None or whole.vector is not None or whole.directory is None:
         raise ReferenceNotFound(
             f"'{model.reference.text}' is no directory with a config and weights, which eval lm needs",
-            hint="a task vector becomes a model by: modelmerge merge task-arithmetic BASE VECTOR --scale 1",
+            hint=f"a task vector becomes a model by: modelmerge merge task-arithmetic BASE VECTOR {named('scale')} 1",
         )
     with quiet(progress):
         from lm_eval.models.huggingface import HFLM
@@ -117,7 +117,7 @@ def _tokenizer(model: Checkpoint, base: Checkpoint | None) -> Any:
                 failure = failure or error
     raise ReferenceNotFound(
         f"{model.directory} holds no tokenizer that transformers can read: {first_line(failure)}",
-        hint="copy the base's tokenizer files beside it, or name the base: --base REF",
+        hint=f"copy the base's tokenizer files beside it, or name the base: {named('base')} REF",
     )
 
 
@@ -145,7 +145,7 @@ def _refuse_nan(name: str) -> Any:
         if logits is not None and bool(logits[:, -1].isnan().any()):
             raise CheckpointError(
                 f"'{name}' gives NaN for an item: no score can be made of that",
-                hint="float16 overflows where float32 and bfloat16 do not: --dtype float32",
+                hint=f"float16 overflows where float32 and bfloat16 do not: {named('dtype')} float32",
             )
 
     return check

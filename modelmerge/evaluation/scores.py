@@ -9,15 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelmerge.errors import ModelMergeError, UsageError
-from modelmerge.evaluation.report import (
-    Difference,
-    GateResult,
-    ModelDifferences,
-    ModelRow,
-    ScoreEntry,
-    ScoreReport,
-)
+from modelmerge.errors import ModelMergeError, UsageError, named
+from modelmerge.evaluation.report import ModelRow, Report, ScoreEntry
 
 _KEYS = ("score", "correct", "items", "count", "stderr", "ids", "metric")  # of a score that is a mapping
 _EXACT = 1000  # so many discordant items are counted exactly; more are as good as normal
@@ -189,7 +182,7 @@ class Gate:
 
 
 def parse_gate(text: str) -> Gate:
-    """The gate of `--fail-under`: `avg=0.70`, `normalized=0.95` or `TASK=0.8`.
+    """A gate: `avg=0.70`, `normalized=0.95` or `TASK=0.8`.
 
     Raises:
         UsageError: It is not of that form.
@@ -200,17 +193,14 @@ def parse_gate(text: str) -> Gate:
     except ValueError:
         number = math.nan
     if not equals or not what or not math.isfinite(number):
-        raise UsageError(f"--fail-under '{text}' is no name and number", hint="as in avg=0.70 or normalized=0.95")
+        raise UsageError(f"'{text}' is no name and number", option="fail_under", hint="as in avg=0.7 or normalized=0.9")
     names = {"average": "avg", "normalised": "normalized"}
     return Gate(names.get(what, what), number)
 
 
 def check_gates(
-    gates: Sequence[Gate],
-    tasks: Sequence[str],
-    models: Sequence[ModelRow],
-    experts: Mapping[str, str] | None = None,
-) -> GateResult:
+    gates: Sequence[Gate], tasks: Sequence[str], models: Sequence[ModelRow], experts: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Whether the models that are no base and no expert reach every gate, and where they do not.
 
     A value that there is none of reaches no gate. `experts` as for `summarise`.
@@ -223,13 +213,15 @@ def check_gates(
     for gate in gates:
         if gate.what not in ("avg", "normalized", *tasks):
             raise UsageError(
-                f"--fail-under names '{gate.what}', which is no task",
+                f"names '{gate.what}', which is no task",
+                option="fail_under",
                 hint=f"there are avg, normalized, {', '.join(tasks)}",
             )
         if not least or gate.what in {*tasks} - {*least}:
             raise UsageError(
-                f"--fail-under {gate}: less is better, and the gate is a least value",
-                hint=f"there are avg, normalized, {', '.join(least)}" if least else "name another with --metric",
+                f"{gate}: less is better, and the gate is a least value",
+                option="fail_under",
+                hint=f"there are avg, normalized, {', '.join(least)}" if least else "name another metric",
             )
         for model in (model for model in models if model["role"] == "model"):
             if gate.what == "avg":
@@ -249,13 +241,14 @@ def _normalised_average(model: ModelRow, tasks: Sequence[str], experts: Mapping[
     if lacking:
         name = experts.get(lacking[0], lacking[0])
         raise UsageError(
-            f"--fail-under normalized: there is no expert called '{name}' with a score at that task",
-            hint=f"name it: --expert {name}=REF",
+            f"normalized: there is no expert called '{name}' with a score at that task",
+            option="fail_under",
+            hint=f"name it: {named('experts')} {name}=REF",
         )
     return model["normalised"]
 
 
-def differences(ours: ScoreReport, theirs: ScoreReport) -> list[ModelDifferences]:
+def differences(ours: Report, theirs: Report) -> list[dict[str, Any]]:
     """The differences of our models to theirs of the same name, or of the only one here to the only one there.
 
     Raises:
@@ -269,19 +262,20 @@ def differences(ours: ScoreReport, theirs: ScoreReport) -> list[ModelDifferences
     tasks = [task for task in ours["tasks"] if task in theirs["tasks"]]
     if not pairs or not tasks:
         raise UsageError(
-            f"--compare: no {'task' if pairs else 'model'} is in both reports",
+            f"no {'task' if pairs else 'model'} is in both reports",
+            option="compare",
             hint="models go by their names: NAME=REF gives one",
         )
     same = all(ours.get(key) == theirs.get(key) for key in ("metric", "seed"))
     return [_of_pair(model, before, tasks, same_items=same) for model, before in pairs]
 
 
-def _of_pair(model: ModelRow, before: ModelRow, tasks: Sequence[str], *, same_items: bool) -> ModelDifferences:
+def _of_pair(model: ModelRow, before: ModelRow, tasks: Sequence[str], *, same_items: bool) -> dict[str, Any]:
     steps = {}
     for task in tasks:
         ours, theirs = model["scores"][task], before["scores"][task]
         if ours["metric"] != theirs["metric"]:
-            raise UsageError(f"--compare: '{task}' is {ours['metric']} here, and {theirs['metric']} there")
+            raise UsageError(f"'{task}' is {ours['metric']} here, and {theirs['metric']} there", option="compare")
         steps[task] = _difference(ours, theirs, same_items)
     rising = [step for task, step in steps.items() if not model["scores"][task].get("lower")]
     average, error = mean([step["difference"] for step in rising]), mean_error([step["stderr"] for step in rising])
@@ -294,7 +288,7 @@ def _of_pair(model: ModelRow, before: ModelRow, tasks: Sequence[str], *, same_it
     }
 
 
-def _difference(ours: ScoreEntry, theirs: ScoreEntry, same_items: bool) -> Difference:
+def _difference(ours: ScoreEntry, theirs: ScoreEntry, same_items: bool) -> dict[str, Any]:
     """Ours less theirs, its standard error, and how likely so much is by chance (two-sided p).
 
     Paired where the items are the same: those with the same ids, or, without any, as many by the same function. Items

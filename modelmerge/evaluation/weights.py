@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import TORCH_DTYPES, Loader, Piece, piece_bytes, wholes
 from modelmerge.engine.parallel import gathered, prepare_process, source_of, threads
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, named
 from modelmerge.evaluation import interference
 from modelmerge.evaluation.bench import Models, Running, merge_inputs
-from modelmerge.evaluation.report import Closeness, Figures, FigureTables, ModelFigures, WeightReport
+from modelmerge.evaluation.report import Report
 from modelmerge.methods.transform import awd
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.tensors import ON_MISMATCH, TensorPlan, layer_type, make_plan
@@ -46,7 +46,7 @@ def evaluate(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_mismatch: str = "error",
-) -> WeightReport:
+) -> Report:
     """How the weights of merged models stand to those of the experts, in one pass over the tensors.
 
     Args:
@@ -69,7 +69,7 @@ def evaluate(
     """
     prepare_process()
     if on_mismatch not in ON_MISMATCH:
-        raise UsageError(f"--on-mismatch must be one of {', '.join(ON_MISMATCH)}, not '{on_mismatch}'")
+        raise UsageError(f"must be one of {', '.join(ON_MISMATCH)}, not '{on_mismatch}'", option="on_mismatch")
     ours = parse_all(as_references(models), "model")
     if not ours:
         raise UsageError("no model is named", hint="give at least one MODEL")
@@ -90,7 +90,7 @@ def evaluate(
         tables = describe(sums, names, columns, per_layer=per_layer)
         inputs = [record(model, model.digests()) for model in plan.models]
         rows = zip(columns, inputs[1 + len(experts) :], checkpoints[len(experts) :], strict=True)
-        return cast(WeightReport, {
+        return cast(Report, {
             "suite": "weights",
             **stamp(source.device),
             "base": inputs[0],
@@ -120,14 +120,15 @@ def _origins(
     inputs = [merge_inputs(model.path) for model in models]
     origins = [each for each in inputs if each]
     if not origins:
-        lacking = " and ".join([*(["--base"] if base is None else []), *(["--expert"] if not experts else [])])
+        lacking = " and ".join(named(n) for n, there in (("base", base is not None), ("experts", experts)) if not there)
         raise UsageError(
             f"{lacking} must be named: beside '{models[0].name}' lies no {MANIFEST} of a merge that would tell",
-            hint="--base REF --expert NAME=REF --expert NAME=REF",
+            hint=f"{named('base')} REF {named('experts')} NAME=REF {named('experts')} NAME=REF",
         )
     if any(each != origins[0] for each in origins):
         raise UsageError(
-            "the models are merges of different experts", hint="name those to compare with: --base REF --expert REF"
+            "the models are merges of different experts",
+            hint=f"name those to compare with: {named('base')}, {named('experts')}",
         )
     pairs = zip(origins[0]["experts"], origins[0]["paths"], strict=True)
     return base if base is not None else origins[0]["base"], experts or tuple(f"{name}={path}" for name, path in pairs)
@@ -279,7 +280,7 @@ def _add_orthogonality(sums: dict[str, Sums], linear: Sequence[str], experts: in
 
 def describe(
     sums: Mapping[str, Sums], experts: Sequence[str], models: Sequence[str], *, per_layer: bool
-) -> FigureTables:
+) -> dict[str, Any]:
     """The figures of the model, of each type of layer and, with `per_layer`, of each tensor, as plain data.
 
     Args:
@@ -291,7 +292,7 @@ def describe(
     kinds: dict[str, list[Sums]] = {}
     for name, part in sums.items():
         kinds.setdefault(layer_type(name), []).append(part)
-    tables: FigureTables = {
+    tables: dict[str, Any] = {
         "model": _figures(_sum(sums.values()), experts, models),
         "layer_types": {kind: _figures(_sum(parts), experts, models) for kind, parts in kinds.items()},
     }
@@ -307,7 +308,7 @@ def _sum(parts: Iterable[Sums]) -> Sums:
     return first
 
 
-def _figures(sums: Sums, experts: Sequence[str], models: Sequence[str]) -> Figures:
+def _figures(sums: Sums, experts: Sequence[str], models: Sequence[str]) -> dict[str, Any]:
     norms = sums.gram.diagonal().clamp(min=0.0).sqrt()
     entries, both, changes, fewer = sums.signs.tolist()
     count = len(experts)
@@ -335,11 +336,11 @@ def _figures(sums: Sums, experts: Sequence[str], models: Sequence[str]) -> Figur
     }
 
 
-def _of_model(sums: Sums, experts: Sequence[str], k: int) -> ModelFigures:
+def _of_model(sums: Sums, experts: Sequence[str], k: int) -> dict[str, Any]:
     """One model: its distance from the base, how much of it is rounding, and how close it is to each expert."""
     gram, place = sums.gram, len(experts) + k
     square, error = float(gram[place, place]), float(sums.rounding[k])
-    closeness: dict[str, Closeness] = {}
+    closeness: dict[str, Any] = {}
     for i, name in enumerate(experts):
         expert = float(gram[i, i])
         distance = math.sqrt(max(square + expert - 2 * float(gram[place, i]), 0.0))

@@ -19,7 +19,7 @@ from modelmerge.engine.coefficients import Coefficients, CoefficientTable, Probl
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import refuse_beyond_memory
 from modelmerge.engine.transforms import Transform, fit_chain
-from modelmerge.errors import RecipeError, UsageError
+from modelmerge.errors import RecipeError, UsageError, named
 from modelmerge.evaluation import cache, clip, clip_models, image_data, unlabelled
 from modelmerge.evaluation.clip_models import Parts, Tower
 from modelmerge.evaluation.custom import Script, load_script
@@ -29,17 +29,17 @@ from modelmerge.evaluation.model import Model
 from modelmerge.methods import registry
 from modelmerge.methods.coefficients import Options
 from modelmerge.methods.options import make_options, option_types
-from modelmerge.plan.recipe import Recipe, data_flag
+from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import Reporter
 
-# What images are told by, as in suite `clip`.
+# What names images, as in suite `clip`.
 IMAGES = (
     "tasks", "data", "classes", "templates", "config", "split", "image_column", "label_column", "heads", "limit",
 )  # fmt: skip
 SCRIPT = "script"
 SEARCH = "adamerging"  # the method whose options are those of the search
 _COLUMNS = {"config": "config", "split": "split", "image_column": "image", "label_column": "label"}
-_ANEW = "run the merge anew without --recipe: they are found for these models and settings"
+_ANEW = f"run the merge anew without {named('recipe')}: they are found for these models and settings"
 _TENTH = 10  # share of the steps whose mean is a figure: one step's is that of a few inputs
 
 
@@ -133,9 +133,8 @@ class Read:
         try:
             head = clip_models.find_head(items.task, items.classes, parts, self.data.heads, digest)
         except UsageError as error:
-            raise UsageError(
-                error.message, hint="a whole CLIP model as BASE has one; or a folder that has the head: --heads DIR"
-            ) from error
+            hint = f"a whole CLIP model as BASE has one; or a folder that has the head: {named('heads')} DIR"
+            raise UsageError(error.template, hint=hint) from error
         module = clip_models.classifier(tower, head, job.source.device)
         order = unlabelled.draws(len(items.ids), batch_size, job.seed, name)
         pixels = (batch for batch, _ in clip.batches(items, head, batch_size, order))
@@ -190,16 +189,17 @@ def find_data(recipe: Recipe, experts: Sequence[str], script: Script | None = No
     if not values:
         raise UsageError(
             f"'{recipe.method}' needs unlabelled data of each expert's task: {', '.join(experts)}",
-            hint="for CLIP models --task NAME or --data NAME=DIR; for other classifiers --script FILE:FUNCTION",
+            hint=f"for CLIP models {named('tasks')} NAME or {named('data')} NAME=DIR; for other classifiers "
+            f"{named('script')} FILE:FUNCTION",
         )
     if SCRIPT in values:
         if len(values) > 1:
             other = next(name for name in values if name != SCRIPT)
-            raise UsageError(f"--script brings its own data: {data_flag(other)} has no effect with it")
+            raise UsageError(f"brings its own data: {named(other)} has no effect with it", option=SCRIPT)
         return Data({}, script or load_script(str(values[SCRIPT])), None, None, options)
     clip.require_extra(recipe.method)
     if values.get("limit", 1) < 1:
-        raise UsageError(f"--limit {values['limit']}: at least one image must be looked at")
+        raise UsageError(f"must be at least 1, not {values['limit']}", option="limit")
     settings = {_COLUMNS[name]: value for name, value in values.items() if name in _COLUMNS}
     tasks, data, classes, templates = (tuple(values.get(n, ())) for n in ("tasks", "data", "classes", "templates"))
     sets = find_tasks(tasks, data, classes, templates, settings)
@@ -217,7 +217,7 @@ def _paired(tasks: Sequence[Task], experts: Sequence[str]) -> dict[str, Task]:
         if not fitting:
             raise UsageError(
                 f"the expert '{expert}' has no unlabelled data: there are those of {names}",
-                hint=f"name it by its task, TASK=REF, or name its data: --task, or --data {expert}=DIR",
+                hint=f"name it by its task, TASK=REF, or its data: {named('tasks')}, or {named('data')} {expert}=DIR",
             )
         if len(fitting) > 1 and len(fitting[0].head) == len(fitting[1].head):
             raise UsageError(f"two sets of data are for the expert '{expert}': {fitting[0].name}, {fitting[1].name}")
@@ -254,15 +254,7 @@ def _before(job: Job) -> tuple[Transform, ...]:
     return tuple(transform for transform in job.transforms if transform.name != Coefficients.name)
 
 
-def find(
-    job: Job,
-    data: Read,
-    key: str,
-    scratch: Room,
-    *,
-    resume: bool,
-    progress: Reporter,
-) -> dict[str, Any]:
+def find(job: Job, data: Read, key: str, scratch: Room, *, resume: bool, progress: Reporter) -> dict[str, Any]:
     """The coefficients by tensor and expert, and what there is to say of the search, as plain data.
 
     Args:

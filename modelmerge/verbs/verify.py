@@ -22,7 +22,7 @@ def verify(directory: str | Path, *, progress: Reporter = SILENT) -> dict[str, A
 
     Args:
         directory: What merge, search, extract or disentangle wrote.
-        progress: Is told the progress.
+        progress: Receives the progress.
 
     Raises:
         OutputError: The directory holds no manifest.
