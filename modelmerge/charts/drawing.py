@@ -198,10 +198,8 @@ class _Style:
 
 
 def _styles(chart: Scores) -> list[_Style]:
-    styles, counts = [], {"base": 0, "expert": 0, "model": 0}
-    for series in chart.series:
-        i = counts[series.role]
-        counts[series.role] += 1
+    styles = []
+    for series, i in zip(chart.series, chart.ranks(), strict=True):
         if series.role == "base":
             styles.append(_Style(colours.GREY, "", colours.GREY, ".", ":"))
         elif series.role == "expert":
@@ -217,10 +215,8 @@ def _bars(sheet: _Sheet, chart: Scores) -> None:
     """Horizontal bars: names are read without turning the head, however long."""
     labels = [wrap(task, _LABEL, 3) for task in chart.tasks]
     heights = [max(len(chart.series) * _BAR, (label.count("\n") + 1) * _LINE) + _GAP for label in labels]
-    height, texts = (
-        sum(heights),
-        [chart.text(v, e) for s in chart.series for v, e in zip(s.values, s.errors, strict=True)],
-    )
+    height = sum(heights)
+    texts = [chart.text(v, e) for s in chart.series for v, e in zip(s.values, s.errors, strict=True)]
     low, high = chart.reach()
     scale = (_WIDTH - max(map(len, texts)) * _CHARACTER) / (high - low)  # the longest bar leaves room for its figure
     axes = sheet.axes(_WIDTH, height)

@@ -38,6 +38,11 @@ class Scores:
     lower: bool = False
     average: bool = False
 
+    def ranks(self) -> list[int]:
+        """Each series' place among those of its role."""
+        roles = [series.role for series in self.series]
+        return [roles[:i].count(role) for i, role in enumerate(roles)]
+
     def spokes(self) -> tuple[str, ...]:
         """The tasks that a radar chart shows: all but the average."""
         return self.tasks[:-1] if self.average else self.tasks

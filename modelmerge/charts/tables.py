@@ -42,64 +42,53 @@ def of_report(report: Report, *, widest: int | None = None) -> list[Table]:
     return [of_scores(report), *([of_differences(report)] if "comparison" in report else [])]
 
 
-def in_shares(report: Report) -> bool:
+def _in_shares(report: Report) -> bool:
     """Whether all scores are between 0 and 1, and are shown in per cent."""
-    return all(0.0 <= value <= 1.0 for value in _values(report["models"]))
+    scores = [score["score"] for model in report["models"] for score in model["scores"].values()]
+    return all(0.0 <= score <= 1.0 for score in scores if score is not None)
 
 
 def of_scores(report: Report) -> Table:
     """A row for each model, a column for each task."""
     tasks, models = report["tasks"], report["models"]
-    share = in_shares(report)
+    share = _in_shares(report)
     lower = [task for task in tasks if models[0]["scores"][task].get("lower")]
     has_shares = any(model["normalised"] is not None for model in models)
-    best = {
-        task: _best(models, [model["scores"][task]["score"] for model in models], least=task in lower) for task in tasks
-    }
-    best_average = _best(models, [model["average"] for model in models])
-    best_normalised = _best(models, [model["normalised"] for model in models])
-    rows: list[list[str]] = []
-    for model in models:
-        scores = model["scores"]
-        row = [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}"]
-        row += [_cell(scores[task]["score"], scores[task]["stderr"], share, best=model is best[task]) for task in tasks]
-        row.append(_cell(model["average"], model["average_stderr"], share, best=model is best_average))
-        if has_shares:
-            row.append(_cell(model["normalised"], None, share=True, best=model is best_normalised))
-        rows.append(row)
-    columns = [
-        "",
-        *(f"{task} (less is better)" if task in lower else task for task in tasks),
-        "average",
-        *(["normalised"] if has_shares else []),
-    ]
+    heads, columns = [""], [_names(models)]
+    for task in tasks:
+        scores = [model["scores"][task] for model in models]
+        heads.append(f"{task} (less is better)" if task in lower else task)
+        columns.append(_column(models, [(s["score"], s["stderr"]) for s in scores], share, least=task in lower))
+    heads.append("average")
+    columns.append(_column(models, [(model["average"], model["average_stderr"]) for model in models], share))
+    if has_shares:
+        heads.append("normalised")
+        columns.append(_column(models, [(model["normalised"], None) for model in models], share=True))
     counts = {task: [model["scores"][task]["count"] for model in models] for task in tasks}
     foot: tuple[str, ...] = ()
     if all(each == row[0] and each is not None for row in counts.values() for each in row):
         foot = ("items", *(f"{row[0]:,}" for row in counts.values()), *[""] * (1 + has_shares))
     metrics = {model["scores"][task]["metric"] for model in models for task in tasks}
-    title = (
-        f"{', '.join(sorted(metrics))}{', per cent' if share else ''}{', ± standard error' if _errors(models) else ''}"
-    )
+    error = any(score["stderr"] is not None for model in models for score in model["scores"].values())
+    title = ", ".join(sorted(metrics)) + (", per cent" if share else "") + (", ± standard error" if error else "")
     return Table(
-        title=title[0].upper() + title[1:], columns=tuple(columns), rows=tuple(map(tuple, rows)),
+        title=title[0].upper() + title[1:], columns=tuple(heads), rows=tuple(zip(*columns, strict=True)),
         foot=(foot,) if foot else (),
     )  # fmt: skip
 
 
-def _values(models: list[ModelRow]) -> list[float]:
-    return [value for model in models for s in model["scores"].values() if (value := s["score"]) is not None]
+def _names(models: list[ModelRow]) -> list[str]:
+    return [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}" for model in models]
 
 
-def _errors(models: list[ModelRow]) -> bool:
-    return any(score["stderr"] is not None for model in models for score in model["scores"].values())
-
-
-def _best(models: list[ModelRow], values: list[float | None], *, least: bool = False) -> ModelRow | None:
-    """Of several models that are no base and no expert, the one with the largest value, or the least."""
-    places = [(-value if least else value, i) for i, value in enumerate(values)
-           if models[i]["role"] == "model" and value is not None]  # fmt: skip
-    return models[max(places)[1]] if len(places) > 1 else None
+def _column(
+    models: list[ModelRow], values: list[tuple[float | None, float | None]], share: bool, *, least: bool = False
+) -> list[str]:
+    """A value with its standard error for each model; the best of several that are no base and no expert stands out."""
+    places = [(-value if least else value, i) for i, (value, _) in enumerate(values)
+              if models[i]["role"] == "model" and value is not None]  # fmt: skip
+    best = max(places)[1] if len(places) > 1 else None
+    return [_cell(value, error, share, best=i == best) for i, (value, error) in enumerate(values)]
 
 
 def _cell(value: float | None, error: float | None, share: bool, *, best: bool) -> str:
@@ -113,7 +102,7 @@ def _cell(value: float | None, error: float | None, share: bool, *, best: bool) 
 
 def of_differences(report: Report) -> Table:
     """A row for each task of each model that an earlier report has too."""
-    comparison, share = report["comparison"], in_shares(report)
+    comparison, share = report["comparison"], _in_shares(report)
     rows, unit = [], 100 if share else 1
     for pair in comparison["models"]:
         names = pair["model"] if pair["model"] == pair["other"] else f"{pair['model']} - {pair['other']}"

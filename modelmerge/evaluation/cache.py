@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.digest import cache_directory
+from modelmerge.checkpoint.staging import replace_file
+from modelmerge.errors import OutputError
 
 _FORMAT = 1  # of the entries: older ones are not read
 
@@ -32,11 +33,9 @@ def recall(name: str, part: str = "scores") -> dict[str, Any] | None:
 def remember(name: str, entry: Mapping[str, Any]) -> None:
     """Keep an entry, whole or not at all. A cache that cannot be written costs time, never a result."""
     file = _file(name)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, OutputError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(entry))
-        os.replace(temporary, file)
+        replace_file(file.parent, file.name, json.dumps(entry).encode())
 
 
 def _file(name: str) -> Path:

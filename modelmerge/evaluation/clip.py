@@ -111,7 +111,8 @@ def evaluate(
     folder = Path(heads).expanduser() if heads is not None else None
     if base is None and folder is None:
         base = _base_of(parse_all(as_references(models), "model"))
-    experts = {task.name: _expert_of(task, as_references(running.experts)) for task in choice}
+    names = [expert.name for expert in parse_all(as_references(running.experts), "expert")]
+    fitting = {task.name: [name for name in names if is_for(task, name)] for task in choice}
     bench = Bench(
         suite="clip",
         about={"data": {name: _data_entry(each) for name, each in items.items()}, "limit": limit,
@@ -119,7 +120,7 @@ def evaluate(
         tasks=tuple(items), depends=lambda task: _depends(items[str(task)], limit, folder),
         measure=_Measurer(items, folder, batch_size, running.progress), onto_base=base is not None,
         items=lambda task: len(items[str(task)].ids),
-        experts={task: expert for task, expert in experts.items() if expert is not None},
+        experts={task: some[0] for task, some in fitting.items() if some},
         packages=_PACKAGES,
     )  # fmt: skip
     # A head that is asked for is made, though its scores be in the cache.
@@ -189,20 +190,9 @@ class _Measurer:
         return {str(task): score}
 
 
-def _expert_of(task: Task, experts: Sequence[str]) -> str | None:
-    """The expert for a task: of its name, or with its name at the end, as in `clip-vit-base-patch32_sun397`."""
-    names = [_name_of(text) for text in experts]
-    return next((name for name in names if is_for(task, name)), None)
-
-
 def is_for(task: Task, expert: str) -> bool:
-    """Whether an expert is for a task: of its name, or with its name at the end."""
+    """Whether an expert is for a task: of its name, or with that at the end, as `clip-vit-base-patch32_sun397`."""
     return f" {plain(expert)}".endswith(f" {plain(task.head)}")
-
-
-def _name_of(text: str) -> str:
-    name, equals, _ = text.partition("=")
-    return name if equals else Path(text.partition("@")[0]).name
 
 
 def _mark_unseen(report: Report, tasks: Sequence[Task]) -> None:

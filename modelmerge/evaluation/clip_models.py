@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from modelmerge.checkpoint.digest import cache_directory
-from modelmerge.errors import CheckpointError, ModelMergeError, UsageError, named
+from modelmerge.checkpoint.staging import replace_file
+from modelmerge.errors import CheckpointError, ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.image_tasks import Task, match
 from modelmerge.evaluation.model import Model
 
@@ -156,7 +156,7 @@ def find_head(task: Task, classes: Sequence[str], source: Parts | None, folder: 
             f"{named('heads')} DIR",
         )
     head = replace(make_head(source, classes, task.templates), digest=digest)
-    with contextlib.suppress(OSError) if folder is None else contextlib.nullcontext():
+    with contextlib.suppress(OSError, OutputError) if folder is None else contextlib.nullcontext():
         write_head(head, file)
     return head
 
@@ -215,7 +215,7 @@ def make_head(source: Parts, classes: Sequence[str], templates: Sequence[str]) -
 
 def write_head(head: Head, file: Path) -> None:
     """Write a head as safetensors, whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {
         "format": "pt", "classes": json.dumps(head.classes), "templates": json.dumps(head.templates),
@@ -223,9 +223,7 @@ def write_head(head: Head, file: Path) -> None:
         "scale": repr(head.scale),
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"weight": head.weight, "projection": head.projection}, temporary, metadata=metadata)
-    os.replace(temporary, file)
+    replace_file(file.parent, file.name, save({"weight": head.weight, "projection": head.projection}, metadata))
 
 
 def read_head(file: Path) -> Head:

@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +21,7 @@ from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.evaluation.bench import Bench, Models, Running, run
 from modelmerge.evaluation.model import Model
 from modelmerge.evaluation.report import Report
-from modelmerge.evaluation.scores import Score, read_score
+from modelmerge.evaluation.scores import Score, meant, read_score
 
 Metric = Callable[..., Any]  # (model) or (model, task) -> a score, or a mapping of tasks to scores
 
@@ -91,11 +90,8 @@ def load_script(text: str) -> Script:
     metric = getattr(module, name, None)
     if not callable(metric):
         have = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
-        near = get_close_matches(name, have, n=1)
-        raise UsageError(
-            f"{where} has no function '{name}'",
-            hint=f"did you mean '{near[0]}'?" if near else f"it has: {', '.join(have) or 'none'}",
-        )
+        hint = meant(name, have, f"it has: {', '.join(have) or 'none'}")
+        raise UsageError(f"{where} has no function '{name}'", hint=hint)
     file = Path(str(module.__file__))
     return Script(metric, f"{file.name}:{name}", _digest(file, name))
 
@@ -157,19 +153,10 @@ def check_metric(metric: Metric, label: str, *, by_task: bool) -> None:
 def measure(metric: Metric, label: str, model: Model, task: str | None, seed: int) -> dict[str, Score]:
     """The scores that the function gives a model, by task; `label` where it names none.
 
-    Python's, numpy's and torch's generators are seeded first.
-
     Raises:
         ModelMergeError: It raises, or returns what is no score.
     """
-    seed_all(seed)
-    try:
-        result = metric(model) if task is None else metric(model, task)
-    except ModelMergeError:
-        raise
-    except (Exception, SystemExit) as error:
-        at = f" at '{task}'" if task is not None else ""
-        raise ModelMergeError(f"{label} failed on '{model.name}'{at}: {in_words(error)}") from error
+    result = call(metric, label, model, task, seed)
     where = f"{label} on '{model.name}'"
     if task is not None:
         return {task: read_score(result, f"{where}, '{task}'")}
@@ -180,11 +167,27 @@ def measure(metric: Metric, label: str, model: Model, task: str | None, seed: in
     return {label.rpartition(":")[2]: read_score(result, where)}
 
 
-def seed_all(seed: int) -> None:
+def call(metric: Metric, label: str, model: Model, task: str | None, seed: int) -> Any:
+    """What the function returns, all generators seeded first.
+
+    Raises:
+        ModelMergeError: It raises.
+    """
+    seed_all(seed, seed, seed)
+    try:
+        return metric(model) if task is None else metric(model, task)
+    except ModelMergeError:
+        raise
+    except (Exception, SystemExit) as error:
+        at = f" at '{task}'" if task is not None else ""
+        raise ModelMergeError(f"{label} failed on '{model.name}'{at}: {in_words(error)}") from error
+
+
+def seed_all(python: int, numpys: int, torchs: int) -> None:
     """Seed Python's, numpy's and torch's generators."""
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    random.seed(python)
+    numpy.random.seed(numpys % 2**32)
+    torch.manual_seed(torchs)
 
 
 def in_words(error: BaseException) -> str:

@@ -70,13 +70,12 @@ def load(task: Task, *, limit: int | None = None, seed: int = 0, with_labels: bo
     where = f"data set '{task.data}'"
     if not len(rows):
         raise ModelMergeError(f"{where}: it is empty", hint="name another data set, or another split")
+    rows, image = _image_column(task, rows)
     if with_labels or task.classes is None:
-        rows, image, label = _columns(task, rows)
-        are_names, names, labels = _labels(where, rows, label, of_all=with_labels)
+        are_names, names, labels = _labels(where, rows, _label_column(task, rows), of_all=with_labels)
         classes, remarks = name_classes(task, names, are_names=are_names)
         notes += remarks
     else:
-        rows, image = _image_column(task, rows)
         classes = tuple(task.classes.values() if isinstance(task.classes, Mapping) else task.classes)
     if not with_labels:
         labels = torch.full((len(rows),), -1)
@@ -110,9 +109,8 @@ def _open(task: Task) -> tuple[Any, str | None, str]:
             if not local:
                 return _from_hub(datasets, task)
             if path.is_file():
-                data = datasets.load_dataset(
-                    "parquet", data_files={task.split or ("all" if task.held_out else "test"): str(path)}
-                )
+                split = task.split or ("all" if task.held_out else "test")
+                data = datasets.load_dataset("parquet", data_files={split: str(path)})
             elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
                 data = datasets.load_from_disk(str(path))
             else:
@@ -127,12 +125,10 @@ def _open(task: Task) -> tuple[Any, str | None, str]:
             hint="it can be a folder of images with a folder for each class, a folder with parquet files, a parquet "
             "file, or org/name on the Hub",
         ) from error
-    split = task.split
     if isinstance(data, datasets.DatasetDict):
-        splits = list(data)
-        split = _split(task, splits)
-        return data[split], split if len(splits) > 1 else task.split, _identity(path)
-    return data, split, _identity(path)
+        split = _split(task, list(data))
+        return data[split], split if len(data) > 1 else task.split, _identity(path)
+    return data, task.split, _identity(path)
 
 
 def _is_empty(path: Path) -> bool:
@@ -219,8 +215,8 @@ def _identity(path: Path) -> str:
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
-def _columns(task: Task, rows: Any) -> tuple[Any, str, str]:
-    """The data set, its column of images, decoded, and its column of labels.
+def _label_column(task: Task, rows: Any) -> str:
+    """The data set's column of labels.
 
     Raises:
         ModelMergeError: There is none, or it is not clear which.
@@ -233,9 +229,7 @@ def _columns(task: Task, rows: Any) -> tuple[Any, str, str]:
         name for name, kind in features.items()
         if isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint", "string", "large_string"))
     ]  # fmt: skip
-    where = f"data set '{task.data}'"
-    label = _column(where, "label", task.label, with_names or simple, ("label", "labels"), list(features))
-    return *_image_column(task, rows), label
+    return _column(task, "label", task.label, with_names or simple, ("label", "labels"), list(features))
 
 
 def _image_column(task: Task, rows: Any) -> tuple[Any, str]:
@@ -247,27 +241,25 @@ def _image_column(task: Task, rows: Any) -> tuple[Any, str]:
     import datasets
 
     features = rows.features
-    where = f"data set '{task.data}'"
     # Parquet files that another tool wrote do not say what their columns are.
     pictures = [
         name for name, kind in features.items()
         if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and kind.keys() == {"bytes", "path"})
     ]  # fmt: skip
-    image = _column(where, "image", task.image, pictures, ("image", "img"), list(features))
+    image = _column(task, "image", task.image, pictures, ("image", "img"), list(features))
     if not isinstance(features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image())
     return rows, image
 
 
 def _column(
-    where: str, kind: str, request: str | None, fitting: Sequence[str], usual: Sequence[str], every: Sequence[str]
+    task: Task, kind: str, request: str | None, fitting: Sequence[str], usual: Sequence[str], every: Sequence[str]
 ) -> str:
     names = [request] if request else [name for name in usual if name in fitting] or list(fitting)
     if (request and request not in every) or len(names) != 1:
         what = f"no column '{request}'" if request else f"{'no' if not names else 'more than one'} column of {kind}s"
-        raise ModelMergeError(
-            f"{where}: {what}", hint=f"its columns: {', '.join(every)}; name it: {named(f'{kind}_column')}"
-        )
+        hint = f"its columns: {', '.join(every)}; name it: {named(f'{kind}_column')}"
+        raise ModelMergeError(f"data set '{task.data}': {what}", hint=hint)
     return names[0]
 
 

@@ -11,13 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from modelmerge.errors import ModelMergeError, UsageError, named
-from modelmerge.evaluation.scores import listing, plain
+from modelmerge.evaluation.scores import listing, meant, plain
 
 TEMPLATE = "a photo of a {}."
 _ORDER = "lines of LABEL<tab>NAME say which is which"
@@ -98,12 +97,8 @@ def _published_task(name: str, *, held_out: bool = False) -> Task:
     key = keys.get(plain(word))
     if key is None:
         names = [*groups(), *tasks]
-        near = get_close_matches(word.lower(), names, n=1)
-        raise UsageError(
-            f"there is no task '{word}'",
-            hint=(f"did you mean '{near[0]}'? " if near else "")
-            + f"there are: {', '.join(names)}; or your own: {named('data')}",
-        )
+        hint = f"{meant(word.lower(), names)} there are: {', '.join(names)}; or your own: {named('data')}"
+        raise UsageError(f"there is no task '{word}'", hint=hint.strip())
     task = tasks[key]
     return Task(
         name=f"{key}:{split}" if split else key, data=task["data"], config=task.get("config"),
@@ -148,11 +143,15 @@ def own_task(
         path = Path(data.partition("@")[0]).expanduser()
         task = replace(task, name=(path.resolve().stem if path.exists() else path.name) or "data", data=data)
     elif classes is None and plain(name) in map(plain, publication()["tasks"]):
-        source = _published_task(name)
-        task = replace(
-            task, name=source.name, templates=source.templates, classes=source.classes, also=source.also,
-            is_published=True,
-        )  # fmt: skip
+        own: dict[str, Any] = {
+            "data": place,
+            "config": config,
+            "split": split,
+            "image": image,
+            "label": label,
+            "held_out": held_out,
+        }
+        task = replace(_published_task(name), **own)
     if classes is not None:
         task = replace(task, classes=read_classes(Path(classes)))
     return with_templates(task, templates) if templates else task

@@ -19,9 +19,9 @@ from typing import Any
 from modelmerge.engine.parallel import find_device
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, run
-from modelmerge.evaluation.lm_harness import SEEDS, naming, quiet, seed
-from modelmerge.evaluation.lm_models import open_model
-from modelmerge.evaluation.lm_tasks import Settings, Task, check_settings, load_tasks, parse_metrics, requests
+from modelmerge.evaluation.custom import seed_all
+from modelmerge.evaluation.lm_models import SEEDS, Settings, naming, open_model, quiet
+from modelmerge.evaluation.lm_tasks import Task, check_settings, load_tasks, parse_metrics, requests
 from modelmerge.evaluation.model import Model
 from modelmerge.evaluation.report import ModelRow, Report
 from modelmerge.evaluation.scores import Score
@@ -190,7 +190,7 @@ def measure(model: Any, name: str, task: Task, settings: Settings, progress: Rep
         _refuse_unfit(model, name, part)
     seeds = SEEDS if settings.seed is None else (settings.seed,) * 4
     with quiet(progress, strict=True), naming(task.name, name):
-        seed(seeds)
+        seed_all(*seeds[:3])
         for part in task.parts:
             part.set_fewshot_seed(seed=seeds[3])
         groups = [task.unit, *task.unit.get_all_groups()] if hasattr(task.unit, "get_all_groups") else []

@@ -12,40 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.errors import ModelMergeError, UsageError, named
-from modelmerge.evaluation.lm_harness import check_installed, naming, quiet, without_items
+from modelmerge.evaluation.lm_models import Settings, check_installed, naming, quiet, without_items
 from modelmerge.progress import Reporter
 
 TASKS = Path(__file__).parent / "tasks"  # our own, in the harness's format
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How tasks are to be run, by the harness's words.
-
-    Args:
-        include_path: A directory of tasks in YAML. What its files name as functions is Python code that will run.
-        limit: So many items of each task, from the first on; below 1, this share of them.
-        num_fewshot: Solved examples in front of each item. A task that says 0 itself keeps it.
-        batch_size: A number, or `auto`.
-        dtype: `auto`, as the weights are stored, or the name of a torch dtype.
-        apply_chat_template: Put items as a conversation, in the model's own format.
-        confirm_run_unsafe_code: Run tasks that execute what the model writes.
-        metrics: By task, or for all tasks under the empty name, the metric that is the score: `NAME` or `NAME,FILTER`.
-        seed: In the place of `SEEDS`, all four.
-        held_out: Look at the validation split of a task that reports its test split, and at the training split of one
-            that reports its validation split.
-    """
-
-    include_path: Path | None = None
-    limit: float | None = None
-    num_fewshot: int | None = None
-    batch_size: str = "8"
-    dtype: str = "auto"
-    apply_chat_template: bool = False
-    confirm_run_unsafe_code: bool = False
-    metrics: Mapping[str, str]
-    seed: int | None = None
-    held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, cast
 
 from modelmerge.errors import ModelMergeError, UsageError, named
 from modelmerge.evaluation.report import ModelRow, Report, ScoreEntry
@@ -36,18 +37,10 @@ class Score:
 
     def to_dict(self) -> ScoreEntry:
         """As plain data; `lower` and `figures` only where they say something."""
-        entry: ScoreEntry = {
-            "score": self.value, "count": self.count, "stderr": self.stderr, "metric": self.metric,
-        }  # fmt: skip
-        if self.items is not None:
-            entry["items"] = list(self.items)
-        if self.ids is not None:
-            entry["ids"] = list(self.ids)
-        if self.lower:
-            entry["lower"] = True
-        if self.figures is not None:
-            entry["figures"] = dict(self.figures)
-        return entry
+        entry = {"score": self.value, "count": self.count, "stderr": self.stderr, "metric": self.metric}
+        lists = {"items": self.items and list(self.items), "ids": self.ids and list(self.ids)}
+        more = {**lists, "lower": self.lower or None, "figures": self.figures and dict(self.figures)}
+        return cast(ScoreEntry, entry | {name: value for name, value in more.items() if value is not None})
 
 
 def read_score(result: Any, where: str) -> Score:
@@ -117,6 +110,12 @@ def _count(value: Any, where: str) -> int:
 
 def _text(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+def meant(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The hint for a name that is none of these: the one that is meant, or something else."""
+    near = get_close_matches(name, names, n=1)
+    return f"did you mean '{near[0]}'?" if near else otherwise
 
 
 def plain(name: str) -> str:
@@ -280,12 +279,8 @@ def _of_pair(model: ModelRow, before: ModelRow, tasks: Sequence[str], *, same_it
     rising = [step for task, step in steps.items() if not model["scores"][task].get("lower")]
     average, error = mean([step["difference"] for step in rising]), mean_error([step["stderr"] for step in rising])
     p = None if average is None else _two_sided(average, error)
-    return {
-        "model": model["name"],
-        "other": before["name"],
-        "tasks": steps,
-        "average": {"difference": average, "stderr": error, "p": p},
-    }
+    total = {"difference": average, "stderr": error, "p": p}
+    return {"model": model["name"], "other": before["name"], "tasks": steps, "average": total}
 
 
 def _difference(ours: ScoreEntry, theirs: ScoreEntry, same_items: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.errors import ModelMergeError, PlanError
-from modelmerge.evaluation.custom import Script, in_words, seed_all
+from modelmerge.evaluation.custom import Script, call, in_words
 from modelmerge.evaluation.model import Model
 
 
@@ -31,13 +31,7 @@ def classifier_of(script: Script, expert: Model, size: int, seed: int) -> tuple[
         ModelMergeError: The function raises, or returns something else.
     """
     where = f"{script.label} for '{expert.name}'"
-    seed_all(seed)
-    try:
-        result = script.metric(expert)
-    except ModelMergeError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ModelMergeError(f"{script.label} failed on '{expert.name}': {in_words(error)}") from error
+    result = call(script.metric, script.label, expert, None, seed)
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], torch.nn.Module):
         raise ModelMergeError(
             f"{where} returned {type(result).__name__}, which is not what was asked for",

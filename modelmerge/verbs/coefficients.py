@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from modelmerge.evaluation.custom import Script, load_script
 from modelmerge.evaluation.image_data import Items
 from modelmerge.evaluation.image_tasks import Task, find_tasks
 from modelmerge.evaluation.model import Model
+from modelmerge.evaluation.scores import meant
 from modelmerge.methods import registry
 from modelmerge.methods.coefficients import Options
 from modelmerge.methods.options import make_options, option_types
@@ -182,10 +182,8 @@ def find_data(recipe: Recipe, experts: Sequence[str], script: Script | None = No
         options = make_options(search, SEARCH, {name: values.pop(name) for name in names})
     for name in values:
         if name not in (*IMAGES, SCRIPT):
-            near = get_close_matches(name, (*IMAGES, SCRIPT), n=1)
-            raise UsageError(
-                f"unlabelled data have no setting '{name}'", hint=f"did you mean '{near[0]}'?" if near else None
-            )
+            hint = meant(name, (*IMAGES, SCRIPT)) or None
+            raise UsageError(f"unlabelled data have no setting '{name}'", hint=hint)
     if not values:
         raise UsageError(
             f"'{recipe.method}' needs unlabelled data of each expert's task: {', '.join(experts)}",
