@@ -72,7 +72,8 @@ class Bench:
         tasks: Their names. A None is measured in one go, and names its tasks itself.
         depends: What the score at a task depends on besides the model and the seed, as plain data. Without it nothing
             is cached.
-        measure: The scores of a model at a task, by task.
+        measure: The scores at a task, by task, of what `open` gives for a model.
+        open: A model, made ready once for all tasks; let go before the next one.
         onto_base: Models are seen by the base's names, and what they lack is the base's; there must be one.
         base_counts: Scores may depend on the base too, by what lies beside its weights.
         items: How many items a task has, where `measure` advances the progress by them itself.
@@ -84,7 +85,8 @@ class Bench:
     about: Mapping[str, Any]
     tasks: tuple[str | None, ...]
     depends: Callable[[str | None], Any] | None
-    measure: Callable[[Model, str | None], dict[str, Score]]
+    measure: Callable[[Any, str | None], dict[str, Score]]
+    open: Callable[[Model], Any] = lambda model: model
     onto_base: bool = False
     base_counts: bool = False
     items: Callable[[str | None], int] | None = None
@@ -248,6 +250,7 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
     """A model's scores by task, and the tasks whose scores came from the cache."""
     scores: dict[str, ScoreEntry] = {}
     repeats: list[str] = []
+    ready: Any = None
     for task in bench.tasks:
         keeps = bench.depends is not None
         request = {"suite": bench.suite, "model": digest, "task": task, "seed": running.seed,
@@ -256,7 +259,8 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
         entry = cache.recall(name) if running.cache and keeps else None
         if entry is None:
             start = time.monotonic()
-            results = bench.measure(model, task)
+            ready = bench.open(model) if ready is None else ready
+            results = bench.measure(ready, task)
             model.check()
             entries = {each: score.to_dict() for each, score in results.items()}
             entry = {**request, "scores": entries, "seconds": round(time.monotonic() - start, 3)}

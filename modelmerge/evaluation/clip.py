@@ -8,7 +8,7 @@ with a frozen text tower share the base's, and may be the vision tower alone: a 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -113,12 +113,19 @@ def evaluate(
         base = _base_of(parse_all(as_references(models), "model"))
     names = [expert.name for expert in parse_all(as_references(running.experts), "expert")]
     fitting = {task.name: [name for name in names if is_for(task, name)] for task in choice}
+
+    def measure_at(ready: tuple[Model, Parts, str, Tower], task: str | None) -> dict[str, Score]:
+        (model, parts, digest, tower), data = ready, items[str(task)]
+        head = clip_models.find_head(data.task, data.classes, parts, folder, digest)
+        network = clip_models.classifier(tower, head, model.device)
+        return {str(task): measure(network, head, data, model.name, batch=batch_size, progress=running.progress)}
+
     bench = Bench(
         suite="clip",
         about={"data": {name: _data_entry(each) for name, each in items.items()}, "limit": limit,
                "heads": None if folder is None else str(folder)},
         tasks=tuple(items), depends=lambda task: _depends(items[str(task)], limit, folder),
-        measure=_Measurer(items, folder, batch_size, running.progress), onto_base=base is not None,
+        open=lambda model: (model, *clip_models.open_parts(model)), measure=measure_at, onto_base=base is not None,
         items=lambda task: len(items[str(task)].ids),
         experts={task: some[0] for task, some in fitting.items() if some},
         packages=_PACKAGES,
@@ -168,26 +175,6 @@ def _base_of(models: Sequence[Reference]) -> str | None:
     if len(bases) > 1:
         raise UsageError("the models are merges of different bases", hint=f"name the CLIP model: {named('base')} REF")
     return next(iter(bases), None)
-
-
-class _Measurer:
-    """Measures a model at a task; what a model's tasks share is read once, for one model at a time."""
-
-    def __init__(self, items: Mapping[str, Items], folder: Path | None, batch: int, progress: Reporter) -> None:
-        self._items, self._folder, self._batch, self._progress = items, folder, batch, progress
-        self._model: Model | None = None
-        self._parts: tuple[Parts, str, Tower] | None = None
-
-    def __call__(self, model: Model, task: str | None) -> dict[str, Score]:
-        if self._model is not model or self._parts is None:
-            parts = clip_models.parts_of(model)
-            digest = clip_models.text_digest(parts) if parts.has_text else ""
-            self._model, self._parts = model, (parts, digest, clip_models.read_tower(parts))
-        items, (parts, digest, tower) = self._items[str(task)], self._parts
-        head = clip_models.find_head(items.task, items.classes, parts, self._folder, digest)
-        classifier = clip_models.classifier(tower, head, model.device)
-        score = measure(classifier, head, items, model.name, batch=self._batch, progress=self._progress)
-        return {str(task): score}
 
 
 def is_for(task: Task, expert: str) -> bool:

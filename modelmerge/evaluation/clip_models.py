@@ -57,10 +57,15 @@ class Parts:
 def parts_of(model: Model) -> Parts:
     """A model, and what lies beside it; beside the base, where it is seen by the base's names."""
     place = model.path if model.base_path is None else model.base_path
-    directory = place if place.is_dir() else None
-    file = directory / "config.json" if directory is not None else None
-    config = json.loads(file.read_bytes()) if file is not None and file.exists() else {}
-    return Parts(name=model.name, tensors=model, config=config, directory=directory)
+    file = place / "config.json"
+    config = json.loads(file.read_bytes()) if file.exists() else {}
+    return Parts(name=model.name, tensors=model, config=config, directory=place if place.is_dir() else None)
+
+
+def open_parts(model: Model) -> tuple[Parts, str, Tower]:
+    """A model, the digest of its text tower, if it has one, and its vision tower."""
+    parts = parts_of(model)
+    return parts, text_digest(parts) if parts.has_text else "", read_tower(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

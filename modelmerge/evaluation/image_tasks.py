@@ -154,11 +154,11 @@ def own_task(
         task = replace(_published_task(name), **own)
     if classes is not None:
         task = replace(task, classes=read_classes(Path(classes)))
-    return with_templates(task, templates) if templates else task
+    return with_templates(task, templates)
 
 
 def with_templates(task: Task, templates: Sequence[str]) -> Task:
-    """The task, prompted in other words.
+    """The task, prompted in other words where there are any.
 
     Raises:
         UsageError: A template has no place for the class.
@@ -166,7 +166,7 @@ def with_templates(task: Task, templates: Sequence[str]) -> Task:
     odd = next((text for text in templates if text.count("{}") != 1), None)
     if odd is not None:
         raise UsageError(f"'{odd}' must hold {{}} once, for the class", option="templates", hint=f"as in '{TEMPLATE}'")
-    return replace(task, templates=tuple(templates))
+    return replace(task, templates=tuple(templates) or task.templates)
 
 
 def read_classes(file: Path) -> tuple[str, ...] | dict[str, str]:
@@ -216,9 +216,7 @@ def find_tasks(
         name = "classes" if files else next(iter(columns))
         option = f"{name}_column" if name in ("image", "label") else name
         raise UsageError(f"has no effect without {named('data')}", option=option)
-    tasks = [
-        with_templates(task, templates) if templates else task for task in published_tasks(names, held_out=held_out)
-    ]
+    tasks = [with_templates(task, templates) for task in published_tasks(names, held_out=held_out)]
     settings = {**columns, "templates": templates, "held_out": held_out}
     by_name = dict(map(_named_file, files))
     for text in data:

@@ -89,7 +89,7 @@ def naming(task: str, model: str | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet(progress: Reporter | None, *, strict: bool = False) -> Iterator[None]:
+def quiet(progress: Reporter | None) -> Iterator[None]:
     """Keep the harness and its libraries from the terminal; what a person should know becomes a note."""
     harness = logging.getLogger("lm_eval")
     listener = _Notes(progress)

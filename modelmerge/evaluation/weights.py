@@ -79,9 +79,7 @@ def evaluate(
     # Readers tell models apart by their names; an expert may be looked at as a model too.
     others = [replace(model, name=f"model {model.name}") if model.name in names else model for model in ours]
     origin, checkpoints = open_references(parse(str(base)), [*experts, *others])
-    plan = make_plan(
-        origin, checkpoints, include=include, exclude=exclude, on_mismatch=on_mismatch
-    )  # fmt: skip
+    plan = make_plan(origin, checkpoints, include=include, exclude=exclude, on_mismatch=on_mismatch)
     try:
         source = source_of(plan, running.device)
         fetch(plan, running.progress, beside="nothing", stream=False)
@@ -90,18 +88,13 @@ def evaluate(
         tables = describe(sums, names, columns, per_layer=per_layer)
         inputs = [record(model, model.digests()) for model in plan.models]
         rows = zip(columns, inputs[1 + len(experts) :], checkpoints[len(experts) :], strict=True)
+        merged = [
+            {**entry, "name": name, "measured_rounding": _measured_rounding(model)} for name, entry, model in rows
+        ]
+        left = {tensor.name: tensor.reason for tensor in plan.tensors.values() if tensor.action == "copy"}
         return cast(Report, {
-            "suite": "weights",
-            **stamp(source.device),
-            "base": inputs[0],
-            "experts": inputs[1 : 1 + len(experts)],
-            "models": [
-                {**entry, "name": name, "measured_rounding": _measured_rounding(model)} for name, entry, model in rows
-            ],
-            "remark": REMARK,
-            "notes": remarks(plan),
-            "left_out": {t.name: t.reason for t in plan.tensors.values() if t.action == "copy"},
-            **tables,
+            "suite": "weights", **stamp(source.device), "base": inputs[0], "experts": inputs[1 : 1 + len(experts)],
+            "models": merged, "remark": REMARK, "notes": remarks(plan), "left_out": left, **tables,
         })  # fmt: skip
     finally:
         plan.close()
@@ -312,28 +305,18 @@ def _figures(sums: Sums, experts: Sequence[str], models: Sequence[str]) -> dict[
     norms = sums.gram.diagonal().clamp(min=0.0).sqrt()
     entries, both, changes, fewer = sums.signs.tolist()
     count = len(experts)
-    return {
-        "entries": sums.entries,
-        "matrices": sums.matrices,
-        "experts": {
-            "norms": dict(zip(experts, norms.tolist(), strict=False)),
-            "relative_norms": {
-                name: _ratio(norm, math.sqrt(sums.base_square))
-                for name, norm in zip(experts, norms.tolist(), strict=False)
-            },
-            "cosines": [[_cosine(sums.gram, i, j) for j in range(count)] for i in range(count)],
-            "sign_conflict": _ratio(both, entries),
-            "minority_sign_share": _ratio(fewer, changes),
-            "singular_task_interference": _pair(
-                ("mean", "relative"), sums.interference / sums.matrices if sums.matrices else None
-            ),
-            "awd_orthogonality": _pair(
-                ("before", "after"), sums.orthogonality / sums.awd_tensors if sums.awd_tensors else None
-            ),
-            "apgd_gap": _pair(("start", "solved"), sums.apgd / sums.apgd_base if sums.apgd_base else None),
-        },
-        "models": {name: _of_model(sums, experts, k) for k, name in enumerate(models)},
-    }
+    relative = [_ratio(norm, math.sqrt(sums.base_square)) for norm in norms.tolist()]
+    vectors = {
+        "norms": dict(zip(experts, norms.tolist(), strict=False)),
+        "relative_norms": dict(zip(experts, relative, strict=False)),
+        "cosines": [[_cosine(sums.gram, i, j) for j in range(count)] for i in range(count)],
+        "sign_conflict": _ratio(both, entries), "minority_sign_share": _ratio(fewer, changes),
+        "singular_task_interference": _means(("mean", "relative"), sums.interference, sums.matrices),
+        "awd_orthogonality": _means(("before", "after"), sums.orthogonality, sums.awd_tensors),
+        "apgd_gap": _means(("start", "solved"), sums.apgd, sums.apgd_base),
+    }  # fmt: skip
+    of_models = {name: _of_model(sums, experts, k) for k, name in enumerate(models)}
+    return {"entries": sums.entries, "matrices": sums.matrices, "experts": vectors, "models": of_models}
 
 
 def _of_model(sums: Sums, experts: Sequence[str], k: int) -> dict[str, Any]:
@@ -346,11 +329,10 @@ def _of_model(sums: Sums, experts: Sequence[str], k: int) -> dict[str, Any]:
         distance = math.sqrt(max(square + expert - 2 * float(gram[place, i]), 0.0))
         ratios = int(sums.ratios[k, i])
         closeness[name] = {
-            "cosine": _cosine(gram, place, i),
-            "distance": distance,
+            "cosine": _cosine(gram, place, i), "distance": distance,
             "relative_distance": _ratio(distance, math.sqrt(expert)),
-            "subspace_alignment": float(sums.alignments[k, i]) / ratios if ratios else None,
-        }
+            "subspace_alignment": _ratio(float(sums.alignments[k, i]), ratios),
+        }  # fmt: skip
     return {
         "norm": math.sqrt(square),
         "relative_norm": _ratio(math.sqrt(square), math.sqrt(sums.base_square)),
@@ -370,5 +352,5 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _pair(names: tuple[str, str], values: Tensor | None) -> dict[str, float] | None:
-    return dict(zip(names, values.tolist(), strict=True)) if values is not None else None
+def _means(names: tuple[str, str], totals: Tensor, count: float) -> dict[str, float] | None:
+    return dict(zip(names, (totals / count).tolist(), strict=True)) if count else None

@@ -19,7 +19,7 @@ from modelmerge.engine.job import Job
 from modelmerge.engine.memory import refuse_beyond_memory
 from modelmerge.engine.transforms import Transform, fit_chain
 from modelmerge.errors import RecipeError, UsageError, named
-from modelmerge.evaluation import cache, clip, clip_models, image_data, unlabelled
+from modelmerge.evaluation import cache, clip, clip_models, custom, image_data
 from modelmerge.evaluation.clip_models import Parts, Tower
 from modelmerge.evaluation.custom import Script, load_script
 from modelmerge.evaluation.image_data import Items
@@ -59,10 +59,7 @@ class Data:
     def remarks(self) -> list[str]:
         """What a plan says of the data, and what it does not count."""
         label = self.script.label if self.script is not None else ", ".join(task.name for task in self.tasks.values())
-        return [
-            f"weights are found on unlabelled data first: {label}; what the model makes of a batch of them takes "
-            "memory besides"
-        ]
+        return [f"weights are found on unlabelled data first, {label}; batches of them take memory besides"]
 
     def read(self, seed: int) -> Read:
         """Open the data.
@@ -70,11 +67,8 @@ class Data:
         Raises:
             ModelMergeError: A data set cannot be read, or is empty.
         """
-        items = {
-            name: image_data.load(task, limit=self.limit, seed=seed, with_labels=False)
-            for name, task in self.tasks.items()
-        }
-        return Read(self, items)
+        options: dict[str, Any] = {"limit": self.limit, "seed": seed, "with_labels": False}
+        return Read(self, {name: image_data.load(task, **options) for name, task in self.tasks.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +108,16 @@ class Read:
             for expert in job.plan.experts:
                 yield self._of_script(self.data.script, expert, job)
             return
-        parts = clip_models.parts_of(Model(job.plan.base, None, job.source.device))
-        tower, digest = clip_models.read_tower(parts), clip_models.text_digest(parts) if parts.has_text else ""
+        parts, digest, tower = clip_models.open_parts(Model(job.plan.base, None, job.source.device))
         for expert in job.plan.experts:
             yield self._of_images(expert.name, parts, tower, digest, job)
 
     def _of_script(self, script: Script, expert: Checkpoint, job: Job) -> Problem:
         model = Model(expert, job.plan.base, job.source.device)
-        module, batches = unlabelled.classifier_of(script, model, self.data.options.batch_size, job.seed)
-        where = f"{script.label} for '{expert.name}'"
-        merged = [tensor.name for tensor in job.merged()]
-        names = unlabelled.names_in(list(module.state_dict()), merged, where)
-        predict = unlabelled.predictor(where, module, batches, job.source.device)
+        module, batches = custom.classifier_of(script, model, self.data.options.batch_size, job.seed)
+        where, merged = f"{script.label} for '{expert.name}'", [tensor.name for tensor in job.merged()]
+        names = custom.names_in(list(module.state_dict()), merged, where)
+        predict = custom.predictor(where, module, batches, job.source.device)
         return Problem(expert.name, module, names, predict)
 
     def _of_images(self, name: str, parts: Parts, tower: Tower, digest: str, job: Job) -> Problem:
@@ -136,12 +128,10 @@ class Read:
             hint = f"a whole CLIP model as BASE has one; or a folder that has the head: {named('heads')} DIR"
             raise UsageError(error.template, hint=hint) from error
         module = clip_models.classifier(tower, head, job.source.device)
-        order = unlabelled.draws(len(items.ids), batch_size, job.seed, name)
+        order = custom.draws(len(items.ids), batch_size, job.seed, name)
         pixels = (batch for batch, _ in clip.batches(items, head, batch_size, order))
-        return Problem(
-            name, module, clip_models.names_in(module, parts),
-            unlabelled.predictor(f"the data of '{name}'", module, pixels, job.source.device),
-        )  # fmt: skip
+        predict = custom.predictor(f"the data of '{name}'", module, pixels, job.source.device)
+        return Problem(name, module, clip_models.names_in(module, parts), predict)
 
 
 def to_recipe(unlabelled: Mapping[str, Any]) -> tuple[dict[str, Any], Script | None]:
@@ -238,9 +228,7 @@ def with_coefficients(job: Job, coefficients: Mapping[str, Mapping[str, float]])
     experts, tensors = [expert.name for expert in job.plan.experts], {tensor.name for tensor in job.merged()}
     for tensor, factors in coefficients.items():
         if tensor not in tensors:
-            raise RecipeError(
-                f"the recipe has coefficients of '{tensor}', which is no tensor that is merged", hint=_ANEW
-            )
+            raise RecipeError(f"the recipe has coefficients of '{tensor}', which is not merged", hint=_ANEW)
         if factors.keys() != set(experts):
             raise RecipeError(f"the recipe has coefficients of {', '.join(factors)} for '{tensor}'", hint=_ANEW)
     table = {tensor: tuple(factors[name] for name in experts) for tensor, factors in coefficients.items()}

@@ -124,13 +124,8 @@ def _measure(name: str, kind: str, state: Mapping[str, Tensor], tasks: Mapping[s
 
 def to_json(story: Story, out: Path) -> dict[str, Any]:
     """The story as plain data."""
-    return {
-        "output": str(out),
-        "models": [
-            {"model": row.model, "kind": row.kind, "accuracy": dict(row.accuracies), "mean": row.mean}
-            for row in story.rows
-        ],
-        "commands": dict(story.commands),
-        "scales": [{"scale": scale, **means} for scale, means in story.scales.items()],
-        "manifests": {name: str(out / "merged" / name.replace(" ", "") / MANIFEST) for name in story.commands},
-    }
+    models = [{"model": r.model, "kind": r.kind, "accuracy": dict(r.accuracies), "mean": r.mean} for r in story.rows]
+    scales = [{"scale": scale, **means} for scale, means in story.scales.items()]
+    manifests = {name: str(out / "merged" / name.replace(" ", "") / MANIFEST) for name in story.commands}
+    return {"output": str(out), "models": models, "commands": dict(story.commands), "scales": scales,
+            "manifests": manifests}  # fmt: skip

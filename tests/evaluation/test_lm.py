@@ -395,7 +395,7 @@ def test_examples_stand_in_front(world: World) -> None:
     from modelmerge.evaluation.model import Model
 
     seen = Model(open_checkpoint(parse(str(world.llama))), None, torch.device("cpu"))
-    assert harness.measure(seen, "first_colour").count == 3
+    assert harness.measure(harness.open(seen), "first_colour").count == 3
     assert harness.items("first_colour") == 9 == reporter.done
     prompts = {instance.args[0] for instance in task.parts[0].instances}
     assert {prompt.count("first") for prompt in prompts} == {3}

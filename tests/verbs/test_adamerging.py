@@ -20,7 +20,7 @@ from modelmerge.engine import memory
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, UsageError
 from modelmerge.evaluation import digits
-from modelmerge.evaluation.unlabelled import batches, draws, names_in
+from modelmerge.evaluation.custom import batches, draws, names_in
 from modelmerge.record.redaction import published
 from tests.support import clip_models
 from tests.support.checkpoints import State
