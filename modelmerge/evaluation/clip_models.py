@@ -326,10 +326,8 @@ def _config(model: Parts) -> Mapping[str, Any]:
     if kind == "clip_vision_model":
         return {"vision_config": model.config, "projection_dim": model.config.get("projection_dim", 512)}
     what = f"a {kind} model" if kind else "a model without a config.json that says what it is"
-    raise ModelMergeError(
-        f"'{model.name}' is {what}, not CLIP",
-        hint="images are for CLIP models and their vision towers; others go with eval custom, or eval lm",
-    )
+    hint = "images are for CLIP models and their vision towers; others go with eval custom, or eval lm"
+    raise ModelMergeError(f"'{model.name}' is {what}, not CLIP", hint=hint)
 
 
 def _side(processor: Mapping[str, Any]) -> int | None:
@@ -340,9 +338,8 @@ def _side(processor: Mapping[str, Any]) -> int | None:
 
 def _projection(model: Parts) -> Tensor:
     if not model.holds(_PROJECTION):
-        raise CheckpointError(
-            f"'{model.name}' has no {_PROJECTION}", hint=f"{named('base')} must be a whole CLIP model"
-        )
+        hint = f"{named('base')} must be a whole CLIP model"
+        raise CheckpointError(f"'{model.name}' has no {_PROJECTION}", hint=hint)
     return model.tensors[_PROJECTION].float()
 
 
@@ -375,9 +372,8 @@ def _beside(source: Parts, files: Sequence[str], read: Any) -> Any:
     """
     place = source.directory
     if place is None or not any((place / file).exists() for file in files):
-        raise ModelMergeError(
-            f"'{source.name}' has no {' or '.join(files)} beside its weights", hint="copy it there from its base"
-        )
+        hint = "copy it there from its base"
+        raise ModelMergeError(f"'{source.name}' has no {' or '.join(files)} beside its weights", hint=hint)
     try:
         return read(str(place))
     except (OSError, ValueError, KeyError) as error:

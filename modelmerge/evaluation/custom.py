@@ -101,9 +101,8 @@ def _import(name: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise ModelMergeError(
-            f"{name} cannot be imported: {in_words(error)}", hint=f"a file is named whole: {name}.py:FUNCTION"
-        ) from error
+        hint = f"a file is named whole: {name}.py:FUNCTION"
+        raise ModelMergeError(f"{name} cannot be imported: {in_words(error)}", hint=hint) from error
     if not str(getattr(module, "__file__", None)).endswith(".py"):
         raise UsageError(f"{name} is no module in Python", hint="name a file: metric.py:accuracy")
     return module
@@ -143,10 +142,8 @@ def check_metric(metric: Metric, label: str, *, by_task: bool) -> None:
         inspect.signature(metric).bind(*([None, "task"] if by_task else [None]))
     except TypeError as error:
         form = "(model, task)" if by_task else "(model)"
-        raise UsageError(
-            f"{label} cannot be called with {form}: {error}",
-            hint="with tasks named it is called for each, else once for a model",
-        ) from error
+        hint = "with tasks named it is called for each, else once for a model"
+        raise UsageError(f"{label} cannot be called with {form}: {error}", hint=hint) from error
     except ValueError:  # some callables have no signature to look at
         pass
 
@@ -217,10 +214,8 @@ def classifier_of(script: Script, expert: Model, size: int, seed: int) -> tuple[
     where = f"{script.label} for '{expert.name}'"
     result = call(script.metric, script.label, expert, None, seed)
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], torch.nn.Module):
-        raise ModelMergeError(
-            f"{where} returned {type(result).__name__}, which is not what was asked for",
-            hint="return (module, inputs): a torch.nn.Module that gives logits, and its unlabelled inputs",
-        )
+        hint = "return (module, inputs): a torch.nn.Module that gives logits, and its unlabelled inputs"
+        raise ModelMergeError(f"{where} returned {type(result).__name__}, which is not what was asked for", hint=hint)
     return result[0], batches(result[1], size, seed, expert.name, where)
 
 
@@ -246,10 +241,8 @@ def batches(inputs: Any, size: int, seed: int, name: str, where: str) -> Iterato
         return _again_and_again(inputs, where)
     counts = sorted({len(tensor) for tensor in tensors})
     if len(counts) > 1 or not counts[0]:
-        raise ModelMergeError(
-            f"{where}: its inputs are {' and '.join(map(str, counts))} rows",
-            hint="as many rows in each tensor, and some",
-        )
+        hint = "as many rows in each tensor, and some"
+        raise ModelMergeError(f"{where}: its inputs are {' and '.join(map(str, counts))} rows", hint=hint)
     return (_rows(inputs, places) for places in draws(counts[0], size, seed, name))
 
 

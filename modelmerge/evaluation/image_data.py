@@ -156,10 +156,8 @@ def _from_hub(datasets: Any, task: Task) -> tuple[Any, str | None, str]:
         except HfHubHTTPError:
             raise
         except HTTPError as error:
-            raise HubError(
-                f"the Hub cannot be reached for data set '{name}': {error}",
-                hint="check the connection, or name a local copy; HF_HUB_OFFLINE=1 takes what is cached",
-            ) from error
+            hint = "check the connection, or name a local copy; HF_HUB_OFFLINE=1 takes what is cached"
+            raise HubError(f"the Hub cannot be reached for data set '{name}': {error}", hint=hint) from error
     splits = datasets.get_dataset_split_names(name, task.config, revision=commit)
     split = _split(task, splits)
     data = datasets.load_dataset(name, task.config, split=split, revision=commit)

@@ -225,11 +225,8 @@ def find_tasks(
         tasks.append(own_task(text, classes=file, **settings) if file is not None else task)
     odd = next((name for name in by_name if name and name not in [task.name for task in tasks]), None)
     if odd is not None:
-        raise UsageError(
-            f"names '{odd}', which is no data",
-            option="classes",
-            hint=f"there are: {', '.join(task.name for task in tasks)}",
-        )
+        hint = f"there are: {', '.join(task.name for task in tasks)}"
+        raise UsageError(f"names '{odd}', which is no data", option="classes", hint=hint)
     twice = next((task.name for i, task in enumerate(tasks) if task.name in [t.name for t in tasks[:i]]), None)
     if twice is not None:
         raise UsageError(f"two tasks are called '{twice}'", hint=f"name them apart: {named('data')} NAME=DATA")
@@ -251,9 +248,8 @@ def name_classes(task: Task, labels: Sequence[str], *, are_names: bool) -> tuple
     where = f"data set '{task.data}'"
     if task.classes is None:
         if not are_names:
-            raise ModelMergeError(
-                f"{where}: its labels are numbers without names", hint=f"name them: {named('classes')}"
-            )
+            hint = f"name them: {named('classes')}"
+            raise ModelMergeError(f"{where}: its labels are numbers without names", hint=hint)
         return tuple(map(_with_spaces, labels)), []
     both = f"{where} and the file of class names"
     if isinstance(task.classes, Mapping):

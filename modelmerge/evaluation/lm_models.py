@@ -82,10 +82,8 @@ def naming(task: str, model: str | None = None) -> Iterator[None]:
         if isinstance(error, IndexError) and "out of bounds for size 0" in str(error):
             raise without_items(task) from error
         on = f" on '{model}'" if model is not None else " cannot be loaded"
-        raise ModelMergeError(
-            f"task '{task}'{on}: {type(error).__name__}: {first_line(error)}",
-            hint="is its data set there, and does its YAML name the data set's columns and splits?",
-        ) from error
+        hint = "is its data set there, and does its YAML name the data set's columns and splits?"
+        raise ModelMergeError(f"task '{task}'{on}: {type(error).__name__}: {first_line(error)}", hint=hint) from error
 
 
 @contextlib.contextmanager
@@ -257,9 +255,7 @@ def _refuse_nan(name: str) -> Any:
         logits = getattr(output, "logits", None)
         # Whatever went wrong before it, the last position has seen it.
         if logits is not None and bool(logits[:, -1].isnan().any()):
-            raise CheckpointError(
-                f"'{name}' gives NaN for an item: no score can be made of that",
-                hint=f"float16 overflows where float32 and bfloat16 do not: {named('dtype')} float32",
-            )
+            hint = f"float16 overflows where float32 and bfloat16 do not: {named('dtype')} float32"
+            raise CheckpointError(f"'{name}' gives NaN for an item: no score can be made of that", hint=hint)
 
     return check

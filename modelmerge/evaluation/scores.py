@@ -60,10 +60,8 @@ def read_score(result: Any, where: str) -> Score:
     odd = [key for key in result if key not in _KEYS]
     ways = [key for key in ("items", "correct", "score") if result.get(key) is not None]
     if odd or not ways:
-        raise ModelMergeError(
-            f"{where}: {'unknown key ' + repr(odd[0]) if odd else 'no score in it'}",
-            hint=f"a score is a number, or a mapping with some of: {', '.join(_KEYS)}",
-        )
+        hint = f"a score is a number, or a mapping with some of: {', '.join(_KEYS)}"
+        raise ModelMergeError(f"{where}: {'unknown key ' + repr(odd[0]) if odd else 'no score in it'}", hint=hint)
     metric, ids = str(result.get("metric") or "score"), result.get("ids")
     count = None if result.get("count") is None else _count(result["count"], where)
     stderr = None if result.get("stderr") is None else _number(result["stderr"], f"{where}, stderr")
@@ -81,9 +79,8 @@ def read_score(result: Any, where: str) -> Score:
     if ways[0] == "correct":
         correct = _number(result["correct"], f"{where}, correct")
         if not count or not 0 <= correct <= count:
-            raise ModelMergeError(
-                f"{where}: {correct:g} correct of {count}", hint="give correct and count of all items"
-            )
+            hint = "give correct and count of all items"
+            raise ModelMergeError(f"{where}: {correct:g} correct of {count}", hint=hint)
         share = correct / count
         return Score(value=share, count=count, stderr=math.sqrt(share * (1 - share) / count), metric=metric)
     return Score(value=_number(result["score"], where), count=count, stderr=stderr, metric=metric)
@@ -93,9 +90,8 @@ def _number(value: Any, where: str) -> float:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a scalar of torch or numpy
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ModelMergeError(
-            f"{where}: {_text(value)} is no number", hint="return a number, or a mapping of tasks to numbers"
-        )
+        hint = "return a number, or a mapping of tasks to numbers"
+        raise ModelMergeError(f"{where}: {_text(value)} is no number", hint=hint)
     if not math.isfinite(value):
         raise ModelMergeError(f"{where}: the score is {value}", hint="a score must be a finite number")
     return float(value)
@@ -211,17 +207,11 @@ def check_gates(
     least = [task for task in tasks if not models[0]["scores"][task].get("lower")]
     for gate in gates:
         if gate.what not in ("avg", "normalized", *tasks):
-            raise UsageError(
-                f"names '{gate.what}', which is no task",
-                option="fail_under",
-                hint=f"there are avg, normalized, {', '.join(tasks)}",
-            )
+            hint = f"there are avg, normalized, {', '.join(tasks)}"
+            raise UsageError(f"names '{gate.what}', which is no task", option="fail_under", hint=hint)
         if not least or gate.what in {*tasks} - {*least}:
-            raise UsageError(
-                f"{gate}: less is better, and the gate is a least value",
-                option="fail_under",
-                hint=f"there are avg, normalized, {', '.join(least)}" if least else "name another metric",
-            )
+            hint = f"there are avg, normalized, {', '.join(least)}" if least else "name another metric"
+            raise UsageError(f"{gate}: less is better, and the gate is a least value", option="fail_under", hint=hint)
         for model in (model for model in models if model["role"] == "model"):
             if gate.what == "avg":
                 value = model["average"]
@@ -260,11 +250,8 @@ def differences(ours: Report, theirs: Report) -> list[dict[str, Any]]:
         pairs.append((mine[0], other[0]))
     tasks = [task for task in ours["tasks"] if task in theirs["tasks"]]
     if not pairs or not tasks:
-        raise UsageError(
-            f"no {'task' if pairs else 'model'} is in both reports",
-            option="compare",
-            hint="models go by their names: NAME=REF gives one",
-        )
+        hint = "models go by their names: NAME=REF gives one"
+        raise UsageError(f"no {'task' if pairs else 'model'} is in both reports", option="compare", hint=hint)
     same = all(ours.get(key) == theirs.get(key) for key in ("metric", "seed"))
     return [_of_pair(model, before, tasks, same_items=same) for model, before in pairs]
 

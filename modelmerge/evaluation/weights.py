@@ -119,10 +119,8 @@ def _origins(
             hint=f"{named('base')} REF {named('experts')} NAME=REF {named('experts')} NAME=REF",
         )
     if any(each != origins[0] for each in origins):
-        raise UsageError(
-            "the models are merges of different experts",
-            hint=f"name those to compare with: {named('base')}, {named('experts')}",
-        )
+        hint = f"name those to compare with: {named('base')}, {named('experts')}"
+        raise UsageError("the models are merges of different experts", hint=hint)
     pairs = zip(origins[0]["experts"], origins[0]["paths"], strict=True)
     return base if base is not None else origins[0]["base"], experts or tuple(f"{name}={path}" for name, path in pairs)
 

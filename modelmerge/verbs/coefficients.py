@@ -203,19 +203,15 @@ def _paired(tasks: Sequence[Task], experts: Sequence[str]) -> dict[str, Task]:
         # Of several that the name ends in, as of b and a-b, the longest is meant.
         fitting = sorted((task for task in tasks if clip.is_for(task, expert)), key=lambda task: -len(task.head))
         if not fitting:
-            raise UsageError(
-                f"the expert '{expert}' has no unlabelled data: there are those of {names}",
-                hint=f"name it by its task, TASK=REF, or its data: {named('tasks')}, or {named('data')} {expert}=DIR",
-            )
+            hint = f"name it by its task, TASK=REF, or its data: {named('tasks')}, or {named('data')} {expert}=DIR"
+            raise UsageError(f"the expert '{expert}' has no unlabelled data: there are those of {names}", hint=hint)
         if len(fitting) > 1 and len(fitting[0].head) == len(fitting[1].head):
             raise UsageError(f"two sets of data are for the expert '{expert}': {fitting[0].name}, {fitting[1].name}")
         pairs[expert] = fitting[0]
     idle = [task.name for task in tasks if task.name not in [used.name for used in pairs.values()]]
     if idle:
-        raise UsageError(
-            f"no expert is for the data of '{idle[0]}'",
-            hint=f"the experts are: {', '.join(experts)}; TASK=REF names one",
-        )
+        hint = f"the experts are: {', '.join(experts)}; TASK=REF names one"
+        raise UsageError(f"no expert is for the data of '{idle[0]}'", hint=hint)
     return pairs
 
 
