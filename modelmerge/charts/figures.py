@@ -53,11 +53,7 @@ class Scores:
 
     def text(self, value: float | None, error: float | None = None) -> str:
         """A value for people, with its standard error if there is one."""
-        if value is None:
-            return "n/a"
-        if self.shares:
-            return f"{100 * value:.1f}" + ("" if error is None else f" ±{100 * error:.1f}")
-        return f"{value:.4g}" + ("" if error is None else f" ±{error:.2g}")
+        return score_text(value, error, share=self.shares)
 
     def tick(self, value: float) -> str:
         """What stands at a tick of the axis."""
@@ -104,6 +100,15 @@ class Heatmap:
 
 
 Chart = Scores | Heatmap
+
+
+def score_text(value: float | None, error: float | None, *, share: bool) -> str:
+    """A value for people, with its standard error if there is one; a share in per cent."""
+    if value is None:
+        return "n/a"
+    if share:
+        return f"{100 * value:.1f}" + ("" if error is None else f" ±{100 * error:.1f}")
+    return f"{value:.4g}" + ("" if error is None else f" ±{error:.2g}")
 
 
 def heatmap(

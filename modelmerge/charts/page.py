@@ -38,17 +38,6 @@ _OF_INPUTS = {
     "name", "role", "reference", "path", "files", "scores", "average", "average_stderr", "normalised", "digest",
     "cached",
 }  # fmt: skip
-_MARKERS = (
-    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",  # a disc, a square, a diamond
-    "M-4-4h8v8h-8Z",
-    "M0-5L5 0L0 5L-5 0Z",
-    "M0-5L5 4H-5Z",  # triangles
-    "M0 5L5-4H-5Z",
-    "M-2-5h4v3h3v4h-3v3h-4v-3h-3v-4h3Z",  # crosses
-    "M-5-3L-3-5L0-2L3-5L5-3L2 0L5 3L3 5L0 2L-3 5L-5 3L-2 0Z",
-    "M0-6L1.8-1.9L6-1.5L2.8 1.4L3.8 6L0 3.6L-3.8 6L-2.8 1.4L-6-1.5L-1.8-1.9Z",  # a star
-)
-_DOT = "M-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0Z"
 
 
 def write(report: Report, file: Path) -> None:
@@ -95,14 +84,15 @@ def _scores(chart: Scores) -> dict[str, Any]:
     return {"chart": chart, "looks": _looks(chart), "bars": _bars(chart), "radar": radar, "ticks": places}
 
 
-def _looks(chart: Scores) -> list[dict[str, str]]:
-    """What each series looks like: the classes of its fill, the path of its marker."""
-    looks, count = [], len(colours.SERIES)
+def _looks(chart: Scores) -> list[dict[str, Any]]:
+    """What each series looks like: the classes of its fill, the place of its marker."""
+    looks: list[dict[str, Any]] = []
+    count = len(colours.SERIES)
     for each, i in zip(chart.series, chart.ranks(), strict=True):
         if each.role == "model":
-            looks.append({"fill": f"s{i % count} hatch{i // count % 4}", "marker": _MARKERS[i % len(_MARKERS)]})
+            looks.append({"fill": f"s{i % count} hatch{i // count % 4}", "marker": i % 8})
         else:
-            looks.append({"fill": f"{each.role} hatch{i % 4}", "marker": _DOT})
+            looks.append({"fill": f"{each.role} hatch{i % 4}", "marker": -1})
     return looks
 
 

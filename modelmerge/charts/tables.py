@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from modelmerge.charts.figures import score_text
 from modelmerge.evaluation.report import ModelRow, Report
 
 
@@ -54,7 +55,8 @@ def of_scores(report: Report) -> Table:
     share = _in_shares(report)
     lower = [task for task in tasks if models[0]["scores"][task].get("lower")]
     has_shares = any(model["normalised"] is not None for model in models)
-    heads, columns = [""], [_names(models)]
+    names = [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}" for model in models]
+    heads, columns = [""], [names]
     for task in tasks:
         scores = [model["scores"][task] for model in models]
         heads.append(f"{task} (less is better)" if task in lower else task)
@@ -77,10 +79,6 @@ def of_scores(report: Report) -> Table:
     )  # fmt: skip
 
 
-def _names(models: list[ModelRow]) -> list[str]:
-    return [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}" for model in models]
-
-
 def _column(
     models: list[ModelRow], values: list[tuple[float | None, float | None]], share: bool, *, least: bool = False
 ) -> list[str]:
@@ -88,16 +86,8 @@ def _column(
     places = [(-value if least else value, i) for i, (value, _) in enumerate(values)
               if models[i]["role"] == "model" and value is not None]  # fmt: skip
     best = max(places)[1] if len(places) > 1 else None
-    return [_cell(value, error, share, best=i == best) for i, (value, error) in enumerate(values)]
-
-
-def _cell(value: float | None, error: float | None, share: bool, *, best: bool) -> str:
-    if value is None:
-        return "n/a"
-    text = f"{100 * value:.1f}" if share else f"{value:.4g}"
-    if error is not None:
-        text += f" ±{100 * error:.1f}" if share else f" ±{error:.2g}"
-    return Best(text) if best else text
+    texts = [score_text(value, error, share=share) for value, error in values]
+    return [Best(text) if i == best else text for i, text in enumerate(texts)]
 
 
 def of_differences(report: Report) -> Table:

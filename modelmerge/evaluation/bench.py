@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -12,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.digest import cache_directory, sha256
 from modelmerge.checkpoint.opening import as_references, open_references
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all
 from modelmerge.checkpoint.staging import CARD, companions, replace_file
 from modelmerge.engine.parallel import find_device
-from modelmerge.errors import ModelMergeError, UsageError, named
-from modelmerge.evaluation import cache
+from modelmerge.errors import ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.model import Model
 from modelmerge.evaluation.report import ModelRow, Report, ScoreEntry
 from modelmerge.evaluation.scores import Score, check_gates, differences, mean, parse_gate, summarise
@@ -29,6 +29,7 @@ from modelmerge.record import card
 from modelmerge.record.fingerprint import versions
 from modelmerge.record.manifest import record, stamp
 
+_ENTRIES = 1  # format of the cache's: older ones are not read
 SAVE = f"save one: modelmerge eval SUITE ... {named('json')} > report.json"
 Models = Sequence[str | Path] | Mapping[str, str | Path]  # `[NAME=]REF` each, or a mapping of name to reference
 
@@ -255,8 +256,8 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
         keeps = bench.depends is not None
         request = {"suite": bench.suite, "model": digest, "task": task, "seed": running.seed,
                    "depends": bench.depends(task) if bench.depends is not None else None}  # fmt: skip
-        name = cache.key({**request, "device": str(model.device), "versions": bench.versions()})
-        entry = cache.recall(name) if running.cache and keeps else None
+        name = entry_name({**request, "device": str(model.device), "versions": bench.versions()})
+        entry = recall(name) if running.cache and keeps else None
         if entry is None:
             start = time.monotonic()
             ready = bench.open(model) if ready is None else ready
@@ -265,7 +266,7 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
             entries = {each: score.to_dict() for each, score in results.items()}
             entry = {**request, "scores": entries, "seconds": round(time.monotonic() - start, 3)}
             if keeps:
-                cache.remember(name, entry)
+                remember(name, entry)
         else:
             repeats += entry["scores"]
             if bench.items is not None:
@@ -332,3 +333,29 @@ def _write_card(reference: Reference, row: ModelRow) -> None:
             )
         )  # fmt: skip
     replace_file(reference.path, CARD, card.with_results(text, results, name=reference.name).encode())
+
+
+def entry_name(content: Mapping[str, Any]) -> str:
+    """The name of an entry: a digest of what it depends on."""
+    return hashlib.sha256(json.dumps([_ENTRIES, content], sort_keys=True).encode()).hexdigest()
+
+
+def recall(name: str, part: str = "scores") -> dict[str, Any] | None:
+    """The entry of that name, which has that part; None where there is none that can be read."""
+    try:
+        entry = json.loads(_file(name).read_bytes())
+        return entry if isinstance(entry[part], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(name: str, entry: Mapping[str, Any]) -> None:
+    """Keep an entry, whole or not at all. A cache that cannot be written costs time, never a result."""
+    file = _file(name)
+    with contextlib.suppress(OSError, OutputError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file.parent, file.name, json.dumps(entry).encode())
+
+
+def _file(name: str) -> Path:
+    return cache_directory() / "eval" / f"{name}.json"

@@ -143,7 +143,7 @@ class Sums:
     Of the weights of linear layers: `gaps` [K + 1] of the models and of the base. Of those that were decomposed:
     `apgd` [2], APGD's gap where it starts and where it arrives, and `apgd_base` that of the base there; `alignments`
     and `ratios` [K, T], the sum of the ratios and their number; `interference` [2], as published and relative, over
-    `matrices`; and `orthogonality` [2] of AWD, before and after, over `awd_tensors`.
+    `matrices`; and `orthogonality` [2] of AWD, before and after, over `awd_tensors`; zero where nothing was.
     """
 
     entries: int
@@ -152,14 +152,14 @@ class Sums:
     signs: Tensor
     rounding: Tensor
     gaps: Tensor
-    apgd: Tensor
-    apgd_base: float
-    alignments: Tensor
-    ratios: Tensor
-    interference: Tensor
-    matrices: int
-    orthogonality: Tensor
-    awd_tensors: int
+    apgd: Any = 0.0
+    apgd_base: float = 0.0
+    alignments: Any = 0.0
+    ratios: Any = 0
+    interference: Any = 0.0
+    matrices: int = 0
+    orthogonality: Any = 0.0
+    awd_tensors: int = 0
 
     def __add__(self, other: Sums) -> Sums:
         """That of both together."""
@@ -225,13 +225,8 @@ def _look(source: Source, experts: int, piece: Piece, theta_0: Tensor, taus: Ten
         for k, merge in enumerate([*taus[experts:], torch.zeros_like(taus[0])]):
             gaps[k] = interference.gap(taus[:experts], merge)
     return Sums(
-        entries=theta_0.numel(), base_square=float(theta_0.double().square().sum()),
-        gram=(wide @ wide.T).cpu(), signs=interference.sign_counts(taus[:experts]).cpu(), rounding=rounding,
-        gaps=gaps, apgd=torch.zeros(2, dtype=torch.float64), apgd_base=0.0,
-        alignments=torch.zeros(len(models), experts, dtype=torch.float64),
-        ratios=torch.zeros(len(models), experts, dtype=torch.int64),
-        interference=torch.zeros(2, dtype=torch.float64), matrices=0,
-        orthogonality=torch.zeros(2, dtype=torch.float64), awd_tensors=0,
+        entries=theta_0.numel(), base_square=float(theta_0.double().square().sum()), gram=(wide @ wide.T).cpu(),
+        signs=interference.sign_counts(taus[:experts]).cpu(), rounding=rounding, gaps=gaps,
     )  # fmt: skip
 
 
@@ -239,7 +234,7 @@ def _decompose(part: Sums, piece: Piece, theta_0: Tensor, taus: Tensor, models: 
     if not bool(taus.any()):  # nobody changed it: no conflict to speak of
         return part
     rows = [interference.subspace_alignment(taus, merge).cpu() for merge in models]
-    alignments = torch.stack(rows) if rows else part.alignments
+    alignments = torch.stack(rows) if rows else torch.zeros(0, len(taus))
     counts = ~alignments.isnan()
     return replace(
         part,
@@ -325,11 +320,11 @@ def _of_model(sums: Sums, experts: Sequence[str], k: int) -> dict[str, Any]:
     for i, name in enumerate(experts):
         expert = float(gram[i, i])
         distance = math.sqrt(max(square + expert - 2 * float(gram[place, i]), 0.0))
-        ratios = int(sums.ratios[k, i])
+        ratios = int(sums.ratios[k, i]) if sums.matrices else 0
         closeness[name] = {
             "cosine": _cosine(gram, place, i), "distance": distance,
             "relative_distance": _ratio(distance, math.sqrt(expert)),
-            "subspace_alignment": _ratio(float(sums.alignments[k, i]), ratios),
+            "subspace_alignment": float(sums.alignments[k, i]) / ratios if ratios else None,
         }  # fmt: skip
     return {
         "norm": math.sqrt(square),

@@ -19,7 +19,8 @@ from modelmerge.engine.job import Job
 from modelmerge.engine.memory import refuse_beyond_memory
 from modelmerge.engine.transforms import Transform, fit_chain
 from modelmerge.errors import RecipeError, UsageError, named
-from modelmerge.evaluation import cache, clip, clip_models, custom, image_data
+from modelmerge.evaluation import clip, clip_models, custom, image_data
+from modelmerge.evaluation.bench import entry_name, recall, remember
 from modelmerge.evaluation.clip_models import Parts, Tower
 from modelmerge.evaluation.custom import Script, load_script
 from modelmerge.evaluation.image_data import Items
@@ -250,8 +251,8 @@ def find(job: Job, data: Read, key: str, scratch: Room, *, resume: bool, progres
     Raises:
         ModelMergeError: See `modelmerge.engine.coefficients`.
     """
-    name = cache.key({"coefficients": key})
-    entry = cache.recall(name, "coefficients") if resume else None
+    name = entry_name({"coefficients": key})
+    entry = recall(name, "coefficients") if resume else None
     if entry is not None:
         progress.note("the coefficients were found by an earlier run")
         return entry
@@ -272,5 +273,5 @@ def find(job: Job, data: Read, key: str, scratch: Room, *, resume: bool, progres
         "averaged_steps": some,
         "entropy": [round(value, 6) for value in steps.mean(1).tolist()],
     }
-    cache.remember(name, entry)
+    remember(name, entry)
     return entry
