@@ -12,10 +12,12 @@ def run() -> None:
     # Importing torch makes half a million objects that stay: looking through them for garbage every 700 objects, as
     # Python does by default, is an eighth of the start.
     gc.set_threshold(100_000)
-    from modelmerge.cli import main
+    from modelmerge.cli import main, stop
 
-    # A job that is cancelled (CI, SLURM, kill) clears up as one that is interrupted does.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # A job that is cancelled (CI, SLURM, kill), or whose terminal closes, clears up as one that is interrupted does.
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, stop)
     sys.exit(main())
 
 

@@ -27,8 +27,8 @@ def shade(place: int, *, dark: bool = False) -> str:
     share = 2 * abs(place) / STEPS
     start, end = ends[:2] if share <= 1 else ends[1:]
     share -= share > 1
-    mixed = (round(a + (b - a) * share) for a, b in zip(_parts(start), _parts(end), strict=True))
-    return "#" + "".join(f"{part:02x}" for part in mixed)
+    mixture = (round(a + (b - a) * share) for a, b in zip(_parts(start), _parts(end), strict=True))
+    return "#" + "".join(f"{part:02x}" for part in mixture)
 
 
 def ink_on(colour: str) -> str:

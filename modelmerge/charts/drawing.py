@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from modelmerge.charts import colours
 from modelmerge.charts.figures import RADAR, Chart, Heatmap, Scores, Series, ticks
-from modelmerge.charts.names import clean, shortened, wrapped
+from modelmerge.charts.names import clean, shorten, wrap
 from modelmerge.checkpoint.staging import replace_file
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 
@@ -157,20 +157,20 @@ class _Sheet:
 
     figure: Figure
     top: float = 0.0  # how far down it is filled
-    placed: list[tuple[Axes, float, float, float]] = field(default_factory=list)
+    places: list[tuple[Axes, float, float, float]] = field(default_factory=list)
 
     def axes(self, width: float, height: float) -> Axes:
         """New axes of that size; `put` gives them their place."""
         size = self.figure.get_size_inches()
-        made: Axes = self.figure.add_axes((0.0, 0.0, width / size[0], height / size[1]), label=str(len(self.placed)))
-        made.set_xlim(0.0, width)
-        made.set_ylim(height, 0.0)
-        made.set_axis_off()
-        return made
+        axes: Axes = self.figure.add_axes((0.0, 0.0, width / size[0], height / size[1]), label=str(len(self.places)))
+        axes.set_xlim(0.0, width)
+        axes.set_ylim(height, 0.0)
+        axes.set_axis_off()
+        return axes
 
     def put(self, axes: Axes, width: float, height: float, *, above: float, below: float = 0.0) -> None:
         """Put axes below what is there, with so much room above and below them."""
-        self.placed.append((axes, self.top + above, width, height))
+        self.places.append((axes, self.top + above, width, height))
         self.top += above + height + below + _BETWEEN
 
     def size(self, artist: Artist) -> tuple[float, float]:
@@ -180,9 +180,9 @@ class _Sheet:
 
     def fit(self) -> None:
         """Make the figure as large as the axes need, and put them in their places."""
-        wide, high = max(width for _, _, width, _ in self.placed), self.top
+        wide, high = max(width for _, _, width, _ in self.places), self.top
         self.figure.set_size_inches(wide, high)
-        for axes, top, width, height in self.placed:
+        for axes, top, width, height in self.places:
             axes.set_position((0.0, 1 - (top + height) / high, width / wide, height / high))
 
 
@@ -202,10 +202,10 @@ class _Style:
 
 
 def _styles(chart: Scores) -> list[_Style]:
-    styles, seen = [], {"base": 0, "expert": 0, "model": 0}
+    styles, counts = [], {"base": 0, "expert": 0, "model": 0}
     for series in chart.series:
-        i = seen[series.role]
-        seen[series.role] += 1
+        i = counts[series.role]
+        counts[series.role] += 1
         if series.role == "base":
             styles.append(_Style(colours.GREY, "", colours.GREY, ".", ":"))
         elif series.role == "expert":
@@ -219,7 +219,7 @@ def _styles(chart: Scores) -> list[_Style]:
 
 def _bars(sheet: _Sheet, chart: Scores) -> None:
     """Horizontal bars: names are read without turning the head, however long."""
-    labels = [wrapped(task, _LABEL, 3) for task in chart.tasks]
+    labels = [wrap(task, _LABEL, 3) for task in chart.tasks]
     heights = [max(len(chart.series) * _BAR, (label.count("\n") + 1) * _LINE) + _GAP for label in labels]
     height, texts = (
         sum(heights),
@@ -285,7 +285,7 @@ def _radar(sheet: _Sheet, chart: Scores) -> None:
 
     tasks, high = chart.spokes(), chart.reach()[1]
     radius = max(1.6, 0.15 * len(tasks))
-    labels = [wrapped(task, 16, 3) for task in tasks]
+    labels = [wrap(task, 16, 3) for task in tasks]
     room = max(label.count("\n") + 1 for label in labels) * _LINE
     width, height = max(2 * radius, _WIDTH), 2 * (radius + 0.24 + room)
     x, y, scale = width / 2, height / 2, radius / high
@@ -316,9 +316,9 @@ def _radar(sheet: _Sheet, chart: Scores) -> None:
                 reach = [error * scale * way for way in (-1, 1)]
                 axes.plot([point[0] + across * r for r in reach], [point[1] + down * r for r in reach],
                           color=style.line, linewidth=0.8)  # fmt: skip
-        known = [point for point in points if point]
-        if series.role == "model" and len(known) == len(points) and len(chart.series) <= 5:
-            axes.add_patch(Polygon(known, facecolor=style.fill, alpha=0.08, edgecolor="none"))
+        corners = [point for point in points if point]
+        if series.role == "model" and len(corners) == len(points) and len(chart.series) <= 5:
+            axes.add_patch(Polygon(corners, facecolor=style.fill, alpha=0.08, edgecolor="none"))
     for tick in ticks(0.0, high)[1:]:  # above the lines
         axes.text(x + 0.03, y - tick * scale, chart.tick(tick), fontsize=_SMALL - 0.5, va="center", bbox=_HALO)
     keys = [
@@ -339,11 +339,11 @@ def _heatmap(sheet: _Sheet, chart: Heatmap) -> None:
     width, height = len(chart.columns) * _COLUMN, count * row
     axes = sheet.axes(width, height)
     places = [(i, j) for i in range(count) for j in range(len(chart.columns))]
-    filled = [(i, j) for i, j in places if chart.values[i][j] is not None]
+    cells = [(i, j) for i, j in places if chart.values[i][j] is not None]
     empty = [(i, j) for i, j in places if chart.values[i][j] is None]
-    shades = [colours.shade(colours.step(chart.values[i][j] or 0.0, chart.limit)) for i, j in filled]
+    shades = [colours.shade(colours.step(chart.values[i][j] or 0.0, chart.limit)) for i, j in cells]
     missing = {"facecolors": "none", "edgecolors": _RULE, "hatch": "////"}
-    for some, look in ((filled, {"facecolors": shades, "edgecolors": colours.PAPER}), (empty, missing)):
+    for some, look in ((cells, {"facecolors": shades, "edgecolors": colours.PAPER}), (empty, missing)):
         corners = [[(j * _COLUMN + a * _COLUMN, i * row + b * row) for a, b in _CORNERS] for i, j in some]
         axes.add_collection(PolyCollection(corners, linewidths=0.5, clip_on=False, **look), autolim=False)
     if every == 1:
@@ -353,27 +353,27 @@ def _heatmap(sheet: _Sheet, chart: Heatmap) -> None:
             axes.text((j + 0.5) * _COLUMN, (i + 0.5) * row, chart.text(value), ha="center", va="center",
                       fontsize=_SMALL, color=ink)  # fmt: skip
     for i in range(0, count, every):
-        axes.text(-0.08, (i + 0.5) * row, shortened(chart.rows[i], 60), ha="right", va="center", fontsize=_SMALL + 0.5)
-    names = [shortened(column, 40) for column in chart.columns]
+        axes.text(-0.08, (i + 0.5) * row, shorten(chart.rows[i], 60), ha="right", va="center", fontsize=_SMALL + 0.5)
+    names = [shorten(column, 40) for column in chart.columns]
     labels = [axes.text((j + 0.5) * _COLUMN, -0.07, name, ha="center", va="bottom") for j, name in enumerate(names)]
     if any(sheet.size(label)[0] > _COLUMN - 0.05 for label in labels):
         for label in labels:
             label.set_rotation(90)
     above = max(sheet.size(label)[1] for label in labels) + 0.07 + 0.12
-    lines = wrapped(chart.title, 70, 4)
+    lines = wrap(chart.title, 70, 4)
     title = axes.text(0.0, -above, lines, ha="left", va="bottom", fontsize=_TITLE)
     tall = _scale(axes, chart, width + 0.25, height)
     sheet.put(axes, width, height, above=above + sheet.size(title)[1] + 0.05, below=max(tall - height, 0.0))
 
 
-def _scale(axes: Axes, chart: Heatmap, left: float, height: float) -> float:
+def _scale(axes: Axes, chart: Heatmap, across: float, height: float) -> float:
     """Which shade is which figure, at the right of a heatmap; how far down it goes."""
     from matplotlib.collections import PolyCollection
 
-    lowest = -colours.STEPS if chart.signed() else 0
+    lowest = -colours.STEPS if chart.has_negative() else 0
     steps, tall = range(colours.STEPS, lowest - 1, -1), min(max(height, 1.0), 2.5)
     each = tall / len(steps)
-    corners = [[(left + 0.14 * a, i * each + each * b) for a, b in _CORNERS] for i in range(len(steps))]
+    corners = [[(across + 0.14 * a, i * each + each * b) for a, b in _CORNERS] for i in range(len(steps))]
     shades = [colours.shade(step) for step in steps]
     axes.add_collection(
         PolyCollection(corners, facecolors=shades, edgecolors=shades, linewidths=0.3, clip_on=False), autolim=False
@@ -381,18 +381,18 @@ def _scale(axes: Axes, chart: Heatmap, left: float, height: float) -> float:
     ends = {0.0: chart.limit, tall: -chart.limit if lowest else 0.0, **({tall / 2: 0.0} if lowest else {})}
     for at, value in ends.items():
         side = "top" if at == 0.0 else "bottom" if at == tall else "center"
-        axes.text(left + 0.2, at, f"{value:g}", va=side, fontsize=_SMALL)
+        axes.text(across + 0.2, at, f"{value:g}", va=side, fontsize=_SMALL)
     if chart.what:
-        axes.text(left + 0.2, tall / 4, wrapped(chart.what, 14, 2), va="center", fontsize=_SMALL, color=_FAINT)
+        axes.text(across + 0.2, tall / 4, wrap(chart.what, 14, 2), va="center", fontsize=_SMALL, color=_FAINT)
     return tall
 
 
 def _legend(sheet: _Sheet, axes: Axes, chart: Scores, keys: Sequence[Artist]) -> float:
     """The title and the names of the series above the axes, in as many columns as fit; the height it takes."""
-    names = [wrapped(series.name, 44, 2) for series in chart.series]
+    names = [wrap(series.name, 44, 2) for series in chart.series]
     for columns in range(len(names), 0, -1):
         legend = axes.legend(
-            keys, names, ncols=columns, title=wrapped(chart.title, 70, 3), title_fontsize=_TITLE, alignment="left",
+            keys, names, ncols=columns, title=wrap(chart.title, 70, 3), title_fontsize=_TITLE, alignment="left",
             loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.3, borderpad=0.0, handlelength=2.2,
         )  # fmt: skip
         width, height = sheet.size(legend)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
-from modelmerge.evaluation.scores import mean, plain
+from modelmerge.evaluation.report import Figures, ModelRow, Report, Role, ScoreReport, WeightReport
+from modelmerge.evaluation.scores import mean, mean_error, plain
 
 AVERAGE = "average"
 RADAR = range(3, 21)  # so many tasks a radar chart can show
@@ -18,16 +18,16 @@ class Series:
     """A model's values, one for each task, None where there is none; `errors` are their standard errors."""
 
     name: str
-    role: Literal["base", "expert", "model"]
+    role: Role
     values: tuple[float | None, ...]
     errors: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """The values of models at tasks that can be told along one axis.
+    """The values of models at tasks that one axis can show.
 
-    `shares`: all are between 0 and 1, and told in per cent. `average`: the last of `tasks` is the mean of the others.
+    `shares`: all are between 0 and 1, and shown in per cent. `average`: the last of `tasks` is the mean of the others.
     """
 
     title: str
@@ -86,7 +86,7 @@ class Heatmap:
     limit: float
     what: str = ""  # what a value is, in a word or two
 
-    def signed(self) -> bool:
+    def has_negative(self) -> bool:
         """Whether a value is negative."""
         return any(value is not None and value < 0 for row in self.values for value in row)
 
@@ -118,40 +118,40 @@ def heatmap(
     )  # fmt: skip
 
 
-def of_report(report: Mapping[str, Any]) -> list[Chart]:
+def of_report(report: Report) -> list[Chart]:
     """The charts of a report of `modelmerge eval`."""
     return [*of_weights(report)] if report["suite"] == "weights" else [*of_scores(report)]
 
 
-def of_scores(report: Mapping[str, Any]) -> list[Scores]:
+def of_scores(report: ScoreReport) -> list[Scores]:
     """The scores of a report: one chart of the tasks that are shares, one for each other metric."""
     groups: dict[tuple[str, bool], list[str]] = {}
     for task in report["tasks"]:
-        told = [model["scores"][task] for model in report["models"]]
-        known = [score["score"] for score in told if score["score"] is not None]
-        lower = bool(told[0].get("lower"))
-        shares = not lower and all(0.0 <= value <= 1.0 for value in known)
-        groups.setdefault(("" if shares else told[0]["metric"], lower), []).append(task)
+        scores = [model["scores"][task] for model in report["models"]]
+        values = [score["score"] for score in scores if score["score"] is not None]
+        lower = bool(scores[0].get("lower"))
+        shares = not lower and all(0.0 <= value <= 1.0 for value in values)
+        groups.setdefault(("" if shares else scores[0]["metric"], lower), []).append(task)
     return [_scores(report, tasks, lower) for (_, lower), tasks in groups.items()]
 
 
-def _scores(report: Mapping[str, Any], tasks: Sequence[str], lower: bool) -> Scores:
-    found = [_of_model(model, tasks) for model in report["models"] if model["role"] != "expert"]
-    found[_bases(found) : _bases(found)] = _of_experts(report, tasks)
+def _scores(report: ScoreReport, tasks: Sequence[str], lower: bool) -> Scores:
+    rows = [_of_model(model, tasks) for model in report["models"] if model["role"] != "expert"]
+    rows[_bases(rows) : _bases(rows)] = _of_experts(report, tasks)
     average = len(tasks) > 1 and not lower
     if average:
-        found = [_with_average(series) for series in found]
-    values = [value for series in found for value in series.values if value is not None]
+        rows = [_with_average(series) for series in rows]
+    values = [value for series in rows for value in series.values if value is not None]
     shares = not lower and all(0.0 <= value <= 1.0 for value in values)
     metrics = sorted({model["scores"][task]["metric"] for model in report["models"] for task in tasks})
     words = [", ".join(metrics), *(["less is better"] if lower else []), *(["per cent"] if shares else [])]
-    if any(error is not None for series in found for error in series.errors):
+    if any(error is not None for series in rows for error in series.errors):
         words.append("± standard error")
     title = ", ".join(words)
-    counted = [task for task in report["tasks"] if not report["models"][0]["scores"][task].get("lower")]
-    label = AVERAGE if len(tasks) == len(counted) else f"{AVERAGE} of these"
+    rising = [task for task in report["tasks"] if not report["models"][0]["scores"][task].get("lower")]
+    label = AVERAGE if len(tasks) == len(rising) else f"{AVERAGE} of these"
     return Scores(
-        title=title[0].upper() + title[1:], tasks=(*tasks, label) if average else (*tasks,), series=tuple(found),
+        title=title[0].upper() + title[1:], tasks=(*tasks, label) if average else (*tasks,), series=tuple(rows),
         shares=shares, lower=lower, average=average,
     )  # fmt: skip
 
@@ -160,74 +160,73 @@ def _bases(series: Sequence[Series]) -> int:
     return sum(each.role == "base" for each in series)
 
 
-def _of_model(model: Mapping[str, Any], tasks: Sequence[str]) -> Series:
-    told = [model["scores"][task] for task in tasks]
+def _of_model(model: ModelRow, tasks: Sequence[str]) -> Series:
+    scores = [model["scores"][task] for task in tasks]
     return Series(
-        name=model["name"], role=model["role"], values=tuple(score["score"] for score in told),
-        errors=tuple(score["stderr"] for score in told),
+        name=model["name"], role=model["role"], values=tuple(score["score"] for score in scores),
+        errors=tuple(score["stderr"] for score in scores),
     )  # fmt: skip
 
 
-def _of_experts(report: Mapping[str, Any], tasks: Sequence[str]) -> list[Series]:
+def _of_experts(report: ScoreReport, tasks: Sequence[str]) -> list[Series]:
     """The experts: those that are for one of the tasks as one series, each at its own task; others as they are."""
     experts = {plain(model["name"]): model for model in report["models"] if model["role"] == "expert"}
     owners = report.get("own_experts") or {task: task for task in report["tasks"]}  # what older reports leave out
-    own = {task: experts.get(plain(owners.get(task, ""))) for task in tasks}
-    used = {model["name"] for task in report["tasks"] if (model := experts.get(plain(owners.get(task, ""))))}
-    others = [model for model in report["models"] if model["role"] == "expert" and model["name"] not in used]
-    found = [_of_model(model, tasks) for model in others]
-    if any(model is not None for model in own.values()):
-        told = [None if model is None else model["scores"][task] for task, model in own.items()]
-        found.insert(0, Series(
+    by_task = {task: experts.get(plain(owners.get(task, ""))) for task in report["tasks"]}
+    names = {model["name"] for model in by_task.values() if model is not None}
+    others = [model for model in report["models"] if model["role"] == "expert" and model["name"] not in names]
+    rows = [_of_model(model, tasks) for model in others]
+    scores = [None if (model := by_task[task]) is None else model["scores"][task] for task in tasks]
+    if any(score is not None for score in scores):
+        rows.insert(0, Series(
             name="each task's expert", role="expert",
-            values=tuple(score and score["score"] for score in told),
-            errors=tuple(score and score["stderr"] for score in told),
+            values=tuple(score and score["score"] for score in scores),
+            errors=tuple(score and score["stderr"] for score in scores),
         ))  # fmt: skip
-    return found
+    return rows
 
 
 def _with_average(series: Series) -> Series:
-    known = [error for error in series.errors if error is not None]
     average = mean(series.values)
-    error = math.hypot(*known) / len(known) if average is not None and len(known) == len(series.values) else None
+    error = None if average is None else mean_error(series.errors)
     return Series(
         name=series.name, role=series.role, values=(*series.values, average), errors=(*series.errors, error)
     )  # fmt: skip
 
 
-def of_weights(report: Mapping[str, Any]) -> list[Heatmap]:
+def of_weights(report: WeightReport) -> list[Heatmap]:
     """The cosines of a report: of the experts with one another, and of each model with each expert, by layer."""
-    told = report["model"]
-    experts, cosines = list(told["experts"]["norms"]), told["experts"]["cosines"]
-    found = []
+    whole = report["model"]
+    experts, cosines = list(whole["experts"]["norms"]), whole["experts"]["cosines"]
+    maps = []
     if len(experts) > 1:
         others = [v for i, row in enumerate(cosines) for j, v in enumerate(row) if i != j and v is not None]
         # The ones along the diagonal say nothing, and would leave the others pale.
         limit = _round_up(max(map(abs, others), default=1.0)) or 1.0
         title = "Cosines of the experts' task vectors with one another"
-        found.append(heatmap(title, experts, experts, cosines, what="cosine", limit=limit))
-    layers = {"whole model": told, **report["layer_types"], **report.get("tensors", {})}
+        maps.append(heatmap(title, experts, experts, cosines, what="cosine", limit=limit))
+    layers: dict[str, Figures] = {"whole model": whole, **report["layer_types"], **report.get("tensors", {})}
     by_model = {
         name: [[layer["models"][name]["experts"][e]["cosine"] for e in experts] for layer in layers.values()]
-        for name in told["models"]
+        for name in whole["models"]
     }
     # The cosine of what has but one entry is 1 or -1, whatever it is.
     wide = [layer["entries"] > 1 for layer in layers.values()]
-    known = [
+    sizes = [
         abs(v) for rows in by_model.values() for row, more in zip(rows, wide, strict=True) for v in row
         if more and v is not None
     ]  # fmt: skip
-    limit = _round_up(max(known, default=1.0)) or 1.0  # the same for all models, so that shades compare
+    limit = _round_up(max(sizes, default=1.0)) or 1.0  # the same for all models, so that shades compare
     for name, rows in by_model.items():
         title = f"Cosines of {name} with each expert, by layer"
-        found.append(heatmap(title, [*layers], experts, rows, what="cosine", limit=limit))
-    return found
+        maps.append(heatmap(title, [*layers], experts, rows, what="cosine", limit=limit))
+    return maps
 
 
 def of_coefficients(coefficients: Mapping[str, Mapping[str, float]]) -> Heatmap:
     """The coefficients of experts, by tensor and expert, as a recipe has them."""
     experts = list(next(iter(coefficients.values())))
-    rows = {tensor: [told[expert] for expert in experts] for tensor, told in coefficients.items()}
+    rows = {tensor: [row[expert] for expert in experts] for tensor, row in coefficients.items()}
     if all(row == next(iter(rows.values())) for row in rows.values()):
         rows = {"all tensors": next(iter(rows.values()))}
     return heatmap("Coefficients found on unlabelled data", [*rows], experts, [*rows.values()], what="coefficient")

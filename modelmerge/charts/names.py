@@ -10,27 +10,27 @@ def clean(name: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in name).split())
 
 
-def shortened(name: str, length: int) -> str:
+def shorten(name: str, length: int) -> str:
     """A name of at most so many characters; what goes is in the middle."""
     name = clean(name)
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[len(name) - length // 2 :]}"
 
 
-def wrapped(name: str, width: int, lines: int) -> str:
+def wrap(name: str, width: int, lines: int) -> str:
     """A name on at most so many lines, broken after a space or a sign where one is, and shortened until it fits."""
     length = width * lines
-    while len(made := _lines(shortened(name, length), width)) > lines:
+    while len(rows := _lines(shorten(name, length), width)) > lines:
         length -= 2
-    return "\n".join(made)
+    return "\n".join(rows)
 
 
 def _lines(name: str, width: int) -> list[str]:
-    made = [""]
+    rows = [""]
     for word in re.findall(r"[^\s_/.:,-]*[\s_/.:,-]*", name):
-        while len(made[-1]) + len(word.rstrip()) > width:
-            room = width - len(made[-1]) if len(word) > width else 0
-            made[-1] += word[:room]
+        while len(rows[-1]) + len(word.rstrip()) > width:
+            room = width - len(rows[-1]) if len(word) > width else 0
+            rows[-1] += word[:room]
             word = word[room:]
-            made.append("")
-        made[-1] += word
-    return [line.rstrip() for line in made if line.strip()]
+            rows.append("")
+        rows[-1] += word
+    return [line.rstrip() for line in rows if line.strip()]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from markupsafe import Markup, escape
 
 from modelmerge.charts import colours, tables
 from modelmerge.charts.figures import Chart, Heatmap, Scores, Series, of_report, ticks
-from modelmerge.charts.names import clean, wrapped
+from modelmerge.charts.names import clean, wrap
 from modelmerge.checkpoint.staging import replace_file
+from modelmerge.evaluation.report import Input, Report
 
 __all__ = ["Incomplete", "render", "write"]  # Incomplete: what render raises of what is no report
 _HERE = Path(__file__).parent
 # Of a report, what is in its tables, charts and notes; all else are settings.
-_TOLD = {
+_NO_SETTINGS = {
     "suite", "format", "created", "device", "versions", "tasks", "models", "notes", "comparison", "gate", "base",
     "experts", "model", "layer_types", "tensors", "remark", "own_experts",
 }  # fmt: skip
@@ -50,7 +51,7 @@ _MARKERS = (
 _DOT = "M-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0Z"
 
 
-def write(report: Mapping[str, Any], file: Path) -> None:
+def write(report: Report, file: Path) -> None:
     """Write a report's page; what is there is replaced.
 
     Raises:
@@ -59,7 +60,7 @@ def write(report: Mapping[str, Any], file: Path) -> None:
     replace_file(file.parent, file.name, render(report).encode())
 
 
-def render(report: Mapping[str, Any]) -> str:
+def render(report: Report) -> str:
     """A report's page."""
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -77,7 +78,7 @@ def render(report: Mapping[str, Any]) -> str:
         files=_files(report),
         beside=[(entry["name"], [(k, *_setting(v)) for k, v in entry.items() if v and k not in _OF_INPUTS])
                 for entry in _inputs(report)],
-        told_settings=[(name, *_setting(value)) for name, value in report.items() if name not in _TOLD],
+        settings_of_report=[(name, *_setting(value)) for name, value in report.items() if name not in _NO_SETTINGS],
     )  # fmt: skip
 
 
@@ -99,23 +100,23 @@ def _palette() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def _figure(chart: Chart) -> dict[str, Any]:
-    """What the template is told of a chart."""
+    """What the template shows of a chart."""
     if isinstance(chart, Heatmap):
         return {"kind": "heatmap", "chart": chart, "cells": _cells(chart), "scale": _scale(chart)}
     looks = _looks(chart.series)
     low, high = chart.reach()
-    told = {"kind": "scores", "chart": chart, "looks": looks, "bars": _bars(chart), "ticks": [
+    radar = _radar(chart) if chart.round() else None
+    return {"kind": "scores", "chart": chart, "looks": looks, "bars": _bars(chart), "radar": radar, "ticks": [
         (100 * (tick - low) / (high - low), chart.tick(tick)) for tick in ticks(low, high)
     ]}  # fmt: skip
-    return {**told, "radar": _radar(chart) if chart.round() else None}
 
 
 def _looks(series: Iterable[Series]) -> list[dict[str, str]]:
     """What each series looks like: the classes of its fill, the path of its marker."""
-    looks, seen = [], {"base": 0, "expert": 0, "model": 0}
+    looks, counts = [], {"base": 0, "expert": 0, "model": 0}
     for each in series:
-        i = seen[each.role]
-        seen[each.role] += 1
+        i = counts[each.role]
+        counts[each.role] += 1
         count = len(colours.SERIES)
         if each.role == "model":
             marker = _MARKERS[i % len(_MARKERS)]
@@ -137,14 +138,15 @@ def _bars(chart: Scores) -> list[list[dict[str, Any]]]:
         lane = []
         for series in chart.series:
             value, error = series.values[i], series.errors[i]
-            told: dict[str, Any] = {"series": series.name, "text": chart.text(value, error), "known": value is not None}
-            told["end"] = place(0.0 if value is None else max(value + (error or 0.0), 0.0))
+            bar: dict[str, Any] = {"series": series.name, "text": chart.text(value, error)}
+            bar |= {"missing": value is None}
+            bar["end"] = place(0.0 if value is None else max(value + (error or 0.0), 0.0))
             if value is not None:
                 start, end = sorted((place(0.0), place(value)))
-                told |= {"left": start, "width": round(end - start, 3)}
+                bar |= {"start": start, "width": round(end - start, 3)}
             if value is not None and error is not None:
-                told["whisker"] = (place(value - error), round(place(value + error) - place(value - error), 3))
-            lane.append(told)
+                bar["whisker"] = (place(value - error), round(place(value + error) - place(value - error), 3))
+            lane.append(bar)
         lanes.append(lane)
     return lanes
 
@@ -153,7 +155,7 @@ def _radar(chart: Scores) -> dict[str, Any]:
     """A radar chart in SVG's coordinates: a pixel is a hundredth of the drawing's inch."""
     tasks, high = chart.spokes(), chart.reach()[1]
     radius = max(190.0, 16.0 * len(tasks))
-    labels = [wrapped(task, 16, 3).split("\n") for task in tasks]
+    labels = [wrap(task, 16, 3).split("\n") for task in tasks]
     beside = 14 + 9 * max(len(line) for lines in labels for line in lines)
     width, height = 2 * (radius + beside), 2 * (radius + 24 + 15 * max(map(len, labels)))
     x, y = width / 2, height / 2
@@ -174,11 +176,11 @@ def _radar(chart: Scores) -> dict[str, Any]:
 
     lines: list[dict[str, Any]] = []
     for series in chart.series:
-        known = [(i, v, series.errors[i]) for i, v in enumerate(series.values[: len(tasks)]) if v is not None]
+        scores = [(i, v, series.errors[i]) for i, v in enumerate(series.values[: len(tasks)]) if v is not None]
         points: dict[int, dict[str, Any]] = {
-            i: {"at": point(value, i), "told": f"{series.name}, {tasks[i]}: {chart.text(value, error)}",
+            i: {"at": point(value, i), "label": f"{series.name}, {tasks[i]}: {chart.text(value, error)}",
                 "reach": None if error is None else (*point(value - error, i), *point(value + error, i))}
-            for i, value, error in known
+            for i, value, error in scores
         }  # fmt: skip
         # A line from each point to the next; none from or to where there is no score.
         pairs = [
@@ -201,12 +203,12 @@ def _cells(chart: Heatmap) -> list[list[tuple[str, str]]]:
 
 def _scale(chart: Heatmap) -> list[tuple[str, str]]:
     """The shades from one end to the other, with the figures at the ends and in the middle."""
-    first = -colours.STEPS if chart.signed() else 0
+    first = -colours.STEPS if chart.has_negative() else 0
     figures = {first: f"{-chart.limit if first else 0:g}", 0: "0", colours.STEPS: f"{chart.limit:g}"}
     return [(f"h{step}", figures.get(step, "")) for step in range(first, colours.STEPS + 1)]
 
 
-def _every_score(report: Mapping[str, Any]) -> tables.Table | None:
+def _every_score(report: Report) -> tables.Table | None:
     """All figures of every model at every task, unrounded but for noise."""
     if report["suite"] == "weights":
         return None
@@ -226,28 +228,32 @@ def _every_score(report: Mapping[str, Any]) -> tables.Table | None:
                 *(_exact(figures[name]) if name in figures else "-" for name in others),
             ])  # fmt: skip
     columns = ["model", "role", "task", "metric", "score", "standard error", "items", "normalised", *others]
-    return tables.table("Every score", columns, rows, left=4)
+    return tables.table("Every score", columns, rows, words=4)
 
 
 def _exact(value: float | None, none: str = "n/a") -> str:
     return none if value is None else f"{value:.6g}"
 
 
-def _inputs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _inputs(report: Report) -> list[Mapping[str, Any]]:
     if report["suite"] != "weights":
-        return list(report["models"])
-    roles = [("base", [report["base"]]), ("expert", report["experts"]), ("model", report["models"])]
+        return [*report["models"]]
+    roles: list[tuple[str, Sequence[Input]]] = [
+        ("base", [report["base"]]),
+        ("expert", report["experts"]),
+        ("model", report["models"]),
+    ]
     return [{**entry, "role": role} for role, entries in roles for entry in entries]
 
 
-def _files(report: Mapping[str, Any]) -> tables.Table:
+def _files(report: Report) -> tables.Table:
     """What was read: each file of each model with its digest."""
     rows = [
-        [entry["name"], entry["role"], entry["reference"], name, told["sha256"], f"{told['bytes']:,}"]
+        [entry["name"], entry["role"], entry["reference"], name, file["sha256"], f"{file['bytes']:,}"]
         for entry in _inputs(report)
-        for name, told in entry["files"].items()
+        for name, file in entry["files"].items()
     ]
-    return tables.table("Files", ["model", "role", "reference", "file", "sha256", "bytes"], rows, left=5)
+    return tables.table("Files", ["model", "role", "reference", "file", "sha256", "bytes"], rows, words=5)
 
 
 def _setting(value: Any) -> tuple[str, str]:

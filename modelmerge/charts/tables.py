@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
+
+from modelmerge.evaluation.report import (
+    ExpertFigures,
+    MergedInput,
+    ModelFigures,
+    ModelRow,
+    Report,
+    ScoreReport,
+    WeightReport,
+)
+
+_CLOSENESS: tuple[tuple[str, Literal["cosine", "relative_distance", "subspace_alignment"]], ...] = (
+    ("cosine", "cosine"), ("distance", "relative_distance"), ("alignment", "subspace_alignment"),
+)  # fmt: skip
 
 
 class Best(str):
@@ -15,42 +29,42 @@ class Best(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table: the first `left` columns are words, the others numbers; `foot` are rows that are not like the others."""
+    """A table: the first `words` columns are words, the others numbers; `foot` are rows apart from the others."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     foot: tuple[tuple[str, ...], ...] = ()
-    left: int = 1
+    words: int = 1
 
     def sortable(self) -> bool:
         """Whether each row stands for itself, wherever it is."""
         return len(self.rows) > 1 and all(row[0] for row in self.rows)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> Table:
     """A table without a foot."""
-    return Table(title=title, columns=tuple(columns), rows=tuple(map(tuple, rows)), left=left)
+    return Table(title=title, columns=tuple(columns), rows=tuple(map(tuple, rows)), words=words)
 
 
-def of_report(report: Mapping[str, Any], *, widest: int | None = None) -> list[Table]:
+def of_report(report: Report, *, widest: int | None = None) -> list[Table]:
     """The tables of a report; with more than `widest` experts, without a column for each of them where one could be."""
     if report["suite"] == "weights":
         return of_weights(report, widest)
     return [of_scores(report), *([of_differences(report)] if "comparison" in report else [])]
 
 
-def in_shares(report: Mapping[str, Any]) -> bool:
-    """Whether all scores are between 0 and 1, and are told in per cent."""
-    return all(0.0 <= told["score"] <= 1.0 for told in _known(report["models"]))
+def in_shares(report: ScoreReport) -> bool:
+    """Whether all scores are between 0 and 1, and are shown in per cent."""
+    return all(0.0 <= value <= 1.0 for value in _values(report["models"]))
 
 
-def of_scores(report: Mapping[str, Any]) -> Table:
+def of_scores(report: ScoreReport) -> Table:
     """A row for each model, a column for each task."""
     tasks, models = report["tasks"], report["models"]
     share = in_shares(report)
     lower = [task for task in tasks if models[0]["scores"][task].get("lower")]
-    normalised = any(model["normalised"] is not None for model in models)
+    has_shares = any(model["normalised"] is not None for model in models)
     best = {
         task: _best(models, [model["scores"][task]["score"] for model in models], least=task in lower) for task in tasks
     }
@@ -58,23 +72,23 @@ def of_scores(report: Mapping[str, Any]) -> Table:
     best_normalised = _best(models, [model["normalised"] for model in models])
     rows: list[list[str]] = []
     for model in models:
-        told = model["scores"]
+        scores = model["scores"]
         row = [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}"]
-        row += [_cell(told[task]["score"], told[task]["stderr"], share, best=model is best[task]) for task in tasks]
+        row += [_cell(scores[task]["score"], scores[task]["stderr"], share, best=model is best[task]) for task in tasks]
         row.append(_cell(model["average"], model["average_stderr"], share, best=model is best_average))
-        if normalised:
+        if has_shares:
             row.append(_cell(model["normalised"], None, share=True, best=model is best_normalised))
         rows.append(row)
     columns = [
         "",
         *(f"{task} (less is better)" if task in lower else task for task in tasks),
         "average",
-        *(["normalised"] if normalised else []),
+        *(["normalised"] if has_shares else []),
     ]
     counts = {task: [model["scores"][task]["count"] for model in models] for task in tasks}
     foot: tuple[str, ...] = ()
-    if all(each == own[0] and each is not None for own in counts.values() for each in own):
-        foot = ("items", *(f"{own[0]:,}" for own in counts.values()), *[""] * (1 + normalised))
+    if all(each == row[0] and each is not None for row in counts.values() for each in row):
+        foot = ("items", *(f"{row[0]:,}" for row in counts.values()), *[""] * (1 + has_shares))
     metrics = {model["scores"][task]["metric"] for model in models for task in tasks}
     title = (
         f"{', '.join(sorted(metrics))}{', per cent' if share else ''}{', ± standard error' if _errors(models) else ''}"
@@ -85,112 +99,112 @@ def of_scores(report: Mapping[str, Any]) -> Table:
     )  # fmt: skip
 
 
-def _known(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [score for model in models for score in model["scores"].values() if score["score"] is not None]
+def _values(models: list[ModelRow]) -> list[float]:
+    return [value for model in models for s in model["scores"].values() if (value := s["score"]) is not None]
 
 
-def _errors(models: list[dict[str, Any]]) -> bool:
+def _errors(models: list[ModelRow]) -> bool:
     return any(score["stderr"] is not None for model in models for score in model["scores"].values())
 
 
-def _best(models: list[dict[str, Any]], values: list[float | None], *, least: bool = False) -> dict[str, Any] | None:
+def _best(models: list[ModelRow], values: list[float | None], *, least: bool = False) -> ModelRow | None:
     """Of several models that are no base and no expert, the one with the largest value, or the least."""
-    own = [(-value if least else value, i) for i, value in enumerate(values)
+    places = [(-value if least else value, i) for i, value in enumerate(values)
            if models[i]["role"] == "model" and value is not None]  # fmt: skip
-    return models[max(own)[1]] if len(own) > 1 else None
+    return models[max(places)[1]] if len(places) > 1 else None
 
 
 def _cell(value: float | None, error: float | None, share: bool, *, best: bool) -> str:
     if value is None:
         return "n/a"
-    shown = f"{100 * value:.1f}" if share else f"{value:.4g}"
+    text = f"{100 * value:.1f}" if share else f"{value:.4g}"
     if error is not None:
-        shown += f" ±{100 * error:.1f}" if share else f" ±{error:.2g}"
-    return Best(shown) if best else shown
+        text += f" ±{100 * error:.1f}" if share else f" ±{error:.2g}"
+    return Best(text) if best else text
 
 
-def of_differences(report: Mapping[str, Any]) -> Table:
+def of_differences(report: ScoreReport) -> Table:
     """A row for each task of each model that an earlier report has too."""
     comparison, share = report["comparison"], in_shares(report)
     rows, unit = [], 100 if share else 1
     for pair in comparison["models"]:
         names = pair["model"] if pair["model"] == pair["other"] else f"{pair['model']} - {pair['other']}"
-        for task, told in {**pair["tasks"], "average": pair["average"]}.items():
-            error = "" if told["stderr"] is None else f"±{unit * told['stderr']:.2g}"
-            p = "-" if told["p"] is None else "< 0.001" if told["p"] < 0.001 else f"{told['p']:.3f}"
-            way = {True: "paired", False: "unpaired", None: ""}[told.get("paired")]
-            difference = "n/a" if told["difference"] is None else f"{unit * told['difference']:+.3g}"
+        for task, step in {**pair["tasks"], "average": pair["average"]}.items():
+            error = "" if step["stderr"] is None else f"±{unit * step['stderr']:.2g}"
+            p = "-" if step["p"] is None else "< 0.001" if step["p"] < 0.001 else f"{step['p']:.3f}"
+            way = {True: "paired", False: "unpaired", None: ""}[step.get("paired")]
+            difference = "n/a" if step["difference"] is None else f"{unit * step['difference']:+.3g}"
             rows.append([names, task, difference, error, p, way])
             names = ""
     title = f"Differences to {comparison['with']}" + (", percentage points" if share else "")
-    return table(title, ["", "task", "difference", "", "p", ""], rows, left=2)
+    return table(title, ["", "task", "difference", "", "p", ""], rows, words=2)
 
 
-def of_weights(report: Mapping[str, Any], widest: int | None = None) -> list[Table]:
+def of_weights(report: WeightReport, widest: int | None = None) -> list[Table]:
     """The experts, their conflicts, the models beside them, and each model by layer."""
     model, kinds = report["model"], report["layer_types"]
     experts, models = list(model["experts"]["norms"]), list(model["models"])
-    own = model["experts"]
-    shown = experts if widest is None or len(experts) <= widest else []
+    vectors = model["experts"]
+    columns = experts if widest is None or len(experts) <= widest else []
     rows = [
-        [name, _size(own["norms"][name]), _percent(own["relative_norms"][name]),
-         *(_number(own["cosines"][i][experts.index(other)]) for other in shown)]
+        [name, _size(vectors["norms"][name]), _percent(vectors["relative_norms"][name]),
+         *(_number(vectors["cosines"][i][experts.index(other)]) for other in columns)]
         for i, name in enumerate(experts)
     ]  # fmt: skip
     tables = [
-        table("Experts' task vectors", ["", "norm", "of the base's", *(f"cos {name}" for name in shown)], rows),
+        table("Experts' task vectors", ["", "norm", "of the base's", *(f"cos {name}" for name in columns)], rows),
         table(
             "Conflicts between the experts",
             ["", "sign conflict", "minority signs", "mean |cos|", "after AWD", "interference", "APGD's start", "end"],
-            [_conflicts(name, told["experts"]) for name, told in {"whole model": model, **kinds}.items()],
+            [_conflicts(name, each["experts"]) for name, each in {"whole model": model, **kinds}.items()],
         ),
-        table("Merged models", ["", *models], _compared(model["models"], experts, report["models"])),
+        table("Merged models", ["", *models], _comparison(model["models"], experts, report["models"])),
     ]
     for name in models:
         groups = {**kinds, **report.get("tensors", {})}
-        table_rows = [_layer(kind, told["models"][name], experts) for kind, told in groups.items()]
-        columns = ["", "norm", "APGD's gap", *(f"cos {expert}" for expert in shown), "mean cos", "mean alignment"]
-        tables.append(table(f"{name}, by layer", columns, [row if shown else _without(row) for row in table_rows]))
+        table_rows = [_layer(kind, each["models"][name], experts) for kind, each in groups.items()]
+        heads = ["", "norm", "APGD's gap", *(f"cos {expert}" for expert in columns), "mean cos", "mean alignment"]
+        tables.append(table(f"{name}, by layer", heads, [row if columns else _without(row) for row in table_rows]))
     return tables
 
 
-def _conflicts(name: str, told: Mapping[str, Any]) -> list[str]:
+def _conflicts(name: str, figures: ExpertFigures) -> list[str]:
     interference, awd, apgd = (
-        told[key] or {} for key in ("singular_task_interference", "awd_orthogonality", "apgd_gap")
+        pair or {}
+        for pair in (figures["singular_task_interference"], figures["awd_orthogonality"], figures["apgd_gap"])
     )
     return [
-        name, _percent(told["sign_conflict"]), _percent(told["minority_sign_share"]), _number(awd.get("before")),
+        name, _percent(figures["sign_conflict"]), _percent(figures["minority_sign_share"]), _number(awd.get("before")),
         _number(awd.get("after")), _number(interference.get("relative")), _number(apgd.get("start")),
         _number(apgd.get("solved")),
     ]  # fmt: skip
 
 
-def _compared(models: Mapping[str, Any], experts: list[str], inputs: list[dict[str, Any]]) -> list[list[str]]:
+def _comparison(models: Mapping[str, ModelFigures], experts: list[str], inputs: list[MergedInput]) -> list[list[str]]:
     """A row for each figure, a column for each model."""
-    told = list(models.values())
-    measured = [model["measured_rounding"] for model in inputs]
+    figures = list(models.values())
     rounding = [
-        _percent(exact) if exact is not None else _about(model["expected_rounding"])
-        for exact, model in zip(measured, told, strict=True)
+        _percent(exact) if (exact := entry["measured_rounding"]) is not None else _about(model["expected_rounding"])
+        for entry, model in zip(inputs, figures, strict=True)
     ]
     rows = [
-        ["norm", *(_size(model["norm"]) for model in told)],
-        ["of the base's", *(_percent(model["relative_norm"]) for model in told)],
+        ["norm", *(_size(model["norm"]) for model in figures)],
+        ["of the base's", *(_percent(model["relative_norm"]) for model in figures)],
         ["lost to rounding", *rounding],
-        ["APGD's gap (base: 1)", *(_number(model["apgd_gap"]) for model in told)],
+        ["APGD's gap (base: 1)", *(_number(model["apgd_gap"]) for model in figures)],
     ]
-    for label, key in (("cosine", "cosine"), ("distance", "relative_distance"), ("alignment", "subspace_alignment")):
+    for label, key in _CLOSENESS:
         for expert in experts:
-            rows.append([f"{label} {expert}", *(_number(model["experts"][expert][key]) for model in told)])
+            rows.append([f"{label} {expert}", *(_number(model["experts"][expert][key]) for model in figures)])
     return rows
 
 
-def _layer(name: str, told: Mapping[str, Any], experts: list[str]) -> list[str]:
-    own = [told["experts"][expert] for expert in experts]
+def _layer(name: str, figures: ModelFigures, experts: list[str]) -> list[str]:
+    rows = [figures["experts"][expert] for expert in experts]
     return [
-        name, _size(told["norm"]), _number(told["apgd_gap"]), *(_number(each["cosine"]) for each in own),
-        _number(_mean([each["cosine"] for each in own])),
-        _number(_mean([each["subspace_alignment"] for each in own])),
+        name, _size(figures["norm"]), _number(figures["apgd_gap"]), *(_number(each["cosine"]) for each in rows),
+        _number(_mean([each["cosine"] for each in rows])),
+        _number(_mean([each["subspace_alignment"] for each in rows])),
     ]  # fmt: skip
 
 
@@ -200,8 +214,8 @@ def _without(row: list[str]) -> list[str]:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _number(value: float | None) -> str:

@@ -20,7 +20,7 @@ from modelmerge.checkpoint.header import BUFFERS, TensorInfo
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out
 from modelmerge.checkpoint.matching import doubled_tables
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.errors import OutputError, UsageError
+from modelmerge.errors import OutputError, UsageError, named
 
 Kind = Literal["low rank", "bias", "whole", "no place"]
 # What a model with such a class is trained for, in peft's words.
@@ -42,14 +42,14 @@ class Size:
     energy: float | None = None
 
 
-def parse_size(told: float | str) -> Size:
-    """What `--as-lora` says: an integer is a rank, a number below 1 a share.
+def parse_size(text: float | str) -> Size:
+    """What `as_lora` says: an integer is a rank, a number below 1 a share.
 
     Raises:
         UsageError: It is neither.
     """
     try:
-        number = float(told)
+        number = float(text)
     except (TypeError, ValueError):
         number = math.nan
     if 0 < number < 1:
@@ -57,8 +57,9 @@ def parse_size(told: float | str) -> Size:
     if number >= 1 and number == int(number):
         return Size(rank=int(number))
     raise UsageError(
-        f"--as-lora must be a rank (1, 2, ...) or a share of the squared norm between 0 and 1, not '{told}'",
-        hint="write it like --as-lora 16 or --as-lora 0.95",
+        f"must be a rank (1, 2, ...) or a share of the squared norm between 0 and 1, not '{text}'",
+        option="as_lora",
+        hint="write it like 16 or 0.95",
     )
 
 
@@ -135,7 +136,7 @@ def refuse_change(tensor: str) -> OutputError:
     return OutputError(
         f"the merge changes '{tensor}', which a PEFT adapter has no place for: it is used under several names, or is "
         "no module's weight or bias",
-        hint=f"keep the base's: --exclude '{tensor}'; or write a whole checkpoint, without --as-lora",
+        hint=f"keep the base's: {named('exclude')} '{tensor}'; or write a whole checkpoint, without {named('as_lora')}",
     )
 
 
@@ -156,7 +157,7 @@ def kept_whole(changed: Iterable[str], table: Mapping[str, Role]) -> dict[str, l
             if role.kind != "whole" or any(path.endswith(wanted) for path in around):
                 raise OutputError(
                     f"peft saves every module whose name ends like one that changed, and cannot save '{module}'",
-                    hint=f"keep the base's norms and biases: --exclude '{name.rpartition('.')[0]}*'",
+                    hint=f"keep the base's norms and biases: {named('exclude')} '{name.rpartition('.')[0]}*'",
                 )
             saved.setdefault(module, []).append(name)
     return saved

@@ -131,7 +131,7 @@ def _on_the_hub(ref: str, path: Path) -> repository.Repository:
         return repository.find(match["repo"], match["revision"], (match["inside"] or "").strip("/"))
     except ReferenceNotFound as error:
         near = None if match["scheme"] or match["revision"] else _beside(path)
-        raise ReferenceNotFound(error.message, hint=near or error.hint) from error
+        raise ReferenceNotFound(error.template, hint=near or error.hint_template) from error
 
 
 def _missing(ref: str, path: Path) -> ReferenceNotFound:

@@ -2,7 +2,7 @@
 
 Everything is written into a staging directory beside DIR, `.DIR.modelmerge`, which takes DIR's place in one rename at
 the very end. The staging directory is locked while a run lives; a directory that can be locked belongs to a dead run
-and is cleared, or taken up again with `--resume`.
+and is cleared, or taken up again on request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.layout import Layout, Shard
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.errors import ModelMergeError, OutputError
+from modelmerge.errors import ModelMergeError, OutputError, named
 
 CARD = "README.md"
 _JOURNAL = ".journal.json"
@@ -70,21 +70,22 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
         if source in target.parents:
             relation = "lies in"
         if relation:
-            raise OutputError(f"the output {output} {relation} the input {path}", hint="name another directory with -o")
+            raise OutputError(f"the output {output} {relation} the input {path}", hint="name another directory")
     if target.is_dir():
         if target == Path.cwd() or target in Path.cwd().parents or os.path.ismount(target) or target == Path.home():
             raise OutputError(
                 f"the output {output} cannot be replaced as a whole: it is a mount point, your home, or where you are",
-                hint=f"name a directory inside it: -o {output / 'merged'}",
+                hint=f"name a directory inside it: {output / 'merged'}",
             )
         _refuse_content(target, force=force)
     elif target.exists():
-        raise OutputError(f"the output {output} is a file, not a directory", hint="name a directory with -o")
+        raise OutputError(f"the output {output} is a file, not a directory", hint="name a directory")
 
 
 def _refuse_content(target: Path, *, force: bool) -> None:
     if not force and target.is_dir() and any(target.iterdir()):
-        raise OutputError(f"the output {target} is not empty", hint="name another directory, or replace it: --force")
+        hint = f"name another directory, or replace it: {named('force')}"
+        raise OutputError(f"the output {target} is not empty", hint=hint)
 
 
 def replace_file(output: Path, name: str, content: bytes) -> None:
@@ -154,8 +155,11 @@ class Scratch:
         self._file.close()
 
 
+Room = Callable[[int], Scratch]  # gives room of so many bytes on the disk
+
+
 @contextlib.contextmanager
-def scratches(output: Path) -> Iterator[Callable[[int], Scratch]]:
+def scratches(output: Path) -> Iterator[Room]:
     """Gives room beside an output that is not being written yet, for as long as the block lasts.
 
     Raises:
@@ -170,7 +174,7 @@ def scratches(output: Path) -> Iterator[Callable[[int], Scratch]]:
             except OSError as error:
                 why = _FULL.get(error.errno or 0) or error.strerror or str(error)
                 raise OutputError(
-                    f"cannot keep {nbytes:,} bytes in {folder}: {why}", hint="name another place with -o or make room"
+                    f"cannot keep {nbytes:,} bytes in {folder}: {why}", hint="name another place or make room"
                 ) from error
             stack.callback(made.close)
             return made
@@ -388,7 +392,7 @@ class Staging:
         if needed > free:
             raise OutputError(
                 f"the output needs {needed:,} bytes and {self._target.parent} has {free:,} free",
-                hint="free some space or name another place with -o",
+                hint="free some space or name another place",
             )
 
     def _make_shards(self) -> None:
@@ -434,7 +438,7 @@ class Staging:
             why = _FULL.get(error.errno or 0) or error.strerror or str(error)
             raise OutputError(
                 f"cannot {doing} in {self._target.parent}: {why}",
-                hint="nothing was left at the output; name another place with -o or make room"
+                hint="nothing was left at the output; name another place or make room"
                 if error.errno in _FULL
                 else None,
             ) from error
@@ -453,7 +457,7 @@ def _claim(directory: Path, target: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise OutputError(
-                f"another run is writing {target}", hint="wait for it, or name another directory with -o"
+                f"another run is writing {target}", hint="wait for it, or name another directory"
             ) from None
         # The run that held it may have renamed it into place while we waited for the lock.
         with contextlib.suppress(FileNotFoundError):

@@ -7,7 +7,6 @@ and only for the method that the command line names; the others are listed by th
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import sys
 import traceback
@@ -17,64 +16,82 @@ from typing import Annotated
 import typer
 
 import modelmerge
-from modelmerge.cli import demo, evaluate, merge, vectors
+from modelmerge.cli import demo, evaluate, guide, merge, push, search, vectors, verify
+from modelmerge.cli.help import with_examples
 from modelmerge.cli.output import Sink
 from modelmerge.errors import ModelMergeError
 from modelmerge.methods import registry
 from modelmerge.verbs.auto import AUTO, SUMMARY
 
-EXAMPLES = (
-    "modelmerge demo",
-    "modelmerge merge ties base math code -o merged",
-    "modelmerge merge apgd base math code -o merged --dry-run",
-    "modelmerge merge apgd --help",
-)
+EXAMPLES = ("modelmerge demo", "modelmerge merge ties base math code -o merged")
+_SIGNALS = {130: "interrupted", 143: "terminated", 129: "hung up"}
+_received: list[int] = []  # signals that stop a run, other than Ctrl-C's
+
+
+def stop(number: int, frame: object) -> None:
+    """Handle a signal that shall stop a run as Ctrl-C does."""
+    _received.append(number)
+    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    sink = Sink("json" if "--json" in words else "human")
     try:
-        build(words)(args=words, prog_name="modelmerge")
+        code = build(words)(args=words or ["--help"], prog_name="modelmerge", standalone_mode=False) or 0
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except typer.TyperException as error:
+        sink.failure(error.format_message(), _where_to_look(error, words), error.exit_code)
+        return error.exit_code
     except ModelMergeError as error:
-        Sink("json" if _asks_for_json(words) else "human").error(error)
+        sink.error(error)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except BrokenPipeError:
         # The reader of stdout went away, as `| head` does; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        sys.stderr.write("\nThis is a bug in modelmerge: please report it with the lines above.\n")
+        sink.failure(
+            f"{type(error).__name__}: {error}", "this is a bug in modelmerge: please report it with the lines above", 1
+        )
         return 1
-    return 0
+    if code == 130 and _received:
+        code = 128 + _received[-1]
+    if code in _SIGNALS:
+        sink.failure(_SIGNALS[code], "nothing was left at the output", code)
+    return code
 
 
 def build(words: Sequence[str]) -> typer.Typer:
-    """The application, with the options of that method filled in which `words` name."""
+    """The application, with the options of that method filled in which `words` name.
+
+    Raises:
+        ModelMergeError: A recipe that `words` name cannot be read.
+    """
     app = typer.Typer(
-        no_args_is_help=True,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-        epilog=merge.examples(EXAMPLES),
-        help="Merge fine-tuned experts of one base model into one checkpoint.",
+        help=with_examples("Merge fine-tuned experts of one base model into one checkpoint.", EXAMPLES),
     )
     app.callback()(_root)
-    app.command("extract", epilog=merge.examples(vectors.EXTRACT_EXAMPLES))(vectors.extract())
-    merging = functools.partial(merge.command, preset=_names_preset(words))
-    kinds = (
-        ("disentangle", "transform", vectors.disentangle_or_list, vectors.command, vectors.DISENTANGLE_EXAMPLES),
-        ("merge", "merge", merge.replay_or_list(), merging, merge.EXAMPLES),
+    app.command("extract", help=with_examples(vectors.EXTRACT, vectors.EXTRACT_EXAMPLES))(vectors.extract())
+    merging = functools.partial(merge.command, preset=_names(words, "--preset"))
+    groups = (
+        ("disentangle", "transform", vectors.disentangle_or_list(), vectors.command, vectors.DISENTANGLE),
+        ("merge", "merge", merge.replay_or_list(words), merging, merge.MERGE),
+        ("search", "merge", search.listing(), search.command, search.SEARCH),
     )
-    for verb, kind, callback, command, lines in kinds:
-        app.add_typer(_methods(verb, kind, callback, command, lines, words), name=verb)
-    evaluate.add_suites(app)
-    app.command(epilog=merge.examples(demo.EXAMPLES))(demo.demo)
+    for verb, kind, callback, command, summary in groups:
+        app.add_typer(_methods(verb, kind, callback, command, summary, words), name=verb)
+    app.add_typer(evaluate.suites(), name="eval")
+    for name, one in (("verify", verify), ("push", push), ("guide", guide), ("demo", demo)):
+        app.command(name, help=with_examples(one.SUMMARY, one.EXAMPLES))(one.command())
     return app
 
 
@@ -98,36 +115,44 @@ def _methods(
     kind: str,
     callback: Callable[..., None],
     command: Callable[[str], Callable[..., None]],
-    lines: tuple[str, ...],
+    summary: str,
     words: Sequence[str],
 ) -> typer.Typer:
-    """The commands of a kind of methods: all are listed, those that the command line names have their options."""
+    """The commands of a verb, by method: all are listed, those that the command line names have their options."""
     app = typer.Typer(
-        rich_markup_mode="rich", invoke_without_command=True, epilog=merge.examples(lines),
+        rich_markup_mode="rich", invoke_without_command=True, help=summary,
         subcommand_metavar="METHOD BASE EXPERT...",
     )  # fmt: skip
     app.callback()(callback)
-    asked = _completing() or words
+    named = _completing() or words
     for name in (*registry.names(kind), *((AUTO,) if kind == "merge" else ())):
-        made = command(name) if name in asked else _unasked
-        usage = merge.usage(verb, name) if name in asked else ()
-        summary = SUMMARY if name == AUTO else registry.summary(name, kind)
-        app.command(name, help=summary, epilog=merge.examples(usage))(made)
+        line = SUMMARY if name == AUTO else registry.summary(name, kind)
+        if name in named:
+            app.command(name, help=with_examples(line, merge.usage(verb, name)))(command(name))
+        else:
+            app.command(name, help=line)(_not_named)
     return app
 
 
-def _unasked() -> None:
+def _not_named() -> None:
     """A method that the command line does not name: it is listed, and never run."""
 
 
-def _names_preset(words: Sequence[str]) -> bool:
-    return any(word == "--preset" or word.startswith("--preset=") for word in words)
+def _where_to_look(error: typer.TyperException, words: Sequence[str]) -> str | None:
+    """What to do about words that Typer could not make sense of."""
+    file = next((word for word in words[1:2] if word.endswith((".yaml", ".yml", ".json"))), None)
+    if file is not None and words[0] == "merge":
+        return f"a recipe has an option of its own: --recipe {file}"
+    context: typer.Context | None = getattr(error, "ctx", None)
+    if context is None:
+        return None
+    return f"{context.command_path} --help lists what there is"
+
+
+def _names(words: Sequence[str], option: str) -> bool:
+    return any(word == option or word.startswith(f"{option}=") for word in words)
 
 
 def _completing() -> list[str]:
     """The words typed so far, where a shell asks for completion."""
     return os.environ.get("COMP_WORDS", "").split() or os.environ.get("_TYPER_COMPLETE_ARGS", "").split()
-
-
-def _asks_for_json(words: Sequence[str]) -> bool:
-    return "--json" in words or "--format=json" in words or ("--format", "json") in itertools.pairwise(words)

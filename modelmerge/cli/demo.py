@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from modelmerge.cli import options as opt
-from modelmerge.cli.merge import chosen_format
 from modelmerge.cli.output import Bars, Sink, table
 
+SUMMARY = (
+    "Train six small experts, merge them by every method, and see what each merge is worth. Offline, under a minute. "
+    "All of it is real: the images, the training, the files on disk and the accuracy on images that no model has seen."
+)
 EXAMPLES = ("modelmerge demo", "modelmerge demo -o demo --json")
 
-Output = Annotated[
-    str | None,
-    typer.Option("-o", "--output", metavar="DIR", help="Where the models go. Default: a new temporary directory."),
-]
+
+def command() -> Callable[..., None]:
+    """The Typer command."""
+
+    def declared(
+        output: Annotated[
+            str | None,
+            typer.Option("-o", "--output", metavar="DIR", help="Where the models go. Default: a temporary directory."),
+        ] = None,
+        device: opt.Device = "auto",
+        force: opt.Force = False,
+    ) -> None: ...
+
+    return opt.command(_demo, opt.shared(declared))
 
 
-def demo(
-    output: Output = None,
-    device: opt.Device = "auto",
-    force: opt.Force = False,
-    form: opt.Form = "human",
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-) -> None:
-    """Train six small experts, merge them by every method, and see what each merge is worth. Offline, under a minute.
-
-    Six ways of looking at handwritten digits, one expert for each, fine-tuned from one base. All of it is real: the
-    images, the training, the files on disk and the accuracy on images that no model has seen.
-    """
+def _demo(sink: Sink, output: str | None, device: str, force: bool) -> None:
     import shutil
     import tempfile
 
@@ -39,7 +41,6 @@ def demo(
     from modelmerge.verbs.demo import demo as run
     from modelmerge.verbs.demo import to_json
 
-    sink = Sink(chosen_format(form, json, quiet))
     out = Path(output).expanduser() if output else Path(tempfile.mkdtemp(prefix="modelmerge-demo-"))
     check_output(out, (), force=force)
     if out.exists():

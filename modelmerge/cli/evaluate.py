@@ -11,32 +11,40 @@ import typer
 
 from modelmerge import evaluation
 from modelmerge.cli import options as opt
-from modelmerge.cli.merge import chosen_format, examples, sink_of
+from modelmerge.cli.help import with_examples
 from modelmerge.cli.output import Bars, Sink, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from modelmerge.charts import tables
+    from modelmerge.evaluation import report as evaluation_report
     from modelmerge.verbs.render import Pictures
 
-EXAMPLES = (
-    "modelmerge eval                                              (lists the suites)",
-    "modelmerge eval weights merged                               (its modelmerge.json names base and experts)",
-    "modelmerge eval weights ties apgd --base base --expert math --expert code=runs/9",
-    "modelmerge eval clip merged --task clip8 --base openai/clip-vit-base-patch32 --limit 500",
-    "modelmerge eval clip merged --data svhn=images/svhn --data photos=images/photos --limit 500",
-    "modelmerge eval lm merged --tasks gsm8k,ifeval --batch-size auto",
-    "modelmerge eval lm merged --tasks flan_t5_glue --expert cola --expert mnli --fail-under normalized=0.9",
-    "modelmerge eval custom merged --script metric.py:accuracy",
-    "modelmerge eval custom ties apgd --script metric.py:accuracy --base base --expert svhn --expert mnist",
-    "modelmerge eval custom merged --script metric.py:accuracy --json > today.json",
-    "modelmerge eval custom merged --script metric.py:accuracy --compare today.json --fail-under avg=0.70",
-    "modelmerge eval clip merged --task clip8 --base base --report today.html --plot radar.svg",
-    "modelmerge eval report today.json --report today.html --plot bars.pdf --chart bars",
-)
+EXAMPLES = {
+    "eval": ("modelmerge eval weights merged", "modelmerge eval lm merged --tasks gsm8k,ifeval --batch-size auto"),
+    "weights": (
+        "modelmerge eval weights merged                               (its modelmerge.json names base and experts)",
+        "modelmerge eval weights ties apgd --base base --expert math --expert code=runs/9",
+    ),
+    "clip": (
+        "modelmerge eval clip merged --task clip8 --base openai/clip-vit-base-patch32 --limit 500",
+        "modelmerge eval clip merged --data svhn=images/svhn --data photos=images/photos --report today.html",
+    ),
+    "lm": (
+        "modelmerge eval lm merged --tasks gsm8k,ifeval --batch-size auto",
+        "modelmerge eval lm merged --tasks flan_t5_glue --expert cola --expert mnli --fail-under normalized=0.9",
+    ),
+    "custom": (
+        "modelmerge eval custom merged --script metric.py:accuracy --json > today.json",
+        "modelmerge eval custom merged --script metric.py:accuracy --compare today.json --fail-under avg=0.70",
+    ),
+    "report": (
+        "modelmerge eval report today.json",
+        "modelmerge eval report today.json --report today.html --plot bars.pdf",
+    ),
+}
 _SHOWN_COSINES = 12  # experts: a wider matrix does not fit a terminal, and is in the JSON
-_PANEL = "Options of the suite"
 _PICTURES = "Pictures"
 
 Models = Annotated[
@@ -48,34 +56,17 @@ Models = Annotated[
         show_default=False,
     ),
 ]
-Base = Annotated[
-    str | None,
-    typer.Option("--base", help="The model the experts were fine-tuned from.", metavar="REF", rich_help_panel=_PANEL),
-]
+Base = Annotated[str | None, typer.Option("--base", help="The model the experts were fine-tuned from.", metavar="REF")]
 Expert = Annotated[
-    list[str] | None,
-    typer.Option("--expert", help="A fine-tuned model. Repeatable.", metavar="[NAME=]REF", rich_help_panel=_PANEL),
+    list[str] | None, typer.Option("--expert", help="A fine-tuned model. Repeatable.", metavar="[NAME=]REF")
 ]
-Quiet = Annotated[
-    bool,
-    typer.Option("-q", "--quiet", help="Short for --format quiet: figures alone.", rich_help_panel=opt.PRINT_PANEL),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(help="Look at tensors of such names only. Repeatable.", metavar="GLOB", rich_help_panel=_PANEL),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(help="Leave out tensors of such names. Repeatable.", metavar="GLOB", rich_help_panel=_PANEL),
-]
-
-
+Globs = list[str] | None
+Include = Annotated[Globs, typer.Option(help="Only tensors of such names. Repeatable.", metavar="GLOB")]
+Exclude = Annotated[Globs, typer.Option(help="No tensors of such names. Repeatable.", metavar="GLOB")]
 OnMismatch = Annotated[
     Literal["error", "copy", "common-rows"],
     typer.Option(
-        help="What becomes of tensors whose shapes differ: copy leaves them out; common-rows looks at the rows of "
-        "embeddings and heads that all have.",
-        rich_help_panel=_PANEL,
+        help="Shapes differ: error, copy leaves the tensor out, common-rows looks at rows of tables that all have."
     ),
 ]
 TaskExpert = Annotated[
@@ -84,20 +75,15 @@ TaskExpert = Annotated[
         "--expert",
         help="Evaluate this expert too; scores at the task of its name are normalised by it. Repeatable.",
         metavar="[TASK=]REF",
-        rich_help_panel=_PANEL,
     ),
 ]
-NoCache = Annotated[
-    bool,
-    typer.Option("--no-cache", help="Measure again what was measured before.", rich_help_panel=_PANEL),
-]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure again what was measured before.")]
 Compare = Annotated[
     str | None,
     typer.Option(
         "--compare",
         help="Tell the differences to an earlier report, written by --json, and their significance.",
         metavar="FILE",
-        rich_help_panel=_PANEL,
     ),
 ]
 FailUnder = Annotated[
@@ -106,15 +92,9 @@ FailUnder = Annotated[
         "--fail-under",
         help="Exit with 1 if a MODEL has less: avg=0.70, normalized=0.95 or TASK=0.8. Repeatable.",
         metavar="WHAT=LEAST",
-        rich_help_panel=_PANEL,
     ),
 ]
-UpdateCard = Annotated[
-    bool,
-    typer.Option("--update-card", help="Write the scores into each MODEL's model card.", rich_help_panel=_PANEL),
-]
-
-
+UpdateCard = Annotated[bool, typer.Option("--update-card", help="Write the scores into each MODEL's model card.")]
 Plot = Annotated[
     str | None,
     typer.Option(
@@ -126,9 +106,7 @@ Plot = Annotated[
 ]
 Chart = Annotated[
     Literal["auto", "bars", "radar"],
-    typer.Option(
-        "--chart", help="How --plot draws scores; auto: as a radar from 5 to 20 tasks.", rich_help_panel=_PICTURES
-    ),
+    typer.Option(help="How --plot draws scores; auto: as a radar from 5 to 20 tasks.", rich_help_panel=_PICTURES),
 ]
 Report = Annotated[
     str | None,
@@ -139,61 +117,51 @@ Report = Annotated[
         rich_help_panel=_PICTURES,
     ),
 ]
+BaseToo = Annotated[str | None, typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF")]
+
+Device = Annotated[str, opt.device(None)]
 
 
-BaseToo = Annotated[
-    str | None,
-    typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF", rich_help_panel=_PANEL),
-]
-
-Device = Annotated[str, opt.device(_PANEL)]
-
-
-def add_suites(app: typer.Typer) -> None:
-    """Add `eval` and its suites to the application."""
-    made = typer.Typer(
-        rich_markup_mode="rich", invoke_without_command=True, epilog=examples(EXAMPLES),
+def suites() -> typer.Typer:
+    """`eval` and its suites."""
+    summary = "Evaluate merged models: their weights beside the experts', or their scores at tasks. Alone: list suites."
+    app = typer.Typer(
+        rich_markup_mode="rich", invoke_without_command=True, help=with_examples(summary, EXAMPLES["eval"]),
         subcommand_metavar="SUITE MODEL...",
     )  # fmt: skip
-    made.callback()(_list)
+    app.callback()(opt.command(_list, [opt.argument("context", typer.Context)]))
     for name, command in COMMANDS.items():
-        made.command(name, help=evaluation.summary(name), epilog=examples(EXAMPLES))(command)
-    made.command("report", epilog=examples(EXAMPLES))(_render)
-    app.add_typer(made, name="eval")
+        app.command(name, help=with_examples(evaluation.summary(name), EXAMPLES[name]))(command)
+    report = "Print a saved report again, or draw it; nothing is evaluated."
+    app.command("report", help=with_examples(report, EXAMPLES["report"]))(opt.command(_render, opt.shared(_rendered)))
+    return app
 
 
-def _list(context: typer.Context, form: opt.Form = "human", json: opt.Json = False, quiet: Quiet = False) -> None:
-    """Evaluate merged models: their weights beside the experts', or their scores at tasks.
-
-    Without a suite, list what there is.
-    """
-    if context.invoked_subcommand is not None:
+def _list(sink: Sink, context: typer.Context) -> None:
+    if not opt.is_alone(context):
         return
     listed = [{"suite": name, "summary": evaluation.summary(name)} for name in evaluation.names()]
-    Sink(chosen_format(form, json, quiet)).result(
+    sink.result(
         {"suites": listed},
         quiet="\n".join(evaluation.names()),
         human=[
-            table(None, ["suite", ""], [[s["suite"], s["summary"]] for s in listed], left=2),
+            table(None, ["suite", ""], [[s["suite"], s["summary"]] for s in listed], words=2),
             "\nmodelmerge eval SUITE MODEL...      (SUITE --help for its options)",
         ],
     )
 
 
-def _weights(
+def _of_weights(
     models: Models,
     base: Base = None,
     expert: Expert = None,
-    per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Tell the figures of each tensor too.", rich_help_panel=_PANEL)
-    ] = False,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Tell the figures of each tensor too.")] = False,
     decompose: Annotated[
         bool,
         typer.Option(
             "--decompose/--no-decompose",
             help="Decompose matrices: subspace alignment, singular task interference, where APGD would arrive. Most "
             "of the time goes there.",
-            rich_help_panel=_PANEL,
         ),
     ] = True,
     include: Include = None,
@@ -202,22 +170,20 @@ def _weights(
     plot: Plot = None,
     page: Report = None,
     device: Device = "auto",
-    form: opt.Form = "human",
-    json: opt.Json = False,
-    quiet: Quiet = False,
 ) -> None:
-    from modelmerge.verbs.evaluate import evaluate_weights
-    from modelmerge.verbs.render import asked
+    """What `eval weights` takes; for its signature alone."""
 
-    pictures = asked(plot, "auto", page)
-    sink = Sink(chosen_format(form, json, quiet))
+
+def _weights(sink: Sink, models: list[str], plot: str | None, page: str | None, **values: Any) -> None:
+    from modelmerge.verbs.evaluate import evaluate
+    from modelmerge.verbs.render import pictures_at
+
+    pictures = pictures_at(plot, "auto", page)
+    values |= {name: values[name] or () for name in ("include", "exclude")}
+    experts = values.pop("expert") or ()
     with Bars(sink) as bars:
-        report = evaluate_weights(
-            models, base=base, experts=expert or (), per_layer=per_layer, decompose=decompose, include=include or (),
-            exclude=exclude or (), on_mismatch=on_mismatch, device=device, reporter=bars,
-        )  # fmt: skip
-    _draw(pictures, report, sink)
-    _tell(report, sink)
+        report = evaluate(models, suite="weights", experts=experts, reporter=bars, **values)
+    _show(report, sink, pictures)
 
 
 def _custom(
@@ -228,23 +194,15 @@ def _custom(
             metavar="FILE:FUNCTION",
             help="A Python function that is given a model and returns its score, or a mapping of tasks to scores. Or "
             "package.module:FUNCTION.",
-            rich_help_panel=_PANEL,
         ),
     ],
     task: Annotated[
         list[str] | None,
-        typer.Option(
-            "--task",
-            help="Call FUNCTION(model, task) for this task. Repeatable.",
-            metavar="NAME",
-            rich_help_panel=_PANEL,
-        ),
+        typer.Option("--task", help="Call FUNCTION(model, task) for this task. Repeatable.", metavar="NAME"),
     ] = None,
     base: BaseToo = None,
     expert: TaskExpert = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of Python's, numpy's and torch's generators.", rich_help_panel=_PANEL)
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of Python's, numpy's and torch's generators.")] = 0,
 ) -> dict[str, Any]:
     return {"metric": script, "tasks": task or (), "base": base, "experts": expert or (), "seed": seed}
 
@@ -261,17 +219,14 @@ def _clip(
     base: Annotated[
         str | None,
         typer.Option(
-            "--base",
-            help="A whole CLIP model: evaluated too, and completes vision towers and adapters.",
-            metavar="REF",
-            rich_help_panel=_PANEL,
+            "--base", help="A whole CLIP model: evaluated too, and completes vision towers and adapters.", metavar="REF"
         ),
     ] = None,
     expert: TaskExpert = None,
     heads: opt.Heads = None,
     limit: opt.ImageLimit = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the images that --limit draws.", rich_help_panel=_PANEL)] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.", rich_help_panel=_PANEL)] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="Of the images that --limit draws.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 64,
 ) -> dict[str, Any]:
     return {
         "tasks": task or (), "data": data or (), "classes": classes or (), "templates": template or (), "split": split,
@@ -288,7 +243,6 @@ def _lm(
             help="Tasks, groups or tags of lm-evaluation-harness, or flan_t5_glue; * and ? stand for more. Default: "
             "all of --include-path. Repeatable, or with commas between.",
             metavar="NAME,...",
-            rich_help_panel=_PANEL,
         ),
     ] = None,
     include_path: Annotated[
@@ -297,22 +251,15 @@ def _lm(
             "--include-path",
             help="A directory of tasks of your own, as the harness's YAML files. Python code that they name will run.",
             metavar="DIR",
-            rich_help_panel=_PANEL,
         ),
     ] = None,
     limit: Annotated[
-        float | None,
-        typer.Option(help="So many items of each task, the first; below 1, this share.", rich_help_panel=_PANEL),
+        float | None, typer.Option(help="So many items of each task, the first; below 1, this share.")
     ] = None,
     num_fewshot: Annotated[
-        int | None,
-        typer.Option(
-            "--num-fewshot", help="Solved examples in front of each item. Default: the task's.", rich_help_panel=_PANEL
-        ),
+        int | None, typer.Option(help="Solved examples in front of each item. Default: the task's.")
     ] = None,
-    batch_size: Annotated[
-        str, typer.Option("--batch-size", help="Items at a time, or auto.", metavar="N", rich_help_panel=_PANEL)
-    ] = "8",
+    batch_size: Annotated[str, typer.Option("--batch-size", help="Items at a time, or auto.", metavar="N")] = "8",
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -320,25 +267,20 @@ def _lm(
             help="What the score is, such as acc_norm or exact_match,strict-match. Default: the task's first where "
             "more is better; all are in the JSON. Repeatable.",
             metavar="[TASK=]NAME",
-            rich_help_panel=_PANEL,
         ),
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"],
-        typer.Option(help="What the model computes in; auto: as it is stored.", rich_help_panel=_PANEL),
+        typer.Option(help="What the model computes in; auto: as it is stored."),
     ] = "auto",
     apply_chat_template: Annotated[
-        bool,
-        typer.Option(
-            "--apply-chat-template", help="Put items as a conversation, as chat models want.", rich_help_panel=_PANEL
-        ),
+        bool, typer.Option("--apply-chat-template", help="Put items as a conversation.")
     ] = False,
     confirm_run_unsafe_code: Annotated[
         bool,
         typer.Option(
             "--confirm-run-unsafe-code",
             help="Run tasks that execute code which the model writes: on this machine, as you.",
-            rich_help_panel=_PANEL,
         ),
     ] = False,
     base: BaseToo = None,
@@ -349,14 +291,11 @@ def _lm(
             help="Evaluate this expert too; scores at the task of its name are normalised by it (those at "
             "flan_t5_glue_cola by cola). Repeatable.",
             metavar="[TASK=]REF",
-            rich_help_panel=_PANEL,
         ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="In the place of the harness's own seeds.", rich_help_panel=_PANEL)
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="In the place of the harness's own seeds.")] = None,
 ) -> dict[str, Any]:
-    names = [name for told in task or () for name in told.split(",") if name]
+    names = [name for text in task or () for name in text.split(",") if name]
     return {
         "tasks": names, "include_path": include_path, "limit": limit, "num_fewshot": num_fewshot,
         "batch_size": batch_size, "dtype": dtype, "apply_chat_template": apply_chat_template,
@@ -374,95 +313,84 @@ def _shared(
     chart: Chart = "auto",
     page: Report = None,
     device: Device = "auto",
-    form: opt.Form = "human",
-    json: opt.Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """What every suite of scores takes; for its signature alone."""
 
 
-def _scores(suite: str, own: Callable[..., dict[str, Any]]) -> Callable[..., None]:
-    """The command of a suite that gives scores. `own` declares the suite's options and hands them on by their names."""
-    parameters = opt.shared(own)
+def _scores(suite: str, declared: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """The command of a suite that gives scores. `declared` has the suite's options and hands them on by their names."""
+    parameters = opt.shared(declared)
     words = [parameter.name for parameter in parameters]
 
-    def run(**values: Any) -> None:
-        from modelmerge.verbs.evaluate import SUITES
-        from modelmerge.verbs.render import asked
+    def run(sink: Sink, **values: Any) -> None:
+        from modelmerge.verbs.evaluate import evaluate
+        from modelmerge.verbs.render import pictures_at
 
-        pictures = asked(values["plot"], values["chart"], values["page"])
-        sink = sink_of(values)
+        pictures = pictures_at(values["plot"], values["chart"], values["page"])
         # What a suite's own code prints is no result.
         with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
-            report = SUITES[suite](
-                values["models"], cache=not values["no_cache"], compare=values["compare"],
+            report = evaluate(
+                values["models"], suite=suite, cache=not values["no_cache"], compare=values["compare"],
                 fail_under=values["fail_under"] or (), update_card=values["update_card"], device=values["device"],
-                reporter=bars, **own(**{word: values[word] for word in words}),
+                reporter=bars, **declared(**{word: values[word] for word in words}),
             )  # fmt: skip
-        _draw(pictures, report, sink)
-        _tell(report, sink)
+        _show(report, sink, pictures)
         _gate(report, sink)
 
-    return opt.with_parameters(run, [opt.of_argument("models", Models), *parameters, *opt.shared(_shared)])
+    return opt.command(run, [opt.argument("models", Models), *parameters, *opt.shared(_shared)])
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "clip": _scores("clip", _clip),
     "custom": _scores("custom", _custom),
     "lm": _scores("lm", _lm),
-    "weights": _weights,
+    "weights": opt.command(_weights, opt.shared(_of_weights)),
 }
 
 
-def _render(
+def _rendered(
     report: Annotated[
         str, typer.Argument(metavar="REPORT", help="What eval SUITE ... --json wrote.", show_default=False)
     ],
     plot: Plot = None,
     chart: Chart = "auto",
     page: Report = None,
-    form: opt.Form = "human",
-    json: opt.Json = False,
-    quiet: Quiet = False,
 ) -> None:
-    """Print a saved report again, or draw it; nothing is evaluated."""
-    from modelmerge.verbs.render import asked, read
-
-    pictures = asked(plot, chart, page)
-    sink = Sink(chosen_format(form, json, quiet))
-    told = read(report)
-    _draw(pictures, told, sink)
-    _tell(told, sink)
+    """What `eval report` takes; for its signature alone."""
 
 
-def _draw(pictures: Pictures, report: dict[str, Any], sink: Sink) -> None:
-    for file in pictures.write(report):
-        sink.note(f"drawn: {file}")
+def _render(sink: Sink, report: str, plot: str | None, chart: Any, page: str | None) -> None:
+    from modelmerge.verbs.render import pictures_at, read
+
+    pictures = pictures_at(plot, chart, page)
+    _show(read(report), sink, pictures)
 
 
-def _tell(report: dict[str, Any], sink: Sink) -> None:
-    """Print a report, whatever the suite."""
+def _show(report: evaluation_report.Report, sink: Sink, pictures: Pictures) -> None:
+    """Draw and print a report, whatever the suite."""
     from modelmerge.charts.tables import of_report
 
+    for file in pictures.write(report):
+        sink.note(f"drawn: {file}")
     for note in report["notes"]:
         sink.note(note)
     if report["suite"] == "weights":
         figures = [
-            f"{model}\t{expert}\t{'-' if told['cosine'] is None else format(told['cosine'], '.6f')}"
-            for model, figures in report["model"]["models"].items()
-            for expert, told in figures["experts"].items()
+            f"{model}\t{expert}\t{'-' if pair['cosine'] is None else format(pair['cosine'], '.6f')}"
+            for model, row in report["model"]["models"].items()
+            for expert, pair in row["experts"].items()
         ]
     else:
         averages = [model["average"] for model in report["models"] if model["role"] == "model"]
         figures = ["n/a" if average is None else f"{average:.6g}" for average in averages]
     human = _printed(of_report(report, widest=_SHOWN_COSINES))
-    human += [f"\n{report['remark']}"] if "remark" in report else []
+    human += [f"\n{report['remark']}"] if report["suite"] == "weights" else []
     sink.result(report, quiet="\n".join(figures), human=human)
 
 
-def _gate(report: dict[str, Any], sink: Sink) -> None:
+def _gate(report: evaluation_report.Report, sink: Sink) -> None:
     """Exit code 1 where a gate is not passed."""
-    failures = report.get("gate", {}).get("failures", [])
+    failures = report["gate"]["failures"] if report["suite"] != "weights" and "gate" in report else []
     for failure in failures:
         value = "n/a" if failure["value"] is None else f"{failure['value']:.4g}"
         sink.failed(f"'{failure['model']}' has {value}, and --fail-under asks for {failure['gate']}")
@@ -470,14 +398,14 @@ def _gate(report: dict[str, Any], sink: Sink) -> None:
         raise typer.Exit(1)
 
 
-def _printed(told: Sequence[tables.Table]) -> list[str | Table]:
+def _printed(grids: Sequence[tables.Table]) -> list[str | Table]:
     """Tables for a terminal, with an empty line between them."""
     from rich.text import Text
 
     from modelmerge.charts.tables import Best
 
     lines: list[str | Table] = []
-    for each in told:
+    for each in grids:
         rows = [[Text(c, style="bold") if isinstance(c, Best) else c for c in row] for row in (*each.rows, *each.foot)]
-        lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, left=each.left)]
+        lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, words=each.words)]
     return lines

@@ -1,210 +1,189 @@
-"""Options that commands share, each declared once, and options made from a method's dataclass."""
+"""Options that commands share, each declared once; options made from a method's dataclass; what every command prints.
+
+Whatever is not named on the command line is None here: the defaults are the verbs' own.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, Literal
 
 import typer
 
-from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.cli.output import Format, Sink, flag
+from modelmerge.errors import UsageError
+from modelmerge.methods.contract import Method, TransformSpec
 from modelmerge.methods.options import bounds, option_types
 from modelmerge.plan import presets
 
-METHOD_PANEL = "Options of the method"
-SHARED_PANEL = "Options of every merge"
-PRINT_PANEL = "What is printed"
+_FROM_ENVIRONMENT = ("--device",)
+MERGE_PANEL = "What is merged, and how"
+RUN_PANEL = "How it is run"
 HUB_PANEL = "The Hugging Face Hub"
-SEARCH_PANEL = "Search"
 DATA_PANEL = "Images and their classes"
 UNLABELLED_PANEL = "Unlabelled data of any kind"
 
+Base = Annotated[
+    str,
+    typer.Argument(
+        metavar="BASE",
+        help="What the experts were fine-tuned from, [NAME=]REF: a path or org/name@revision.",
+        show_default=False,
+    ),
+]
+Experts = Annotated[
+    list[str], typer.Argument(metavar="EXPERT", help="The fine-tuned models, [NAME=]REF each.", show_default=False)
+]
 Output = Annotated[
-    str, typer.Option("-o", "--output", help="Directory for the result.", metavar="DIR", rich_help_panel=SHARED_PANEL)
+    str, typer.Option("-o", "--output", help="Directory for the result.", metavar="DIR", rich_help_panel=RUN_PANEL)
 ]
 
 
-def device(panel: str) -> Any:
+OptionalOutput = Annotated[
+    str | None,
+    typer.Option(
+        "-o", "--output", help="With --recipe: directory for the result.", metavar="DIR", rich_help_panel=RUN_PANEL
+    ),
+]
+
+
+def device(panel: str | None) -> Any:
     """The option that chooses a device, in a panel of the help page."""
     return typer.Option(
         envvar="MODELMERGE_DEVICE",
-        help="cpu, cuda, cuda:1, or auto: a CUDA device if there is one.",
+        help="cpu, cuda, cuda:1, or auto, the default; or the variable MODELMERGE_DEVICE.",
+        show_default=False,
+        show_envvar=False,
         metavar="NAME",
         rich_help_panel=panel,
     )
 
 
-Device = Annotated[str, device(SHARED_PANEL)]
+Device = Annotated[str, device(RUN_PANEL)]
 DryRun = Annotated[
     bool,
     typer.Option(
-        "-n", "--dry-run", help="Print the plan and stop: tensors, bytes, peak memory.", rich_help_panel=SHARED_PANEL
+        "-n", "--dry-run", help="Print the plan and stop: tensors, bytes, peak memory.", rich_help_panel=RUN_PANEL
     ),
 ]
-Force = Annotated[bool, typer.Option("-f", "--force", help="Replace DIR.", rich_help_panel=SHARED_PANEL)]
+Force = Annotated[bool, typer.Option("-f", "--force", help="Replace DIR.", rich_help_panel=RUN_PANEL)]
 Resume = Annotated[
     bool,
-    typer.Option(
-        "--resume",
-        help="Keep finished shards if interrupted; take up those of an interrupted run.",
-        rich_help_panel=SHARED_PANEL,
-    ),
+    typer.Option("--resume", help="Take up what an interrupted run finished.", rich_help_panel=RUN_PANEL),
 ]
 Stream = Annotated[
     bool,
     typer.Option(
-        "--stream",
-        help="Read weights on the Hub tensor by tensor, without storing them: for small disks.",
-        rich_help_panel=HUB_PANEL,
+        "--stream", help="Read weights on the Hub tensor by tensor, without storing them.", rich_help_panel=HUB_PANEL
     ),
 ]
 Push = Annotated[
     str | None,
-    typer.Option(
-        help="Push the result to this repository, org/name or org/name@branch, made if there is none.",
-        metavar="REPO",
-        rich_help_panel=HUB_PANEL,
-    ),
+    typer.Option(help="Push the result to org/name or org/name@branch.", metavar="REPO", rich_help_panel=HUB_PANEL),
 ]
 Private = Annotated[
     bool, typer.Option("--private", help="With --push: a private repository.", rich_help_panel=HUB_PANEL)
 ]
-CreatePr = Annotated[
-    bool,
-    typer.Option("--create-pr", help="With --push: open a pull request instead.", rich_help_panel=HUB_PANEL),
-]
-CommitMessage = Annotated[
-    str | None,
-    typer.Option(help="With --push: the commit's first line.", metavar="TEXT", rich_help_panel=HUB_PANEL),
-]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
-    typer.Option(help="Store floating tensors so. Default: as the base does.", rich_help_panel=SHARED_PANEL),
+    typer.Option(
+        help="Store floats as float32, float16 or bfloat16, not as the base does.",
+        metavar="TYPE",
+        rich_help_panel=MERGE_PANEL,
+    ),
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option(help="Merge only tensors of such names. Repeatable.", metavar="GLOB", rich_help_panel=SHARED_PANEL),
+    typer.Option(help="Take only tensors of such names. Repeatable.", metavar="GLOB", rich_help_panel=MERGE_PANEL),
 ]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
-        help="Copy tensors of such names from the base. Repeatable.", metavar="GLOB", rich_help_panel=SHARED_PANEL
+        help="Leave tensors of such names as the base has them. Repeatable.",
+        metavar="GLOB",
+        rich_help_panel=MERGE_PANEL,
     ),
 ]
 OnMismatch = Annotated[
-    Literal["error", "copy", "common-rows"],
+    Literal["error", "copy", "common-rows"] | None,
     typer.Option(
-        help="What becomes of tensors whose shapes differ: copy takes the base's; common-rows merges the rows of "
-        "embeddings and heads that all have.",
-        rich_help_panel=SHARED_PANEL,
+        help="Shapes differ: error (default), copy the base's tensor, or merge the common-rows of tables.",
+        metavar="WHAT",
+        rich_help_panel=MERGE_PANEL,
     ),
 ]
 ShardSize = Annotated[
-    str, typer.Option(help="Largest output file, like 5GB or 200MB.", metavar="SIZE", rich_help_panel=SHARED_PANEL)
+    str | None,
+    typer.Option(help="Largest output file, like 200MB. Default: 5GB.", metavar="SIZE", rich_help_panel=RUN_PANEL),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of methods that draw at random.", rich_help_panel=SHARED_PANEL)]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Seed of methods that draw at random. Default: 0.", metavar="N", rich_help_panel=MERGE_PANEL),
+]
 AsLora = Annotated[
     str | None,
     typer.Option(
         "--as-lora",
-        help="Write a PEFT adapter instead of a checkpoint: of this rank, or, below 1, keeping this share of each "
-        "matrix's squared norm.",
-        metavar="RANK|ENERGY",
-        rich_help_panel=SHARED_PANEL,
+        help="Write a PEFT adapter: of this rank, or below 1 so large that it keeps this share.",
+        metavar="RANK",
+        rich_help_panel=MERGE_PANEL,
     ),
 ]
 Weight = Annotated[
     list[str] | None,
-    typer.Option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W", rich_help_panel=SHARED_PANEL),
+    typer.Option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W", rich_help_panel=MERGE_PANEL),
 ]
 Preset = Annotated[
     str | None,
     typer.Option(
-        help=f"In place of BASE EXPERT...: a published set, with the paper's settings where no option says otherwise. "
-        f"{', '.join(presets.names())}.",
+        help="A published set with its settings, in place of BASE EXPERT...",
         metavar="NAME",
         autocompletion=lambda: list(presets.names()),
-        rich_help_panel=SHARED_PANEL,
+        rich_help_panel=RUN_PANEL,
         show_default=False,
+    ),
+]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="Repeat the merge of a modelmerge.json, or run a mergekit YAML.",
+        rich_help_panel=RUN_PANEL,
     ),
 ]
 At = Annotated[
     list[str] | None,
     typer.Option(
-        help='Another method or other values for tensors of such names: "*attn*: tsv-m", "*mlp*: scale=0.1,0.5", '
-        '"*: math.weight=0.5". Repeatable; the first GLOB that matches decides.',
-        metavar="GLOB: [METHOD] [OPTION=V[,V]] [NAME.OPTION=V]",
-        rich_help_panel=SHARED_PANEL,
-    ),
-]
-Search = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--search",
-        help="Merge with each of these values, measure by --on, and keep the best: scale=0.1:1.0:0.1 (start, last, "
-        "step), scale=0.2,0.5, reduce=sum,mean. Repeatable: all combinations. Of equal ones the first.",
-        metavar="OPTION=VALUES",
-        rich_help_panel=SEARCH_PANEL,
-    ),
-]
-On = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--on",
-        help="What --search measures with: custom:FILE:FUNCTION, clip:TASK or clip:DATA, lm:TASK; behind commas the "
-        "settings of that suite in `eval`, as in clip:svhn,limit=500. clip and lm look at a validation split, or else "
-        "at the training split; what a function looks at is its own. Repeatable: the mean over all tasks counts.",
-        metavar="SUITE:WHAT[,SETTING=V...]",
-        rich_help_panel=SEARCH_PANEL,
+        help="Another method or values for some tensors: '*mlp*: kron scale=0.8 math.weight=0'. Repeatable.",
+        metavar="'GLOB: ...'",
+        rich_help_panel=MERGE_PANEL,
     ),
 ]
 Disentangle = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        help="Disentangle the task vectors first: apgd, awd. The same bits as through `modelmerge disentangle`.",
-        metavar="METHOD",
-        rich_help_panel=SHARED_PANEL,
-    ),
-]
-Apgd = Annotated[
-    bool,
-    typer.Option(
-        "--apgd",
-        help="Short for --disentangle apgd --apgd-correction task: a correction for each task in front.",
-        rich_help_panel=SHARED_PANEL,
+        help="A transform of the task vectors first: awd, or 'awd alpha=0.2'. Repeatable, in order.",
+        metavar="'METHOD ...'",
+        rich_help_panel=MERGE_PANEL,
     ),
 ]
 Rest = Annotated[
-    Literal["base", "average", "task-arithmetic"] | None,
+    str | None,
     typer.Option(
-        help="What becomes of tensors that a method for linear layers leaves: copied from the base, or merged so. "
-        "Default: the method's own choice, told by --dry-run.",
-        rich_help_panel=SHARED_PANEL,
+        help="The method for what a method for linear layers leaves; base copies.",
+        metavar="METHOD",
+        rich_help_panel=MERGE_PANEL,
     ),
 ]
-Published = Annotated[
-    bool,
-    typer.Option(
-        "--published",
-        help="The published algorithm, where the defaults differ; other options win.",
-        rich_help_panel=METHOD_PANEL,
-    ),
-]
-Form = Annotated[
-    Literal["human", "json", "quiet"],
-    typer.Option("--format", help="How results are printed.", rich_help_panel=PRINT_PANEL),
-]
-Json = Annotated[bool, typer.Option("--json", help="Short for --format json.", rich_help_panel=PRINT_PANEL)]
-Quiet = Annotated[
-    bool,
-    typer.Option("-q", "--quiet", help="Short for --format quiet: the path or URL.", rich_help_panel=PRINT_PANEL),
-]
-Verbose = Annotated[
-    bool, typer.Option("-v", "--verbose", help="Name every tensor in plans and results.", rich_help_panel=PRINT_PANEL)
-]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, whatever happens.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the path, URL, names or figures.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Name every tensor.")]
 
 ImageTask = Annotated[
     list[str] | None,
@@ -312,98 +291,112 @@ def drawn(
             "--plot",
             help="Draw the coefficients as a heatmap, as .svg, .png or .pdf.",
             metavar="FILE",
-            rich_help_panel=PRINT_PANEL,
         ),
     ] = None,
 ) -> None:
-    """What a method is told that finds coefficients, besides its data; for its signature alone."""
+    """What a method takes that finds coefficients, besides its data; for its signature alone."""
+
+
+def merged(
+    weight: Weight = None,
+    at: At = None,
+    rest: Rest = None,
+    disentangle: Disentangle = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    on_mismatch: OnMismatch = None,
+    dtype: Dtype = None,
+    as_lora: AsLora = None,
+    seed: Seed = None,
+) -> None:
+    """What determines the weights of every merge, besides the method's options; for its signature alone."""
 
 
 def written(
+    max_shard_size: ShardSize = None,
     device: Device = "auto",
-    stream: Stream = False,
-    push: Push = None,
-    private: Private = False,
-    create_pr: CreatePr = False,
-    commit_message: CommitMessage = None,
     dry_run: DryRun = False,
     force: Force = False,
     resume: Resume = False,
-    form: Form = "human",
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    stream: Stream = False,
+    push: Push = None,
+    private: Private = False,
 ) -> None:
     """What every command takes that writes a directory; for its signature alone."""
 
 
-def of_method(method: Method | Disentangler) -> list[inspect.Parameter]:
+def _printed(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """What every command takes; for its signature alone."""
+
+
+def command(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """A Typer command with these parameters and the options of every command; `run` is called with a `Sink` first."""
+
+    def called(**values: Any) -> None:
+        json, quiet, verbose = (values.pop(name) for name in ("json", "quiet", "verbose"))
+        if json and quiet:
+            raise UsageError("--json and --quiet ask for different formats", hint="give one of them")
+        form: Format = "json" if json else "quiet" if quiet else "human"
+        run(Sink(form, verbose=verbose), **values)
+
+    every = [*parameters, *shared(_printed)]
+    called.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+    called.__doc__ = run.__doc__
+    return called
+
+
+def of_method(method: Method | TransformSpec) -> list[inspect.Parameter]:
     """A keyword parameter for Typer for each field of the method's options."""
     types = option_types(method.options)
-    made = []
+    parameters = []
     for spec in dataclasses.fields(method.options):
         optional = type(None) in typing.get_args(types[spec.name])
-        declared = typer.Option(
-            flag(spec.name), help=_told(spec), rich_help_panel=METHOD_PANEL, show_default=not optional
-        )
-        made.append(_keyword(spec.name, Annotated[types[spec.name], declared], spec.default))
-    return made
+        limits = bounds(spec)
+        words = f"{spec.metadata['help']} ({limits})" if limits else str(spec.metadata["help"])
+        # A switch has no opposite: what is off by default is left out.
+        names = [flag(spec.name)] if types[spec.name] is not bool or not spec.default else []
+        declared = typer.Option(*names, help=words, show_default=not optional and types[spec.name] is not bool)
+        parameters.append(_keyword(spec.name, Annotated[types[spec.name], declared], spec.default))
+    return parameters
 
 
-def chosen(method: Method | Disentangler, values: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
-    """The method's options as they were typed, over those of --published where that is asked for."""
-    options = {spec: values[spec] for spec in option_types(method.options)}
-    if not values.get("published"):
-        return options
-    given = {spec for spec in options if getattr(context.get_parameter_source(spec), "name", "") == "COMMANDLINE"}
-    return options | {spec: value for spec, value in method.published.items() if spec not in given}
+def in_help(parameter: inspect.Parameter, *, shown: bool) -> inspect.Parameter:
+    """The parameter, among the first options of its help page or not on it."""
+    kind, option = typing.get_args(parameter.annotation)
+    option = copy.copy(option)
+    option.hidden, option.rich_help_panel = not shown, None
+    return parameter.replace(annotation=Annotated[kind, option])
 
 
-def of_front(name: str, method: Disentangler) -> list[inspect.Parameter]:
-    """A parameter `--NAME-OPTION` for each option of a disentangler in front of a merge; None is: not given."""
-    types = option_types(method.options)
-    return [
-        _keyword(
-            front_word(name, spec.name),
-            Annotated[
-                types[spec.name] | None,
-                typer.Option(
-                    flag(front_word(name, spec.name)),
-                    help=_told(spec) if spec.default is None else f"{_told(spec)} Default: {spec.default}.",
-                    rich_help_panel=f"Options of --disentangle {name}",
-                ),
-            ],
-            None,
-        )
-        for spec in dataclasses.fields(method.options)
-    ]
+def is_alone(context: typer.Context) -> bool:
+    """Whether a verb stands without a method or suite.
+
+    Raises:
+        UsageError: It does not, and options stand before it, where nothing would heed them.
+    """
+    if context.invoked_subcommand is None:
+        return True
+    for name in (name for name in context.params if typed(context, name) and flag(name) not in _FROM_ENVIRONMENT):
+        place = "stands before the method or suite"
+        raise UsageError(f"{flag(name)} {place}", hint=f"put it after '{context.invoked_subcommand}'")
+    return False
 
 
-def front_word(name: str, option: str) -> str:
-    """The Python name of a disentangler's option in a merge command."""
-    return f"{name}_{option}"
+def typed(context: typer.Context, name: str) -> bool:
+    """Whether the command line, or the environment, gives the option."""
+    source = context.get_parameter_source(name)
+    return source is not None and not source.name.startswith("DEFAULT")
 
 
-def flag(option: str) -> str:
-    """An option as it is typed."""
-    return "--" + option.replace("_", "-")
+def of_values(method: Method | TransformSpec, values: Mapping[str, Any], names: AbstractSet[str]) -> dict[str, Any]:
+    """The method's options among `names`; the others follow from these, or have their defaults."""
+    return {name: values[name] for name in option_types(method.options) if name in names}
 
 
-def _told(spec: dataclasses.Field[Any]) -> str:
-    limits = bounds(spec)
-    return f"{spec.metadata['help']} ({limits})" if limits else str(spec.metadata["help"])
-
-
-def of_argument(name: str, annotation: Any) -> inspect.Parameter:
+def argument(name: str, annotation: Any) -> inspect.Parameter:
     """A required parameter, or the context."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
-
-
-def with_parameters(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
-    """The function, seen by Typer as one that has these parameters."""
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
 
 
 def shared(function: Any) -> list[inspect.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
@@ -24,6 +24,17 @@ from modelmerge.errors import ModelMergeError, spelled
 
 Format = Literal["human", "json", "quiet"]
 
+# Where the command line's word for a parameter of a verb is another one.
+_FLAGS = {
+    "weights": "weight", "experts": "expert", "tasks": "task", "templates": "template", "tries": "try", "out": "output",
+    "full_experts": "experts",
+}  # fmt: skip
+
+
+def flag(option: str) -> str:
+    """An option as it is typed, by its Python name."""
+    return "--" + _FLAGS.get(option, option).replace("_", "-")
+
 
 class Sink:
     """Renders results in one of three formats.
@@ -39,7 +50,7 @@ class Sink:
         self.screen = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
         self.margin = Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
-    def result(self, data: dict[str, Any], *, quiet: str, human: list[str | Table]) -> None:
+    def result(self, data: Mapping[str, Any], *, quiet: str, human: Sequence[str | Table | Text]) -> None:
         """Print a command's result: `data` as JSON, `quiet` alone, or the lines and tables for people."""
         if self.form == "json":
             sys.stdout.write(json.dumps(data, indent=2) + "\n")
@@ -59,14 +70,18 @@ class Sink:
         self.margin.print(f"[bold red]error:[/] {escape(message)}")
 
     def error(self, error: ModelMergeError) -> None:
+        """Say what went wrong and what to do, with options as they are typed."""
+        hint = error.hint_template and spelled(error.hint_template, flag)
+        self.failure(spelled(error.template, flag), hint, error.exit_code)
+
+    def failure(self, message: str, hint: str | None, exit_code: int) -> None:
         """Say what went wrong and what to do, on stderr; with JSON, also as the one object on stdout."""
-        message, hint = spelled(error.template, _flag), error.hint_template and spelled(error.hint_template, _flag)
         self.margin.print(f"[bold red]error:[/] {escape(message)}")
         if hint:
             self.margin.print(f"[bold cyan]hint:[/] {escape(hint)}")
         if self.form == "json":
-            told = {"message": message, "hint": hint, "exit_code": error.exit_code}
-            sys.stdout.write(json.dumps({"error": told}, indent=2) + "\n")
+            outcome = {"error": {"message": message, "hint": hint, "exit_code": exit_code}}
+            sys.stdout.write(json.dumps(outcome, indent=2) + "\n")
 
 
 class Bars:
@@ -129,16 +144,11 @@ def size(count: int) -> str:
     raise AssertionError("unreachable")
 
 
-def table(title: str | None, columns: list[str], rows: Sequence[Sequence[str | Text]], *, left: int = 1) -> Table:
-    """A plain table; the first `left` columns are words, the others numbers. A cell may have a style of its own."""
-    made = Table(title=title, box=None, pad_edge=False, padding=(0, 1), header_style="bold", title_justify="left")
+def table(title: str | None, columns: list[str], rows: Sequence[Sequence[str | Text]], *, words: int = 1) -> Table:
+    """A plain table; the first `words` columns are words, the others numbers. A cell may have a style of its own."""
+    grid = Table(title=title, box=None, pad_edge=False, padding=(0, 1), header_style="bold", title_justify="left")
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+        grid.add_column(column, justify="left" if i < words else "right", no_wrap=True)
     for row in rows:
-        made.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
-    return made
-
-
-def _flag(option: str) -> str:
-    """An option as the command line has it."""
-    return "--" + {"weights": "weight"}.get(option, option).replace("_", "-")
+        grid.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
+    return grid

@@ -1,15 +1,107 @@
-"""What `merge --search` found, as a table."""
+"""`modelmerge search METHOD BASE EXPERT... -o DIR --try OPTION=VALUES --on SUITE:WHAT`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.text import Text
 
-from modelmerge.cli.output import table
+from modelmerge.cli import merge
+from modelmerge.cli import options as opt
+from modelmerge.cli.help import with_examples
+from modelmerge.cli.output import Sink, flag, table
+from modelmerge.errors import UsageError
+from modelmerge.methods import registry
+from modelmerge.verbs.auto import AUTO
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+SEARCH = with_examples(
+    "Merge with each value of some options, measure, and keep the best. Without METHOD: list the methods.",
+    (
+        "modelmerge search ties base math code -o merged --try scale=0.1:1.0:0.1 --on lm:gsm8k",
+        "modelmerge search tsv-m base svhn gtsrb -o merged --try scale=0.5,1.0 --on clip:svhn,limit=500",
+    ),
+)
+_PANEL = "What is tried, and how it is measured"
+Try = Annotated[
+    list[str],
+    typer.Option(
+        "--try",
+        help="scale=0.1:1.0:0.1 (first, last, step), scale=0.2,0.5, reduce=sum,mean, awd.alpha=0.1,0.2. Repeatable: "
+        "all combinations. Of equal ones the first.",
+        metavar="OPTION=VALUES",
+        rich_help_panel=_PANEL,
+    ),
+]
+On = Annotated[
+    list[str],
+    typer.Option(
+        "--on",
+        help="custom:FILE:FUNCTION, clip:TASK, clip:DATA or lm:TASK, with the settings of that suite in eval behind "
+        "commas: clip:svhn,limit=500. clip and lm measure on a validation split, or else the training split. "
+        "Repeatable: the mean over all tasks counts.",
+        metavar="SUITE:WHAT",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+
+def listing() -> Callable[..., None]:
+    """What `search` does without a method."""
+
+    def run(sink: Sink, context: typer.Context) -> None:
+        if opt.is_alone(context):
+            merge.list_methods("search", "merge", sink)
+
+    return opt.command(run, [opt.argument("context", typer.Context)])
+
+
+def command(name: str) -> Callable[..., None]:
+    """The Typer command of a search with a merge method."""
+    method = None if name == AUTO else registry.load(name)
+
+    def searched(tries: Try, on: On) -> None: ...
+
+    def run(sink: Sink, context: typer.Context, **values: Any) -> None:
+        from modelmerge.verbs.candidates import prepare_search
+        from modelmerge.verbs.search import execute_search
+
+        tries = parse_tries(values["tries"])
+        for option in (option for option in tries if option in values and opt.typed(context, option)):
+            raise UsageError(f"{flag(option)} is given, and tried", hint="leave one of them out")
+        recipe = merge.recipe_of(name, method, values, context)
+        place = {"device": values["device"], "stream": values["stream"], "look": not values["dry_run"]}
+        merge.carry_out(
+            lambda: prepare_search(recipe, tries, values["on"], **place), execute_search, values, sink,
+            lambda manifest: results(manifest["searched"]),
+        )  # fmt: skip
+
+    parameters = [p for p in merge.parameters(method) if p.name != "resume"]
+    place = next(i for i, parameter in enumerate(parameters) if parameter.name == "output")
+    return opt.command(run, [*parameters[:place], *opt.shared(searched), *parameters[place:]])
+
+
+def parse_tries(texts: Sequence[str]) -> dict[str, str]:
+    """By option, or TRANSFORM.OPTION, what `OPTION=START:STOP:STEP` or `OPTION=V,V...` says of its values.
+
+    Raises:
+        UsageError: One is not of that form, or an option comes twice.
+    """
+    values: dict[str, str] = {}
+    for text in texts:
+        name, _, after = text.partition("=")
+        name = name.strip().removeprefix("--").replace("-", "_")
+        if not name or not after:
+            raise UsageError(f"--try '{text}' is not OPTION=VALUES", hint="scale=0.1:1.0:0.1, or scale=0.2,0.5")
+        if name in values:
+            raise UsageError(f"--try names '{name.replace('_', '-')}' twice", hint="with commas between its values")
+        values[name] = after
+    return values
+
 
 _SHOWN = 8  # tasks: more do not fit a terminal, and are in the JSON
 
@@ -20,8 +112,8 @@ def results(search: dict[str, Any]) -> list[str | Table]:
     tasks = list(search["results"][0]["scores"])
     tasks = tasks if len(tasks) <= _SHOWN else []
     every = [*([search["base"]] if search["base"] else []), *search["results"]]
-    known = [told["score"] for each in every for told in each["scores"].values() if told["score"] is not None]
-    share = all(0.0 <= score <= 1.0 for score in known)
+    scores = [score for each in every for score in each["scores"].values()]
+    share = all(0.0 <= score["score"] <= 1.0 for score in scores if score["score"] is not None)
     rows: list[list[str | Text]] = []
     for each in every:
         values = each.get("options")
@@ -29,13 +121,13 @@ def results(search: dict[str, Any]) -> list[str | Table]:
         row += [_shown(each["scores"][task]["score"], None, share) for task in tasks]
         row.append(_shown(each["average"], each["average_stderr"], share))
         rows.append([Text(cell, style="bold" if values == search["chosen"] else "") for cell in row])
-    metrics = sorted({told["metric"] for each in every for told in each["scores"].values()})
+    metrics = sorted({score["metric"] for score in scores})
     title = f"{', '.join(metrics)}{', per cent' if share else ''}{', less is better' * search['less_is_better']}"
     columns = [*(name.replace("_", "-") for name in options), *tasks, "mean"]
     chosen = ", ".join(f"{name.replace('_', '-')}={_word(value)}" for name, value in search["chosen"].items())
     equal = f", the first of {1 + len(search['equal'])} equal ones" if search["equal"] else ""
     best = f"[bold green]best[/] [bold]{chosen}[/] of {len(search['results'])} candidates{equal}"
-    return [table(title[0].upper() + title[1:], columns, rows, left=0), best]
+    return [table(title[0].upper() + title[1:], columns, rows, words=0), best]
 
 
 def _word(value: Any) -> str:

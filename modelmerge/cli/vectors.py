@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,70 +11,58 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modelmerge.cli import options as opt
-from modelmerge.cli.merge import (
-    Base,
-    Experts,
-    checked,
-    chosen_format,
-    destination,
-    finish,
-    list_methods,
-    plan_lines,
-    sink_of,
-)
+from modelmerge.cli.help import with_examples
+from modelmerge.cli.merge import checked, destination, finish, list_methods
 from modelmerge.cli.output import Bars, Sink, table
+from modelmerge.cli.plan import plan_lines
 from modelmerge.methods import registry
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+EXTRACT = (
+    "Write each expert's task vector (expert minus base, float32). "
+    "Its directory can stand for the expert wherever an EXPERT is named, with the same base."
+)
 EXTRACT_EXAMPLES = (
-    "modelmerge extract base math code -o vectors",
     "modelmerge extract base math code -o vectors --rank 16",
     "modelmerge merge ties base vectors/math vectors/code -o merged",
 )
-DISENTANGLE_EXAMPLES = (
-    "modelmerge disentangle                                       (lists the methods)",
-    "modelmerge disentangle awd base math code -o vectors",
-    "modelmerge disentangle awd base math code -o vectors --published",
-    "modelmerge disentangle apgd base math code -o vectors",
-    "modelmerge merge task-arithmetic base vectors/math vectors/code -o merged",
+DISENTANGLE = with_examples(
+    "Make task vectors easier to merge, and write them. Without METHOD: list the methods.",
+    (
+        "modelmerge disentangle awd base math code -o vectors",
+        "modelmerge merge task-arithmetic base vectors/math vectors/code -o merged",
+    ),
 )
-_MODELS = (opt.of_argument("base", Base), opt.of_argument("experts", Experts))
+_MODELS = (opt.argument("base", opt.Base), opt.argument("experts", opt.Experts))
+_PANEL = "What is written"
+_WRITTEN = (opt.argument("output", opt.Output), *opt.shared(opt.written))
 _SHOWN_COSINES = 12  # experts: a wider matrix does not fit a terminal, and is in the JSON
 
 
 def extract() -> Callable[..., None]:
     """The Typer command `extract`."""
 
-    def own(
-        output: opt.Output,
+    def extracted(
         rank: Annotated[
-            int | None,
-            typer.Option(help="Write linear layers as factors of at most this rank.", rich_help_panel="Low rank"),
+            int | None, typer.Option(help="Linear layers as factors of at most this rank.", rich_help_panel=_PANEL)
         ] = None,
         energy: Annotated[
             float | None,
-            typer.Option(
-                help="Write them as factors that keep this share of the squared norm.", rich_help_panel="Low rank"
-            ),
+            typer.Option(help="As factors that keep this share of the squared norm.", rich_help_panel=_PANEL),
         ] = None,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
-        max_shard_size: opt.ShardSize = "5GB",
     ) -> None: ...
 
-    def run(**values: Any) -> None:
-        """Write each expert's task vector (expert minus base, float32), and tell how they relate.
-
-        A task vector's directory can stand for the expert wherever an EXPERT is named, with the same base.
-        """
+    def run(sink: Sink, **values: Any) -> None:
         from modelmerge.verbs.vectors import extract
 
-        told = {"rank": values["rank"], "energy": values["energy"]}
-        _write(functools.partial(extract, **told), values, "extract", _extracted)
+        low_rank = {"rank": values["rank"], "energy": values["energy"]}
+        _write(functools.partial(extract, **low_rank), values, "extract", _extracted, sink)
 
-    return opt.with_parameters(run, [*_MODELS, *opt.shared(own), *opt.shared(opt.written)])
+    return opt.command(run, [*_MODELS, *opt.shared(extracted), *_WRITTEN])
 
 
 def _write(
@@ -81,21 +70,23 @@ def _write(
     values: Mapping[str, Any],
     head: str,
     lines: Callable[[dict[str, Any]], list[str | Table]],
+    sink: Sink,
 ) -> None:
-    """Run a verb that writes task vectors with the options that all such verbs have, and print what it tells."""
-    sink, target, out = sink_of(values), destination(values), Path(values["output"]).expanduser()
+    """Run a verb that writes task vectors with the options that all such verbs have, and print its report."""
+    target, out = destination(values), Path(values["output"]).expanduser()
+    size = {"max_shard_size": values["max_shard_size"]} if values["max_shard_size"] else {}
     with Bars(sink) as bars:
         report = verb(
             values["base"], values["experts"], out, include=values["include"] or (), exclude=values["exclude"] or (),
-            max_shard_size=values["max_shard_size"], device=values["device"], force=values["force"],
-            resume=values["resume"], stream=values["stream"], dry_run=values["dry_run"],
-            ready=lambda: checked(target), reporter=bars,
+            device=values["device"], force=values["force"], resume=values["resume"], stream=values["stream"],
+            dry_run=values["dry_run"], ready=lambda: checked(target), reporter=bars, **size,
         )  # fmt: skip
     if values["dry_run"]:
         report["plan"]["push"] = checked(target, create=False)
         sink.result(report, quiet=str(out), human=plan_lines(head, report["plan"], sink.verbose))
         return
-    finish(sink, target, out, {"output": str(out), **report}, [*lines(report), f"\n[bold]{out}[/]"])
+    data = {"output": str(out), "manifest": json.loads((out / "modelmerge.json").read_bytes())}
+    finish(sink, target, out, data, [*lines(report), f"\n[bold]{out}[/]"])
 
 
 def _extracted(report: dict[str, Any]) -> list[str | Table]:
@@ -120,7 +111,7 @@ def _extracted(report: dict[str, Any]) -> list[str | Table]:
     if report["ranks"]:
         ranked = [[r["tensor"], "x".join(map(str, r["shape"])), *(str(r["numerical_rank"][n]) for n in names)]
                   for r in report["ranks"]]  # fmt: skip
-        lines += ["", table("Numerical rank of the largest layers", ["tensor", "shape", *names], ranked, left=2)]
+        lines += ["", table("Numerical rank of the largest layers", ["tensor", "shape", *names], ranked, words=2)]
     return lines
 
 
@@ -129,55 +120,55 @@ def _off_diagonal(matrix: list[list[float | None]]) -> tuple[float | None, float
     return (sum(values) / len(values), max(values, key=abs)) if values else (None, None)
 
 
-def disentangle_or_list(
-    context: typer.Context, form: opt.Form = "human", json: opt.Json = False, quiet: opt.Quiet = False
-) -> None:
-    """Make task vectors easier to merge: take out what they share, or correct what their sum would lose.
+def disentangle_or_list() -> Callable[..., None]:
+    """What `disentangle` does without a method."""
 
-    Without a method, list what there is.
-    """
-    if context.invoked_subcommand is None:
-        list_methods("transform", Sink(chosen_format(form, json, quiet)))
+    def run(sink: Sink, context: typer.Context) -> None:
+        if opt.is_alone(context):
+            list_methods("disentangle", "transform", sink)
+
+    return opt.command(run, [opt.argument("context", typer.Context)])
 
 
 def command(name: str) -> Callable[..., None]:
     """The Typer command of a disentangling method, its options made from the method's dataclass."""
-    chosen = registry.load(name, "transform")
+    method = registry.load(name, "transform")
 
-    def shared(
-        output: opt.Output,
-        experts_too: Annotated[
+    def disentangled(
+        full_experts: Annotated[
             bool,
             typer.Option("--experts", help="Also write base + disentangled task vector, as checkpoints.",
-                         rich_help_panel=opt.SHARED_PANEL),
+                         rich_help_panel=_PANEL),
         ] = False,
-        published: opt.Published = False,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
-        max_shard_size: opt.ShardSize = "5GB",
     ) -> None: ...  # fmt: skip
 
-    def run(context: typer.Context, **values: Any) -> None:
+    def run(sink: Sink, context: typer.Context, **values: Any) -> None:
         from modelmerge.verbs.vectors import disentangle
 
-        told = {"method": name, "full_experts": values["experts_too"], **opt.chosen(chosen, values, context)}
-        _write(functools.partial(disentangle, **told), values, f"disentangle {name}", _disentangled)
+        options = opt.of_values(method, values, {word for word in values if opt.typed(context, word)})
+        verb = functools.partial(disentangle, method=name, full_experts=values["full_experts"], **options)
+        _write(verb, values, f"disentangle {name}", _disentangled, sink)
 
-    arguments = [opt.of_argument("context", typer.Context), *_MODELS]
-    parameters = [*arguments, *opt.of_method(chosen), *opt.shared(shared), *opt.shared(opt.written)]
-    return opt.with_parameters(run, parameters)
+    arguments = [opt.argument("context", typer.Context), *_MODELS]
+    parameters = [*arguments, *opt.of_method(method), *opt.shared(disentangled), *_WRITTEN]
+    return opt.command(run, parameters)
 
 
 def _disentangled(report: dict[str, Any]) -> list[str | Table]:
     model, loss = report["model"], report["loss"]
-    kinds = [["whole model", *_change(model)], *([name, *_change(told)] for name, told in report["tensors"].items())]
+    kinds = [
+        ["whole model", *_change(model)],
+        *([name, *_change(figures)] for name, figures in report["tensors"].items()),
+    ]
     options, losses = report["options"], f"loss {loss['first']:.4g} -> {loss['lowest']:.4g}"
     if report["steps"] is None:
         what = (
             f" for {'all tasks' if options['correction'] == 'shared' else 'each task'}, {options['solver']}: {losses}"
         )
     else:
-        what = f" by {options['granularity']}, {options['solver']}: {losses} in {report['steps']} steps"
+        what = f" by {options['granularity']}: {losses} in {report['steps']} steps"
     size = "redundant" if report["steps"] is not None else "correction"
     columns = ["", "mean |cos|", "after", "largest |cos|", "after", size]
     return [
@@ -186,10 +177,10 @@ def _disentangled(report: dict[str, Any]) -> list[str | Table]:
     ]
 
 
-def _change(told: dict[str, Any]) -> list[str]:
-    before, after = told["before"], told["after"]
+def _change(figures: dict[str, Any]) -> list[str]:
+    before, after = figures["before"], figures["after"]
     values = (before["mean_cosine"], after["mean_cosine"], before["largest_cosine"], after["largest_cosine"])
-    return [*map(_cosine, values), _percent(told["redundant"])]
+    return [*map(_cosine, values), _percent(figures["redundant"])]
 
 
 def _cosine(value: float | None) -> str:

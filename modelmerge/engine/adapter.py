@@ -12,13 +12,13 @@ from torch import Tensor
 from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_change
 from modelmerge.checkpoint.layout import Entry
 from modelmerge.checkpoint.staging import Scratch
-from modelmerge.engine.given import give
 from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import TORCH_DTYPES, as_bytes, loaded, piece_bytes, rounded, whole
-from modelmerge.engine.memory import _ROWS
+from modelmerge.engine.memory import PRODUCT_RUN
 from modelmerge.engine.merge import merged_vector
 from modelmerge.engine.parallel import prepare_process, threads
 from modelmerge.engine.rounding import squared
+from modelmerge.engine.transforms import fit
 from modelmerge.methods import linalg
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
@@ -29,45 +29,45 @@ class Adapted:
     """What a merge became as an adapter.
 
     `entries`: dtype, shape and bytes of each key of the adapter's file, and `places` where in the spool they lie.
-    `ranks`, and `lost` and `merged`, squared norms of what the factors miss and of the merged task vector: by tensor.
-    `saved`: the modules that are kept whole, with their tensors. `biases`: those of adapted layers.
+    By tensor, `ranks`, and the squared norms of what the factors miss, `errors`, and of the merged task vector,
+    `squares`. `modules`: those that are kept whole, with their tensors. `biases`: those of adapted layers.
     """
 
     findings: Findings = field(default_factory=Findings)
     entries: dict[str, Entry] = field(default_factory=dict)
     places: dict[str, int] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
-    lost: dict[str, float] = field(default_factory=dict)
-    merged: dict[str, float] = field(default_factory=dict)
-    saved: dict[str, list[str]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    squares: dict[str, float] = field(default_factory=dict)
+    modules: dict[str, list[str]] = field(default_factory=dict)
     biases: list[str] = field(default_factory=list)
 
     def relative_error(self, tensor: str | None = None) -> float:
         """`||merged - factors|| / ||merged||`, of one tensor's merged task vector or of the whole one."""
-        names = self.merged if tensor is None else (tensor,)
-        size = sum(self.merged[name] for name in names)
-        return (sum(self.lost.get(name, 0.0) for name in names) / size) ** 0.5 if size else 0.0
+        names = self.squares if tensor is None else (tensor,)
+        size = sum(self.squares[name] for name in names)
+        return (sum(self.errors.get(name, 0.0) for name in names) / size) ** 0.5 if size else 0.0
 
 
 def adapt(
     job: Job,
     table: Mapping[str, Role],
-    wanted: Size,
+    size: Size,
     dtype: str,
     spool: BinaryIO,
     scratch: Callable[[int], Scratch],
-    reporter: Reporter,
+    progress: Reporter,
 ) -> Adapted:
     """Merge every tensor of the plan, and spool what an adapter holds of it.
 
     Args:
         job: The merge.
         table: What becomes of each tensor.
-        wanted: How small the factors shall be.
+        size: How small the factors shall be.
         dtype: safetensors dtype of the factors.
         spool: Gets the bytes.
         scratch: Gives room of so many bytes on the disk.
-        reporter: Is told the progress.
+        progress: Shows the progress.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
@@ -79,66 +79,66 @@ def adapt(
     # What has no place is found out first: not at the end of a long merge.
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
-    given = give(job, adapted.findings, scratch, reporter)
-    reporter.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
-    kept: set[str] = set()  # tensors that changed and are not low-rank
+    fitted = fit(job, scratch, progress)
+    progress.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
+    dense: set[str] = set()  # tensors that changed and are not low-rank
     for tensor in todo:
         role = table[tensor.name]
-        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor))
+        piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor))
         theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
-            given.ready(piece, taus)
-            delta = merged_vector(given, piece, theta_0, taus, adapted.findings, given.factors(tensor))
+            fitted.chain.apply(piece, taus)
+            delta = merged_vector(fitted, piece, theta_0, taus, adapted.findings, fitted.factors(tensor))
             del taus
             square = squared(delta)
             if square and role.kind == "no place":
                 raise refuse_change(tensor.name)
             if square:
-                adapted.merged[tensor.name] = square
+                adapted.squares[tensor.name] = square
             if square and role.kind == "low rank":
                 del theta_0
-                _spool_factors(adapted, tensor, role, delta, wanted, dtype, spool)
+                _spool_factors(adapted, tensor, role, delta, size, dtype, spool)
             elif square:
-                kept.add(tensor.name)
+                dense.add(tensor.name)
                 values = rounded(piece, theta_0.add_(delta))
                 _spool(adapted, key(role, tensor.name, "whole"), tensor.out_dtype, values, tensor.shape, spool)
-        reporter.advance(piece_bytes(plan, piece), tensor.name)
-    _complete(job, adapted, table, kept, dtype, spool)
+        progress.advance(piece_bytes(plan, piece), tensor.name)
+    _complete(job, adapted, table, dense, dtype, spool)
     return adapted
 
 
 def _spool_factors(
-    adapted: Adapted, tensor: TensorPlan, role: Role, delta: Tensor, wanted: Size, dtype: str, spool: BinaryIO
+    adapted: Adapted, tensor: TensorPlan, role: Role, delta: Tensor, size: Size, dtype: str, spool: BinaryIO
 ) -> None:
-    if wanted.rank is not None:
-        rank = min(wanted.rank, *tensor.shape)
+    if size.rank is not None:
+        rank = min(size.rank, *tensor.shape)
     else:
         shares = linalg.singular_values(delta).square().cumsum(0)
         # The smallest rank whose share reaches the energy, but for rounding of the sums.
-        rank = int((shares >= shares[-1] * ((wanted.energy or 0.0) - 1e-12)).float().argmax()) + 1
+        rank = int((shares >= shares[-1] * ((size.energy or 0.0) - 1e-12)).float().argmax()) + 1
     left, right = (factor.to(TORCH_DTYPES[dtype]) for factor in linalg.balanced(delta, rank))
     adapted.ranks[tensor.name] = rank
-    step, lost = max(_ROWS // tensor.shape[1], 1), 0.0
+    step, error = max(PRODUCT_RUN // tensor.shape[1], 1), 0.0
     for first in range(0, len(delta), step):
         rows = left[first : first + step].double() @ right.double()
-        lost += float((delta[first : first + step] - rows).square().sum())
-    adapted.lost[tensor.name] = lost
+        error += float((delta[first : first + step] - rows).square().sum())
+    adapted.errors[tensor.name] = error
     a, b = (left.T, right.T) if role.transposed else (right, left)
     for part, factor in (("A", a), ("B", b)):
         _spool(adapted, key(role, tensor.name, part), dtype, factor.contiguous().cpu(), tuple(factor.shape), spool)
 
 
 def _complete(
-    job: Job, adapted: Adapted, table: Mapping[str, Role], kept: set[str], dtype: str, spool: BinaryIO
+    job: Job, adapted: Adapted, table: Mapping[str, Role], dense: set[str], dtype: str, spool: BinaryIO
 ) -> None:
     """Spool what peft wants with the tensors that are kept: the rest of their modules, the layers of biases."""
     tensors = job.plan.tensors
-    adapted.saved = kept_whole(kept, table)
-    for name in (name for names in adapted.saved.values() for name in names if name not in kept):
+    adapted.modules = kept_whole(dense, table)
+    for name in (name for names in adapted.modules.values() for name in names if name not in dense):
         values = loaded(job.source, tensors[name])
         _spool(adapted, key(table[name], name, "whole"), tensors[name].out_dtype, values, tensors[name].shape, spool)
     weights = {table[name].module for name in adapted.ranks}
-    adapted.biases = sorted(name for name in kept if table[name].kind == "bias")
+    adapted.biases = sorted(name for name in dense if table[name].kind == "bias")
     for name in adapted.biases:
         if table[name].module not in weights:
             _spool_nothing(adapted, tensors[f"{table[name].module}.weight"], table, dtype, spool)

@@ -1,4 +1,4 @@
-"""Weights of experts and tensors, found on unlabelled data before anything is merged.
+"""A factor on the weight of each expert and tensor, found on unlabelled data before anything is merged.
 
 Whole models are held in memory: `theta_0`, every task vector, the merged model, and its gradient. All tasks'
 classifiers share the merged model's tensors.
@@ -7,19 +7,21 @@ classifiers share the merged model's tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.staging import Scratch
-from modelmerge.engine.given import give
-from modelmerge.engine.job import Findings, Job
-from modelmerge.engine.loader import piece_bytes, wholes
+from modelmerge.checkpoint.staging import Room
+from modelmerge.engine import memory
+from modelmerge.engine.figures import Figures
+from modelmerge.engine.job import Job
+from modelmerge.engine.loader import Piece, piece_bytes, wholes
 from modelmerge.engine.parallel import current, prepare_process
+from modelmerge.engine.transforms import Chain, FittedJob
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError
-from modelmerge.methods.contract import Finder
-from modelmerge.plan.tensors import TensorPlan
+from modelmerge.methods.coefficients import Mixture, Options
+from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
 
 _FEW = 3  # names that an error lists
@@ -43,117 +45,150 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What was found: by tensor, a weight for each expert; and the losses on the way, [steps][tasks]."""
+class CoefficientTable:
+    """Coefficients by tensor, one for each expert, and the losses on the way to them, [steps][tasks].
 
-    weights: dict[str, tuple[float, ...]]
-    losses: list[list[float]]
+    They multiply the experts' weights; the task vectors stay. A tensor without coefficients keeps its weights.
+    """
+
+    factors: Mapping[str, tuple[float, ...]]
+    losses: Sequence[Sequence[float]] = ()
+    keeps_factors = True
+
+    def apply(self, piece: Piece, taus: Tensor) -> None:
+        """Leave the task vectors as they are."""
+
+    def weights(self, tensor: str, weights: tuple[float, ...]) -> tuple[float, ...]:
+        """The experts' weights on a tensor times its coefficients."""
+        factors = self.factors.get(tensor)
+        return weights if factors is None else tuple(w * c for w, c in zip(weights, factors, strict=True))
+
+    def figures(self) -> Figures:
+        """The mean loss over the tasks, at each step."""
+        return Figures([sum(step) / len(step) for step in self.losses], len(self.losses))
 
 
-def find_weights(
-    job: Job, problems: Callable[[], Iterable[Problem]], scratch: Callable[[int], Scratch], reporter: Reporter
-) -> Found:
-    """Find the weights that the job's method asks for, on the data of its tasks.
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """Finds coefficients by losses of the merged model on unlabelled data.
 
-    They stand in front of the experts' own (`--weight`, `--vary`), which count as part of the task vectors.
+    The experts' weights (`--weight`) count as part of the task vectors.
 
     Args:
-        job: The merge.
+        options: Those of the search.
         problems: Makes the tasks' problems, one after the other, once the models have been read.
-        scratch: Gives room of so many bytes on the disk.
-        reporter: Is told the progress.
-
-    Raises:
-        CheckpointError: A weight or a prediction is NaN or Inf.
-        PlanError: A module and the checkpoint do not go together.
-        ModelMergeError: A module cannot be called with its data, or does not give logits.
+        table: The coefficients, where an earlier search has found them.
     """
-    prepare_process()
-    (part,) = job.parts
-    assert part.method.finder is not None, "only methods with a finder look for weights"
-    # Tied tensors are one: they have one value and the same weights.
-    tied = {t.name: t.twin or t.name for t in part.tensors if t.numel}
-    with current(job.source.device):
-        changed, still = _read(job, part.surveyed(), scratch, reporter)
-        if not changed:
-            raise PlanError(
-                "all experts are the same as the base: there are no weights to find", hint="check the references"
-            )
-        finder, losses = part.method.finder(changed, part.options), []
-        values = {name: finder.values.get(first, still.get(first)) for name, first in tied.items()}
-        for problem in problems():  # one at a time: each comes with a whole module
-            _put_in(problem, values, changed, job)
-            losses.append(_loss_of(problem, finder))
-        for value in finder.values.values():
-            value.requires_grad_()
-        reporter.stage("adapting", part.options.steps, "steps")
-        told: list[list[float]] = []
-        for step in finder.steps(losses):
-            if not told:
-                _refuse_unread(finder.unread())
-            told.append(step)
-            reporter.advance(1, f"entropy {sum(step) / len(step):.4f}")
-    found = finder.found()
-    return Found({name: found[first] for name, first in tied.items() if first in found}, told)
+
+    options: Options | None = None
+    problems: Callable[[], Iterable[Problem]] = field(default=tuple)
+    table: CoefficientTable | None = None
+    name = "coefficients"
+    shares_vector = False
+
+    def takes(self, tensor: TensorPlan) -> bool:
+        """Whether it has a value of its own: tied tensors are one, and have the same coefficients."""
+        return bool(tensor.numel) and tensor.twin is None
+
+    def needs(self, job: Job, tensors: Tensors) -> memory.Needs:
+        """What finding them takes."""
+        if self.table is not None:
+            return memory.Needs()
+        before = [t.needs(job, job.taken(t)) for t in job.transforms if t is not self]
+        return memory.fit_coefficients(job, tensors, before)
+
+    def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> CoefficientTable:
+        """Find the coefficients.
+
+        Raises:
+            CheckpointError: A weight or a prediction is NaN or Inf.
+            PlanError: A module and the checkpoint do not go together.
+            ModelMergeError: A module cannot be called with its data, or does not give logits.
+        """
+        if self.table is not None:
+            return self.table
+        assert self.options is not None, "a search has options"
+        prepare_process()
+        firsts = {t.name: t.twin or t.name for t in job.merged() if t.numel}
+        with current(job.source.device):
+            parts, constants = _read(FittedJob(job, before), tensors, progress)
+            if not parts:
+                raise PlanError(
+                    "all experts are the same as the base: there are no weights to find", hint="check the references"
+                )
+            mixture, losses = Mixture(parts, self.options), []
+            values = {name: mixture.values.get(first, constants.get(first)) for name, first in firsts.items()}
+            for problem in self.problems():  # one at a time: each comes with a whole module
+                _put_in(problem, values, parts, job)
+                losses.append(_loss_of(problem, mixture))
+            for value in mixture.values.values():
+                value.requires_grad_()
+            progress.stage("adapting", self.options.steps, "steps")
+            curve: list[list[float]] = []
+            for step in mixture.steps(losses):
+                if not curve:
+                    _refuse_unread(mixture.unread())
+                curve.append(step)
+                progress.advance(1, f"entropy {sum(step) / len(step):.4f}")
+        rows = mixture.by_tensor()
+        return CoefficientTable({name: rows[first] for name, first in firsts.items() if first in rows}, curve)
 
 
 def _read(
-    job: Job, tensors: Sequence[TensorPlan], scratch: Callable[[int], Scratch], reporter: Reporter
+    fitted: FittedJob, tensors: Tensors, progress: Reporter
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """`theta_0` and task vectors of the tensors that change, by name; and `theta_0` of those that do not."""
-    given = give(job, Findings(), scratch, reporter)
-    reporter.stage("reading", sum(job.plan.stored_bytes(t, experts=True) for t in tensors))
-    changed: dict[str, tuple[Tensor, Tensor]] = {}
-    still: dict[str, Tensor] = {}
-    for piece, theta_0, taus in wholes(job.source, tensors, check=True):
+    source = fitted.job.source
+    progress.stage("reading", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
+    constants: dict[str, Tensor] = {}
+    for piece, theta_0, taus in wholes(source, tensors, check=True):
         name = piece.tensor.name
-        given.ready(piece, taus)
-        setting = job.settings.get(name)
-        weights = job.weights if setting is None else setting.weights
-        for tau, weight in zip(taus, weights, strict=True):
+        fitted.chain.apply(piece, taus)
+        for tau, weight in zip(taus, fitted.setting(piece.tensor).weights, strict=True):
             if weight != 1.0:
                 tau.mul_(weight)
         if bool(taus.any()):
-            changed[name] = theta_0.to(taus.dtype), taus
+            parts[name] = theta_0.to(taus.dtype), taus
         else:
-            still[name] = torch.nn.Parameter(theta_0.to(taus.dtype), requires_grad=False)
-        reporter.advance(piece_bytes(job.plan, piece), name)
-    return changed, still
+            constants[name] = torch.nn.Parameter(theta_0.to(taus.dtype), requires_grad=False)
+        progress.advance(piece_bytes(source.plan, piece), name)
+    return parts, constants
 
 
-def _put_in(problem: Problem, values: Mapping[str, Tensor | None], changed: Container[str], job: Job) -> None:
-    """Have a module use these tensors in the place of its own, wherever it does; its own learn nothing."""
+def _put_in(problem: Problem, values: Mapping[str, Tensor | None], parts: Container[str], job: Job) -> None:
+    """Have a module use these tensors in the place of its parameters, wherever it does; those learn nothing."""
     module = problem.module.float().to(job.source.device).eval().requires_grad_(False)
-    own = module.state_dict(keep_vars=True)
-    wanted = {name: value for name, value in values.items() if value is not None}
-    lacking = [name for name in wanted if name in changed and problem.names.get(name) not in own]
+    parameters = module.state_dict(keep_vars=True)
+    tensors = {name: value for name, value in values.items() if value is not None}
+    lacking = [name for name in tensors if name in parts and problem.names.get(name) not in parameters]
     if lacking:
         raise PlanError(
             f"the module of '{problem.name}' lacks {len(lacking)} of the tensors that the experts changed: "
-            f"{_listed(lacking)}; it has {_listed(list(own))}",
+            f"{_listed(lacking)}; it has {_listed(list(parameters))}",
             hint="its state dict must name them as the checkpoint does; --exclude GLOB takes the base's instead",
         )
     # A tensor that is used in two places is replaced in both.
     places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
-    for part in module.modules():
-        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
-            places.setdefault(id(tensor), []).append((part, name))
-    for name, value in wanted.items():
+    for owner in module.modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            places.setdefault(id(tensor), []).append((owner, name))
+    for name, value in tensors.items():
         key = problem.names.get(name)
-        if key not in own:
+        if key not in parameters:
             continue
-        if own[key].shape != value.shape:
+        if parameters[key].shape != value.shape:
             raise PlanError(
-                f"the module of '{problem.name}' has '{key}' of shape {list(own[key].shape)}, and the base has "
+                f"the module of '{problem.name}' has '{key}' of shape {list(parameters[key].shape)}, and the base has "
                 f"{list(value.shape)}",
                 hint="is it made by the base's config?",
             )
-        for part, place in places[id(own[key])]:
-            setattr(part, place, value)
+        for owner, place in places[id(parameters[key])]:
+            setattr(owner, place, value)
 
 
-def _loss_of(problem: Problem, finder: Finder) -> Callable[[], Tensor]:
-    """What a finder calls for a task's loss on the next batch."""
+def _loss_of(problem: Problem, mixture: Mixture) -> Callable[[], Tensor]:
+    """The function that gives a task's loss on the next batch."""
 
     def loss() -> Tensor:
         logits = problem.predict()
@@ -167,7 +202,7 @@ def _loss_of(problem: Problem, finder: Finder) -> Callable[[], Tensor]:
                 f"the merged model gives NaN or Inf on the data of '{problem.name}'",
                 hint="a smaller --lr or --init may help; are the data and the experts' weights whole?",
             )
-        return finder.loss(logits)
+        return mixture.loss(logits)
 
     return loss
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modelmerge.engine.rounding import Rounding
-from modelmerge.methods.contract import Disentangler, Method, Survey
+from modelmerge.methods.contract import Method, Survey
 from modelmerge.plan.overrides import Setting
 from modelmerge.plan.tensors import Plan, TensorPlan
+
+if TYPE_CHECKING:
+    from modelmerge.engine.transforms import Transform
 
 # Elements per block. On a CPU a worker's buffers should fit its share of the L2/L3 cache (measured: 64 Ki and 1 Mi
 # elements cost 10 to 35 % more); a GPU wants blocks that are large against the launch of a kernel.
@@ -101,7 +104,7 @@ class Job:
         source: Where the task vectors come from.
         parts: The methods, each with the tensors that it merges; together they merge all that is not copied.
         weights: Each expert's weight.
-        front: What disentangles the task vectors before they are merged, with its options, if anything.
+        transforms: What changes the task vectors before they are merged, in this order.
         seed: The seed of random draws.
         settings: By tensor, how it is merged.
     """
@@ -109,7 +112,7 @@ class Job:
     source: Source
     parts: tuple[Part, ...]
     weights: tuple[float, ...]
-    front: tuple[Disentangler, Any] | None
+    transforms: tuple[Transform, ...] = ()
     seed: int = 0
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
@@ -138,17 +141,17 @@ class Job:
         """The tensors that their method wants whole."""
         return [tensor for part in self.parts if not part.blockwise for tensor in part.tensors]
 
-    def disentangled(self) -> list[TensorPlan]:
-        """The tensors whose task vectors are disentangled before they are merged."""
-        return [tensor for tensor in self.merged() if tensor.linear] if self.front else []
+    def taken(self, transform: Transform) -> list[TensorPlan]:
+        """The merged tensors that a transform is fitted on."""
+        return [tensor for tensor in self.merged() if transform.takes(tensor)]
 
 
 @dataclass(slots=True)
 class Findings:
     """What a run noticed.
 
-    `left_out`: (tensor, expert, reason) for every expert that was left out of a tensor. `figures`: by tensor, what
-    the method told of its work there. `rounding`: what storing in 16 bits lost, where anything is stored so. `merged`:
+    `left_out`: (tensor, expert, reason) for every expert that was left out of a tensor. `figures`: by tensor, those
+    of the method there. `rounding`: what storing in 16 bits lost, where anything is stored so. `merged`:
     the tensors that this run merged, and no interrupted one before it.
     """
 

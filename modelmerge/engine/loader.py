@@ -101,7 +101,7 @@ class Loader:
             self._load_changed(expert, info.change, piece, theta_0.flatten(), tau.flatten())
 
     def _load_changed(self, expert: Checkpoint, change: Change, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
-        """A task vector that is told by factors, flat: `f (origin + product) - theta_0`.
+        """A task vector that is stored as factors, flat: `f (origin + product) - theta_0`.
 
         f is DoRA's factor of each row or column. Written so that what is left is not a difference of large numbers.
         """
@@ -146,9 +146,9 @@ class Loader:
         step = max(self._source.block // width, 1)
         for start in range(first, last, step):
             stop = min(start + step, last)
-            changed = self._rows(model, info, start * width, stop * width).view(-1, width)
-            changed = changed + self.product(expert, change, start, stop)
-            yield torch.linalg.vector_norm(changed, dim=dim, dtype=torch.float64)
+            rows = self._rows(model, info, start * width, stop * width).view(-1, width)
+            rows = rows + self.product(expert, change, start, stop)
+            yield torch.linalg.vector_norm(rows, dim=dim, dtype=torch.float64)
 
     def product(self, expert: Checkpoint, change: Change, first: int, last: int) -> Tensor:
         """The scaled product of the factors, rows from `first` to `last`: [rows, n], float32 or float64."""
@@ -300,45 +300,45 @@ def loaded(source: Source, tensor: TensorPlan) -> Tensor:
     return loader.copy(Piece(tensor, 0, tensor.numel))
 
 
-def known_factors(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
+def factors_of(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
     """Each expert's task vector [m, n] as factors [m, r] and [r, n], float32 on the device; None for one that has none.
 
     None at all where no expert has any. An expert that did not change the tensor has factors of rank 0.
     """
     if tensor.rows is not None:  # the task vectors are cut
         return None
-    found: list[tuple[Tensor, Tensor] | None] = []
+    pairs: list[tuple[Tensor, Tensor] | None] = []
     loader = Loader(source, 0, 0, source.device)
     for expert in source.plan.experts:
         info = expert.tensors.get(tensor.name)
         if len(tensor.shape) != 2 or (info is not None and (info.change is None or not info.change.low_rank)):
-            found.append(None)
+            pairs.append(None)
         elif info is None or info.change is None:
             m, n = tensor.shape
-            found.append((torch.zeros(m, 0, device=source.device), torch.zeros(0, n, device=source.device)))
+            pairs.append((torch.zeros(m, 0, device=source.device), torch.zeros(0, n, device=source.device)))
         else:
             left, right = loader.factors(expert, info.change, 0, tensor.shape[0])
-            found.append((left.float(), right.float()))
-    return tuple(found) if any(pair is not None for pair in found) else None
+            pairs.append((left.float(), right.float()))
+    return tuple(pairs) if any(pair is not None for pair in pairs) else None
 
 
-def rounded(piece: Piece, merged: Tensor, *, check: bool = True, rounding: Rounding | None = None) -> Tensor:
-    """The merged values, flat, in the output's dtype, on the host; `rounding` is told what that loses.
+def rounded(piece: Piece, values: Tensor, *, check: bool = True, rounding: Rounding | None = None) -> Tensor:
+    """The merged values, flat, in the output's dtype, on the host; `rounding` notes what that loses.
 
     Raises:
         CheckpointError: With `check`, a value does not fit the dtype.
     """
     dtype = TORCH_DTYPES[piece.tensor.out_dtype]
-    stored = merged.to(dtype)
+    stored = values.to(dtype)
     # As in loading: a sum first, a closer look only where it is not finite. What is lost is NaN wherever a value is.
-    if rounding is not None and dtype != merged.dtype:
-        lost = squared(stored.to(merged.dtype).sub_(merged))
-        rounding.lost.append(lost)
-        finite = math.isfinite(lost)
+    if rounding is not None and dtype != values.dtype:
+        error = squared(stored.to(values.dtype).sub_(values))
+        rounding.errors.append(error)
+        finite = math.isfinite(error)
     else:
         finite = bool((stored if dtype == torch.float64 else stored.float()).sum().isfinite())
     if check and not finite:
-        if not bool(merged.isfinite().all()):
+        if not bool(values.isfinite().all()):
             raise CheckpointError(
                 f"tensor '{piece.tensor.name}': the merged values are not finite", hint="use a smaller scale or step"
             )

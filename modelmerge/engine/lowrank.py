@@ -46,12 +46,12 @@ def looked_at(plan: Plan) -> list[TensorPlan]:
 
 def look_bytes(plan: Plan) -> int:
     """Bytes that looking at all experts reads, where they changed the first matrices that are looked at."""
-    found = 0
+    total = 0
     for tensor in looked_at(plan)[:_CHANGED]:
         elements = min(ROWS, tensor.shape[0]) * tensor.shape[1]
         held = [model.tensors[tensor.name] for model in plan.models if tensor.name in model.tensors]
-        found += sum(elements * DTYPE_BITS[info.dtype] // 8 for info in held)
-    return found
+        total += sum(elements * DTYPE_BITS[info.dtype] // 8 for info in held)
+    return total
 
 
 def is_low_rank(plan: Plan, expert: int) -> bool:
@@ -65,7 +65,7 @@ def is_low_rank(plan: Plan, expert: int) -> bool:
     """
     cpu = torch.device("cpu")
     alone = Source(replace(plan, experts=(plan.experts[expert],)), cpu, 1)
-    changed = 0
+    count = 0
     for tensor in looked_at(plan):
         rows, width = min(ROWS, tensor.shape[0]), tensor.shape[1]
         piece = Piece(tensor, 0, rows * width, sampled=True)
@@ -75,10 +75,10 @@ def is_low_rank(plan: Plan, expert: int) -> bool:
         with threads(1):
             if not _stands_out_little(taus[0].view(rows, width), theta_0.view(rows, width)):
                 return False
-        changed += 1
-        if changed == _CHANGED:
+        count += 1
+        if count == _CHANGED:
             break
-    return changed > 0
+    return count > 0
 
 
 def _stands_out_little(tau: Tensor, theta_0: Tensor) -> bool:
@@ -93,7 +93,7 @@ def _stands_out_little(tau: Tensor, theta_0: Tensor) -> bool:
 
 
 def _rounding(theta: Tensor) -> float:
-    """Root mean square of what storing weights has rounded away, told by how many bits of them are used."""
+    """Root mean square of what storing weights has rounded away, by how many bits of them are used."""
     bits = next(
         (
             bits

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.staging import Staging
-from modelmerge.engine.given import Factors, Given, give
 from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import Loader, Piece, as_bytes, item_bytes, loader_of, piece_bytes, pieces, rounded, whole
 from modelmerge.engine.memory import beyond_device, together
 from modelmerge.engine.parallel import current, in_parallel, prepare_process, side_by_side, threads
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
+from modelmerge.engine.transforms import Factors, FittedJob, fit
 from modelmerge.methods.contract import Context
 from modelmerge.methods.options import is_linear
 from modelmerge.plan.tensors import TensorPlan
@@ -28,7 +28,7 @@ _REACH = 1 << 30  # bytes: little beside the memory that systems give to files
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """Where a merge goes, what is noticed of it, and what a tensor's merged task vector is multiplied by on the way."""
+    """Where a merge goes, the findings of it, and by tensor a factor on its merged task vector."""
 
     staging: Staging
     findings: Findings
@@ -40,7 +40,7 @@ class _Output:
         self.staging.write(piece.tensor.name, start, as_bytes(data))
 
 
-def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
+def run(job: Job, staging: Staging, progress: Reporter) -> Findings:
     """Merge every tensor of the plan into the staging directory.
 
     Raises:
@@ -48,18 +48,18 @@ def run(job: Job, staging: Staging, reporter: Reporter) -> Findings:
         OutputError: The output cannot be written.
     """
     output = _Output(staging, Findings(rounding=Rounding() if stored_narrow(job.plan) else None), {})
-    _run(job, (output,), reporter)
+    _run(job, (output,), progress)
     return output.findings
 
 
-def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], reporter: Reporter) -> list[Findings]:
+def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], progress: Reporter) -> list[Findings]:
     """Several merges in one pass over the models: `run` for each, to the same bits.
 
     Args:
         jobs: They differ in nothing but that option of the merge's own method.
         option: One that is declared linear: the merged task vector is found once, at 1, and multiplied for each.
         stagings: Where each goes.
-        reporter: Is told the progress.
+        progress: Shows the progress.
 
     Raises:
         CheckpointError: As for `run`.
@@ -79,18 +79,18 @@ def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], re
         else part
         for part in jobs[0].parts
     )
-    # What the methods notice does not depend on the factor.
+    # The methods notice the same whatever the factor.
     shared, outputs = Findings(), []
     for job, staging in zip(jobs, stagings, strict=True):
         rounding = Rounding() if stored_narrow(job.plan) else None
         factors = {name: float(getattr(job.options_of(name), option)) for name in names}
         outputs.append(_Output(staging, dataclasses.replace(shared, rounding=rounding), factors))
-    _run(dataclasses.replace(jobs[0], parts=parts, settings=settings), outputs, reporter)
+    _run(dataclasses.replace(jobs[0], parts=parts, settings=settings), outputs, progress)
     return [output.findings for output in outputs]
 
 
-def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
-    """Merge into each of the outputs; finished tensors of the first are left out."""
+def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
+    """Merge into each of the outputs, without the tensors that the first has already."""
     prepare_process()
     plan = job.plan
     todo = [t for t in plan.in_order() if t.numel and not outputs[0].staging.is_finished(t.name)]
@@ -98,15 +98,14 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
         output.findings.merged = sum(t.action != "copy" for t in todo)
     if not todo:
         return
-    first = outputs[0].findings
-    given = give(job, first, outputs[0].staging.scratch, reporter)
+    fitted = fit(job, outputs[0].staging.scratch, progress)
 
     wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
     streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
-    measured = [t for t in streamed if t.action != "copy" and job.part(t).moments is not None]
-    streamed = [t for t in streamed if t not in measured]
-    read = [*todo, *measured]  # the latter twice
-    reporter.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in read))
+    with_moments = [t for t in streamed if t.action != "copy" and job.part(t).moments is not None]
+    streamed = [t for t in streamed if t not in with_moments]
+    reads = [*todo, *with_moments]  # the latter twice
+    progress.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in reads))
 
     def in_rows(tensor: TensorPlan) -> bool:
         return tensor.action != "copy" and job.part(tensor).by_rows
@@ -117,68 +116,70 @@ def _run(job: Job, outputs: Sequence[_Output], reporter: Reporter) -> None:
             for output in outputs:
                 output.write(piece, data)
         else:
-            theta_0, taus = loader.load(piece, check=given.unchecked(piece.tensor))
-            given.ready(piece, taus)
+            theta_0, taus = loader.load(piece, check=fitted.unchecked(piece.tensor))
+            fitted.chain.apply(piece, taus)
             if in_rows(piece.tensor):
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
-            for output, data in _merged(given, piece, theta_0, taus, outputs):
+            for output, data in _merged(fitted, piece, theta_0, taus, outputs):
                 output.write(piece, data)
-        reporter.advance(piece_bytes(plan, piece), piece.tensor.name)
+        progress.advance(piece_bytes(plan, piece), piece.tensor.name)
 
     def merge_cut(tensors: Sequence[TensorPlan]) -> None:
         cut = [piece for t in tensors for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
         in_parallel(job.source, cut, merge_piece)
 
     merge_cut(streamed)
-    for some in _in_reach(given, measured):
-        given.measure(some, reporter)
+    for some in _in_reach(fitted, with_moments):
+        fitted.measure(some, progress)
         merge_cut(some)
-    _run_whole(given, wholes, outputs, reporter)
+    _run_whole(fitted, wholes, outputs, progress)
 
 
-def _in_reach(given: Given, tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
+def _in_reach(fitted: FittedJob, tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
     """The tensors in groups that are still in the page cache when they are read the second time."""
     group: list[TensorPlan] = []
     for tensor in tensors:
         group.append(tensor)
-        if sum(given.job.plan.stored_bytes(t, experts=True) for t in group) >= _REACH:
+        if sum(fitted.job.plan.stored_bytes(t, experts=True) for t in group) >= _REACH:
             yield group
             group = []
     if group:
         yield group
 
 
-def _run_whole(given: Given, tensors: Sequence[TensorPlan], outputs: Sequence[_Output], reporter: Reporter) -> None:
+def _run_whole(
+    fitted: FittedJob, tensors: Sequence[TensorPlan], outputs: Sequence[_Output], progress: Reporter
+) -> None:
     """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
-    job = given.job
+    job = fitted.job
 
     def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Iterator[tuple[_Output, Tensor]]:
-        given.ready(piece, taus)
-        return _merged(given, piece, theta_0, taus, outputs, given.factors(piece.tensor))
+        fitted.chain.apply(piece, taus)
+        return _merged(fitted, piece, theta_0, taus, outputs, fitted.factors(piece.tensor))
 
-    modest, own = [tensor for tensor in tensors if together(job.source, tensor)], threading.local()
+    modest, thread = [tensor for tensor in tensors if together(job.source, tensor)], threading.local()
 
     def merge_alone(tensor: TensorPlan) -> None:
-        if not hasattr(own, "loader"):
-            own.loader = loader_of(job.source, modest)
-        piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=own.loader)
+        if not hasattr(thread, "loader"):
+            thread.loader = loader_of(job.source, modest)
+        piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor), loader=thread.loader)
         for output, data in merge(piece, theta_0, taus):
             output.write(piece, data)
-        reporter.advance(piece_bytes(job.plan, piece), tensor.name)
+        progress.advance(piece_bytes(job.plan, piece), tensor.name)
 
     side_by_side(job.source, modest, merge_alone)
-    _run_in_turn(given, [tensor for tensor in tensors if not together(job.source, tensor)], merge, reporter)
+    _run_in_turn(fitted, [tensor for tensor in tensors if not together(job.source, tensor)], merge, progress)
 
 
 def _run_in_turn(
-    given: Given,
+    fitted: FittedJob,
     tensors: Sequence[TensorPlan],
     merge: Callable[[Piece, Tensor, Tensor], Iterator[tuple[_Output, Tensor]]],
-    reporter: Reporter,
+    progress: Reporter,
 ) -> None:
     """Merge tensors one after the other: read one ahead, write one behind."""
-    job = given.job
-    device, left = job.source.device, beyond_device(job)
+    job = fitted.job
+    device, on_host = job.source.device, beyond_device(job)
     sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     # Buffers that are used again cost no page faults: one is read into, one is merged from. The two largest tensors,
@@ -191,8 +192,8 @@ def _run_in_turn(
         tensor = tensors[turn]
         loader = loaders[turn % 2] if tensor.numel <= most else None
         with current(device):
-            piece, theta_0, taus = whole(job.source, tensor, check=given.unchecked(tensor), loader=loader)
-            return piece, *_sent(theta_0, taus, None if tensor.name in left else sending)
+            piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor), loader=loader)
+            return piece, *_sent(theta_0, taus, None if tensor.name in on_host else sending)
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
 
@@ -211,7 +212,7 @@ def _run_in_turn(
                     if behind is not None:
                         behind.result()
                     behind = writing.submit(output.write, piece, data)
-            reporter.advance(piece_bytes(job.plan, piece), tensor.name)
+            progress.advance(piece_bytes(job.plan, piece), tensor.name)
         if behind is not None:
             behind.result()
 
@@ -229,16 +230,16 @@ def _sent(theta_0: Tensor, taus: Tensor, stream: torch.cuda.Stream | None) -> tu
         copied.record(stream)
 
     def arrive() -> None:
-        own = torch.cuda.current_stream(stream.device)
-        own.wait_event(copied)
+        consumer = torch.cuda.current_stream(stream.device)
+        consumer.wait_event(copied)
         for tensor in there:
-            tensor.record_stream(own)  # its memory is not given to another copy before this stream is done with it
+            tensor.record_stream(consumer)  # its memory is not given to another copy before this stream is done with it
 
     return there[0], there[1], arrive
 
 
 def _merged(
-    given: Given,
+    fitted: FittedJob,
     piece: Piece,
     theta_0: Tensor,
     taus: Tensor,
@@ -246,23 +247,22 @@ def _merged(
     factors: Factors | None = None,
 ) -> Iterator[tuple[_Output, Tensor]]:
     """The piece's merged values, flat, as each output will store them; `theta_0` is used up."""
-    found = merged_vector(given, piece, theta_0, taus, outputs[0].findings, factors)
+    vector = merged_vector(fitted, piece, theta_0, taus, outputs[0].findings, factors)
     for output in outputs:
         factor, rounding = output.factors.get(piece.tensor.name), output.findings.rounding
-        delta = found if factor is None else found * factor
+        delta = vector if factor is None else vector * factor
         if rounding is not None:
-            rounding.merged.append(squared(delta))
-        merged = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
-        yield output, rounded(piece, merged, rounding=rounding)
+            rounding.squares.append(squared(delta))
+        values = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
+        yield output, rounded(piece, values, rounding=rounding)
 
 
 def merged_vector(
-    given: Given, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
+    fitted: FittedJob, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
 ) -> Tensor:
     """The piece's merged task vector."""
-    job = given.job
-    part = job.part(piece.tensor)
-    setting = job.settings[piece.tensor.name]
+    job = fitted.job
+    part, setting = job.part(piece.tensor), fitted.setting(piece.tensor)
 
     def leave_out(expert: int, reason: str) -> None:
         findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
@@ -270,7 +270,7 @@ def merged_vector(
     def tell(figures: Mapping[str, float]) -> None:
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
 
-    measured = given.measured.get(piece.tensor.name)
+    measured = fitted.measured.get(piece.tensor.name)
     if measured is None and part.moments is not None:  # it is here as a whole
         measured = part.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(

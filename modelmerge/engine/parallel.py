@@ -16,7 +16,7 @@ import torch
 
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import Loader, Piece, pieces
-from modelmerge.errors import DeviceError
+from modelmerge.errors import DeviceError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
 
 
@@ -30,18 +30,18 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
-        raise DeviceError(f"--device '{name}' is no device", hint="use cpu, cuda, cuda:0, cuda:1, ... or auto")
+        raise DeviceError(f"{named('device')} '{name}' is no device", hint="use cpu, cuda, cuda:0, cuda:1, ... or auto")
     if kind == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
         have = f"there {'is' if count == 1 else 'are'} {count}" if count else "this torch sees none"
-        raise DeviceError(f"--device {name}: no such CUDA device; {have}", hint="use --device cpu or auto")
+        raise DeviceError(f"{named('device')} {name}: no such CUDA device; {have}", hint="use cpu or auto")
     return torch.device("cuda", int(number or 0))
 
 
 def default_workers(device: torch.device) -> int:
-    """Threads for element-wise work: the processors this process may use, unless torch was told fewer."""
+    """Threads for element-wise work: the processors this process may use, unless torch was set to fewer."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(torch.get_num_threads(), processors)) if device.type == "cpu" else 2
 
@@ -77,10 +77,10 @@ def prepare_process() -> None:
     what is in use.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if hard != resource.RLIM_INFINITY else 65536
-    if soft < wanted:
+    most = hard if hard != resource.RLIM_INFINITY else 65536
+    if soft < most:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and sys.platform == "linux":
         trim_threshold, mmap_threshold = -1, -3
@@ -88,7 +88,7 @@ def prepare_process() -> None:
         mallopt(trim_threshold, 64 << 20)
 
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, Loader], None]) -> None:
@@ -136,14 +136,14 @@ def side_by_side(source: Source, tensors: Sequence[TensorPlan], work: Callable[[
 
 
 def gathered(
-    source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece, Loader], Found]
-) -> list[tuple[Piece, Found]]:
+    source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece, Loader], Result]
+) -> list[tuple[Piece, Result]]:
     """What `look` gives for each piece, by tensor and position: sums of floats must not depend on the workers."""
-    found: list[tuple[Piece, Found]] = []
+    results: list[tuple[Piece, Result]] = []
     in_parallel(
-        source, list(pieces(tensors, source.block)), lambda piece, loader: found.append((piece, look(piece, loader)))
+        source, list(pieces(tensors, source.block)), lambda piece, loader: results.append((piece, look(piece, loader)))
     )
-    return sorted(found, key=lambda entry: (entry[0].tensor.name, entry[0].start))
+    return sorted(results, key=lambda entry: (entry[0].tensor.name, entry[0].start))
 
 
 def source_of(plan: Plan, device: str) -> Source:
@@ -152,5 +152,5 @@ def source_of(plan: Plan, device: str) -> Source:
     Raises:
         DeviceError: There is no such device.
     """
-    found = find_device(device)
-    return Source(plan, found, default_workers(found))
+    place = find_device(device)
+    return Source(plan, place, default_workers(place))

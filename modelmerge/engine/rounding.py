@@ -21,16 +21,16 @@ _RUN = 1 << 18  # so many products are added up in float32 before float64 takes 
 class Rounding:
     """Squares that add up over all merged tensors, from any thread and in any order: their sums are exact.
 
-    `lost`: of the distance from the merged values to the stored ones. `merged`: of the merged task vectors.
+    `errors`: of the distance from the merged values to the stored ones. `squares`: of the merged task vectors.
     """
 
-    lost: list[float] = field(default_factory=list)
-    merged: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    squares: list[float] = field(default_factory=list)
 
     def relative_error(self) -> float | None:
         """`||stored - merged|| / ||merged task vector||`; None where nothing changed or nothing was measured."""
-        whole = math.fsum(self.merged)
-        return math.sqrt(math.fsum(self.lost) / whole) if whole else None
+        whole = math.fsum(self.squares)
+        return math.sqrt(math.fsum(self.errors) / whole) if whole else None
 
 
 def stored_narrow(plan: Plan) -> list[str]:

@@ -13,7 +13,7 @@ from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import Loader, Piece, as_bytes, item_bytes, piece_bytes, pieces, rounded, whole
 from modelmerge.engine.parallel import gathered, in_parallel, threads
-from modelmerge.engine.transforms import Front
+from modelmerge.engine.transforms import Fitted
 from modelmerge.methods import linalg
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
@@ -21,53 +21,53 @@ from modelmerge.progress import Reporter
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one pass tells of a tensor's task vectors.
+    """The measures of one pass over a tensor's task vectors.
 
-    `gram` [T, T] float64: inner products; `base_square`: the base's squared norm; `changed` [T]: entries that are not
-    zero; `lost` [T]: entries where base plus task vector, rounded to the expert's dtype, is not the expert.
+    `gram` [T, T] float64: inner products; `base_square`: the base's squared norm; `nonzero` [T]: entries that are not
+    zero; `inexact` [T]: entries where base plus task vector, rounded to the expert's dtype, is not the expert.
     """
 
     gram: Tensor
     base_square: float
-    changed: tuple[int, ...]
-    lost: tuple[int, ...]
+    nonzero: tuple[int, ...]
+    inexact: tuple[int, ...]
 
     def __add__(self, other: Measured) -> Measured:
         """That of two parts of a tensor, or of two tensors, together."""
         return Measured(
             self.gram + other.gram,
             self.base_square + other.base_square,
-            tuple(a + b for a, b in zip(self.changed, other.changed, strict=True)),
-            tuple(a + b for a, b in zip(self.lost, other.lost, strict=True)),
+            tuple(a + b for a, b in zip(self.nonzero, other.nonzero, strict=True)),
+            tuple(a + b for a, b in zip(self.inexact, other.inexact, strict=True)),
         )
 
 
-def measure(source: Source, tensors: Sequence[TensorPlan], reporter: Reporter) -> dict[str, Measured]:
+def measure(source: Source, tensors: Sequence[TensorPlan], progress: Reporter) -> dict[str, Measured]:
     """Read all task vectors once and measure them.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
     """
     experts = source.plan.experts
-    reporter.stage("measuring", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+    progress.stage("measuring", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
 
     def look(piece: Piece, loader: Loader) -> Measured:
         theta_0, taus = loader.load(piece, check=True)
         wide = taus.double()
-        lost = []
+        inexact = []
         for expert, tau in zip(experts, taus, strict=True):
             info = expert.tensors.get(piece.tensor.name)
             if info is None or info.change is not None:
-                lost.append(0)
+                inexact.append(0)
                 continue
             stored = loader.stored(expert, piece)
-            lost.append(int(((theta_0 + tau).to(stored.dtype) != stored).sum()))
-        reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+            inexact.append(int(((theta_0 + tau).to(stored.dtype) != stored).sum()))
+        progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
         return Measured(
             (wide @ wide.T).cpu(),
             float(theta_0.double().square().sum()),
             tuple(taus.count_nonzero(1).tolist()),
-            tuple(lost),
+            tuple(inexact),
         )
 
     totals: dict[str, Measured] = {}
@@ -76,23 +76,23 @@ def measure(source: Source, tensors: Sequence[TensorPlan], reporter: Reporter) -
     return {tensor.name: totals[tensor.name] for tensor in tensors}
 
 
-def spectra(source: Source, tensors: Sequence[TensorPlan], reporter: Reporter) -> dict[str, Tensor]:
+def spectra(source: Source, tensors: Sequence[TensorPlan], progress: Reporter) -> dict[str, Tensor]:
     """Singular values of each expert's task vector on whole matrices, float64 [T, min(m, n)], largest first."""
-    reporter.stage("spectra", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
-    found = {}
+    progress.stage("spectra", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+    values = {}
     for tensor in tensors:
         piece, _, taus = whole(source, tensor, check=False)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
-            found[tensor.name] = torch.stack([linalg.singular_values(tau.to(source.device)).cpu() for tau in taus])
-        reporter.advance(piece_bytes(source.plan, piece), tensor.name)
-    return found
+            values[tensor.name] = torch.stack([linalg.singular_values(tau.to(source.device)).cpu() for tau in taus])
+        progress.advance(piece_bytes(source.plan, piece), tensor.name)
+    return values
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is written of each tensor.
+class Places:
+    """Where each tensor is written.
 
-    `vectors`: the folder of each expert's task vector, and `redundant` that of the redundant vector (both float32; a
+    `vectors`: the folder of each expert's task vector, and `redundant` that of the shared vector (both float32; a
     key that the layout lacks is left out). `full`: the folder of each expert's base plus task vector, if any.
     `ranks`: by tensor, the rank of each expert's factors, for tensors written as factors.
     """
@@ -106,10 +106,10 @@ class Wanted:
 def write(
     source: Source,
     tensors: Sequence[TensorPlan],
-    front: Front | None,
-    wanted: Wanted,
+    transform: Fitted | None,
+    places: Places,
     staging: Staging,
-    reporter: Reporter,
+    progress: Reporter,
 ) -> dict[str, tuple[float, ...]]:
     """Write every expert's task vector; the squared error of each expert's factors, by tensor, where there are any.
 
@@ -117,26 +117,26 @@ def write(
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         OutputError: The output cannot be written.
     """
-    plan, ranks = source.plan, wanted.ranks or {}
-    reporter.stage("writing", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in tensors))
+    plan, ranks = source.plan, places.ranks or {}
+    progress.stage("writing", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in tensors))
 
     def put(piece: Piece, loader: Loader) -> None:
         name = piece.tensor.name
         offset = piece.start * item_bytes(piece.tensor.out_dtype)
         if piece.tensor.action == "copy":
             data = as_bytes(loader.copy(piece))
-            for folder in wanted.full:
+            for folder in places.full:
                 staging.write(f"{folder}{name}", offset, data)
         else:
             theta_0, taus = loader.load(piece, check=True)
-            delta = front.take_out(piece, taus) if front is not None else None
-            for folder, tau in zip(wanted.vectors, taus, strict=True):
+            delta = transform.apply(piece, taus) if transform is not None else None
+            for folder, tau in zip(places.vectors, taus, strict=True):
                 staging.write_if_wanted(f"{folder}{name}", piece.start * 4, as_bytes(tau.cpu()))
-            if wanted.redundant is not None and delta is not None:
-                staging.write(f"{wanted.redundant}{name}", piece.start * 4, as_bytes(delta.contiguous().cpu()))
-            for folder, tau in zip(wanted.full, taus, strict=False):
+            if places.redundant is not None and delta is not None:
+                staging.write(f"{places.redundant}{name}", piece.start * 4, as_bytes(delta.contiguous().cpu()))
+            for folder, tau in zip(places.full, taus, strict=False):
                 staging.write(f"{folder}{name}", offset, as_bytes(rounded(piece, theta_0 + tau)))
-        reporter.advance(piece_bytes(plan, piece), name)
+        progress.advance(piece_bytes(plan, piece), name)
 
     in_parallel(source, list(pieces([t for t in tensors if t.name not in ranks], source.block)), put)
     errors = {}
@@ -144,9 +144,9 @@ def write(
         piece, _, taus = whole(source, tensor, check=True)
         errors[tensor.name] = tuple(
             _write_factors(staging, f"{folder}{tensor.name}", tau.to(source.device), rank)
-            for folder, tau, rank in zip(wanted.vectors, taus, ranks[tensor.name], strict=True)
+            for folder, tau, rank in zip(places.vectors, taus, ranks[tensor.name], strict=True)
         )
-        reporter.advance(piece_bytes(plan, piece), tensor.name)
+        progress.advance(piece_bytes(plan, piece), tensor.name)
     return errors
 
 

@@ -1,14 +1,15 @@
-"""Models at tasks, whatever the suite: each model opened, each task measured once, one report."""
+"""What suites share: how they run, and models at tasks: each model opened, each task measured once, one report."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.opening import as_references, open_references
@@ -17,14 +18,46 @@ from modelmerge.checkpoint.reference import Reference, parse, parse_all
 from modelmerge.checkpoint.staging import CARD, companions, replace_file
 from modelmerge.engine.parallel import find_device
 from modelmerge.errors import ModelMergeError, UsageError
-from modelmerge.evaluation import cache as stored
+from modelmerge.evaluation import cache
 from modelmerge.evaluation.model import Model
+from modelmerge.evaluation.report import ModelRow, ScoreEntry, ScoreReport
 from modelmerge.evaluation.scores import Score, check_gates, differences, mean, parse_gate, summarise
 from modelmerge.plan.downloads import fetch_whole
-from modelmerge.progress import Reporter
+from modelmerge.progress import SILENT, Reporter
 from modelmerge.record import card
 from modelmerge.record.fingerprint import versions
 from modelmerge.record.manifest import record, stamp
+
+Models = Sequence[str | Path] | Mapping[str, str | Path]  # `[NAME=]REF` each, or a mapping of name to reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """What every suite takes besides the models and its own options; `weights` uses four of them.
+
+    Args:
+        base: The base. Suites of scores evaluate it too; adapters and task vectors need it.
+        experts: The experts. Suites of scores evaluate them too, and normalise a task's scores by the expert of its
+            name.
+        seed: Seed of all random numbers; None is the suite's default.
+        cache: Reuse scores that were measured before in the same way.
+        compare: File of an earlier report; the report has the differences to it, with their significance.
+        fail_under: Least values, `avg=0.70`, `normalized=0.95` or `TASK=0.8`. `gate` in the report says whether every
+            model reaches them.
+        update_card: Write the scores into each model's card. The models must be local directories.
+        device: Where models run: cpu, cuda, cuda:N or auto.
+        progress: Receives progress and notes.
+    """
+
+    base: str | Path | None = None
+    experts: Models = ()
+    seed: int | None = None
+    cache: bool = True
+    compare: str | Path | None = None
+    fail_under: Sequence[str] = ()
+    update_card: bool = False
+    device: str = "auto"
+    progress: Reporter = SILENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,16 +66,16 @@ class Bench:
 
     Args:
         suite: Its name.
-        about: What the report says of the measuring.
-        tasks: Their names; a None is measured in one go, and names its tasks itself.
-        depends: What the score at a task depends on besides the model and the seed, as plain data; without it nothing
+        about: The suite's own entries in the report.
+        tasks: Their names. A None is measured in one go, and names its tasks itself.
+        depends: What the score at a task depends on besides the model and the seed, as plain data. Without it nothing
             is cached.
         measure: The scores of a model at a task, by task.
         onto_base: Models are seen by the base's names, and what they lack is the base's; there must be one.
         base_counts: Scores may depend on the base too, by what lies beside its weights.
         items: How many items a task has, where `measure` advances the progress by them itself.
-        experts: By task, what the expert for it is called, where that is not the task's name.
-        versions: Of packages that bear on the scores, besides modelmerge's own.
+        experts: By task, the name of its expert, where that is not the task's name.
+        packages: Others that bear on the scores, besides modelmerge's own.
     """
 
     suite: str
@@ -54,79 +87,77 @@ class Bench:
     base_counts: bool = False
     items: Callable[[str | None], int] | None = None
     experts: Mapping[str, str] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
+
+    def versions(self) -> dict[str, str]:
+        """Versions of all packages that bear on the scores."""
+        return {**versions(), **{name: _version(name) for name in self.packages}}
 
 
-def run(
-    bench: Bench,
-    models: Sequence[str | Path] | Mapping[str, str | Path],
-    base: str | Path | None,
-    experts: Sequence[str | Path] | Mapping[str, str | Path],
-    *,
-    seed: int | None,
-    cache: bool,
-    compare: str | Path | None,
-    fail_under: Sequence[str],
-    update_card: bool,
-    device: str,
-    reporter: Reporter,
-) -> dict[str, Any]:
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def run(bench: Bench, models: Models, running: Running) -> ScoreReport:
     """Measure the base, the experts and the models; the report.
 
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
-    gates = [parse_gate(text) for text in fail_under]
-    looked_at, others = parse_all(as_references(models), "model"), parse_all(as_references(experts), "expert")
-    start = parse(str(base)) if base is not None else None
-    if not looked_at:
+    gates = [parse_gate(text) for text in running.fail_under]
+    ours, experts = parse_all(as_references(models), "model"), parse_all(as_references(running.experts), "expert")
+    base = parse(str(running.base)) if running.base is not None else None
+    if not ours:
         raise UsageError("no model is named", hint="give at least one MODEL")
-    if any(gate.what == "normalized" for gate in gates) and not others:
+    if any(gate.what == "normalized" for gate in gates) and not experts:
         raise UsageError("--fail-under normalized needs the experts", hint="--expert TASK=REF for each task")
-    if update_card:
-        _refuse_cardless(looked_at)
-    earlier = _read_report(Path(compare)) if compare is not None else None
-    found = find_device(device)
-    opened = _open_all(start, [*others, *looked_at])
-    roles = [*(["base"] if start else []), *(["expert"] * len(others)), *(["model"] * len(looked_at))]
+    if running.update_card:
+        _refuse_cardless(ours)
+    earlier = _read_report(Path(running.compare)) if running.compare is not None else None
+    device = find_device(running.device)
+    checkpoints = _open_all(base, [*experts, *ours])
+    roles = [*(["base"] if base else []), *(["expert"] * len(experts)), *(["model"] * len(ours))]
     try:
-        fetch_whole(opened, reporter)
+        fetch_whole(checkpoints, running.progress)
         each = len(bench.tasks) if bench.items is None else sum(map(bench.items, bench.tasks))
-        reporter.stage("evaluating", len(opened) * each, "runs" if bench.items is None else "items")
-        rows = []
-        for role, model in zip(roles, opened, strict=True):
-            entry = record(model, model.digests())
-            with_base = model.vector is not None or bench.onto_base or (bench.base_counts and start is not None)
-            digest = _digest(model, opened[0] if with_base else None)
-            seen = Model(model, opened[0] if start else None, found, onto_base=bench.onto_base)
-            scores, cached = _scores(bench, seen, digest, seed, cache, str(found), reporter)
-            rows.append({**entry, "role": role, "digest": digest, "scores": scores, "cached": cached})
+        running.progress.stage("evaluating", len(checkpoints) * each, "runs" if bench.items is None else "items")
+        rows: list[ModelRow] = []
+        for role, checkpoint in zip(roles, checkpoints, strict=True):
+            entry = record(checkpoint, checkpoint.digests())
+            with_base = checkpoint.vector is not None or bench.onto_base or (bench.base_counts and base is not None)
+            digest = _digest(checkpoint, checkpoints[0] if with_base else None)
+            model = Model(checkpoint, checkpoints[0] if base else None, device, onto_base=bench.onto_base)
+            scores, repeats = _scores(bench, model, digest, running)
+            rows.append(cast(ModelRow, {**entry, "role": role, "digest": digest, "scores": scores, "cached": repeats}))
             _refuse_other_tasks(rows)
     finally:
-        for model in opened:
-            model.close()
-    names = list(rows[0]["scores"])
-    own = summarise(names, rows, bench.experts)
-    stamped = stamp(found)
-    report: dict[str, Any] = {
-        "suite": bench.suite, **stamped, "versions": {**stamped["versions"], **bench.versions}, **bench.about,
-        "seed": seed, "tasks": names, "models": rows, "notes": _notes(rows),
-        **({"own_experts": own} if own else {}),
-    }  # fmt: skip
+        for checkpoint in checkpoints:
+            checkpoint.close()
+    tasks = list(rows[0]["scores"])
+    owners = summarise(tasks, rows, bench.experts)
+    header = stamp(device)
+    report = cast(ScoreReport, {
+        "suite": bench.suite, **header, "versions": bench.versions(), **bench.about,
+        "seed": running.seed, "tasks": tasks, "models": rows, "notes": _notes(rows),
+        **({"own_experts": owners} if owners else {}),
+    })  # fmt: skip
     if earlier is not None:
-        report["comparison"] = {"with": str(compare), "models": differences(report, earlier)}
+        report["comparison"] = {"with": str(running.compare), "models": differences(report, earlier)}
     if gates:
-        report["gate"] = check_gates(gates, names, rows, bench.experts)
-    if update_card:
-        for reference, row in zip(looked_at, rows[-len(looked_at) :], strict=True):
+        report["gate"] = check_gates(gates, tasks, rows, bench.experts)
+    if running.update_card:
+        for reference, row in zip(ours, rows[-len(ours) :], strict=True):
             _write_card(reference, row)
     return report
 
 
-def merged_from(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A merge's base and experts: `base`, a path, and `experts`, their names, with their `paths`; empty for others."""
+def merge_inputs(directory: str | Path) -> dict[str, Any]:
+    """A merge's `base`, its `experts` by name, and their `paths`, as its manifest has them; empty for what is none."""
     try:
-        inputs = json.loads((Path(row["path"]) / MANIFEST).read_bytes())["inputs"]
+        inputs = json.loads((Path(directory) / MANIFEST).read_bytes())["inputs"]
         return {
             "base": str(inputs["base"]["path"]),
             "experts": [str(each["name"]) for each in inputs["experts"]],
@@ -136,31 +167,41 @@ def merged_from(row: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def base_name(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """The repository's name of the base that was evaluated too, or that a merge was made from; else empty."""
-    bases = [each["path"] for each in report["models"] if each["role"] == "base"]
-    return Path((bases[0] if bases else merged_from(row).get("base", "")).partition("@")[0]).name
-
-
 def normalise_by_published(
-    report: dict[str, Any],
-    row: dict[str, Any],
-    shares: Mapping[str, float | None],
+    report: ScoreReport,
+    bases: Mapping[str, Any],
+    experts: Mapping[str, str],
     *,
-    of: str,
-    known: Mapping[str, Any],
+    what: str,
+    kind: Callable[[ModelRow, Mapping[str, Any]], str] = lambda row, figures: "experts",
 ) -> None:
-    """Put a model's mean share of published scores beside its own, where no expert was measured; the note says so.
+    """Where no expert was measured: put a model's mean share of published scores beside its own, and say so in a note.
 
-    `shares` are by task, `known` is what is published, `of` what the shares are of, and `model` in it the base's name.
+    Args:
+        report: The report; it is changed.
+        bases: By the name of a base's repository, what is published.
+        experts: By task, the published name of its expert.
+        what: The word for the scores.
+        kind: Which experts of what is published a model is a merge of.
     """
-    report["published"] = known
-    row["normalised_by_published"] = mean(list(shares.values()))
-    if row["normalised_by_published"] is not None:
-        report["notes"].append(
-            f"'{row['name']}' has {row['normalised_by_published']:.1%} of the {of} of {known['model']} (FusionBench), "
-            f"not measured here; over {', '.join(shares)}"
-        )
+    paths = [each["path"] for each in report["models"] if each["role"] == "base"]
+    for row in (row for row in report["models"] if row["role"] == "model"):
+        base = Path((paths[0] if paths else merge_inputs(row["path"]).get("base", "")).partition("@")[0]).name
+        scores = row["scores"]
+        if base not in bases or not experts or any(scores[task]["normalised"] is not None for task in experts):
+            continue
+        key = kind(row, bases[base])
+        shares = {
+            task: None if (score := scores[task]["score"]) is None else score / bases[base][key][name]
+            for task, name in experts.items()
+        }
+        report["published"] = {"model": base, **bases[base]}
+        row["normalised_by_published"] = share = mean(list(shares.values()))
+        if share is not None:
+            report["notes"].append(
+                f"'{row['name']}' has {share:.1%} of the {what} published for the {key} of {base} (FusionBench), "
+                f"not measured here; over {', '.join(shares)}"
+            )
 
 
 def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Checkpoint]:
@@ -170,8 +211,8 @@ def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Check
         UsageError: One of them is a change to a base that is not named.
     """
     if base is not None:
-        origin, opened = open_references(base, others)
-        return [origin, *opened]
+        origin, checkpoints = open_references(base, others)
+        return [origin, *checkpoints]
     alone = [open_checkpoint(reference) for reference in others]
     for model in alone:
         if model.adapter is not None or model.vector is not None:
@@ -181,46 +222,44 @@ def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Check
 
 
 def _digest(model: Checkpoint, base: Checkpoint | None) -> str:
-    """Of everything about a model that a score can depend on: its weights, what lies beside them, and its base's."""
+    """Digest of everything about a model that a score can depend on: its weights, its other files, and its base's."""
     beside = {place: sha256(file) for place, file in companions(model.directory).items()}
-    told = [sorted(model.digests().values()), beside, _digest(base, None) if base is not None else None]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    content = [sorted(model.digests().values()), beside, _digest(base, None) if base is not None else None]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _scores(
-    bench: Bench, model: Model, digest: str, seed: int | None, cache: bool, device: str, reporter: Reporter
-) -> tuple[dict[str, Any], list[str]]:
-    """A model's scores by task, and the tasks whose scores were known."""
-    scores: dict[str, Any] = {}
-    known: list[str] = []
+def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[dict[str, ScoreEntry], list[str]]:
+    """A model's scores by task, and the tasks whose scores came from the cache."""
+    scores: dict[str, ScoreEntry] = {}
+    repeats: list[str] = []
     for task in bench.tasks:
         keeps = bench.depends is not None
-        told = {"suite": bench.suite, "model": digest, "task": task, "seed": seed,
-                "depends": bench.depends(task) if bench.depends is not None else None}  # fmt: skip
-        name = stored.key({**told, "device": device, "versions": {**versions(), **bench.versions}})
-        entry = stored.recall(name) if cache and keeps else None
+        request = {"suite": bench.suite, "model": digest, "task": task, "seed": running.seed,
+                   "depends": bench.depends(task) if bench.depends is not None else None}  # fmt: skip
+        name = cache.key({**request, "device": str(model.device), "versions": bench.versions()})
+        entry = cache.recall(name) if running.cache and keeps else None
         if entry is None:
-            started = time.monotonic()
-            measured = bench.measure(model, task)
+            start = time.monotonic()
+            results = bench.measure(model, task)
             model.check()
             entry = {
-                **told,
-                "scores": {each: score.to_dict() for each, score in measured.items()},
-                "seconds": round(time.monotonic() - started, 3),
+                **request,
+                "scores": {each: score.to_dict() for each, score in results.items()},
+                "seconds": round(time.monotonic() - start, 3),
             }
             if keeps:
-                stored.remember(name, entry)
+                cache.remember(name, entry)
         else:
-            known += entry["scores"]
+            repeats += entry["scores"]
             if bench.items is not None:
-                reporter.advance(bench.items(task), "measured before")
+                running.progress.advance(bench.items(task), "measured before")
         scores |= entry["scores"]
         if bench.items is None:
-            reporter.advance(1, f"{model.name} {task or ''}".rstrip())
-    return scores, known
+            running.progress.advance(1, f"{model.name} {task or ''}".rstrip())
+    return scores, repeats
 
 
-def _refuse_other_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
+def _refuse_other_tasks(rows: Sequence[ModelRow]) -> None:
     first, last = rows[0], rows[-1]
     odd = sorted(first["scores"].keys() ^ last["scores"].keys())
     if odd:
@@ -232,21 +271,21 @@ def _refuse_other_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    known, every = sum(len(row["cached"]) for row in rows), sum(len(row["scores"]) for row in rows)
-    if not known:
+def _notes(rows: Sequence[ModelRow]) -> list[str]:
+    repeats, every = sum(len(row["cached"]) for row in rows), sum(len(row["scores"]) for row in rows)
+    if not repeats:
         return []
-    return [f"{known} of {every} scores were measured before, in the same way; --no-cache measures again."]  # fmt: skip
+    return [f"{repeats} of {every} scores were measured before, in the same way; --no-cache measures again."]
 
 
-def _read_report(file: Path) -> dict[str, Any]:
+def _read_report(file: Path) -> ScoreReport:
     """An earlier report.
 
     Raises:
         ModelMergeError: It cannot be read, or is none with scores.
     """
     try:
-        report = json.loads(file.expanduser().read_bytes())
+        report: ScoreReport = json.loads(file.expanduser().read_bytes())
         if not report["tasks"] or not all(model["scores"] for model in report["models"]):
             raise ValueError
     except OSError as error:
@@ -267,7 +306,7 @@ def _refuse_cardless(models: Sequence[Reference]) -> None:
             )
 
 
-def _write_card(reference: Reference, row: Mapping[str, Any]) -> None:
+def _write_card(reference: Reference, row: ModelRow) -> None:
     """Put a model's scores into its card."""
     place = reference.path / CARD
     text = place.read_text(encoding="utf-8") if place.exists() else f"# {reference.name}\n"

@@ -15,9 +15,9 @@ from modelmerge.checkpoint.digest import cache_directory
 _FORMAT = 1  # of the entries: older ones are not read
 
 
-def key(told: Mapping[str, Any]) -> str:
+def key(content: Mapping[str, Any]) -> str:
     """The name of an entry: a digest of what it depends on."""
-    return hashlib.sha256(json.dumps([_FORMAT, told], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_FORMAT, content], sort_keys=True).encode()).hexdigest()
 
 
 def recall(name: str, part: str = "scores") -> dict[str, Any] | None:

@@ -3,40 +3,38 @@
 A class's text embedding is the mean of those of its prompts, each of length one, brought to length one itself (Radford
 et al. 2021, https://arxiv.org/abs/2103.00020). All classes' embeddings are the text head. Experts that were fine-tuned
 with a frozen text tower share the base's, and may be the vision tower alone: a head holds what else it takes.
-
-Shapes: N items, C classes, H the vision tower's width, D the width that images and texts share.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from modelmerge.checkpoint.digest import cache_directory
+from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.opening import as_references
+from modelmerge.checkpoint.reader import open_checkpoint
+from modelmerge.checkpoint.reference import Reference, parse_all
+from modelmerge.engine.parallel import prepare_process
 from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
-from modelmerge.evaluation.images import Items, Task, match
-from modelmerge.evaluation.scores import Score, read_score
+from modelmerge.evaluation import clip_models, image_data
+from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, run
+from modelmerge.evaluation.clip_models import Classifier, Head, Parts, Tower
+from modelmerge.evaluation.image_data import Items
+from modelmerge.evaluation.image_tasks import Task, find_tasks, publication
+from modelmerge.evaluation.model import Model
+from modelmerge.evaluation.report import ScoreReport
+from modelmerge.evaluation.scores import Score, plain, read_score
 from modelmerge.progress import SILENT, Reporter
 
-_VISION, _TEXT = "vision_model.", "text_model."
-_PROJECTION, TEXT_PROJECTION, _SCALE = "visual_projection.weight", "text_projection.weight", "logit_scale"
-_PROCESSOR = "preprocessor_config.json"
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-_BUFFER = "position_ids"  # older files hold it, newer code counts itself
-_PROMPTS = 256  # embedded at once
+_PACKAGES = ("transformers", "datasets", "pillow")
 _THREADS = 8  # that decode and resize images
-_FORMAT = 1  # of text heads on disk
 
 
 def require_extra(what: str = "eval clip") -> None:
@@ -55,281 +53,185 @@ def require_extra(what: str = "eval clip") -> None:
         ) from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """A model, or what there is of it: tensors by name, each read when it is asked for, and what lies beside them.
+def evaluate(
+    models: Models,
+    running: Running,
+    *,
+    tasks: Sequence[str] = (),
+    data: Models = (),
+    classes: str | Path | Models = (),
+    templates: Sequence[str] = (),
+    config: str | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    held_out: bool = False,
+    heads: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> ScoreReport:
+    """The accuracy of CLIP models as zero-shot classifiers of images.
 
-    `config` and `directory` are the base's where the model has none of its own, as an adapter.
-    """
-
-    name: str
-    tensors: Mapping[str, Tensor]
-    config: Mapping[str, Any]
-    directory: Path | None
-
-    @property
-    def has_text(self) -> bool:
-        """Whether it has a text tower, so that a head can be made with it."""
-        return self.holds(TEXT_PROJECTION) and any(name.startswith(_TEXT) for name in self.tensors)
-
-    def holds(self, tensor: str) -> bool:
-        """Whether there is such a tensor; it is not read."""
-        return any(name == tensor for name in self.tensors)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """A text head, and what else of CLIP a vision tower needs to classify with it.
+    Each model's text head is made with its own text tower; a vision tower alone, or an adapter, is completed by the
+    base. Classes are matched by their names, never by their places.
 
     Args:
-        classes: As they are prompted, in the order of the rows.
-        templates: The prompts.
-        weight: [C, D], rows of length one.
-        projection: [D, H], from the vision tower's output.
-        scale: What cosines are multiplied by to be logits.
-        processor: The settings of the image processor.
-        source: The model it was made with.
-        digest: `text_digest` of that.
-    """
+        models: References of the models.
+        running: What all suites share. The base is a whole CLIP model with tokenizer and image processor; where a model
+            is not whole and neither it nor `heads` is named, a merge's own `modelmerge.json` names it. The seed (0)
+            draws the images of `limit`.
+        tasks: Published tasks, `NAME` or `NAME:SPLIT`, `clip8` for the papers' eight, `clip8-ood` for corrupted ones.
+        data: Data of one's own, `[NAME=]DATA` each, or a mapping: a folder of images with a folder for each class,
+            parquet files, or a data set on the Hub. One named as a published task has its classes and prompts.
+        classes: Files of class names for `data`, `[NAME=]FILE` each, or a mapping; see
+            `modelmerge.evaluation.image_tasks.read_classes`. One without a name is for all.
+        templates: Prompts with `{}` for the class, for all tasks; their embeddings are averaged.
+        config: Of data sets in `data` that have several.
+        split: Of `data`; by default `test`, or the only one.
+        image_column: Of `data`, where it is not clear.
+        label_column: Of `data`, where it is not clear.
+        held_out: Where no split is named, look at the validation split, or else the training split: to choose by.
+        heads: A folder of text heads, `TASK.safetensors` each, used where they are there and written where not.
+        limit: Look at so many images of each task, drawn with the seed.
+        batch_size: Images at a time.
 
-    classes: tuple[str, ...]
-    templates: tuple[str, ...]
-    weight: Tensor
-    projection: Tensor
-    scale: float
-    processor: Mapping[str, Any]
-    source: str
-    digest: str = ""
-
-
-class Classifier(torch.nn.Module):
-    """A vision tower with a text head: pixels [N, 3, height, width] to logits [N, C], float32."""
-
-    projection: Tensor
-    weight: Tensor
-
-    def __init__(self, tower: torch.nn.Module, projection: Tensor, head: Head) -> None:
-        super().__init__()
-        self.tower = tower
-        self.register_buffer("projection", projection)
-        self.register_buffer("weight", head.weight)
-        self.scale = head.scale
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """The logits [N, C]."""
-        features = self.tower(pixel_values=pixels).pooler_output @ self.projection.T
-        return self.scale * functional.normalize(features, dim=-1) @ self.weight.T
-
-
-def text_digest(source: Parts) -> str:
-    """Of all that a head's rows depend on: the text tower, and what lies beside the weights."""
-    digest = hashlib.sha256(json.dumps([_FORMAT, source.config.get("text_config")], sort_keys=True).encode())
-    for name in sorted(source.tensors):
-        if (name.startswith(_TEXT) and not name.endswith(_BUFFER)) or name == TEXT_PROJECTION:
-            tensor = source.tensors[name].contiguous()
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    for file in (*_TOKENIZER, _PROCESSOR):
-        if source.directory is not None and (source.directory / file).exists():
-            digest.update(file.encode() + (source.directory / file).read_bytes())
-    return digest.hexdigest()
-
-
-def find_head(task: Task, classes: Sequence[str], source: Parts | None, folder: Path | None, digest: str = "") -> Head:
-    """The text head for these classes, in their order: as it was kept, or made now and kept.
-
-    Args:
-        task: What it is for.
-        classes: As they are prompted.
-        source: The model with the text tower; None where there is none at hand.
-        folder: Where heads are kept by the names of tasks; None is the cache.
-        digest: `text_digest` of the source, for the cache.
+    Returns:
+        The report, with `data`, what each task is. For each model that is a merge, `unseen`: the tasks that none of its
+        experts is for. Where the experts' accuracies are published and were not measured, `published` and each model's
+        `normalised_by_published`.
 
     Raises:
-        UsageError: There is no head yet, and no text tower to make it with.
-        ModelMergeError: The head that was kept is of other classes or prompts.
+        ModelMergeError: The extra is not installed; a model is no CLIP model; images, labels or class names do not go
+            together; see `modelmerge.errors` for other kinds.
     """
-    if folder is None:
-        told = [digest, list(classes), list(task.templates)]
-        file = cache_directory() / "heads" / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()}.safetensors"
-    else:
-        file = folder.expanduser() / f"{task.head}.safetensors"
-    if file.exists():
-        head = read_head(file)
-        if folder is not None and digest and head.digest != digest and source is not None:
-            raise ModelMergeError(
-                f"{file}: made with the text tower of '{head.source}', which is not that of '{source.name}'",
-                hint="without --heads each model has the head of its own text tower",
-            )
-        return _in_order(head, task, classes, file)
-    if source is None or not source.has_text:
-        lacking = f"'{source.name}' has no text tower" if source else f"{file} is not there, and there is no text tower"
-        raise UsageError(
-            f"{lacking} to make the text head of '{task.name}' with",
-            hint="name the CLIP model the experts come from: --base REF; or a folder that has the head: --heads DIR",
-        )
-    head = replace(make_head(source, classes, task.templates), digest=digest)
-    with contextlib.suppress(OSError) if folder is None else contextlib.nullcontext():
-        write_head(head, file)
-    return head
-
-
-def _in_order(head: Head, task: Task, classes: Sequence[str], file: Path) -> Head:
-    where = f"{file} and the task '{task.name}'"
-    order = match(classes, head.classes, where, ("the task", "the head"), hint="remove the head, to have it made again")
-    if head.templates != tuple(task.templates):
-        raise ModelMergeError(
-            f"{file}: made with other prompts than those of '{task.name}': {', '.join(head.templates[:2])} ...",
-            hint="remove it, to have it made again, or give its prompts: --template",
-        )
-    return replace(head, weight=head.weight[order], classes=tuple(classes))
-
-
-@torch.no_grad()
-def make_head(source: Parts, classes: Sequence[str], templates: Sequence[str]) -> Head:
-    """A text head by a model's text tower.
-
-    Raises:
-        CheckpointError: A tensor is missing, of another shape than the config says, or not finite.
-        ModelMergeError: The model is not CLIP, or lacks its tokenizer or the settings of its image processor.
-    """
-    import transformers
-
-    config = _config(source)
-    text = transformers.CLIPTextConfig.from_dict(
-        {**config["text_config"], "projection_dim": config.get("projection_dim", 512)}
+    require_extra()
+    prepare_process()
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+    columns = {"config": config, "split": split, "image": image_column, "label": label_column}
+    files = as_references([classes] if isinstance(classes, str | Path) else classes)
+    choice = find_tasks(
+        tasks, as_references(data), files, templates, {k: v for k, v in columns.items() if v is not None}, held_out
     )
-    tower = _filled(transformers.CLIPTextModelWithProjection(text), source, "")
-    tokenizer = _beside(source, ("tokenizer.json", "vocab.json"), transformers.AutoTokenizer.from_pretrained)
-    processor = _beside(source, (_PROCESSOR,), lambda place: json.loads((Path(place) / _PROCESSOR).read_bytes()))
-    prompts = [template.replace("{}", name) for name in classes for template in templates]
-    told = tokenizer(prompts)["input_ids"]
-    long = next((i for i, tokens in enumerate(told) if len(tokens) > text.max_position_embeddings), None)
-    if long is not None:
-        raise ModelMergeError(
-            f"the prompt '{prompts[long]}' has {len(told[long])} tokens, and '{source.name}' reads "
-            f"{text.max_position_embeddings}",
-            hint="shorten the class name, or the template",
-        )
-    embeddings = []
-    for start in range(0, len(prompts), _PROMPTS):
-        batch = tokenizer(prompts[start : start + _PROMPTS], padding=True, return_tensors="pt")
-        outputs = tower(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        embeddings.append(functional.normalize(outputs.text_embeds, dim=-1))
-    weight = functional.normalize(torch.cat(embeddings).view(len(classes), len(templates), -1).mean(1), dim=-1)
-    if not bool(weight.isfinite().all()):
-        raise CheckpointError(f"'{source.name}': its text tower gives NaN or Inf", hint="are its weights damaged?")
-    scale = source.tensors[_SCALE].float().exp().item() if source.holds(_SCALE) else 100.0
-    return Head(
-        classes=tuple(classes), templates=tuple(templates), weight=weight, projection=_projection(source), scale=scale,
-        processor=processor, source=source.name,
+    seed, base = running.seed or 0, running.base
+    items = {task.name: image_data.load(task, limit=limit, seed=seed) for task in choice}
+    folder = Path(heads).expanduser() if heads is not None else None
+    if base is None and folder is None:
+        base = _base_of(parse_all(as_references(models), "model"))
+    experts = {task.name: _expert_of(task, as_references(running.experts)) for task in choice}
+    bench = Bench(
+        suite="clip",
+        about={"data": {name: _data_entry(each) for name, each in items.items()}, "limit": limit,
+               "heads": None if folder is None else str(folder)},
+        tasks=tuple(items), depends=lambda task: _depends(items[str(task)], limit, folder),
+        measure=_Measurer(items, folder, batch_size, running.progress), onto_base=base is not None,
+        items=lambda task: len(items[str(task)].ids),
+        experts={task: expert for task, expert in experts.items() if expert is not None},
+        packages=_PACKAGES,
     )  # fmt: skip
+    # A head that is asked for is made, though its scores be in the cache.
+    complete = folder is None or all((folder / f"{task.head}.safetensors").exists() for task in choice)
+    report = run(bench, models, replace(running, base=base, seed=seed, cache=running.cache and complete))
+    report["notes"] = [*(note for each in items.values() for note in each.notes), *report["notes"]]
+    _mark_unseen(report, choice)
+    # All tasks must be without a measured expert; those with usual splits alone are published.
+    if not any(row["scores"][t.name]["normalised"] is not None for row in report["models"] for t in choice):
+        usual = [task for task in choice if task.is_published and task.split in (None, "test") and not task.held_out]
+        normalise_by_published(
+            report, publication()["published"], {task.name: task.head for task in usual}, what="accuracy"
+        )
+    return report
 
 
-def write_head(head: Head, file: Path) -> None:
-    """Write a head as safetensors, whole or not at all."""
-    from safetensors.torch import save_file
-
-    metadata = {
-        "format": "pt", "classes": json.dumps(head.classes), "templates": json.dumps(head.templates),
-        "processor": json.dumps(head.processor), "source": head.source, "digest": head.digest,
-        "scale": repr(head.scale),
+def _data_entry(items: Items) -> dict[str, Any]:
+    """What the report says of a task's data."""
+    task = items.task
+    return {
+        "data": task.data, "config": task.config, "split": task.split, "identity": items.identity,
+        "classes": list(items.classes), "templates": list(task.templates), "images": items.total,
     }  # fmt: skip
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"weight": head.weight, "projection": head.projection}, temporary, metadata=metadata)
-    os.replace(temporary, file)
 
 
-def read_head(file: Path) -> Head:
-    """A head that `write_head` wrote.
-
-    Raises:
-        CheckpointError: It is none, or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as stored:
-            told = stored.metadata() or {}
-            weight, projection = stored.get_tensor("weight"), stored.get_tensor("projection")
-        head = Head(
-            classes=tuple(json.loads(told["classes"])), templates=tuple(json.loads(told["templates"])), weight=weight,
-            projection=projection, scale=float(told["scale"]), processor=json.loads(told["processor"]),
-            source=told["source"], digest=told["digest"],
-        )  # fmt: skip
-        if weight.shape != (len(head.classes), projection.shape[0]) or not bool(weight.isfinite().all()):
-            raise ValueError("its weights do not go with its classes")
-    except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{file}: no text head: {error}", hint="remove it, to have it made again") from error
-    return head
+def _depends(items: Items, limit: int | None, folder: Path | None) -> dict[str, Any]:
+    """What a model's score depends on besides the model and the seed."""
+    head = folder / f"{items.task.head}.safetensors" if folder is not None else None
+    entry = {key: value for key, value in _data_entry(items).items() if key != "data"}  # which `identity` stands for
+    return entry | {
+        "limit": limit, "columns": [items.task.image, items.task.label],
+        "head": sha256(head) if head is not None and head.exists() else None,
+    }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Tower:
-    """A model's vision tower, float32, and its own projection [D, H] where it has one."""
-
-    name: str
-    module: torch.nn.Module
-    width: int
-    side: int  # of the square images it takes, in pixels
-    projection: Tensor | None
-
-
-def read_tower(model: Parts) -> Tower:
-    """The vision tower of a model.
+def _base_of(models: Sequence[Reference]) -> str | None:
+    """The base that the models' manifests name, where one of the models is not a whole CLIP; None if none does.
 
     Raises:
-        CheckpointError: A tensor is missing or of another shape than the config says.
-        ModelMergeError: The model is not CLIP.
+        UsageError: They name several.
     """
-    import transformers
-
-    kind = transformers.CLIPVisionConfig.from_dict(dict(_config(model)["vision_config"]))
-    tower = transformers.CLIPVisionModel(kind)
-    module = _filled(getattr(tower, "vision_model", tower), model, _front(model))
-    projection = _projection(model) if model.holds(_PROJECTION) else None
-    return Tower(model.name, module, kind.hidden_size, kind.image_size, projection)
-
-
-def _front(model: Parts) -> str:
-    """What the names of the vision tower's tensors begin with."""
-    return _VISION if any(name.startswith(_VISION) for name in model.tensors) else ""
+    if all(open_checkpoint(model).tensors.keys() >= {clip_models.TEXT_PROJECTION} for model in models):
+        return None
+    bases = {inputs["base"] for model in models if (inputs := merge_inputs(model.path))}
+    if len(bases) > 1:
+        raise UsageError("the models are merges of different bases", hint="name the CLIP model: --base REF")
+    return next(iter(bases), None)
 
 
-def names_in(made: Classifier, model: Parts) -> dict[str, str]:
-    """By the names of a model's tensors, those in the state dict of a classifier with its vision tower."""
-    own, front = made.state_dict(), _front(model)
-    places = {front + name.removeprefix("tower."): name for name in own if name.startswith("tower.")}
-    return {name: place for name, place in (places | {_PROJECTION: "projection"}).items() if model.holds(name)}
+class _Measurer:
+    """Measures a model at a task; what a model's tasks share is read once, for one model at a time."""
+
+    def __init__(self, items: Mapping[str, Items], folder: Path | None, batch: int, progress: Reporter) -> None:
+        self._items, self._folder, self._batch, self._progress = items, folder, batch, progress
+        self._model: Model | None = None
+        self._parts: tuple[Parts, str, Tower] | None = None
+
+    def __call__(self, model: Model, task: str | None) -> dict[str, Score]:
+        if self._model is not model or self._parts is None:
+            parts = clip_models.parts_of(model)
+            digest = clip_models.text_digest(parts) if parts.has_text else ""
+            self._model, self._parts = model, (parts, digest, clip_models.read_tower(parts))
+        items, (parts, digest, tower) = self._items[str(task)], self._parts
+        head = clip_models.find_head(items.task, items.classes, parts, self._folder, digest)
+        classifier = clip_models.classifier(tower, head, model.device)
+        score = measure(classifier, head, items, model.name, batch=self._batch, progress=self._progress)
+        return {str(task): score}
 
 
-def classifier(tower: Tower, head: Head, device: torch.device) -> Classifier:
-    """A vision tower with a head, on the device.
+def _expert_of(task: Task, experts: Sequence[str]) -> str | None:
+    """The expert for a task: of its name, or with its name at the end, as in `clip-vit-base-patch32_sun397`."""
+    names = [_name_of(text) for text in experts]
+    return next((name for name in names if is_for(task, name)), None)
 
-    Raises:
-        ModelMergeError: The tower is not of the kind that the head is for.
-    """
-    projection = head.projection if tower.projection is None else tower.projection
-    hint = "is it fine-tuned from that base?"
-    if projection.shape != (head.weight.shape[1], tower.width):
-        raise ModelMergeError(
-            f"'{tower.name}' is {tower.width} wide and the head, made with '{head.source}', is for a tower of "
-            f"{projection.shape[1]} in a space of {head.weight.shape[1]}",
-            hint=hint,
-        )
-    side = _side(head.processor)
-    if side is not None and side != tower.side:
-        raise ModelMergeError(
-            f"'{tower.name}' takes images of {tower.side} pixels, and the image processor of '{head.source}' makes "
-            f"them {side}",
-            hint=hint,
-        )
-    return Classifier(tower.module, projection, head).to(device).eval()
+
+def is_for(task: Task, expert: str) -> bool:
+    """Whether an expert is for a task: of its name, or with its name at the end."""
+    return f" {plain(expert)}".endswith(f" {plain(task.head)}")
+
+
+def _name_of(text: str) -> str:
+    name, equals, _ = text.partition("=")
+    return name if equals else Path(text.partition("@")[0]).name
+
+
+def _mark_unseen(report: ScoreReport, tasks: Sequence[Task]) -> None:
+    """Add to each merge the tasks that none of its experts is for, and say how it does there."""
+    for row in report["models"]:
+        experts = merge_inputs(row["path"]).get("experts")
+        if row["role"] != "model" or not experts:
+            continue
+        new = [task.name for task in tasks if not any(is_for(task, name) for name in experts)]
+        old = [task.name for task in tasks if task.name not in new]
+        row["unseen"] = new
+        if new and old:
+            at_old, at_new = (sum(row["scores"][t]["score"] or 0.0 for t in some) / len(some) for some in (old, new))
+            row["average_seen"], row["average_unseen"] = at_old, at_new
+            report["notes"].append(
+                f"'{row['name']}' has {at_old:.1%} on the tasks of its experts, and {at_new:.1%} on those it has "
+                f"not seen: {', '.join(new)}"
+            )
 
 
 def measure(
-    model: Classifier, head: Head, items: Items, name: str, *, batch: int, reporter: Reporter = SILENT
+    model: Classifier, head: Head, items: Items, name: str, *, batch: int, progress: Reporter = SILENT
 ) -> Score:
     """The accuracy of a classifier: 1 or 0 for each item.
 
@@ -337,15 +239,15 @@ def measure(
         ModelMergeError: An image cannot be decoded, or the model gives NaN or Inf for it.
     """
     device = model.weight.device
-    right: list[float] = []
+    hits: list[float] = []
     for pixels, labels in batches(items, head, batch):
         with torch.inference_mode():
             logits = model(pixels.to(device)).cpu()
         if not bool(logits.isfinite().all()):
             raise CheckpointError(f"'{name}' gives NaN or Inf on '{items.task.name}'", hint="are its weights damaged?")
-        right += (logits.argmax(dim=-1) == labels).float().tolist()
-        reporter.advance(len(labels), f"{name} {items.task.name}")
-    return read_score({"items": right, "ids": items.ids, "metric": "accuracy"}, f"'{name}' on '{items.task.name}'")
+        hits += (logits.argmax(dim=-1) == labels).float().tolist()
+        progress.advance(len(labels), f"{name} {items.task.name}")
+    return read_score({"items": hits, "ids": items.ids, "metric": "accuracy"}, f"'{name}' on '{items.task.name}'")
 
 
 def batches(
@@ -384,67 +286,3 @@ def batches(
         finally:
             for future in ahead[1]:
                 future.cancel()
-
-
-def _config(model: Parts) -> Mapping[str, Any]:
-    """A model's config as a whole CLIP's."""
-    kind = model.config.get("model_type")
-    if kind == "clip" and isinstance(model.config.get("vision_config"), dict):
-        return model.config
-    if kind == "clip_vision_model":
-        return {"vision_config": model.config, "projection_dim": model.config.get("projection_dim", 512)}
-    what = f"a {kind} model" if kind else "a model without a config.json that says what it is"
-    raise ModelMergeError(
-        f"'{model.name}' is {what}, not CLIP",
-        hint="images are for CLIP models and their vision towers; others go with --script, or eval lm",
-    )
-
-
-def _side(processor: Mapping[str, Any]) -> int | None:
-    """Of the square images that a processor makes; None where it is not told."""
-    told = processor.get("crop_size") if processor.get("do_center_crop", True) else processor.get("size")
-    return told.get("height") if isinstance(told, Mapping) else told
-
-
-def _projection(model: Parts) -> Tensor:
-    if not model.holds(_PROJECTION):
-        raise CheckpointError(f"'{model.name}' has no {_PROJECTION}", hint="--base must be a whole CLIP model")
-    return model.tensors[_PROJECTION].float()
-
-
-def _filled(module: torch.nn.Module, model: Parts, front: str) -> torch.nn.Module:
-    """The module with the model's weights in it, every one of them, float32; `front` is where their names begin."""
-    state, held = {}, set(model.tensors)
-    for name, own in module.state_dict().items():
-        if name.endswith(_BUFFER):
-            continue
-        if front + name not in held:
-            raise CheckpointError(
-                f"'{model.name}' lacks the tensor '{front}{name}', which its config says it has",
-                hint="is it a CLIP model, saved whole?",
-            )
-        stored = model.tensors[front + name]
-        if stored.shape != own.shape:
-            raise CheckpointError(
-                f"'{model.name}': '{front}{name}' is {list(stored.shape)}, and its config says {list(own.shape)}"
-            )
-        state[name] = stored.float()
-    module.load_state_dict(state, strict=not any(name.endswith(_BUFFER) for name in module.state_dict()))
-    return module.float().eval()
-
-
-def _beside(source: Parts, files: Sequence[str], read: Any) -> Any:
-    """What lies beside a model's weights.
-
-    Raises:
-        ModelMergeError: It is not there, or cannot be read.
-    """
-    place = source.directory
-    if place is None or not any((place / file).exists() for file in files):
-        raise ModelMergeError(
-            f"'{source.name}' has no {' or '.join(files)} beside its weights", hint="copy it there from its base"
-        )
-    try:
-        return read(str(place))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelMergeError(f"{place}: its {files[0]} cannot be read: {error}") from error

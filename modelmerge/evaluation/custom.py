@@ -8,8 +8,8 @@ import inspect
 import random
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +19,9 @@ import numpy
 import torch
 
 from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.evaluation.bench import Bench, Models, Running, run
 from modelmerge.evaluation.model import Model
+from modelmerge.evaluation.report import ScoreReport
 from modelmerge.evaluation.scores import Score, read_score
 
 Metric = Callable[..., Any]  # (model) or (model, task) -> a score, or a mapping of tasks to scores
@@ -27,11 +29,45 @@ Metric = Callable[..., Any]  # (model) or (model, task) -> a score, or a mapping
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A function out of a file: what errors call it, and the digest of the file and of what it imports beside it."""
+    """A function out of a file, its label in errors, and the digest of the file and of what it imports beside it."""
 
     metric: Metric
     label: str
     digest: str
+
+
+def evaluate(
+    models: Models, running: Running, *, metric: Metric | str, tasks: Sequence[str] = (), key: str | None = None
+) -> ScoreReport:
+    """The scores of models at tasks, by a function that is given each model.
+
+    Args:
+        models: References of the models.
+        running: What all suites share. Python's, numpy's and torch's generators are seeded (0) before each call.
+        metric: A function, or `FILE:FUNCTION`. It is given a model (`Model` here: a mapping of tensor names to tensors
+            that are read when asked for, with `path`, `name` and `device`), and returns a score, or a mapping of tasks
+            to scores. A score is a number, more is better, or a mapping: `score` with `count` and `stderr`; `correct`
+            and `count`; or `items`, the score of each item, with `ids` if there are.
+        tasks: Call the function for each of these, as `metric(model, task)`; each is kept as soon as it is done.
+        key: With a function that is no `FILE:FUNCTION`: its name in the cache; without it, nothing is cached.
+
+    Returns:
+        The report.
+
+    Raises:
+        ModelMergeError: The function raises, or returns what is no score; see `modelmerge.errors` for other kinds.
+    """
+    script = metric if callable(metric) else load_script(metric)
+    if not isinstance(script, Script):
+        script = Script(script, getattr(script, "__name__", "metric"), key or "")
+    check_metric(script.metric, script.label, by_task=bool(tasks))
+    seed = running.seed or 0
+    bench = Bench(
+        suite="custom", about={"metric": {"function": script.label, "sha256": script.digest or None}},
+        tasks=tuple(tasks) or (None,), depends=(lambda task: script.digest) if script.digest else None,
+        measure=lambda model, task: measure(script.metric, script.label, model, task, seed),
+    )  # fmt: skip
+    return run(bench, models, replace(running, seed=seed))
 
 
 def load_script(text: str) -> Script:
@@ -45,10 +81,10 @@ def load_script(text: str) -> Script:
     if not colon or not where or not name.isidentifier():
         raise UsageError(f"--script '{text}' is not FILE:FUNCTION", hint="as in --script metric.py:accuracy")
     path = Path(where).expanduser().resolve()
-    dotted = all(part.isidentifier() for part in where.split(".")) and not where.endswith(".py")
+    is_module = all(part.isidentifier() for part in where.split(".")) and not where.endswith(".py")
     if path.is_file():
-        module = _run(path)
-    elif dotted:
+        module = _run_file(path)
+    elif is_module:
         module = _import(where)
     else:
         raise ModelMergeError(f"--script {where}: no such file")
@@ -76,7 +112,7 @@ def _import(name: str) -> ModuleType:
     return module
 
 
-def _run(file: Path) -> ModuleType:
+def _run_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"modelmerge_script_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise UsageError(f"--script {file}: not a Python file", hint="its name must end in .py")
@@ -109,9 +145,9 @@ def check_metric(metric: Metric, label: str, *, by_task: bool) -> None:
     try:
         inspect.signature(metric).bind(*([None, "task"] if by_task else [None]))
     except TypeError as error:
-        wanted = "(model, task)" if by_task else "(model)"
+        form = "(model, task)" if by_task else "(model)"
         raise UsageError(
-            f"{label} cannot be called with {wanted}: {error}",
+            f"{label} cannot be called with {form}: {error}",
             hint="with tasks named it is called for each, else once for a model",
         ) from error
     except ValueError:  # some callables have no signature to look at
@@ -126,9 +162,9 @@ def measure(metric: Metric, label: str, model: Model, task: str | None, seed: in
     Raises:
         ModelMergeError: It raises, or returns what is no score.
     """
-    seeded(seed)
+    seed_all(seed)
     try:
-        told = metric(model) if task is None else metric(model, task)
+        result = metric(model) if task is None else metric(model, task)
     except ModelMergeError:
         raise
     except (Exception, SystemExit) as error:
@@ -136,15 +172,15 @@ def measure(metric: Metric, label: str, model: Model, task: str | None, seed: in
         raise ModelMergeError(f"{label} failed on '{model.name}'{at}: {in_words(error)}") from error
     where = f"{label} on '{model.name}'"
     if task is not None:
-        return {task: read_score(told, f"{where}, '{task}'")}
-    if isinstance(told, Mapping) and not {"score", "items", "correct"} & told.keys():
-        if not told or not all(isinstance(name, str) and name for name in told):
-            raise ModelMergeError(f"{where} returned {'no scores' if not told else 'tasks that are no names'}")
-        return {name: read_score(each, f"{where}, '{name}'") for name, each in told.items()}
-    return {label.rpartition(":")[2]: read_score(told, where)}
+        return {task: read_score(result, f"{where}, '{task}'")}
+    if isinstance(result, Mapping) and not {"score", "items", "correct"} & result.keys():
+        if not result or not all(isinstance(name, str) and name for name in result):
+            raise ModelMergeError(f"{where} returned {'no scores' if not result else 'tasks that are no names'}")
+        return {name: read_score(each, f"{where}, '{name}'") for name, each in result.items()}
+    return {label.rpartition(":")[2]: read_score(result, where)}
 
 
-def seeded(seed: int) -> None:
+def seed_all(seed: int) -> None:
     """Seed Python's, numpy's and torch's generators."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)

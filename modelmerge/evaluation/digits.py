@@ -40,9 +40,9 @@ _BATCH = 64
 
 
 def _stripe(images: Tensor) -> Tensor:
-    striped = images.clone()
-    striped[:, 1::2] = 1 - striped[:, 1::2]
-    return striped
+    stripes = images.clone()
+    stripes[:, 1::2] = 1 - stripes[:, 1::2]
+    return stripes
 
 
 # No two views differ by a half turn: a 6 in the one would be a 9 in the other.
@@ -106,13 +106,13 @@ class _Layer(nn.Module):
         self.fc2 = nn.Linear(2 * _HIDDEN, _HIDDEN)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        normed = self.layer_norm1(tokens)
+        inputs = self.layer_norm1(tokens)
         query, key, value = (
-            projection(normed).unflatten(2, (_HEADS, -1)).transpose(1, 2)
+            projection(inputs).unflatten(2, (_HEADS, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = functional.scaled_dot_product_attention(query, key, value)
-        tokens = tokens + self.out_proj(attended.transpose(1, 2).flatten(2))
+        heads = functional.scaled_dot_product_attention(query, key, value)
+        tokens = tokens + self.out_proj(heads.transpose(1, 2).flatten(2))
         grown: Tensor = self.fc2(functional.gelu(self.fc1(self.layer_norm2(tokens))))
         return tokens + grown
 
@@ -127,8 +127,8 @@ class _Embeddings(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = images.unfold(1, _PATCH, _PATCH).unfold(2, _PATCH, _PATCH).reshape(-1, _PATCHES, _PATCH * _PATCH)
-        embedded: Tensor = self.patch(patches)
-        return embedded + self.position
+        tokens: Tensor = self.patch(patches)
+        return tokens + self.position
 
 
 class _Encoder(nn.Module):
@@ -142,8 +142,8 @@ class _Encoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         for layer in self.layers:
             tokens = layer(tokens)
-        pooled: Tensor = self.layer_norm(tokens.mean(1))
-        return pooled
+        image: Tensor = self.layer_norm(tokens.mean(1))
+        return image
 
 
 class _Network(nn.Module):
@@ -161,8 +161,8 @@ class _Network(nn.Module):
 
     def forward(self, images: Tensor, owners: Tensor) -> Tensor:
         scores = self.classifier(self.encoder(self.embeddings(images))).unflatten(1, (len(TASKS), _DIGITS))
-        own: Tensor = scores[torch.arange(len(images)), owners]
-        return own
+        answers: Tensor = scores[torch.arange(len(images)), owners]
+        return answers
 
 
 def load_tasks(seed: int = 0) -> dict[str, Task]:
@@ -209,7 +209,7 @@ def train_base(tasks: Mapping[str, Task], *, seed: int = 0, on_step: OnStep | No
     images = torch.cat([task.train_x[shots] for task in tasks.values()])
     owners = torch.tensor([task.index for task in tasks.values()]).repeat_interleave(len(shots))
     network = _build(seed)
-    optimizer = torch.optim.Adam(_trained(network), lr=_BASE_RATE)
+    optimizer = torch.optim.Adam(_trainable(network), lr=_BASE_RATE)
     return _train(network, optimizer, images, labels[shots].repeat(len(tasks)), owners, _BASE_STEPS, seed, on_step)
 
 
@@ -229,7 +229,7 @@ def train_expert(base: Mapping[str, Tensor], task: Task, *, seed: int = 0, on_st
     network.load_state_dict(base)
     # Plain momentum, for Adam moves every weight about as far as any other: its task vectors have no large entries
     # for the trimming methods (TIES, APGD) to keep.
-    optimizer = torch.optim.SGD(_trained(network), lr=_EXPERT_RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(_trainable(network), lr=_EXPERT_RATE, momentum=0.9)
     owners = torch.full_like(task.train_y, task.index)
     return _train(network, optimizer, task.train_x, task.train_y, owners, _EXPERT_STEPS, seed, on_step)
 
@@ -276,7 +276,7 @@ def _build(seed: int) -> _Network:
         return _Network()
 
 
-def _trained(network: _Network) -> list[nn.Parameter]:
+def _trainable(network: _Network) -> list[nn.Parameter]:
     return [weight for weight in network.parameters() if weight.requires_grad]
 
 

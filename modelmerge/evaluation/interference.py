@@ -1,6 +1,6 @@
 """How task vectors get in one another's way, as numbers: the statistics of the papers, torch in, numbers out.
 
-Shapes: T experts' task vectors of a tensor, [T, *shape]; of a matrix, [T, m, n]; `merged` is one more task vector.
+Shapes: T experts' task vectors of a tensor, [T, *shape]; of a matrix, [T, m, n]; `merge` is one more task vector.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modelmerge.methods import linalg, presence
+from modelmerge.methods import apgd, linalg, presence
 from modelmerge.methods.contract import Context
-from modelmerge.methods.merge import apgd
+from modelmerge.methods.merge import apgd as merge_apgd
 from modelmerge.methods.transform import awd
 
 # Of the merged matrix, so much may lie outside of the subspace that counts as its own (Marczak et al.).
@@ -31,7 +31,7 @@ def sign_counts(taus: Tensor) -> Tensor:
     return torch.stack([((up + down) > 0).sum(), both, up.sum() + down.sum(), fewer.sum()])
 
 
-def expected_rounding(stored: Tensor, dtype: torch.dtype) -> float:
+def expected_rounding(values: Tensor, dtype: torch.dtype) -> float:
     """The squared distance that rounding to a 16-bit dtype put between values like these and the exact ones, expected.
 
     A value is rounded to a grid whose step is fixed by its exponent; the error is taken as even over a step, whose
@@ -40,24 +40,24 @@ def expected_rounding(stored: Tensor, dtype: torch.dtype) -> float:
     """
     digits = {torch.float16: 11, torch.bfloat16: 8}[dtype]
     smallest = {torch.float16: -13, torch.bfloat16: -125}[dtype]  # exponent of the smallest normal number
-    exponents = torch.where(stored == 0, smallest, torch.frexp(stored).exponent.clamp(min=smallest)) - digits
+    exponents = torch.where(values == 0, smallest, torch.frexp(values).exponent.clamp(min=smallest)) - digits
     return float(torch.pow(4.0, exponents.double()).sum()) / 12.0
 
 
-def subspace_alignment(taus: Tensor, merged: Tensor) -> Tensor:
-    """The subspace alignment ratio of each of [T, m, n] with `merged` [m, n], float64 [T]; NaN for a zero matrix.
+def subspace_alignment(taus: Tensor, merge: Tensor) -> Tensor:
+    """The subspace alignment ratio of each of [T, m, n] with `merge` [m, n], float64 [T]; NaN for a zero matrix.
 
-    `||P tau_i|| / ||tau_i||`, P the projection on the first k left singular vectors of `merged`, as few as leave no
+    `||P tau_i|| / ||tau_i||`, P the projection on the first k left singular vectors of `merge`, as few as leave no
     more than 5 % of its norm outside (Marczak et al., ICML 2025, arXiv 2502.04959).
     """
     norms = torch.linalg.vector_norm(taus, dim=(1, 2), dtype=torch.float64)
-    left, values, _ = linalg.leading_triplets(merged, min(merged.shape))
+    basis, values, _ = linalg.leading_triplets(merge, min(merge.shape))
     if not len(values):
         return torch.full_like(norms, torch.nan)
     squares = values.square()
     outside = squares.sum() - squares.cumsum(0)
     rank = int((outside > SUBSPACE_ERROR**2 * squares.sum()).sum()) + 1
-    basis = left[:, :rank].T.to(taus.dtype).contiguous()
+    basis = basis[:, :rank].T.to(taus.dtype).contiguous()
     inside = torch.stack([torch.linalg.vector_norm(basis @ tau, dtype=torch.float64) for tau in taus])
     return inside / norms
 
@@ -67,29 +67,27 @@ def singular_interference(taus: Tensor) -> tuple[float, float]:
 
     `||(U^T U - I) S (V V^T - I)||_1` over all entries: U [m, k], S and V [k, n] are the first min(m, n) / T singular
     triplets of each task vector, side by side; zero where all are orthogonal (Gargiulo et al., CVPR 2025, arXiv
-    2412.00081). Directions that a task vector lacks take no part (`_linalg.SUPPORT`).
+    2412.00081). Directions that a task vector lacks take no part (`linalg.SUPPORT`).
     """
     rank = max(min(taus.shape[1:]) // len(taus), 1)
-    found = [linalg.quick_triplets(tau, rank) for tau in taus if bool(tau.any())]
-    if not found:
+    triplets = [linalg.quick_triplets(tau, rank) for tau in taus if bool(tau.any())]
+    if not triplets:
         return 0.0, 0.0
-    left, values, right = (
-        torch.cat(parts, dim=d) for parts, d in zip(zip(*found, strict=True), (1, 0, 0), strict=True)
-    )
-    identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
-    crossing = ((left.T @ left - identity) * values) @ (right @ right.T - identity)
+    u, s, v = (torch.cat(parts, dim=d) for parts, d in zip(zip(*triplets, strict=True), (1, 0, 0), strict=True))
+    identity = torch.eye(len(s), dtype=s.dtype, device=s.device)
+    crossing = ((u.T @ u - identity) * s) @ (v @ v.T - identity)
     interference = float(crossing.abs().sum())
-    return interference, interference / float(values.sum())
+    return interference, interference / float(s.sum())
 
 
-def gap(taus: Tensor, merged: Tensor) -> float:
-    """APGD's objective for any merged task vector: `sum_j ||<tau_j, merged - tau_j>||^2`, inner products by row.
+def gap(taus: Tensor, merge: Tensor) -> float:
+    """APGD's objective for any merged task vector: `sum_j ||<tau_j, merge - tau_j>||^2`, inner products by row.
 
-    From [T, m, n] and [m, n]; in the optimiser's own terms, `merged` being a task with a factor of one and the
+    From [T, m, n] and [m, n]; in the optimiser's own terms, `merge` being a task with a factor of one and the
     others with none (Wei et al., ICML 2025, arXiv 2501.01230).
     """
-    rows = apgd.side_by_side(torch.cat([taus, merged[None]]), apgd.Options())
-    errors = apgd.wanted(rows, [0.0] * len(taus) + [1.0])[:, : len(taus)]
+    rows = apgd.rows_of(torch.cat([taus, merge[None]]))
+    errors = apgd.targets(rows, [0.0] * len(taus) + [1.0])[:, : len(taus)]
     return float(errors.double().square().sum())
 
 
@@ -98,16 +96,15 @@ def apgd_gaps(taus: Tensor, base: Tensor, tensor: str) -> tuple[float, float]:
 
     `base` is `theta_0` [m, n].
     """
-    options = apgd.Options()
+    options = merge_apgd.Options()
     context = Context(tensor=tensor, weights=(1.0,) * len(taus), base=base.float())
-    changed = presence.changed(taus, context)
-    if not changed:
+    present = presence.changed(taus, context)
+    if not present:
         return 0.0, 0.0
-    vectors = taus[list(changed)]
-    lambdas = apgd.task_lambdas(vectors, list(changed.values()), [1.0] * len(changed), options)
+    vectors = taus[list(present)]
+    lambdas = apgd.task_lambdas(vectors, list(present.values()), [1.0] * len(present), options)
     start = torch.tensordot(torch.tensor(lambdas, dtype=taus.dtype, device=taus.device), vectors, dims=1)
-    solved = apgd.apply(taus, options, context)
-    return gap(taus, start), gap(taus, solved)
+    return gap(taus, start), gap(taus, merge_apgd.apply(taus, options, context))
 
 
 def orthogonality(grams: Tensor) -> Tensor:

@@ -20,26 +20,26 @@ class Model(Mapping[str, Tensor]):
     dtypes.
 
     Args:
-        opened: The model, its weights on this machine.
-        base: The base, where `opened` is an adapter or a task vector of it, or shall be seen by the base's names.
+        checkpoint: The model, its weights on this machine.
+        base: The base, where `checkpoint` is an adapter or a task vector of it, or shall be seen by the base's names.
         device: Where a function that computes should do it; the tensors are on the CPU.
     """
 
     def __init__(
-        self, opened: Checkpoint, base: Checkpoint | None, device: torch.device, *, onto_base: bool = False
+        self, checkpoint: Checkpoint, base: Checkpoint | None, device: torch.device, *, onto_base: bool = False
     ) -> None:
-        self.name = opened.name
-        self.reference = opened.reference.text
-        self.path = opened.reference.path  # a directory with config and tokenizer, or a lone file of weights
+        self.name = checkpoint.name
+        self.reference = checkpoint.reference.text
+        self.path = checkpoint.reference.path  # a directory with config and tokenizer, or a lone file of weights
         self.device = device
-        self.opened = opened
+        self.checkpoint = checkpoint
         self._source: Source | None = None
         self.base = base
         self.base_path = base.reference.path if base is not None else None
-        if opened.vector is not None or onto_base:
+        if checkpoint.vector is not None or onto_base:
             assert base is not None, "a change needs what it changes"
-            made = make_plan(base, [opened])
-            self._source = Source(made, torch.device("cpu"), 1)
+            plan = make_plan(base, [checkpoint])
+            self._source = Source(plan, torch.device("cpu"), 1)
 
     def check(self) -> None:
         """Make sure that its files are what they were when it was opened.
@@ -47,25 +47,25 @@ class Model(Mapping[str, Tensor]):
         Raises:
             CheckpointError: One has changed since.
         """
-        self.opened.digests()
+        self.checkpoint.digests()
 
     def __getitem__(self, tensor: str) -> Tensor:
         if self._source is None:
-            if tensor not in self.opened.tensors:
+            if tensor not in self.checkpoint.tensors:
                 raise KeyError(tensor)
-            return read_tensor(self.opened, tensor)
-        planned = self._source.plan.tensors[tensor]
-        if planned.action == "copy" or not planned.numel:
+            return read_tensor(self.checkpoint, tensor)
+        plan = self._source.plan.tensors[tensor]
+        if plan.action == "copy" or not plan.numel:
             return read_tensor(self._source.plan.base, tensor)
-        own = self._source.plan.experts[0]
-        info = own.tensors.get(tensor)
-        if info is not None and info.change is None and info.shape == planned.shape:
-            return read_tensor(own, tensor)  # as it is, not by way of a difference
-        _, theta_0, taus = whole(self._source, planned, check=True)
-        return (theta_0 + taus[0]).to(TORCH_DTYPES[planned.dtype])
+        expert = self._source.plan.experts[0]
+        info = expert.tensors.get(tensor)
+        if info is not None and info.change is None and info.shape == plan.shape:
+            return read_tensor(expert, tensor)  # as it is, not by way of a difference
+        _, theta_0, taus = whole(self._source, plan, check=True)
+        return (theta_0 + taus[0]).to(TORCH_DTYPES[plan.dtype])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.opened.tensors if self._source is None else self._source.plan.tensors)
+        return iter(self.checkpoint.tensors if self._source is None else self._source.plan.tensors)
 
     def __len__(self) -> int:
-        return len(self.opened.tensors if self._source is None else self._source.plan.tensors)
+        return len(self.checkpoint.tensors if self._source is None else self._source.plan.tensors)

@@ -10,8 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.evaluation.report import (
+    Difference,
+    GateResult,
+    ModelDifferences,
+    ModelRow,
+    ScoreEntry,
+    ScoreReport,
+)
 
-_KEYS = ("score", "correct", "items", "count", "stderr", "ids", "metric")  # of a score that is told as a mapping
+_KEYS = ("score", "correct", "items", "count", "stderr", "ids", "metric")  # of a score that is a mapping
 _EXACT = 1000  # so many discordant items are counted exactly; more are as good as normal
 
 
@@ -19,9 +27,9 @@ _EXACT = 1000  # so many discordant items are counted exactly; more are as good 
 class Score:
     """How well a model does at a task; more is better, except where `lower` is set.
 
-    `value` is None where there is none to tell, as of a correlation with what is constant. `count` items were looked
-    at; `stderr` is the standard error over the draw of the items; `items` are the scores of each, and `ids` what they
-    are called, where they are known; `metric` is what the number is, and `figures` are those of other metrics.
+    `value` is None where there is no number, as of a correlation with a constant. `count` is the number of items,
+    `stderr` the standard error over the draw of the items. `items` are the scores of each, and `ids` their names.
+    `metric` is the name of the number, and `figures` are those of other metrics.
     """
 
     value: float | None
@@ -33,22 +41,27 @@ class Score:
     lower: bool = False
     figures: Mapping[str, float | None] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ScoreEntry:
         """As plain data; `lower` and `figures` only where they say something."""
-        told: dict[str, Any] = {
+        entry: ScoreEntry = {
             "score": self.value, "count": self.count, "stderr": self.stderr, "metric": self.metric,
         }  # fmt: skip
-        lists = {"items": self.items, "ids": self.ids}
-        told |= {name: list(values) for name, values in lists.items() if values is not None}
-        told |= {"lower": True} if self.lower else {}
-        return told | ({"figures": dict(self.figures)} if self.figures is not None else {})
+        if self.items is not None:
+            entry["items"] = list(self.items)
+        if self.ids is not None:
+            entry["ids"] = list(self.ids)
+        if self.lower:
+            entry["lower"] = True
+        if self.figures is not None:
+            entry["figures"] = dict(self.figures)
+        return entry
 
 
-def read_score(told: Any, where: str) -> Score:
+def read_score(result: Any, where: str) -> Score:
     """The score that somebody's function returned.
 
     Args:
-        told: A number; or a mapping with `items`, the score of each item (their mean is the score); or with `correct`
+        result: A number; or a mapping with `items`, the score of each item (their mean is the score); or with `correct`
             and `count` (their ratio); or with `score` and, if known, `count` and `stderr`. `metric` names the number,
             and `ids` the items.
         where: What errors call it.
@@ -56,20 +69,20 @@ def read_score(told: Any, where: str) -> Score:
     Raises:
         ModelMergeError: It is none of these, or not finite.
     """
-    if not isinstance(told, Mapping):
-        return Score(value=_number(told, where))
-    odd = [key for key in told if key not in _KEYS]
-    ways = [key for key in ("items", "correct", "score") if told.get(key) is not None]
+    if not isinstance(result, Mapping):
+        return Score(value=_number(result, where))
+    odd = [key for key in result if key not in _KEYS]
+    ways = [key for key in ("items", "correct", "score") if result.get(key) is not None]
     if odd or not ways:
         raise ModelMergeError(
             f"{where}: {'unknown key ' + repr(odd[0]) if odd else 'no score in it'}",
             hint=f"a score is a number, or a mapping with some of: {', '.join(_KEYS)}",
         )
-    metric, ids = str(told.get("metric") or "score"), told.get("ids")
-    count = None if told.get("count") is None else _count(told["count"], where)
-    stderr = None if told.get("stderr") is None else _number(told["stderr"], f"{where}, stderr")
+    metric, ids = str(result.get("metric") or "score"), result.get("ids")
+    count = None if result.get("count") is None else _count(result["count"], where)
+    stderr = None if result.get("stderr") is None else _number(result["stderr"], f"{where}, stderr")
     if ways[0] == "items":
-        items = tuple(_number(item, f"{where}, item {i}") for i, item in enumerate(told["items"]))
+        items = tuple(_number(item, f"{where}, item {i}") for i, item in enumerate(result["items"]))
         if not items:
             raise ModelMergeError(f"{where}: there are no items", hint="is the data set empty?")
         if ids is not None and len(ids) != len(items):
@@ -80,14 +93,14 @@ def read_score(told: Any, where: str) -> Score:
             ids=None if ids is None else tuple(map(str, ids)),
         )  # fmt: skip
     if ways[0] == "correct":
-        correct = _number(told["correct"], f"{where}, correct")
+        correct = _number(result["correct"], f"{where}, correct")
         if not count or not 0 <= correct <= count:
             raise ModelMergeError(
                 f"{where}: {correct:g} correct of {count}", hint="give correct and count of all items"
             )
         share = correct / count
         return Score(value=share, count=count, stderr=math.sqrt(share * (1 - share) / count), metric=metric)
-    return Score(value=_number(told["score"], where), count=count, stderr=stderr, metric=metric)
+    return Score(value=_number(result["score"], where), count=count, stderr=stderr, metric=metric)
 
 
 def _number(value: Any, where: str) -> float:
@@ -95,7 +108,7 @@ def _number(value: Any, where: str) -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ModelMergeError(
-            f"{where}: {_shown(value)} is no number", hint="return a number, or a mapping of tasks to numbers"
+            f"{where}: {_text(value)} is no number", hint="return a number, or a mapping of tasks to numbers"
         )
     if not math.isfinite(value):
         raise ModelMergeError(f"{where}: the score is {value}", hint="a score must be a finite number")
@@ -109,7 +122,7 @@ def _count(value: Any, where: str) -> int:
     return int(number)
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
@@ -118,8 +131,14 @@ def plain(name: str) -> str:
     return re.sub(r"[\W_]+", " ", name).strip().lower()
 
 
+def listing(names: Sequence[str], count: int = 6) -> str:
+    """The first few of the names, in quotes."""
+    text = ", ".join(f"'{name}'" for name in names[:count])
+    return f"{text} and {len(names) - count} more" if len(names) > count else text
+
+
 def summarise(
-    tasks: Sequence[str], models: Sequence[dict[str, Any]], experts: Mapping[str, str] | None = None
+    tasks: Sequence[str], models: Sequence[ModelRow], experts: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Add to each model its `average`, its standard error, and scores `normalised` by the task's expert, in place.
 
@@ -127,34 +146,34 @@ def summarise(
     is the mean over the tasks that have one. Tasks where less is better are in neither mean; a model that lacks a
     score, whose mean would be over fewer tasks than that of others, has none. Returned is each task's expert.
     """
-    known = {plain(model["name"]): model for model in models if model["role"] == "expert"}
-    own = {task: known.get(plain((experts or {}).get(task, task))) for task in tasks}
+    by_name = {plain(model["name"]): model for model in models if model["role"] == "expert"}
+    owners = {task: by_name.get(plain((experts or {}).get(task, task))) for task in tasks}
     for model in models:
-        scores, shares = {task: model["scores"][task] for task in tasks}, []
-        for task, told in scores.items():
-            expert = own[task]
-            best = expert["scores"][task]["score"] if expert is not None and not told.get("lower") else None
-            told["normalised"] = told["score"] / best if best and told["score"] is not None else None
-            shares += [told["normalised"]] if best else []
-        counted = [told for told in scores.values() if not told.get("lower")]
-        model["average"] = mean([told["score"] for told in counted])
+        shares = []
+        for task, owner in owners.items():
+            score = model["scores"][task]
+            best = owner["scores"][task]["score"] if owner is not None and not score.get("lower") else None
+            score["normalised"] = score["score"] / best if best and score["score"] is not None else None
+            shares += [score["normalised"]] if best else []
+        rising = [model["scores"][task] for task in tasks if not model["scores"][task].get("lower")]
+        model["average"] = mean([score["score"] for score in rising])
         model["average_stderr"] = None
         if model["average"] is not None:
-            model["average_stderr"] = _mean_error([told["stderr"] for told in counted])
+            model["average_stderr"] = mean_error([score["stderr"] for score in rising])
         model["normalised"] = mean(shares)
-    return {task: expert["name"] for task, expert in own.items() if expert is not None}
+    return {task: owner["name"] for task, owner in owners.items() if owner is not None}
 
 
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean; None where a value is missing, or all are."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
+    numbers = [value for value in values if value is not None]
+    return statistics.fmean(numbers) if numbers and len(numbers) == len(values) else None
 
 
-def _mean_error(errors: Sequence[float | None]) -> float | None:
+def mean_error(errors: Sequence[float | None]) -> float | None:
     """The standard error of a mean of independent numbers with these; None where one is unknown."""
-    known = [error for error in errors if error is not None]
-    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
+    numbers = [error for error in errors if error is not None]
+    return math.hypot(*numbers) / len(numbers) if numbers and len(numbers) == len(errors) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +208,9 @@ def parse_gate(text: str) -> Gate:
 def check_gates(
     gates: Sequence[Gate],
     tasks: Sequence[str],
-    models: Sequence[Mapping[str, Any]],
+    models: Sequence[ModelRow],
     experts: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> GateResult:
     """Whether the models that are no base and no expert reach every gate, and where they do not.
 
     A value that there is none of reaches no gate. `experts` as for `summarise`.
@@ -199,7 +218,7 @@ def check_gates(
     Raises:
         UsageError: A gate names no task, or what was not measured.
     """
-    failures = []
+    failures: list[dict[str, Any]] = []
     least = [task for task in tasks if not models[0]["scores"][task].get("lower")]
     for gate in gates:
         if gate.what not in ("avg", "normalized", *tasks):
@@ -216,7 +235,7 @@ def check_gates(
             if gate.what == "avg":
                 value = model["average"]
             elif gate.what == "normalized":
-                value = _normalised(model, least, experts or {})
+                value = _normalised_average(model, least, experts or {})
             else:
                 value = model["scores"][gate.what]["score"]
             if value is None or value < gate.least:
@@ -224,9 +243,9 @@ def check_gates(
     return {"gates": [str(gate) for gate in gates], "passed": not failures, "failures": failures}
 
 
-def _normalised(model: Mapping[str, Any], tasks: Sequence[str], experts: Mapping[str, str]) -> float | None:
+def _normalised_average(model: ModelRow, tasks: Sequence[str], experts: Mapping[str, str]) -> float | None:
     scores = {task: model["scores"][task] for task in tasks}
-    lacking = [task for task, told in scores.items() if told["normalised"] is None and told["score"] is not None]
+    lacking = [t for t, score in scores.items() if score["normalised"] is None and score["score"] is not None]
     if lacking:
         name = experts.get(lacking[0], lacking[0])
         raise UsageError(
@@ -236,15 +255,15 @@ def _normalised(model: Mapping[str, Any], tasks: Sequence[str], experts: Mapping
     return model["normalised"]
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
+def differences(ours: ScoreReport, theirs: ScoreReport) -> list[ModelDifferences]:
     """The differences of our models to theirs of the same name, or of the only one here to the only one there.
 
     Raises:
         UsageError: No model or no task is in both.
     """
     mine, other = ([m for m in report["models"] if m["role"] == "model"] for report in (ours, theirs))
-    named = {model["name"]: model for model in theirs["models"]}
-    pairs = [(model, named[model["name"]]) for model in ours["models"] if model["name"] in named]
+    by_name = {model["name"]: model for model in theirs["models"]}
+    pairs = [(model, by_name[model["name"]]) for model in ours["models"] if model["name"] in by_name]
     if not any(model["role"] == "model" for model, _ in pairs) and len(mine) == len(other) == 1:
         pairs.append((mine[0], other[0]))
     tasks = [task for task in ours["tasks"] if task in theirs["tasks"]]
@@ -257,31 +276,25 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict
     return [_of_pair(model, before, tasks, same_items=same) for model, before in pairs]
 
 
-def _of_pair(
-    model: Mapping[str, Any], before: Mapping[str, Any], tasks: Sequence[str], *, same_items: bool
-) -> dict[str, Any]:
-    found = {}
+def _of_pair(model: ModelRow, before: ModelRow, tasks: Sequence[str], *, same_items: bool) -> ModelDifferences:
+    steps = {}
     for task in tasks:
         ours, theirs = model["scores"][task], before["scores"][task]
         if ours["metric"] != theirs["metric"]:
             raise UsageError(f"--compare: '{task}' is {ours['metric']} here, and {theirs['metric']} there")
-        found[task] = _difference(ours, theirs, same_items)
-    counted = [told for task, told in found.items() if not model["scores"][task].get("lower")]
-    average = mean([told["difference"] for told in counted])
-    error = _mean_error([told["stderr"] for told in counted])
+        steps[task] = _difference(ours, theirs, same_items)
+    rising = [step for task, step in steps.items() if not model["scores"][task].get("lower")]
+    average, error = mean([step["difference"] for step in rising]), mean_error([step["stderr"] for step in rising])
+    p = None if average is None else _two_sided(average, error)
     return {
         "model": model["name"],
         "other": before["name"],
-        "tasks": found,
-        "average": {
-            "difference": average,
-            "stderr": error,
-            "p": None if average is None else _two_sided(average, error),
-        },
+        "tasks": steps,
+        "average": {"difference": average, "stderr": error, "p": p},
     }
 
 
-def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], same_items: bool) -> dict[str, Any]:
+def _difference(ours: ScoreEntry, theirs: ScoreEntry, same_items: bool) -> Difference:
     """Ours less theirs, its standard error, and how likely so much is by chance (two-sided p).
 
     Paired where the items are the same: those with the same ids, or, without any, as many by the same function. Items
@@ -293,8 +306,8 @@ def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], same_items: 
     mine, other = ours.get("items") or [], theirs.get("items") or []
     same = ours.get("ids") == theirs.get("ids") and (same_items or ours.get("ids") is not None)
     if not mine or len(mine) != len(other) or not same:
-        known = [score["stderr"] for score in (ours, theirs) if score["stderr"] is not None]
-        error = math.hypot(*known) if len(known) == 2 else None
+        errors = [score["stderr"] for score in (ours, theirs) if score["stderr"] is not None]
+        error = math.hypot(*errors) if len(errors) == 2 else None
         return {"difference": difference, "stderr": error, "p": _two_sided(difference, error), "paired": False}
     steps = [a - b for a, b in zip(mine, other, strict=True)]
     error = statistics.stdev(steps) / math.sqrt(len(steps)) if len(steps) > 1 else None
@@ -303,13 +316,13 @@ def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], same_items: 
     return {"difference": difference, "stderr": error, "p": p, "paired": True}
 
 
-def mcnemar(gained: int, lost: int) -> float:
+def mcnemar(gains: int, losses: int) -> float:
     """The two-sided p of so many items gained and lost, were both equally likely (McNemar 1947; exact: binomial)."""
-    discordant, fewer = gained + lost, min(gained, lost)
+    discordant, fewer = gains + losses, min(gains, losses)
     if not discordant:
         return 1.0
     if discordant > _EXACT:
-        return math.erfc(max(abs(gained - lost) - 1, 0) / math.sqrt(2 * discordant))
+        return math.erfc(max(abs(gains - losses) - 1, 0) / math.sqrt(2 * discordant))
     return min(1.0, 2 * sum(math.comb(discordant, k) for k in range(fewer + 1)) / 2**discordant)
 
 

@@ -28,10 +28,10 @@ def pair(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Pair]:
 
 def rho(pairs: Sequence[Pair]) -> float:
     """Spearman's rank correlation; NaN where all numbers, or all labels, are the same."""
-    written, labels = (numpy.array(values) for values in zip(*pairs, strict=True))
-    if numpy.ptp(written) == 0 or numpy.ptp(labels) == 0:
+    numbers, labels = (numpy.array(values) for values in zip(*pairs, strict=True))
+    if numpy.ptp(numbers) == 0 or numpy.ptp(labels) == 0:
         return math.nan
-    return float(numpy.corrcoef(rankdata(written), rankdata(labels))[0, 1])
+    return float(numpy.corrcoef(rankdata(numbers), rankdata(labels))[0, 1])
 
 
 def _number(text: str) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.errors import ModelMergeError, PlanError
-from modelmerge.evaluation.custom import Script, in_words, seeded
+from modelmerge.evaluation.custom import Script, in_words, seed_all
 from modelmerge.evaluation.model import Model
 
 
@@ -31,19 +31,19 @@ def classifier_of(script: Script, expert: Model, size: int, seed: int) -> tuple[
         ModelMergeError: The function raises, or returns something else.
     """
     where = f"{script.label} for '{expert.name}'"
-    seeded(seed)
+    seed_all(seed)
     try:
-        told = script.metric(expert)
+        result = script.metric(expert)
     except ModelMergeError:
         raise
     except (Exception, SystemExit) as error:
         raise ModelMergeError(f"{script.label} failed on '{expert.name}': {in_words(error)}") from error
-    if not isinstance(told, tuple) or len(told) != 2 or not isinstance(told[0], torch.nn.Module):
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], torch.nn.Module):
         raise ModelMergeError(
-            f"{where} returned {type(told).__name__}, which is not what was asked for",
+            f"{where} returned {type(result).__name__}, which is not what was asked for",
             hint="return (module, inputs): a torch.nn.Module that gives logits, and its unlabelled inputs",
         )
-    return told[0], batches(told[1], size, seed, expert.name, where)
+    return result[0], batches(result[1], size, seed, expert.name, where)
 
 
 def batches(inputs: Any, size: int, seed: int, name: str, where: str) -> Iterator[Any]:
@@ -113,28 +113,29 @@ def predictor(
     """
 
     def predict() -> Tensor:
-        batch = _moved(next(batches), device)
+        batch = _on_device(next(batches), device)
         try:
             if isinstance(batch, Mapping):
-                told = module(**batch)
+                output = module(**batch)
             else:
-                told = module(*batch) if isinstance(batch, tuple | list) else module(batch)
+                output = module(*batch) if isinstance(batch, tuple | list) else module(batch)
         except Exception as error:
             raise ModelMergeError(f"{where}: its module fails on its inputs: {in_words(error)}") from error
-        logits = told["logits"] if isinstance(told, Mapping) and "logits" in told else getattr(told, "logits", told)
+        in_mapping = isinstance(output, Mapping) and "logits" in output
+        logits = output["logits"] if in_mapping else getattr(output, "logits", output)
         if not isinstance(logits, Tensor):
-            raise ModelMergeError(f"{where}: its module returns {type(told).__name__}", hint="it must return logits")
+            raise ModelMergeError(f"{where}: its module returns {type(output).__name__}", hint="it must return logits")
         return logits
 
     return predict
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def _on_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: _moved(each, device) for name, each in batch.items()}
-    return type(batch)(_moved(each, device) for each in batch) if type(batch) in (tuple, list) else batch
+        return {name: _on_device(each, device) for name, each in batch.items()}
+    return type(batch)(_on_device(each, device) for each in batch) if type(batch) in (tuple, list) else batch
 
 
 def names_in(keys: Collection[str], tensors: Collection[str], where: str) -> dict[str, str]:
@@ -143,16 +144,16 @@ def names_in(keys: Collection[str], tensors: Collection[str], where: str) -> dic
     Raises:
         PlanError: Two prefixes would do.
     """
-    found = {"": {name: name for name in tensors if name in keys}}
+    by_prefix = {"": {name: name for name in tensors if name in keys}}
     for name in tensors:
         for key in keys:
             if key.endswith(f".{name}"):
-                found.setdefault(key.removesuffix(name), {})[name] = key
-    most = max(map(len, found.values()))
-    best = [prefix for prefix, names in found.items() if len(names) == most]
+                by_prefix.setdefault(key.removesuffix(name), {})[name] = key
+    most = max(map(len, by_prefix.values()))
+    best = [prefix for prefix, names in by_prefix.items() if len(names) == most]
     if most and len(best) > 1:
         raise PlanError(
             f"{where}: its module has the checkpoint's tensors twice: behind '{best[0]}' and '{best[1]}'",
             hint="return a module that holds the model once",
         )
-    return found[best[0]]
+    return by_prefix[best[0]]

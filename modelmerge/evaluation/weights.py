@@ -1,42 +1,157 @@
 """Merged weights beside the experts': cosines, distances, conflicts of signs and of subspaces, rounding. Needs no data.
 
-One pass over the tensors. All of it is a sum over tensors, or a mean over matrices, so that it is told of the model, of
-each type of layer and of each tensor alike. It explains conflicts; it does not predict accuracy.
+One pass over the tensors. All figures are sums over tensors or means over matrices, so that the model, each type of
+layer and each tensor have the same ones. They explain conflicts; they do not predict accuracy.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.header import HALF_DTYPES
+from modelmerge.checkpoint.opening import as_references, open_references
+from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
+from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_experts
+from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import TORCH_DTYPES, Loader, Piece, piece_bytes, wholes
-from modelmerge.engine.parallel import gathered, threads
-from modelmerge.engine.transforms import entanglement_of
+from modelmerge.engine.parallel import gathered, prepare_process, source_of, threads
+from modelmerge.errors import UsageError
 from modelmerge.evaluation import interference
+from modelmerge.evaluation.bench import Models, Running, merge_inputs
+from modelmerge.evaluation.report import Closeness, Figures, FigureTables, ModelFigures, WeightReport
 from modelmerge.methods.transform import awd
-from modelmerge.plan.tensors import TensorPlan, layer_type
+from modelmerge.plan.downloads import fetch
+from modelmerge.plan.tensors import ON_MISMATCH, TensorPlan, layer_type, make_plan
 from modelmerge.progress import Reporter
+from modelmerge.record.manifest import record, remarks, stamp
 
 REMARK = "These figures explain where experts conflict and what a merge kept of each; they do not predict accuracy."
 
 
+def evaluate(
+    models: Models,
+    running: Running,
+    *,
+    per_layer: bool = False,
+    decompose: bool = True,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    on_mismatch: str = "error",
+) -> WeightReport:
+    """How the weights of merged models stand to those of the experts, in one pass over the tensors.
+
+    Args:
+        models: References of the models.
+        running: What all suites share; of it, base, experts, device and progress. Where base or experts are not named,
+            a merge's own `modelmerge.json` names them.
+        per_layer: Give the figures of each tensor too, not only of the model and of each type of layer.
+        decompose: Also find what takes decompositions of matrices: subspace alignment, singular task interference, and
+            where APGD would start and arrive.
+        include: Globs of the tensors to look at; all if empty.
+        exclude: Globs of the tensors to leave out.
+        on_mismatch: What becomes of tensors whose shapes differ: error, copy (they are left out), common-rows.
+
+    Returns:
+        The report: figures of the `model`, of `layer_types` and of `tensors`, with `experts` and `models` in each; see
+        the papers named in `modelmerge.evaluation.interference`.
+
+    Raises:
+        ModelMergeError: See `modelmerge.errors` for the kinds.
+    """
+    prepare_process()
+    if on_mismatch not in ON_MISMATCH:
+        raise UsageError(f"--on-mismatch must be one of {', '.join(ON_MISMATCH)}, not '{on_mismatch}'")
+    ours = parse_all(as_references(models), "model")
+    if not ours:
+        raise UsageError("no model is named", hint="give at least one MODEL")
+    base, references = _origins(ours, running.base, as_references(running.experts))
+    experts = parse_experts(references)
+    names, columns = [expert.name for expert in experts], [model.name for model in ours]
+    # Readers tell models apart by their names; an expert may be looked at as a model too.
+    others = [replace(model, name=f"model {model.name}") if model.name in names else model for model in ours]
+    origin, checkpoints = open_references(parse(str(base)), [*experts, *others])
+    plan = make_plan(
+        origin, checkpoints, include=include, exclude=exclude, on_mismatch=on_mismatch
+    )  # fmt: skip
+    try:
+        source = source_of(plan, running.device)
+        fetch(plan, running.progress, beside="nothing", stream=False)
+        tensors = [tensor for tensor in plan.select("merge") if tensor.numel and tensor.twin is None]
+        sums = measure(source, len(experts), tensors, running.progress, decompose=decompose)
+        tables = describe(sums, names, columns, per_layer=per_layer)
+        inputs = [record(model, model.digests()) for model in plan.models]
+        rows = zip(columns, inputs[1 + len(experts) :], checkpoints[len(experts) :], strict=True)
+        return cast(WeightReport, {
+            "suite": "weights",
+            **stamp(source.device),
+            "base": inputs[0],
+            "experts": inputs[1 : 1 + len(experts)],
+            "models": [
+                {**entry, "name": name, "measured_rounding": _measured_rounding(model)} for name, entry, model in rows
+            ],
+            "remark": REMARK,
+            "notes": remarks(plan),
+            "left_out": {t.name: t.reason for t in plan.tensors.values() if t.action == "copy"},
+            **tables,
+        })  # fmt: skip
+    finally:
+        plan.close()
+
+
+def _origins(
+    models: Sequence[Reference], base: str | Path | None, experts: tuple[str, ...]
+) -> tuple[str | Path, tuple[str, ...]]:
+    """The base and the experts, from the models' manifests where they are not named.
+
+    Raises:
+        UsageError: No manifest names them, or several name different ones.
+    """
+    if base is not None and experts:
+        return base, experts
+    inputs = [merge_inputs(model.path) for model in models]
+    origins = [each for each in inputs if each]
+    if not origins:
+        lacking = " and ".join([*(["--base"] if base is None else []), *(["--expert"] if not experts else [])])
+        raise UsageError(
+            f"{lacking} must be named: beside '{models[0].name}' lies no {MANIFEST} of a merge that would tell",
+            hint="--base REF --expert NAME=REF --expert NAME=REF",
+        )
+    if any(each != origins[0] for each in origins):
+        raise UsageError(
+            "the models are merges of different experts", hint="name those to compare with: --base REF --expert REF"
+        )
+    pairs = zip(origins[0]["experts"], origins[0]["paths"], strict=True)
+    return base if base is not None else origins[0]["base"], experts or tuple(f"{name}={path}" for name, path in pairs)
+
+
+def _measured_rounding(model: Checkpoint) -> float | None:
+    """What storing lost of the merged task vector, as the merge itself measured it."""
+    try:
+        assert model.directory is not None
+        return json.loads((model.directory / MANIFEST).read_bytes())["rounding"]["relative_error"]
+    except (AssertionError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What tensors tell, added up. T experts, K models, N = T + K task vectors.
+    """What tensors come to, added up. T experts, K models, N = T + K task vectors.
 
     Of all tensors: `entries`; `base_square`, the base's squared norm; `gram` [N, N]; `signs` [4] (`sign_counts`);
     `rounding` [K], the expected squared distance to the exact merge where a model is stored in 16 bits.
     Of the weights of linear layers: `gaps` [K + 1] of the models and of the base. Of those that were decomposed:
-    `solved` [2], APGD's gap where it starts and where it arrives, and `solved_base` that of the base there;
-    `alignments` and `aligned` [K, T], the sum of the ratios and their number; `interference` [2], as published and
-    relative, over `matrices`; and `orthogonality` [2] of AWD, before and after, over `disentangled` tensors.
+    `apgd` [2], APGD's gap where it starts and where it arrives, and `apgd_base` that of the base there; `alignments`
+    and `ratios` [K, T], the sum of the ratios and their number; `interference` [2], as published and relative, over
+    `matrices`; and `orthogonality` [2] of AWD, before and after, over `awd_tensors`.
     """
 
     entries: int
@@ -45,14 +160,14 @@ class Sums:
     signs: Tensor
     rounding: Tensor
     gaps: Tensor
-    solved: Tensor
-    solved_base: float
+    apgd: Tensor
+    apgd_base: float
     alignments: Tensor
-    aligned: Tensor
+    ratios: Tensor
     interference: Tensor
     matrices: int
     orthogonality: Tensor
-    disentangled: int
+    awd_tensors: int
 
     def __add__(self, other: Sums) -> Sums:
         """That of both together."""
@@ -60,15 +175,15 @@ class Sums:
 
 
 def measure(
-    source: Source, experts: int, tensors: Sequence[TensorPlan], reporter: Reporter, *, decompose: bool = True
+    source: Source, experts: int, tensors: Sequence[TensorPlan], progress: Reporter, *, decompose: bool = True
 ) -> dict[str, Sums]:
-    """Read every tensor once; what each tells.
+    """Read every tensor once; the sums of each.
 
     Args:
-        source: The plan's first `experts` experts are the experts, the others the models that are looked at.
+        source: The plan's first `experts` experts are the experts, the others the models.
         experts: T.
         tensors: Those to look at, none of them empty.
-        reporter: Is told the progress.
+        progress: Receives the progress.
         decompose: Also find what needs decompositions of matrices.
 
     Raises:
@@ -76,15 +191,15 @@ def measure(
     """
     whole = [tensor for tensor in tensors if decompose and tensor.linear]
     cut = [tensor for tensor in tensors if tensor not in whole]
-    reporter.stage("measuring", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+    progress.stage("measuring", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
 
     def look(piece: Piece, loader: Loader) -> Sums:
         theta_0, taus = loader.load(piece, check=True)
         if piece.tensor.linear:
             theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
-        found = _look(source, experts, piece, theta_0, taus)
-        reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
-        return found
+        part = _look(source, experts, piece, theta_0, taus)
+        progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+        return part
 
     sums: dict[str, Sums] = {}
     for piece, part in gathered(source, cut, look):
@@ -95,12 +210,12 @@ def measure(
             step = max(source.block // piece.tensor.row, 1)
             rows = zip(theta_0.split(step), taus.split(step, dim=1), strict=True)
             part = _sum(_look(source, experts, piece, *some) for some in rows)
-            sums[piece.tensor.name] = _decomposed(part, piece, theta_0, taus[:experts], taus[experts:])
-        reporter.advance(piece_bytes(source.plan, piece), piece.tensor.name)
-    for name, told in sums.items():
+            sums[piece.tensor.name] = _decompose(part, piece, theta_0, taus[:experts], taus[experts:])
+        progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+    for name, part in sums.items():
         # A tensor that a model has not changed was not rounded either.
-        changed = told.gram.diagonal()[experts:] > 0
-        sums[name] = replace(told, rounding=told.rounding * changed)
+        moves = part.gram.diagonal()[experts:] > 0
+        sums[name] = replace(part, rounding=part.rounding * moves)
     _add_orthogonality(sums, [tensor.name for tensor in tensors if tensor.linear], experts)
     return {tensor.name: sums[tensor.name] for tensor in tensors}
 
@@ -115,30 +230,30 @@ def _look(source: Source, experts: int, piece: Piece, theta_0: Tensor, taus: Ten
         if info is not None and info.change is None and info.dtype in HALF_DTYPES:
             rounding[k] = interference.expected_rounding(theta_0 + taus[experts + k], TORCH_DTYPES[info.dtype])
     if piece.tensor.linear:
-        for k, merged in enumerate([*taus[experts:], torch.zeros_like(taus[0])]):
-            gaps[k] = interference.gap(taus[:experts], merged)
+        for k, merge in enumerate([*taus[experts:], torch.zeros_like(taus[0])]):
+            gaps[k] = interference.gap(taus[:experts], merge)
     return Sums(
         entries=theta_0.numel(), base_square=float(theta_0.double().square().sum()),
         gram=(wide @ wide.T).cpu(), signs=interference.sign_counts(taus[:experts]).cpu(), rounding=rounding,
-        gaps=gaps, solved=torch.zeros(2, dtype=torch.float64), solved_base=0.0,
+        gaps=gaps, apgd=torch.zeros(2, dtype=torch.float64), apgd_base=0.0,
         alignments=torch.zeros(len(models), experts, dtype=torch.float64),
-        aligned=torch.zeros(len(models), experts, dtype=torch.int64),
+        ratios=torch.zeros(len(models), experts, dtype=torch.int64),
         interference=torch.zeros(2, dtype=torch.float64), matrices=0,
-        orthogonality=torch.zeros(2, dtype=torch.float64), disentangled=0,
+        orthogonality=torch.zeros(2, dtype=torch.float64), awd_tensors=0,
     )  # fmt: skip
 
 
-def _decomposed(part: Sums, piece: Piece, theta_0: Tensor, taus: Tensor, models: Tensor) -> Sums:
+def _decompose(part: Sums, piece: Piece, theta_0: Tensor, taus: Tensor, models: Tensor) -> Sums:
     if not bool(taus.any()):  # nobody changed it: no conflict to speak of
         return part
-    ratios = [interference.subspace_alignment(taus, merged).cpu() for merged in models]
-    alignments = torch.stack(ratios) if ratios else part.alignments
+    rows = [interference.subspace_alignment(taus, merge).cpu() for merge in models]
+    alignments = torch.stack(rows) if rows else part.alignments
     counts = ~alignments.isnan()
     return replace(
         part,
-        solved=torch.tensor(interference.apgd_gaps(taus, theta_0, piece.tensor.name), dtype=torch.float64),
-        solved_base=float(part.gaps[-1]),
-        alignments=alignments.nan_to_num(0.0), aligned=counts.long(),
+        apgd=torch.tensor(interference.apgd_gaps(taus, theta_0, piece.tensor.name), dtype=torch.float64),
+        apgd_base=float(part.gaps[-1]),
+        alignments=alignments.nan_to_num(0.0), ratios=counts.long(),
         interference=torch.tensor(interference.singular_interference(taus), dtype=torch.float64), matrices=1,
     )  # fmt: skip
 
@@ -150,39 +265,39 @@ def _add_orthogonality(sums: dict[str, Sums], linear: Sequence[str], experts: in
     grams = {name: gram for name, gram in grams.items() if int((gram.diagonal() > 0).sum()) > 1}
     if not grams:
         return
-    stacked = torch.stack(list(grams.values()))
-    solution = awd.solve(stacked, awd.Options())
+    stack = torch.stack(list(grams.values()))
+    solution = awd.solve(stack, awd.Options())
     parts = [
         entanglement_of(gram[None], replace(solution, coefficients=coefficients[None], active=active[None]))
-        for gram, coefficients, active in zip(stacked, solution.coefficients, solution.active, strict=True)
+        for gram, coefficients, active in zip(stack, solution.coefficients, solution.active, strict=True)
     ]
-    before = interference.orthogonality(stacked)
+    before = interference.orthogonality(stack)
     after = interference.orthogonality(torch.stack([part.after for part in parts]))
     for name, pair in zip(grams, torch.stack([before, after], dim=1), strict=True):
-        sums[name] = replace(sums[name], orthogonality=pair, disentangled=1)
+        sums[name] = replace(sums[name], orthogonality=pair, awd_tensors=1)
 
 
 def describe(
     sums: Mapping[str, Sums], experts: Sequence[str], models: Sequence[str], *, per_layer: bool
-) -> dict[str, Any]:
+) -> FigureTables:
     """The figures of the model, of each type of layer and, with `per_layer`, of each tensor, as plain data.
 
     Args:
         sums: By tensor.
         experts: Their names.
         models: Their names, in the order of the task vectors after those of the experts.
-        per_layer: Tell them of each tensor too.
+        per_layer: Give them for each tensor too.
     """
     kinds: dict[str, list[Sums]] = {}
-    for name, told in sums.items():
-        kinds.setdefault(layer_type(name), []).append(told)
-    report = {
-        "model": _told(_sum(sums.values()), experts, models),
-        "layer_types": {kind: _told(_sum(parts), experts, models) for kind, parts in kinds.items()},
+    for name, part in sums.items():
+        kinds.setdefault(layer_type(name), []).append(part)
+    tables: FigureTables = {
+        "model": _figures(_sum(sums.values()), experts, models),
+        "layer_types": {kind: _figures(_sum(parts), experts, models) for kind, parts in kinds.items()},
     }
     if per_layer:
-        report["tensors"] = {name: _told(each, experts, models) for name, each in sums.items()}
-    return report
+        tables["tensors"] = {name: _figures(each, experts, models) for name, each in sums.items()}
+    return tables
 
 
 def _sum(parts: Iterable[Sums]) -> Sums:
@@ -192,9 +307,9 @@ def _sum(parts: Iterable[Sums]) -> Sums:
     return first
 
 
-def _told(sums: Sums, experts: Sequence[str], models: Sequence[str]) -> dict[str, Any]:
+def _figures(sums: Sums, experts: Sequence[str], models: Sequence[str]) -> Figures:
     norms = sums.gram.diagonal().clamp(min=0.0).sqrt()
-    touched, both, changes, fewer = sums.signs.tolist()
+    entries, both, changes, fewer = sums.signs.tolist()
     count = len(experts)
     return {
         "entries": sums.entries,
@@ -206,43 +321,43 @@ def _told(sums: Sums, experts: Sequence[str], models: Sequence[str]) -> dict[str
                 for name, norm in zip(experts, norms.tolist(), strict=False)
             },
             "cosines": [[_cosine(sums.gram, i, j) for j in range(count)] for i in range(count)],
-            "sign_conflict": _ratio(both, touched),
+            "sign_conflict": _ratio(both, entries),
             "minority_sign_share": _ratio(fewer, changes),
             "singular_task_interference": _pair(
                 ("mean", "relative"), sums.interference / sums.matrices if sums.matrices else None
             ),
             "awd_orthogonality": _pair(
-                ("before", "after"), sums.orthogonality / sums.disentangled if sums.disentangled else None
+                ("before", "after"), sums.orthogonality / sums.awd_tensors if sums.awd_tensors else None
             ),
-            "apgd_gap": _pair(("start", "solved"), sums.solved / sums.solved_base if sums.solved_base else None),
+            "apgd_gap": _pair(("start", "solved"), sums.apgd / sums.apgd_base if sums.apgd_base else None),
         },
-        "models": {name: _told_of(sums, experts, k) for k, name in enumerate(models)},
+        "models": {name: _of_model(sums, experts, k) for k, name in enumerate(models)},
     }
 
 
-def _told_of(sums: Sums, experts: Sequence[str], k: int) -> dict[str, Any]:
-    """One model: how far it went, what of that is rounding, and how it stands to each expert."""
+def _of_model(sums: Sums, experts: Sequence[str], k: int) -> ModelFigures:
+    """One model: its distance from the base, how much of it is rounding, and how close it is to each expert."""
     gram, place = sums.gram, len(experts) + k
-    square, lost = float(gram[place, place]), float(sums.rounding[k])
-    told: dict[str, Any] = {
+    square, error = float(gram[place, place]), float(sums.rounding[k])
+    closeness: dict[str, Closeness] = {}
+    for i, name in enumerate(experts):
+        expert = float(gram[i, i])
+        distance = math.sqrt(max(square + expert - 2 * float(gram[place, i]), 0.0))
+        ratios = int(sums.ratios[k, i])
+        closeness[name] = {
+            "cosine": _cosine(gram, place, i),
+            "distance": distance,
+            "relative_distance": _ratio(distance, math.sqrt(expert)),
+            "subspace_alignment": float(sums.alignments[k, i]) / ratios if ratios else None,
+        }
+    return {
         "norm": math.sqrt(square),
         "relative_norm": _ratio(math.sqrt(square), math.sqrt(sums.base_square)),
         # What is stored holds the rounding too: without it, the exact merge was that much shorter.
-        "expected_rounding": _ratio(math.sqrt(lost), math.sqrt(max(square - lost, 0.0))) if lost else None,
+        "expected_rounding": _ratio(math.sqrt(error), math.sqrt(max(square - error, 0.0))) if error else None,
         "apgd_gap": _ratio(float(sums.gaps[k]), float(sums.gaps[-1])),
-        "experts": {},
+        "experts": closeness,
     }
-    for i, name in enumerate(experts):
-        own = float(gram[i, i])
-        distance = math.sqrt(max(square + own - 2 * float(gram[place, i]), 0.0))
-        aligned = int(sums.aligned[k, i])
-        told["experts"][name] = {
-            "cosine": _cosine(gram, place, i),
-            "distance": distance,
-            "relative_distance": _ratio(distance, math.sqrt(own)),
-            "subspace_alignment": float(sums.alignments[k, i]) / aligned if aligned else None,
-        }
-    return told
 
 
 def _cosine(gram: Tensor, i: int, j: int) -> float | None:

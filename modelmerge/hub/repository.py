@@ -8,6 +8,7 @@ the place of the sparse copies; what it leaves out is read over ranges.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import threading
@@ -30,7 +31,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound
+from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound, named
 from modelmerge.hub import sparse
 from modelmerge.hub.ranges import LIBRARY, Chunks, Client, Ranges, explained
 from modelmerge.progress import Reporter
@@ -39,6 +40,7 @@ _DOWNLOADS = 4  # files at a time
 _REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 _KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of a checkpoint's files; readers prefer the first
+_ADDRESS = re.compile(r"hf://([^/@]+/[^/@]+)@([^/]+)/(.+)")
 _LOOKED_INTO = ("config.json", "adapter_config.json", "modelmerge.json")  # by readers, to know what a checkpoint is
 
 
@@ -213,7 +215,7 @@ def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter
     if total > free:
         raise HubError(
             f"{total:,} bytes have to be downloaded, and {cache_directory()} has {free:,} free",
-            hint="free some space, move the cache (HF_HOME), or read without storing: --stream",
+            hint=f"free some space, move the cache (HF_HOME), or read without storing: {named('stream')}",
         )
     if total:
         reporter.stage("downloading", total)
@@ -264,6 +266,13 @@ def free_bytes() -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def cached(address: str) -> Path | None:
+    """The file that a manifest calls `hf://org/name@commit/place`, where the cache has it; no connection is made."""
+    match = _ADDRESS.fullmatch(address)
+    file = try_to_load_from_cache(match[1], match[3], revision=match[2]) if match else None
+    return Path(file) if isinstance(file, str) else None
 
 
 def cache_directory() -> Path:

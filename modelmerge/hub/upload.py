@@ -19,7 +19,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from modelmerge.errors import HubError, UsageError
+from modelmerge.errors import HubError, UsageError, named
 from modelmerge.hub.ranges import Client, explained, patiently
 
 # What loaders take for a model's weights, or for what says where they are: of an older model, it would win or confuse.
@@ -56,7 +56,7 @@ class Pushed:
     commit: str
 
 
-def parse_target(text: str, **told: Any) -> Target:
+def parse_target(text: str, **settings: Any) -> Target:
     """The target that `org/name[@revision]` names.
 
     Raises:
@@ -68,10 +68,10 @@ def parse_target(text: str, **told: Any) -> Target:
     except HFValidationError:
         name = ""
     if name.count("/") != 1:
-        raise UsageError(f"--push '{text}' is no repository", hint="write it like org/name, or org/name@branch")
-    if revision and told.get("create_pr"):
-        raise UsageError("--create-pr opens a pull request against the main branch", hint=f"--push {name}")
-    return Target(name=name, revision=revision or None, **told)
+        raise UsageError(f"'{text}' is no repository to push to", hint="write it like org/name, or org/name@branch")
+    if revision and settings.get("create_pr"):
+        raise UsageError("opens a pull request against the main branch", option="create_pr", hint=f"push to {name}")
+    return Target(name=name, revision=revision or None, **settings)
 
 
 def check(target: Target, *, create: bool = True) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def check(target: Target, *, create: bool = True) -> dict[str, Any]:
         private = target.private if new else bool(api.model_info(name, revision=target.revision).private)
     if target.private and not private:
         raise HubError(
-            f"--private, but {name} exists and is public",
+            f"{named('private')}, but {name} exists and is public",
             hint=f"push to another name, or make it private first: {constants.ENDPOINT}/{name}/settings",
         )
     return {"repository": name, "new": new, "private": private, "pull_request": target.create_pr}

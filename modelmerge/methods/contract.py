@@ -10,9 +10,9 @@ Shapes: T experts; a task vector has the shape of its tensor; `taus` stacks them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What a method is told besides the task vectors.
+    """Everything that `apply` receives besides the task vectors.
 
     `weights` are the experts' weights (`--weight`) and `experts` their names, in the order of the task vectors.
     `measured` is what the method's survey concluded, or the tensor's moments. `base` is `theta_0` [*shape], for methods
@@ -77,27 +77,6 @@ class Survey:
     reads: Callable[[int], float]
 
 
-class Finder(Protocol):
-    """Finds a weight for each expert and tensor, by losses of the merged model on unlabelled data.
-
-    `values` are the merged tensors as the weights at hand make them, leaves that collect gradients.
-    """
-
-    values: dict[str, Tensor]
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """What is minimised, of a batch's logits [N, C]."""
-
-    def steps(self, losses: Sequence[Callable[[], Tensor]]) -> Iterator[list[float]]:
-        """Run; yields each step's losses, one for each task, while their gradients are there."""
-
-    def unread(self) -> list[str]:
-        """The tensors that no loss of the step at hand depends on."""
-
-    def found(self) -> dict[str, tuple[float, ...]]:
-        """By tensor, the weight of each expert."""
-
-
 @dataclass(frozen=True, slots=True)
 class Citation:
     """A paper: its title, the authors as BibTeX has them ("First Last and others"), where and when ("ICML 2025")."""
@@ -141,10 +120,8 @@ class Method:
             -> [k]`, float64, of a block; what it gives for a tensor's blocks, added up, is `context.measured` there.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
-        published: The options that make it the published algorithm, where the defaults differ.
-        finder: For methods that find the experts' weights on unlabelled data before anything is merged: given
-            `theta_0` [*shape] and task vectors [T, *shape] by tensor, and the options. Such a method's options have
-            `batch_size`, the inputs of each task in a step, and `steps`.
+        on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
+            `modelmerge.methods.coefficients`.
     """
 
     options: type
@@ -162,16 +139,15 @@ class Method:
     moments: Callable[[Any], Callable[[Tensor, Tensor], Tensor] | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
     squares: float = 0.0
-    published: Mapping[str, Any] = field(default_factory=dict)
-    finder: Callable[[Mapping[str, tuple[Tensor, Tensor]], Any], Finder] | None = None
+    on_data: bool = False
 
 
-Watch = Callable[[float], None]  # is told a solver's loss as it goes
+Watch = Callable[[float], None]  # hears a solver's loss as it goes
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """What a disentangler found for G groups: `delta = sum_k coefficients_k tau_k` in each.
+    """A vector for each of G groups, as a combination of its task vectors: `delta = sum_k coefficients_k tau_k`.
 
     `coefficients` and `active` are [G, T]; an expert that is not active in a group keeps its task vector there.
     `losses` [steps + 1] are summed over the groups.
@@ -183,26 +159,24 @@ class Solution:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Redundancy:
-    """How one vector is found that is taken out of all task vectors, in each group.
+class SharedVector:
+    """One vector is subtracted from all task vectors, in each group; it is a combination of them.
 
-    The options have `granularity` (row, tensor, model: what a group is) and `solver` (gram, descent).
+    The options have `granularity`: row, tensor or model is a group.
 
     Args:
         measure: `[T, G, n] -> [G, T, T]`: the Gram matrices, which add up over the parts of a group.
         solve: `([G, T, T], options, watch) -> Solution`; `watch(loss)`, if any, is called at each step with the mean
             over the groups.
-        descend: `([T, G, n], options, watch) -> Solution`, on the vectors themselves.
     """
 
     measure: Callable[[Tensor], Tensor]
     solve: Callable[[Tensor, Any, Watch | None], Solution]
-    descend: Callable[[Tensor, Any, Watch | None], Solution]
 
 
 @dataclass(frozen=True, slots=True)
 class Corrected:
-    """What a disentangler found for one weight: matrices of its shape, and some numbers for each expert.
+    """The correction of one weight: matrices of its shape, and some numbers for each expert.
 
     `matrices` are [C, m, n], float32; `numbers` [T, k] is all else that `Correction.correct` needs. `losses` are those
     before and after.
@@ -215,7 +189,7 @@ class Corrected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """How matrices are found, weight by weight, by which the task vectors are then corrected, entry by entry.
+    """Matrices are found weight by weight, and correct the task vectors entry by entry.
 
     The matrices wait in a file, so that no model is held in memory and nothing is solved twice.
 
@@ -235,19 +209,17 @@ class Correction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disentangler:
-    """How task vectors become others that are easier to merge.
+class TransformSpec:
+    """How T task vectors become T others that are easier to merge.
 
     Args:
-        options: The method's frozen dataclass of options.
-        by: What it does: takes one vector out of all, or corrects weight by weight.
+        options: The transform's frozen dataclass of options.
+        by: Its mathematics; the engine has one way to fit and apply each kind.
         paper: Link to the source.
         citation: The paper.
-        published: The options that make it the published algorithm, where the defaults differ.
     """
 
     options: type
-    by: Redundancy | Correction
+    by: SharedVector | Correction
     paper: str
     citation: Citation
-    published: Mapping[str, Any]

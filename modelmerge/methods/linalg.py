@@ -1,7 +1,7 @@
 """Singular subspaces and polar factors of tall, wide and rank-deficient matrices, without a full SVD.
 
 Everything goes through the float64 eigendecomposition of a Gram matrix on the smaller side. That squares the condition
-number, which float64 can afford: singular values down to 1e-7 of the largest are told apart. For x [m, n] with s the
+number, which float64 can afford: singular values down to 1e-7 of the largest keep apart. For x [m, n] with s the
 smaller side it costs 2 m n s + 9 s^3 FLOP, where a full SVD costs two to ten times as much.
 """
 
@@ -48,8 +48,7 @@ def left_singular_vectors_of_product(left: Tensor, right: Tensor, rank: int) -> 
     u, values, _ = torch.linalg.svd(upper @ lower, full_matrices=False)
     largest = values[:1].sum()
     noise = largest * max(left.shape[0], right.shape[1]) * torch.finfo(torch.float64).eps
-    found = int((values > noise).sum())
-    return q @ u[:, : min(rank, found)]
+    return q @ u[:, : min(rank, int((values > noise).sum()))]
 
 
 def shared_subspace(
@@ -77,8 +76,8 @@ def shared_subspace(
         return left_singular_vectors(x, rank)
 
     bases = [
-        left_singular_vectors_of_product(*known, task_rank) if known else directions(tau, task_rank)
-        for tau, known in zip(taus, factors or [None] * len(taus), strict=True)
+        left_singular_vectors_of_product(*pair, task_rank) if pair else directions(tau, task_rank)
+        for tau, pair in zip(taus, factors or [None] * len(taus), strict=True)
     ]
     beside = torch.cat(bases, dim=1)
     rank = min(shared_rank, *beside.shape)

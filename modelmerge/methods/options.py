@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from modelmerge.errors import UsageError, named
-from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.contract import Method, TransformSpec
 
 MOST = 10_000  # values of an option in a range, and candidates of a search; more are a slip of the keyboard
 PUBLISHED = "The published algorithm with its constants; options named beside it win."
@@ -86,7 +86,7 @@ def refuse_idle(options: Any, names: Sequence[str], reason: str) -> None:
             raise UsageError(f"has no effect {reason}", option=name)
 
 
-def make_options(method: Method | Disentangler, name: str, values: Mapping[str, Any]) -> Any:
+def make_options(method: Method | TransformSpec, name: str, values: Mapping[str, Any]) -> Any:
     """The method's options with `values` in place of defaults, checked.
 
     Raises:
@@ -101,7 +101,7 @@ def make_options(method: Method | Disentangler, name: str, values: Mapping[str, 
 
 
 def change_options(
-    method: Method | Disentangler, name: str, values: Mapping[str, Any], changes: Mapping[str, Any]
+    method: Method | TransformSpec, name: str, values: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> Any:
     """The options that `values` make, with `changes` in place, checked; what followed from others follows anew.
 
@@ -138,7 +138,7 @@ def is_linear(method: Method, option: str) -> bool:
     return any(spec.name == option and spec.metadata["linear"] for spec in dataclasses.fields(method.options))
 
 
-def check_option(method: Method | Disentangler, option: str, value: Any) -> Any:
+def check_option(method: Method | TransformSpec, option: str, value: Any) -> Any:
     """The value, if the option can have it.
 
     Raises:
@@ -148,7 +148,7 @@ def check_option(method: Method | Disentangler, option: str, value: Any) -> Any:
     return _check(spec, option_types(method.options)[option], value)
 
 
-def _spec(method: Method | Disentangler, name: str, option: str) -> dataclasses.Field[Any]:
+def _spec(method: Method | TransformSpec, name: str, option: str) -> dataclasses.Field[Any]:
     """How an option is declared.
 
     Raises:
@@ -200,7 +200,7 @@ def written(value: float) -> str:
     return short if float(short := f"{value:g}") == value else repr(value)
 
 
-def read_option(method: Method | Disentangler, name: str, option: str, text: str) -> Any:
+def read_option(method: Method | TransformSpec, name: str, option: str, text: str) -> Any:
     """The value of an option of the method `name` that a text stands for, checked.
 
     Raises:

@@ -29,9 +29,9 @@ def by_rank(numbers: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> Genera
 
     high = yield Pass(count_high, _BUCKETS)
     cumulative = high.cumsum(1)
-    wanted = torch.tensor(ranks, device=high.device).expand(len(high), -1).contiguous()
-    wanted = torch.minimum(wanted, cumulative[:, -1:])
-    buckets = torch.searchsorted(cumulative, wanted)
+    places = torch.tensor(ranks, device=high.device).expand(len(high), -1).contiguous()
+    places = torch.minimum(places, cumulative[:, -1:])
+    buckets = torch.searchsorted(cumulative, places)
     before = (cumulative - high).gather(1, buckets)
 
     def count_low(taus: Tensor, total: Tensor) -> None:
@@ -43,7 +43,7 @@ def by_rank(numbers: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> Genera
 
     low = yield Pass(count_low, len(ranks) * _BUCKETS)
     within = low.view(len(low), -1, _BUCKETS).cumsum(2)
-    lower = (within < (wanted - before)[:, :, None]).sum(2)
+    lower = (within < (places - before)[:, :, None]).sum(2)
     bits = (((buckets - _BUCKETS // 2) << _BITS) | lower).to(torch.int32)
     return _turned(bits).view(torch.float32)
 

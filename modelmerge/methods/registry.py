@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from modelmerge.errors import UsageError
-from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.contract import Method, TransformSpec
 
 _METHODS = Path(__file__).parent
 
@@ -25,7 +25,7 @@ def names(kind: str = "merge") -> tuple[str, ...]:
 
 def data_free() -> tuple[str, ...]:
     """The merge methods that need nothing but the models, by name."""
-    return tuple(name for name in names() if load(name).finder is None)
+    return tuple(name for name in names() if not load(name).on_data)
 
 
 def summary(name: str, kind: str = "merge") -> str:
@@ -44,10 +44,10 @@ def load(name: str, kind: Literal["merge"] = "merge") -> Method: ...
 
 
 @typing.overload
-def load(name: str, kind: Literal["transform"]) -> Disentangler: ...
+def load(name: str, kind: Literal["transform"]) -> TransformSpec: ...
 
 
-def load(name: str, kind: str = "merge") -> Method | Disentangler:
+def load(name: str, kind: str = "merge") -> Method | TransformSpec:
     """The method of that name. Importing its file does not import torch: that happens on its first use.
 
     Raises:

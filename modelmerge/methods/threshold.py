@@ -157,10 +157,10 @@ def _at_least(offset: Tensor, bound: int) -> Tensor | int:
     if offset.device.type != "cpu":
         return (offset >= bound).sum()
     # Bytes of 0 and 1 added up as words, eight at a time: five times faster than numpy and torch add up booleans.
-    found = torch.from_numpy(offset.numpy() >= bound).view(torch.uint8)
-    whole = found.numel() // _FEW * _FEW
-    words = found[:whole].view(torch.int64).view(-1, _FEW // 8).sum(1)  # no byte of a word overflows
-    return int(words.view(torch.uint8).sum()) + int(found[whole:].sum())
+    hits = torch.from_numpy(offset.numpy() >= bound).view(torch.uint8)
+    whole = hits.numel() // _FEW * _FEW
+    words = hits[:whole].view(torch.int64).view(-1, _FEW // 8).sum(1)  # no byte of a word overflows
+    return int(words.view(torch.uint8).sum()) + int(hits[whole:].sum())
 
 
 def _bucket(high: Tensor, density: float | tuple[float, ...]) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from modelmerge.methods import registry
 from modelmerge.methods.options import option_types
 from modelmerge.plan.overrides import BASE, WEIGHT, Override, curve_text, layer_of
 
-OLD = ("vary", "rule", "layer_scale", "task_lambda")
+OLD = ("vary", "rule", "layer_scale", "task_lambda", "disentangle", "disentangle_options")
 # Methods whose result is the same when weights are multiplied instead of task vectors.
 _SCALED_BY_WEIGHT = frozenset({
     "breadcrumbs", "consensus", "dare", "iso-c", "iso-cts", "kron", "task-arithmetic", "tsv-m", "wudi",
@@ -110,6 +110,18 @@ def _override(glob: str, setting: _Setting) -> Override:
     plain |= {option: curve_text(each) for expert, option, each in values if expert is None}
     experts = {(expert, option): curve_text(each) for expert, option, each in values if expert is not None}
     return Override(glob, name or None, {key.replace("-", "_"): value for key, value in plain.items()}, experts)
+
+
+def transforms_of(stored: Mapping[str, Any]) -> tuple[str, ...]:
+    """The transforms of a recipe of format 1; both of AWD's solvers found the same vector."""
+    name = stored.get("disentangle")
+    values = {option: value for option, value in stored.get("disentangle_options", {}).items() if value is not None}
+    if name == "awd":
+        values.pop("solver", None)
+        if values.pop("units", None) == "absolute":
+            values["published"] = "true"
+    words = [f"{option.replace('_', '-')}={value}" for option, value in values.items()]
+    return (" ".join([name, *words]),) if name else ()
 
 
 def overrides_of(stored: Mapping[str, Any], tensors: Mapping[str, bool]) -> tuple[str, ...]:

@@ -25,13 +25,13 @@ class Recipe:
     """Everything that determines the merged weights, and nothing else.
 
     `experts` are `[NAME=]REF` in their order; `options` are the method's, and the method for the rest runs at its
-    defaults. `at` are overrides, in the order in which they are asked: `modelmerge.plan.overrides`. `disentangle` names
-    the transform in front of the method, with its own options. `rest` is the method for what a method for linear layers
-    leaves, base, or None for the method's choice. `dtype` is float32, float16, bfloat16 or None for the base's own.
-    `on_mismatch` is what becomes of tensors whose shapes differ. `as_lora` is the rank of the PEFT adapter to write
-    instead of a checkpoint or, below 1, the share of the squared norm that it keeps. `unlabelled` tells the data of
-    a method that finds the experts' weights on them, see `modelmerge.verbs.coefficients`; `coefficients` are what
-    it found, by tensor and expert, and with them no data are needed.
+    defaults. `at` are overrides, in the order in which they are asked: `modelmerge.plan.overrides`. `disentangle` are
+    the transforms before the method, in order, `NAME [OPTION=V ...]` each. `rest` is the method for what a method for
+    linear layers leaves, base, or None for the method's choice. `dtype` is float32, float16, bfloat16 or None for the
+    base's own. `on_mismatch` is what becomes of tensors whose shapes differ. `as_lora` is the rank of the PEFT adapter
+    to write instead of a checkpoint or, below 1, the share of the squared norm that it keeps. `unlabelled` tells the
+    data of a method that finds the experts' weights on them, see `modelmerge.verbs.coefficients`; `coefficients` are
+    what it found, by tensor and expert, and with them no data are needed.
     """
 
     method: str
@@ -39,8 +39,7 @@ class Recipe:
     experts: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
-    disentangle: str | None = None
-    disentangle_options: Mapping[str, Any] = field(default_factory=dict)
+    disentangle: tuple[str, ...] = ()
     at: tuple[str, ...] = ()
     rest: str | None = None
     dtype: str | None = None
@@ -53,6 +52,10 @@ class Recipe:
     unlabelled: Mapping[str, Any] = field(default_factory=dict)
     coefficients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
+    def with_models(self, base: str, experts: Sequence[str]) -> Recipe:
+        """The recipe for other models."""
+        return dataclasses.replace(self, base=base, experts=tuple(experts))
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -60,11 +63,9 @@ class Recipe:
     def command(self, output: str) -> str:
         """The shell line that repeats the merge."""
         words = ["modelmerge", "merge", self.method, self.base, *self.experts]
-        for name, value in self.options.items():
-            words += [f"--{name.replace('_', '-')}", f"{value}"] if value is not None else []
-        words += ["--disentangle", self.disentangle] if self.disentangle else []
-        for name, value in self.disentangle_options.items():
-            words += [f"--{self.disentangle}-{name.replace('_', '-')}", f"{value}"] if value is not None else []
+        words += _typed("--", self.options)
+        for text in self.disentangle:
+            words += ["--disentangle", text]
         for name, weight in self.weights.items():
             words += ["--weight", f"{name}={written(weight)}"]
         for override in self.at:
@@ -80,6 +81,15 @@ class Recipe:
             for each in told if isinstance(told, list | tuple) else [told]:
                 words += [data_flag(name), str(each)]
         return shlex.join([*words, "-o", output])
+
+
+def _typed(prefix: str, options: Mapping[str, Any]) -> list[str]:
+    """A method's options as they are typed; a switch that is off is not."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += [f"{prefix}{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 def data_flag(name: str) -> str:
@@ -108,6 +118,7 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | No
         old = dict(stored) if manifest["format"] == 1 else None
         if old is not None:
             stored = {key: value for key, value in stored.items() if key not in format_1.OLD}
+            stored["disentangle"] = format_1.transforms_of(old)
         known = {spec.name for spec in dataclasses.fields(Recipe)}
         unknown = stored.keys() - known
         if unknown:

@@ -75,6 +75,9 @@ class TensorPlan:
         return self.numel if self.rows is None else self.rows * math.prod(self.shape[1:])
 
 
+Tensors = Sequence[TensorPlan]
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All that a merge will do, known before it starts."""

@@ -88,7 +88,7 @@ def render(
     has_config: bool,
     versions: Mapping[str, str],
     device: str,
-    front: Source | None = None,
+    transforms: Sequence[Source] = (),
     adapter: bool = False,
 ) -> str:
     """The card's text.
@@ -104,10 +104,10 @@ def render(
         has_config: There is a config.json beside the weights, so that transformers can load them.
         versions: Of the packages that bear on the result.
         device: Where it was computed.
-        front: What disentangled the task vectors before, if anything.
+        transforms: What changed the task vectors before, in this order.
         adapter: What lies beside the card is a PEFT adapter, not a whole model.
     """
-    models, before = [base, *experts], [front] if front else []
+    models = [base, *experts]
     license, license_said = _license(models)
     # Only what is on the Hub: it refuses a card whose base_model names anything else.
     on_hub = list(dict.fromkeys(model.repository for model in (models[:1] if adapter else models) if model.repository))
@@ -116,13 +116,15 @@ def render(
         base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
         library_name="peft" if adapter else "transformers" if has_config else None,
         pipeline_tag=_text(base.front.get("pipeline_tag")) if has_config else None,
-        tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(m.name for m in (*methods, *before))],
+        tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(m.name for m in (*methods, *transforms))],
     )
     for key, value in license.items():
         data[key] = value
-    names = " and ".join(f"`{method.name}`" for method in methods) + (f" after `{front.name}`" if front else "")
-    told = [*(item for method in (*before, *methods) for item in method.options.items()), *settings.items()]
-    cited = list(dict.fromkeys(method.bibtex for method in (*methods, *before) if method.bibtex))
+    names = " and ".join(f"`{method.name}`" for method in methods) + "".join(
+        f" after `{transform.name}`" for transform in reversed(transforms)
+    )
+    told = [*(item for method in (*transforms, *methods) for item in method.options.items()), *settings.items()]
+    cited = list(dict.fromkeys(method.bibtex for method in (*methods, *transforms) if method.bibtex))
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
@@ -133,7 +135,7 @@ def render(
         _models(base, experts),
         license_said,
         "## Method",
-        *(f"[`{method.name}`]({method.paper}): {method.summary}" for method in (*before, *methods)),
+        *(f"[`{method.name}`]({method.paper}): {method.summary}" for method in (*transforms, *methods)),
         *([_table(("option", "value"), [(_code(name), _value(value)) for name, value in told])] if told else []),
         "## Repeat it",
         f"```sh\n{_wrapped(command)}\n```",

@@ -15,9 +15,11 @@ from modelmerge.engine.job import Findings, Job, Source
 from modelmerge.engine.rounding import stored_narrow
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Disentangler, Method
+from modelmerge.methods.contract import Method, TransformSpec
+from modelmerge.methods.options import describe
 from modelmerge.plan.recipe import FORMAT, Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
+from modelmerge.plan.transforms import parse_transform
 from modelmerge.record import card
 from modelmerge.record.fingerprint import versions
 
@@ -91,7 +93,7 @@ def refuse_changed(
             if recorded and known != digest:
                 raise RecipeError(
                     f"{file}: not the file that the recipe was made with (its sha256 differs)",
-                    hint="restore the file, or run the merge anew without --recipe",
+                    hint="restore the file, or make the merge anew without the recipe",
                 )
 
 
@@ -112,7 +114,7 @@ def notes_of(job: Job, findings: Findings) -> list[str]:
     lost = findings.rounding.relative_error() if findings.rounding else None
     if lost is not None and lost > _LOSSY:
         notes.append(
-            f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: --dtype float32 keeps it."
+            f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: the dtype float32 keeps it."
         )
     return notes
 
@@ -135,16 +137,19 @@ def _rounding(job: Job, findings: Findings) -> dict[str, Any] | None:
 
 
 def groups_of(job: Job) -> list[dict[str, Any]]:
-    """Which method merges what."""
-    return [{"method": part.name, "tensors": [tensor.name for tensor in part.tensors]} for part in job.parts]
+    """Which method merges what, with all its settings."""
+    return [
+        {"method": part.name, "settings": describe(part.options), "tensors": [tensor.name for tensor in part.tensors]}
+        for part in job.parts
+    ]
 
 
 def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> bytes:
     """The model card of a merge, as it lies on the disk."""
-    front = None
-    if job.front is not None:
-        assert recipe.disentangle is not None, "the job's front comes from the recipe"
-        front = _applied(recipe.disentangle, "transform", job.front[0], recipe.disentangle_options)
+    transforms = [
+        _applied(name, "transform", spec, dataclasses.asdict(options))
+        for name, spec, options in map(parse_transform, recipe.disentangle)
+    ]
     methods = [_applied(recipe.method, "merge", registry.load(recipe.method), recipe.options)]
     for part in job.parts:  # an override is said with its options among the settings
         if part.name not in [source.name for source in methods]:
@@ -152,13 +157,15 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
     if recipe.coefficients:
         told = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
         notes = [*notes, f"{told}; `modelmerge.json` has them."]
+        if not registry.load(recipe.method).on_data:
+            transforms.append(_applied("adamerging", "merge", registry.load("adamerging"), {}))
     defaults = Recipe(method="", base="", experts=())
     words = ("at", "rest", "dtype", "include", "exclude", "seed", "as_lora")
     settings = {name: getattr(recipe, name) for name in words}
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
-        methods=methods, front=front,
+        methods=methods, transforms=transforms,
         settings={
             f"--{name.replace('_', '-')}": value for name, value in settings.items() if value != getattr(defaults, name)
         },
@@ -170,12 +177,16 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
 def _applied(
     name: str,
     kind: Literal["merge", "transform"],
-    chosen: Method | Disentangler,
+    chosen: Method | TransformSpec,
     options: Mapping[str, Any],
 ) -> card.Source:
-    """A method as the card tells it, its options as they are typed."""
-    prefix = f"{name}-" if kind == "transform" else ""
-    told = {f"--{prefix}{key.replace('_', '-')}": value for key, value in options.items()}
+    """A method as the card shows it: its options as they are typed, and what follows from them."""
+    prefix = f"{name} " if kind == "transform" else "--"
+    settings = describe(chosen.options(**options)) if options else {}
+    told = {
+        f"{prefix}{key.replace('_', '-')}" if key in options else f"{prefix.strip('-')}{key.replace('_', ' ')}": value
+        for key, value in settings.items()
+    }
     bibtex = chosen.citation.bibtex(chosen.paper) if chosen.citation else ""
     return card.Source(name=name, summary=registry.summary(name, kind), paper=chosen.paper, bibtex=bibtex, options=told)
 

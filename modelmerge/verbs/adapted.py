@@ -10,7 +10,7 @@ from modelmerge.checkpoint.adapter import CONFIG, WEIGHTS
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.adapter import Adapted, adapt
 from modelmerge.engine.job import Job
-from modelmerge.engine.memory import adapted_bytes, adapted_memory
+from modelmerge.engine.memory import adapter_bytes, adapter_memory
 from modelmerge.errors import OutputError, UsageError
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import dtype_of
@@ -18,7 +18,7 @@ from modelmerge.progress import Reporter
 from modelmerge.record.manifest import listing
 
 _BLOCK = 1 << 24  # bytes copied at a time
-# What a plan calls the fate of a tensor that the merge may change.
+# By the role of a tensor that the merge may change, the action that a plan names.
 _ACTIONS = {
     "low rank": "low rank", "bias": "keep if changed", "whole": "keep if changed", "no place": "refuse if changed",
 }  # fmt: skip
@@ -38,26 +38,26 @@ def size_of(recipe: Recipe) -> as_lora.Size | None:
 
 
 def describe(job: Job, recipe: Recipe, size: as_lora.Size) -> dict[str, Any]:
-    """What a plan says otherwise than for a checkpoint."""
+    """The entries of a plan that differ from those for a checkpoint."""
     table, dtype = as_lora.roles(job.plan.base), _dtype(recipe)
-    told = []
+    tensors = []
     for tensor in job.plan.tensors.values():
         kind = table[tensor.name].kind
         action = "leave out" if tensor.action == "copy" else _ACTIONS[kind]
-        told.append((tensor, dtype if kind == "low rank" else tensor.out_dtype, action))
+        tensors.append((tensor, dtype if kind == "low rank" else tensor.out_dtype, action))
     return {
-        "tensors": listing(job.source, told)["tensors"],
-        "peak_memory": adapted_memory(job, size),
+        "tensors": listing(job.source, tensors)["tensors"],
+        "peak_memory": adapter_memory(job, size),
         "shards": [WEIGHTS],
     }
 
 
 def most_bytes(job: Job, recipe: Recipe, size: as_lora.Size) -> int:
     """The most bytes that the adapter's weights can have."""
-    return adapted_bytes(job, as_lora.roles(job.plan.base), size, _dtype(recipe))
+    return adapter_bytes(job, as_lora.roles(job.plan.base), size, _dtype(recipe))
 
 
-def run(job: Job, recipe: Recipe, size: as_lora.Size, staging: Staging, reporter: Reporter) -> Adapted:
+def run(job: Job, recipe: Recipe, size: as_lora.Size, staging: Staging, progress: Reporter) -> Adapted:
     """Merge into an adapter's two files.
 
     Raises:
@@ -65,7 +65,7 @@ def run(job: Job, recipe: Recipe, size: as_lora.Size, staging: Staging, reporter
     """
     base, table = job.plan.base, as_lora.roles(job.plan.base)
     with staging.spool() as spool:
-        adapted = adapt(job, table, size, _dtype(recipe), spool, staging.scratch, reporter)
+        adapted = adapt(job, table, size, _dtype(recipe), spool, staging.scratch, progress)
         if not adapted.ranks:
             raise OutputError(
                 "the merge changes no weight of a linear layer: there is nothing to write as a LoRA",
@@ -76,30 +76,30 @@ def run(job: Job, recipe: Recipe, size: as_lora.Size, staging: Staging, reporter
             spool.seek(adapted.places[key])
             for start in range(0, nbytes, _BLOCK):
                 staging.write(key, start, memoryview(spool.read(min(_BLOCK, nbytes - start))))
-    config = as_lora.config(base, adapted.ranks, adapted.saved, table, biases=bool(adapted.biases))
+    config = as_lora.config(base, adapted.ranks, adapted.modules, table, biases=bool(adapted.biases))
     staging.write_file(CONFIG, config)
     return adapted
 
 
 def report(adapted: Adapted) -> dict[str, Any]:
-    """What a manifest says of an adapter."""
+    """The entry of an adapter in a manifest."""
     return {
         "relative_error": adapted.relative_error(),
         "tensors": {
-            name: {"rank": rank, "relative_error": adapted.relative_error(name) if name in adapted.merged else 0.0}
+            name: {"rank": rank, "relative_error": adapted.relative_error(name) if name in adapted.squares else 0.0}
             for name, rank in adapted.ranks.items()
         },
-        "modules_to_save": sorted(adapted.saved),
+        "modules_to_save": sorted(adapted.modules),
         "biases": adapted.biases,
     }
 
 
 def note(adapted: Adapted) -> str:
-    """What a person should know of an adapter."""
+    """A sentence about an adapter, for people."""
     ranks = sorted(set(adapted.ranks.values()))
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    whole = f"{len(adapted.saved)} modules and {len(adapted.biases)} biases that are no LoRA are kept whole"
-    kept = f"; {whole}" if adapted.saved or adapted.biases else ""
+    whole = f"{len(adapted.modules)} modules and {len(adapted.biases)} biases that are no LoRA are kept whole"
+    kept = f"; {whole}" if adapted.modules or adapted.biases else ""
     return f"Written as a PEFT adapter of {rank}: its relative error is {adapted.relative_error():.2%}{kept}."
 
 

@@ -49,7 +49,7 @@ def choose(made: Plan, *, look: bool) -> Choice:
     if far and not look:
         size = look_bytes(made)
         return Choice("kron", {}, f"{best}; should all experts turn out to be of low rank when the merge looks at some "
-                      f"{size / 1e6:.1f} MB of them on the Hub, it will be task-arithmetic --scale 0.3")  # fmt: skip
+                      f"{size / 1e6:.1f} MB of them on the Hub, it will be task-arithmetic with scale=0.3")  # fmt: skip
     if not all(is_low_rank(made, i) for i in whole):
         return Choice("kron", {}, best)
     kind = "are low-rank adapters" if not whole else "are of low rank, as merged LoRA adapters are"

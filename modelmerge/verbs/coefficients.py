@@ -1,9 +1,9 @@
-"""What a merge does before it merges, where its method finds the experts' weights on unlabelled data."""
+"""Unlabelled data of a merge, and the coefficients that are found on them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,25 +14,31 @@ import torch
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import Scratch
-from modelmerge.engine.coefficients import Problem, find_weights
+from modelmerge.checkpoint.staging import Room
+from modelmerge.engine.coefficients import Coefficients, CoefficientTable, Problem
 from modelmerge.engine.job import Job
-from modelmerge.engine.memory import refuse_finding_beyond_memory
+from modelmerge.engine.memory import refuse_beyond_memory
+from modelmerge.engine.transforms import Transform, fit_chain
 from modelmerge.errors import RecipeError, UsageError
-from modelmerge.evaluation import cache, clip, images, unlabelled
+from modelmerge.evaluation import cache, clip, clip_models, image_data, unlabelled
+from modelmerge.evaluation.clip_models import Parts, Tower
 from modelmerge.evaluation.custom import Script, load_script
-from modelmerge.evaluation.images import Items, Task
+from modelmerge.evaluation.image_data import Items
+from modelmerge.evaluation.image_tasks import Task, find_tasks
 from modelmerge.evaluation.model import Model
+from modelmerge.methods import registry
+from modelmerge.methods.coefficients import Options
+from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan.recipe import Recipe, data_flag
 from modelmerge.progress import Reporter
-from modelmerge.verbs.evaluate_clip import find_tasks, is_for, parts_of
 
-# What images are told by, as in `evaluate_clip`.
+# What images are told by, as in suite `clip`.
 IMAGES = (
     "tasks", "data", "classes", "templates", "config", "split", "image_column", "label_column", "heads", "limit",
 )  # fmt: skip
 SCRIPT = "script"
-_OWN = {"config": "config", "split": "split", "image_column": "image", "label_column": "label"}
+SEARCH = "adamerging"  # the method whose options are those of the search
+_COLUMNS = {"config": "config", "split": "split", "image_column": "image", "label_column": "label"}
 _ANEW = "run the merge anew without --recipe: they are found for these models and settings"
 _TENTH = 10  # share of the steps whose mean is a figure: one step's is that of a few inputs
 
@@ -41,20 +47,21 @@ _TENTH = 10  # share of the steps whose mean is a figure: one step's is that of 
 class Data:
     """Unlabelled data of every expert's task: images for CLIP models, or what a function of the user's gives.
 
-    `tasks` are by the experts' names.
+    `tasks` are by the experts' names; `options` are those of the search for coefficients.
     """
 
     tasks: Mapping[str, Task]
     script: Script | None
     heads: Path | None
     limit: int | None
+    options: Options
 
     def remarks(self) -> list[str]:
         """What a plan says of the data, and what it does not count."""
-        told = self.script.label if self.script is not None else ", ".join(task.name for task in self.tasks.values())
+        label = self.script.label if self.script is not None else ", ".join(task.name for task in self.tasks.values())
         return [
-            f"weights are found on unlabelled data first: {told}; what the model makes of a batch of them takes memory "
-            "besides"
+            f"weights are found on unlabelled data first: {label}; what the model makes of a batch of them takes "
+            "memory besides"
         ]
 
     def read(self, seed: int) -> Read:
@@ -63,10 +70,11 @@ class Data:
         Raises:
             ModelMergeError: A data set cannot be read, or is empty.
         """
-        loaded = {
-            name: images.load(task, limit=self.limit, seed=seed, labelled=False) for name, task in self.tasks.items()
+        items = {
+            name: image_data.load(task, limit=self.limit, seed=seed, with_labels=False)
+            for name, task in self.tasks.items()
         }
-        return Read(self, loaded)
+        return Read(self, items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +89,8 @@ class Read:
         script = self.data.script.digest if self.data.script is not None else None
         kept = [self.data.heads / f"{task.head}.safetensors" for task in self.data.tasks.values() if self.data.heads]
         heads = [sha256(file) if file.exists() else None for file in kept]
-        told = [(name, i.identity, len(i.ids), i.classes, i.task.templates) for name, i in self.items.items()]
-        return [script, heads, told]
+        items = [(name, i.identity, len(i.ids), i.classes, i.task.templates) for name, i in self.items.items()]
+        return [script, heads, items]
 
     def notes(self) -> list[str]:
         """What a reader of the result should know of the data."""
@@ -106,53 +114,52 @@ class Read:
             for expert in job.plan.experts:
                 yield self._of_script(self.data.script, expert, job)
             return
-        parts = parts_of(Model(job.plan.base, None, job.source.device))
-        tower, digest = clip.read_tower(parts), clip.text_digest(parts) if parts.has_text else ""
+        parts = clip_models.parts_of(Model(job.plan.base, None, job.source.device))
+        tower, digest = clip_models.read_tower(parts), clip_models.text_digest(parts) if parts.has_text else ""
         for expert in job.plan.experts:
             yield self._of_images(expert.name, parts, tower, digest, job)
 
     def _of_script(self, script: Script, expert: Checkpoint, job: Job) -> Problem:
-        options = job.parts[0].options
-        told = Model(expert, job.plan.base, job.source.device)
-        module, batches = unlabelled.classifier_of(script, told, options.batch_size, job.seed)
+        model = Model(expert, job.plan.base, job.source.device)
+        module, batches = unlabelled.classifier_of(script, model, self.data.options.batch_size, job.seed)
         where = f"{script.label} for '{expert.name}'"
         merged = [tensor.name for tensor in job.merged()]
         names = unlabelled.names_in(list(module.state_dict()), merged, where)
         predict = unlabelled.predictor(where, module, batches, job.source.device)
         return Problem(expert.name, module, names, predict)
 
-    def _of_images(self, name: str, parts: clip.Parts, tower: clip.Tower, digest: str, job: Job) -> Problem:
-        options, items = job.parts[0].options, self.items[name]
+    def _of_images(self, name: str, parts: Parts, tower: Tower, digest: str, job: Job) -> Problem:
+        batch_size, items = self.data.options.batch_size, self.items[name]
         try:
-            head = clip.find_head(items.task, items.classes, parts, self.data.heads, digest)
+            head = clip_models.find_head(items.task, items.classes, parts, self.data.heads, digest)
         except UsageError as error:
             raise UsageError(
                 error.message, hint="a whole CLIP model as BASE has one; or a folder that has the head: --heads DIR"
             ) from error
-        made = clip.classifier(tower, head, job.source.device)
-        order = unlabelled.draws(len(items.ids), options.batch_size, job.seed, name)
-        pixels = (batch for batch, _ in clip.batches(items, head, options.batch_size, order))
+        module = clip_models.classifier(tower, head, job.source.device)
+        order = unlabelled.draws(len(items.ids), batch_size, job.seed, name)
+        pixels = (batch for batch, _ in clip.batches(items, head, batch_size, order))
         return Problem(
-            name, made, clip.names_in(made, parts),
-            unlabelled.predictor(f"the data of '{name}'", made, pixels, job.source.device),
+            name, module, clip_models.names_in(module, parts),
+            unlabelled.predictor(f"the data of '{name}'", module, pixels, job.source.device),
         )  # fmt: skip
 
 
-def as_told(unlabelled: Mapping[str, Any]) -> tuple[dict[str, Any], Script | None]:
+def to_recipe(unlabelled: Mapping[str, Any]) -> tuple[dict[str, Any], Script | None]:
     """Unlabelled data as a recipe has them, and the function among them, where there is one.
 
     Lists and mappings of references are taken as elsewhere.
     """
-    told: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     for name, value in unlabelled.items():
         if name in ("tasks", "data", "classes", "templates"):
             value = list(as_references([value] if isinstance(value, str | Path) else value))
-        told[name] = str(value) if isinstance(value, Path) else value
-    function = told.get(SCRIPT)
+        data[name] = str(value) if isinstance(value, Path) else value
+    function = data.get(SCRIPT)
     if not callable(function):
-        return told, None
+        return data, None
     script = Script(function, getattr(function, "__name__", SCRIPT), "")
-    return told | {SCRIPT: script.label}, script
+    return data | {SCRIPT: script.label}, script
 
 
 def find_data(recipe: Recipe, experts: Sequence[str], script: Script | None = None) -> Data:
@@ -167,86 +174,94 @@ def find_data(recipe: Recipe, experts: Sequence[str], script: Script | None = No
         UsageError: An expert has no data, or data have no expert; an option is wrong.
         ModelMergeError: The extra for images is not installed; a script cannot be run.
     """
-    told = {name: value for name, value in recipe.unlabelled.items() if value not in (None, (), [], {})}
-    for name in told:
+    values = {name: value for name, value in recipe.unlabelled.items() if value not in (None, (), [], {})}
+    search = registry.load(SEARCH)
+    if registry.load(recipe.method).on_data:
+        options = make_options(search, recipe.method, recipe.options)
+    else:
+        names = [name for name in option_types(search.options) if name in values]
+        options = make_options(search, SEARCH, {name: values.pop(name) for name in names})
+    for name in values:
         if name not in (*IMAGES, SCRIPT):
             near = get_close_matches(name, (*IMAGES, SCRIPT), n=1)
             raise UsageError(
-                f"unlabelled data are not told by '{name}'", hint=f"did you mean '{near[0]}'?" if near else None
+                f"unlabelled data have no setting '{name}'", hint=f"did you mean '{near[0]}'?" if near else None
             )
-    if not told:
+    if not values:
         raise UsageError(
             f"'{recipe.method}' needs unlabelled data of each expert's task: {', '.join(experts)}",
             hint="for CLIP models --task NAME or --data NAME=DIR; for other classifiers --script FILE:FUNCTION",
         )
-    if SCRIPT in told:
-        if len(told) > 1:
-            other = next(name for name in told if name != SCRIPT)
+    if SCRIPT in values:
+        if len(values) > 1:
+            other = next(name for name in values if name != SCRIPT)
             raise UsageError(f"--script brings its own data: {data_flag(other)} has no effect with it")
-        return Data({}, script or load_script(str(told[SCRIPT])), None, None)
+        return Data({}, script or load_script(str(values[SCRIPT])), None, None, options)
     clip.require_extra(recipe.method)
-    if told.get("limit", 1) < 1:
-        raise UsageError(f"--limit {told['limit']}: at least one image must be looked at")
-    own = {_OWN[name]: value for name, value in told.items() if name in _OWN}
-    tasks, data, classes, templates = (tuple(told.get(name, ())) for name in ("tasks", "data", "classes", "templates"))
-    found = find_tasks(tasks, data, classes, templates, own)
-    heads = Path(told["heads"]).expanduser() if "heads" in told else None
-    return Data(_paired(found, experts), None, heads, told.get("limit"))
+    if values.get("limit", 1) < 1:
+        raise UsageError(f"--limit {values['limit']}: at least one image must be looked at")
+    settings = {_COLUMNS[name]: value for name, value in values.items() if name in _COLUMNS}
+    tasks, data, classes, templates = (tuple(values.get(n, ())) for n in ("tasks", "data", "classes", "templates"))
+    sets = find_tasks(tasks, data, classes, templates, settings)
+    heads = Path(values["heads"]).expanduser() if "heads" in values else None
+    return Data(_paired(sets, experts), None, heads, values.get("limit"), options)
 
 
 def _paired(tasks: Sequence[Task], experts: Sequence[str]) -> dict[str, Task]:
     """Each expert's task, by the expert's name: the one of its name, or that its name ends in."""
-    found: dict[str, Task] = {}
-    named = ", ".join(task.name for task in tasks)
+    pairs: dict[str, Task] = {}
+    names = ", ".join(task.name for task in tasks)
     for expert in experts:
         # Of several that the name ends in, as of b and a-b, the longest is meant.
-        fitting = sorted((task for task in tasks if is_for(task, expert)), key=lambda task: -len(task.head))
+        fitting = sorted((task for task in tasks if clip.is_for(task, expert)), key=lambda task: -len(task.head))
         if not fitting:
             raise UsageError(
-                f"the expert '{expert}' has no unlabelled data: there are those of {named}",
+                f"the expert '{expert}' has no unlabelled data: there are those of {names}",
                 hint=f"name it by its task, TASK=REF, or name its data: --task, or --data {expert}=DIR",
             )
         if len(fitting) > 1 and len(fitting[0].head) == len(fitting[1].head):
             raise UsageError(f"two sets of data are for the expert '{expert}': {fitting[0].name}, {fitting[1].name}")
-        found[expert] = fitting[0]
-    idle = [task.name for task in tasks if task.name not in [used.name for used in found.values()]]
+        pairs[expert] = fitting[0]
+    idle = [task.name for task in tasks if task.name not in [used.name for used in pairs.values()]]
     if idle:
         raise UsageError(
             f"no expert is for the data of '{idle[0]}'",
             hint=f"the experts are: {', '.join(experts)}; TASK=REF names one",
         )
-    return found
+    return pairs
 
 
 def with_coefficients(job: Job, coefficients: Mapping[str, Mapping[str, float]]) -> Job:
-    """The job with its experts' weights times the coefficients, by tensor and expert; a tensor without did not change.
+    """The job with coefficients by tensor and expert, in the place of a search for them.
 
     Raises:
         RecipeError: They are of other tensors or experts.
     """
-    settings = dict(job.settings)
-    experts, tensors = [expert.name for expert in job.plan.experts], [tensor.name for tensor in job.merged()]
-    odd = next((tensor for tensor in coefficients if tensor not in tensors), None)
-    if odd is not None:
-        raise RecipeError(f"the recipe has coefficients of '{odd}', which is no tensor that is merged", hint=_ANEW)
-    for tensor in tensors:
-        told = coefficients.get(tensor, dict.fromkeys(experts, 0.0))
-        if told.keys() != set(experts):
-            raise RecipeError(f"the recipe has coefficients of {', '.join(told)} for '{tensor}'", hint=_ANEW)
-        known = settings[tensor]
-        weights = tuple(weight * told[name] for weight, name in zip(known.weights, experts, strict=True))
-        settings[tensor] = dataclasses.replace(known, weights=weights)
-    return dataclasses.replace(job, settings=settings)
+    experts, tensors = [expert.name for expert in job.plan.experts], {tensor.name for tensor in job.merged()}
+    for tensor, factors in coefficients.items():
+        if tensor not in tensors:
+            raise RecipeError(
+                f"the recipe has coefficients of '{tensor}', which is no tensor that is merged", hint=_ANEW
+            )
+        if factors.keys() != set(experts):
+            raise RecipeError(f"the recipe has coefficients of {', '.join(factors)} for '{tensor}'", hint=_ANEW)
+    table = {tensor: tuple(factors[name] for name in experts) for tensor, factors in coefficients.items()}
+    return dataclasses.replace(job, transforms=(*_before(job), Coefficients(table=CoefficientTable(table))))
+
+
+def _before(job: Job) -> tuple[Transform, ...]:
+    """The transforms before the coefficients."""
+    return tuple(transform for transform in job.transforms if transform.name != Coefficients.name)
 
 
 def find(
     job: Job,
     data: Read,
     key: str,
-    scratch: Callable[[int], Scratch],
+    scratch: Room,
     *,
     resume: bool,
-    reporter: Reporter,
+    progress: Reporter,
 ) -> dict[str, Any]:
     """The coefficients by tensor and expert, and what there is to say of the search, as plain data.
 
@@ -256,26 +271,28 @@ def find(
         key: Digest of everything that determines the coefficients.
         scratch: Gives room of so many bytes on the disk.
         resume: Take those that an earlier run found.
-        reporter: Is told the progress.
+        progress: Shows the progress.
 
     Raises:
-        ModelMergeError: See `modelmerge.engine.find_weights`.
+        ModelMergeError: See `modelmerge.engine.coefficients`.
     """
     name = cache.key({"coefficients": key})
-    known = cache.recall(name, "coefficients") if resume else None
-    if known is not None:
-        reporter.note("the coefficients were found by an earlier run")
-        return known
-    refuse_finding_beyond_memory(job)
+    entry = cache.recall(name, "coefficients") if resume else None
+    if entry is not None:
+        progress.note("the coefficients were found by an earlier run")
+        return entry
+    refuse_beyond_memory(job)
     experts = [expert.name for expert in job.plan.experts]
-    found = find_weights(job, lambda: data.problems(job), scratch, reporter)
-    steps = torch.tensor(found.losses, dtype=torch.float64)
+    search = Coefficients(data.data.options, lambda: data.problems(job))
+    before = fit_chain(dataclasses.replace(job, transforms=_before(job)), scratch, progress)
+    table = search.fit(job, job.taken(search), before, scratch, progress)
+    steps = torch.tensor(table.losses, dtype=torch.float64)
     some = max(len(steps) // _TENTH, 1)
-    before, after = steps[:some].mean(0).tolist(), steps[-some:].mean(0).tolist()
+    first, last = steps[:some].mean(0).tolist(), steps[-some:].mean(0).tolist()
     entry = {
-        "coefficients": {t: dict(zip(experts, each, strict=True)) for t, each in found.weights.items()},
+        "coefficients": {t: dict(zip(experts, each, strict=True)) for t, each in table.factors.items()},
         "tasks": {
-            expert: {**data.describe(expert), "entropy_before": before[i], "entropy_after": after[i]}
+            expert: {**data.describe(expert), "entropy_before": first[i], "entropy_after": last[i]}
             for i, expert in enumerate(experts)
         },
         "averaged_steps": some,

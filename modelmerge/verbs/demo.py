@@ -76,10 +76,10 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
     fronts = registry.names("transform")
     reporter.stage("merging", len(names) + len(fronts) + len(SCALES) * (1 + len(fronts)), "merges")
 
-    def run(name: str, label: str, front: str | None = None, **options: Any) -> Row:
+    def run(name: str, label: str, front: str = "", **options: Any) -> Row:
         target = out / "merged" / label.replace(" ", "")
         manifest = merge(
-            out / "base", experts, target, method=name, disentangle=front, device=device, force=True, **options
+            out / "base", experts, target, method=name, disentangle=front or (), device=device, force=True, **options
         )
         commands[label] = manifest["command"]
         reporter.advance(1, label)

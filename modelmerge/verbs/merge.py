@@ -2,72 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.staging import CARD, Staging, companions, scratches
 from modelmerge.engine.adapter import Adapted
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import (
-    as_file,
     manifest_of,
     notes_of,
     refuse_changed,
     write_card,
 )
 from modelmerge.verbs import adapted, coefficients
-from modelmerge.verbs.prepare import Prepared, begin, digest_of, prepare, prepare_file
+from modelmerge.verbs.prepare import (
+    Dtype,
+    OnMismatch,
+    Prepared,
+    digest_of,
+    output_of,
+    prepare,
+    prepare_file,
+    refuse_unknown,
+)
+from modelmerge.verbs.tensors import State, merge_tensors, states_of
 
 
 def merge(
-    base: str | Path,
-    experts: Sequence[str | Path] | Mapping[str, str | Path],
-    out: str | Path,
+    base: str | Path | State,
+    experts: Sequence[str | Path] | Mapping[str, str | Path] | Mapping[str, State],
+    out: str | Path | None = None,
     *,
     method: str,
     weights: Mapping[str, float] | None = None,
-    disentangle: str | None = None,
-    disentangle_options: Mapping[str, Any] | None = None,
+    disentangle: str | Sequence[str] = (),
     at: Sequence[str] = (),
     rest: str | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    on_mismatch: str = "error",
+    on_mismatch: OnMismatch = "error",
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
-    search: Mapping[str, Sequence[Any] | str] | None = None,
-    on: Sequence[str] = (),
-    metric: Callable[..., Any] | str | None = None,
     unlabelled: Mapping[str, Any] | None = None,
     device: str = "auto",
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
-    reporter: Reporter = SILENT,
+    dry_run: bool = False,
+    progress: Reporter = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
     """Merge `experts` onto `base` into the directory `out`; the manifest that was written there.
 
+    In a notebook, `merge(base_tensors, {"math": tensors}, method="ties")` merges tensors that are in memory and returns
+    the merged ones, with the bits that files would have.
+
     Args:
-        base: Reference of the base.
-        experts: References of the experts, `[NAME=]REF` each, or a mapping of name to reference.
-        out: Where the merged checkpoint shall be.
+        base: Reference of the base, or a mapping of its tensors by name.
+        experts: References of the experts, `[NAME=]REF` each, or a mapping of name to reference (to tensors, where the
+            base is tensors).
+        out: Where the merged checkpoint shall be; None for tensors in memory.
         method: A merge method's name, or `auto`; `options` are the method's own, by their Python names.
         weights: Weight of each expert by name; 1 where none is given.
-        disentangle: A method that disentangles the task vectors before they are merged, as `disentangle` does.
-        disentangle_options: Its options.
+        disentangle: Transforms of the task vectors before they are merged, in their order, `NAME [OPTION=V ...]` each,
+            as in "awd alpha=0.2".
         at: Overrides, `GLOB: [METHOD] [OPTION=V[,V...]] [EXPERT.OPTION=V[,V...]]` each: another method or other values
             for tensors of such names. The first that matches a tensor decides.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
@@ -81,16 +90,13 @@ def merge(
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
             this share of its squared norm.
-        search: By option of the method, values to choose from by measuring, `{"scale": [0.2, 0.3]}` or
-            `{"scale": "0.1:1.0:0.1"}`; all combinations are merged, the best is kept, and the manifest has all results
-            in `searched`.
-        on: What `search` measures with: `custom:FILE:FUNCTION`, `clip:TASK`, `lm:TASK`, with settings behind commas.
-        metric: A function that `search` measures with, or `FILE:FUNCTION`; see `evaluate`.
-        unlabelled: The data of a method that finds the experts' weights on unlabelled data. For CLIP models what
-            `evaluate` is told: `tasks`, `data`, `classes`, `templates`, `config`, `split`, `image_column`,
-            `label_column`, `heads`, `limit`; each expert goes with the task of its name. For any other classifier
-            `script`: a function, or `FILE:FUNCTION`, that is given an expert (`modelmerge.evaluation.custom.Model`: a
-            mapping of tensor names to tensors, with `name`, `path`, `base_path` and `device`) and returns
+        unlabelled: Unlabelled data, on which a coefficient for each expert and tensor is found before `method` merges;
+            the search's options can stand here too: `granularity`, `init`, `steps`, `lr`, `batch_size` (of
+            `adamerging` they are the method's). For CLIP models what `evaluate` takes: `tasks`, `data`, `classes`,
+            `templates`, `config`, `split`, `image_column`, `label_column`, `heads`, `limit`; each expert goes with the
+            task of its name. For any other classifier `script`: a function, or `FILE:FUNCTION`, that takes an expert
+            (`modelmerge.evaluation.custom.Model`: a mapping of tensor names to tensors, with `name`, `path`,
+            `base_path` and `device`) and returns
             `(module, inputs)`. The module gives logits [N, C] or has them as `logits` in what it returns; the merged
             tensors are put into it where its state dict has their names, which may be behind one prefix, and the rest
             of it, such as a head of its own, stays. The inputs are a tensor [N, ...], a tuple or a mapping of such, or
@@ -99,30 +105,41 @@ def merge(
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
-        reporter: Is told the progress.
+        dry_run: Write nothing, and return the plan: tensors and why, bytes, peak memory.
+        progress: Hears of the progress.
         **options: The method's options.
 
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
-    data, script = coefficients.as_told(unlabelled or {})
+    refuse_unknown(merge, method, options)
+    data, script = coefficients.to_recipe(unlabelled or {})
+    states = states_of(base, experts)
     recipe = Recipe(
-        method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
-        disentangle=disentangle, disentangle_options=dict(disentangle_options or {}), at=tuple(at),
+        method=method, base="" if states else str(base), experts=() if states else as_references(experts),  # type: ignore[arg-type]
+        options=options, weights=dict(weights or {}),
+        disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
         rest=rest, dtype=dtype,
         include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
         seed=seed, as_lora=as_lora, unlabelled=data,
     )  # fmt: skip
-    if search is not None or on or metric is not None:
-        from modelmerge.verbs.search import execute_search, prepare_search
 
-        axes = search or {}
-        if twice := sorted(options.keys() & axes.keys()):
-            raise UsageError(f"'{twice[0]}' is given and searched: one of them")
-        wanted = prepare_search(recipe, axes, on, metric, device=device, stream=stream)
-        return execute_search(wanted, Path(out), force=force, resume=resume, reporter=reporter)
-    prepared = prepare(recipe, device=device, stream=stream, script=script)
-    return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
+    def run_recipe(recipe: Recipe, place: Path, progress: Reporter) -> dict[str, Any]:
+        prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
+        if dry_run:
+            with contextlib.closing(prepared):
+                return prepared.describe()
+        return execute(prepared, place, force=force, resume=resume, progress=progress)
+
+    if states is not None:
+        if out is not None or as_lora is not None:
+            raise UsageError(
+                "tensors in memory are merged in memory", hint=f"leave out {named('out')} and {named('as_lora')}"
+            )
+        return merge_tensors(*states, recipe, run_recipe, progress)
+    if out is None and not dry_run:
+        raise UsageError("is missing: where the merged checkpoint shall be", option="out")
+    return run_recipe(recipe, Path(out or ""), progress)
 
 
 def replay(
@@ -133,7 +150,7 @@ def replay(
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
-    reporter: Reporter = SILENT,
+    progress: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Repeat the merge that a manifest records, or make the one that a mergekit YAML describes; the new manifest.
 
@@ -142,7 +159,7 @@ def replay(
         ModelMergeError: As for `merge`.
     """
     prepared = prepare_file(Path(file), device=device, stream=stream)
-    return execute(prepared, Path(out), force=force, resume=resume, reporter=reporter)
+    return execute(prepared, Path(out), force=force, resume=resume, progress=progress)
 
 
 def execute(
@@ -152,7 +169,7 @@ def execute(
     force: bool = False,
     resume: bool = False,
     ready: Callable[[], object] | None = None,
-    reporter: Reporter = SILENT,
+    progress: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Run a prepared merge into `out`; the manifest. The inputs are closed afterwards.
 
@@ -161,31 +178,31 @@ def execute(
     Raises:
         ModelMergeError: As for `merge`.
     """
-    started = time.monotonic()
-    job = prepared.job
     try:
         size = adapted.size_of(prepared.recipe)
-        layout = job.plan.layout if size is None else Layout((), {}, {})
-        opened = prepared.data.read(prepared.recipe.seed) if prepared.data is not None else None
-        determined_by = same = digest_of(prepared, opened)
-        done = begin(job.plan, out, determined_by, force=force, resume=resume, ready=ready, reporter=reporter)
-        if done is not None:
-            return done
-        if opened is not None:
-            fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
-            prepared = _searched(prepared, opened, determined_by, out, resume=resume, reporter=reporter)
+        beside: Literal["all", "cards"] = "all" if size is None else "cards"
+        data = prepared.data.read(prepared.recipe.seed) if prepared.data is not None else None
+        digest = digest_of(prepared, data)
+        with output_of(
+            prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=progress
+        ) as output:
+            if output.complete is not None:
+                return output.complete
+            if data is not None:
+                fetch(prepared.job.plan, progress, beside=beside, stream=prepared.stream)
+                prepared = _with_coefficients(prepared, data, digest, out, resume=resume, progress=progress)
             job = prepared.job
             # Shards of other coefficients are not taken up.
-            same = digest_of(prepared, opened)
-        with Staging(out, layout, force=force, resume=resume and size is None, fingerprint=same) as staging:
-            fetch(job.plan, reporter, beside="all" if size is None else "cards", stream=prepared.stream)
-            small = None if size is None else adapted.run(job, prepared.recipe, size, staging, reporter)
-            findings = run(job, staging, reporter) if small is None else small.findings
-            manifest = complete(prepared, out, staging, findings, small, time.monotonic() - started, determined_by)
+            staging = output.stage(
+                job.plan.layout if size is None else None, digest=digest_of(prepared, data), resume=size is None
+            )
+            fetch(job.plan, progress, beside=beside, stream=prepared.stream)
+            small = None if size is None else adapted.run(job, prepared.recipe, size, staging, progress)
+            findings = run(job, staging, progress) if small is None else small.findings
+            manifest = complete(prepared, out, staging, findings, small, output.seconds, digest)
             for note in manifest["notes"]:
-                reporter.note(note)
-            staging.publish(as_file(manifest))
-        return manifest
+                progress.note(note)
+            return output.publish(manifest)
     finally:
         prepared.close()
 
@@ -223,14 +240,14 @@ def complete(
     return manifest
 
 
-def _searched(
-    prepared: Prepared, data: coefficients.Read, key: str, out: Path, *, resume: bool, reporter: Reporter
+def _with_coefficients(
+    prepared: Prepared, data: coefficients.Read, key: str, out: Path, *, resume: bool, progress: Reporter
 ) -> Prepared:
     """The merge with the coefficients that are found on its data; `key` is the digest of all they depend on."""
     with scratches(out) as scratch:
-        found = coefficients.find(prepared.job, data, key, scratch, resume=resume, reporter=reporter)
-    recipe = dataclasses.replace(prepared.recipe, coefficients=found["coefficients"])
-    about = {name: told for name, told in found.items() if name != "coefficients"}
+        search = coefficients.find(prepared.job, data, key, scratch, resume=resume, progress=progress)
+    recipe = dataclasses.replace(prepared.recipe, coefficients=search["coefficients"])
+    about = {name: value for name, value in search.items() if name != "coefficients"}
     return dataclasses.replace(
         prepared, recipe=recipe, job=coefficients.with_coefficients(prepared.job, recipe.coefficients),
         remarks=[*prepared.remarks, *data.notes()], found=about,

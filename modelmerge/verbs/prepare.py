@@ -2,84 +2,128 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import check_output, finished
+from modelmerge.checkpoint.staging import Staging, check_output, finished
+from modelmerge.engine.coefficients import Coefficients
 from modelmerge.engine.job import Job, Part
 from modelmerge.engine.memory import (
     beyond_device,
     bytes_read,
-    finding_memory,
-    finding_reads,
     passes,
     peak_memory,
-    refuse_finding_beyond_memory,
-    refuse_too_large,
+    refuse_beyond_memory,
     scratch_bytes,
 )
 from modelmerge.engine.parallel import source_of
+from modelmerge.engine.transforms import Transform, transform_of
 from modelmerge.errors import UsageError, named
 from modelmerge.evaluation.custom import Script
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Disentangler, Method
-from modelmerge.methods.options import make_options
+from modelmerge.methods.contract import Method
+from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan import format_1, mergekit
 from modelmerge.plan.downloads import input_paths, with_downloads
 from modelmerge.plan.overrides import BASE, Methods, group_key, parse
 from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
 from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, dtype_of, is_linear, make_plan
+from modelmerge.plan.transforms import as_typed, parse_transform
 from modelmerge.progress import Reporter
 from modelmerge.record.fingerprint import fingerprint
-from modelmerge.record.manifest import groups_of, listing, remarks
+from modelmerge.record.manifest import as_file, groups_of, listing, remarks
 from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.auto import AUTO, choose
 
 
-def disentangler(name: str, values: Mapping[str, Any]) -> tuple[Disentangler, Any]:
-    """A disentangling method with its options.
+class Output:
+    """An output that may be written: `complete` is its manifest, where a resumed run finds it complete already."""
 
-    Raises:
-        UsageError: There is no such method, or an option is wrong.
-    """
-    chosen = registry.load(name, "transform")
-    return chosen, make_options(chosen, name, values)
+    def __init__(self, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool) -> None:
+        self.complete = complete
+        self._out, self._digest, self._force, self._resume = out, digest, force, resume
+        self._started = time.monotonic()
+        self._stack = contextlib.ExitStack()
+
+    def stage(self, layout: Layout | None = None, *, digest: str | None = None, resume: bool = True) -> Staging:
+        """Begin to write, into files of that layout.
+
+        Args:
+            layout: The weight files, where they are known already; else `Staging.lay_out` makes them.
+            digest: Of all that determines their bytes, where that has become known since.
+            resume: Take up shards of an interrupted run, where that was asked for.
+        """
+        staging = Staging(
+            self._out, layout or Layout((), {}, {}), force=self._force, resume=self._resume and resume,
+            fingerprint=digest or self._digest,
+        )  # fmt: skip
+        self.staging = self._stack.enter_context(staging)
+        return self.staging
+
+    @property
+    def seconds(self) -> float:
+        """How long the work has taken so far."""
+        return round(time.monotonic() - self._started, 3)
+
+    def publish(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the output in place; its manifest, with the time it took and its files."""
+        whole = {**manifest, "seconds": self.seconds, "files": self.staging.listing()}
+        self.staging.publish(as_file(whole))
+        return whole
 
 
-def begin(
+@contextlib.contextmanager
+def output_of(
     plan: Plan,
     out: Path,
-    determined_by: str,
+    digest: str,
     *,
     force: bool,
     resume: bool,
     ready: Callable[[], object] | None,
-    reporter: Reporter,
-) -> dict[str, Any] | None:
-    """The last checks before the work; with `resume`, the manifest of an output that is complete already.
+    progress: Reporter,
+) -> Iterator[Output]:
+    """Make the last checks before the work, and leave nothing half-written behind.
 
-    `ready` is called once all else is known to be well.
+    Args:
+        plan: The models, none of which the output may damage.
+        out: Where the output goes.
+        digest: Of all that determines it.
+        force: Replace what is there.
+        resume: Take up what an interrupted run has finished.
+        ready: Called once all else is known to be well.
+        progress: Shows the progress.
 
     Raises:
         OutputError: The output would damage something.
     """
-    done = finished(out, determined_by) if resume else None
-    check_output(out, input_paths(plan), force=force or done is not None)
+    complete = finished(out, digest) if resume else None
+    check_output(out, input_paths(plan), force=force or complete is not None)
     if ready is not None:
         ready()
-    if done is not None:
-        reporter.note(f"{out} is complete already")
-    return done
+    if complete is not None:
+        progress.note(f"{out} is complete already")
+    output = Output(out, digest, complete, force, resume)
+    with output._stack:
+        yield output
 
 
 RESTS = ("base", "average", "task-arithmetic")
+
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+OnMismatch = Literal["error", "copy", "common-rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +148,19 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = bytes_read(self.job, streamed=True) if self.stream else None
-        scratch = scratch_bytes(self.job.source, self.job.front, self.job.disentangled())
-        searched = (0.0, 0) if self.data is None else finding_reads(self.job)
         left = beyond_device(self.job)
         beyond = (
             [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
         )
         told = {
             "method": self.recipe.method,
-            "disentangle": self.recipe.disentangle,
+            "disentangle": list(self.recipe.disentangle),
             "groups": groups_of(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
             "at": list(self.recipe.at),
-            "passes": passes(self.job) + searched[0],
-            "bytes": {"read": bytes_read(self.job) + searched[1], "write": written, "scratch": scratch},
-            "peak_memory": self._peak_memory(),
+            "passes": passes(self.job),
+            "bytes": {"read": bytes_read(self.job), "write": written, "scratch": scratch_bytes(self.job)},
+            "peak_memory": peak_memory(self.job),
             "shards": [shard.filename for shard in made.layout.shards],
             "remarks": [*self.remarks, *remarks(made), *beyond, *(self.data.remarks() if self.data else [])],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
@@ -127,16 +169,15 @@ class Prepared:
             told["unlabelled"] = dict(self.recipe.unlabelled)
         return with_downloads(told, made, beside="all" if size is None else "cards", streamed=streamed)
 
-    def _peak_memory(self) -> dict[str, int]:
-        """Of the merge, and of what is found before it."""
-        merging = peak_memory(self.job)
-        if self.data is None:
-            return merging
-        return {place: max(merging[place], needed) for place, needed in finding_memory(self.job).items()}
 
-
-def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> Prepared:
-    """Plan the merge that a manifest records or a mergekit YAML describes; nothing is written.
+def prepare_file(
+    file: Path,
+    *,
+    device: str = "auto",
+    stream: bool = False,
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+) -> Prepared:
+    """Plan the merge that a manifest records or a mergekit YAML describes, `change`d; nothing is written.
 
     Raises:
         ModelMergeError: As for `replay`.
@@ -144,16 +185,17 @@ def prepare_file(file: Path, *, device: str = "auto", stream: bool = False) -> P
     if file.suffix not in (".yaml", ".yml"):
         recipe, recorded, old = read_recipe(file)
         later = functools.partial(format_1.overrides_of, old) if old is not None else None
-        return prepare(recipe, device=device, recorded=recorded, stream=stream, overrides=later)
+        return prepare(change(recipe), device=device, recorded=recorded, stream=stream, overrides=later)
     translated = mergekit.read(file)
     late = translated.overrides
-    prepared = prepare(translated.recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late)
+    recipe = change(translated.recipe)
+    prepared = prepare(recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late)
     translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
     again = translated.stored_as_mergekit_does(prepared.job.plan)
     if again is translated:
         return prepared
     prepared.close()
-    return prepare(again.recipe, device=device, remarks=again.remarks, stream=stream, overrides=late)
+    return prepare(change(again.recipe), device=device, remarks=again.remarks, stream=stream, overrides=late)
 
 
 def prepare(
@@ -186,11 +228,12 @@ def prepare(
         shared = make_plan(*opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch)
         choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
-        told = "".join(f" --{name} {value}" for name, value in choice.options.items())
-        remarks = [*remarks, f"The method is {choice.method}{told}: {choice.reason}."]
+        options = ", ".join(f"{name}={value}" for name, value in choice.options.items())
+        method = f"{choice.method} with {options}" if options else choice.method
+        remarks = [*remarks, f"The method is {method}: {choice.reason}."]
     chosen = registry.load(recipe.method)
     options = make_options(chosen, recipe.method, recipe.options)
-    front = disentangler(recipe.disentangle, recipe.disentangle_options) if recipe.disentangle else None
+    transforms = tuple(transform_of(*parse_transform(text)) for text in recipe.disentangle)
     _check_choices(recipe)
     adapted.size_of(recipe)
     _refuse_idle_data(recipe, chosen)
@@ -210,37 +253,49 @@ def prepare(
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch, strict=overrides is None,
     )  # fmt: skip
-    job = job_of(recipe, made, methods, front, weights, device)
-    if front is not None:
+    job = job_of(recipe, made, methods, transforms, weights, device)
+    for transform in transforms:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
-        if not job.disentangled():
+        if not job.taken(transform):
             raise UsageError(
                 "no weight of a linear layer is left to disentangle",
                 hint=f"check {named('include')} and {named('exclude')}",
             )
-        refuse_too_large(job.source, front, job.disentangled())
     data = None
     if recipe.coefficients:
         job = coefficients.with_coefficients(job, recipe.coefficients)
-    elif chosen.finder is not None:
+    elif chosen.on_data or recipe.unlabelled:
         data = coefficients.find_data(recipe, names, script)
-        refuse_finding_beyond_memory(job)
+        job = dataclasses.replace(job, transforms=(*transforms, Coefficients(data.options)))
+        refuse_beyond_memory(job)
     complete = dataclasses.replace(
         recipe,
         base=_pinned(recipe.base, base),
         experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
         options=dataclasses.asdict(options),
-        disentangle_options=dataclasses.asdict(front[1]) if front else {},
+        disentangle=tuple(as_typed(transform.name, transform.options) for transform in transforms),
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
     return Prepared(complete, job, dict(recorded or {}), remarks, stream, data)
 
 
+def refuse_unknown(verb: Callable[..., Any], method: str, options: Mapping[str, Any]) -> None:
+    """Refuse a keyword that is no option of the method and looks like a parameter of the verb.
+
+    Raises:
+        UsageError: With the parameter or option that was probably meant.
+    """
+    have = [] if method == AUTO else list(option_types(registry.load(method).options))
+    parameters = [name for name in inspect.signature(verb).parameters if name != "options"]
+    for name in options.keys() - set(have):
+        if near := get_close_matches(name, [*parameters, *have], n=1):
+            raise UsageError(f"there is no option '{name}'", hint=f"did you mean '{near[0]}'?")
+
+
 def _refuse_idle_data(recipe: Recipe, chosen: Method) -> None:
-    if chosen.finder is None and (recipe.unlabelled or recipe.coefficients):
-        raise UsageError(f"'{recipe.method}' looks at no data", hint="`adamerging` does")
-    if chosen.finder is not None and any(parse(text).method not in (None, recipe.method) for text in recipe.at):
+    on_data = bool(chosen.on_data or recipe.unlabelled or recipe.coefficients)
+    if on_data and any(parse(text).method not in (None, recipe.method) for text in recipe.at):
         # Coefficients are found for a model that is merged in one way.
         raise UsageError(
             f"'{recipe.method}' finds weights for all tensors on data, and no other method can merge some of them",
@@ -262,7 +317,7 @@ def job_of(
     recipe: Recipe,
     plan: Plan,
     methods: Methods,
-    front: tuple[Disentangler, Any] | None,
+    transforms: tuple[Transform, ...],
     weights: tuple[float, ...],
     device: str,
 ) -> Job:
@@ -282,7 +337,7 @@ def job_of(
     for group in members.values():
         first = settings[group[0].name]
         parts.append(Part(first.method, registry.load(first.method), first.options, tuple(group), first.each))
-    return Job(source_of(plan, device), tuple(parts), weights, front, recipe.seed, settings)
+    return Job(source_of(plan, device), tuple(parts), weights, transforms, recipe.seed, settings)
 
 
 def _refuse_many_experts(names: Sequence[str], experts: int) -> None:

@@ -66,9 +66,8 @@ def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
     try:
         return upload(target, directory, instead, target.message or _message(whole), progress=progress)
     except HubError as error:
-        raise HubError(
-            error.message, hint=f"{directory} is complete: the same command with --resume goes on from here"
-        ) from error
+        again = f"`modelmerge push {directory} {target.name}` goes on from here"
+        raise HubError(error.template, hint=f"{directory} is complete: {again}") from error
 
 
 def _manifest(file: Path) -> dict[str, Any]:

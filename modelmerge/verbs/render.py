@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from modelmerge.charts import drawing, page
 from modelmerge.charts.figures import of_report
 from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.evaluation.report import Report
 
 _PAGES = (".html", ".htm")
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """What is asked for of a report: a chart, and how scores are drawn in it; a page.
+    """The pictures of a report: a chart, and how scores are drawn in it; a page.
 
     Raises:
         UsageError: A file's ending names no format, or `chart` has no effect.
@@ -39,7 +38,7 @@ class Pictures:
                 raise UsageError(f"--report {self.page}: a report is a page", hint=f"end in {' or '.join(_PAGES)}")
             drawing.check_place("--report", self.page)
 
-    def write(self, report: Mapping[str, Any]) -> list[Path]:
+    def write(self, report: Report) -> list[Path]:
         """Draw the chart and write the page; the files.
 
         Raises:
@@ -55,19 +54,19 @@ class Pictures:
         return [file for file in (self.plot, self.page) if file is not None]
 
 
-def asked(plot: str | Path | None, chart: drawing.Kind, page: str | Path | None) -> Pictures:
-    """What is asked for, by paths as they are typed; refused before the work if it cannot be had."""
+def pictures_at(plot: str | Path | None, chart: drawing.Kind, page: str | Path | None) -> Pictures:
+    """Pictures by paths as they are typed; what cannot be drawn is refused before the work."""
     places = [None if file is None else Path(file).expanduser() for file in (plot, page)]
     return Pictures(places[0], chart, places[1])
 
 
 def render(
-    report: str | Path | Mapping[str, Any],
+    report: str | Path | Report,
     *,
     plot: str | Path | None = None,
     chart: drawing.Kind = "auto",
     page: str | Path | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Draw a report of `modelmerge.evaluate`, or of `modelmerge eval SUITE ... --json > FILE`.
 
     Args:
@@ -83,25 +82,25 @@ def render(
     Raises:
         ModelMergeError: The file is no report; see `Pictures` for other kinds.
     """
-    wanted = asked(plot, chart, page)
-    told = dict(report) if isinstance(report, Mapping) else read(report)
-    wanted.write(told)
-    return told
+    pictures = pictures_at(plot, chart, page)
+    content = read(report) if isinstance(report, str | Path) else report
+    pictures.write(content)
+    return content
 
 
-def read(file: str | Path) -> dict[str, Any]:
+def read(file: str | Path) -> Report:
     """A report that was saved.
 
     Raises:
         ModelMergeError: It cannot be read, or is none.
     """
     try:
-        told = json.loads(Path(file).expanduser().read_bytes())
-        page.render(told)  # what can be shown on a page can be shown
+        report: Report = json.loads(Path(file).expanduser().read_bytes())
+        page.render(report)  # what a page can show is a report
     except OSError as error:
         raise ModelMergeError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError, page.Incomplete) as error:
         raise ModelMergeError(
             f"{file}: no report of modelmerge eval", hint="save one: modelmerge eval SUITE ... --json > report.json"
         ) from error
-    return told
+    return report

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modelmerge.evaluation import digits
 from modelmerge.evaluation.unlabelled import draws
-from modelmerge.methods.merge.adamerging import Mixture, Options
+from modelmerge.methods.coefficients import Mixture, Options
 from tests.benchmarks.choose import (
     SCALES,
     State,
@@ -74,7 +74,7 @@ def look(expert_set: ExpertSet, seed: int, told: Mapping[str, object]) -> dict[s
         "adamerging": lambda: adapted(vectors, seed, **told),
         "adamerging, on the test images": lambda: adapted(vectors, seed, "test", **told),
         "adamerging --disentangle awd": lambda: adapted(disentangled(vectors), seed, **told),
-        "adamerging --disentangle apgd --apgd-correction task": lambda: adapted(
+        "adamerging --disentangle 'apgd correction=task'": lambda: adapted(
             corrected(vectors, correction="task"), seed, **told
         ),
     }

@@ -1,7 +1,7 @@
 """What the methods are worth on small real experts: the figures behind the defaults.
 
     python -m tests.benchmarks.choose disentangle     AWD in front of task arithmetic and TIES, by scale
-    python -m tests.benchmarks.choose apgd            solver, lambda mode, density and shared rank of APGD
+    python -m tests.benchmarks.choose apgd            solver, density and shared rank of APGD
 
 Every set of `tests/benchmarks/experts.py` is trained with each seed, merged by the package's own mathematics, and
 judged on its test split. The mean over tasks is given, averaged over seeds, with the standard deviation over seeds.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from modelmerge.checkpoint.header import TensorInfo
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Context, Correction, Redundancy
+from modelmerge.methods.contract import Context, Correction, SharedVector
 from modelmerge.methods.options import make_options
 from modelmerge.plan.tensors import is_linear
 from tests.benchmarks.experts import SETS, ExpertSet, build
@@ -56,7 +56,7 @@ def disentangled(vectors: Vectors, **options: Any) -> Vectors:
     """The task vectors after AWD, as `disentangle awd` makes them."""
     chosen = registry.load("awd", "transform")
     told, awd = make_options(chosen, "awd", options), chosen.by
-    assert isinstance(awd, Redundancy)
+    assert isinstance(awd, SharedVector)
     names = sorted(name for name in vectors.linear if vectors.taus[name].any())
     flat = {name: vectors.taus[name].flatten(1)[:, None, :] for name in names}
     if told.granularity == "row":
@@ -79,7 +79,7 @@ def corrected(vectors: Vectors, **options: Any) -> Vectors:
     chosen = registry.load("apgd", "transform")
     told, apgd = make_options(chosen, "apgd", options), chosen.by
     assert isinstance(apgd, Correction)
-    assert apgd.survey(told, {}) is None
+    assert apgd.survey(told) is None
     taus = dict(vectors.taus)
     for name in sorted(vectors.linear):
         own = taus[name].clone()
@@ -162,7 +162,7 @@ def look_at_apgd(expert_set: ExpertSet) -> dict[str, float]:
         "TA, best scale": max(score(expert_set, merged(vectors, "task-arithmetic", scale=scale)) for scale in SCALES),
         "TIES": score(expert_set, merged(vectors, "ties")),
     }
-    published: dict[str, Any] = {"solver": "adam", "tolerance": 0.0}
+    published: dict[str, Any] = {"published": True}
     changes: dict[str, dict[str, Any]] = {
         "APGD": {},
         "... the rest from the base": {"rest": "base"},
@@ -174,14 +174,11 @@ def look_at_apgd(expert_set: ExpertSet) -> dict[str, float]:
         "... shared rank min/6": {"share": 6},
         "... shared rank min/3": {"share": 3},
         "... --density 0.3": {"density": 0.3},
-        "... --lambda-mode relative": {"lambda_mode": "relative"},
-        "... --lambda-mode relative --norm-cap 0.45": {"lambda_mode": "relative", "norm_cap": 0.45},
-        "... --solver adam --lambda-mode matched --relative-lr 0.3": {
-            "solver": "adam", "lambda_mode": "matched", "relative_lr": 0.3,
-        },
+        "... --solver adam": {"solver": "adam"},
         "APGD --published": published,
         "... D = 0": published | {"steps": 0},
         "... --density 1": published | {"density": 1.0},
+        "... --solver exact": published | {"solver": "exact"},
         "... the rest averaged": published | {"rest": "average"},
     }  # fmt: skip
     for label, options in changes.items():

@@ -40,7 +40,7 @@ TITLES = {
     "best scale": "At the best scale, chosen on the validation split",
     "behind AWD": "At its defaults behind `--disentangle awd`, with `--rest average`",
     "behind APGD": "At its defaults behind `--disentangle apgd`, with `--rest average`",
-    "behind APGD of each": "At its defaults behind `--disentangle apgd --apgd-correction task`, with `--rest average`",
+    "behind APGD of each": "At its defaults behind `--disentangle 'apgd correction=task'`, with `--rest average`",
     "behind APGD, best scale": "At the best scale behind `--disentangle apgd`",
 }
 VARIANTS = tuple(TITLES)

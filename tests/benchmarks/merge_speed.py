@@ -196,8 +196,8 @@ def _row(inputs: Inputs, what: str, digests: str = "") -> Row:
 def _measure_apgd(work: Path, inputs: Inputs, steps: int) -> Row:
     """One run only: it takes minutes, and its time is not that of reading and writing."""
     say(f"{inputs.family}: apgd with {steps} steps")
-    options = ("--steps", str(steps))
-    row = _row(inputs, f"apgd, {steps} steps", "cold")
+    options = ("--published", "--steps", str(steps))
+    row = _row(inputs, f"apgd --published, {steps} steps", "cold")
     row.promised = _promise(work, inputs, "apgd", options)
     with cache(work) as environment:
         row.runs.append(run_merge(work, inputs, "apgd", environment, options))

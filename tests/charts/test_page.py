@@ -15,7 +15,7 @@ import modelmerge
 from modelmerge.charts import colours, page
 from modelmerge.cli import main
 from modelmerge.errors import ModelMergeError, UsageError
-from modelmerge.verbs.evaluate import evaluate_weights
+from modelmerge.verbs.evaluate import evaluate
 from modelmerge.verbs.render import render
 from tests.support import chromium
 from tests.support.chromium import Browser
@@ -253,7 +253,7 @@ def test_the_policy_refuses_every_other_script_and_request(made: Path, browser: 
 
 def test_weights_are_heatmaps_with_the_reports_cosines(models: list[Path], tmp_path: Path, browser: Browser) -> None:
     modelmerge.merge(models[0], models[1:], tmp_path / "ties", method="ties")
-    report = evaluate_weights([tmp_path / "ties"], per_layer=True)
+    report = evaluate([tmp_path / "ties"], suite="weights", per_layer=True)
     page.write(report, tmp_path / "page.html")
     shades: dict[str, set[str]] = {}
     for scheme in ("light", "dark"):

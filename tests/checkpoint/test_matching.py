@@ -395,7 +395,7 @@ def test_common_rows_are_merged_and_the_others_are_the_bases(
 def test_a_matrix_method_keeps_the_bases_other_rows(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"m{i}", vocabulary(rows, i or None)) for i, rows in enumerate((20, 16, 18))]
     modelmerge.merge(
-        paths[0], paths[1:], tmp_path / "out", method="apgd", steps=3, on_mismatch="common-rows",
+        paths[0], paths[1:], tmp_path / "out", method="apgd", published=True, steps=3, on_mismatch="common-rows",
         include=["*.weight"], exclude=["*.bias"],
     )  # fmt: skip
     got, origin = read(tmp_path / "out"), vocabulary(20)

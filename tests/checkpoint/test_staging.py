@@ -289,7 +289,7 @@ def interrupted(models: Sequence[Path], out: Path, *, resume: bool, after: int =
     """Run, interrupt, and tell which shards were finished."""
     prepared = ready(models, max_shard_size="1000", **told)
     with pytest.raises(KeyboardInterrupt):
-        execute(prepared, out, resume=resume, reporter=Meddler(interrupt, after=after))
+        execute(prepared, out, resume=resume, progress=Meddler(interrupt, after=after))
     journal = staging_of(out) / ".journal.json"
     return sorted(json.loads(journal.read_bytes())["finished"]) if journal.exists() else []
 
@@ -414,7 +414,7 @@ def test_content_that_appears_during_the_run_is_not_destroyed(models: list[Path]
     out = tmp_path / "out"
     meddler = Meddler(lambda: write(out, base_state()))
     with pytest.raises(OutputError, match="not empty"):
-        execute(ready(models), out, reporter=meddler)
+        execute(ready(models), out, progress=meddler)
     assert same(read(out), base_state())
     assert leftovers(out) == []
 
@@ -559,7 +559,7 @@ def test_the_next_run_puts_back_what_a_kill_between_two_renames_left(models: lis
     write(tmp_path / ".out.modelmerge-old", base_state())
     old = content(tmp_path / ".out.modelmerge-old")
     with pytest.raises(KeyboardInterrupt):
-        execute(ready(models), out, force=True, reporter=Meddler(interrupt))
+        execute(ready(models), out, force=True, progress=Meddler(interrupt))
     assert content(out) == old
     assert leftovers(out) == []
     execute(ready(models), out, force=True)
@@ -908,7 +908,7 @@ def test_an_input_that_changes_while_it_is_read_is_refused(
 ) -> None:
     prepared = ready(models)
     with pytest.raises(CheckpointError) as caught:
-        execute(prepared, tmp_path / "out", reporter=Meddler(lambda: change(models[which]), after=3))
+        execute(prepared, tmp_path / "out", progress=Meddler(lambda: change(models[which]), after=3))
     assert str(models[which] / "model.safetensors") in caught.value.message
     assert not (tmp_path / "out").exists()
     assert leftovers(tmp_path / "out") == []

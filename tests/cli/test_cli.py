@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import modelmerge
 from modelmerge.cli import main
+from modelmerge.cli import options as opt
 from modelmerge.methods import registry
 from modelmerge.methods.options import option_types
 from tests.support.checkpoints import read
@@ -65,8 +69,14 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
         (["merge", "--preset", "clip-b32-8", "-o", "out"], 2, "no method is named"),
         (["merge", "--preset", "clip-b32-8", "--recipe", "x", "-o", "out"], 2, "exclude each other"),
         (["merge", "--preset", "clip-b32-8"], 0, "tanganke/clip-vit-base-patch32_svhn"),
-        (["merge", "ties", "BASE", "E0", "-o", "out", "--at", "scale"], 2, "--at 'scale' is not"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--vary", "scale=1"], 2, "No such option: --vary"),
         (["merge", "ties", "BASE", "E0", "-o", "out", "--at", "*: sclae=1"], 2, "did you mean 'scale'"),
+        (["merge", "--json", "ties", "BASE", "E0", "-o", "out"], 2, "--json stands before the method"),
+        (["merge", "ties.yml", "-o", "out"], 2, "--recipe ties.yml"),
+        (["merge", "ties", "BASE", "E0", "-o", "out", "--private"], 2, "--private has no effect without --push"),
+        (["search", "ties", "BASE", "E0", "-o", "out", "--try", "scale=1"], 2, "Missing option '--on'"),
+        (["verify", "BASE"], 1, "holds no finished output"),
+        (["guide", "modles"], 2, "did you mean 'models'"),
         (["merge", "-o", "out"], 2, "no method is named"),
         (["merge", "ties", "BASE", "E0", "-o", "BASE"], 1, "is the input"),
     ],
@@ -115,15 +125,137 @@ def test_merge_prints_what_it_did(models: list[Path], tmp_path: Path, capsys: py
     assert err == ""
 
 
-@pytest.mark.parametrize("flags", [["--json"], ["--format", "json"], ["--format=json"]])
-def test_json_is_all_of_stdout(
-    flags: list[str], models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, _ = run(capsys, "merge", "average", *models, "-o", tmp_path / "out", *flags)
-    told = json.loads(out)
+def test_json_is_all_of_stdout(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "merge", "average", *models, "-o", tmp_path / "out", "--json")
+    outcome = json.loads(out)
     assert code == 0
-    assert told["output"] == str(tmp_path / "out")
-    assert told["manifest"] == json.loads((tmp_path / "out" / "modelmerge.json").read_bytes())
+    assert outcome["output"] == str(tmp_path / "out")
+    assert outcome["manifest"] == json.loads((tmp_path / "out" / "modelmerge.json").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "ties", "BASE", "E0", "-o", "new"],
+        ["merge", "auto", "BASE", "E0", "-o", "new"],
+        ["search", "ties", "BASE", "E0", "-o", "new", "--try", "scale=1,2", "--on", "custom:json:dumps"],
+        ["extract", "BASE", "E0", "-o", "new"],
+        ["disentangle", "awd", "BASE", "E0", "E1", "-o", "new"],
+    ],
+)
+def test_every_plan_is_one_object(
+    words: list[str], models: list[Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    places = {"BASE": models[0], "E0": models[1], "E1": models[2]}
+    code, out, err = run(capsys, *(places.get(word, word) for word in words), "-n", "--json")
+    assert code == 0, err
+    outcome = json.loads(out)
+    assert outcome.keys() == {"plan"}
+    assert {"tensors", "bytes", "peak_memory"} <= outcome["plan"].keys()
+    assert outcome["plan"]["peak_memory"].keys() == {"host", "device"}
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("verb", [["extract"], ["disentangle", "awd"]])
+def test_verbs_that_write_give_output_and_manifest(
+    verb: list[str], models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, *verb, *models, "-o", tmp_path / "out", "--json")
+    assert code == 0, err
+    manifest = json.loads((tmp_path / "out" / "modelmerge.json").read_bytes())
+    assert json.loads(out) == {"output": str(tmp_path / "out"), "manifest": manifest}
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ([], 2),
+        (["mrege"], 2),
+        (["merge", "tise", "base", "math", "-o", "out"], 2),
+        (["merge", "ties"], 2),
+        (["merge", "ties", "base", "math"], 2),
+        (["merge", "ties", "base", "math", "-o", "out", "--dnsity", "1"], 2),
+        (["merge", "ties", "base", "math", "-o", "out", "--density", "much"], 2),
+        (["merge", "ties", "./base", "./math", "-o", "out"], 1),
+        (["merge", "--recipe", "nothing.json", "-o", "out"], 1),
+        (["search", "ties", "base", "math", "-o", "out"], 2),
+        (["extract"], 2),
+        (["eval", "weights"], 2),
+        (["eval", "custom", "merged", "--script", "none.py:f"], 1),
+        (["verify", "nothing"], 1),
+        (["push", "nothing", "org/name"], 1),
+        (["guide", "nothing"], 2),
+    ],
+)
+def test_every_failure_is_one_object(
+    words: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    got, out, err = run(capsys, *words, "--json")
+    assert got == code
+    outcome = json.loads(out)
+    assert outcome.keys() == {"error"}
+    assert outcome["error"].keys() == {"message", "hint", "exit_code"}
+    assert outcome["error"]["exit_code"] == code
+    assert err.startswith(f"error: {outcome['error']['message']}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("stop", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_run_that_is_stopped_says_so(stop: str, code: int, models: list[Path], tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text("import pathlib, time\ndef f(model):\n    pathlib.Path('reached').touch()\n    time.sleep(60)\n")
+    words = ["eval", "custom", str(models[0]), "--script", f"{script}:f", "--json"]
+    command = [sys.executable, "-m", "modelmerge", *words]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(modelmerge.__file__).parent.parent)},
+    )  # fmt: skip
+    try:
+        while not (tmp_path / "reached").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, stop))
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    assert json.loads(out)["error"]["exit_code"] == code
+
+
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        (["merge"], 60), (["merge", "ties"], 70), (["merge", "apgd"], 90), (["search", "ties"], 90), (["extract"], 60),
+        (["disentangle", "awd"], 70), (["eval", "weights"], 70), (["verify"], 30), (["push"], 40), (["guide"], 30),
+    ],
+)  # fmt: skip
+def test_help_fits_a_page(
+    words: list[str], most: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = run(capsys, *words, "--help")
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) <= most
+    assert max(map(len, lines)) <= 100
+    examples = [i for i, line in enumerate(lines) if line.strip().startswith("$ modelmerge")]
+    assert len(examples) == 2
+    assert examples[-1] < min(i for i, line in enumerate(lines) if "--" in line and i not in examples)
+
+
+def test_help_of_a_method_begins_with_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "merge", "ties", "--help")
+    assert out.index("Usage") < out.index("$ modelmerge") < out.index("--density") < out.index("--output")
+
+
+def test_the_shared_options_of_merge_are_those_of_the_contract() -> None:
+    shared = {parameter.name for parameter in (*opt.shared(opt.merged), *opt.shared(opt.written))}
+    assert shared == {
+        "weight", "at", "rest", "disentangle", "include", "exclude", "on_mismatch", "dtype", "as_lora",
+        "max_shard_size", "seed", "device", "stream", "dry_run", "force", "resume", "push", "private",
+    }  # fmt: skip
 
 
 def test_quiet_is_the_path_alone(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,13 +298,60 @@ def test_recipe_on_the_command_line(models: list[Path], tmp_path: Path, capsys: 
     assert one == two
 
 
+def test_options_override_those_of_a_recipe(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, plain = (tmp_path / name for name in ("one", "two", "plain"))
+    run(capsys, "merge", "ties", *models, "-o", one, "--density", "0.6", "--weight", "expert_0=0.5")
+    more = (
+        "--scale",
+        "0.7",
+        "--reduce",
+        "mean",
+        "--weight",
+        "expert_1=2",
+        "--exclude",
+        "*norm*",
+        "--dtype",
+        "bfloat16",
+    )
+    code, _, err = run(capsys, "merge", "--recipe", one / "modelmerge.json", "-o", two, *more)
+    assert code == 0, err
+    words = ("--density", "0.6", "--weight", "expert_0=0.5", *more)
+    assert run(capsys, "merge", "ties", *models, "-o", plain, *words)[0] == 0
+    recipes = [json.loads((place / "modelmerge.json").read_bytes())["recipe"] for place in (two, plain)]
+    assert recipes[0]["options"] == recipes[1]["options"]
+    assert (two / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    code, out, _ = run(capsys, "merge", "--recipe", one / "modelmerge.json", "-o", two, "-n", "--json")
+    assert code == 0
+    assert json.loads(out)["plan"]["method"] == "ties"
+    code, _, err = run(capsys, "merge", "--recipe", one / "modelmerge.json", "-o", two, "--power", "2")
+    assert (code, "No such option: --power" in err) == (2, True)
+    code, out, _ = run(capsys, "merge", "--recipe", one / "modelmerge.json", "--help")
+    assert (code, "--density" in out, "--weight" in out) == (0, True, True)
+
+
+def test_options_override_those_of_mergekit_s_yaml(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mergekit.yml"
+    file.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {models[0]}\ndtype: float32\n"
+        f"models:\n  - model: {models[1]}\n    parameters: {{weight: 0.5}}\n"
+    )
+    code, out, err = run(capsys, "merge", "--recipe", file, "-o", tmp_path / "out", "--seed", "3", "--json")
+    assert code == 0, err
+    assert json.loads(out)["manifest"]["recipe"]["seed"] == 3
+
+
 def test_the_card_s_command_repeats_the_merge(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shlex
 
     out = tmp_path / "out"
-    run(capsys, "merge", "apgd", *models, "-o", out, "--steps", "2", "--weight", "expert_0=0.5", "--rest", "average")
+    words = ["--published", "--steps", "2", "--weight", "expert_0=0.5", "--rest", "average"]
+    run(capsys, "merge", "apgd", *models, "-o", out, *words)
     block = (out / "README.md").read_text().partition("```sh\n")[2].partition("```")[0]
     assert len(block.splitlines()) > 5  # nobody reads a line that has to be scrolled
     line = block.replace("\\\n", "")

@@ -156,7 +156,7 @@ def test_dtype_goes_for_every_floating_tensor(dtype: str, models: list[Path], tm
 @pytest.mark.parametrize("rest", ["base", "average", "task-arithmetic"])
 def test_rest_is_what_becomes_of_tensors_that_are_no_matrices(rest: str, models: list[Path], tmp_path: Path) -> None:
     base, *experts = models
-    manifest = modelmerge.merge(base, experts, tmp_path / "out", method="apgd", steps=3, rest=rest)
+    manifest = modelmerge.merge(base, experts, tmp_path / "out", method="apgd", published=True, steps=3, rest=rest)
     got, origin = read(tmp_path / "out"), read(base)
     want = origin if rest == "base" else in_memory(rest, origin, [read(e) for e in experts])
     for key in ("model.embed_tokens.weight", "model.layers.0.norm.weight", "logit_scale"):
@@ -241,7 +241,7 @@ def test_an_expert_that_did_not_change_a_layer_is_named_in_the_notes(tmp_path: P
         write(tmp_path / "x", expert_state(base, 0)),
         write(tmp_path / "y", frozen),
     ]
-    manifest = modelmerge.merge(paths[0], paths[1:], tmp_path / "out", method="apgd", steps=3)
+    manifest = modelmerge.merge(paths[0], paths[1:], tmp_path / "out", method="apgd", published=True, steps=3)
     left_out = [{"tensor": "model.layers.0.q_proj.weight", "expert": "y", "reason": "it did not change this weight"}]
     assert manifest["tensors"]["left_out"] == left_out
     assert manifest["notes"] == ["'y' was left out of 1 tensor: it did not change this weight."]

@@ -48,7 +48,7 @@ def test_the_error_is_that_of_float64(
 
 def test_a_matrix_method_is_measured_with_what_the_rest_gets(tmp_path: Path) -> None:
     base, *experts = family(tmp_path, dtype=torch.bfloat16)
-    told = {"method": "apgd", "steps": 3, "rest": "average"}
+    told = {"method": "apgd", "published": True, "steps": 3, "rest": "average"}
     whole = modelmerge.merge(base, experts, tmp_path / "wide", dtype="float32", **told)
     assert whole["rounding"] is None
     manifest = modelmerge.merge(base, experts, tmp_path / "out", **told)

@@ -22,9 +22,11 @@ from modelmerge.checkpoint.reference import parse
 from modelmerge.cli import main
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
-from modelmerge.evaluation import clip
-from modelmerge.evaluation import images as image_data
-from modelmerge.evaluation.images import Items, Task
+from modelmerge.evaluation import clip as suite
+from modelmerge.evaluation import clip_models as clip
+from modelmerge.evaluation import image_data, image_tasks
+from modelmerge.evaluation.image_data import Items
+from modelmerge.evaluation.image_tasks import Task
 from modelmerge.evaluation.model import Model
 from tests.support import clip_models
 from tests.support.checkpoints import base_state, write
@@ -74,7 +76,7 @@ def parts(directory: Path, name: str | None = None) -> clip.Parts:
 
 
 def scored(directory: Path, items: Items, head: clip.Head) -> Any:
-    return clip.measure(
+    return suite.measure(
         clip.classifier(clip.read_tower(parts(directory)), head, CPU), head, items, directory.name, batch=7
     )
 
@@ -99,7 +101,7 @@ def files_of(images: Path) -> tuple[list[Path], list[int]]:
 
 
 def test_the_fixture_is_far_above_chance(base: Path, images: Path) -> None:
-    items = image_data.load(image_data.own_task(str(images)))
+    items = image_data.load(image_tasks.own_task(str(images)))
     head = clip.make_head(parts(base), items.classes, items.task.templates)
     score = scored(base, items, head)
     assert score.count == 6 * 8
@@ -108,7 +110,7 @@ def test_the_fixture_is_far_above_chance(base: Path, images: Path) -> None:
 
 
 def test_each_item_is_judged_as_transformers_does(worse: Path, images: Path) -> None:
-    items = image_data.load(image_data.own_task(str(images)))
+    items = image_data.load(image_tasks.own_task(str(images)))
     head = clip.make_head(parts(worse), items.classes, items.task.templates)
     score = scored(worse, items, head)
     files, labels = files_of(images)
@@ -121,7 +123,7 @@ def test_each_item_is_judged_as_transformers_does(worse: Path, images: Path) -> 
     assert score.stderr == pytest.approx(right.std().item() / len(right) ** 0.5)
     classifier = clip.classifier(clip.read_tower(parts(worse)), head, CPU)
     with torch.no_grad():
-        ours = torch.cat([classifier(pixels).softmax(dim=-1) for pixels, _ in clip.batches(items, head, 7)])
+        ours = torch.cat([classifier(pixels).softmax(dim=-1) for pixels, _ in suite.batches(items, head, 7)])
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -149,7 +151,7 @@ def test_a_vision_tower_alone_is_enough_once_the_head_is_kept(
     from transformers import CLIPModel
 
     tower = clip_models.save_vision(CLIPModel.from_pretrained(worse), tmp_path / "tower", prefixed=prefixed)
-    items = image_data.load(image_data.own_task(str(images)))
+    items = image_data.load(image_tasks.own_task(str(images)))
     task = items.task
     with pytest.raises(UsageError, match="'tower' has no text tower to make the text head of 'colours' with"):
         clip.find_head(task, items.classes, parts(tower), tmp_path / "heads")
@@ -160,7 +162,7 @@ def test_a_vision_tower_alone_is_enough_once_the_head_is_kept(
 
 
 def test_a_head_in_another_order_is_put_in_order(base: Path, images: Path, tmp_path: Path) -> None:
-    items = image_data.load(image_data.own_task(str(images)))
+    items = image_data.load(image_tasks.own_task(str(images)))
     right = clip.make_head(parts(base), items.classes, items.task.templates)
     # The same classes, spelt otherwise, the other way round: by place every answer would be wrong.
     turned = dataclasses.replace(
@@ -174,7 +176,7 @@ def test_a_head_in_another_order_is_put_in_order(base: Path, images: Path, tmp_p
 
 
 def test_a_head_of_other_classes_or_prompts_is_refused(base: Path, images: Path, tmp_path: Path) -> None:
-    items = image_data.load(image_data.own_task(str(images)))
+    items = image_data.load(image_tasks.own_task(str(images)))
     clip.write_head(
         clip.make_head(parts(base), [*items.classes[:-1], "pink"], items.task.templates),
         tmp_path / "colours.safetensors",
@@ -190,28 +192,28 @@ def test_a_head_of_other_classes_or_prompts_is_refused(base: Path, images: Path,
 
 
 def test_the_cache_knows_heads_by_their_source_classes_and_prompts(base: Path, worse: Path, images: Path) -> None:
-    items = image_data.load(image_data.own_task(str(images)))
+    items = image_data.load(image_tasks.own_task(str(images)))
     one = clip.find_head(items.task, items.classes, parts(base), None, "one")
     again = clip.find_head(items.task, items.classes, None, None, "one")
     assert torch.equal(one.weight, again.weight)
     with pytest.raises(UsageError, match="there is no text tower"):
         clip.find_head(items.task, items.classes, None, None, "two")
-    other = image_data.with_templates(items.task, ["the {}"])
+    other = image_tasks.with_templates(items.task, ["the {}"])
     with pytest.raises(UsageError, match="there is no text tower"):
         clip.find_head(other, items.classes, None, None, "one")
 
 
 def test_class_names_from_a_file_go_by_their_words(base: Path, images: Path, tmp_path: Path) -> None:
-    plain = image_data.load(image_data.own_task(str(images)))
+    plain = image_data.load(image_tasks.own_task(str(images)))
     names = tmp_path / "names.txt"
     names.write_text("White\nviolet\nGREEN-leaf\n\nred\nblue\nyellow\n")  # in no order
-    items = image_data.load(image_data.own_task(str(images), classes=names))
+    items = image_data.load(image_tasks.own_task(str(images), classes=names))
     assert items.classes == ("blue", "GREEN-leaf", "red", "violet", "White", "yellow")
     assert torch.equal(items.labels, plain.labels)
     names.write_text(json.dumps({name: f"{name}ish" for name in clip_models.COLOURS}))
-    assert image_data.load(image_data.own_task(str(images), classes=names)).classes[0] == "blueish"
+    assert image_data.load(image_tasks.own_task(str(images), classes=names)).classes[0] == "blueish"
     names.write_text("white\nviolet\nGREEN-leaf\tgrass green\nred\nblue\nyellow\n")
-    assert image_data.load(image_data.own_task(str(images), classes=names)).classes[1] == "grass green"
+    assert image_data.load(image_tasks.own_task(str(images), classes=names)).classes[1] == "grass green"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_class_names_that_are_not_the_data_sets_are_refused(
     file = tmp_path / "names"
     file.write_text(content)
     with pytest.raises(ModelMergeError) as caught:
-        image_data.load(image_data.own_task(str(images), classes=file))
+        image_data.load(image_tasks.own_task(str(images), classes=file))
     assert says in caught.value.message
 
 
@@ -241,38 +243,38 @@ def test_a_data_set_with_a_class_missing_is_refused(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("\n".join(clip_models.COLOURS))
     with pytest.raises(ModelMergeError, match="only the file has 'blue'"):
-        image_data.load(image_data.own_task(str(images), classes=names))
+        image_data.load(image_tasks.own_task(str(images), classes=names))
 
 
 def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ModelMergeError, match="it is empty"):
-        image_data.load(image_data.own_task(str(empty)))
+        image_data.load(image_tasks.own_task(str(empty)))
     import pandas
 
     pandas.DataFrame({"image": [], "label": []}).to_parquet(empty / "none.parquet")
     with pytest.raises(ModelMergeError, match="it is empty"):
-        image_data.load(image_data.own_task(str(empty / "none.parquet")))
+        image_data.load(image_tasks.own_task(str(empty / "none.parquet")))
 
 
 def test_what_is_no_data_set_is_refused(tmp_path: Path, images: Path) -> None:
     with pytest.raises(ModelMergeError, match="no such file or directory"):
-        image_data.load(image_data.own_task("./nowhere"))
+        image_data.load(image_tasks.own_task("./nowhere"))
     (tmp_path / "text.parquet").write_text("no parquet")
     with pytest.raises(ModelMergeError, match="it cannot be read"):
-        image_data.load(image_data.own_task(str(tmp_path / "text.parquet")))
+        image_data.load(image_tasks.own_task(str(tmp_path / "text.parquet")))
     with pytest.raises(ModelMergeError, match="has no split 'validation'") as caught:
-        image_data.load(image_data.own_task(str(images), split="validation"))
+        image_data.load(image_tasks.own_task(str(images), split="validation"))
     assert "train" in str(caught.value.hint)
     with pytest.raises(UsageError, match="--limit 0"):
-        image_data.load(image_data.own_task(str(images)), limit=0)
+        image_data.load(image_tasks.own_task(str(images)), limit=0)
 
 
 def test_an_image_that_cannot_be_decoded_is_named(base: Path, tmp_path: Path) -> None:
     images = clip_models.folder(tmp_path / "images", each=2)
     (images / "blue" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    items = image_data.load(image_data.own_task(str(images)))
+    items = image_data.load(image_tasks.own_task(str(images)))
     head = clip.make_head(parts(base), items.classes, items.task.templates)
     with pytest.raises(ModelMergeError, match="item 1 is no image"):
         scored(base, items, head)
@@ -295,43 +297,45 @@ def parquet(file: Path, images: Path, label: Any, **columns: Any) -> Path:
 
 
 def test_parquet_with_names_or_numbers_gives_the_same_figures(worse: Path, images: Path, tmp_path: Path) -> None:
-    whole = image_data.load(image_data.own_task(str(images)))
+    whole = image_data.load(image_tasks.own_task(str(images)))
     head = clip.make_head(parts(worse), whole.classes, whole.task.templates)
     expected = scored(worse, whole, head)
-    named = image_data.load(image_data.own_task(str(parquet(tmp_path / "named.parquet", images, lambda name, i: name))))
+    named = image_data.load(
+        image_tasks.own_task(str(parquet(tmp_path / "named.parquet", images, lambda name, i: name)))
+    )
     assert named.classes == whole.classes
     assert scored(worse, named, head).items == expected.items
     file = parquet(tmp_path / "numbered.parquet", images, lambda name, i: i)
     with pytest.raises(ModelMergeError, match="numbers without names"):
-        image_data.load(image_data.own_task(str(file)))
+        image_data.load(image_tasks.own_task(str(file)))
     names = tmp_path / "names.txt"
     names.write_text("\n".join(sorted(clip_models.COLOURS)))
-    numbered = image_data.load(image_data.own_task(str(file), classes=names))
+    numbered = image_data.load(image_tasks.own_task(str(file), classes=names))
     assert scored(worse, numbered, head).items == expected.items
     assert "taken for places" in numbered.notes[0]
     names.write_text("blue\nred")
     with pytest.raises(ModelMergeError, match="6 numbers from 0 to 5, and there are 2 class names"):
-        image_data.load(image_data.own_task(str(file), classes=names))
+        image_data.load(image_tasks.own_task(str(file), classes=names))
 
 
 def test_columns_are_found_or_named(images: Path, tmp_path: Path) -> None:
     file = parquet(tmp_path / "x.parquet", images, lambda name, i: name, shade=["a"] * 48)
     with pytest.raises(ModelMergeError, match="more than one column of labels") as caught:
-        image_data.load(image_data.own_task(str(file)))
+        image_data.load(image_tasks.own_task(str(file)))
     assert "--label-column" in str(caught.value.hint)
-    assert len(image_data.load(image_data.own_task(str(file), label="kind")).classes) == 6
+    assert len(image_data.load(image_tasks.own_task(str(file), label="kind")).classes) == 6
     with pytest.raises(ModelMergeError, match="no column 'sort'"):
-        image_data.load(image_data.own_task(str(file), label="sort"))
+        image_data.load(image_tasks.own_task(str(file), label="sort"))
 
 
 def test_items_without_a_label_are_refused(images: Path, tmp_path: Path) -> None:
     file = parquet(tmp_path / "x.parquet", images, lambda name, i: -1 if i == 0 else i)
     with pytest.raises(ModelMergeError, match="item 0 has no label"):
-        image_data.load(image_data.own_task(str(file)))
+        image_data.load(image_tasks.own_task(str(file)))
 
 
 def test_a_limit_draws_by_the_seed(images: Path) -> None:
-    task = image_data.own_task(str(images))
+    task = image_tasks.own_task(str(images))
     some, again, other = (image_data.load(task, limit=10, seed=seed) for seed in (0, 0, 1))
     whole = image_data.load(task)
     assert some.ids == again.ids != other.ids
@@ -346,13 +350,13 @@ def test_classes_without_items_are_told(tmp_path: Path, images: Path) -> None:
     file = parquet(tmp_path / "x.parquet", images, lambda name, i: min(i, 3))
     names = tmp_path / "names.txt"
     names.write_text("\n".join(sorted(clip_models.COLOURS)))
-    items = image_data.load(image_data.own_task(str(file), classes=names))
+    items = image_data.load(image_tasks.own_task(str(file), classes=names))
     assert len(items.classes) == 6
     assert any("no item of 2 of its 6 classes: 'white', 'yellow'" in note for note in items.notes)
 
 
 def test_models_that_are_not_clip_or_not_whole_are_refused(base: Path, images: Path, tmp_path: Path) -> None:
-    items = image_data.load(image_data.own_task(str(images)))
+    items = image_data.load(image_tasks.own_task(str(images)))
     head = clip.make_head(parts(base), items.classes, items.task.templates)
     whole = parts(base)
     other = dataclasses.replace(whole, config={"model_type": "llama"})
@@ -368,7 +372,7 @@ def test_models_that_are_not_clip_or_not_whole_are_refused(base: Path, images: P
     broken = dict(whole.tensors) | {name: whole.tensors[name] * float("nan")}
     model = clip.classifier(clip.read_tower(dataclasses.replace(whole, tensors=broken)), head, CPU)
     with pytest.raises(CheckpointError, match="gives NaN or Inf"):
-        clip.measure(model, head, items, "base", batch=64)
+        suite.measure(model, head, items, "base", batch=64)
     narrow = dataclasses.replace(head, weight=head.weight[:, :8], projection=head.projection[:8])
     with pytest.raises(ModelMergeError, match="is for a tower of 32 in a space of 8"):
         clip.classifier(clip.read_tower(whole), narrow, CPU)
@@ -395,7 +399,7 @@ def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_the_command_prints_the_figures_of_the_core(
     base: Path, worse: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    items = image_data.load(image_data.own_task(str(images)))
+    items = image_data.load(image_tasks.own_task(str(images)))
     head = clip.make_head(parts(worse), items.classes, items.task.templates)
     expected = scored(worse, items, head)
     words = ["eval", "clip", str(worse), str(base), "--data", str(images), "--device", "cpu"]
@@ -501,7 +505,7 @@ def test_a_copy_of_a_published_task_has_its_classes_and_prompts_and_published_fi
     told = report["data"]["eurosat"]
     assert told["classes"][0] == "annual crop land"
     assert told["classes"][-1] == "lake or sea"
-    assert told["templates"] == list(image_data.find_tasks(["eurosat"])[0].templates)
+    assert told["templates"] == list(image_tasks.published_tasks(["eurosat"])[0].templates)
     row = rows_of(report)["model again"]
     assert row["normalised_by_published"] == pytest.approx(row["scores"]["eurosat"]["score"] / 0.99)
     assert report["published"]["zero-shot"]["eurosat"] == 0.46
@@ -624,27 +628,27 @@ def test_data_on_the_hub_are_taken_at_a_commit(
 
 
 def test_the_papers_tasks_have_their_classes_and_prompts() -> None:
-    tasks = image_data.find_tasks(["clip8"])
+    tasks = image_tasks.published_tasks(["clip8"])
     assert [len(task.classes or ()) for task in tasks] == [397, 196, 45, 10, 10, 43, 10, 47]
     assert [len(task.templates) for task in tasks] == [2, 8, 18, 3, 1, 3, 1, 8]
     assert all(text.count("{}") == 1 for task in tasks for text in task.templates)
-    assert len(image_data.find_tasks(["clip8-ood"])) == 4 * 7
-    assert {task.split for task in image_data.find_tasks(["eurosat", "eurosat:spatter"])} == {"test", "spatter"}
-    assert image_data.find_tasks(["tanganke/stanford_cars"]) == image_data.find_tasks(["Stanford_Cars"])
+    assert len(image_tasks.published_tasks(["clip8-ood"])) == 4 * 7
+    assert {task.split for task in image_tasks.published_tasks(["eurosat", "eurosat:spatter"])} == {"test", "spatter"}
+    assert image_tasks.published_tasks(["tanganke/stanford_cars"]) == image_tasks.published_tasks(["Stanford_Cars"])
     with pytest.raises(UsageError, match="no task 'eurosta'") as caught:
-        image_data.find_tasks(["eurosta"])
+        image_tasks.published_tasks(["eurosta"])
     assert "did you mean 'eurosat'" in str(caught.value.hint)
     with pytest.raises(UsageError, match="named twice"):
-        image_data.find_tasks(["clip8", "dtd"])
+        image_tasks.published_tasks(["clip8", "dtd"])
 
 
 def named(task: str, own: list[str], *, has_names: bool = True) -> tuple[tuple[str, ...], list[str]]:
-    (found,) = image_data.find_tasks([task])
-    return image_data.name_classes(found, own, named=has_names)
+    (found,) = image_tasks.published_tasks([task])
+    return image_tasks.name_classes(found, own, are_names=has_names)
 
 
 def test_published_names_are_found_however_the_data_set_spells_them() -> None:
-    (eurosat,) = image_data.find_tasks(["eurosat"])
+    (eurosat,) = image_tasks.published_tasks(["eurosat"])
     published = list(eurosat.classes or ())
     official = (
         "AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River SeaLake"
@@ -656,7 +660,7 @@ def test_published_names_are_found_however_the_data_set_spells_them() -> None:
     assert names[:2] == ("Wood", "annual crop land")
     assert "prompted by its own names" in notes[0]
     assert "'Wood'" in notes[0]
-    (gtsrb,) = image_data.find_tasks(["gtsrb"])
+    (gtsrb,) = image_tasks.published_tasks(["gtsrb"])
     signs = list(gtsrb.classes or ())
     as_text = sorted(map(str, range(43)))  # 0, 1, 10, 11, ...
     assert named("gtsrb", as_text)[0] == tuple(signs[int(name)] for name in as_text)
@@ -670,12 +674,12 @@ def test_published_names_are_found_however_the_data_set_spells_them() -> None:
 
 def test_letters_that_differ_in_case_are_different_classes() -> None:
     task = Task(name="letters", data="letters", classes=("b", "A", "a", "B"))
-    assert image_data.name_classes(task, ["a", "b", "A", "B"], named=True)[0] == ("a", "b", "A", "B")
+    assert image_tasks.name_classes(task, ["a", "b", "A", "B"], are_names=True)[0] == ("a", "b", "A", "B")
 
 
 def test_templates_must_hold_the_class() -> None:
     with pytest.raises(UsageError, match=r"must hold \{\} once"):
-        image_data.own_task("x", templates=["a photo"])
+        image_tasks.own_task("x", templates=["a photo"])
 
 
 def test_without_the_extra_the_error_names_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -424,9 +425,9 @@ def test_a_gate_fails_with_the_report_printed(
     assert (code, len(out.split())) == (1, 2)
 
 
-def report_of(name: str, **scores: Any) -> dict[str, Any]:
-    rows = {task: scores.read_score(told, task).to_dict() for task, told in scores.items()}
-    return {"tasks": list(scores), "models": [{"name": name, "role": "model", "scores": rows}],
+def report_of(name: str, **results: Any) -> dict[str, Any]:
+    rows = {task: scores.read_score(result, task).to_dict() for task, result in results.items()}
+    return {"tasks": list(results), "models": [{"name": name, "role": "model", "scores": rows}],
             "metric": {"function": "f", "sha256": "0"}, "seed": 0}  # fmt: skip
 
 
@@ -553,3 +554,20 @@ def test_suites_by_name(models: list[Path], tmp_path: Path) -> None:
             modelmerge.evaluate([], suite=which, **more)
     with pytest.raises(UsageError, match="there is no suite 'wieghts'"):
         modelmerge.evaluate([tmp_path / "merged"], suite="wieghts")
+
+
+@pytest.mark.parametrize(
+    ("suite", "options", "message", "hint"),
+    [
+        ("weights", {"cache": False}, "suite 'weights' has no option 'cache'", "it has: per_layer, .*device"),
+        ("weights", {"per_layers": True}, "has no option 'per_layers'", "did you mean 'per_layer'"),
+        ("custom", {"metric": len, "limit": 3}, "suite 'custom' has no option 'limit'", "it has: metric, "),
+        ("clip", {"fail_udner": ["avg=1"]}, "suite 'clip' has no option 'fail_udner'", "did you mean 'fail_under'"),
+        ("lm", {"progress": None}, "suite 'lm' has no option 'progress'", "it has: tasks"),
+        ("custom", {}, "suite 'custom' needs the option 'metric'", ""),
+    ],
+)  # fmt: skip
+def test_options_that_a_suite_lacks(suite: str, options: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        modelmerge.evaluate(["model"], suite=suite, **options)
+    assert re.search(hint, error.value.hint or "")

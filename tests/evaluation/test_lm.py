@@ -21,7 +21,7 @@ from torch import Tensor
 import modelmerge
 from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ModelMergeError, ReferenceNotFound, UsageError
-from modelmerge.evaluation import lm
+from modelmerge.evaluation import lm, lm_tasks
 from tests.support import language
 from tests.support.language import TASKS, World, local_task
 
@@ -342,7 +342,7 @@ def test_without_experts_the_published_ones_serve(
 
 
 def test_published_scores_are_whole() -> None:
-    for base, kinds in lm.published().items():
+    for base, kinds in lm.publication().items():
         assert {"zero-shot", "lora-experts"} <= kinds.keys(), base
         for scores_ in kinds.values():
             assert list(scores_) == list(PUBLISHED)
@@ -664,7 +664,7 @@ def test_a_file_that_is_no_task_is_named(world: World, tmp_path: Path) -> None:
 
 def _without_stock(folder: Path, name: str) -> None:
     """Ask for a task that is nowhere, without the seconds that reading the harness's own takes."""
-    index = lm._Index(folder)
+    index = lm_tasks._Index(folder)
     index._whole = True
     index.resolve([name])
 

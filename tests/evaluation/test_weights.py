@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, PlanError, UsageError
 from modelmerge.evaluation import interference as conflicts
 from modelmerge.methods import linalg
-from modelmerge.verbs.evaluate import evaluate_weights
+from modelmerge.verbs.evaluate import evaluate
 from tests.support.checkpoints import base_state, family, read, write
 from tests.support.hub_server import FakeHub
 
+evaluate_weights = partial(evaluate, suite="weights")
 MATRICES = ("model.layers.0.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight")
 
 

@@ -303,7 +303,9 @@ def test_adapters_on_the_hub(
 # Streams
 
 
-@pytest.mark.parametrize("words", [["ties"], ["apgd", "--steps", "2"], ["task-arithmetic", "--disentangle", "awd"]])
+@pytest.mark.parametrize(
+    "words", [["ties"], ["apgd", "--published", "--steps", "2"], ["task-arithmetic", "--disentangle", "awd"]]
+)
 def test_a_stream_gives_the_same_bits_and_fills_no_cache(
     words: list[str], hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -665,7 +667,7 @@ class Ear:
 
 def test_progress_is_told_in_bytes(names: list[str], local: list[Path], tmp_path: Path) -> None:
     ear = Ear()
-    modelmerge.merge(names[0], names[1:], tmp_path / "out", method="average", reporter=ear)
+    modelmerge.merge(names[0], names[1:], tmp_path / "out", method="average", progress=ear)
     files = [m / "model.safetensors" for m in local] + [local[0] / "tokenizer.json"]
     total = sum(file.stat().st_size for file in files)
     assert ear.stages[0] == ("downloading", total)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modelmerge.methods.merge.adamerging import Mixture, Options
+from modelmerge.methods.coefficients import Mixture, Options
 
 TASKS, ITEMS = 3, 7
 Parts = dict[str, tuple[Tensor, Tensor]]
@@ -61,7 +61,7 @@ def test_the_coefficients_move_as_autograd_and_adam_say(granularity: str) -> Non
     assert (mixture.coefficients - 0.3).abs().max() > 0.1
     after = mixed(told, wanted.detach())
     assert all(torch.allclose(mixture.values[name], after[name], rtol=1e-12, atol=1e-12) for name in told)
-    found = mixture.found()
+    found = mixture.by_tensor()
     assert list(found) == list(told)
     assert (found["one"] == found["two"]) == (granularity == "task")
 

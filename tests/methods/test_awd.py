@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Redundancy
+from modelmerge.methods.contract import SharedVector
 from modelmerge.methods.options import make_options, option_types
 from modelmerge.methods.transform import awd
 
@@ -54,19 +54,18 @@ def overlapping(experts: int = 4, shape: tuple[int, int] = (6, 40), seed: int = 
 
 
 def solve(taus: Tensor, options: awd.Options) -> Any:
-    return awd.descend(taus, options) if options.solver == "descent" else awd.solve(awd.measure(taus), options)
+    return awd.solve(awd.measure(taus), options)
 
 
 def delta_of(solution: Any, taus: Tensor) -> Tensor:
     return torch.einsum("gt,tgn->gn", solution.coefficients, taus.double())
 
 
-@pytest.mark.parametrize("solver", ["gram", "descent"])
 @pytest.mark.parametrize("granularity", ["row", "tensor", "model"])
-def test_agrees_with_float64_autograd(granularity: str, solver: str) -> None:
+def test_agrees_with_float64_autograd(granularity: str) -> None:
     taus = groups_of(overlapping(), granularity)
     # Small steps: past a kink of |cos| rounding decides the sign, and only losses can be compared.
-    options = awd.Options(alpha=0.05, lr=2e-5, steps=40, granularity=granularity, solver=solver, units="absolute")
+    options = awd.Options(alpha=0.05, lr=2e-5, steps=40, granularity=granularity, published=True)
     got = solve(taus, options)
     want = [autograd_descent(taus[:, g], options) for g in range(taus.shape[1])]
     assert torch.allclose(got.losses, sum(losses for _, losses in want), rtol=1e-9)
@@ -75,24 +74,15 @@ def test_agrees_with_float64_autograd(granularity: str, solver: str) -> None:
     assert got.losses[-1] < got.losses[0]
 
 
-@pytest.mark.parametrize("solver", ["gram", "descent"])
 @pytest.mark.parametrize("family", ["four", "five-odd"])
-def test_agrees_with_an_independent_implementation(family: str, solver: str) -> None:
+def test_agrees_with_an_independent_implementation(family: str) -> None:
     oracle = load_file(ORACLE / family / "awd-float64.safetensors")
     taus = oracle["tau"][:, None, :]
-    options = awd.Options(alpha=0.1, lr=1e-6, steps=200, granularity="model", solver=solver, units="absolute")
+    options = awd.Options(alpha=0.1, lr=1e-6, steps=200, published=True)
     got = solve(taus, options)
     assert torch.allclose(got.losses[:-1], oracle["gd_l2/loss"], atol=1e-12)
     delta = oracle["gd_l2/delta"]
     assert (delta_of(got, taus)[0] - delta).norm() <= 1e-9 * delta.norm()
-
-
-@pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_both_solvers_arrive_at_the_same_vector(granularity: str) -> None:
-    taus = groups_of(overlapping(5), granularity)
-    gram, descent = (solve(taus, awd.Options(solver=s, granularity=granularity)) for s in ("gram", "descent"))
-    assert torch.allclose(gram.losses[:20], descent.losses[:20], rtol=1e-9)
-    assert gram.losses.min().item() == pytest.approx(descent.losses.min().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("factor", [1e-4, 10.0, 1e4])
@@ -121,10 +111,10 @@ def test_two_task_vectors_end_near_the_best_point_of_their_plane() -> None:
 
 
 def test_the_loss_is_never_worse_than_doing_nothing() -> None:
-    for options in (awd.Options(lr=5.0), awd.Options(lr=0.3, units="absolute"), awd.Options(alpha=10.0)):
+    for options in (awd.Options(lr=5.0), awd.Options(lr=0.3, published=True), awd.Options(alpha=10.0)):
         taus = overlapping()
         found = delta_of(solve(taus, options), taus)
-        size = taus.double().square().sum(2).mean(0).sqrt() if options.units == "relative" else torch.ones(6)
+        size = taus.double().square().sum(2).mean(0).sqrt() if not options.published else torch.ones(6)
         for g in range(taus.shape[1]):
             units = taus[:, g].double() / size[g]
             before = loss(torch.zeros_like(units[0]), units, options.alpha)
@@ -184,6 +174,12 @@ def test_every_disentangler_has_a_help_line_and_options_that_are_allowed(name: s
     chosen = registry.load(name, "transform")
     assert registry.summary(name, "transform").endswith(".")
     assert chosen.paper.startswith("https://")
-    make_options(chosen, name, chosen.published)
-    if isinstance(chosen.by, Redundancy):
-        assert {"granularity", "solver"} <= set(option_types(chosen.options))
+    assert make_options(chosen, name, {"published": True}) != chosen.options()
+    if isinstance(chosen.by, SharedVector):
+        assert "granularity" in option_types(chosen.options)
+
+
+def test_the_granularity_follows_from_the_published_form() -> None:
+    assert awd.Options() == awd.Options(granularity="tensor")
+    assert awd.Options(published=True) == awd.Options(published=True, granularity="model")
+    assert awd.Options(published=True, granularity="row").granularity == "row"

@@ -329,6 +329,15 @@ def test_recipes_of_format_1_replay(entries: dict[str, Any], at: list[str], mode
     assert not same_bits(want, read(tmp_path / "plain"))
 
 
+def test_transforms_of_format_1_replay(models: list[Path], tmp_path: Path) -> None:
+    manifest = modelmerge.merge(models[0], models[1:], tmp_path / "plain", method="ties")
+    entries = {"disentangle": "awd", "disentangle_options": {"alpha": 0.2, "solver": "descent", "granularity": "row"}}
+    modelmerge.replay(as_format_1(manifest, tmp_path / "old.json", **entries), tmp_path / "again")
+    want = merged(models, tmp_path / "want", method="ties", disentangle="awd alpha=0.2 granularity=row")
+    assert same_bits(read(tmp_path / "again"), want)
+    assert not same_bits(want, read(tmp_path / "plain"))
+
+
 def test_what_only_version_1_could_do_is_said(models: list[Path], tmp_path: Path) -> None:
     manifest = modelmerge.merge(models[0], models[1:], tmp_path / "plain", method="ties")
     for entries in ({"task_lambda": "matched"}, {"layer_scale": "larv"}, {"layer_scale": "0.5,1"}):

@@ -135,7 +135,7 @@ def test_notes_and_disentangling_are_told(models: list[Path], tmp_path: Path) ->
     )  # fmt: skip
     text = (tmp_path / "out" / "README.md").read_text()
     assert "made by `average` after `awd`" in text
-    assert "| `--awd-alpha` | 0.1 |" in text
+    assert "| `awd alpha` | 0.1 |" in text
     assert "| `--at` | `*q_proj*: weight=2` |" in text
     assert front(text)["tags"] == ["merge", "modelmerge", "average", "awd"]
     assert text.count("@misc{") == 2

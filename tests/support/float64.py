@@ -20,8 +20,7 @@ def ties(taus: Tensor, density: float, scale: float, reduce: str, scope: str, we
     return (scale * total).view(taus.shape[1:])
 
 
-def apgd_loss(correction: Tensor, taus: Tensor, lambdas: list[float], inner: str) -> Tensor:
+def apgd_loss(correction: Tensor, taus: Tensor, lambdas: list[float]) -> Tensor:
     """`sum_j sum_rows (<tau_j, sum_i lambda_i (tau_i + D) - tau_j>)^2`, as the paper writes it."""
     merged_ = sum(lam * (tau + correction) for lam, tau in zip(lambdas, taus, strict=True))
-    dims = (1,) if inner == "row" else (0, 1)
-    return sum(((tau * (merged_ - tau)).sum(dims) ** 2).sum() for tau in taus)
+    return sum(((tau * (merged_ - tau)).sum(1) ** 2).sum() for tau in taus)

@@ -76,3 +76,8 @@ def merged(
     told: dict[str, Any] = {"weights": weights} if weights else {}
     told |= {"experts": experts} if experts else {}
     return chosen.apply(taus, options, context_of(chosen, options, taus, seed=seed, **told))
+
+
+def typed(name: str, options: dict[str, Any]) -> str:
+    """A transform as `disentangle` takes it."""
+    return " ".join([name, *(f"{option}={str(value).lower()}" for option, value in options.items())])

@@ -24,6 +24,7 @@ from modelmerge.evaluation.unlabelled import batches, draws, names_in
 from modelmerge.record.redaction import published
 from tests.support import clip_models
 from tests.support.checkpoints import State
+from tests.support.methods import typed
 from tests.support.terminal import seen
 
 TASKS = ("inverted", "rotated", "swapped")
@@ -290,7 +291,7 @@ def test_a_front_is_the_two_commands_in_turn(
     def script(expert: Any) -> Any:
         return Network(), rows()
 
-    one = run(small, tmp_path / "one", script, disentangle=front, disentangle_options=told)
+    one = run(small, tmp_path / "one", script, disentangle=typed(front, told))
     modelmerge.disentangle(small[0], small[1:], tmp_path / "v", method=front, **told)
     two = run([small[0], *(tmp_path / "v" / name for name in EXPERTS)], tmp_path / "two", script)
     plain = run(small, tmp_path / "plain", script)
@@ -301,15 +302,33 @@ def test_a_front_is_the_two_commands_in_turn(
     assert not [place for place in tmp_path.iterdir() if place.name.startswith(".")]
 
 
-def test_apgd_is_short_for_its_front(small: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine.py").write_text(SCRIPT)
-    words = ["merge", "adamerging", *map(str, small), "--script", f"{tmp_path / 'mine.py'}:unlabelled", "--steps", "2"]
-    for out, front in (("short", ["--apgd"]), ("long", ["--disentangle", "apgd", "--apgd-correction", "task"])):
-        assert main([*words, *front, "-o", str(tmp_path / out)]) == 0
-    capsys.readouterr()
-    short, long = (json.loads((tmp_path / out / "modelmerge.json").read_bytes()) for out in ("short", "long"))
-    assert short["recipe"] == long["recipe"]
-    assert short["recipe"]["disentangle_options"]["correction"] == "task"
+@pytest.mark.parametrize("transforms", [(), ("awd alpha=0.2",)])
+def test_any_method_can_stand_behind_coefficients(
+    transforms: tuple[str, ...], small: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TIES by the weights that are the coefficients of `adamerging`, tensor by tensor; and a replay without data."""
+
+    def script(expert: Any) -> Any:
+        return Network(), rows()
+
+    data = {"script": script, **STEPS}
+    behind = {"disentangle": transforms, "method": "ties", "unlabelled": data, "density": 0.5}
+    manifest = modelmerge.merge(small[0], small[1:], tmp_path / "ties", **behind)
+    mixture = run(small, tmp_path / "mixture", script, disentangle=transforms)
+    assert coefficients(manifest) == coefficients(mixture)
+    assert manifest["adaptation"] == mixture["adaptation"]
+    at = [
+        f"{tensor}: {' '.join(f'{expert}.weight={c!r}' for expert, c in each.items())}"
+        for tensor, each in coefficients(mixture).items()
+    ]
+    modelmerge.merge(
+        small[0], small[1:], tmp_path / "by-hand", method="ties", density=0.5, disentangle=transforms, at=at
+    )
+    modelmerge.replay(tmp_path / "ties", tmp_path / "again")
+    names = ("ties", "by-hand", "again", "mixture")
+    ties, by_hand, again, sum_of = ((tmp_path / name / "model.safetensors").read_bytes() for name in names)
+    assert ties == by_hand == again != sum_of
+    assert "`adamerging`" in (tmp_path / "ties" / "README.md").read_text()
 
 
 def test_a_layer_scale_is_part_of_the_task_vectors(small: list[Path], tmp_path: Path) -> None:
@@ -474,8 +493,7 @@ def test_experts_that_are_the_base_have_no_coefficients(small: list[Path], tmp_p
         (["--data", "first=a", "--data", "second=b"], 1, "'BASE' is a model without a config.json"),
         (["--data", "first=a", "--data", "b"], 2, "the expert 'second' has no unlabelled data"),
         (["--data", "first=a", "--data", "second=b", "--limit", "0"], 2, "--limit 0: at least one image"),
-        (["--apgd", "--disentangle", "awd"], 2, "--apgd and --disentangle awd exclude each other"),
-        (["--apgd", "--apgd-correction", "shared"], 2, "--apgd is --apgd-correction task"),
+        (["--disentangle", "awd", "--disentangle", "awb"], 2, "did you mean 'awd'"),
     ],
 )
 def test_words_and_exit_codes(
@@ -523,12 +541,13 @@ def test_what_a_function_prints_is_no_result(
     assert err.split() == ["once", *["twice"] * len(EXPERTS)]
 
 
-def test_other_methods_look_at_no_data(small: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="'ties' looks at no data"):
-        modelmerge.merge(small[0], small[1:], tmp_path / "out", method="ties", unlabelled={"script": "x.py:f"})
-    with pytest.raises(UsageError, match="'adamerging' finds weights for all tensors on data, and no other"):
-        run(small, tmp_path / "out", lambda expert: (Network(), rows()), at=["upper*: average"])
-    with pytest.raises(UsageError, match="unlabelled data are not told by 'task'"):
+def test_coefficients_are_for_models_that_are_merged_in_one_way(small: list[Path], tmp_path: Path) -> None:
+    for method in ("adamerging", "ties"):
+        with pytest.raises(UsageError, match=f"'{method}' finds weights for all tensors on data, and no other"):
+            modelmerge.merge(
+                small[0], small[1:], tmp_path / "out", method=method, unlabelled={"script": "x.py:f"}, at=["u*: sce"]
+            )
+    with pytest.raises(UsageError, match="unlabelled data have no setting 'task'"):
         modelmerge.merge(small[0], small[1:], tmp_path / "out", method="adamerging", unlabelled={"task": ["svhn"]})
 
 

@@ -112,7 +112,7 @@ def test_the_correction_of_apgd_pays(demo: Told, tmp_path: Path) -> None:
     for steps in (0, 400):
         out = tmp_path / f"out{steps}"
         experts = [demo[0] / "experts" / name for name in tasks]
-        modelmerge.merge(demo[0] / "base", experts, out, method="apgd", steps=steps)
+        modelmerge.merge(demo[0] / "base", experts, out, method="apgd", published=True, steps=steps)
         scores[steps] = sum(digits.accuracy(read(out), task) for task in tasks.values()) / len(tasks)
     assert scores[400] > scores[0] + 0.02
 

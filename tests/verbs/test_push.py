@@ -73,16 +73,31 @@ def test_what_is_said_of_a_push(
     assert code == 0
     assert "push to org/merged new\n" in out
     assert "org/merged" not in hub.repos, "a dry run makes nothing"
-    code, out, _ = run(capsys, *words, "--commit-message", "A first try", "--json")
-    told = json.loads(out)
-    assert told["url"] == f"{hub.endpoint}/org/merged"
-    assert told["commit"] == hub.repos["org/merged"].refs["main"]
-    assert hub.repos["org/merged"].messages[-1] == "A first try"
+    code, out, _ = run(capsys, *words, "--json")
+    outcome = json.loads(out)
+    assert outcome["url"] == f"{hub.endpoint}/org/merged"
+    assert outcome["commit"] == hub.repos["org/merged"].refs["main"]
     code, out, _ = run(capsys, *words, "--dry-run", "--json", "--force")
     assert json.loads(out)["plan"]["push"] == {
         "repository": "org/merged", "new": False, "private": False, "pull_request": False}  # fmt: skip
     code, out, _ = run(capsys, *words, "--force")
     assert f"pushed to {hub.endpoint}/org/merged\n" in out
+
+
+def test_an_output_is_pushed_later(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modelmerge.merge(local[0], local[1:], tmp_path / "out", method="average")
+    words = ("push", tmp_path / "out", "org/merged")
+    code, out, err = run(capsys, *words, "--private", "--commit-message", "A first try", "--json")
+    assert code == 0, err
+    repo, url = hub.repos["org/merged"], f"{hub.endpoint}/org/merged"
+    assert json.loads(out) == {"output": str(tmp_path / "out"), "url": url, "commit": repo.refs["main"]}
+    assert (repo.messages[-1], repo.private) == ("A first try", True)
+    assert run(capsys, *words, "-q") == (0, f"{url}\n", "")
+    assert run(capsys, *words)[1] == f"pushed to {url}\n"
+    assert "holds no finished output" in refused(capsys, "push", local[0], "org/other")[0]
+    assert "org/other" not in hub.repos
 
 
 def test_nothing_pushed_tells_of_this_machine(
@@ -223,7 +238,8 @@ def test_a_pull_request_needs_no_write_access(
 ) -> None:
     before = hub.add("org/merged", {"README.md": b"theirs"})
     monkeypatch.setenv("HF_TOKEN", READER)
-    words = ("merge", "average", *local, "-o", tmp_path / "out", "--create-pr", "--push")
+    modelmerge.merge(local[0], local[1:], tmp_path / "out", method="average")
+    words = ("push", tmp_path / "out", "--create-pr")
     assert "org/none is not a repository on the Hub" in refused(capsys, *words, "org/none")[0]
     code, out, _ = run(capsys, *words, "org/merged", "-q")
     assert (code, out) == (0, f"{hub.endpoint}/org/merged/discussions/1\n")
@@ -257,7 +273,7 @@ def test_an_upload_that_failed_is_taken_up_without_the_work(
     assert (code, said) == (1, "")
     errors = [line for line in err.splitlines() if line.startswith(("error: ", "hint: "))]
     assert errors[0] == "error: org/result: the Hub answered 500"
-    assert errors[1] == f"hint: {out} is complete: the same command with --resume goes on from here"
+    assert errors[1] == f"hint: {out} is complete: `modelmerge push {out} org/result` goes on from here"
     assert (out / "modelmerge.json").exists()
     assert hub.files("org/result").keys() == {".gitattributes"}, "nothing half-pushed"
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
@@ -342,11 +358,8 @@ def test_push_in_python(hub: FakeHub, local: list[Path], tmp_path: Path) -> None
     ("words", "says"),
     [
         (["--private"], "--private has no effect without --push REPO"),
-        (["--create-pr"], "--create-pr has no effect without --push REPO"),
-        (["--commit-message", "x"], "--commit-message has no effect without --push REPO"),
-        (["--push", "merged"], "--push 'merged' is no repository"),
-        (["--push", "org/merged/sub"], "--push 'org/merged/sub' is no repository"),
-        (["--push", "org/merged@dev", "--create-pr"], "--create-pr opens a pull request against the main branch"),
+        (["--push", "merged"], "'merged' is no repository"),
+        (["--push", "org/merged/sub"], "'org/merged/sub' is no repository"),
     ],
 )
 def test_what_cannot_be_meant_is_wrong_usage(
@@ -356,3 +369,9 @@ def test_what_cannot_be_meant_is_wrong_usage(
         code, out, err = run(capsys, *verb, *local, "-o", tmp_path / "out", *words)
         assert (code, out) == (2, "")
         assert says in err
+
+
+def test_a_pull_request_is_against_the_main_branch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "push", tmp_path, "org/merged@dev", "--create-pr")
+    assert (code, out) == (2, "")
+    assert "--create-pr opens a pull request against the main branch" in err

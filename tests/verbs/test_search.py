@@ -1,12 +1,16 @@
-"""merge --search: the best of several values, to the bits of a plain merge, and nothing else left behind."""
+"""search: the best of several values, to the bits of a plain merge, and nothing else left behind."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,10 +31,10 @@ from modelmerge.methods.options import is_linear, option_types, read_values
 from modelmerge.record.redaction import published
 from modelmerge.verbs import measure
 from modelmerge.verbs.merge import merge
+from modelmerge.verbs.search import search
 from tests.support import clip_models
 from tests.support.checkpoints import read
 from tests.support.hub_server import FakeHub
-from tests.support.processes import running
 
 TASKS = ("inverted", "rotated")
 SCRIPT = """
@@ -93,7 +97,7 @@ def plain(models: list[Path], **told: Any) -> dict[str, str]:
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main(["merge", *(str(word) for word in words)])
+    code = main([*([] if words[0] == "merge" else ["search"]), *map(str, words)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -158,7 +162,7 @@ def test_what_cannot_be_measured_with_is_refused(on: str, says: str) -> None:
 
 def test_tasks_with_the_same_settings_are_measured_together() -> None:
     on = ["clip:svhn,limit=5", "clip:mine/x,limit=5", "clip:gtsrb,limit=6", "custom:m.py:f", "custom:m.py:g"]
-    assert [measure.texts for measure in measure._measures(on, None)] == [
+    assert [measure.texts for measure in measure.read_measures(on, None)] == [
         ("clip:svhn,limit=5", "clip:mine/x,limit=5"), ("clip:gtsrb,limit=6",), ("custom:m.py:f",), ("custom:m.py:g",),
     ]  # fmt: skip
 
@@ -166,7 +170,7 @@ def test_tasks_with_the_same_settings_are_measured_together() -> None:
 def test_the_best_value_is_found_written_and_replayed(models: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     """The whole of it with real experts: scores are those of a direct computation, bits those of a plain merge."""
     script = models[0].parent / "metric.py"
-    on = ("--search", "scale=0.4:1.6:0.3", "--on", f"custom:{script}:first_half")
+    on = ("--try", "scale=0.4:1.6:0.3", "--on", f"custom:{script}:first_half")
     code, out, err = run(capsys, "ties", *models, "-o", "out", *on, "--json")
     assert code == 0, err
     manifest = json.loads(out)["manifest"]
@@ -198,7 +202,7 @@ def test_the_best_value_is_found_written_and_replayed(models: list[Path], capsys
     assert "report on other items" in found["on"][0]["notes"][-1]
     assert sorted(path.name for path in Path().iterdir()) == ["out", "plain"]
     # Replayed without a search, as by the command in the card.
-    code, _, err = run(capsys, "--recipe", "out/modelmerge.json", "-o", "again", "-q")
+    code, _, err = run(capsys, "merge", "--recipe", "out/modelmerge.json", "-o", "again", "-q")
     assert code == 0, err
     assert weights("again") == weights("out")
     assert "searched" not in json.loads(Path("again/modelmerge.json").read_bytes())
@@ -223,7 +227,7 @@ def test_one_pass_gives_all_values_to_the_bits_of_plain_merges(
     name: str, dtype: str | None, models: list[Path]
 ) -> None:
     told: dict[str, Any] = {"method": name, "dtype": dtype, "include": ["encoder.layers.1.*"]}
-    manifest = merge(models[0], models[1:], "out", search={"scale": [0.9, 0.3, 1.7]}, metric=likes_0_3, **told)
+    manifest = search(models[0], models[1:], "out", tries={"scale": [0.9, 0.3, 1.7]}, metric=likes_0_3, **told)
     assert manifest["searched"]["merges"] == 1
     assert manifest["searched"]["chosen"] == {"scale": 0.3}
     assert weights("out") == plain(models, scale=0.3, **told)
@@ -239,7 +243,7 @@ def test_one_pass_gives_all_values_to_the_bits_of_plain_merges(
     [
         ({"method": "ties"}, {"scale": "0.5,1.5", "reduce": ["sum", "mean"], "density": (0.1, 0.3)}, 6, 4),
         ({"method": "ties", "trim_scope": "tensor"}, {"density": "0.1:0.3:0.1"}, 2, 3),
-        ({"method": "kron", "disentangle": "awd"}, {"scale": [0.5, 1.5], "awd-alpha": [0.1, 2.0]}, 3, 2),
+        ({"method": "kron", "disentangle": "awd"}, {"scale": [0.5, 1.5], "awd.alpha": [0.1, 2.0]}, 3, 2),
         (
             {"method": "task-arithmetic", "at": ["*fc1.bias: scale=0.2 rotated.weight=2", "*: rotated.weight=2"]},
             {"scale": [1, 0.5]},
@@ -263,7 +267,7 @@ def test_a_search_goes_with_all_else(
         calls.append(model.name)
         return float(calls.index(model.name) == chosen + 1)  # after the base
 
-    manifest = merge(models[0], models[1:], "out", search=axes, metric=nth, **told)
+    manifest = search(models[0], models[1:], "out", tries=axes, metric=nth, **told)
     values = dict(manifest["searched"]["chosen"])
     assert manifest["searched"]["merges"] == merges
     assert (
@@ -272,8 +276,8 @@ def test_a_search_goes_with_all_else(
             "options"
         ]
     )
-    front = {"alpha": values.pop("awd_alpha")} if "awd_alpha" in values else {}
-    told = told | ({"disentangle_options": front} if front else {})
+    if "awd.alpha" in values:
+        told = told | {"disentangle": f"awd alpha={values.pop('awd.alpha')}"}
     assert weights("out") == plain(models, **told, **values)
     files = [file.name for file in Path("plain").iterdir()]
     assert sorted(files) == sorted(file.name for file in Path("out").iterdir())
@@ -281,18 +285,18 @@ def test_a_search_goes_with_all_else(
 
 def test_of_equal_ones_the_first_is_taken(models: list[Path]) -> None:
     told: dict[str, Any] = {"method": "task-arithmetic", "metric": lambda model: 0.5}
-    manifest = merge(models[0], models[1:], "out", search={"scale": [0.6, 0.2, 0.4]}, **told)
+    manifest = search(models[0], models[1:], "out", tries={"scale": [0.6, 0.2, 0.4]}, **told)
     assert manifest["searched"]["chosen"] == {"scale": 0.6}
     assert manifest["searched"]["equal"] == [{"scale": 0.2}, {"scale": 0.4}]
-    assert manifest["notes"][-1] == "scale=0.6 is the largest that was searched: a better one may lie beyond."
-    told |= {"method": "ties", "search": {"density": [1.0, 0.5], "reduce": ["sum", "mean"]}}
-    manifest = merge(models[0], models[1:], "at-a-bound", **told)
-    assert "was chosen from 4" in manifest["notes"][-1], "no density is beyond 1"
+    assert "was chosen from 3" in manifest["notes"][-1], "of equal ones none lies nearer to a better one"
+    told |= {"method": "ties", "tries": {"density": [1.0, 0.5], "reduce": ["sum", "mean"]}}
+    manifest = search(models[0], models[1:], "at-a-bound", **told)
+    assert "was chosen from 4" in manifest["notes"][-1]
 
 
 def test_auto_is_searched_as_the_method_that_it_takes(models: list[Path]) -> None:
-    manifest = merge(
-        models[0], models[1:], "out", method="auto", search={"scale": [0.5, 1.0]}, metric=lambda model: 1.0
+    manifest = search(
+        models[0], models[1:], "out", method="auto", tries={"scale": [0.5, 1.0]}, metric=lambda model: 1.0
     )
     assert manifest["recipe"]["method"] == "kron"
     assert weights("out") == plain(models, method="kron", scale=0.5)
@@ -307,14 +311,15 @@ def test_a_small_disk_holds_two_candidates_at_a_time(models: list[Path], monkeyp
         most[0] = max(most[0], len([path for path in Path().rglob("scale-*") if path.is_dir()]))
         return -float(model.name.removeprefix("scale-")) if model.name != "base" else 0.0
 
-    told: dict[str, Any] = {"method": "task-arithmetic", "search": {"scale": "0.5:0.1:-0.1"}, "metric": worse_and_worse}
-    manifest = merge(models[0], models[1:], "out", **told)
+    told: dict[str, Any] = {"method": "task-arithmetic", "tries": {"scale": "0.5:0.1:-0.1"}, "metric": worse_and_worse}
+    manifest = search(models[0], models[1:], "out", **told)
     assert manifest["searched"]["chosen"] == {"scale": 0.1}
+    assert manifest["notes"][-1] == "scale=0.1 is the smallest that was tried: a better one may lie beyond."
     assert most == [2]
     assert weights("out") == plain(models, method="task-arithmetic", scale=0.1)
     free[0] = 1.5 * size
     with pytest.raises(OutputError, match="the search needs 2 candidates of"):
-        merge(models[0], models[1:], "other", **told)
+        search(models[0], models[1:], "other", **told)
     assert sorted(path.name for path in Path().iterdir()) == ["out", "plain"]
 
 
@@ -324,13 +329,13 @@ def test_an_error_while_measuring_leaves_nothing(models: list[Path]) -> None:
             raise ValueError("out of luck")
         return 1.0
 
-    told: dict[str, Any] = {"method": "task-arithmetic", "search": {"scale": [0.1, 0.2]}, "metric": fails}
+    told: dict[str, Any] = {"method": "task-arithmetic", "tries": {"scale": [0.1, 0.2]}, "metric": fails}
     with pytest.raises(ModelMergeError, match=r"failed on 'scale-0.2': ValueError: out of luck"):
-        merge(models[0], models[1:], "out", **told)
+        search(models[0], models[1:], "out", **told)
     assert list(Path().iterdir()) == []
     plain(models, method="average")
     with pytest.raises(OutputError, match="not empty"):
-        merge(models[0], models[1:], "plain", **told)
+        search(models[0], models[1:], "plain", **told)
 
 
 def test_what_cannot_be_measured_is_known_before_the_work(models: list[Path]) -> None:
@@ -341,7 +346,7 @@ def test_what_cannot_be_measured_is_known_before_the_work(models: list[Path]) ->
         raise KeyError("encoder.weight")
 
     with pytest.raises(ModelMergeError, match="failed on 'base'"):
-        merge(models[0], models[1:], "out", method="ties", search={"scale": [1.0, 2.0]}, metric=fails)
+        search(models[0], models[1:], "out", method="ties", tries={"scale": [1.0, 2.0]}, metric=fails)
     assert calls == ["base"]
     assert list(Path().iterdir()) == []
 
@@ -349,29 +354,36 @@ def test_what_cannot_be_measured_is_known_before_the_work(models: list[Path]) ->
 def test_an_interrupt_leaves_nothing(models: list[Path]) -> None:
     """A real process, stopped by Ctrl-C while a candidate is measured."""
     Path("slow.py").write_text(
-        "import os, pathlib, signal\n"
+        "import pathlib, time\n"
         "def f(model):\n"
         "    if model.name != 'base':\n"
         "        pathlib.Path('reached').touch()\n"
-        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "        time.sleep(60)\n"
         "    return 1.0\n"
     )
     words = [
-        "merge",
+        "search",
         "task-arithmetic",
         *map(str, models),
         "-o",
         "out",
-        "--search",
+        "--try",
         "scale=0.1,0.2",
         "--on",
         "custom:slow.py:f",
     ]
-    with running(words) as run:
-        run.until_stopped()
+    process = subprocess.Popen([sys.executable, "-m", "modelmerge", *words], stderr=subprocess.PIPE, env=os.environ)
+    try:
+        for _ in range(600):
+            if Path("reached").exists() or process.poll() is not None:
+                break
+            time.sleep(0.05)
         assert any(path.name == "scale-0.1" for path in Path().rglob("*")), "the candidates are beside the output"
-        run.send(signal.SIGINT)
-        assert run.end() == 130, run.err()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130, process.stderr
+    finally:
+        process.kill()
+        process.communicate()
     assert {path.name for path in Path().iterdir()} - {"__pycache__"} == {"slow.py", "reached"}
 
 
@@ -382,9 +394,9 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
         *models,
         "-o",
         "out",
-        "--search",
+        "--try",
         "scale=0.1:1.0:0.1",
-        "--search",
+        "--try",
         "reduce=sum,mean",
         "--on",
         "custom:none.py:f",
@@ -408,31 +420,31 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--search", "scale=0.1,0.2"), "--search needs something to measure with"),
-        (("--on", "custom:m.py:f"), "--on has no effect without --search"),
-        (("--search", "scale=0.1", "--scale", "1", "--on", "custom:m.py:f"), "--scale is given, and searched"),
+        (("--try", "scale=0.1,0.2"), "Missing option '--on'"),
+        (("--on", "custom:m.py:f"), "Missing option '--try'"),
+        (("--try", "scale=0.1", "--scale", "1", "--on", "custom:m.py:f"), "--scale is given, and tried"),
         (
-            ("--search", "scale=0.1,0.2", "--resume", "--on", "custom:modelmerge.evaluation.digits:scores"),
-            "--resume has no effect with --search",
+            ("--try", "scale=0.1,0.2", "--resume", "--on", "custom:modelmerge.evaluation.digits:scores"),
+            "No such option: --resume",
         ),
-        (("--search", "sclae=0.1", "--on", "custom:m.py:f"), "did you mean 'scale'?"),
-        (("--search", "awd-alpha=0.1", "--on", "custom:m.py:f"), "'ties' has no option 'awd-alpha'"),
-        (("--search", "scale", "--on", "custom:m.py:f"), "--search 'scale' is not OPTION=VALUES"),
-        (("--search", "scale=1", "--search", "scale=2", "--on", "custom:m.py:f"), "--search names 'scale' twice"),
-        (("--search", "scale=0.1:1", "--on", "custom:m.py:f"), "'0.1:1' is no number and no range"),
-        (("--search", "scale=0.1:1:0", "--on", "custom:m.py:f"), "'0.1:1:0' leads nowhere"),
-        (("--search", "scale=0:1:1e-9", "--on", "custom:m.py:f"), "has more than 10,000 values"),
-        (("--search", "scale=nan", "--on", "custom:m.py:f"), "'nan' is no number"),
-        (("--search", "scale=0.2,0.2", "--on", "custom:m.py:f"), "--search scale: 0.2 comes twice"),
-        (("--search", "density=0.2,2", "--on", "custom:m.py:f"), "--density must be above 0 and at most 1, not 2"),
-        (("--search", "reduce=sum,max", "--on", "custom:m.py:f"), "--reduce must be one of sum, mean, not 'max'"),
+        (("--try", "sclae=0.1", "--on", "custom:m.py:f"), "did you mean 'scale'?"),
+        (("--try", "awd.alpha=0.1", "--on", "custom:m.py:f"), "'ties' has no option 'awd.alpha'"),
+        (("--try", "scale", "--on", "custom:m.py:f"), "--try 'scale' is not OPTION=VALUES"),
+        (("--try", "scale=1", "--try", "scale=2", "--on", "custom:m.py:f"), "--try names 'scale' twice"),
+        (("--try", "scale=0.1:1", "--on", "custom:m.py:f"), "'0.1:1' is no number and no range"),
+        (("--try", "scale=0.1:1:0", "--on", "custom:m.py:f"), "'0.1:1:0' leads nowhere"),
+        (("--try", "scale=0:1:1e-9", "--on", "custom:m.py:f"), "has more than 10,000 values"),
+        (("--try", "scale=nan", "--on", "custom:m.py:f"), "scale must be"),
+        (("--try", "scale=0.2,0.2", "--on", "custom:m.py:f"), "--try 'scale=0.2,0.2': 0.2 comes twice"),
+        (("--try", "density=0.2,2", "--on", "custom:m.py:f"), "density must be above 0 and at most 1, not 2"),
+        (("--try", "reduce=sum,max", "--on", "custom:m.py:f"), "reduce must be one of sum, mean, not 'max'"),
         (
-            ("--search", "scale=1,2", "--at", "*: scale=3", "--on", "custom:m.py:f"),
-            "--search scale has no effect: --at",
+            ("--try", "scale=1,2", "--at", "*: scale=3", "--on", "custom:m.py:f"),
+            "--try 'scale' has no effect: --at",
         ),
-        (("--search", "scale=1,2", "--on", "custom:m.py:f"), "custom:m.py:f: no such file: m.py"),
+        (("--try", "scale=1,2", "--on", "custom:m.py:f"), "custom:m.py:f: no such file: m.py"),
         (
-            ("--search", "scale=1,2", "--on", "custom:m.py:f", "--on", "custom:m.py:f"),
+            ("--try", "scale=1,2", "--on", "custom:m.py:f", "--on", "custom:m.py:f"),
             "--on names the same thing twice",
         ),
     ],
@@ -449,10 +461,12 @@ def test_what_cannot_be_searched_is_refused(
 def test_a_method_that_looks_at_data_itself_is_not_searched(
     models: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--script", "m.py:f", "--search", "lr=0.1,0.2", "--on", "custom:m.py:f")
+    words = ("--script", "m.py:f", "--try", "lr=0.1,0.2", "--on", "custom:m.py:f")
     code, _, err = run(capsys, "adamerging", *models, "-o", "out", *words)
     assert code == 2
-    assert "'adamerging' finds its coefficients on unlabelled data, and takes no --search" in " ".join(err.split())
+    assert "'adamerging' finds its coefficients on unlabelled data, and is not searched besides" in " ".join(
+        err.split()
+    )
 
 
 def test_a_base_that_is_streamed_is_not_measured(
@@ -463,7 +477,7 @@ def test_a_base_that_is_streamed_is_not_measured(
         hub.add(f"org/{model.name}", model)
     Path("one.py").write_text("def f(model):\n    return 1.0\n")
     remote = [f"org/{model.name}" for model in models]
-    words = ("--stream", "--search", "scale=0.5,1.0", "--on", "custom:one.py:f", "--json")
+    words = ("--stream", "--try", "scale=0.5,1.0", "--on", "custom:one.py:f", "--json")
     code, out, err = run(capsys, "ties", *remote, "-o", "out", *words)
     assert code == 0, err
     found = json.loads(out)["manifest"]["searched"]
@@ -473,11 +487,14 @@ def test_a_base_that_is_streamed_is_not_measured(
 
 
 def test_in_python_an_option_is_given_or_searched(models: list[Path]) -> None:
-    told: dict[str, Any] = {"method": "ties", "search": {"scale": [1.0]}, "metric": lambda model: 1.0}
-    with pytest.raises(UsageError, match="'scale' is given and searched"):
-        merge(models[0], models[1:], "out", scale=1.0, **told)
-    with pytest.raises(UsageError, match="--on has no effect without --search"):
-        merge(models[0], models[1:], "out", method="ties", on=["custom:m.py:f"])
+    told: dict[str, Any] = {"method": "ties", "tries": {"scale": [1.0]}, "metric": lambda model: 1.0}
+    with pytest.raises(UsageError, match="'scale' is given, and tried"):
+        search(models[0], models[1:], "out", scale=1.0, **told)
+    with pytest.raises(UsageError, match="a search needs values: tries"):
+        search(models[0], models[1:], "out", method="ties", tries={}, on=["custom:m.py:f"])
+    with pytest.raises(UsageError) as refused:
+        search(models[0], models[1:], "out", exlude=["*"], **told)
+    assert refused.value.hint == "did you mean 'exclude'?"
 
 
 @pytest.fixture(scope="module")
@@ -504,7 +521,7 @@ def test_clip_is_searched_on_its_validation_split(
     clip: tuple[Path, list[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, strayed, images = clip
-    words = ["task-arithmetic", base, *strayed, "-o", tmp_path / "out", "--search", "scale=0.0,0.5,1.0"]
+    words = ["task-arithmetic", base, *strayed, "-o", tmp_path / "out", "--try", "scale=0.0,0.5,1.0"]
     code, out, err = run(capsys, *words, "--on", f"clip:{images}", "--json")
     assert code == 0, err
     found = json.loads(out)["manifest"]["searched"]
@@ -616,7 +633,7 @@ def test_language_models_are_searched(tmp_path: Path, capsys: pytest.CaptureFixt
         doc_to_target="{{text}} first {{first}}", doc_to_choice=None, validation_split="validation",
         training_split="train", metric_list=[{"metric": "word_perplexity"}],
     )  # fmt: skip
-    words = ["task-arithmetic", llama, tmp_path / "expert", "-o", tmp_path / "out", "--search", "scale=1.0,0.1,0.5"]
+    words = ["task-arithmetic", llama, tmp_path / "expert", "-o", tmp_path / "out", "--try", "scale=1.0,0.1,0.5"]
     on = f"lm:first_colour,include-path={tasks},limit=6"
     code, out, err = run(capsys, *words, "--on", on, "--json")
     assert code == 0, err

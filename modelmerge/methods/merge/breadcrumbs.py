@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What Model Breadcrumbs can be told."""
+    """Options of Model Breadcrumbs."""
 
     density: float = option(0.15, "Share of the entries that is kept.", above=0.0, maximum=1.0, varies="expert")
     gamma: float = option(

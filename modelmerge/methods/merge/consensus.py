@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What consensus merging can be told."""
+    """Options of consensus merging."""
 
     tall_lambda: float = option(
         0.4, "How far an entry must stand out from the other tasks' to be wanted.", minimum=0.0, varies="tensor"
@@ -41,8 +41,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     votes, part = torch.zeros_like(total), torch.empty_like(total)
     for tau, weight in zip(taus, context.weights, strict=True):
         votes.add_(tall_mask(tau if weight == 1.0 else torch.mul(tau, weight, out=part), total, options.tall_lambda))
-    wanted = torch.ge(votes, min(options.min_tasks, len(taus)), out=votes)
-    return total.mul_(wanted).mul_(options.scale)
+    mask = torch.ge(votes, min(options.min_tasks, len(taus)), out=votes)
+    return total.mul_(mask).mul_(options.scale)
 
 
 def tall_mask(tau: Tensor, total: Tensor, tall_lambda: float) -> Tensor:

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What DARE can be told."""
+    """Options of DARE."""
 
     density: float = option(0.1, "Share of the entries that is kept: 1 - p.", above=0.0, maximum=1.0, varies="expert")
     scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor", linear=True)
     consensus: Literal["linear", "ties"] = option("linear", "Add everything up, or only what agrees in sign.")
-    reduce: Literal["sum", "mean"] = option("sum", "With --consensus ties: what becomes of the entries that agree.")
+    reduce: Literal["sum", "mean"] = option("sum", "With consensus ties: what becomes of the entries that agree.")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

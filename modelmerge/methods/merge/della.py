@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What DELLA can be told."""
+    """Options of DELLA."""
 
     density: float = option(0.7, "Share of the entries that is kept: 1 - p.", above=0.0, maximum=1.0, varies="expert")
     epsilon: float = option(
@@ -39,7 +39,7 @@ class Options:
     )
     scale: float = option(1.1, "Factor on the merged task vector.", varies="tensor", linear=True)
     consensus: Literal["ties", "linear"] = option("ties", "Add up only what agrees in sign, or everything.")
-    reduce: Literal["mean", "sum"] = option("mean", "With --consensus ties: what becomes of the entries that agree.")
+    reduce: Literal["mean", "sum"] = option("mean", "With consensus ties: what becomes of the entries that agree.")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What Iso-C can be told."""
+    """Options of Iso-C."""
 
     scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What Iso-CTS can be told."""
+    """Options of Iso-CTS."""
 
     common_fraction: float = option(
         0.8, "Share of the directions that are taken from the sum of the task vectors.", minimum=0.0, maximum=1.0
@@ -41,16 +41,16 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    common, own = ranks(min(taus.shape[1:]), len(taus), options.common_fraction)
+    common, specific = ranks(min(taus.shape[1:]), len(taus), options.common_fraction)
     total = weighted_sum(taus, context.weights)
     shared, s, right = linalg.leading_triplets(total, common)
     lefts, values, rights = [shared], [s], [right]
     largest = torch.linalg.vector_norm(taus, dim=(1, 2)).max()
     for tau, weight in zip(taus, context.weights, strict=True):
         rest = linalg.remove_subspace(tau.double() * weight, shared)
-        if not own or torch.linalg.vector_norm(rest) <= linalg.SUPPORT * largest:
+        if not specific or torch.linalg.vector_norm(rest) <= linalg.SUPPORT * largest:
             continue  # what remains is rounding
-        left, s, right = linalg.leading_triplets(rest, own)
+        left, s, right = linalg.leading_triplets(rest, specific)
         lefts.append(left)
         values.append(s)
         rights.append(right)
@@ -62,9 +62,9 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 def ranks(smaller: int, tasks: int, fraction: float) -> tuple[int, int]:
     """How many triplets come from the sum, and how many from each task; together `smaller`."""
-    own = round((smaller - int(smaller * fraction)) / tasks)
-    own = min(own, smaller // tasks)
-    return smaller - own * tasks, own
+    specific = round((smaller - int(smaller * fraction)) / tasks)
+    specific = min(specific, smaller // tasks)
+    return smaller - specific * tasks, specific
 
 
 METHOD = Method(

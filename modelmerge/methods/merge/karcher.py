@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the Karcher mean can be told."""
+    """Options of the Karcher mean."""
 
     points: Literal["weights", "task-vectors"] = option("weights", "What is averaged.")
 
@@ -39,11 +39,11 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 @functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
 def _coefficients(moments: tuple[float, ...], weights: tuple[float, ...], points: str) -> tuple[float, ...]:
-    told = torch.tensor(moments, dtype=torch.float64)
+    sums = torch.tensor(moments, dtype=torch.float64)
     alphas = [weight / sum(weights) for weight in weights]
-    if not bool(sphere.inner_products(told, weights=False).any()):  # nothing changed, to the last digit
+    if not bool(sphere.inner_products(sums, weights=False).any()):  # nothing changed, to the last digit
         return tuple(alphas)
-    return sphere.centre(sphere.inner_products(told, weights=points == "weights"), alphas)
+    return sphere.centre(sphere.inner_products(sums, weights=points == "weights"), alphas)
 
 
 METHOD = Method(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What KnOTS can be told."""
+    """Options of KnOTS."""
 
     density: float = option(0.2, "Share of the coordinates that is kept.", above=0.0, maximum=1.0)
     scale: float = option(0.6, "Factor on the merged task vector.", varies="tensor", linear=True)
@@ -42,8 +42,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     basis = linalg.joint_left_vectors(taus).float()
     coordinates = torch.stack([basis.T @ tau for tau in taus])
-    told = ties.Options(density=options.density, scale=1.0, reduce=options.reduce, trim_scope="tensor")
-    return (basis @ ties.apply(coordinates, told, context)).mul_(options.scale)
+    trim = ties.Options(density=options.density, scale=1.0, reduce=options.reduce, trim_scope="tensor")
+    return (basis @ ties.apply(coordinates, trim, context)).mul_(options.scale)
 
 
 METHOD = Method(

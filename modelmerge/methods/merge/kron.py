@@ -44,7 +44,7 @@ _ITERATIONS = 200  # a bound; a tolerance of 1e-3 takes 15 to 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What this method can be told."""
+    """Options of kron."""
 
     ridge: float = option(1.0, "Pull towards the sum of the task vectors, in units of the mean weighting.", above=0.0)
     damping: float = option(1.0, "How much a merged vector as large as its weight is shortened.", minimum=0.0)
@@ -78,11 +78,11 @@ def solve(
 ) -> Tensor:
     """The minimiser [m, n], from task vectors [T, m, n] and what is known of their factors."""
     if taus.shape[1] > taus.shape[2]:
-        turned = [(known[1].T, known[0].T) if known else None for known in factors]
+        turned = [(pair[1].T, pair[0].T) if pair else None for pair in factors]
         return solve(taus.mT, weights, turned, options, context).T.contiguous()
     tasks, m, n = taus.shape
     ridge = options.ridge * tasks / (m * n)
-    halves = [_half_weightings(tau, known) for tau, known in zip(taus, factors, strict=True)]
+    halves = [_half_weightings(tau, pair) for tau, pair in zip(taus, factors, strict=True)]
 
     def weighted(x: Tensor, i: int) -> Tensor:
         """L_i x R_i."""

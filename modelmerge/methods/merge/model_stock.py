@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What Model Stock can be told."""
+    """Options of Model Stock."""
 
     scope: Literal["tensor", "row"] = option("tensor", "Where the angles are taken: in each tensor, or each row.")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What NearSwap can be told."""
+    """Options of NearSwap."""
 
     t: float = option(1e-4, "The most that a weight changes, in units of the weights.", above=0.0, varies="tensor")
 

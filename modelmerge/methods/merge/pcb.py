@@ -33,7 +33,7 @@ _LANES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What PCB-Merging can be told."""
+    """Options of PCB-Merging."""
 
     ratio: float = option(0.2, "Share of each task vector's entries that is kept.", above=0.0, maximum=1.0)
     scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)

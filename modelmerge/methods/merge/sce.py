@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What SCE can be told."""
+    """Options of SCE."""
 
     density: float = option(
         0.1, "Share of each tensor's entries that is selected.", above=0.0, maximum=1.0, varies="tensor"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What slerp can be told."""
+    """Options of slerp."""
 
     t: float = option(
         0.5, "Share of the way from the first model to the second.", minimum=0.0, maximum=1.0, varies="tensor"
@@ -45,16 +45,16 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 @functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
 def _coefficients(moments: tuple[float, ...], weights: tuple[float, ...], options: Options) -> tuple[float, float]:
-    told = torch.tensor(moments, dtype=torch.float64)
+    sums = torch.tensor(moments, dtype=torch.float64)
     share = options.t
     if len(weights) == 1:  # from the base, as a model whose task vector is zero
-        told = told.view(2, 2)
-        told = torch.stack([told[0], torch.zeros(2), told[1]])
-        told = torch.stack([told[:, 0], torch.zeros(3), told[:, 1]], dim=1).flatten()
+        sums = sums.view(2, 2)
+        sums = torch.stack([sums[0], torch.zeros(2), sums[1]])
+        sums = torch.stack([sums[:, 0], torch.zeros(3), sums[:, 1]], dim=1).flatten()
     else:
         first, second = (1.0 - options.t) * weights[0], options.t * weights[1]
         share = second / (first + second) if first + second else options.t
-    return sphere.between(sphere.inner_products(told, weights=options.points == "weights"), share)
+    return sphere.between(sphere.inner_products(sums, weights=options.points == "weights"), share)
 
 
 METHOD = Method(

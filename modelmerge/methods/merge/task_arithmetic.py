@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What task arithmetic can be told."""
+    """Options of task arithmetic."""
 
     scale: float = option(0.3, "Factor on the sum of the task vectors.", varies="tensor", linear=True)
-    reduce: Literal["sum", "mean"] = option("sum", "Add the task vectors up, or take their mean by --weight.")
+    reduce: Literal["sum", "mean"] = option("sum", "Add the task vectors up, or take their mean by the weights.")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

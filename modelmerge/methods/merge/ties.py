@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What TIES can be told."""
+    """Options of TIES."""
 
     density: float = option(0.2, "Share of the entries that is kept.", above=0.0, maximum=1.0, varies="expert")
     scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor", linear=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What TSV-Merge can be told."""
+    """Options of TSV-Merge."""
 
     scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
 
@@ -39,8 +39,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     rank = max(min(taus.shape[1:]) // len(taus), 1)
     lefts, values, rights = [], [], []
     factors = context.factors or (None,) * len(taus)
-    for tau, weight, known in zip(taus, context.weights, factors, strict=True):
-        left, s, right = linalg.leading_triplets(tau, rank, known)
+    for tau, weight, pair in zip(taus, context.weights, factors, strict=True):
+        left, s, right = linalg.leading_triplets(tau, rank, pair)
         lefts.append(left)
         values.append(s * weight)
         rights.append(right)

@@ -8,9 +8,9 @@ the merged task vector M minimises
 
 and is multiplied by `scale`.
 
-`--solver adam` is the published descent: 300 steps of Adam of 1e-5 from M0. The objective is quadratic and needs only
-two matrices that do not depend on the number of experts, so a step costs 2 m n^2 FLOP, not 4 T m^2 n and a backward
-pass. Adam's constants fit task vectors of CLIP's size; `--relative-lr` fits any.
+`--published`, or `--solver adam`, is the published descent: 300 steps of Adam of 1e-5 from M0. The objective is
+quadratic and needs only two matrices that do not depend on the number of experts, so a step costs 2 m n^2 FLOP, not 4 T
+m^2 n and a backward pass. Adam's constants fit task vectors of CLIP's size; `--relative-lr` fits any.
 
 `--solver exact`, the default, replaces the steps by a ridge towards M0: `r ||M - M0||^2` is added, and M follows from
 one Cholesky factorisation, whatever the size of the task vectors. r is `ridge` times the mean eigenvalue of
@@ -24,7 +24,7 @@ vision leaves them at the base (`--rest base`).
 Paper and code: the paper divides by ||tau_i||^2, as here; one of the authors' scripts divides by ||tau_i||.
 
 Deviation: an expert that did not change a weight has no inputs to speak of there (the published loss is 0 / 0): it is
-left out of that weight, and said.
+left out of that weight, with a remark.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from modelmerge.errors import named
 from modelmerge.methods import presence
 from modelmerge.methods.contract import Citation, Context, Method
-from modelmerge.methods.options import option
+from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.sums import weighted_sum
 
 if TYPE_CHECKING:
@@ -45,18 +46,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What WUDI can be told."""
+    """Options of WUDI. Where no value is named, one follows from the others; None is left where none has an effect.
 
-    solver: Literal["exact", "adam"] = option("exact", "exact: a ridge solve; adam: the published descent.")
-    ridge: float = option(
-        0.3, "exact: pull towards the sum of the task vectors, in units of the mean eigenvalue.", minimum=1e-9
+    Raises:
+        UsageError: An option has no effect with the solver.
+    """
+
+    solver: Literal["exact", "adam"] | None = option(
+        None, "exact: a ridge solve; adam: the published descent. Default: exact; adam as published."
     )
-    steps: int = option(300, "adam: steps.", minimum=0)
-    lr: float = option(1e-5, "adam: learning rate, in units of the weights.", above=0.0)
+    published: bool = option(False, PUBLISHED)
+    ridge: float | None = option(
+        None,
+        "exact: pull towards the sum of the task vectors, in units of the mean eigenvalue. Default: 0.3.",
+        minimum=1e-9,
+    )
+    steps: int | None = option(None, "adam: steps. Default: 300.", minimum=0)
+    lr: float | None = option(None, "adam: learning rate, in units of the weights. Default: 1e-5.", above=0.0)
     relative_lr: float | None = option(
-        None, "adam: learning rate in units of rms(tau), instead of --lr; try 0.1.", above=0.0
+        None, "adam: learning rate in units of rms(tau), in place of the other; try 0.1. Default: none.", above=0.0
     )
     scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
+
+    def __post_init__(self) -> None:
+        follow(self, solver="adam" if self.published else "exact")
+        if self.solver == "exact":
+            refuse_idle(self, ["steps", "lr", "relative_lr"], f"with {named('solver')} exact")
+            follow(self, ridge=0.3)
+            return
+        refuse_idle(self, ["ridge"], f"with {named('solver')} adam")
+        follow(self, steps=300)
+        if self.relative_lr is None:
+            follow(self, lr=1e-5)
+        else:
+            refuse_idle(self, ["lr"], f"with {named('relative_lr')}")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
@@ -74,6 +97,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
     """The minimiser [m, n] with the ridge, from task vectors [T, m, n] and their sum."""
+    assert options.ridge is not None, "the exact solver has one"
     tasks, m, n = taus.shape
     origin, ridge = start.double(), options.ridge * tasks / n
     if n <= tasks * m:
@@ -107,7 +131,11 @@ def descend(taus: Tensor, norms: list[float], weights: list[float], start: Tenso
     The gradient is `2 (M sum_i C_i - sum_i w_i tau_i C_i)`.
     """
     merged = start.clone()
-    rate = options.lr if options.relative_lr is None else options.relative_lr * float(taus.square().mean().sqrt())
+    rate = options.lr
+    if options.relative_lr is not None:
+        rate = options.relative_lr * float(taus.square().mean().sqrt())
+    assert rate is not None, "Adam has one"
+    assert options.steps is not None, "Adam has a number of steps"
     covariances, target = taus.new_zeros(taus.shape[2], taus.shape[2]), torch.zeros_like(start)
     for tau, norm, weight in zip(taus, norms, weights, strict=True):
         covariance = tau.T @ tau / norm**2

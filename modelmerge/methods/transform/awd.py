@@ -8,18 +8,17 @@ by plain gradient descent from zero; each expert's disentangled task vector is `
 the granularity: a row of a weight (as the authors' code has it), a whole weight, or the whole model (as the paper
 reads). With the L2 norm a step moves delta by a combination of the task vectors and of delta itself, so delta never
 leaves their span: `delta = sum_k a_k tau_k`, and the T x T Gram matrix K of the task vectors is all that the descent
-needs. `--solver gram` iterates on the T numbers a and is streamed, whatever the size of the models; `--solver
-descent` iterates on vectors and arrives at the same delta.
+needs: it iterates on the T numbers a and is streamed, whatever the size of the models.
 
 Defaults, from five sets of small experts (`tests/benchmarks/choose.py`, RESULTS-disentangle.md there): by row, by
 tensor and by model, AWD and task arithmetic end within noise of one another at their best scale (means over the sets
 74.1, 74.2, 74.1), and at twice that scale by row and by tensor gain the same. By tensor costs a hundredth of by row,
 and was nowhere below plain task arithmetic at large scales; so `tensor` is the default. The authors' code goes by
-row. Both solvers give the same vectors, and `gram` holds no model in memory.
+row.
 
-Units: `relative` (the default) measures task vectors in units of their own size s, the root mean square of their
-norms in the group: the objective is that of `tau / s`, so that multiplying all task vectors by ten multiplies delta by
-ten, and a step is no longer than lr * s. `absolute` is the published form.
+Units: task vectors are measured in units of their own size s, the root mean square of their norms in the group: the
+objective is that of `tau / s`, so that multiplying all task vectors by ten multiplies delta by ten, and a step is no
+longer than lr * s. `--published` is the published form: one group, the whole model, and task vectors as they are.
 
 Deviations: of all iterates, zero included, the one with the lowest loss is kept, since a fixed step oscillates about
 the kinks of |cos|: the result is never worse than doing nothing. A task vector that is (nearly) zero in a group has
@@ -33,8 +32,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from modelmerge.methods.contract import Citation, Disentangler, Redundancy, Solution, Watch
-from modelmerge.methods.options import option
+from modelmerge.methods.contract import Citation, SharedVector, Solution, TransformSpec, Watch
+from modelmerge.methods.options import PUBLISHED, follow, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,16 +45,22 @@ _TINY = 1e-30  # keeps the squares of norms off zero; far below any float32 task
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What AWD can be told."""
+    """Options of AWD; the granularity follows from `published` where none is named."""
 
+    published: bool = option(False, PUBLISHED)
     alpha: float = option(0.1, "Weight of ||delta|| against the mean |cosine|.", minimum=0.0)
-    lr: float = option(0.01, "Length of a step; in units of the task vectors' size if --units relative.", above=0.0)
+    lr: float = option(0.01, "Length of a step, in units of the task vectors' size; as published, absolute.", above=0.0)
     steps: int = option(300, "Steps of gradient descent.", minimum=0)
-    granularity: Literal["row", "tensor", "model"] = option("tensor", "What shares one redundant vector.")
-    solver: Literal["gram", "descent"] = option("gram", "gram: T numbers on the Gram matrix; descent: whole vectors.")
-    units: Literal["relative", "absolute"] = option(
-        "relative", "Measure task vectors by their own size, or as published."
+    granularity: Literal["row", "tensor", "model"] | None = option(
+        None, "What shares one redundant vector. Default: tensor; model as published."
     )
+
+    def __post_init__(self) -> None:
+        follow(self, granularity="model" if self.published else "tensor")
+
+    def describe(self) -> dict[str, str]:
+        """What follows from the options, in words."""
+        return {"units": "absolute" if self.published else "relative"}
 
 
 def measure(taus: Tensor) -> Tensor:
@@ -79,26 +84,6 @@ def solve(grams: Tensor, options: Options, watch: Watch | None = None) -> Soluti
     return problem.solution()
 
 
-def descend(taus: Tensor, options: Options, watch: Watch | None = None) -> Solution:
-    """Gradient descent on vectors: [T, G, n] -> coefficients [G, T] of the delta it arrives at.
-
-    Every inner product with delta is taken anew from its entries; the coefficients only keep count.
-    """
-    problem = _Problem(measure(taus), options, watch)
-    vectors = taus.transpose(0, 1).double() / problem.size[:, None, None]  # [G, T, n]
-    delta = torch.zeros_like(vectors[:, 0])
-    coefficients = torch.zeros_like(vectors[:, :, 0])
-    for _ in range(options.steps):
-        projections = (vectors @ delta[:, :, None]).squeeze(2)
-        pull = problem.look(coefficients, projections, delta.square().sum(1))
-        gradient = pull.along_delta[:, None] * delta - (pull.along_taus[:, None, :] @ vectors).squeeze(1)
-        stride = problem.stride(gradient.square().sum(1))[:, None]
-        delta = delta - stride * gradient
-        coefficients = coefficients - stride * (pull.along_delta[:, None] * coefficients - pull.along_taus)
-    problem.look(coefficients, (vectors @ delta[:, :, None]).squeeze(2), delta.square().sum(1))
-    return problem.solution()
-
-
 @dataclass(slots=True)
 class _Pull:
     """The gradient at delta: `along_delta * delta - sum_j along_taus_j tau_j`."""
@@ -118,7 +103,7 @@ class _Problem:
         self.active = (norms > NEGLIGIBLE**2 * largest) & (largest > 0)
         takes_part = self.active.to(grams.dtype)
         count = takes_part.sum(1)
-        relative = options.units == "relative"
+        relative = not options.published
         mean_square = (norms * takes_part).sum(1) / count.clamp(min=1)
         self.size = torch.where(mean_square > 0, mean_square.sqrt(), 1.0) if relative else torch.ones_like(mean_square)
         self.gram = grams * takes_part[:, :, None] * takes_part[:, None, :] / self.size[:, None, None].square()
@@ -131,7 +116,7 @@ class _Problem:
         self._losses: list[Tensor] = []
 
     def look(self, coefficients: Tensor, projections: Tensor, square: Tensor) -> _Pull:
-        """Take note of the loss at delta, given `<tau_i, delta>` [G, T] and `||delta||^2` [G]; the gradient there."""
+        """Take note of the loss at delta, from `<tau_i, delta>` [G, T] and `||delta||^2` [G]; the gradient there."""
         gram, alpha = self.gram, self._options.alpha
         square = square.clamp(min=0.0)
         # <v_i, v_j> = <tau_i, tau_j> - <tau_i, delta> - <tau_j, delta> + ||delta||^2
@@ -149,14 +134,14 @@ class _Problem:
         self._coefficients = torch.where(better[:, None], coefficients, self._coefficients)
         # d cos_ij / d v_i = v_j / (|v_i||v_j|) - cos_ij v_i / |v_i|^2, each pair counted from both its ends.
         across = 2.0 * cosines.sign() * share * inverse[:, :, None] * inverse[:, None, :]
-        own = 2.0 * (cosines.abs() * share).sum(2) * inverse.square()
-        weights = across.sum(1) - own
+        along = 2.0 * (cosines.abs() * share).sum(2) * inverse.square()
+        weights = across.sum(1) - along
         norm_pull = torch.where(length > 0, alpha / length.clamp(min=_TINY), 0.0)
         return _Pull(weights, weights.sum(1) + norm_pull)
 
     def stride(self, square: Tensor) -> Tensor:
         """The factor of a gradient with that squared length [G]: in relative units, a step is at most lr long."""
-        if self._options.units == "absolute":
+        if self._options.published:
             return torch.full_like(square, self._options.lr)
         return self._options.lr / square.clamp(min=1.0).sqrt()
 
@@ -165,12 +150,11 @@ class _Problem:
         return Solution(self._coefficients, self.active, torch.stack(self._losses))
 
 
-METHOD = Disentangler(
+METHOD = TransformSpec(
     options=Options,
-    by=Redundancy(measure=measure, solve=solve, descend=descend),
+    by=SharedVector(measure=measure, solve=solve),
     paper="https://arxiv.org/abs/2411.18729",
     citation=Citation(
         "Multi-Task Model Merging via Adaptive Weight Disentanglement", "Feng Xiong and others", "arXiv 2024"
     ),
-    published={"granularity": "model", "solver": "descent", "units": "absolute"},
 )

@@ -1,0 +1,126 @@
+"""Plans and results of merges, as lines and tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from modelmerge.cli.output import size, table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.table import Table
+
+
+def head(method: str, transforms: str | Sequence[str] | None) -> str:
+    """A method behind its transforms, in words."""
+    names = [transforms] if isinstance(transforms, str) else transforms or ()
+    return " + ".join([*(text.split()[0] for text in names), method])
+
+
+def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> list[str | Table]:
+    """What a merge did, for people."""
+    recipe, counts = manifest["recipe"], manifest["tensors"]
+    weights = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors"))
+    groups = [f"{len(group['tensors'])} by {group['method']}" for group in counts["groups"]]
+    counted = [f"{counts['merged']} tensors merged" + (f" ({', '.join(groups)})" if len(groups) > 1 else "")]
+    counted += [f"{len(counts['copied'])} copied from the base"] if counts["copied"] else []
+    experts = len(manifest["inputs"]["experts"])
+    lines: list[str | Table] = [
+        f"[bold green]merged[/] {experts} expert{'s' * (experts != 1)} with "
+        f"{head(recipe['method'], recipe['disentangle'])}: {', '.join(counted)}",
+        f"[bold]{out}[/]  {size(weights)} of weights in {manifest['seconds']:.1f} s on {manifest['device']}",
+    ]
+    rounding = manifest["rounding"]
+    if rounding and rounding["relative_error"] is not None:
+        lines.append(
+            f"rounding to {rounding['stored_as']} changes the merged task vector by {rounding['relative_error']:.2%}"
+        )
+    lines += _coefficient_lines(manifest, verbose) if "adaptation" in manifest else []
+    if verbose and counts["copied"]:
+        lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], words=2))
+    return lines
+
+
+def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str | Table]:
+    """The coefficients that were found on data: of each expert over the tensors, and, if verbose, of each tensor."""
+    tasks, coefficients = manifest["adaptation"]["tasks"], manifest["recipe"]["coefficients"]
+    rows = []
+    for expert, entropy in tasks.items():
+        values = [each[expert] for each in coefficients.values()]
+        mean = sum(values) / len(values)
+        figures = (mean, min(values), max(values), entropy["entropy_before"], entropy["entropy_after"])
+        rows.append([expert, *(f"{figure:.3f}" for figure in figures)])
+    lines: list[str | Table] = [
+        "",
+        table(
+            f"Coefficients over {len(coefficients)} tensors; entropy of the predictions in the first and the last "
+            f"{manifest['adaptation']['averaged_steps']} steps",
+            ["", "mean", "least", "most", "before", "after"],
+            rows,
+        ),
+    ]
+    if verbose:
+        rows = [[tensor, *(f"{v:.3f}" for v in values.values())] for tensor, values in coefficients.items()]
+        lines.append(table(None, ["tensor", *tasks], rows))
+    return lines
+
+
+def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Table]:
+    """A plan for people: what happens to how many tensors and why, bytes, peak memory."""
+    groups: dict[tuple[str, str], int] = {}
+    for tensor in plan["tensors"]:
+        groups[tensor["action"], tensor["reason"]] = groups.get((tensor["action"], tensor["reason"]), 0) + 1
+    rows = [[action, str(count), reason] for (action, reason), count in sorted(groups.items(), reverse=True)]
+    counted = table(None, ["action", "tensors", "why"], rows, words=3)
+    sizes, memory = plan["bytes"], plan["peak_memory"]
+    lines: list[str | Table] = [
+        f"[bold]{title}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
+        counted,
+    ]
+    if plan["expert_only"]:
+        rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
+        lines.append(table(None, ["not in the base, left out", "in"], rows, words=2))
+    lines += [f"note: {escape(remark)}" for remark in plan["remarks"]]
+    if verbose:
+        rows = [
+            [
+                t["name"],
+                "x".join(map(str, t["shape"])) or "0-d",
+                f"{t['dtype']} -> {t['stored_as']}",
+                t["action"],
+                t["reason"],
+            ]
+            for t in plan["tensors"]
+        ]
+        lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, words=5))
+    times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
+    files = f" in {len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}" if "shards" in plan else " at most"
+    peak = f"peak memory {size(memory['host'])}"
+    if memory["device"]:
+        peak += f", on the device {size(memory['device'])}"
+    if plan["cache"] and sizes["download"]:
+        cache = plan["cache"]
+        held = "which holds it" if cache["enough"] else "[bold red]too little[/]: --stream stores no weights"
+        lines.append(f"{size(cache['free'])} free in {cache['directory']}, {held}")
+    lines.append(
+        f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
+        f"write {size(sizes['write'])}{files}; {peak}"
+    )
+    if sizes["scratch"]:
+        lines.append(f"{size(sizes['scratch'])} beside the output while it runs, for what disentangling found")
+    if "search" in plan:
+        search, disk = plan["search"], plan["search"]["disk"]
+        lines.append(
+            f"{search['candidates']} candidates in {search['merges']} merge{'s' * (search['merges'] != 1)}, each "
+            f"measured on {escape(', '.join(search['on']))}; on the disk {size(disk['all'])} at once, where there is "
+            f"less {size(disk['least'])} at least"
+        )
+    if plan["push"]:
+        what = [word for word in ("new", "private") if plan["push"][word]]
+        what += ["as a pull request"] if plan["push"]["pull_request"] else []
+        lines.append(f"push to {plan['push']['repository']} {', '.join(what)}".rstrip())
+    return lines

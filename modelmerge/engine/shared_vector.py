@@ -1,0 +1,163 @@
+"""One vector that is subtracted from all task vectors, fitted in one pass.
+
+The vector is a combination of the task vectors, so a few coefficients for each group (a row, a tensor, the model) are
+all that is kept between the passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from modelmerge.checkpoint.staging import Room
+from modelmerge.engine import memory
+from modelmerge.engine.figures import Entanglement, Figures, entanglement_of
+from modelmerge.engine.job import Job, Source
+from modelmerge.engine.loader import Loader, Piece, piece_bytes
+from modelmerge.engine.parallel import gathered
+from modelmerge.methods.contract import SharedVector, Solution, Watch
+from modelmerge.plan.tensors import TensorPlan, Tensors
+from modelmerge.progress import Reporter
+
+if TYPE_CHECKING:
+    from modelmerge.engine.transforms import Chain
+
+
+@dataclass(slots=True)
+class FittedVector:
+    """The vector of each group, as coefficients.
+
+    `coefficients` [G, T] float32 and `active` [G, T] are by tensor; G is the tensor's rows, or 1.
+    """
+
+    by_row: bool
+    keeps_factors = False
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
+    active: dict[str, Tensor] = field(default_factory=dict)
+    entanglement: dict[str, Entanglement] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)  # mean over the groups, at each step
+
+    def apply(self, piece: Piece, taus: Tensor) -> Tensor | None:
+        """Subtract the vector from the task vectors [T, *shape], in place; the vector [*shape] itself.
+
+        None for a tensor that has none. Product by product, not as a matrix product, so that the bits do not depend
+        on where a tensor is cut.
+        """
+        if piece.tensor.name not in self.coefficients:
+            return None
+        coefficients, active = (part.to(taus.device) for part in self._groups_of(piece))
+        grouped = taus.view(len(taus), -1, piece.tensor.shape[1]) if self.by_row else taus.view(len(taus), 1, -1)
+        delta = grouped[0] * coefficients[:, :1]
+        for k in range(1, len(grouped)):
+            delta.add_(grouped[k] * coefficients[:, k : k + 1])
+        for k in range(len(grouped)):
+            if bool(active[:, k].all()):
+                grouped[k].sub_(delta)
+            else:
+                grouped[k].sub_(delta * active[:, k : k + 1])
+        return delta.view(taus.shape[1:])
+
+    def _groups_of(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        coefficients, active = self.coefficients[piece.tensor.name], self.active[piece.tensor.name]
+        if not self.by_row:
+            return coefficients, active
+        width = piece.tensor.shape[1]
+        rows = slice(piece.start // width, piece.stop // width)
+        return coefficients[rows], active[rows]
+
+    def weights(self, tensor: str, weights: tuple[float, ...]) -> tuple[float, ...]:
+        """The experts' weights, which stay."""
+        return weights
+
+    def figures(self) -> Figures:
+        """The loss at each step, and inner products by tensor."""
+        return Figures(self.losses, len(self.losses) - 1, self.entanglement)
+
+    def keep(self, tensor: str, solution: Solution, device: torch.device) -> None:
+        """Keep the solution of a tensor (or, row by row, of its next rows)."""
+        parts = (solution.coefficients.to(device, torch.float32), solution.active.to(device, torch.float32))
+        for kept, part in zip((self.coefficients, self.active), parts, strict=True):
+            kept[tensor] = torch.cat([kept[tensor], part]) if tensor in kept else part
+
+
+@dataclass(frozen=True, slots=True)
+class VectorTransform:
+    """Fits and subtracts a shared vector."""
+
+    name: str
+    by: SharedVector
+    options: Any
+    shares_vector = True
+
+    def takes(self, tensor: TensorPlan) -> bool:
+        """Whether it is the weight of a linear layer."""
+        return tensor.linear
+
+    def needs(self, job: Job, tensors: Tensors) -> memory.Needs:
+        """What fitting takes."""
+        return memory.fit_shared_vector(job.source, tensors, self.options.granularity)
+
+    def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> FittedVector:
+        """Find the vectors in one pass."""
+        source, granularity = job.source, self.options.granularity
+        fitted = FittedVector(by_row=granularity == "row")
+        progress.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+        if fitted.by_row:
+            self._fit_rows(source, tensors, before, fitted, progress)
+            return fitted
+        grams = self._grams(source, tensors, before, progress)
+        stacked = torch.stack(list(grams.values()))
+        groups = stacked if granularity == "tensor" else stacked.sum(0, keepdim=True)
+        progress.stage("descending", self.options.steps + 1, "steps")
+        watch: Watch = lambda loss: progress.advance(1, f"loss {loss:.4f}")  # noqa: E731
+        self._share_out(source, self.by.solve(groups, self.options, watch), grams, fitted)
+        return fitted
+
+    def _fit_rows(
+        self, source: Source, tensors: Tensors, before: Chain, fitted: FittedVector, progress: Reporter
+    ) -> None:
+
+        def solve(piece: Piece, loader: Loader) -> tuple[Solution, Entanglement]:
+            _, taus = loader.load(piece, check=True)
+            before.apply(piece, taus)
+            grams = self.by.measure(taus.view(len(taus), -1, piece.tensor.shape[1]))
+            solution = self.by.solve(grams, self.options, None)
+            loss = solution.losses[-1].item() / len(grams)
+            progress.advance(piece_bytes(source.plan, piece), f"{piece.tensor.name}  loss {loss:.4f}")
+            return solution, entanglement_of(grams, solution)
+
+        groups, losses = 0, torch.zeros(())
+        for piece, (solution, part) in gathered(source, tensors, solve):
+            name = piece.tensor.name
+            fitted.keep(name, solution, source.device)
+            groups += len(solution.active)
+            losses = losses + solution.losses.cpu()
+            fitted.entanglement[name] = fitted.entanglement[name] + part if piece.start else part
+        fitted.losses = (losses / max(groups, 1)).tolist()
+
+    def _grams(self, source: Source, tensors: Tensors, before: Chain, progress: Reporter) -> dict[str, Tensor]:
+        """The Gram matrix of each tensor's task vectors, float64 [T, T]."""
+
+        def measure(piece: Piece, loader: Loader) -> Tensor:
+            _, taus = loader.load(piece, check=True)
+            before.apply(piece, taus)
+            progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+            return self.by.measure(taus[:, None, :])[0]
+
+        grams: dict[str, Tensor] = {tensor.name: torch.zeros((), device=source.device) for tensor in tensors}
+        for piece, gram in gathered(source, tensors, measure):
+            grams[piece.tensor.name] = grams[piece.tensor.name] + gram
+        return grams
+
+    def _share_out(self, source: Source, solution: Solution, grams: Mapping[str, Tensor], fitted: FittedVector) -> None:
+        """Hand each tensor its part of a solution that has a group for each tensor, or one for the model."""
+        for i, (name, gram) in enumerate(grams.items()):
+            group = i if self.options.granularity == "tensor" else 0
+            part = Solution(solution.coefficients[group][None], solution.active[group][None], solution.losses)
+            fitted.keep(name, part, source.device)
+            fitted.entanglement[name] = entanglement_of(gram[None], part)
+        fitted.losses = (solution.losses.cpu() / len(solution.active)).tolist()

@@ -1,0 +1,41 @@
+"""The guides that come with the package: Markdown files here, found by their names."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from modelmerge.errors import UsageError
+
+_FOLDER = Path(__file__).parent
+
+
+def names() -> tuple[str, ...]:
+    """The guides there are, by their files."""
+    return tuple(sorted(file.stem for file in _FOLDER.glob("*.md")))
+
+
+def read(name: str) -> str:
+    """A guide's text, as Markdown.
+
+    Raises:
+        UsageError: There is no such guide.
+    """
+    if name not in names():
+        near = get_close_matches(name, names(), n=1)
+        listed = f"there are: {', '.join(names())}"
+        raise UsageError(f"there is no guide '{name}'", hint=f"did you mean '{near[0]}'? {listed}" if near else listed)
+    return (_FOLDER / f"{name}.md").read_text(encoding="utf-8")
+
+
+def summary(name: str) -> str:
+    """The first sentence of a guide, below its title."""
+    lines = (line.strip() for line in read(name).splitlines())
+    paragraph: list[str] = []
+    for line in lines:
+        if line and not line.startswith(("#", "<", "[", "!")):
+            paragraph.append(line)
+        elif paragraph:
+            break
+    first, stop, _ = " ".join(paragraph).partition(". ")
+    return first + stop.rstrip()

@@ -1,0 +1,311 @@
+"""The mathematics of Adaptive Projective Gradient Descent: what `merge apgd` and `disentangle apgd` share.
+
+Wei et al., ICML 2025, arXiv 2501.01230; its code calls it DOGE. Per weight [m, n], in float32:
+
+1. `lambda_i`, each task's factor, from the untrimmed task vectors (w_i is the expert's weight). Published:
+   `eta * w_i / ||tau_i||`. By default `scale * w_i * mean_j ||tau_j|| / ||tau_i||` with the scale at which
+   `sum_i lambda_i tau_i` is as long as the task vectors are on average: 1 / sqrt(T) for tasks at right angles, 1 / T
+   for tasks that agree. That does not depend on the size of the task vectors.
+2. B: basis of the subspace the tasks share (`linalg.shared_subspace`), from min(m, n) / T directions of each task.
+3. D [m, n] minimises `sum_j sum_rows (<tau_j, sum_i lambda_i (tau_i + D) - tau_j>_row)^2` off B. The solver `adam` is
+   the published descent: Adam from zero on the gradient without its part in B. The solver `exact` goes to the shortest
+   minimiser at once: D = (I - B B^T) A with A in the span of the task vectors, row by row, by preconditioned
+   conjugate gradients in the coefficients [m, T], with a ridge.
+
+Where paper and code differ, the code is followed: the paper gives one rank for both steps of B, and projects the
+gradient, not the update, so that Adam's element-wise step leaves the complement of B a little. Adam stops once the loss
+has fallen below `TOLERANCE` of its first value, which is below what float32 can resolve; the published loop runs all
+steps. The loss has many minimisers, and the two solvers end at different ones. An expert that (nearly) did not change a
+weight would get a boundless lambda there: it is left out of that weight, with a remark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from modelmerge.errors import named
+from modelmerge.methods import linalg, presence
+from modelmerge.methods.contract import Citation, Context
+from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAPER = "https://arxiv.org/abs/2501.01230"
+CITATION = Citation(
+    "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent", "Yongxian Wei and others", "ICML 2025"
+)
+# Adam stops once the loss is this share of the first one; with 0 it takes all steps.
+TOLERANCE = 1e-11
+# Losses are looked at every so many steps of Adam. On a GPU the loss of the look before is waited for, so that the
+# queue never runs dry, and the answer still does not depend on timing.
+_LOOK = 10
+# Conjugate gradients: relative residual in the preconditioner's norm, and a bound on the iterations.
+_RESIDUAL, _ITERATIONS = 1e-6, 200
+# Bytes of task vectors that one turn of the descent works on: read twice, so they should still be in the cache.
+_CHUNK = 2 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorrectionOptions:
+    """How D is found. Where no value is named, one follows from the others; None is left where none has an effect.
+
+    Raises:
+        UsageError: An option has no effect with the solver, or without `published`.
+    """
+
+    solver: Literal["exact", "adam"] | None = option(
+        None, "exact: the shortest minimiser; adam: the published descent. Default: exact; adam as published."
+    )
+    published: bool = option(False, PUBLISHED)
+    eta: float | None = option(
+        None, "As published: size of a task's share; try 0.15 for language. Default: 0.07.", above=0.0
+    )
+    density: float | None = option(
+        None,
+        "Share of each task vector's entries that is kept. Default: 1; 0.3 as published.",
+        above=0.0,
+        maximum=1.0,
+    )
+    shared_rank: int | None = option(
+        None, "Dimension of the shared subspace. Default: min(m, n) / 12; min(m, n) / 6 as published.", minimum=0
+    )
+    ridge: float | None = option(
+        None, "exact: ridge, in units of a row's mean squared norm. Default: 1; 1e-4 as published.", minimum=0.0
+    )
+    steps: int | None = option(None, "adam: steps at most. Default: 400.", minimum=0)
+    lr: float | None = option(None, "adam: learning rate, in units of the weights. Default: 1e-4.", above=0.0)
+
+    def __post_init__(self) -> None:
+        follow(self, solver="adam" if self.published else "exact", density=0.3 if self.published else 1.0)
+        if self.published:
+            follow(self, eta=0.07)
+        else:
+            refuse_idle(self, ["eta"], f"without {named('published')}")
+        if self.solver == "exact":
+            refuse_idle(self, ["steps", "lr"], f"with {named('solver')} exact")
+            follow(self, ridge=1e-4 if self.published else 1.0)
+        else:
+            refuse_idle(self, ["ridge"], f"with {named('solver')} adam")
+            follow(self, steps=400, lr=1e-4)
+
+    @property
+    def rank_divisor(self) -> int | None:
+        """The shared rank of a weight is min(m, n) divided by this, where none is named; None: by the tasks."""
+        return 6 if self.published else 12
+
+    def describe(self) -> dict[str, str]:
+        """What follows from the options, in words."""
+        return {
+            "lambda": "eta / ||tau||" if self.published else "matched",
+            "task_rank": "min(m, n) / T",
+            **({"shared_rank": f"min(m, n) / {self.rank_divisor or 'T'}"} if self.shared_rank is None else {}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What is found for one weight.
+
+    `active`: the experts that changed it, by position, with the norms of their task vectors and their lambdas.
+    `thresholds` [T]: magnitudes below which entries are trimmed, if any are. `correction`: D [m, n]; or one of each
+    active expert, [t, m, n].
+    """
+
+    active: tuple[int, ...]
+    lengths: tuple[float, ...]
+    lambdas: tuple[float, ...]
+    thresholds: Tensor | None
+    correction: Tensor
+
+
+def fit(taus: Tensor, options: CorrectionOptions, context: Context, *, each: bool = False) -> Fit | None:
+    """The correction of task vectors [T, m, n]; None where no expert changed the weight.
+
+    With `each`, the descent moves a correction for each task.
+    """
+    norms = presence.changed(taus, context)
+    active = [i for i in norms if context.weights[i] != 0.0]
+    if not active:
+        return None
+    vectors = taus if len(active) == len(taus) else taus[active]
+    lengths = [norms[i] for i in active]
+    lambdas = task_lambdas(vectors, lengths, [context.weights[i] for i in active], options)
+    factors = context.factors and [context.factors[i] for i in active]
+    basis = task_basis(vectors, options, factors)
+    if options.solver == "exact":
+        correction = solve(vectors, lambdas, basis, options, context)
+    else:
+        correction = descend(vectors, lambdas, basis, options, context, each=each)
+    return Fit(tuple(active), tuple(lengths), tuple(lambdas), context.measured, correction)
+
+
+def task_lambdas(taus: Tensor, norms: list[float], weights: list[float], options: CorrectionOptions) -> list[float]:
+    """The factor of each task vector, from [T, m, n] and their norms."""
+    if options.published:
+        return [_value(options.eta) * weight / norm for norm, weight in zip(norms, weights, strict=True)]
+    mean = sum(norms) / len(norms)
+    even = torch.tensor([1.0 / norm for norm in norms], dtype=taus.dtype, device=taus.device)
+    # Experts that cancel one another are not blown up to make up for it.
+    scale = 1.0 / max(float(torch.linalg.vector_norm(torch.tensordot(even, taus, dims=1))), 1.0)
+    return [scale * mean * weight / norm for norm, weight in zip(norms, weights, strict=True)]
+
+
+def task_basis(
+    taus: Tensor, options: CorrectionOptions, factors: Sequence[tuple[Tensor, Tensor] | None] | None = None
+) -> Tensor:
+    """Basis of the shared subspace, float32 [m, k], from task vectors [T, m, n] or factors of them."""
+    smaller, shared_rank = min(taus[0].shape), options.shared_rank
+    if shared_rank is None:
+        shared_rank = smaller // (options.rank_divisor or len(taus))
+    # What is faithful to the paper is so to its singular vectors too.
+    approximate = not options.published
+    rank = smaller // len(taus)
+    return linalg.shared_subspace(list(taus), rank, shared_rank, factors, approximate=approximate).float()
+
+
+def descend(
+    taus: Tensor,
+    lambdas: list[float],
+    basis: Tensor,
+    options: CorrectionOptions,
+    context: Context,
+    *,
+    each: bool = False,
+) -> Tensor:
+    """The correction D [m, n] where Adam stops, from task vectors [T, m, n] and the shared basis [m, k].
+
+    The gradient needs no autograd: with `e_jr = <tau_j, sum_i lambda_i (tau_i + D) - tau_j>_row r`, that of row r is
+    `2 sum_i lambda_i * sum_j e_jr tau_j[r]`. With `each`, the loss has a D_i in the place of D, whose gradient is
+    `2 lambda_i * sum_j e_jr tau_j[r]`, and [T, m, n] comes back.
+    """
+    # The loss sees `total` times one matrix: D itself, or the sum of all lambda_i D_i.
+    total = 1.0 if each else sum(lambdas)
+    rows = rows_of(taus)
+    # What e is at D = 0.
+    offset = -targets(rows, lambdas).mT
+    correction, gradient = torch.zeros_like(taus if each else taus[0]), torch.empty_like(taus[0])
+    adam = torch.optim.Adam([correction], lr=_value(options.lr), betas=(0.9, 0.999), eps=1e-8, fused=True)
+    sight = torch.zeros_like(taus[0]) if each else correction
+    shares = torch.tensor(lambdas, dtype=taus.dtype, device=taus.device)
+    size = len(rows) if rows.is_cuda else max(1, _CHUNK // rows[0].nbytes)
+    flat = [whole.view(len(rows), 1, -1) for whole in (sight, gradient)]
+    parts = list(zip(*(whole.split(size) for whole in (rows, offset, *flat)), strict=True))
+    enough = TOLERANCE * float(offset.square().sum())
+    step, losses = 0, [lambda: math.inf] * (2 if rows.is_cuda else 1)
+    for step in range(1, int(_value(options.steps)) + 1):
+        looks, loss = step % _LOOK == 0 and TOLERANCE > 0, offset.new_zeros(())
+        for vectors, at_zero, d, g in parts:
+            errors = torch.bmm(d, vectors.mT).mul_(total).add_(at_zero)
+            if looks:
+                loss += errors.square().sum()
+            torch.bmm(errors.mul_(2.0 * total), vectors, out=g)
+        if looks:
+            losses = [*losses[1:], _read_later(loss)]
+            if losses[0]() < enough:
+                step -= 1
+                break
+        linalg.remove_subspace(gradient, basis)
+        correction.grad = gradient * shares[:, None, None] if each else gradient
+        adam.step()
+        if each:
+            sight.copy_(torch.tensordot(shares, correction, dims=1))
+    context.tell({"steps": step})
+    return correction
+
+
+def _read_later(value: Tensor) -> Callable[[], float]:
+    """The value, once asked for: on a GPU a copy is sent off now, and only asking waits for it."""
+    if not value.is_cuda:
+        return lambda: float(value)
+    host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(value.device))
+
+    def read() -> float:
+        there.synchronize()
+        return float(host)
+
+    return read
+
+
+def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: CorrectionOptions, context: Context) -> Tensor:
+    """The shortest D [m, n] off the basis [m, k] that minimises the loss, from task vectors [T, m, n].
+
+    With V the rows' task vectors and P = I - B B^T, zero loss asks `V P D = c`; the shortest solution is `P V^T a`
+    where `(V P V^T + ridge) a = c`, a [m, T]: conjugate gradients, preconditioned by the rows' own T x T systems, which
+    are the whole answer where there is no basis. The ridge makes it the least-squares solution where zero loss is
+    out of reach (more tasks than columns, experts that contradict one another); a much smaller one would let float32's
+    rounding of the products through, magnified by its inverse.
+    """
+    rows = rows_of(taus)
+    shape = taus[0].shape
+    target = (targets(rows, lambdas) / sum(lambdas)).double()
+    grams = (rows @ rows.mT).double()
+    # Rows that no task changed have nothing to solve: any positive shift gives them zero.
+    shift = grams.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    shift = torch.where(shift > 0, shift, 1.0) * max(_value(options.ridge), 1e-14)
+    inverse = torch.linalg.inv(grams + shift * torch.eye(len(taus), dtype=grams.dtype, device=grams.device))
+
+    def spread(a: Tensor) -> Tensor:
+        """P V^T a: [m, T, 1] -> [m, n]."""
+        return linalg.remove_subspace((a.float().mT @ rows).view(shape), basis)
+
+    solution = inverse @ target
+    if not basis.shape[1]:
+        return spread(solution)
+
+    def system(a: Tensor) -> Tensor:
+        return (rows @ spread(a)[:, :, None]).double() + shift * a
+
+    residual = target - system(solution)
+    enough = _RESIDUAL**2 * (target * (inverse @ target)).sum()
+    toward = inverse @ residual
+    direction = toward
+    square = (residual * toward).sum()
+    # Looking at the residual waits for a GPU; iterations past the end change nothing.
+    iteration, look = 0, 8 if rows.is_cuda else 1
+    while iteration < _ITERATIONS and (iteration % look or bool(square > enough)):
+        image = system(direction)
+        length = torch.where(square > enough, square / (direction * image).sum(), 0.0)
+        solution = solution + length * direction
+        residual = residual - length * image
+        toward = inverse @ residual
+        square, before = (residual * toward).sum(), square
+        direction = toward + torch.where(before > 0, square / before, 0.0) * direction
+        iteration += 1
+    context.tell({"iterations": iteration})
+    return spread(solution)
+
+
+def rows_of(taus: Tensor) -> Tensor:
+    """[T, m, n] -> [m, T, n]: the T vectors of a row together, for batched products."""
+    return taus.transpose(0, 1).contiguous()
+
+
+def targets(rows: Tensor, lambdas: list[float]) -> Tensor:
+    """What `sum_i lambda_i <tau_j, D>` has to be for zero loss: `<tau_j, tau_j - sum_i lambda_i tau_i>`, [m, T, 1]."""
+    weights = torch.tensor(lambdas, dtype=rows.dtype, device=rows.device)
+    merged = torch.matmul(weights, rows)[:, :, None]
+    squares = torch.linalg.vector_norm(rows, dim=2, keepdim=True).square_()
+    return squares - torch.matmul(rows, merged)
+
+
+def workspace(tasks: int) -> float:
+    """How many float32 copies of a weight finding D needs at once beside the task vectors.
+
+    The descent holds the task vectors twice and Adam's state; the bases before it, the eigendecomposition of a float64
+    Gram matrix with LAPACK's workspace (measured on square and oblong matrices: tests/test_memory.py).
+    """
+    return max(2.0 * tasks + 8.0, 26.0)
+
+
+def _value(option: float | None) -> float:
+    """The value of an option that has one, since it has an effect with the others."""
+    assert option is not None, "an option is used that the others say has no effect"
+    return option

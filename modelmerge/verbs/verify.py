@@ -1,0 +1,73 @@
+"""verify: whether the files of an output, and its inputs, are what its manifest says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.reader import MANIFEST
+from modelmerge.errors import OutputError
+from modelmerge.hub.repository import cached
+from modelmerge.progress import SILENT, Reporter
+
+
+def verify(directory: str | Path, *, progress: Reporter = SILENT) -> dict[str, Any]:
+    """Read every file that a manifest lists, and compare its sha256: `{"output", "files": [{"name", "same"}]}`.
+
+    Files of the output are named by their places in it, those of the inputs as the manifest names them. `same` is
+    False for a file of the output that is missing, and None for an input that cannot be found.
+
+    Args:
+        directory: What merge, search, extract or disentangle wrote.
+        progress: Is told the progress.
+
+    Raises:
+        OutputError: The directory holds no manifest.
+    """
+    output = Path(directory).expanduser()
+    manifest = _manifest(output / MANIFEST)
+    expected = {name: (output / name, entry) for name, entry in manifest["files"].items()}
+    inputs = {name: (_place_of(name), entry) for model in _inputs(manifest) for name, entry in model["files"].items()}
+    progress.stage("verifying", sum(entry["bytes"] for _, entry in (*expected.values(), *inputs.values())))
+    files = []
+    for missing, part in ((False, expected), (None, inputs)):
+        for name, (file, entry) in part.items():
+            files.append({"name": name, "same": missing if file is None else _is_same(file, entry, missing)})
+            progress.advance(entry["bytes"], name)
+    return {"output": str(directory), "files": files}
+
+
+def _is_same(file: Path, entry: Mapping[str, Any], missing: bool | None) -> bool | None:
+    """Whether the file's bytes, read now, have the digest of the manifest; `missing` where there is no such file."""
+    try:
+        size = file.stat().st_size
+        return size == entry["bytes"] and sha256(file) == entry["sha256"]
+    except FileNotFoundError:
+        return missing
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _place_of(name: str) -> Path | None:
+    """Where an input's file lies, by what the manifest calls it."""
+    return cached(name) if name.startswith("hf://") else Path(name)
+
+
+def _inputs(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for models in manifest["inputs"].values():
+        yield from models if isinstance(models, list) else [models]
+
+
+def _manifest(file: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file.parent} holds no finished output: {MANIFEST} is missing or malformed") from error
+    if "inputs" not in manifest or "files" not in manifest:
+        raise OutputError(
+            f"{file} lists no files of an output", hint="name the directory that merge, extract or disentangle wrote"
+        )
+    return manifest
