@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -333,6 +332,8 @@ def test_other_kinds_are_refused_by_name_with_what_to_do(kind: str, tmp_path: Pa
 
 def test_a_real_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
     base = base_of("llama", tmp_path / "base")
+    import peft
+
     config = peft.VeraConfig(target_modules=["q_proj"], r=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
