@@ -45,7 +45,7 @@ def names(file: Path) -> list[str]:
 def test_lines_of_code_are_counted_rightly() -> None:
     assert (
         code_lines(
-            '"""Doc."""\n\nx = 1  # why\n\n\ndef f():\n    """Doc\n    more."""\n    # no\n    return [\n        x,\n    ]\n'
+            '"""Doc."""\n\nx = 1  # why\n\n\ndef f():\n    """Doc\n    more."""\n    return [\n        x,\n    ]\n'
         )
         == 5
     )
