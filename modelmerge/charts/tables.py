@@ -132,9 +132,7 @@ def of_weights(report: Report, widest: int | None = None) -> list[Table]:
         layers = [_layer(kind, each["models"][name], experts) for kind, each in groups.items()]
         layers = layers if columns else [[*row[:3], *row[-2:]] for row in layers]
         heads = ["", "norm", "APGD's gap", *(f"cos {expert}" for expert in columns), "mean cos", "mean alignment"]
-        tables.append(
-            table(f"{name}, by layer", heads, [row if columns else [*row[:3], *row[-2:]] for row in table_rows])
-        )
+        tables.append(table(f"{name}, by layer", heads, layers))
     return tables
 
 
