@@ -148,7 +148,8 @@ def of_scores(report: Report) -> list[Scores]:
 
 def _scores(report: Report, tasks: Sequence[str], lower: bool) -> Scores:
     rows = [_of_model(model, tasks) for model in report["models"] if model["role"] != "expert"]
-    rows[_bases(rows) : _bases(rows)] = _of_experts(report, tasks)
+    place = sum(row.role == "base" for row in rows)
+    rows[place:place] = _of_experts(report, tasks)
     average = len(tasks) > 1 and not lower
     if average:
         rows = [_with_average(series) for series in rows]
@@ -165,10 +166,6 @@ def _scores(report: Report, tasks: Sequence[str], lower: bool) -> Scores:
         title=title[0].upper() + title[1:], tasks=(*tasks, label) if average else (*tasks,), series=tuple(rows),
         shares=shares, lower=lower, average=average,
     )  # fmt: skip
-
-
-def _bases(series: Sequence[Series]) -> int:
-    return sum(each.role == "base" for each in series)
 
 
 def _of_model(model: ModelRow, tasks: Sequence[str]) -> Series:

@@ -129,9 +129,10 @@ def of_weights(report: Report, widest: int | None = None) -> list[Table]:
     ]
     for name in models:
         groups = {**kinds, **report.get("tensors", {})}
-        table_rows = [_layer(kind, each["models"][name], experts) for kind, each in groups.items()]
+        layers = [_layer(kind, each["models"][name], experts) for kind, each in groups.items()]
+        layers = layers if columns else [[*row[:3], *row[-2:]] for row in layers]
         heads = ["", "norm", "APGD's gap", *(f"cos {expert}" for expert in columns), "mean cos", "mean alignment"]
-        tables.append(table(f"{name}, by layer", heads, [row if columns else _without(row) for row in table_rows]))
+        tables.append(table(f"{name}, by layer", heads, layers))
     return tables
 
 
@@ -173,11 +174,6 @@ def _layer(name: str, figures: Mapping[str, Any], experts: list[str]) -> list[st
         _number(_mean([each["cosine"] for each in rows])),
         _number(_mean([each["subspace_alignment"] for each in rows])),
     ]  # fmt: skip
-
-
-def _without(row: list[str]) -> list[str]:
-    """A layer's row with none of the cosines but their mean."""
-    return [*row[:3], *row[-2:]]
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -91,7 +91,7 @@ def _number(value: Any, where: str) -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         hint = "return a number, or a mapping of tasks to numbers"
-        raise ModelMergeError(f"{where}: {_text(value)} is no number", hint=hint)
+        raise ModelMergeError(f"{where}: {type(value).__name__} {str(value)[:60]!r} is no number", hint=hint)
     if not math.isfinite(value):
         raise ModelMergeError(f"{where}: the score is {value}", hint="a score must be a finite number")
     return float(value)
@@ -102,10 +102,6 @@ def _count(value: Any, where: str) -> int:
     if number < 1 or number != int(number):
         raise ModelMergeError(f"{where}: a count of {number:g}", hint="the count is the number of items looked at")
     return int(number)
-
-
-def _text(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 def meant(name: str, names: Iterable[str], otherwise: str = "") -> str:

@@ -91,10 +91,10 @@ def evaluate(
         merged = [
             {**entry, "name": name, "measured_rounding": _measured_rounding(model)} for name, entry, model in rows
         ]
-        left = {tensor.name: tensor.reason for tensor in plan.tensors.values() if tensor.action == "copy"}
+        skipped = {tensor.name: tensor.reason for tensor in plan.tensors.values() if tensor.action == "copy"}
         return cast(Report, {
             "suite": "weights", **stamp(source.device), "base": inputs[0], "experts": inputs[1 : 1 + len(experts)],
-            "models": merged, "remark": REMARK, "notes": remarks(plan), "left_out": left, **tables,
+            "models": merged, "remark": REMARK, "notes": remarks(plan), "left_out": skipped, **tables,
         })  # fmt: skip
     finally:
         plan.close()

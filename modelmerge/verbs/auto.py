@@ -23,34 +23,32 @@ class Choice:
     reason: str
 
 
-def choose(made: Plan, *, look: bool) -> Choice:
+def choose(shared: Plan, *, look: bool) -> Choice:
     """The method that did best at its defaults on sets of small real experts of this kind.
 
     From headers and, where those do not tell, some rows of a few matrices: kilobytes to a few megabytes. The figures
     are those of `python -m tests.benchmarks.grid` (tests/benchmarks/RESULTS-grid.md).
 
     Args:
-        made: A plan of all that the models share.
+        shared: A plan of all that the models share.
         look: Look at weights on the Hub too, over ranges; otherwise say what that might change.
 
     Raises:
         CheckpointError: A weight cannot be read.
     """
-    from modelmerge.engine.lowrank import (
-        is_low_rank,
-        look_bytes,  # torch: help has the name `auto` from here
-    )
+    # It takes torch; help has the name `auto` from here.
+    from modelmerge.engine.lowrank import is_low_rank, look_bytes
 
-    if len(made.experts) == 1:
+    if len(shared.experts) == 1:
         return Choice("task-arithmetic", {"scale": 1.0}, "there is one expert: base and task vector add up to it")
-    whole = [i for i, expert in enumerate(made.experts) if not _is_adapter(expert)]
+    whole = [i for i, expert in enumerate(shared.experts) if not _is_adapter(expert)]
     best = "of all methods at their defaults it kept most of what the experts can do"
-    far = [i for i in whole if made.base.streamed or made.experts[i].streamed]
+    far = [i for i in whole if shared.base.streamed or shared.experts[i].streamed]
     if far and not look:
-        size = look_bytes(made)
+        size = look_bytes(shared)
         return Choice("kron", {}, f"{best}; should all experts turn out to be of low rank when the merge looks at some "
                       f"{size / 1e6:.1f} MB of them on the Hub, it will be task-arithmetic with scale=0.3")  # fmt: skip
-    if not all(is_low_rank(made, i) for i in whole):
+    if not all(is_low_rank(shared, i) for i in whole):
         return Choice("kron", {}, best)
     kind = "are low-rank adapters" if not whole else "are of low rank, as merged LoRA adapters are"
     reason = f"all experts {kind}, for which no other method was better at its defaults"

@@ -264,12 +264,11 @@ def find(job: Job, data: Read, key: str, scratch: Room, *, resume: bool, progres
     steps = torch.tensor(table.losses, dtype=torch.float64)
     some = max(len(steps) // _TENTH, 1)
     first, last = steps[:some].mean(0).tolist(), steps[-some:].mean(0).tolist()
+    ends = zip(experts, first, last, strict=True)
+    tasks = {name: {**data.describe(name), "entropy_before": a, "entropy_after": b} for name, a, b in ends}
     entry = {
         "coefficients": {t: dict(zip(experts, each, strict=True)) for t, each in table.factors.items()},
-        "tasks": {
-            expert: {**data.describe(expert), "entropy_before": first[i], "entropy_after": last[i]}
-            for i, expert in enumerate(experts)
-        },
+        "tasks": tasks,
         "averaged_steps": some,
         "entropy": [round(value, 6) for value in steps.mean(1).tolist()],
     }

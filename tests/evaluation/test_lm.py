@@ -651,7 +651,7 @@ def test_wrong_options(words: list[str], says: str, world: World, capsys: pytest
     code, out, err = run(capsys, world.llama, "--include-path", world.tasks, "--tasks", "first_colour", *words)
     assert (code, out) == (2, "")
     assert says in err
-    assert "hint:" in err or "negative" in err
+    assert "hint:" in err or "must be at least" in err
 
 
 def test_a_file_that_is_no_task_is_named(world: World, tmp_path: Path) -> None:
