@@ -140,19 +140,15 @@ def _complete(
     weights = {table[name].module for name in adapted.ranks}
     adapted.biases = sorted(name for name in dense if table[name].kind == "bias")
     for name in adapted.biases:
-        if table[name].module not in weights:
-            _spool_nothing(adapted, tensors[f"{table[name].module}.weight"], table, dtype, spool)
-
-
-def _spool_nothing(
-    adapted: Adapted, tensor: TensorPlan, table: Mapping[str, Role], dtype: str, spool: BinaryIO
-) -> None:
-    """Factors of rank 1 that change nothing: peft keeps a bias only with the layer it adapts."""
-    m, n = tensor.shape[::-1] if table[tensor.name].transposed else tensor.shape
-    adapted.ranks[tensor.name] = 1
-    for part, shape in (("A", (1, n)), ("B", (m, 1))):
-        nothing = torch.zeros(shape, dtype=TORCH_DTYPES[dtype])
-        _spool(adapted, key(table[tensor.name], tensor.name, part), dtype, nothing, shape, spool)
+        weight = f"{table[name].module}.weight"
+        if table[name].module in weights:
+            continue
+        # peft keeps a bias only with the layer it adapts: factors of rank 1 that change nothing.
+        m, n = tensors[weight].shape[::-1] if table[weight].transposed else tensors[weight].shape
+        adapted.ranks[weight] = 1
+        for part, shape in (("A", (1, n)), ("B", (m, 1))):
+            nothing = torch.zeros(shape, dtype=TORCH_DTYPES[dtype])
+            _spool(adapted, key(table[weight], weight, part), dtype, nothing, shape, spool)
 
 
 def _spool(adapted: Adapted, name: str, dtype: str, values: Tensor, shape: tuple[int, ...], spool: BinaryIO) -> None:

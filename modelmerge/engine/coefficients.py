@@ -21,6 +21,7 @@ from modelmerge.engine.parallel import current, prepare_process
 from modelmerge.engine.transforms import Chain, FittedJob
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, named
 from modelmerge.methods.coefficients import Mixture, Options
+from modelmerge.methods.signs import times
 from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
 
@@ -126,8 +127,12 @@ class Coefficients:
             progress.stage("adapting", self.options.steps, "steps")
             curve: list[list[float]] = []
             for step in mixture.steps(losses):
-                if not curve:
-                    _refuse_unread(mixture.unread())
+                if not curve and (unread := mixture.unread()):
+                    some = f"{len(unread)} of the tensors that the experts changed: {_listed(unread)}"
+                    raise PlanError(
+                        f"no prediction depends on {some}",
+                        hint=f"no weights can be found for them; {named('exclude')} GLOB takes the base's instead",
+                    )
                 curve.append(step)
                 progress.advance(1, f"entropy {sum(step) / len(step):.4f}")
         rows = mixture.by_tensor()
@@ -146,8 +151,7 @@ def _read(
         name = piece.tensor.name
         fitted.chain.apply(piece, taus)
         for tau, weight in zip(taus, fitted.setting(piece.tensor).weights, strict=True):
-            if weight != 1.0:
-                tau.mul_(weight)
+            times(tau, weight)
         if bool(taus.any()):
             parts[name] = theta_0.to(taus.dtype), taus
         else:
@@ -206,14 +210,6 @@ def _loss_of(problem: Problem, mixture: Mixture) -> Callable[[], Tensor]:
         return mixture.loss(logits)
 
     return loss
-
-
-def _refuse_unread(names: Sequence[str]) -> None:
-    if names:
-        raise PlanError(
-            f"no prediction depends on {len(names)} of the tensors that the experts changed: {_listed(names)}",
-            hint=f"no weights can be found for them; {named('exclude')} GLOB takes the base's instead",
-        )
 
 
 def _listed(names: Sequence[str]) -> str:

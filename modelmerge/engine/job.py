@@ -129,10 +129,6 @@ class Job:
         """The group that merges the tensor."""
         return self._takers[tensor.name]
 
-    def options_of(self, tensor: str) -> Any:
-        """The options of the tensor's method there."""
-        return self.settings[tensor].options
-
     def merged(self) -> list[TensorPlan]:
         """All that is merged, in the order of the output's bytes."""
         return [tensor for tensor in self.plan.in_order() if tensor.action != "copy"]

@@ -338,15 +338,12 @@ def rounded(piece: Piece, values: Tensor, *, check: bool = True, rounding: Round
     else:
         finite = bool((stored if dtype == torch.float64 else stored.float()).sum().isfinite())
     if check and not finite:
+        merged = f"tensor '{piece.tensor.name}': the merged values"
         if not bool(values.isfinite().all()):
-            raise CheckpointError(
-                f"tensor '{piece.tensor.name}': the merged values are not finite", hint="use a smaller scale or step"
-            )
+            raise CheckpointError(f"{merged} are not finite", hint="use a smaller scale or step")
         if not bool(stored.isfinite().all()):
-            raise CheckpointError(
-                f"tensor '{piece.tensor.name}': the merged values overflow {str(dtype).removeprefix('torch.')}",
-                hint=f"store it wider: {named('dtype')} float32",
-            )
+            narrow = str(dtype).removeprefix("torch.")
+            raise CheckpointError(f"{merged} overflow {narrow}", hint=f"store it wider: {named('dtype')} float32")
     return stored.flatten().cpu()
 
 

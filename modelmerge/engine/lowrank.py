@@ -94,13 +94,7 @@ def _stands_out_little(tau: Tensor, theta_0: Tensor) -> bool:
 
 def _rounding(theta: Tensor) -> float:
     """Root mean square of what storing weights has rounded away, by how many bits of them are used."""
-    bits = next(
-        (
-            bits
-            for dtype, bits in _MANTISSA.items()
-            if float((theta.to(dtype).double() == theta).double().mean()) > 0.99
-        ),
-        _MANTISSA[torch.float32],
-    )
+    same = ((bits, theta.to(dtype).double() == theta) for dtype, bits in _MANTISSA.items())
+    bits = next((bits for bits, equal in same if float(equal.double().mean()) > 0.99), _MANTISSA[torch.float32])
     step = torch.exp2(torch.floor(torch.log2(theta.abs().clamp(min=1e-30))) - bits)
     return float(step.square().mean() / 12) ** 0.5

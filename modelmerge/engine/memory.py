@@ -160,10 +160,15 @@ def matrix_bytes(tensor: TensorPlan, count: int) -> int:
 
 def correction_beyond_device(source: Source, tensors: Tensors, by: Correction, options: Any) -> frozenset[str]:
     """The tensors whose correction would not fit in the device's free memory: it is found on the CPU."""
-    if source.device.type == "cpu":
+    return _beyond(source.device, tensors, lambda two: _correction_bytes(source, two, by, options))
+
+
+def _beyond(device: torch.device, tensors: Tensors, needed: Callable[[Tensors], int]) -> frozenset[str]:
+    """The tensors of which two at a time would need more than the device's free memory."""
+    if device.type == "cpu" or not tensors:
         return frozenset()
-    free = free_memory(source.device) or 0
-    return frozenset(t.name for t in tensors if _correction_bytes(source, [t, t], by, options) > _USABLE * free)
+    free = free_memory(device) or 0
+    return frozenset(t.name for t in tensors if needed([t, t]) > _USABLE * free)
 
 
 def _correction_bytes(source: Source, tensors: Tensors, by: Correction, options: Any) -> int:
@@ -251,11 +256,7 @@ def together(source: Source, tensor: TensorPlan) -> bool:
 
 def beyond_device(job: Job) -> frozenset[str]:
     """The tensors whose merge would not fit in the device's free memory beside the next one: the CPU merges those."""
-    wholes = job.wholes()
-    if job.source.device.type == "cpu" or not wholes:
-        return frozenset()
-    free = free_memory(job.source.device) or 0
-    return frozenset(t.name for t in wholes if _whole_bytes(job, [t, t]) > _USABLE * free)
+    return _beyond(job.source.device, job.wholes(), lambda two: _whole_bytes(job, two))
 
 
 def _whole_bytes(job: Job, tensors: Tensors) -> int:

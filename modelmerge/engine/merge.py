@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,23 +68,17 @@ def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], pr
     """
     linear = [group for group in jobs[0].groups if is_linear(group.method, option)]
     names = {tensor.name for group in linear for tensor in group.tensors}
-    settings = {
-        name: dataclasses.replace(setting, options=dataclasses.replace(setting.options, **{option: 1.0}))
-        if name in names
-        else setting
-        for name, setting in jobs[0].settings.items()
-    }
-    groups = tuple(
-        dataclasses.replace(group, options=dataclasses.replace(group.options, **{option: 1.0}))
-        if group in linear
-        else group
-        for group in jobs[0].groups
-    )
+
+    def at_one(holder: Any) -> Any:
+        return dataclasses.replace(holder, options=dataclasses.replace(holder.options, **{option: 1.0}))
+
+    settings = {name: at_one(each) if name in names else each for name, each in jobs[0].settings.items()}
+    groups = tuple(at_one(group) if group in linear else group for group in jobs[0].groups)
     # The methods notice the same whatever the factor.
     shared, outputs = Findings(), []
     for job, staging in zip(jobs, stagings, strict=True):
         rounding = Rounding() if stored_narrow(job.plan) else None
-        factors = {name: float(getattr(job.options_of(name), option)) for name in names}
+        factors = {name: float(getattr(job.settings[name].options, option)) for name in names}
         outputs.append(_Output(staging, dataclasses.replace(shared, rounding=rounding), factors))
     _run(dataclasses.replace(jobs[0], groups=groups, settings=settings), outputs, progress)
     return [output.findings for output in outputs]
@@ -101,9 +96,8 @@ def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
     fitted = fit(job, outputs[0].staging.scratch, progress)
 
     wholes = [t for t in todo if t.action != "copy" and not job.group(t).blockwise]
-    streamed = [t for t in todo if t.action == "copy" or job.group(t).blockwise]
-    with_moments = [t for t in streamed if t.action != "copy" and job.group(t).moments is not None]
-    streamed = [t for t in streamed if t not in with_moments]
+    with_moments = [t for t in todo if t.action != "copy" and job.group(t).blockwise and job.group(t).moments]
+    streamed = [t for t in todo if t.action == "copy" or (job.group(t).blockwise and not job.group(t).moments)]
     reads = [*todo, *with_moments]  # the latter twice
     progress.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in reads))
 
@@ -136,15 +130,13 @@ def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
 
 
 def _in_reach(fitted: FittedJob, tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
-    """The tensors in groups that are still in the page cache when they are read the second time."""
-    group: list[TensorPlan] = []
+    """The tensors in batches that are still in the page cache when they are read the second time."""
+    batch: list[TensorPlan] = []
     for tensor in tensors:
-        group.append(tensor)
-        if sum(fitted.job.plan.stored_bytes(t, experts=True) for t in group) >= _REACH:
-            yield group
-            group = []
-    if group:
-        yield group
+        batch.append(tensor)
+        if sum(fitted.job.plan.stored_bytes(t, experts=True) for t in batch) >= _REACH or tensor is tensors[-1]:
+            yield batch
+            batch = []
 
 
 def _run_whole(

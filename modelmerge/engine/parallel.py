@@ -146,6 +146,14 @@ def gathered(
     return sorted(results, key=lambda entry: (entry[0].tensor.name, entry[0].start))
 
 
+def summed(source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece, Loader], Result]) -> dict[str, Result]:
+    """What `look` gives for a tensor's pieces, added up, by tensor."""
+    totals: dict[str, Any] = {}
+    for piece, part in gathered(source, tensors, look):
+        totals[piece.tensor.name] = totals[piece.tensor.name] + part if piece.start else part
+    return {tensor.name: totals[tensor.name] for tensor in tensors}
+
+
 def source_of(plan: Plan, device: str) -> Source:
     """Where the plan's task vectors come from, on the device of that name.
 

@@ -18,7 +18,7 @@ from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures, entanglement_of
 from modelmerge.engine.job import Job, Source
 from modelmerge.engine.loader import Loader, Piece, piece_bytes
-from modelmerge.engine.parallel import gathered
+from modelmerge.engine.parallel import gathered, summed
 from modelmerge.methods.contract import SharedVector, Solution, Watch
 from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
@@ -55,19 +55,13 @@ class FittedVector:
         for k in range(1, len(grouped)):
             delta.add_(grouped[k] * coefficients[:, k : k + 1])
         for k in range(len(grouped)):
-            if bool(active[:, k].all()):
-                grouped[k].sub_(delta)
-            else:
-                grouped[k].sub_(delta * active[:, k : k + 1])
+            grouped[k].sub_(delta if bool(active[:, k].all()) else delta * active[:, k : k + 1])
         return delta.view(taus.shape[1:])
 
     def _groups_of(self, piece: Piece) -> tuple[Tensor, Tensor]:
-        coefficients, active = self.coefficients[piece.tensor.name], self.active[piece.tensor.name]
-        if not self.by_row:
-            return coefficients, active
         width = piece.tensor.shape[1]
-        rows = slice(piece.start // width, piece.stop // width)
-        return coefficients[rows], active[rows]
+        rows = slice(piece.start // width, piece.stop // width) if self.by_row else slice(None)
+        return self.coefficients[piece.tensor.name][rows], self.active[piece.tensor.name][rows]
 
     def weights(self, tensor: str, weights: tuple[float, ...]) -> tuple[float, ...]:
         """The experts' weights, which stay."""
@@ -148,10 +142,7 @@ class VectorTransform:
             progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
             return self.by.measure(taus[:, None, :])[0]
 
-        grams: dict[str, Tensor] = {tensor.name: torch.zeros((), device=source.device) for tensor in tensors}
-        for piece, gram in gathered(source, tensors, measure):
-            grams[piece.tensor.name] = grams[piece.tensor.name] + gram
-        return grams
+        return summed(source, tensors, measure)
 
     def _share_out(self, source: Source, solution: Solution, grams: Mapping[str, Tensor], fitted: FittedVector) -> None:
         """Hand each tensor its part of a solution that has a group for each tensor, or one for the model."""

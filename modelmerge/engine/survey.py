@@ -15,13 +15,11 @@ from modelmerge.methods.contract import Pass, Survey
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
 
+Apply = Callable[[Piece, Tensor], None]
+
 
 def run_survey(
-    source: Source,
-    survey: Survey,
-    apply: Callable[[Piece, Tensor], None],
-    tensors: Sequence[TensorPlan],
-    progress: Reporter,
+    source: Source, survey: Survey, apply: Apply, tensors: Sequence[TensorPlan], progress: Reporter
 ) -> Tensor:
     """What a survey concludes from the tensors' task vectors, which `apply` changes in place before.
 
@@ -42,13 +40,7 @@ def run_survey(
 
 
 def _one_pass(
-    source: Source,
-    trip: Pass,
-    apply: Callable[[Piece, Tensor], None],
-    tensors: Sequence[TensorPlan],
-    progress: Reporter,
-    *,
-    check: bool,
+    source: Source, trip: Pass, apply: Apply, tensors: Sequence[TensorPlan], progress: Reporter, *, check: bool
 ) -> Tensor:
     sampled = trip.share > 1
     runs = list(pieces(tensors, SAMPLE_RUN if sampled else source.block, sampled=sampled))[:: trip.share]

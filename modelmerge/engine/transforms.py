@@ -19,7 +19,7 @@ from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
 from modelmerge.engine.loader import Loader, Piece, factors_of, piece_bytes
 from modelmerge.engine.memory import Needs
-from modelmerge.engine.parallel import gathered
+from modelmerge.engine.parallel import summed
 from modelmerge.engine.shared_vector import VectorTransform
 from modelmerge.engine.survey import run_survey
 from modelmerge.methods.contract import Correction, SharedVector, TransformSpec
@@ -180,10 +180,7 @@ class FittedJob:
             assert moments is not None, "only what has moments is measured"
             return moments(taus, theta_0)
 
-        totals: dict[str, Tensor] = {}
-        for piece, part in gathered(source, tensors, look):
-            totals[piece.tensor.name] = totals[piece.tensor.name] + part if piece.start else part
-        self.measured.update(totals)
+        self.measured.update(summed(source, tensors, look))
 
 
 def fit(job: Job, scratch: Room, progress: Reporter) -> FittedJob:

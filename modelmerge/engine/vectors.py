@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from modelmerge.checkpoint.reader import LEFT, RIGHT
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import Loader, Piece, as_bytes, item_bytes, piece_bytes, pieces, rounded, whole
-from modelmerge.engine.parallel import gathered, in_parallel, threads
+from modelmerge.engine.parallel import in_parallel, summed, threads
 from modelmerge.engine.transforms import Fitted
 from modelmerge.methods import linalg
 from modelmerge.plan.tensors import TensorPlan
@@ -34,12 +35,9 @@ class Measured:
 
     def __add__(self, other: Measured) -> Measured:
         """That of two parts of a tensor, or of two tensors, together."""
-        return Measured(
-            self.gram + other.gram,
-            self.base_square + other.base_square,
-            tuple(a + b for a, b in zip(self.nonzero, other.nonzero, strict=True)),
-            tuple(a + b for a, b in zip(self.inexact, other.inexact, strict=True)),
-        )
+        nonzero = tuple(map(operator.add, self.nonzero, other.nonzero))
+        inexact = tuple(map(operator.add, self.inexact, other.inexact))
+        return Measured(self.gram + other.gram, self.base_square + other.base_square, nonzero, inexact)
 
 
 def measure(source: Source, tensors: Sequence[TensorPlan], progress: Reporter) -> dict[str, Measured]:
@@ -54,26 +52,17 @@ def measure(source: Source, tensors: Sequence[TensorPlan], progress: Reporter) -
     def look(piece: Piece, loader: Loader) -> Measured:
         theta_0, taus = loader.load(piece, check=True)
         wide = taus.double()
-        inexact = []
-        for expert, tau in zip(experts, taus, strict=True):
+        inexact = [0] * len(taus)
+        for i, expert in enumerate(experts):
             info = expert.tensors.get(piece.tensor.name)
-            if info is None or info.change is not None:
-                inexact.append(0)
-                continue
-            stored = loader.stored(expert, piece)
-            inexact.append(int(((theta_0 + tau).to(stored.dtype) != stored).sum()))
+            if info is not None and info.change is None:
+                stored = loader.stored(expert, piece)
+                inexact[i] = int(((theta_0 + taus[i]).to(stored.dtype) != stored).sum())
         progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
-        return Measured(
-            (wide @ wide.T).cpu(),
-            float(theta_0.double().square().sum()),
-            tuple(taus.count_nonzero(1).tolist()),
-            tuple(inexact),
-        )
+        square, nonzero = float(theta_0.double().square().sum()), tuple(taus.count_nonzero(1).tolist())
+        return Measured((wide @ wide.T).cpu(), square, nonzero, tuple(inexact))
 
-    totals: dict[str, Measured] = {}
-    for piece, part in gathered(source, tensors, look):
-        totals[piece.tensor.name] = totals[piece.tensor.name] + part if piece.start else part
-    return {tensor.name: totals[tensor.name] for tensor in tensors}
+    return summed(source, tensors, look)
 
 
 def spectra(source: Source, tensors: Sequence[TensorPlan], progress: Reporter) -> dict[str, Tensor]:

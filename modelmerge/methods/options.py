@@ -53,11 +53,8 @@ def option(
 def bounds(spec: dataclasses.Field[Any]) -> str:
     """The bounds of an option in words, empty where there are none."""
     low = spec.metadata["minimum"] if spec.metadata["minimum"] is not None else spec.metadata["above"]
-    words = []
-    if low is not None:
-        words.append(f"{'at least' if spec.metadata['minimum'] is not None else 'above'} {low:g}")
-    if spec.metadata["maximum"] is not None:
-        words.append(f"at most {spec.metadata['maximum']:g}")
+    words = [] if low is None else [f"{'at least' if spec.metadata['minimum'] is not None else 'above'} {low:g}"]
+    words += [] if spec.metadata["maximum"] is None else [f"at most {spec.metadata['maximum']:g}"]
     return " and ".join(words)
 
 
@@ -93,11 +90,8 @@ def make_options(method: Method | TransformSpec, name: str, values: Mapping[str,
         UsageError: An option the method does not have, of the wrong type, out of bounds, or without effect.
     """
     types = option_types(method.options)
-    checked = {}
-    for key, value in values.items():
-        spec = _spec(method, name, key)
-        checked[key] = _check(spec, types[key], value)
-    return method.options(**checked)
+    specs = {key: _spec(method, name, key) for key in values}
+    return method.options(**{key: _check(specs[key], types[key], value) for key, value in values.items()})
 
 
 def change_options(
@@ -229,7 +223,7 @@ def read_value(option: str, text: str, kind: Any) -> Any:
         if text not in typing.get_args(plain):
             raise UsageError(f"must be one of {', '.join(typing.get_args(plain))}, not {text!r}", option=option)
         return text
-    return _read_number(option, text, plain) if plain in (int, float) else text
+    return _number(option, _decimal(option, text, plain), plain) if plain in (int, float) else text
 
 
 def read_values(option: str, text: str, kind: Any) -> tuple[Any, ...]:
@@ -258,10 +252,6 @@ def _read_part(option: str, part: str, kind: Any) -> Iterator[Any]:
         raise UsageError(f"'{part}' has more than {MOST:,} values", option=option)
     for i in range(steps + 1):
         yield _number(option, start + i * step, plain)
-
-
-def _read_number(option: str, text: str, kind: type) -> float:
-    return _number(option, _decimal(option, text, kind), kind)
 
 
 def _decimal(option: str, text: str, kind: type) -> Decimal:

@@ -69,22 +69,14 @@ def merged_overrides(
         for tensor in tensors
     }
     overrides: list[Override] = []
-    open_tensors = list(tensors)
-    globs = list(dict.fromkeys([v.tensors for v in reversed(variations) if v.tensors is not None]))
-    for glob in [*globs, "*"]:
-        here = [tensor for tensor in open_tensors if fnmatch.fnmatchcase(tensor, glob)]
+    open_tensors = dict.fromkeys(tensors)
+    globs = dict.fromkeys(v.tensors for v in reversed(variations) if v.tensors is not None)
+    # What globs do not tell apart is named, but for the numbers of layers; at last with them.
+    for glob in [*globs, "*", *(each for tensor in tensors for each in (_LAYER_NUMBER.sub("*", tensor), tensor))]:
+        here = [tensor for tensor in open_tensors if tensor == glob or fnmatch.fnmatchcase(tensor, glob)]
         if here and all(settings[tensor] == settings[here[0]] for tensor in here):
             overrides.append(_override(glob, settings[here[0]]))
-            open_tensors = [tensor for tensor in open_tensors if tensor not in here]
-    # What globs do not tell apart is named, but for the numbers of layers.
-    for tensor in list(open_tensors):
-        if tensor not in open_tensors:
-            continue
-        glob = _LAYER_NUMBER.sub("*", tensor)
-        here = [name for name in open_tensors if fnmatch.fnmatchcase(name, glob)]
-        alike = all(settings[name] == settings[tensor] for name in here)
-        overrides.append(_override(glob if alike else tensor, settings[tensor]))
-        open_tensors = [name for name in open_tensors if name not in (here if alike else [tensor])]
+            open_tensors = {tensor: None for tensor in open_tensors if tensor not in here}
     while overrides and overrides[-1] == Override(overrides[-1].tensors):
         overrides.pop()  # what says nothing, with nothing behind it
     return overrides
@@ -114,13 +106,11 @@ def _override(glob: str, setting: _Setting) -> Override:
 
 def transforms_of(stored: Mapping[str, Any]) -> tuple[str, ...]:
     """The transforms of a recipe of format 1; both of AWD's solvers found the same vector."""
-    name = stored.get("disentangle")
-    values = {option: value for option, value in stored.get("disentangle_options", {}).items() if value is not None}
+    name, values = stored.get("disentangle"), dict(stored.get("disentangle_options", {}))
     if name == "awd":
         values.pop("solver", None)
-        if values.pop("units", None) == "absolute":
-            values["published"] = "true"
-    words = [f"{option.replace('_', '-')}={value}" for option, value in values.items()]
+        values["published"] = "true" if values.pop("units", None) == "absolute" else None
+    words = [f"{option.replace('_', '-')}={value}" for option, value in values.items() if value is not None]
     return (" ".join([name, *words]),) if name else ()
 
 
@@ -138,23 +128,23 @@ def overrides_of(stored: Mapping[str, Any], tensors: Mapping[str, bool]) -> tupl
     if stored.get("layer_scale") and registry.load(method).matrices and rest == "average":
         raise _gone("layer_scale")  # an average does not change with all its weights
     variations += _layer_scale(stored.get("layer_scale"), method, list(tensors))
-    rules = [(head.rpartition("=")[0], head.rpartition("=")[2], rest)
-             for head, _, rest in (text.partition(" ") for text in stored.get("rule", ()))]  # fmt: skip
-    own = registry.load(method)
+    rules = []
+    for text in stored.get("rule", ()):
+        head, _, words = text.partition(" ")
+        glob, _, name = head.rpartition("=")
+        rules.append((glob, name, words))
 
     def method_of(tensor: str) -> str | None:
-        for glob, name, options in rules:
-            if fnmatch.fnmatchcase(tensor, glob) and (tensors[tensor] or not registry.load(name).matrices):
-                return f"{name} {options}".strip()
-        if any(fnmatch.fnmatchcase(tensor, glob) for glob, _, _ in rules) and own.matrices and not tensors[tensor]:
-            return rest
-        return None
+        here = [(name, words) for glob, name, words in rules if fnmatch.fnmatchcase(tensor, glob)]
+        for name, words in here:
+            if tensors[tensor] or not registry.load(name).matrices:
+                return f"{name} {words}".strip()
+        return rest if here and registry.load(method).matrices and not tensors[tensor] else None
 
     def has_option(tensor: str, option: str) -> bool:
         merger = registry.load((method_of(tensor) or method).partition(" ")[0])
-        if merger.matrices and not tensors[tensor]:
-            return option == WEIGHT  # it goes to the rest
-        return option == WEIGHT or option in option_types(merger.options)
+        goes_to_rest = merger.matrices and not tensors[tensor]
+        return option == WEIGHT or (not goes_to_rest and option in option_types(merger.options))
 
     return tuple(map(str, merged_overrides(list(tensors), variations, method_of, has_option)))
 

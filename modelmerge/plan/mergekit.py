@@ -353,12 +353,12 @@ class _Translation:
     def _refuse_strays(self, row: Row, shared: Scopes, models: Sequence[_Model]) -> None:
         """Complain of parameters in the wrong place; remark on those that the method does not have."""
         has = {parameter.key: parameter for parameter in row.parameters}
-        own = [model.scopes[0] for model in models if model.scopes[0] not in shared]
-        for path, parameters in [*shared, *own]:
+        nearest = [model.scopes[0] for model in models if model.scopes[0] not in shared]
+        for path, parameters in [*shared, *nearest]:
             for key in parameters:
                 if key in KNOWN and key not in has:
                     self.remarks.append(f"{path}.{key} has no effect on this method in mergekit, nor here.")
-                elif key in has and not has[key].per_model and path in (place for place, _ in own):
+                elif key in has and not has[key].per_model and path in (place for place, _ in nearest):
                     self.complain(f"{path}.{key}", "mergekit ignores it here; it belongs into the parameters for all")
 
     def _refuse_sum(self, weights: Mapping[str, float], vary: Sequence[Variation]) -> None:

@@ -66,6 +66,7 @@ _EPSILON = Parameter("epsilon", "epsilon", 0.15, per_model=True)
 _SUM_ONLY = Parameter("normalize", None, False, only=False)
 _RESCALED = Parameter("rescale", None, True, only=True)
 _AS_IT_IS = Parameter("rescale", None, False, only=False)
+_BANDS = (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM_ONLY, _INT8_MASK, _AS_IT_IS)
 _DRAWN = (
     "mergekit draws other entries, others in every process; it scales what is kept of a tensor to the L1 norm it had, "
     "and here every entry is divided by its chance to be kept."
@@ -75,6 +76,11 @@ _TO_THE_END = "has no effect: it iterates until it stands still"
 
 def _normalize(default: bool) -> Parameter:
     return Parameter("normalize", "reduce", default, words=_MEANS)
+
+
+def _drawn(method: str, consensus: str, normalize: Parameter, *more: Parameter) -> Row:
+    parameters = (_WEIGHT, _DENSITY, *more, _LAMBDA, normalize, _INT8_MASK, _RESCALED)
+    return Row(method, parameters, {"consensus": consensus}, remark=_DRAWN)
 
 
 METHODS: Mapping[str, Row] = {
@@ -87,37 +93,12 @@ METHODS: Mapping[str, Row] = {
     "ties": Row(
         "ties", (_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _INT8_MASK, _AS_IT_IS), fixed={"trim_scope": "tensor"}
     ),
-    "dare_linear": Row(
-        "dare", (_WEIGHT, _DENSITY, _LAMBDA, _SUM_ONLY, _INT8_MASK, _RESCALED), {"consensus": "linear"}, remark=_DRAWN
-    ),
-    "dare_ties": Row(
-        "dare",
-        (_WEIGHT, _DENSITY, _LAMBDA, _normalize(False), _INT8_MASK, _RESCALED),
-        {"consensus": "ties"},
-        remark=_DRAWN,
-    ),
-    "della": Row(
-        "della",
-        (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _normalize(True), _INT8_MASK, _RESCALED),
-        {"consensus": "ties"},
-        remark=_DRAWN,
-    ),
-    "della_linear": Row(
-        "della",
-        (_WEIGHT, _DENSITY, _EPSILON, _LAMBDA, _SUM_ONLY, _INT8_MASK, _RESCALED),
-        {"consensus": "linear"},
-        remark=_DRAWN,
-    ),
-    "breadcrumbs": Row(
-        "breadcrumbs",
-        (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM_ONLY, _INT8_MASK, _AS_IT_IS),
-        {"consensus": "linear", "scope": "tensor"},
-    ),
-    "breadcrumbs_ties": Row(
-        "breadcrumbs",
-        (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM_ONLY, _INT8_MASK, _AS_IT_IS),
-        {"consensus": "ties", "scope": "tensor"},
-    ),
+    "dare_linear": _drawn("dare", "linear", _SUM_ONLY),
+    "dare_ties": _drawn("dare", "ties", _normalize(False)),
+    "della": _drawn("della", "ties", _normalize(True), _EPSILON),
+    "della_linear": _drawn("della", "linear", _SUM_ONLY, _EPSILON),
+    "breadcrumbs": Row("breadcrumbs", _BANDS, {"consensus": "linear", "scope": "tensor"}),
+    "breadcrumbs_ties": Row("breadcrumbs", _BANDS, {"consensus": "ties", "scope": "tensor"}),
     "sce": Row("sce", (Parameter("select_topk", "density", 1.0), _INT8_MASK), {"scale": 1.0}),
     "model_stock": Row(
         "model-stock",

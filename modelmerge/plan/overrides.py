@@ -157,9 +157,9 @@ class Methods:
         experts: Sequence[str],
     ) -> None:
         method = registry.load(name)
-        self.own = Choice(name, method, make_options(method, name, options))
+        self.main = Choice(name, method, make_options(method, name, options))
         self.overrides = tuple(overrides)
-        self._given, self._rest, self._experts = dict(options), rest, experts
+        self._options, self._rest, self._experts = dict(options), rest, experts
         self._choices = [self._bound(place, override) for place, override in enumerate(overrides)]
 
     def _bound(self, place: int, override: Override) -> Choice | None:
@@ -169,7 +169,7 @@ class Methods:
                 if override.values or override.experts:
                     raise UsageError(f"'{BASE}' copies the base and has no options", hint=_FORM)
                 return None
-            name = override.method or self.own.name
+            name = override.method or self.main.name
             return self._read(place, override, name, registry.load(name))
         except UsageError as error:
             raise error.within("at", str(override)) from error
@@ -204,7 +204,7 @@ class Methods:
                     )
                 self._check_curve(method, name, option, values)
             experts[expert, option] = Curve(values)
-        options = change_options(method, name, self._given if override.method is None else {}, plain)
+        options = change_options(method, name, self._options if override.method is None else {}, plain)
         for option, curve in {**curves, **{option: curve for (_, option), curve in experts.items()}}.items():
             if _varies(method).get(option) == "expert" and len(curve.values) > 1 and method.survey(options, {}):
                 raise UsageError(
@@ -230,7 +230,7 @@ class Methods:
     def choose(self, tensor: str, *, linear: bool) -> Choice | None:
         """How the tensor is merged; None: it is copied. `linear`: it is the weight of a linear layer."""
         place = next((i for i, override in enumerate(self.overrides) if override.matches(tensor)), None)
-        choice = self.own if place is None else self._choices[place]
+        choice = self.main if place is None else self._choices[place]
         if choice is None or linear or not choice.method.matrices:
             return choice
         rest = self._rest or choice.method.rest(choice.options)

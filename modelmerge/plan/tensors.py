@@ -172,35 +172,25 @@ def make_plan(
         raise _disagreement(complaints)
     for name, twin in twins(base, experts).items():
         one, other = tensors[name], tensors[twin]
-        if one.action == "merge" and (one.action, one.override, one.method) == (
-            other.action,
-            other.override,
-            other.method,
-        ):
-            tensors[name] = replace(tensors[name], twin=twin)
+        alike = (one.action, one.override, one.method) == (other.action, other.override, other.method)
+        if one.action == "merge" and alike:
+            tensors[name] = replace(one, twin=twin)
     if not any(tensor.action == "merge" for tensor in tensors.values()):
         raise _nothing_to_merge(base, experts, tensors)
     if methods is not None and strict:
         methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()})
-    expert_only: dict[str, tuple[str, ...]] = {}
-    for expert in experts:
-        for name in expert.tensors.keys() - base.tensors.keys():
-            expert_only[name] = (*expert_only.get(name, ()), expert.name)
+    beyond = sorted({name for expert in experts for name in expert.tensors} - base.tensors.keys())
+    expert_only = {name: tuple(expert.name for expert in experts if name in expert.tensors) for name in beyond}
     entries = {t.name: (t.out_dtype, t.shape, out_bytes(t)) for t in tensors.values()}
-    return Plan(base, tuple(experts), tensors, dict(sorted(expert_only.items())), lay_out(entries, max_shard_size))
+    return Plan(base, tuple(experts), tensors, expert_only, lay_out(entries, max_shard_size))
 
 
 def _disagreement(complaints: Sequence[str]) -> PlanError:
-    hint = f"{named('exclude')} GLOB copies a tensor from the base"
+    hint, option = f"{named('exclude')} GLOB copies a tensor from the base", named("on_mismatch")
     if any(f": {_SHAPE}" in complaint for complaint in complaints):
-        hint += (
-            f"; so does {named('on_mismatch')} copy where shapes differ, and {named('on_mismatch')} common-rows merges "
-            "what all have"
-        )
-    return PlanError(
-        f"the models disagree on {len(complaints)} tensor{'s' * (len(complaints) > 1)}:\n  " + "\n  ".join(complaints),
-        hint=hint,
-    )
+        hint += f"; so does {option} copy where shapes differ, and {option} common-rows merges what all have"
+    some = f"{len(complaints)} tensor{'s' * (len(complaints) > 1)}"
+    return PlanError(f"the models disagree on {some}:\n  " + "\n  ".join(complaints), hint=hint)
 
 
 ON_MISMATCH = ("error", "copy", "common-rows")
@@ -254,11 +244,12 @@ def _method_of(methods: Methods | None, name: str, linear: bool) -> tuple[str, i
     if choice is None:
         overridden = place is not None and methods.overrides[place].method == BASE
         return BASE, place, where + (BASE if overridden else "not the weight of a linear layer")
+    why = choice.name
     if choice.rest:
-        return choice.name, place, f"{where}not the weight of a linear layer: {choice.name}"
-    if place is not None:
-        return choice.name, place, where + choice.name
-    return choice.name, None, "the weight of a linear layer" if choice.method.matrices else "shared by all"
+        why = f"not the weight of a linear layer: {choice.name}"
+    elif place is None:
+        why = "the weight of a linear layer" if choice.method.matrices else "shared by all"
+    return choice.name, place, where + why
 
 
 def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
@@ -297,27 +288,21 @@ def _refuse_disagreement(
     kinds = [(e.name, e.tensors[info.name].dtype) for e in have if info.name in e.tensors]
     odd = [f"{dtype} in {name}" for name, dtype in [("the base", info.dtype), *kinds] if dtype not in MERGEABLE_DTYPES]
     if odd:
-        raise PlanError(
-            f"'{info.name}': dtype {', '.join(odd)}: only float64, float32, float16, bfloat16 can be merged"
-        )
+        can = "only float64, float32, float16, bfloat16 can be merged"
+        raise PlanError(f"'{info.name}': dtype {', '.join(odd)}: {can}")
 
 
 def _refuse_quantised(models: Sequence[Checkpoint]) -> None:
     for model in models:
         quantisation: Any = model.config.get("quantization_config")
+        kinds = ((name, _quantised_kind(name, info)) for name, info in model.tensors.items())
+        signs = [f"{kind}, by its tensor '{name}'" for name, kind in kinds if kind]
         if quantisation:
             method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-            raise PlanError(
-                f"{model.reference.text}: its weights are quantised ({method}, says its config.json)",
-                hint="use the unquantised weights",
-            )
-        for name, info in model.tensors.items():
-            kind = _quantised_kind(name, info)
-            if kind:
-                raise PlanError(
-                    f"{model.reference.text}: its weights are quantised ({kind}, by its tensor '{name}')",
-                    hint="use the unquantised weights",
-                )
+            signs = [f"{method}, says its config.json"]
+        if signs:
+            message = f"{model.reference.text}: its weights are quantised ({signs[0]})"
+            raise PlanError(message, hint="use the unquantised weights")
 
 
 def _quantised_kind(name: str, info: TensorInfo) -> str | None:
@@ -333,14 +318,12 @@ def _matched(
     base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[list[Checkpoint], list[str]]:
     """The experts by the base's names, and what about that is not sure."""
-    found, complaints = [], []
-    for expert in experts:
-        matched, unsure = match(
-            base, expert, lambda name: not _matches(name, exclude) and (not include or _matches(name, include))
-        )
-        found.append(matched)
-        complaints += unsure
-    return found, complaints
+
+    def merges(name: str) -> bool:
+        return not _matches(name, exclude) and (not include or _matches(name, include))
+
+    pairs = [match(base, expert, merges) for expert in experts]
+    return [matched for matched, _ in pairs], [each for _, unsure in pairs for each in unsure]
 
 
 def _refuse_idle_globs(

@@ -60,9 +60,5 @@ def ranks(smaller: int, tasks: int, fraction: float) -> tuple[int, int]:
 
 
 METHOD = matrix_method(
-    options=Options,
-    apply=apply,
-    paper=iso_c.METHOD.paper,
-    citation=iso_c.METHOD.citation,
-    workspace=lambda tasks: 25.0,
+    options=Options, apply=apply, paper=iso_c.METHOD.paper, citation=iso_c.METHOD.citation, workspace=lambda tasks: 25.0
 )

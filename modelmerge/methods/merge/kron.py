@@ -80,21 +80,20 @@ def solve(
     ridge = options.ridge * tasks / (m * n)
     halves = [_half_weightings(tau, pair) for tau, pair in zip(taus, factors, strict=True)]
 
-    def weighted(x: Tensor, i: int) -> Tensor:
+    def weighted(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """L_i x R_i."""
-        left, right = halves[i]
         return (left @ (x @ right.T)) @ right
 
     def system(x: Tensor) -> Tensor:
         total = ridge * x
-        for i in range(tasks):
-            total.add_(weighted(x, i))
+        for half in halves:
+            total.add_(weighted(x, *half))
         return total
 
     merged = weighted_sum(taus, weights)
     target = ridge * merged
-    for i, (tau, weight) in enumerate(zip(taus, weights, strict=True)):
-        target.add_(weighted(tau, i), alpha=weight)
+    for tau, weight, half in zip(taus, weights, halves, strict=True):
+        target.add_(weighted(tau, *half), alpha=weight)
     residual = target - system(merged)
     enough = options.tolerance**2 * _square(target)
     direction, square, taken = residual.clone(), _square(residual), 0
