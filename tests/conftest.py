@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,25 @@ for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))
 os.environ |= {"HF_ENDPOINT": _HUB.endpoint, "HF_HOME": _HOME, "HF_HUB_DISABLE_XET": "1"}
 
 from tests.support.checkpoints import family  # noqa: E402
+
+# Files whose tests need libraries that take seconds to import: one process imports them for all.
+_HEAVY = (
+    "checkpoint/test_adapter", "checkpoint/test_as_lora", "evaluation/test_clip", "evaluation/test_lm",
+    "verbs/test_adamerging", "verbs/test_architectures", "verbs/test_search",
+)  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, with the heavy files as one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "heavy" if file.removesuffix(".py").endswith(_HEAVY) else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)

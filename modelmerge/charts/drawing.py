@@ -19,7 +19,8 @@ from modelmerge.charts import colours
 from modelmerge.charts.figures import RADAR, Chart, Heatmap, Scores, Series, ticks
 from modelmerge.charts.names import clean, shorten, wrap
 from modelmerge.checkpoint.staging import replace_file
-from modelmerge.errors import ModelMergeError, OutputError, UsageError
+from modelmerge.errors import OutputError, UsageError, named
+from modelmerge.evaluation.bench import require
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -58,16 +59,10 @@ def check(file: Path) -> None:
         ModelMergeError: matplotlib is not installed.
     """
     if file.suffix.lower() not in FORMATS:
-        raise UsageError(
-            f"--plot {file}: a chart cannot be written as '{file.suffix}'", hint=f"end in {', '.join(FORMATS)}"
-        )
-    check_place("--plot", file)
-    try:
-        import matplotlib as _  # noqa: F401
-    except ImportError as error:
-        raise ModelMergeError(
-            f"--plot needs {error.name or error}, which is not installed", hint="pip install 'modelmerge[plot]'"
-        ) from error
+        hint = f"end in {', '.join(FORMATS)}"
+        raise UsageError(f"{file}: a chart cannot be written as '{file.suffix}'", option="plot", hint=hint)
+    check_place("plot", file)
+    require("a chart", '"matplotlib>=3.10"', "matplotlib")
 
 
 def check_place(option: str, file: Path) -> None:
@@ -76,12 +71,13 @@ def check_place(option: str, file: Path) -> None:
     Raises:
         OutputError: That.
     """
+    place = f"{named(option)} {file}"
     if not file.parent.is_dir():
-        raise OutputError(f"{option} {file}: there is no directory {file.parent}", hint="make it first")
+        raise OutputError(f"{place}: there is no directory {file.parent}", hint="make it first")
     if not os.access(file.parent, os.W_OK):
-        raise OutputError(f"{option} {file}: {file.parent} may not be written to", hint="name another place")
+        raise OutputError(f"{place}: {file.parent} may not be written to", hint="name another place")
     if file.is_dir():
-        raise OutputError(f"{option} {file}: that is a directory", hint="name a file")
+        raise OutputError(f"{place}: that is a directory", hint="name a file")
 
 
 def save(charts: Sequence[Chart], file: Path, *, kind: Kind = "auto") -> None:
@@ -135,7 +131,7 @@ def draw(charts: Sequence[Chart], *, kind: Kind = "auto") -> Figure:
         sizes = ", ".join(str(len(chart.spokes())) for chart in charts if isinstance(chart, Scores)) or "none"
         raise UsageError(
             f"a radar chart takes {RADAR.start} to {RADAR.stop - 1} tasks with scores between 0 and 1; here: {sizes}",
-            hint="--chart bars",
+            hint=f"{named('chart')} bars",
         )
     figure = Figure(figsize=(_WIDTH, _WIDTH))
     FigureCanvasAgg(figure)  # measures type
@@ -202,10 +198,8 @@ class _Style:
 
 
 def _styles(chart: Scores) -> list[_Style]:
-    styles, counts = [], {"base": 0, "expert": 0, "model": 0}
-    for series in chart.series:
-        i = counts[series.role]
-        counts[series.role] += 1
+    styles = []
+    for series, i in zip(chart.series, chart.ranks(), strict=True):
         if series.role == "base":
             styles.append(_Style(colours.GREY, "", colours.GREY, ".", ":"))
         elif series.role == "expert":
@@ -221,10 +215,8 @@ def _bars(sheet: _Sheet, chart: Scores) -> None:
     """Horizontal bars: names are read without turning the head, however long."""
     labels = [wrap(task, _LABEL, 3) for task in chart.tasks]
     heights = [max(len(chart.series) * _BAR, (label.count("\n") + 1) * _LINE) + _GAP for label in labels]
-    height, texts = (
-        sum(heights),
-        [chart.text(v, e) for s in chart.series for v, e in zip(s.values, s.errors, strict=True)],
-    )
+    height = sum(heights)
+    texts = [chart.text(v, e) for s in chart.series for v, e in zip(s.values, s.errors, strict=True)]
     low, high = chart.reach()
     scale = (_WIDTH - max(map(len, texts)) * _CHARACTER) / (high - low)  # the longest bar leaves room for its figure
     axes = sheet.axes(_WIDTH, height)

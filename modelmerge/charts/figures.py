@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from modelmerge.evaluation.report import Figures, ModelRow, Report, Role, ScoreReport, WeightReport
+from modelmerge.evaluation.report import ModelRow, Report, Role
 from modelmerge.evaluation.scores import mean, mean_error, plain
 
 AVERAGE = "average"
@@ -37,6 +38,11 @@ class Scores:
     lower: bool = False
     average: bool = False
 
+    def ranks(self) -> list[int]:
+        """Each series' place among those of its role."""
+        roles = [series.role for series in self.series]
+        return [roles[:i].count(role) for i, role in enumerate(roles)]
+
     def spokes(self) -> tuple[str, ...]:
         """The tasks that a radar chart shows: all but the average."""
         return self.tasks[:-1] if self.average else self.tasks
@@ -47,11 +53,7 @@ class Scores:
 
     def text(self, value: float | None, error: float | None = None) -> str:
         """A value for people, with its standard error if there is one."""
-        if value is None:
-            return "n/a"
-        if self.shares:
-            return f"{100 * value:.1f}" + ("" if error is None else f" ±{100 * error:.1f}")
-        return f"{value:.4g}" + ("" if error is None else f" ±{error:.2g}")
+        return score_text(value, error, share=self.shares)
 
     def tick(self, value: float) -> str:
         """What stands at a tick of the axis."""
@@ -100,6 +102,15 @@ class Heatmap:
 Chart = Scores | Heatmap
 
 
+def score_text(value: float | None, error: float | None, *, share: bool) -> str:
+    """A value for people, with its standard error if there is one; a share in per cent."""
+    if value is None:
+        return "n/a"
+    if share:
+        return f"{100 * value:.1f}" + ("" if error is None else f" ±{100 * error:.1f}")
+    return f"{value:.4g}" + ("" if error is None else f" ±{error:.2g}")
+
+
 def heatmap(
     title: str,
     rows: Sequence[str],
@@ -123,7 +134,7 @@ def of_report(report: Report) -> list[Chart]:
     return [*of_weights(report)] if report["suite"] == "weights" else [*of_scores(report)]
 
 
-def of_scores(report: ScoreReport) -> list[Scores]:
+def of_scores(report: Report) -> list[Scores]:
     """The scores of a report: one chart of the tasks that are shares, one for each other metric."""
     groups: dict[tuple[str, bool], list[str]] = {}
     for task in report["tasks"]:
@@ -135,7 +146,7 @@ def of_scores(report: ScoreReport) -> list[Scores]:
     return [_scores(report, tasks, lower) for (_, lower), tasks in groups.items()]
 
 
-def _scores(report: ScoreReport, tasks: Sequence[str], lower: bool) -> Scores:
+def _scores(report: Report, tasks: Sequence[str], lower: bool) -> Scores:
     rows = [_of_model(model, tasks) for model in report["models"] if model["role"] != "expert"]
     rows[_bases(rows) : _bases(rows)] = _of_experts(report, tasks)
     average = len(tasks) > 1 and not lower
@@ -168,7 +179,7 @@ def _of_model(model: ModelRow, tasks: Sequence[str]) -> Series:
     )  # fmt: skip
 
 
-def _of_experts(report: ScoreReport, tasks: Sequence[str]) -> list[Series]:
+def _of_experts(report: Report, tasks: Sequence[str]) -> list[Series]:
     """The experts: those that are for one of the tasks as one series, each at its own task; others as they are."""
     experts = {plain(model["name"]): model for model in report["models"] if model["role"] == "expert"}
     owners = report.get("own_experts") or {task: task for task in report["tasks"]}  # what older reports leave out
@@ -180,8 +191,8 @@ def _of_experts(report: ScoreReport, tasks: Sequence[str]) -> list[Series]:
     if any(score is not None for score in scores):
         rows.insert(0, Series(
             name="each task's expert", role="expert",
-            values=tuple(score and score["score"] for score in scores),
-            errors=tuple(score and score["stderr"] for score in scores),
+            values=tuple(None if score is None else score["score"] for score in scores),
+            errors=tuple(None if score is None else score["stderr"] for score in scores),
         ))  # fmt: skip
     return rows
 
@@ -194,7 +205,7 @@ def _with_average(series: Series) -> Series:
     )  # fmt: skip
 
 
-def of_weights(report: WeightReport) -> list[Heatmap]:
+def of_weights(report: Report) -> list[Heatmap]:
     """The cosines of a report: of the experts with one another, and of each model with each expert, by layer."""
     whole = report["model"]
     experts, cosines = list(whole["experts"]["norms"]), whole["experts"]["cosines"]
@@ -205,7 +216,7 @@ def of_weights(report: WeightReport) -> list[Heatmap]:
         limit = _round_up(max(map(abs, others), default=1.0)) or 1.0
         title = "Cosines of the experts' task vectors with one another"
         maps.append(heatmap(title, experts, experts, cosines, what="cosine", limit=limit))
-    layers: dict[str, Figures] = {"whole model": whole, **report["layer_types"], **report.get("tensors", {})}
+    layers: dict[str, Any] = {"whole model": whole, **report["layer_types"], **report.get("tensors", {})}
     by_model = {
         name: [[layer["models"][name]["experts"][e]["cosine"] for e in experts] for layer in layers.values()]
         for name in whole["models"]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from jinja2 import UndefinedError as Incomplete
 from markupsafe import Markup, escape
 
 from modelmerge.charts import colours, tables
-from modelmerge.charts.figures import Chart, Heatmap, Scores, Series, of_report, ticks
+from modelmerge.charts.figures import Heatmap, Scores, Series, of_report, ticks
 from modelmerge.charts.names import clean, wrap
 from modelmerge.checkpoint.staging import replace_file
-from modelmerge.evaluation.report import Input, Report
+from modelmerge.evaluation.report import Report
 
 __all__ = ["Incomplete", "render", "write"]  # Incomplete: what render raises of what is no report
 _HERE = Path(__file__).parent
@@ -38,17 +38,6 @@ _OF_INPUTS = {
     "name", "role", "reference", "path", "files", "scores", "average", "average_stderr", "normalised", "digest",
     "cached",
 }  # fmt: skip
-_MARKERS = (
-    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",  # a disc, a square, a diamond
-    "M-4-4h8v8h-8Z",
-    "M0-5L5 0L0 5L-5 0Z",
-    "M0-5L5 4H-5Z",  # triangles
-    "M0 5L5-4H-5Z",
-    "M-2-5h4v3h3v4h-3v3h-4v-3h-3v-4h3Z",  # crosses
-    "M-5-3L-3-5L0-2L3-5L5-3L2 0L5 3L3 5L0 2L-3 5L-5 3L-2 0Z",
-    "M0-6L1.8-1.9L6-1.5L2.8 1.4L3.8 6L0 3.6L-3.8 6L-2.8 1.4L-6-1.5L-1.8-1.9Z",  # a star
-)
-_DOT = "M-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0Z"
 
 
 def write(report: Report, file: Path) -> None:
@@ -68,13 +57,13 @@ def render(report: Report) -> str:
     environment.filters["breakable"] = _breakable
     environment.tests["best"] = lambda cell: isinstance(cell, tables.Best)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    charts = of_report(report)
     names = [model["name"] for model in report["models"] if model.get("role", "model") == "model"]
     return environment.get_template("page.html").render(
         report=report, title=f"{report['suite']}: {', '.join(map(clean, names))}", script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=(_HERE / "page.css").read_text(encoding="utf-8"), palette=_palette(),
-        figures=[_figure(chart) for chart in charts], tables=tables.of_report(report), scores=_every_score(report),
+        style=(_HERE / "page.css").read_text(encoding="utf-8"), colours=colours,
+        figures=[{"chart": chart} if isinstance(chart, Heatmap) else _scores(chart) for chart in of_report(report)],
+        tables=tables.of_report(report), scores=_every_score(report),
         files=_files(report),
         beside=[(entry["name"], [(k, *_setting(v)) for k, v in entry.items() if v and k not in _OF_INPUTS])
                 for entry in _inputs(report)],
@@ -87,42 +76,23 @@ def _breakable(name: str) -> Markup:
     return Markup("<wbr>").join(escape(part) for part in re.findall(r".*?[_/.:-]+(?=\w)|.+", name, flags=re.DOTALL))
 
 
-def _palette() -> dict[str, list[tuple[str, str, str]]]:
-    """Of light and of dark: a name of a class, its colour, and the ink on it."""
-    return {
-        mode: [
-            *((f"s{i}", colour, colours.ink_on(colour)) for i, colour in enumerate(series)),
-            *((f"h{step}", colours.shade(step, dark=dark), colours.ink_on(colours.shade(step, dark=dark)))
-              for step in range(-colours.STEPS, colours.STEPS + 1)),
-        ]
-        for mode, series, dark in (("light", colours.SERIES, False), ("dark", colours.SERIES_DARK, True))
-    }  # fmt: skip
-
-
-def _figure(chart: Chart) -> dict[str, Any]:
-    """What the template shows of a chart."""
-    if isinstance(chart, Heatmap):
-        return {"kind": "heatmap", "chart": chart, "cells": _cells(chart), "scale": _scale(chart)}
-    looks = _looks(chart.series)
+def _scores(chart: Scores) -> dict[str, Any]:
+    """What the template shows of scores."""
     low, high = chart.reach()
+    places = [(100 * (tick - low) / (high - low), chart.tick(tick)) for tick in ticks(low, high)]
     radar = _radar(chart) if chart.round() else None
-    return {"kind": "scores", "chart": chart, "looks": looks, "bars": _bars(chart), "radar": radar, "ticks": [
-        (100 * (tick - low) / (high - low), chart.tick(tick)) for tick in ticks(low, high)
-    ]}  # fmt: skip
+    return {"chart": chart, "looks": _looks(chart), "bars": _bars(chart), "radar": radar, "ticks": places}
 
 
-def _looks(series: Iterable[Series]) -> list[dict[str, str]]:
-    """What each series looks like: the classes of its fill, the path of its marker."""
-    looks, counts = [], {"base": 0, "expert": 0, "model": 0}
-    for each in series:
-        i = counts[each.role]
-        counts[each.role] += 1
-        count = len(colours.SERIES)
+def _looks(chart: Scores) -> list[dict[str, Any]]:
+    """What each series looks like: the classes of its fill, the place of its marker."""
+    looks: list[dict[str, Any]] = []
+    count = len(colours.SERIES)
+    for each, i in zip(chart.series, chart.ranks(), strict=True):
         if each.role == "model":
-            marker = _MARKERS[i % len(_MARKERS)]
-            looks.append({"fill": f"s{i % count} hatch{i // count % 4}", "marker": marker})
+            looks.append({"fill": f"s{i % count} hatch{i // count % 4}", "marker": i % 8})
         else:
-            looks.append({"fill": f"{each.role} hatch{i % 4}", "marker": _DOT})
+            looks.append({"fill": f"{each.role} hatch{i % 4}", "marker": -1})
     return looks
 
 
@@ -133,22 +103,18 @@ def _bars(chart: Scores) -> list[list[dict[str, Any]]]:
     def place(value: float) -> float:
         return round(100 * (value - low) / (high - low), 3)
 
-    lanes = []
-    for i in range(len(chart.tasks)):
-        lane = []
-        for series in chart.series:
-            value, error = series.values[i], series.errors[i]
-            bar: dict[str, Any] = {"series": series.name, "text": chart.text(value, error)}
-            bar |= {"missing": value is None}
-            bar["end"] = place(0.0 if value is None else max(value + (error or 0.0), 0.0))
-            if value is not None:
-                start, end = sorted((place(0.0), place(value)))
-                bar |= {"start": start, "width": round(end - start, 3)}
-            if value is not None and error is not None:
-                bar["whisker"] = (place(value - error), round(place(value + error) - place(value - error), 3))
-            lane.append(bar)
-        lanes.append(lane)
-    return lanes
+    def bar(series: Series, task: int) -> dict[str, Any]:
+        value, error = series.values[task], series.errors[task]
+        shown = {"series": series.name, "text": chart.text(value, error), "missing": value is None, "end": place(0.0)}
+        if value is None:
+            return shown
+        start, end = sorted((place(0.0), place(value)))
+        shown |= {"start": start, "width": round(end - start, 3), "end": place(max(value + (error or 0.0), 0.0))}
+        if error is not None:
+            shown["whisker"] = (place(value - error), round(place(value + error) - place(value - error), 3))
+        return shown
+
+    return [[bar(series, task) for series in chart.series] for task in range(len(chart.tasks))]
 
 
 def _radar(chart: Scores) -> dict[str, Any]:
@@ -193,29 +159,12 @@ def _radar(chart: Scores) -> dict[str, Any]:
             "spokes": spokes, "lines": lines}  # fmt: skip
 
 
-def _cells(chart: Heatmap) -> list[list[tuple[str, str]]]:
-    """For each cell its class and its text."""
-    return [
-        [("none" if value is None else f"h{colours.step(value, chart.limit)}", chart.text(value)) for value in row]
-        for row in chart.values
-    ]
-
-
-def _scale(chart: Heatmap) -> list[tuple[str, str]]:
-    """The shades from one end to the other, with the figures at the ends and in the middle."""
-    first = -colours.STEPS if chart.has_negative() else 0
-    figures = {first: f"{-chart.limit if first else 0:g}", 0: "0", colours.STEPS: f"{chart.limit:g}"}
-    return [(f"h{step}", figures.get(step, "")) for step in range(first, colours.STEPS + 1)]
-
-
 def _every_score(report: Report) -> tables.Table | None:
     """All figures of every model at every task, unrounded but for noise."""
     if report["suite"] == "weights":
         return None
-    others: dict[str, None] = {}
-    for model in report["models"]:
-        for score in model["scores"].values():
-            others |= dict.fromkeys(score.get("figures") or ())
+    scores = [score for model in report["models"] for score in model["scores"].values()]
+    others = dict.fromkeys(name for score in scores for name in score.get("figures") or ())
     rows = []
     for model in report["models"]:
         for task in report["tasks"]:
@@ -238,12 +187,8 @@ def _exact(value: float | None, none: str = "n/a") -> str:
 def _inputs(report: Report) -> list[Mapping[str, Any]]:
     if report["suite"] != "weights":
         return [*report["models"]]
-    roles: list[tuple[str, Sequence[Input]]] = [
-        ("base", [report["base"]]),
-        ("expert", report["experts"]),
-        ("model", report["models"]),
-    ]
-    return [{**entry, "role": role} for role, entries in roles for entry in entries]
+    roles = {"base": [report["base"]], "expert": report["experts"], "model": report["models"]}
+    return [{**entry, "role": role} for role, entries in roles.items() for entry in entries]
 
 
 def _files(report: Report) -> tables.Table:
@@ -264,6 +209,5 @@ def _setting(value: Any) -> tuple[str, str]:
     if len(text) <= 100 and not isinstance(value, dict):
         return text, ""
     size, what = (len(value), "value") if isinstance(value, list | dict) else (len(text), "character")
-    return f"{size} {what}{'s' * (size != 1)}", value if isinstance(value, str) else json.dumps(
-        value, ensure_ascii=False, indent=1
-    )
+    whole = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
+    return f"{size} {what}{'s' * (size != 1)}", whole

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from modelmerge.evaluation.report import (
-    ExpertFigures,
-    MergedInput,
-    ModelFigures,
-    ModelRow,
-    Report,
-    ScoreReport,
-    WeightReport,
-)
-
-_CLOSENESS: tuple[tuple[str, Literal["cosine", "relative_distance", "subspace_alignment"]], ...] = (
-    ("cosine", "cosine"), ("distance", "relative_distance"), ("alignment", "subspace_alignment"),
-)  # fmt: skip
+from modelmerge.charts.figures import score_text
+from modelmerge.evaluation.report import ModelRow, Report
 
 
 class Best(str):
@@ -54,78 +43,56 @@ def of_report(report: Report, *, widest: int | None = None) -> list[Table]:
     return [of_scores(report), *([of_differences(report)] if "comparison" in report else [])]
 
 
-def in_shares(report: ScoreReport) -> bool:
+def _in_shares(report: Report) -> bool:
     """Whether all scores are between 0 and 1, and are shown in per cent."""
-    return all(0.0 <= value <= 1.0 for value in _values(report["models"]))
+    scores = [score["score"] for model in report["models"] for score in model["scores"].values()]
+    return all(0.0 <= score <= 1.0 for score in scores if score is not None)
 
 
-def of_scores(report: ScoreReport) -> Table:
+def of_scores(report: Report) -> Table:
     """A row for each model, a column for each task."""
     tasks, models = report["tasks"], report["models"]
-    share = in_shares(report)
+    share = _in_shares(report)
     lower = [task for task in tasks if models[0]["scores"][task].get("lower")]
     has_shares = any(model["normalised"] is not None for model in models)
-    best = {
-        task: _best(models, [model["scores"][task]["score"] for model in models], least=task in lower) for task in tasks
-    }
-    best_average = _best(models, [model["average"] for model in models])
-    best_normalised = _best(models, [model["normalised"] for model in models])
-    rows: list[list[str]] = []
-    for model in models:
-        scores = model["scores"]
-        row = [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}"]
-        row += [_cell(scores[task]["score"], scores[task]["stderr"], share, best=model is best[task]) for task in tasks]
-        row.append(_cell(model["average"], model["average_stderr"], share, best=model is best_average))
-        if has_shares:
-            row.append(_cell(model["normalised"], None, share=True, best=model is best_normalised))
-        rows.append(row)
-    columns = [
-        "",
-        *(f"{task} (less is better)" if task in lower else task for task in tasks),
-        "average",
-        *(["normalised"] if has_shares else []),
-    ]
+    names = [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}" for model in models]
+    heads, columns = [""], [names]
+    for task in tasks:
+        scores = [model["scores"][task] for model in models]
+        heads.append(f"{task} (less is better)" if task in lower else task)
+        columns.append(_column(models, [(s["score"], s["stderr"]) for s in scores], share, least=task in lower))
+    heads.append("average")
+    columns.append(_column(models, [(model["average"], model["average_stderr"]) for model in models], share))
+    if has_shares:
+        heads.append("normalised")
+        columns.append(_column(models, [(model["normalised"], None) for model in models], share=True))
     counts = {task: [model["scores"][task]["count"] for model in models] for task in tasks}
     foot: tuple[str, ...] = ()
     if all(each == row[0] and each is not None for row in counts.values() for each in row):
         foot = ("items", *(f"{row[0]:,}" for row in counts.values()), *[""] * (1 + has_shares))
     metrics = {model["scores"][task]["metric"] for model in models for task in tasks}
-    title = (
-        f"{', '.join(sorted(metrics))}{', per cent' if share else ''}{', ± standard error' if _errors(models) else ''}"
-    )
+    error = any(score["stderr"] is not None for model in models for score in model["scores"].values())
+    title = ", ".join(sorted(metrics)) + (", per cent" if share else "") + (", ± standard error" if error else "")
     return Table(
-        title=title[0].upper() + title[1:], columns=tuple(columns), rows=tuple(map(tuple, rows)),
+        title=title[0].upper() + title[1:], columns=tuple(heads), rows=tuple(zip(*columns, strict=True)),
         foot=(foot,) if foot else (),
     )  # fmt: skip
 
 
-def _values(models: list[ModelRow]) -> list[float]:
-    return [value for model in models for s in model["scores"].values() if (value := s["score"]) is not None]
+def _column(
+    models: list[ModelRow], values: list[tuple[float | None, float | None]], share: bool, *, least: bool = False
+) -> list[str]:
+    """A value with its standard error for each model; the best of several that are no base and no expert stands out."""
+    places = [(-value if least else value, i) for i, (value, _) in enumerate(values)
+              if models[i]["role"] == "model" and value is not None]  # fmt: skip
+    best = max(places)[1] if len(places) > 1 else None
+    texts = [score_text(value, error, share=share) for value, error in values]
+    return [Best(text) if i == best else text for i, text in enumerate(texts)]
 
 
-def _errors(models: list[ModelRow]) -> bool:
-    return any(score["stderr"] is not None for model in models for score in model["scores"].values())
-
-
-def _best(models: list[ModelRow], values: list[float | None], *, least: bool = False) -> ModelRow | None:
-    """Of several models that are no base and no expert, the one with the largest value, or the least."""
-    places = [(-value if least else value, i) for i, value in enumerate(values)
-           if models[i]["role"] == "model" and value is not None]  # fmt: skip
-    return models[max(places)[1]] if len(places) > 1 else None
-
-
-def _cell(value: float | None, error: float | None, share: bool, *, best: bool) -> str:
-    if value is None:
-        return "n/a"
-    text = f"{100 * value:.1f}" if share else f"{value:.4g}"
-    if error is not None:
-        text += f" ±{100 * error:.1f}" if share else f" ±{error:.2g}"
-    return Best(text) if best else text
-
-
-def of_differences(report: ScoreReport) -> Table:
+def of_differences(report: Report) -> Table:
     """A row for each task of each model that an earlier report has too."""
-    comparison, share = report["comparison"], in_shares(report)
+    comparison, share = report["comparison"], _in_shares(report)
     rows, unit = [], 100 if share else 1
     for pair in comparison["models"]:
         names = pair["model"] if pair["model"] == pair["other"] else f"{pair['model']} - {pair['other']}"
@@ -140,7 +107,7 @@ def of_differences(report: ScoreReport) -> Table:
     return table(title, ["", "task", "difference", "", "p", ""], rows, words=2)
 
 
-def of_weights(report: WeightReport, widest: int | None = None) -> list[Table]:
+def of_weights(report: Report, widest: int | None = None) -> list[Table]:
     """The experts, their conflicts, the models beside them, and each model by layer."""
     model, kinds = report["model"], report["layer_types"]
     experts, models = list(model["experts"]["norms"]), list(model["models"])
@@ -168,7 +135,7 @@ def of_weights(report: WeightReport, widest: int | None = None) -> list[Table]:
     return tables
 
 
-def _conflicts(name: str, figures: ExpertFigures) -> list[str]:
+def _conflicts(name: str, figures: Mapping[str, Any]) -> list[str]:
     interference, awd, apgd = (
         pair or {}
         for pair in (figures["singular_task_interference"], figures["awd_orthogonality"], figures["apgd_gap"])
@@ -180,7 +147,7 @@ def _conflicts(name: str, figures: ExpertFigures) -> list[str]:
     ]  # fmt: skip
 
 
-def _comparison(models: Mapping[str, ModelFigures], experts: list[str], inputs: list[MergedInput]) -> list[list[str]]:
+def _comparison(models: Mapping[str, Any], experts: list[str], inputs: list[ModelRow]) -> list[list[str]]:
     """A row for each figure, a column for each model."""
     figures = list(models.values())
     rounding = [
@@ -193,13 +160,13 @@ def _comparison(models: Mapping[str, ModelFigures], experts: list[str], inputs: 
         ["lost to rounding", *rounding],
         ["APGD's gap (base: 1)", *(_number(model["apgd_gap"]) for model in figures)],
     ]
-    for label, key in _CLOSENESS:
+    for label, key in {"cosine": "cosine", "distance": "relative_distance", "alignment": "subspace_alignment"}.items():
         for expert in experts:
             rows.append([f"{label} {expert}", *(_number(model["experts"][expert][key]) for model in figures)])
     return rows
 
 
-def _layer(name: str, figures: ModelFigures, experts: list[str]) -> list[str]:
+def _layer(name: str, figures: Mapping[str, Any], experts: list[str]) -> list[str]:
     rows = [figures["experts"][expert] for expert in experts]
     return [
         name, _size(figures["norm"]), _number(figures["apgd_gap"]), *(_number(each["cosine"]) for each in rows),

@@ -11,7 +11,6 @@ to the base. For a module with rank r and scale s = alpha / r (or alpha / sqrt(r
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from modelmerge.checkpoint.header import Change, TensorInfo
+from modelmerge.checkpoint.header import Change, TensorInfo, read_json
 from modelmerge.errors import CheckpointError, PlanError, ReferenceNotFound
 
 CONFIG = "adapter_config.json"
@@ -74,10 +73,7 @@ def read_adapter(file: Path) -> Adapter:
         CheckpointError: The file is malformed.
         ReferenceNotFound: It is of a kind that cannot be merged; the message names it.
     """
-    try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from error
+    config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise CheckpointError(f"{file}: malformed: it does not name its 'peft_type'")
     _refuse_other_kinds(file, config)
@@ -96,10 +92,14 @@ def read_adapter(file: Path) -> Adapter:
     return Adapter(file, str(config.get("base_model_name_or_path") or ""), config)
 
 
+def _unmergeable(message: str) -> ReferenceNotFound:
+    return ReferenceNotFound(message, hint=_MERGE_FIRST)
+
+
 def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
     kind = config["peft_type"]
     if kind != "LORA":
-        raise ReferenceNotFound(f"{file.parent} is a {kind} adapter; only LORA can be read", hint=_MERGE_FIRST)
+        raise _unmergeable(f"{file.parent} is a {kind} adapter; only LORA can be read")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
         raise ReferenceNotFound(
@@ -109,15 +109,12 @@ def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
             + _MERGE_FIRST,
         )
     if start not in _PLAIN_INITS:
-        raise ReferenceNotFound(
-            f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which is unknown here",
-            hint=_MERGE_FIRST,
+        raise _unmergeable(
+            f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which is unknown here"
         )
     for name, value in config.items():
         if value and name not in _HARMLESS | _USED:
-            raise ReferenceNotFound(
-                f"{file.parent}: its adapter_config.json sets {name}, which cannot be merged here", hint=_MERGE_FIRST
-            )
+            raise _unmergeable(f"{file.parent}: its adapter_config.json sets {name}, which cannot be merged here")
 
 
 def translate(
@@ -137,20 +134,20 @@ def translate(
     modules, whole = _sorted_keys(adapter, tensors)
     places = _Places(adapter, base, tied_table(base) if tied else None)
     _refuse_stacked(modules, base)
-    found = places.find({f"{name}.weight": _shapes(parts) for name, parts in modules.items()})
-    translated: dict[str, TensorInfo] = {}
+    place_of = places.find({f"{name}.weight": _shapes(parts) for name, parts in modules.items()})
+    changes: dict[str, TensorInfo] = {}
 
     def add(name: str, info: TensorInfo, key: str) -> None:
-        if name in translated:
+        if name in changes:
             raise PlanError(
                 f"{adapter.file.parent}: two of its modules change '{name}' of the base; one is '{key}'",
                 hint=f"the base stores tied weights once; {_MERGE_FIRST}",
             )
-        translated[name] = info
+        changes[name] = info
 
     conv1d = stores_conv1d(base)
     for name, parts in modules.items():
-        place = found[f"{name}.weight"]
+        place = place_of[f"{name}.weight"]
         add(place, _change(adapter, name, parts, base[place], conv1d), name)
         if "bias" in parts:
             bias = f"{place.removesuffix('weight')}bias"
@@ -161,7 +158,7 @@ def translate(
     for name, info in whole.items():
         place = places.of_whole(name, info)
         add(place, replace(info, name=place), info.name)
-    return translated
+    return changes
 
 
 def _sorted_keys(
@@ -185,7 +182,7 @@ def _sorted_keys(
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         module = plain.rpartition(".")[0]
         if "lora_" in name or "trainable_tokens" in name or not module:
-            raise ReferenceNotFound(f"{info.file}: the key '{info.name}' cannot be merged here", hint=_MERGE_FIRST)
+            raise _unmergeable(f"{info.file}: the key '{info.name}' cannot be merged here")
         if name.endswith(".base_layer.weight") and module in modules:
             modules[module]["origin"] = info
         else:
@@ -202,9 +199,9 @@ def _sorted_keys(
 def _refuse_incomplete(adapter: Adapter, name: str, parts: Mapping[str, TensorInfo]) -> None:
     some = next(iter(parts.values()))
     needed = {"A", "B"} | ({"magnitude"} if adapter.config.get("use_dora") else set())
-    lacking = sorted(needed - parts.keys())
-    if lacking:
-        raise CheckpointError(f"{some.file}: '{some.name}' has no matching {lacking[0]} of '{name}'")
+    absent = sorted(needed - parts.keys())
+    if absent:
+        raise CheckpointError(f"{some.file}: '{some.name}' has no matching {absent[0]} of '{name}'")
     if "magnitude" in parts and not adapter.config.get("use_dora"):
         raise CheckpointError(f"{some.file}: '{parts['magnitude'].name}' is DoRA's, and {adapter.file} has no use_dora")
     if "bias" in parts and not adapter.config.get("lora_bias"):
@@ -258,10 +255,8 @@ def _refuse_stacked(modules: Mapping[str, Mapping[str, TensorInfo]], base: Mappi
     joint = {name.split(".")[-2] for name in base if name.endswith(".in_proj_weight")}
     for name, parts in modules.items():
         if name.rpartition(".")[2] in joint:
-            raise ReferenceNotFound(
-                f"{parts['A'].file}: '{name}' is an nn.MultiheadAttention, whose LoRA cannot be merged here",
-                hint=_MERGE_FIRST,
-            )
+            why = "is an nn.MultiheadAttention, whose LoRA cannot be merged here"
+            raise _unmergeable(f"{parts['A'].file}: '{name}' {why}")
 
 
 def stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
@@ -297,8 +292,8 @@ def _change(
         )
     transposed = _is_embedding(parts) or target.shape != shapes[0]
     if not transposed and len(shapes) == 2 and shapes[0] == shapes[1]:  # square: the shape does not tell
-        known = conv1d if module.rpartition(".")[2] in CONV1D else None
-        transposed = bool(adapter.config.get("fan_in_fan_out")) if known is None else known
+        from_bias = conv1d if module.rpartition(".")[2] in CONV1D else None
+        transposed = bool(adapter.config.get("fan_in_fan_out")) if from_bias is None else from_bias
     left, right = (a, b) if transposed else (b, a)
     origin, magnitude = parts.get("origin"), parts.get("magnitude")
     if origin is not None and origin.shape != target.shape:
@@ -327,30 +322,30 @@ class _Places:
         self._table = table  # the embedding that is the head as well
         self._rules: set[tuple[int, str]] = {(0, "")}  # words taken off, words put on
 
-    def find(self, wanted: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, str]:
+    def find(self, shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, str]:
         """The base's tensor for each name, given the shapes it may have.
 
         Raises:
             PlanError: A name fits nowhere, or in several places.
         """
         groups: dict[tuple[str, ...], list[str]] = {}
-        for name in wanted:
+        for name in shapes:
             groups.setdefault(_front(name), []).append(name)
-        found: dict[str, str] = {}
+        places: dict[str, str] = {}
         for front, names in groups.items():
             if all(name in self._base for name in names):
-                found |= {name: name for name in names}
+                places |= {name: name for name in names}
                 continue
             tied = self._table if all(name.split(".")[-2] in HEADS for name in names) else None
             if tied is not None and not any(name in self._base for name in names):
-                found |= dict.fromkeys(names, tied)
+                places |= dict.fromkeys(names, tied)
                 continue
             rules = self._candidates(front, names[0])
-            fitting = [rule for rule in rules if all(self._fits(_moved(name, rule), wanted[name]) for name in names)]
+            fitting = [rule for rule in rules if all(self._fits(_moved(name, rule), shapes[name]) for name in names)]
             rule = self._only(names, fitting, rules)
             self._rules.add(rule)
-            found |= {name: _moved(name, rule) for name in names}
-        return found
+            places |= {name: _moved(name, rule) for name in names}
+        return places
 
     def of_whole(self, name: str, info: TensorInfo) -> str:
         """The base's tensor that a whole one replaces; its own name where the base has none and the config says why.
@@ -370,9 +365,9 @@ class _Places:
         if rules:
             return _moved(name, next(iter(rules)))
         module = name.rpartition(".")[0]
-        saved = self._adapter.config.get("modules_to_save") or ()
-        explained = any(word == module or f".{module}.".find(f".{word}.") >= 0 for word in saved)
-        explained |= name.endswith(".bias") and self._adapter.config.get("bias") == "all"
+        modules = self._adapter.config.get("modules_to_save") or ()
+        has_reason = any(f".{word}." in f".{module}." for word in modules)
+        has_reason |= name.endswith(".bias") and self._adapter.config.get("bias") == "all"
         if self._table is not None and module.rpartition(".")[2] in HEADS:
             if not self._adapter.config.get("ensure_weight_tying"):
                 raise PlanError(
@@ -380,8 +375,8 @@ class _Places:
                     f"'{self._table}', and would lose it",
                     hint="give the base a head of its own: save it untied, with tie_word_embeddings false",
                 )
-            explained = True
-        if not explained:
+            has_reason = True
+        if not has_reason:
             raise self._unplaced(info.name)
         return name
 
@@ -391,41 +386,40 @@ class _Places:
     def _candidates(self, front: tuple[str, ...], name: str) -> list[tuple[int, str]]:
         words = name.split(".")
         rules = []
-        for taken in range(min(len(front), len(words) - 2) + 1):
-            off, rest = words[:taken], ".".join(words[taken:])
+        for count in range(min(len(front), len(words) - 2) + 1):
+            off, rest = words[:count], ".".join(words[count:])
             for other in self._base:
                 if other != rest and not other.endswith(f".{rest}"):
                     continue
-                put = other[: len(other) - len(rest)]
-                on = put.split(".")[:-1]
+                front_of_other = other[: len(other) - len(rest)]
+                on = front_of_other.split(".")[:-1]
                 more, fewer = Counter(on), Counter(off)
                 if (on and off and on[-1] == off[-1]) or not (more <= fewer or fewer <= more):
                     continue
-                rules.append((taken, put))
+                rules.append((count, front_of_other))
         return rules
 
     def _only(
-        self, names: Sequence[str], fitting: Sequence[tuple[int, str]], tried: Sequence[tuple[int, str]]
+        self, names: Sequence[str], fits: Sequence[tuple[int, str]], tried: Sequence[tuple[int, str]]
     ) -> tuple[int, str]:
         """The one rule that fits; of several, the one that speaks of the class the adapter was trained on."""
-        if len(fitting) > 1:
+        if len(fits) > 1:
             trained_on = str((self._adapter.config.get("auto_mapping") or {}).get("base_model_class", "")).lower()
-            told = [rule for rule in fitting if any(w in trained_on for w in _telling(rule[1]))]
-            if len(told) != 1:
-                raise self._ambiguous(names[0], sorted(_moved(names[0], rule) for rule in fitting))
-            return told[0]
-        if not fitting:
-            lost = max(tried, key=lambda rule: sum(_moved(n, rule) in self._base for n in names), default=(0, ""))
-            absent = [name for name in names if _moved(name, lost) not in self._base]
+            of_class = [rule for rule in fits if any(w in trained_on for w in _telling(rule[1]))]
+            if len(of_class) != 1:
+                raise self._ambiguous(names[0], sorted(_moved(names[0], rule) for rule in fits))
+            return of_class[0]
+        if not fits:
+            nearest = max(tried, key=lambda rule: sum(_moved(n, rule) in self._base for n in names), default=(0, ""))
+            absent = [name for name in names if _moved(name, nearest) not in self._base]
             if not absent:
-                return lost  # the names fit: the shapes are complained of with the shapes in hand
+                return nearest  # the names fit: the shapes are complained of with the shapes in hand
             raise self._unplaced(PREFIX + absent[0])
-        return fitting[0]
+        return fits[0]
 
     def _ambiguous(self, key: str, places: Sequence[str]) -> PlanError:
         return PlanError(
-            f"{self._adapter.file.parent}: '{key}' may be any of {', '.join(places)} of the base",
-            hint=_MERGE_FIRST,
+            f"{self._adapter.file.parent}: '{key}' may be any of {', '.join(places)} of the base", hint=_MERGE_FIRST
         )
 
     def _unplaced(self, key: str) -> PlanError:
@@ -446,8 +440,8 @@ def _front(name: str) -> tuple[str, ...]:
 
 
 def _moved(name: str, rule: tuple[int, str]) -> str:
-    taken, put = rule
-    return put + ".".join(name.split(".")[taken:])
+    count, front = rule
+    return front + ".".join(name.split(".")[count:])
 
 
 def _telling(words: str) -> Iterable[str]:

@@ -56,11 +56,8 @@ def parse_size(text: float | str) -> Size:
         return Size(energy=number)
     if number >= 1 and number == int(number):
         return Size(rank=int(number))
-    raise UsageError(
-        f"must be a rank (1, 2, ...) or a share of the squared norm between 0 and 1, not '{text}'",
-        option="as_lora",
-        hint="write it like 16 or 0.95",
-    )
+    rule = f"must be a rank (1, 2, ...) or a share of the squared norm between 0 and 1, not '{text}'"
+    raise UsageError(rule, option="as_lora", hint="write it like 16 or 0.95")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +77,24 @@ def roles(base: Checkpoint) -> dict[str, Role]:
     """What becomes of each of the base's tensors."""
     tensors = base.tensors
     heads = _HEADS_OF_TASKS.get(_task(base) or "", ())
-    adapted = {name.rpartition(".")[0] for name in tensors if _is_linear(name, tensors[name])}
+    linear = {name.rpartition(".")[0] for name in tensors if _is_linear(name, tensors[name])}
     conv1d = bool(stores_conv1d(tensors))
     shared = _shared_tables(base)
-    found = {}
+    table = {}
     for name in tensors:
         module, _, end = name.rpartition(".")
         last = module.rpartition(".")[2]
         head = next((path for path in _paths(module) if heads and path.endswith(heads)), None)
         if head is not None:
-            found[name] = Role("whole", head, always=True)
+            table[name] = Role("whole", head, always=True)
             continue
         kind: Kind = "whole"
         if not module or name in shared or (end not in ("weight", "bias") and end not in BUFFERS):
             kind = "no place"
-        elif module in adapted:
+        elif module in linear:
             kind = "low rank" if end == "weight" else "bias"
-        found[name] = Role(kind, module, kind == "low rank" and conv1d and last in CONV1D)
-    return found
+        table[name] = Role(kind, module, kind == "low rank" and conv1d and last in CONV1D)
+    return table
 
 
 def _task(base: Checkpoint) -> str | None:
@@ -149,18 +146,18 @@ def kept_whole(changed: Iterable[str], table: Mapping[str, Role]) -> dict[str, l
         OutputError: Such another module is a linear layer.
     """
     changed = set(changed)
-    wanted = tuple({r.module for name, r in table.items() if r.always or (name in changed and r.kind == "whole")})
-    saved: dict[str, list[str]] = {}
+    ends = tuple({r.module for name, r in table.items() if r.always or (name in changed and r.kind == "whole")})
+    modules: dict[str, list[str]] = {}
     for name, role in table.items():
         *around, module = _paths(role.module)
-        if wanted and any(path.endswith(wanted) for path in (*around, module)):
-            if role.kind != "whole" or any(path.endswith(wanted) for path in around):
+        if ends and any(path.endswith(ends) for path in (*around, module)):
+            if role.kind != "whole" or any(path.endswith(ends) for path in around):
                 raise OutputError(
                     f"peft saves every module whose name ends like one that changed, and cannot save '{module}'",
                     hint=f"keep the base's norms and biases: {named('exclude')} '{name.rpartition('.')[0]}*'",
                 )
-            saved.setdefault(module, []).append(name)
-    return saved
+            modules.setdefault(module, []).append(name)
+    return modules
 
 
 def key(role: Role, tensor: str, part: str) -> str:
@@ -191,36 +188,30 @@ def config(
     usual = Counter(by_module.values()).most_common(1)[0][0]
     odd = {_pattern(module, by_module): rank for module, rank in by_module.items() if rank != usual}
     remote = base.reference.repository
-    told: dict[str, Any] = {
+    content: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": remote.name if remote is not None else str(base.reference.path),
         "revision": remote.commit if remote is not None else None,
         "task_type": _task(base),
         "inference_mode": True,
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": odd,
-        "alpha_pattern": odd,
+        "r": usual, "lora_alpha": usual, "rank_pattern": odd, "alpha_pattern": odd,
         "target_modules": _targets(by_module, {role.module for role in table.values()}),
         "modules_to_save": sorted(saved) or None,
         "bias": "lora_only" if biases else "none",
         "fan_in_fan_out": any(table[name].transposed for name in ranks),
-        "lora_dropout": 0.0,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-    }
-    return (json.dumps(told, indent=2) + "\n").encode()
+        "lora_dropout": 0.0, "init_lora_weights": True, "use_rslora": False, "use_dora": False,
+    }  # fmt: skip
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _pattern(module: str, modules: Iterable[str]) -> str:
     """A pattern for one module's rank: its name, made exact where it would catch another's end."""
-    caught = [other for other in modules if re.match(rf"(.*\.)?({module})$", other)]
-    return module if len(caught) == 1 else f"^{re.escape(module)}"
+    matches = [other for other in modules if re.match(rf"(.*\.)?({module})$", other)]
+    return module if len(matches) == 1 else f"^{re.escape(module)}"
 
 
-def _targets(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
+def _targets(linear: Iterable[str], modules: Iterable[str]) -> list[str]:
     """The names for peft to look for: last words where all modules that end so are meant, whole names elsewhere."""
-    adapted = set(adapted)
-    others = {path.rpartition(".")[2] for module in modules for path in _paths(module) if path not in adapted}
-    return sorted({last if (last := m.rpartition(".")[2]) not in others | set(HEADS) else m for m in adapted})
+    linear = set(linear)
+    others = {path.rpartition(".")[2] for module in modules for path in _paths(module) if path not in linear}
+    return sorted({last if (last := m.rpartition(".")[2]) not in others | set(HEADS) else m for m in linear})

@@ -43,18 +43,18 @@ class FileDigest:
         self._hash = hashlib.sha256()
         self._position = 0
         self._lock = threading.Lock()
-        self._known = _recall(file, self._stat)
+        self._sha256 = _recall(file, self._stat)
 
     def read(self, buffer: memoryview, position: int, *, follow: bool) -> int:
         """Read into `buffer` from `position` on; the bytes read. With `follow`, hash as far as that."""
-        got = os.preadv(self.descriptor, [buffer], position)
+        count = os.preadv(self.descriptor, [buffer], position)
         if follow:
-            self.follow(position + got)
-        return got
+            self.follow(position + count)
+        return count
 
     def follow(self, position: int) -> None:
         """Hash on up to `position`, unless another thread is at it: then a later call catches up."""
-        if self._known is None and position > self._position and self._lock.acquire(blocking=False):
+        if self._sha256 is None and position > self._position and self._lock.acquire(blocking=False):
             try:
                 self._advance(position)
             finally:
@@ -73,11 +73,11 @@ class FileDigest:
         if now != _identity(self._file, self._stat):
             raise CheckpointError(f"{self._file}: changed while it was read", hint="run the command again")
         with self._lock:
-            if self._known is None:
+            if self._sha256 is None:
                 self._advance(self._stat.st_size)
-                self._known = self._hash.hexdigest()
-                _remember(self._file, self._stat, self._known)
-            return self._known
+                self._sha256 = self._hash.hexdigest()
+                _remember(self._file, self._stat, self._sha256)
+            return self._sha256
 
     def close(self) -> None:
         """Close the file."""
@@ -86,11 +86,11 @@ class FileDigest:
     def _advance(self, position: int) -> None:
         buffer = memoryview(bytearray(min(_CHUNK, max(position - self._position, 1))))
         while self._position < position:
-            got = os.preadv(self.descriptor, [buffer[: position - self._position]], self._position)
-            if not got:
+            count = os.preadv(self.descriptor, [buffer[: position - self._position]], self._position)
+            if not count:
                 raise CheckpointError(f"{self._file}: ended before its {position} bytes were read")
-            self._hash.update(buffer[:got])
-            self._position += got
+            self._hash.update(buffer[:count])
+            self._position += count
 
 
 def sha256(file: Path) -> str:
@@ -98,8 +98,8 @@ def sha256(file: Path) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK))
     with file.open("rb", buffering=0) as stream:
-        while got := stream.readinto(buffer):
-            digest.update(buffer[:got])
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 
@@ -123,20 +123,17 @@ def _entry(file: Path) -> Path:
 
 def _identity(file: Path, stat: os.stat_result) -> dict[str, object]:
     return {
-        "path": str(file.resolve()),
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ctime_ns": stat.st_ctime_ns,
+        "path": str(file.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns,
         "inode": stat.st_ino,
-    }
+    }  # fmt: skip
 
 
 def _recall(file: Path, stat: os.stat_result) -> str | None:
     ours = _OURS.get(str(file.resolve()))
     try:
-        known = dict(ours) if ours is not None else json.loads(_entry(file).read_bytes())
-        digest = str(known.pop("sha256"))
-        return digest if known == _identity(file, stat) else None
+        entry = dict(ours) if ours is not None else json.loads(_entry(file).read_bytes())
+        digest = str(entry.pop("sha256"))
+        return digest if entry == _identity(file, stat) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelmerge.errors import CheckpointError
+from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 # Bits per element of every dtype the format knows. The 4- and 6-bit kinds pack several elements into bytes.
 DTYPE_BITS = {
@@ -83,6 +83,28 @@ class Change:
         return tuple(part for part in (*(self.factors or ()), self.origin, self.magnitude) if part is not None)
 
 
+def damaged(file: Path, what: str) -> CheckpointError:
+    """The error for a file that did not arrive whole."""
+    return CheckpointError(f"{file}: {what}", hint="copy or download the file again")
+
+
+def foreign(file: Path, kind: str) -> ReferenceNotFound:
+    """The error for weights in another format."""
+    return ReferenceNotFound(f"{file} is {kind}, which cannot be merged", hint="use the model's safetensors weights")
+
+
+def read_json(file: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from error
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, in the order of their bytes.
 
@@ -102,10 +124,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     hint="is it a pickle, a git-lfs pointer or an HTML page saved under this name?",
                 )
             if 8 + length > size:
-                raise CheckpointError(
-                    f"{file}: truncated inside its header: {size} bytes of at least {8 + length}",
-                    hint="copy or download the file again",
-                )
+                raise damaged(file, f"truncated inside its header: {size} bytes of at least {8 + length}")
             text = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
@@ -130,10 +149,7 @@ def _parse(file: Path, size: int, data_start: int, text: bytes) -> dict[str, Ten
             raise CheckpointError(f"{file}: the header lies: tensor '{tensor.name}' {kind}")
         position += tensor.nbytes
     if position > size:
-        raise CheckpointError(
-            f"{file}: truncated: {size} bytes of the {position} that its header promises",
-            hint="copy or download the file again",
-        )
+        raise damaged(file, f"truncated: {size} bytes of the {position} that its header promises")
     if position < size:
         raise CheckpointError(f"{file}: the header lies: {size - position} bytes after the last tensor")
     return {tensor.name: tensor for tensor in tensors}
@@ -167,9 +183,9 @@ def _entry(file: Path, data_start: int, name: str, entry: Any) -> TensorInfo:
 
 
 def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    content = dict(pairs)
+    if len(content) != len(pairs):
         names = [key for key, _ in pairs]
         twice = next(key for key in names if names.count(key) > 1)
         raise CheckpointError(f"{file}: the header lies: '{twice}' stands in it twice")
-    return found
+    return content

@@ -81,10 +81,10 @@ def together(layouts: Iterable[Layout]) -> Layout:
 
 def _shard(folder: str, filename: str, entries: Mapping[str, Entry]) -> Shard:
     # Widest dtype first, so that every tensor starts at a multiple of its item size, as readers that map files need.
-    ordered = sorted(entries, key=lambda name: -DTYPE_BITS[entries[name][0]])
+    names = sorted(entries, key=lambda name: -DTYPE_BITS[entries[name][0]])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position, relative = 0, {}
-    for name in ordered:
+    for name in names:
         dtype, shape, nbytes = entries[name]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
         relative[name] = position

@@ -36,13 +36,13 @@ def is_vocabulary(name: str) -> bool:
     return _ends(name, (*_INPUTS, *_HEADS, *_BIASES))
 
 
-def match(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str], bool]) -> tuple[Checkpoint, list[str]]:
+def match(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -> tuple[Checkpoint, list[str]]:
     """The expert with its tensors by the base's names, and complaints about ties that are not sure.
 
     Args:
         base: The base.
         expert: An expert. A task vector or an adapter has the base's names already.
-        wanted: Whether a tensor of that name is to be merged; others cause no complaint.
+        merges: Whether a tensor of that name is to be merged; others cause no complaint.
 
     Raises:
         PlanError: Several prefixes would make the expert's names the base's.
@@ -54,7 +54,7 @@ def match(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str], bool]) -
     tensors = {names[name]: info for name, info in expert.tensors.items()}
     remarks += _by_old_names(base, tensors)
     expert = replace(expert, tensors=tensors)
-    through, complaints = _through_twins(base, expert, wanted)
+    through, complaints = _through_twins(base, expert, merges)
     return replace(expert, remarks=(*expert.remarks, *remarks, *through)), complaints
 
 
@@ -63,19 +63,19 @@ def twins(base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, str]:
 
     To merge one is to merge both: what is counted over a whole model counts them once.
     """
-    found: dict[str, str] = {}
+    tables: dict[str, str] = {}
     ties = _Ties(base)
     # The same one whatever the order of the file.
     order = {name: (_ends(name, _HEADS), name) for name in base.tensors}
     for name in base.tensors:
         for other in ties.candidates(name):
-            first = other not in found and order[other] < order[name]
+            first = other not in tables and order[other] < order[name]
             # What the config says is not read up on: a model on the Hub may be far away.
-            own = _says_tied(base) is False and _ends(name, _HEADS) and not _ends(other, _HEADS)
-            if first and not own and all(_same(model, name, other) for model in (base, *experts)):
-                found[name] = other
+            separate = _says_tied(base) is False and _ends(name, _HEADS) and not _ends(other, _HEADS)
+            if first and not separate and all(_same(model, name, other) for model in (base, *experts)):
+                tables[name] = other
                 break
-    return found
+    return tables
 
 
 def doubled_tables(base: Checkpoint) -> set[str]:
@@ -102,19 +102,19 @@ def _under_a_prefix(base: Checkpoint, expert: Checkpoint) -> tuple[dict[str, str
         ways["with", prefix] = {name: prefix + name if prefix + name in ours else name for name in theirs}
     for prefix in _prefixes(theirs, ours):
         ways["without", prefix] = {name: name.removeprefix(prefix) for name in theirs}
-    agreeing = {
+    agreement = {
         way: {name for name, new in names.items() if new in ours and ours[new].shape == theirs[name].shape}
         for way, names in ways.items()
         if len(set(names.values())) == len(names)
     }
-    best = max(agreeing, key=lambda way: len(agreeing[way]))
-    if len(agreeing[best]) <= half or best == ("", ""):
+    best = max(agreement, key=lambda way: len(agreement[way]))
+    if len(agreement[best]) <= half or best == ("", ""):
         return identity, []
-    rivals = [way for way in agreeing if way != best and not agreeing[way] < agreeing[best]]
+    rivals = [way for way in agreement if way != best and not agreement[way] < agreement[best]]
     if rivals:
-        told = " or ".join(f"{how} '{prefix}' in front" if how else "as they are" for how, prefix in (best, *rivals))
+        text = " or ".join(f"{how} '{prefix}' in front" if how else "as they are" for how, prefix in (best, *rivals))
         raise PlanError(
-            f"'{expert.name}': its names could be the base's {told}; which is meant cannot be told",
+            f"'{expert.name}': its names could be the base's {text}; which is meant cannot be told",
             hint="save it under the base's names",
         )
     how, prefix = best
@@ -124,14 +124,14 @@ def _under_a_prefix(base: Checkpoint, expert: Checkpoint) -> tuple[dict[str, str
 
 def _prefixes(longer: dict[str, TensorInfo], shorter: dict[str, TensorInfo]) -> list[str]:
     """What stands in front of a name of `shorter` in `longer`, ending in a dot, each once."""
-    found: dict[str, None] = {}
+    prefixes: dict[str, None] = {}
     for name in longer:
         dot = name.find(".")
         while dot >= 0:
             if name[dot + 1 :] in shorter:
-                found[name[: dot + 1]] = None
+                prefixes[name[: dot + 1]] = None
             dot = name.find(".", dot + 1)
-    return list(found)
+    return list(prefixes)
 
 
 def _by_old_names(base: Checkpoint, tensors: dict[str, TensorInfo]) -> list[str]:
@@ -164,8 +164,8 @@ class _Ties:
     def candidates(self, name: str) -> list[str]:
         """The other tensors that a tensor may be one with."""
         info = self._model.tensors[name]
-        found = dict.fromkeys(other for key in self._keys(name, info) for other in self._groups[key])
-        return [other for other in found if other != name]
+        names = dict.fromkeys(other for key in self._keys(name, info) for other in self._groups[key])
+        return [other for other in names if other != name]
 
     @staticmethod
     def _keys(name: str, info: TensorInfo) -> Iterator[object]:
@@ -177,27 +177,27 @@ class _Ties:
                 yield "bias", info.shape
 
 
-def _through_twins(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+def _through_twins(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     """Give the expert what it leaves out because it is tied, and take what the base leaves out for that reason."""
     remarks: list[str] = []
     complaints: list[str] = []
     tensors = expert.tensors
-    missing = [name for name in base.tensors if name not in tensors and wanted(name)]
+    lacks = [name for name in base.tensors if name not in tensors and merges(name)]
     extra = [name for name in tensors if name not in base.tensors]
-    if not missing and not extra:
+    if not lacks and not extra:
         return remarks, complaints
     ours, theirs = _Ties(base), _Ties(expert)
-    untied = [model.name for model in (base, expert) if _says_tied(model) is False]
-    for name in missing:
+    denying = [model.name for model in (base, expert) if _says_tied(model) is False]
+    for name in lacks:
         have = [other for other in ours.candidates(name) if other in tensors]
-        tied = next((other for other in have if _same(base, name, other)), None)
-        if tied and not (untied and _ends(name, _HEADS) != _ends(tied, _HEADS)):
-            tensors[name] = tensors[tied]
-            remarks.append(f"it leaves '{name}' out, which in the base is the same as '{tied}': read from there")
-        elif tied:
+        twin = next((other for other in have if _same(base, name, other)), None)
+        if twin and not (denying and _ends(name, _HEADS) != _ends(twin, _HEADS)):
+            tensors[name] = tensors[twin]
+            remarks.append(f"it leaves '{name}' out, which in the base is the same as '{twin}': read from there")
+        elif twin:
             complaints.append(
-                f"'{name}': the same as '{tied}' in the base, but missing in {expert.name}, and the config of "
-                f"{untied[0]} says that they are not tied"
+                f"'{name}': the same as '{twin}' in the base, but missing in {expert.name}, and the config of "
+                f"{denying[0]} says that they are not tied"
             )
         elif have and _ends(name, _HEADS) and _says_tied(expert):
             complaints.append(
@@ -206,11 +206,11 @@ def _through_twins(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str],
     headless = _says_tied(base) is False or any(_ends(name, _HEADS) for name in base.tensors)
     for name in extra:
         have = [other for other in theirs.candidates(name) if other in base.tensors]
-        tied = next((other for other in have if _same(expert, name, other)), None)
-        if tied:
+        twin = next((other for other in have if _same(expert, name, other)), None)
+        if twin:
             del tensors[name]
-            remarks.append(f"its '{name}' is the same as its '{tied}' and is left out, as in the base")
-        elif have and _ends(name, _HEADS) and not headless and wanted(name):
+            remarks.append(f"its '{name}' is the same as its '{twin}' and is left out, as in the base")
+        elif have and _ends(name, _HEADS) and not headless and merges(name):
             complaints.append(
                 f"'{name}': of its own in {expert.name}, other than '{have[0]}'; the base has none, and would lose it"
             )
@@ -220,8 +220,8 @@ def _through_twins(base: Checkpoint, expert: Checkpoint, wanted: Callable[[str],
 
 def _through_adapted_twins(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
     """An adapter that changes one of two tied tensors, both of which the base stores, changes the other as well."""
-    adapted = [name for name, info in expert.tensors.items() if info.change is not None and info.change.factors]
-    tables = [name for name in adapted if is_vocabulary(name)] if expert.adapter is not None else []
+    factors = [name for name, info in expert.tensors.items() if info.change is not None and info.change.factors]
+    tables = [name for name in factors if is_vocabulary(name)] if expert.adapter is not None else []
     if not tables or _says_tied(base) is False:
         return expert
     ties, tensors = _Ties(base), dict(expert.tensors)
@@ -240,10 +240,10 @@ def _one_table(base: Checkpoint, expert: Checkpoint) -> list[str]:
         return []
     if not all(_same(base, ours[0], name) for name in ours) or not all(_same(expert, theirs[0], n) for n in theirs):
         return []
-    kept = expert.tensors[theirs[0]]
+    table = expert.tensors[theirs[0]]
     for name in theirs:
         del expert.tensors[name]
-    expert.tensors.update(dict.fromkeys(ours, kept))
+    expert.tensors.update(dict.fromkeys(ours, table))
     return [f"its table '{theirs[0]}' is the base's '{ours[0]}'"]
 
 
@@ -288,9 +288,9 @@ def _place(info: TensorInfo) -> tuple[object, ...]:
 def _says_tied(model: Checkpoint) -> bool | None:
     """Whether the model's config says that its head is its embedding; None where it says nothing."""
     for config in (model.config, model.config.get("text_config")):
-        told = config.get("tie_word_embeddings") if isinstance(config, dict) else None
-        if isinstance(told, bool):
-            return told
+        answer = config.get("tie_word_embeddings") if isinstance(config, dict) else None
+        if isinstance(answer, bool):
+            return answer
     return None
 
 

@@ -41,15 +41,13 @@ def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[
         raise ReferenceNotFound(
             f"{reference.text} is a task vector, not a base", hint=f"its base was {origin.vector.base}"
         )
-    opened = tuple(attach(open_checkpoint(other), origin) for other in others)
-    vectors = [expert for expert in opened if expert.vector is not None and expert.vector.base_sha256 is not None]
-    if vectors:
-        ours = tuple(sorted(origin.digests().values()))
-        for expert in vectors:
-            assert expert.vector is not None
-            if expert.vector.base_sha256 != ours:
-                raise PlanError(
-                    f"'{expert.name}' is a task vector of another base than {reference.text} (the sha256 differs)",
-                    hint=f"its base was '{expert.vector.base}'",
-                )
-    return origin, opened
+    experts = tuple(attach(open_checkpoint(other), origin) for other in others)
+    for expert in experts:
+        vector = expert.vector
+        digests = None if vector is None else vector.base_sha256
+        if vector is not None and digests is not None and digests != tuple(sorted(origin.digests().values())):
+            raise PlanError(
+                f"'{expert.name}' is a task vector of another base than {reference.text} (the sha256 differs)",
+                hint=f"its base was '{vector.base}'",
+            )
+    return origin, experts

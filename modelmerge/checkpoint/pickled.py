@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from modelmerge.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, MERGEABLE_DTYPES, TensorInfo
+from modelmerge.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, MERGEABLE_DTYPES, TensorInfo, damaged, foreign
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 # By the names that pickles use: the safetensors dtype, or None for kinds that safetensors has no name for.
@@ -70,6 +70,7 @@ _IGNORED = {
     ("torch", "per_tensor_symmetric"), ("torch", "per_channel_symmetric"),
     ("torch", "per_channel_affine_float_qparams"),
 }  # fmt: skip
+_SAVE_STATE = "save the model's state dict: torch.save(model.state_dict(), ...)"
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name and extra field
 
 
@@ -133,9 +134,7 @@ def read_pickle(file: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
             start = stream.read(8)
             stream.seek(0)
             if start[:4] in (b"GGUF", b"tjgg", b"lmgg", b"fmgg"):
-                raise ReferenceNotFound(
-                    f"{file} is GGUF, which cannot be merged", hint="use the model's safetensors weights"
-                )
+                raise foreign(file, "GGUF")
             if start.startswith(b"PK\x03\x04"):
                 content, places = _open_archive(file, stream)
             elif start.startswith(b"\x80"):
@@ -147,9 +146,9 @@ def read_pickle(file: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
                 )
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    state, told = _state_dict(file, content)
+    state, remarks = _state_dict(file, content)
     infos = [_info(file, name, tensor, places) for name, tensor in state.items()]
-    return {info.name: info for info in sorted(infos, key=lambda info: info.start)}, told
+    return {info.name: info for info in sorted(infos, key=lambda info: info.start)}, remarks
 
 
 def gather(descriptor: int, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
@@ -180,9 +179,9 @@ class _Unpickler(pickle.Unpickler):
             return _Dtype(name, _DTYPES[name])
         if module == "_codecs" and name == "encode":  # how protocol 2 writes bytes
             return _StandIn(lambda text, how: text.encode("latin1"))
-        known = _PLAIN.get((module, name))
-        if known is not None:
-            return known
+        plain = _PLAIN.get((module, name))
+        if plain is not None:
+            return plain
         if (module, name) in _IGNORED:
             return _StandIn(lambda *args: None)
         raise CheckpointError(
@@ -213,14 +212,9 @@ _REBUILDERS: dict[str, Callable[..., Any]] = {
     "_rebuild_from_type_v2": lambda rebuild, kind, args, state: rebuild(*args),
 }
 _PLAIN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("collections", "Counter"): dict,
-    ("torch", "Size"): tuple,
-    **{
-        (module, kind.__name__): kind
-        for module in ("builtins", "__builtin__")
-        for kind in (set, complex)
-    },
+    ("collections", "OrderedDict"): OrderedDict, ("collections", "Counter"): dict, ("torch", "Size"): tuple,
+    ("builtins", "set"): set, ("builtins", "complex"): complex,
+    ("__builtin__", "set"): set, ("__builtin__", "complex"): complex,
 }  # fmt: skip
 
 
@@ -236,9 +230,7 @@ def _unpickled(file: Path, stream: BinaryIO, items: dict[Any, int] | None = None
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(
-            f"{file}: its pickle is damaged ({type(error).__name__}: {error})", hint="copy or download the file again"
-        ) from error
+        raise damaged(file, f"its pickle is damaged ({type(error).__name__}: {error})") from error
 
 
 Places = dict[str, tuple[int, int]]  # storage key -> first byte in the file, bytes
@@ -253,7 +245,7 @@ def _open_archive(file: Path, stream: BinaryIO) -> tuple[Any, Places]:
         stream.seek(offset)
         header = stream.read(_LOCAL_HEADER)
         if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
-            raise CheckpointError(f"{file}: damaged at '{entry.filename}'", hint="copy or download the file again")
+            raise damaged(file, f"damaged at '{entry.filename}'")
         start = offset + _LOCAL_HEADER + sum(struct.unpack("<HH", header[26:]))
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise CheckpointError(
@@ -261,7 +253,7 @@ def _open_archive(file: Path, stream: BinaryIO) -> tuple[Any, Places]:
                 hint="save the state dict again, with safetensors.torch.save_file or torch.save",
             )
         if start + entry.file_size > size:
-            raise CheckpointError(f"{file}: truncated in '{entry.filename}'", hint="copy or download the file again")
+            raise damaged(file, f"truncated in '{entry.filename}'")
         return start, entry.file_size
 
     def content(entry: zipfile.ZipInfo) -> bytes:
@@ -275,16 +267,11 @@ def _open_archive(file: Path, stream: BinaryIO) -> tuple[Any, Places]:
         with zipfile.ZipFile(stream) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
-        raise CheckpointError(
-            f"{file}: truncated or damaged: {error}", hint="copy or download the file again"
-        ) from error
+        raise damaged(file, f"truncated or damaged: {error}") from error
     root = next((name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")), None)
     if root is None or f"{root}constants.pkl" in entries:
         kind = "no PyTorch checkpoint, though a zip archive" if root is None else "a TorchScript archive"
-        raise ReferenceNotFound(
-            f"{file} is {kind}, which cannot be merged",
-            hint="save the model's state dict: torch.save(model.state_dict(), ...)",
-        )
+        raise ReferenceNotFound(f"{file} is {kind}, which cannot be merged", hint=_SAVE_STATE)
     order = entries.get(f"{root}byteorder")
     if order is not None and content(order) != b"little":
         raise CheckpointError(f"{file}: written on a big-endian machine", hint="save it again on this machine")
@@ -296,24 +283,21 @@ def _open_archive(file: Path, stream: BinaryIO) -> tuple[Any, Places]:
 def _open_legacy(file: Path, stream: BinaryIO) -> tuple[Any, Places]:
     """What the main pickle of a file from before torch 1.6 holds, and where the storages are."""
     if _unpickled(file, stream) != _LEGACY_MAGIC:
-        raise CheckpointError(
-            f"{file}: a pickle that torch.save did not write",
-            hint="save the model's state dict: torch.save(model.state_dict(), ...)",
-        )
+        raise CheckpointError(f"{file}: a pickle that torch.save did not write", hint=_SAVE_STATE)
     version, system = _unpickled(file, stream), _unpickled(file, stream)
     if not (isinstance(system, dict) and system.get("little_endian", True)):
         raise CheckpointError(f"{file}: written on a big-endian machine", hint="save it again on this machine")
     items: dict[Any, int] = {}
     content, keys = _unpickled(file, stream, items), _unpickled(file, stream)
     if version != _LEGACY_VERSION or not isinstance(keys, list) or not items.keys() >= set(keys):
-        raise CheckpointError(f"{file}: damaged behind its pickle", hint="copy or download the file again")
+        raise damaged(file, "damaged behind its pickle")
     places, position, size = {}, stream.tell(), os.fstat(stream.fileno()).st_size
     for key in keys:
         stream.seek(position)
         length = stream.read(8)
         nbytes = struct.unpack("<q", length)[0] * items[key] if len(length) == 8 else size
         if not 0 <= nbytes <= size - position - 8:
-            raise CheckpointError(f"{file}: truncated", hint="copy or download the file again")
+            raise damaged(file, "truncated")
         places[str(key)] = position + 8, nbytes
         position += 8 + nbytes
     return content, places
@@ -321,28 +305,25 @@ def _open_legacy(file: Path, stream: BinaryIO) -> tuple[Any, Places]:
 
 def _state_dict(file: Path, content: Any) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """The one state dict in what a file holds, wherever it is nested, and what to say of it."""
-    found = list(_search(content, ()))
-    if len(found) > 1:
+    dicts = list(_search(content, ()))
+    if len(dicts) > 1:
         # A tensor or two beside the nested weights are the state of a training run: a loss, a generator's.
-        found = [entry for entry in found if any(map(_is_weight, entry[1].values()))] or found
-    if not found:
-        held = f"a dict of {', '.join(map(repr, list(content)[:6]))}" if isinstance(content, dict) else "something else"
+        dicts = [entry for entry in dicts if any(map(_is_weight, entry[1].values()))] or dicts
+    if not dicts:
+        what = f"a dict of {', '.join(map(repr, list(content)[:6]))}" if isinstance(content, dict) else "something else"
+        raise CheckpointError(f"{file}: holds no state dict, no dict of names to tensors, but {what}", hint=_SAVE_STATE)
+    if len(dicts) > 1:
         raise CheckpointError(
-            f"{file}: holds no state dict, no dict of names to tensors, but {held}",
-            hint="save the model's state dict: torch.save(model.state_dict(), ...)",
-        )
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{file}: holds several state dicts: {', '.join(_where(path) for path, _ in found)}",
+            f"{file}: holds several state dicts: {', '.join(_where(path) for path, _ in dicts)}",
             hint="save the one that is meant by itself, with safetensors.torch.save_file",
         )
-    ((path, state),) = found
+    ((path, state),) = dicts
     tensors = {name: value for name, value in state.items() if isinstance(value, (_View, _Odd))}
-    told = [f"the weights are those under {_where(path)} in {file.name}"] if path else []
+    remarks = [f"the weights are those under {_where(path)} in {file.name}"] if path else []
     plain = [name for name, value in state.items() if name not in tensors and not _is_empty(value)]
     if plain:
-        told.append(f"{', '.join(map(repr, plain[:4]))} in {file.name} {'are' if plain[1:] else 'is'} no tensor")
-    return tensors, tuple(told)
+        remarks.append(f"{', '.join(map(repr, plain[:4]))} in {file.name} {'are' if plain[1:] else 'is'} no tensor")
+    return tensors, tuple(remarks)
 
 
 def _search(content: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -373,7 +354,7 @@ def _info(file: Path, name: str, tensor: Any, places: Places) -> TensorInfo:
     """A tensor's place and kind, checked against the storage that it says it lies in."""
 
     def lie(what: str) -> CheckpointError:
-        return CheckpointError(f"{file}: tensor '{name}' {what}", hint="copy or download the file again")
+        return damaged(file, f"tensor '{name}' {what}")
 
     if not isinstance(tensor, _View) or not isinstance(tensor.dtype, _Dtype) or tensor.dtype.code is None:
         kind = tensor.kind if isinstance(tensor, _Odd) else getattr(tensor.dtype, "name", "of no dtype")
@@ -385,9 +366,8 @@ def _info(file: Path, name: str, tensor: Any, places: Places) -> TensorInfo:
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
     if not isinstance(storage, _Storage) or str(storage.key) not in places:
         raise lie("lies in a storage that the file lacks")
-    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
-        raise lie(f"has the shape {shape!r} and the strides {strides!r}")
-    numbers = (tensor.offset, storage.offset, *shape, *strides)
+    agree = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
+    numbers = (tensor.offset, storage.offset, *shape, *strides) if agree else (None,)
     if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise lie(f"has the shape {shape!r} and the strides {strides!r}")
     start, nbytes = places[str(storage.key)]
@@ -396,11 +376,11 @@ def _info(file: Path, name: str, tensor: Any, places: Places) -> TensorInfo:
     reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if numel else 0
     if first + reach * item > nbytes or numel * item >= 2**63:
         raise lie(f"lies in {nbytes} bytes of storage and reaches to byte {first + reach * item}")
-    ordered, step = True, 1
+    in_order, step = True, 1
     for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        ordered, step = ordered and (n == 1 or stride == step), step * n
-    gathered = None if ordered or not numel else tuple(strides)
-    return TensorInfo(name, tensor.dtype.code, tuple(shape), file, start + first, numel * item, strides=gathered)
+        in_order, step = in_order and (n == 1 or stride == step), step * n
+    stored_strides = None if in_order or not numel else tuple(strides)
+    return TensorInfo(name, tensor.dtype.code, tuple(shape), file, start + first, numel * item, strides=stored_strides)
 
 
 def _item(dtype: _Dtype) -> int:

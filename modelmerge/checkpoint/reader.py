@@ -11,7 +11,7 @@ from typing import Any
 
 from modelmerge.checkpoint import adapter as peft
 from modelmerge.checkpoint.digest import FileDigest
-from modelmerge.checkpoint.header import Change, TensorInfo, read_header
+from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_json
 from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
 from modelmerge.errors import CheckpointError, ReferenceNotFound
@@ -88,10 +88,10 @@ class Checkpoint:
         position, done = tensor.start + offset, 0
         try:
             while done < len(buffer):
-                got = source.read(buffer[done:], position + done, follow=follow)
-                if not got:
+                count = source.read(buffer[done:], position + done, follow=follow)
+                if not count:
                     raise CheckpointError(f"{tensor.file}: ended while tensor '{tensor.name}' was read")
-                done += got
+                done += count
         except OSError as error:
             raise CheckpointError(f"{tensor.file}: tensor '{tensor.name}' cannot be read: {error.strerror}") from error
 
@@ -125,14 +125,14 @@ class Checkpoint:
             return self._sources[file]
 
     def _digest(self, file: Path) -> str:
-        found = self._open(file).finish()
+        digest = self._open(file).finish()
         remote = self.reference.repository
-        if remote is not None and found != (remote.sha256(file) or found):
+        if remote is not None and digest != (remote.sha256(file) or digest):
             raise CheckpointError(
                 f"{file}: not what the Hub has: its copy in the cache is damaged (the sha256 differs)",
                 hint=f"remove {file.resolve()} and run the command again",
             )
-        return found
+        return digest
 
 
 def open_checkpoint(reference: Reference) -> Checkpoint:
@@ -146,7 +146,7 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
     if path.is_dir():
         return _open_directory(reference, path)
     if path.suffix in _FOREIGN:
-        raise _foreign(path)
+        raise foreign(path, _FOREIGN[path.suffix])
     tensors, remarks = read_file(path)
     return Checkpoint(reference, tensors, {path: path.stat()}, None, {}, remarks=remarks)
 
@@ -238,7 +238,7 @@ def _read_vector(directory: Path) -> VectorOf | None:
 
 def _joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors of a task vector, each pair of factors as the one tensor that is their product."""
-    joined = {n: replace(info, change=Change()) for n, info in tensors.items() if not n.endswith((LEFT, RIGHT))}
+    products = {n: replace(info, change=Change()) for n, info in tensors.items() if not n.endswith((LEFT, RIGHT))}
     for name, left in tensors.items():
         if name.endswith(LEFT):
             whole = name.removesuffix(LEFT)
@@ -246,20 +246,15 @@ def _joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
             if right is None or len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
                 raise CheckpointError(f"{left.file}: tensor '{name}' has no matching factor '{whole + RIGHT}'")
             shape, nbytes = (left.shape[0], right.shape[1]), left.nbytes + right.nbytes
-            joined[whole] = TensorInfo(
-                whole, left.dtype, shape, left.file, left.start, nbytes, change=Change(factors=(left, right))
-            )
-    return joined
+            change = Change(factors=(left, right))
+            products[whole] = TensorInfo(whole, left.dtype, shape, left.file, left.start, nbytes, change=change)
+    return products
 
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(file, str) for file in weight_map.values())
-        ):
+        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(f, str) for f in weight_map.values())):
             raise TypeError
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{index}: malformed: it has no 'weight_map' of tensor names to file names") from error
@@ -286,47 +281,34 @@ def _read_shards(
     tensors: dict[str, TensorInfo] = {}
     remarks: tuple[str, ...] = ()
     for shard in shards:
-        held, told = read_file(directory / shard)
-        remarks += told
-        for name, tensor in held.items():
+        content, notes = read_file(directory / shard)
+        remarks += notes
+        for name, tensor in content.items():
             if weight_map.get(name) != shard:
                 raise CheckpointError(f"{directory / shard}: holds tensor '{name}', which {index} does not place there")
             tensors[name] = tensor
-    lost = [name for name in weight_map if name not in tensors]
-    if lost:
-        raise CheckpointError(
-            f"{directory / weight_map[lost[0]]}: lacks tensor '{lost[0]}', which {index} places there"
-        )
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{directory / shard}: lacks tensor '{name}', which {index} places there")
     return tensors, remarks
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
-    if not file.exists():
-        return {}
-    try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from error
+    config = read_json(file) if file.exists() else None
     return config if isinstance(config, dict) else {}
 
 
 def _no_weights(directory: Path) -> ReferenceNotFound:
-    found = sorted(p for p in directory.iterdir() if p.is_file())
-    foreign = next((p for p in found if p.suffix in _FOREIGN), None)
-    loose = [p.name for p in found if p.suffix == ".safetensors"] or [p.name for p in found if p.suffix in _PICKLES]
+    files = sorted(p for p in directory.iterdir() if p.is_file())
+    other = next((p for p in files if p.suffix in _FOREIGN), None)
+    loose = [p.name for p in files if p.suffix == ".safetensors"] or [p.name for p in files if p.suffix in _PICKLES]
     if loose:
         hint = f"it holds {', '.join(loose[:4])}: name one file, or restore the index if they are shards"
         return ReferenceNotFound(f"{directory} has neither {SINGLE} nor {INDEX} nor {PICKLED}", hint=hint)
-    if foreign:
-        return _foreign(foreign)
+    if other:
+        return foreign(other, _FOREIGN[other.suffix])
     return ReferenceNotFound(
         f"{directory} holds no checkpoint: neither {SINGLE} nor {INDEX} nor {PICKLED}",
         hint="name a directory that holds one",
-    )
-
-
-def _foreign(path: Path) -> ReferenceNotFound:
-    return ReferenceNotFound(
-        f"{path} is {_FOREIGN[path.suffix]}, which cannot be merged", hint="use the model's safetensors weights"
     )

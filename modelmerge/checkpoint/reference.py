@@ -67,10 +67,10 @@ def parse(text: str) -> Reference:
         name, ref = left, right
     try:
         path = Path(ref).expanduser()
-        found = path.exists()
+        exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long for a name, no such user, a zero byte
         raise ReferenceNotFound(f"'{ref[:200]}' cannot be a path: {error}") from error
-    if not found:
+    if not exists:
         repository = _on_the_hub(ref, path)
         there = Path(repository.name) / repository.inside
         name = name or _default_name(there, folder=repository.inside not in repository.files)
@@ -97,14 +97,14 @@ def parse_all(texts: Iterable[str], kind: str) -> tuple[Reference, ...]:
     Raises:
         UsageError: Two have one name.
     """
-    found = tuple(parse(text) for text in texts)
-    twice = [name for name, count in Counter(each.name for each in found).items() if count > 1]
+    references = tuple(parse(text) for text in texts)
+    twice = [name for name, count in Counter(each.name for each in references).items() if count > 1]
     if twice:
-        where = ", ".join(each.text for each in found if each.name == twice[0])
+        where = ", ".join(each.text for each in references if each.name == twice[0])
         raise UsageError(
             f"two {kind}s are called '{twice[0]}': {where}", hint="name them apart: first=PATH second=OTHER_PATH"
         )
-    return found
+    return references
 
 
 def _default_name(path: Path, *, folder: bool) -> str:
@@ -136,8 +136,7 @@ def _on_the_hub(ref: str, path: Path) -> repository.Repository:
 
 def _missing(ref: str, path: Path) -> ReferenceNotFound:
     return ReferenceNotFound(
-        f"'{ref}': no such file or directory",
-        hint=_beside(path) or "name a checkpoint directory or .safetensors file",
+        f"'{ref}': no such file or directory", hint=_beside(path) or "name a checkpoint directory or .safetensors file"
     )
 
 

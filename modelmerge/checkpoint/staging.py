@@ -9,51 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
-import fnmatch
 import json
 import os
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.layout import Layout, Shard
 from modelmerge.checkpoint.reader import MANIFEST
+from modelmerge.checkpoint.scratch import FULL, Scratch, claim_space, reason, write_all
 from modelmerge.errors import ModelMergeError, OutputError, named
 
 CARD = "README.md"
 _JOURNAL = ".journal.json"
-_FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up",
-         errno.EFBIG: "the file is larger than this system allows"}  # fmt: skip
-# What lies beside weights and is wanted with them. Weights, their indices and what training left are not.
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "*.vocab", "*.bpe",
-               "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja", "[0-9]_*/config.json")  # fmt: skip
-_NOT_COMPANIONS = (MANIFEST, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
-
-
-def companions(directory: Path | None) -> dict[str, Path]:
-    """The config, tokenizer, processor, code and licence files beside a base's weights, by their place there."""
-    if directory is None:
-        return {}
-    found = {file for pattern in _COMPANIONS for file in directory.glob(pattern) if file.is_file()}
-    wanted = {str(file.relative_to(directory)): file for file in sorted(found)}
-    return {place: file for place, file in wanted.items() if is_companion(place)}
-
-
-def is_companion(place: str) -> bool:
-    """Whether a file of that place beside a base's weights goes with them."""
-    path = PurePosixPath(place)
-    if path.name.startswith(".") or path.name.endswith((*_NOT_COMPANIONS, ".index.json")):
-        return False
-    # By the parts: a star does not reach into folders.
-    patterns = [PurePosixPath(pattern).parts for pattern in _COMPANIONS]
-    return any(len(parts) == len(path.parts) and all(map(fnmatch.fnmatchcase, path.parts, parts)) for parts in patterns)
 
 
 def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
@@ -96,11 +70,11 @@ def replace_file(output: Path, name: str, content: bytes) -> None:
     """
     manifest = output / MANIFEST
     try:
-        told = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
+        record = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
         _replace(output / name, content)
-        if name in told.get("files", {}):
-            told["files"][name] = {"sha256": sha256(output / name), "bytes": len(content)}
-            _replace(manifest, (json.dumps(told, indent=2) + "\n").encode())
+        if name in record.get("files", {}):
+            record["files"][name] = {"sha256": sha256(output / name), "bytes": len(content)}
+            _replace(manifest, (json.dumps(record, indent=2) + "\n").encode())
     except (OSError, ValueError, AttributeError) as error:
         raise OutputError(f"{output / name} cannot be written: {error}") from error
 
@@ -128,60 +102,6 @@ def finished(output: Path, fingerprint: str) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
-class Scratch:
-    """A nameless file of so many bytes, written and read in any order from any thread; gone with its process."""
-
-    def __init__(self, directory: Path, nbytes: int) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by its owner
-        try:
-            if nbytes:
-                _claim_space(self._file.fileno(), nbytes)
-        except OSError:
-            self._file.close()
-            raise
-
-    def write(self, place: int, data: memoryview) -> None:
-        """Write at a place, in bytes from the start."""
-        _write_all(self._file.fileno(), data, place)
-
-    def read_into(self, place: int, data: memoryview) -> None:
-        """Fill `data` with what was written at a place."""
-        done = 0
-        while done < len(data):
-            done += os.preadv(self._file.fileno(), [data[done:]], place + done)
-
-    def close(self) -> None:
-        """Let go of the file, which frees its bytes."""
-        self._file.close()
-
-
-Room = Callable[[int], Scratch]  # gives room of so many bytes on the disk
-
-
-@contextlib.contextmanager
-def scratches(output: Path) -> Iterator[Room]:
-    """Gives room beside an output that is not being written yet, for as long as the block lasts.
-
-    Raises:
-        OutputError: There is not so much.
-    """
-    folder = next(parent for parent in output.resolve().parents if parent.is_dir())
-    with contextlib.ExitStack() as stack:
-
-        def make(nbytes: int) -> Scratch:
-            try:
-                made = Scratch(folder, nbytes)
-            except OSError as error:
-                why = _FULL.get(error.errno or 0) or error.strerror or str(error)
-                raise OutputError(
-                    f"cannot keep {nbytes:,} bytes in {folder}: {why}", hint="name another place or make room"
-                ) from error
-            stack.callback(made.close)
-            return made
-
-        yield make
-
-
 class Staging:
     """The directory in which an output grows, and what has been written there.
 
@@ -206,7 +126,7 @@ class Staging:
         self._resume = resume
         self._fingerprint = fingerprint
         self._descriptors: dict[str, int] = {}
-        self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in layout.shards}
+        self._missing: dict[str, int] = {}  # bytes still to be written, by file
         self._scratches: list[Scratch] = []
         self._mutex = threading.Lock()
         self._lock = -1
@@ -249,15 +169,14 @@ class Staging:
             OutputError: There is not so much, which shows before the work, not after.
         """
         with self._explained(f"keep {nbytes:,} bytes beside the output"):
-            made = Scratch(self._directory, nbytes)
-        self._scratches.append(made)
-        return made
+            scratch = Scratch(self._directory, nbytes)
+        self._scratches.append(scratch)
+        return scratch
 
     def lay_out(self, layout: Layout) -> None:
         """Make the weight files of a layout that was not known when the output was prepared."""
         with self._explained("prepare the output"):
             self._layout = layout
-            self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in layout.shards}
             self._check_space()
             self._make_shards()
 
@@ -293,11 +212,11 @@ class Staging:
         if shard.filename not in self._descriptors:
             return
         with self._explained(f"write tensor '{tensor}'"):
-            _write_all(self._descriptors[shard.filename], data, shard.tensors[tensor] + offset)
+            write_all(self._descriptors[shard.filename], data, shard.tensors[tensor] + offset)
             with self._mutex:
                 self._missing[shard.filename] -= len(data)
-                finished = self._missing[shard.filename] == 0
-            if finished:
+                complete = self._missing[shard.filename] == 0
+            if complete:
                 self._finish(shard)
 
     def write_if_wanted(self, tensor: str, offset: int, data: memoryview) -> None:
@@ -396,6 +315,7 @@ class Staging:
             )
 
     def _make_shards(self) -> None:
+        self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in self._layout.shards}
         for shard in self._layout.shards:
             if shard.filename in self.digests:
                 self._missing[shard.filename] = 0
@@ -404,8 +324,8 @@ class Staging:
             (self._directory / shard.filename).parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._directory / shard.filename, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             self._descriptors[shard.filename] = descriptor
-            _claim_space(descriptor, shard.file_bytes)
-            _write_all(descriptor, memoryview(shard.header), 0)
+            claim_space(descriptor, shard.file_bytes)
+            write_all(descriptor, memoryview(shard.header), 0)
             if not self._missing[shard.filename]:
                 self._finish(shard)
 
@@ -424,8 +344,7 @@ class Staging:
             os.replace(temporary, self._directory / _JOURNAL)
 
     def _abandon(self) -> None:
-        keep = self._resume and bool(self.digests)
-        if not keep:
+        if not (self._resume and self.digests):
             shutil.rmtree(self._directory, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -435,13 +354,8 @@ class Staging:
         except ModelMergeError:
             raise
         except OSError as error:
-            why = _FULL.get(error.errno or 0) or error.strerror or str(error)
-            raise OutputError(
-                f"cannot {doing} in {self._target.parent}: {why}",
-                hint="nothing was left at the output; name another place or make room"
-                if error.errno in _FULL
-                else None,
-            ) from error
+            hint = "nothing was left at the output; name another place or make room" if error.errno in FULL else None
+            raise OutputError(f"cannot {doing} in {self._target.parent}: {reason(error)}", hint=hint) from error
 
 
 def _claim(directory: Path, target: Path) -> int:
@@ -466,20 +380,6 @@ def _claim(directory: Path, target: Path) -> int:
         os.close(descriptor)
 
 
-def _claim_space(descriptor: int, nbytes: int) -> None:
-    """Make a file so long, with its space claimed now: a full disk shows before the work, not after."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, nbytes)
-    else:
-        os.ftruncate(descriptor, nbytes)
-
-
-def _write_all(descriptor: int, data: memoryview, position: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
-
-
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -494,5 +394,5 @@ def _exchange(first: Path, second: Path) -> bool:
     if renameat2 is None:
         return False
     at_cwd, rename_exchange = -100, 2
-    done: int = renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange)
-    return done == 0
+    status: int = renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange)
+    return status == 0

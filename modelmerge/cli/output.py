@@ -27,7 +27,7 @@ Format = Literal["human", "json", "quiet"]
 # Where the command line's word for a parameter of a verb is another one.
 _FLAGS = {
     "weights": "weight", "experts": "expert", "tasks": "task", "templates": "template", "tries": "try", "out": "output",
-    "full_experts": "experts",
+    "full_experts": "experts", "metrics": "metric", "page": "report",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_change
 from modelmerge.checkpoint.layout import Entry
-from modelmerge.checkpoint.staging import Scratch
+from modelmerge.checkpoint.scratch import Scratch
 from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import TORCH_DTYPES, as_bytes, loaded, piece_bytes, rounded, whole
 from modelmerge.engine.memory import PRODUCT_RUN

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.staging import Room
+from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
 from modelmerge.engine.loader import Piece, piece_bytes, wholes
 from modelmerge.engine.parallel import current, prepare_process
 from modelmerge.engine.transforms import Chain, FittedJob
-from modelmerge.errors import CheckpointError, ModelMergeError, PlanError
+from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, named
 from modelmerge.methods.coefficients import Mixture, Options
 from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
@@ -166,7 +166,8 @@ def _put_in(problem: Problem, values: Mapping[str, Tensor | None], parts: Contai
         raise PlanError(
             f"the module of '{problem.name}' lacks {len(lacking)} of the tensors that the experts changed: "
             f"{_listed(lacking)}; it has {_listed(list(parameters))}",
-            hint="its state dict must name them as the checkpoint does; --exclude GLOB takes the base's instead",
+            hint="its state dict must name them as the checkpoint does; "
+            f"{named('exclude')} GLOB takes the base's instead",
         )
     # A tensor that is used in two places is replaced in both.
     places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
@@ -200,7 +201,7 @@ def _loss_of(problem: Problem, mixture: Mixture) -> Callable[[], Tensor]:
         if not bool(logits.isfinite().all()):
             raise CheckpointError(
                 f"the merged model gives NaN or Inf on the data of '{problem.name}'",
-                hint="a smaller --lr or --init may help; are the data and the experts' weights whole?",
+                hint=f"a smaller {named('lr')} or {named('init')} may help; are data and experts' weights whole?",
             )
         return mixture.loss(logits)
 
@@ -211,7 +212,7 @@ def _refuse_unread(names: Sequence[str]) -> None:
     if names:
         raise PlanError(
             f"no prediction depends on {len(names)} of the tensors that the experts changed: {_listed(names)}",
-            hint="no weights can be found for them; --exclude GLOB takes the base's instead",
+            hint=f"no weights can be found for them; {named('exclude')} GLOB takes the base's instead",
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.staging import Room, Scratch
+from modelmerge.checkpoint.scratch import Room, Scratch
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures
 from modelmerge.engine.job import SMALL, Job

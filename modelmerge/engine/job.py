@@ -48,7 +48,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Group:
     """The tensors of a merge that one method takes.
 
     Args:
@@ -102,7 +102,7 @@ class Job:
 
     Args:
         source: Where the task vectors come from.
-        parts: The methods, each with the tensors that it merges; together they merge all that is not copied.
+        groups: The methods, each with the tensors that it merges; together they merge all that is not copied.
         weights: Each expert's weight.
         transforms: What changes the task vectors before they are merged, in this order.
         seed: The seed of random draws.
@@ -110,7 +110,7 @@ class Job:
     """
 
     source: Source
-    parts: tuple[Part, ...]
+    groups: tuple[Group, ...]
     weights: tuple[float, ...]
     transforms: tuple[Transform, ...] = ()
     seed: int = 0
@@ -122,11 +122,11 @@ class Job:
         return self.source.plan
 
     @cached_property
-    def _takers(self) -> dict[str, Part]:
-        return {tensor.name: part for part in self.parts for tensor in part.tensors}
+    def _takers(self) -> dict[str, Group]:
+        return {tensor.name: group for group in self.groups for tensor in group.tensors}
 
-    def part(self, tensor: TensorPlan) -> Part:
-        """The part that merges the tensor."""
+    def group(self, tensor: TensorPlan) -> Group:
+        """The group that merges the tensor."""
         return self._takers[tensor.name]
 
     def options_of(self, tensor: str) -> Any:
@@ -139,7 +139,7 @@ class Job:
 
     def wholes(self) -> list[TensorPlan]:
         """The tensors that their method wants whole."""
-        return [tensor for part in self.parts if not part.blockwise for tensor in part.tensors]
+        return [tensor for group in self.groups if not group.blockwise for tensor in group.tensors]
 
     def taken(self, transform: Transform) -> list[TensorPlan]:
         """The merged tensors that a transform is fitted on."""

@@ -15,7 +15,7 @@ from modelmerge.checkpoint.header import DTYPE_BITS, Change, TensorInfo
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source
 from modelmerge.engine.rounding import Rounding, squared
-from modelmerge.errors import CheckpointError
+from modelmerge.errors import CheckpointError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
 
 TORCH_DTYPES = {
@@ -205,14 +205,14 @@ class Loader:
                     kind = "NaN" if bool(values.isnan().any()) else "Inf"
                     raise CheckpointError(
                         f"{info.file}: tensor '{part.name}' of '{model.name}' holds {kind}",
-                        hint=f"--exclude '{info.name}' copies it from the base unchecked, if that is meant to be so",
+                        hint=f"{named('exclude')} '{info.name}' copies it from the base unchecked, if that is meant",
                     )
             if info.change is not None and info.change.magnitude is not None:
                 factors = self._rescaling(model, info.change, piece.tensor, 0, piece.tensor.shape[0])
                 if not bool(factors.isfinite().all()):
                     raise CheckpointError(
                         f"{info.file}: '{info.change.magnitude.name}' rescales weights that are all zero in the base",
-                        hint=f"--exclude '{info.name}' copies them from the base",
+                        hint=f"{named('exclude')} '{info.name}' copies them from the base",
                     )
 
     def _widened(self, model: Checkpoint, piece: Piece) -> Tensor:
@@ -345,7 +345,7 @@ def rounded(piece: Piece, values: Tensor, *, check: bool = True, rounding: Round
         if not bool(stored.isfinite().all()):
             raise CheckpointError(
                 f"tensor '{piece.tensor.name}': the merged values overflow {str(dtype).removeprefix('torch.')}",
-                hint="store it wider: --dtype float32",
+                hint=f"store it wider: {named('dtype')} float32",
             )
     return stored.flatten().cpu()
 

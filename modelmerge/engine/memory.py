@@ -97,7 +97,7 @@ def scratch_bytes(job: Job) -> int:
 def passes(job: Job) -> float:
     """How many times task vectors are read at most: to merge, and before that."""
     fitting = sum(times for needs in needs_of(job) for times, _ in needs.reads)
-    return 1.0 + max((part.reads() for part in job.parts), default=0.0) + fitting
+    return 1.0 + max((group.reads() for group in job.groups), default=0.0) + fitting
 
 
 def fitting_bytes(job: Job, *, streamed: bool = False) -> int:
@@ -108,7 +108,7 @@ def fitting_bytes(job: Job, *, streamed: bool = False) -> int:
 def bytes_read(job: Job, *, streamed: bool = False) -> int:
     """Bytes of tensors that a merge reads, all passes counted; or only from models that are streamed."""
     plan = job.plan
-    surveys = [(part.reads(), part.surveyed()) for part in job.parts]
+    surveys = [(group.reads(), group.surveyed()) for group in job.groups]
     merging = _bytes_of([(1.0, job.merged()), *surveys], plan, streamed=streamed)
     copying = sum(plan.stored_bytes(t, experts=False, streamed=streamed) for t in plan.select("copy"))
     return merging + fitting_bytes(job, streamed=streamed) + copying
@@ -207,7 +207,7 @@ def refuse_beyond_memory(job: Job) -> None:
 
 def survey(job: Job) -> Bytes:
     """Surveys: blocks of task vectors, counted by integers."""
-    if not any(part.survey for part in job.parts):
+    if not any(group.survey for group in job.groups):
         return _NOTHING
     tasks, block = len(job.plan.experts), _block(job)
     taus_and_base, integers, bytes_as_stored = 4 * (tasks + 1), 24, 12
@@ -220,7 +220,7 @@ def survey(job: Job) -> Bytes:
 def merge_blocks(job: Job) -> Bytes:
     """Element-wise methods: a block for each worker."""
     tasks, block = len(job.plan.experts), _block(job)
-    workspace = max((part.method.workspace(tasks) for part in job.parts), default=0.0)
+    workspace = max((group.method.workspace(tasks) for group in job.groups), default=0.0)
     # At least what moments take of a block: some copies of it in float64.
     taus_and_base, of_method, bytes_as_stored = 4 * (tasks + 1), max(4 * workspace, 24), 12
     total = int(block * (taus_and_base + of_method + bytes_as_stored)) + unfolding(job.plan, block)
@@ -230,7 +230,7 @@ def merge_blocks(job: Job) -> Bytes:
 def _block(job: Job) -> int:
     """Elements of the largest block."""
     block = min(job.source.block, max((t.numel for t in job.plan.tensors.values()), default=0))
-    return max([block, *(t.row for part in job.parts if part.by_rows for t in part.tensors)])
+    return max([block, *(t.row for group in job.groups if group.by_rows for t in group.tensors)])
 
 
 def merge_wholes(job: Job) -> Bytes:
@@ -264,7 +264,7 @@ def _whole_bytes(job: Job, tensors: Tensors) -> int:
 
     def of_method(tensor: TensorPlan) -> float:
         """The method's own: copies of the tensor, and squares of its width."""
-        method = job.part(tensor).method
+        method = job.group(tensor).method
         width = min(tensor.shape[1], tasks * tensor.shape[0]) if len(tensor.shape) == 2 else 0
         return tensor.numel * 4 * method.workspace(tasks) + 8 * method.squares * width**2
 
@@ -288,7 +288,7 @@ def _bytes_of_wholes(source: Source, tensors: Tensors, beside: Callable[[TensorP
 def merge_into_adapter(job: Job, size: Size) -> Bytes:
     """Merging matrix by matrix, each then split into factors."""
     tasks, plan, tensors = len(job.plan.experts), job.plan, job.merged()
-    workspace = max(part.method.workspace(tasks) for part in job.parts)
+    workspace = max(group.method.workspace(tasks) for group in job.groups)
     largest = max((t.numel for t in tensors), default=0)
     widest = max((model.stored_bytes(t.name) for t in tensors for model in plan.models), default=0)
     # Task vectors, theta_0 and the merged one, the method's own, bytes as stored.

@@ -65,19 +65,19 @@ def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], pr
         CheckpointError: As for `run`.
         OutputError: As for `run`.
     """
-    linear = [part for part in jobs[0].parts if is_linear(part.method, option)]
-    names = {tensor.name for part in linear for tensor in part.tensors}
+    linear = [group for group in jobs[0].groups if is_linear(group.method, option)]
+    names = {tensor.name for group in linear for tensor in group.tensors}
     settings = {
         name: dataclasses.replace(setting, options=dataclasses.replace(setting.options, **{option: 1.0}))
         if name in names
         else setting
         for name, setting in jobs[0].settings.items()
     }
-    parts = tuple(
-        dataclasses.replace(part, options=dataclasses.replace(part.options, **{option: 1.0}))
-        if part in linear
-        else part
-        for part in jobs[0].parts
+    groups = tuple(
+        dataclasses.replace(group, options=dataclasses.replace(group.options, **{option: 1.0}))
+        if group in linear
+        else group
+        for group in jobs[0].groups
     )
     # The methods notice the same whatever the factor.
     shared, outputs = Findings(), []
@@ -85,7 +85,7 @@ def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], pr
         rounding = Rounding() if stored_narrow(job.plan) else None
         factors = {name: float(getattr(job.options_of(name), option)) for name in names}
         outputs.append(_Output(staging, dataclasses.replace(shared, rounding=rounding), factors))
-    _run(dataclasses.replace(jobs[0], parts=parts, settings=settings), outputs, progress)
+    _run(dataclasses.replace(jobs[0], groups=groups, settings=settings), outputs, progress)
     return [output.findings for output in outputs]
 
 
@@ -100,15 +100,15 @@ def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
         return
     fitted = fit(job, outputs[0].staging.scratch, progress)
 
-    wholes = [t for t in todo if t.action != "copy" and not job.part(t).blockwise]
-    streamed = [t for t in todo if t.action == "copy" or job.part(t).blockwise]
-    with_moments = [t for t in streamed if t.action != "copy" and job.part(t).moments is not None]
+    wholes = [t for t in todo if t.action != "copy" and not job.group(t).blockwise]
+    streamed = [t for t in todo if t.action == "copy" or job.group(t).blockwise]
+    with_moments = [t for t in streamed if t.action != "copy" and job.group(t).moments is not None]
     streamed = [t for t in streamed if t not in with_moments]
     reads = [*todo, *with_moments]  # the latter twice
     progress.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in reads))
 
     def in_rows(tensor: TensorPlan) -> bool:
-        return tensor.action != "copy" and job.part(tensor).by_rows
+        return tensor.action != "copy" and job.group(tensor).by_rows
 
     def merge_piece(piece: Piece, loader: Loader) -> None:
         if piece.tensor.action == "copy":
@@ -262,7 +262,7 @@ def merged_vector(
 ) -> Tensor:
     """The piece's merged task vector."""
     job = fitted.job
-    part, setting = job.part(piece.tensor), fitted.setting(piece.tensor)
+    group, setting = job.group(piece.tensor), fitted.setting(piece.tensor)
 
     def leave_out(expert: int, reason: str) -> None:
         findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
@@ -271,15 +271,15 @@ def merged_vector(
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
 
     measured = fitted.measured.get(piece.tensor.name)
-    if measured is None and part.moments is not None:  # it is here as a whole
-        measured = part.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
+    if measured is None and group.moments is not None:  # it is here as a whole
+        measured = group.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
         experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
-        base=theta_0 if part.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
+        base=theta_0 if group.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip
-    delta = part.method.apply(taus, setting.options, context)
+    delta = group.method.apply(taus, setting.options, context)
     if piece.tensor.rows is not None:
         delta = delta.contiguous()
         delta.view(-1)[max(piece.tensor.common - piece.start, 0) :] = 0

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from modelmerge.checkpoint.staging import Room
+from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine.corrections import CorrectionTransform
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
@@ -162,7 +162,7 @@ class FittedJob:
 
     def unchecked(self, tensor: TensorPlan) -> bool:
         """True if no earlier pass has checked this tensor for NaN and Inf."""
-        return self.job.part(tensor).survey is None and tensor.name not in self.measured
+        return self.job.group(tensor).survey is None and tensor.name not in self.measured
 
     def measure(self, tensors: Tensors, progress: Reporter) -> None:
         """Find the moments of tensors whose method takes them in blocks and needs that.
@@ -176,7 +176,7 @@ class FittedJob:
             theta_0, taus = loader.load(piece, check=True)
             self.chain.apply(piece, taus)
             progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
-            moments = self.job.part(piece.tensor).moments
+            moments = self.job.group(piece.tensor).moments
             assert moments is not None, "only what has moments is measured"
             return moments(taus, theta_0)
 
@@ -194,8 +194,8 @@ def fit(job: Job, scratch: Room, progress: Reporter) -> FittedJob:
         OutputError: There is no room on the disk.
     """
     fitted = FittedJob(job, fit_chain(job, scratch, progress))
-    for part in job.parts:
-        if part.survey is not None:
-            measured = run_survey(job.source, part.survey, fitted.chain.apply, part.surveyed(), progress)
-            fitted.measured.update(dict.fromkeys((tensor.name for tensor in part.tensors), measured))
+    for group in job.groups:
+        if group.survey is not None:
+            measured = run_survey(job.source, group.survey, fitted.chain.apply, group.surveyed(), progress)
+            fitted.measured.update(dict.fromkeys((tensor.name for tensor in group.tensors), measured))
     return fitted

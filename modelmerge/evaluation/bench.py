@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import time
@@ -11,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.companions import companions
+from modelmerge.checkpoint.digest import cache_directory, sha256
 from modelmerge.checkpoint.opening import as_references, open_references
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all
-from modelmerge.checkpoint.staging import CARD, companions, replace_file
+from modelmerge.checkpoint.staging import CARD, replace_file
 from modelmerge.engine.parallel import find_device
-from modelmerge.errors import ModelMergeError, UsageError
-from modelmerge.evaluation import cache
+from modelmerge.errors import ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.model import Model
-from modelmerge.evaluation.report import ModelRow, ScoreEntry, ScoreReport
+from modelmerge.evaluation.report import ModelRow, Report, ScoreEntry
 from modelmerge.evaluation.scores import Score, check_gates, differences, mean, parse_gate, summarise
 from modelmerge.plan.downloads import fetch_whole
 from modelmerge.progress import SILENT, Reporter
@@ -28,6 +30,8 @@ from modelmerge.record import card
 from modelmerge.record.fingerprint import versions
 from modelmerge.record.manifest import record, stamp
 
+_ENTRIES = 1  # format of the cache's: older ones are not read
+SAVE = f"save one: modelmerge eval SUITE ... {named('json')} > report.json"
 Models = Sequence[str | Path] | Mapping[str, str | Path]  # `[NAME=]REF` each, or a mapping of name to reference
 
 
@@ -70,7 +74,8 @@ class Bench:
         tasks: Their names. A None is measured in one go, and names its tasks itself.
         depends: What the score at a task depends on besides the model and the seed, as plain data. Without it nothing
             is cached.
-        measure: The scores of a model at a task, by task.
+        measure: The scores at a task, by task, of what `open` gives for a model.
+        open: A model, made ready once for all tasks; let go before the next one.
         onto_base: Models are seen by the base's names, and what they lack is the base's; there must be one.
         base_counts: Scores may depend on the base too, by what lies beside its weights.
         items: How many items a task has, where `measure` advances the progress by them itself.
@@ -82,7 +87,8 @@ class Bench:
     about: Mapping[str, Any]
     tasks: tuple[str | None, ...]
     depends: Callable[[str | None], Any] | None
-    measure: Callable[[Model, str | None], dict[str, Score]]
+    measure: Callable[[Any, str | None], dict[str, Score]]
+    open: Callable[[Model], Any] = lambda model: model
     onto_base: bool = False
     base_counts: bool = False
     items: Callable[[str | None], int] | None = None
@@ -101,7 +107,21 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def run(bench: Bench, models: Models, running: Running) -> ScoreReport:
+def require(what: str, install: str, *modules: str) -> None:
+    """Refuse to begin without libraries that `what` needs and `pip install` brings by the words `install`.
+
+    Raises:
+        ModelMergeError: One is not installed.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            lacking = f"{what} needs {error.name or error}, which is not installed"
+            raise ModelMergeError(lacking, hint=f"pip install {install}") from error
+
+
+def run(bench: Bench, models: Models, running: Running) -> Report:
     """Measure the base, the experts and the models; the report.
 
     Raises:
@@ -113,7 +133,8 @@ def run(bench: Bench, models: Models, running: Running) -> ScoreReport:
     if not ours:
         raise UsageError("no model is named", hint="give at least one MODEL")
     if any(gate.what == "normalized" for gate in gates) and not experts:
-        raise UsageError("--fail-under normalized needs the experts", hint="--expert TASK=REF for each task")
+        hint = f"{named('experts')} TASK=REF for each task"
+        raise UsageError("normalized needs the experts", option="fail_under", hint=hint)
     if running.update_card:
         _refuse_cardless(ours)
     earlier = _read_report(Path(running.compare)) if running.compare is not None else None
@@ -137,11 +158,13 @@ def run(bench: Bench, models: Models, running: Running) -> ScoreReport:
         for checkpoint in checkpoints:
             checkpoint.close()
     tasks = list(rows[0]["scores"])
+    recalled, every = sum(len(row["cached"]) for row in rows), sum(len(row["scores"]) for row in rows)
     owners = summarise(tasks, rows, bench.experts)
     header = stamp(device)
-    report = cast(ScoreReport, {
+    report = cast(Report, {
         "suite": bench.suite, **header, "versions": bench.versions(), **bench.about,
-        "seed": running.seed, "tasks": tasks, "models": rows, "notes": _notes(rows),
+        "seed": running.seed, "tasks": tasks, "models": rows,
+        "notes": [f"{recalled} of {every} scores were measured before, in the same way: from the cache"][:recalled],
         **({"own_experts": owners} if owners else {}),
     })  # fmt: skip
     if earlier is not None:
@@ -158,17 +181,14 @@ def merge_inputs(directory: str | Path) -> dict[str, Any]:
     """A merge's `base`, its `experts` by name, and their `paths`, as its manifest has them; empty for what is none."""
     try:
         inputs = json.loads((Path(directory) / MANIFEST).read_bytes())["inputs"]
-        return {
-            "base": str(inputs["base"]["path"]),
-            "experts": [str(each["name"]) for each in inputs["experts"]],
-            "paths": [str(each["path"]) for each in inputs["experts"]],
-        }
+        names, paths = ([str(each[key]) for each in inputs["experts"]] for key in ("name", "path"))
+        return {"base": str(inputs["base"]["path"]), "experts": names, "paths": paths}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def normalise_by_published(
-    report: ScoreReport,
+    report: Report,
     bases: Mapping[str, Any],
     experts: Mapping[str, str],
     *,
@@ -217,7 +237,7 @@ def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Check
     for model in alone:
         if model.adapter is not None or model.vector is not None:
             kind = "a PEFT adapter" if model.adapter is not None else "a task vector"
-            raise UsageError(f"'{model.name}' is {kind}: its base must be named", hint="--base REF")
+            raise UsageError(f"'{model.name}' is {kind}: its base must be named", hint=f"{named('base')} REF")
     return alone
 
 
@@ -232,23 +252,22 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
     """A model's scores by task, and the tasks whose scores came from the cache."""
     scores: dict[str, ScoreEntry] = {}
     repeats: list[str] = []
+    ready: Any = None
     for task in bench.tasks:
         keeps = bench.depends is not None
         request = {"suite": bench.suite, "model": digest, "task": task, "seed": running.seed,
                    "depends": bench.depends(task) if bench.depends is not None else None}  # fmt: skip
-        name = cache.key({**request, "device": str(model.device), "versions": bench.versions()})
-        entry = cache.recall(name) if running.cache and keeps else None
+        name = entry_name({**request, "device": str(model.device), "versions": bench.versions()})
+        entry = recall(name) if running.cache and keeps else None
         if entry is None:
             start = time.monotonic()
-            results = bench.measure(model, task)
+            ready = bench.open(model) if ready is None else ready
+            results = bench.measure(ready, task)
             model.check()
-            entry = {
-                **request,
-                "scores": {each: score.to_dict() for each, score in results.items()},
-                "seconds": round(time.monotonic() - start, 3),
-            }
+            entries = {each: score.to_dict() for each, score in results.items()}
+            entry = {**request, "scores": entries, "seconds": round(time.monotonic() - start, 3)}
             if keeps:
-                cache.remember(name, entry)
+                remember(name, entry)
         else:
             repeats += entry["scores"]
             if bench.items is not None:
@@ -260,40 +279,29 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
 
 
 def _refuse_other_tasks(rows: Sequence[ModelRow]) -> None:
-    first, last = rows[0], rows[-1]
-    odd = sorted(first["scores"].keys() ^ last["scores"].keys())
+    odd = sorted(rows[0]["scores"].keys() ^ rows[-1]["scores"].keys())
     if odd:
-        holder = first if odd[0] in first["scores"] else last
-        lacking = last if holder is first else first
+        holder, lacking = sorted((rows[0], rows[-1]), key=lambda row: odd[0] not in row["scores"])
         raise ModelMergeError(
             f"'{holder['name']}' has a score for '{odd[0]}', and '{lacking['name']}' has none",
             hint="every model must be measured at the same tasks",
         )
 
 
-def _notes(rows: Sequence[ModelRow]) -> list[str]:
-    repeats, every = sum(len(row["cached"]) for row in rows), sum(len(row["scores"]) for row in rows)
-    if not repeats:
-        return []
-    return [f"{repeats} of {every} scores were measured before, in the same way; --no-cache measures again."]
-
-
-def _read_report(file: Path) -> ScoreReport:
+def _read_report(file: Path) -> Report:
     """An earlier report.
 
     Raises:
         ModelMergeError: It cannot be read, or is none with scores.
     """
     try:
-        report: ScoreReport = json.loads(file.expanduser().read_bytes())
+        report: Report = json.loads(file.expanduser().read_bytes())
         if not report["tasks"] or not all(model["scores"] for model in report["models"]):
             raise ValueError
     except OSError as error:
-        raise ModelMergeError(f"--compare {file}: cannot be read: {error.strerror}") from error
+        raise ModelMergeError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelMergeError(
-            f"--compare {file}: no report of scores", hint="save one: modelmerge eval SUITE ... --json > report.json"
-        ) from error
+        raise ModelMergeError(f"{file}: no report of scores", hint=SAVE) from error
     return report
 
 
@@ -301,7 +309,8 @@ def _refuse_cardless(models: Sequence[Reference]) -> None:
     for model in models:
         if model.repository is not None or not model.path.is_dir():
             raise UsageError(
-                f"--update-card: '{model.text}' is no directory here, whose card could be written",
+                f"'{model.text}' is no directory here, whose card could be written",
+                option="update_card",
                 hint="evaluate the directory, then push it",
             )
 
@@ -325,3 +334,29 @@ def _write_card(reference: Reference, row: ModelRow) -> None:
             )
         )  # fmt: skip
     replace_file(reference.path, CARD, card.with_results(text, results, name=reference.name).encode())
+
+
+def entry_name(content: Mapping[str, Any]) -> str:
+    """The name of an entry: a digest of what it depends on."""
+    return hashlib.sha256(json.dumps([_ENTRIES, content], sort_keys=True).encode()).hexdigest()
+
+
+def recall(name: str, part: str = "scores") -> dict[str, Any] | None:
+    """The entry of that name, which has that part; None where there is none that can be read."""
+    try:
+        entry = json.loads(_file(name).read_bytes())
+        return entry if isinstance(entry[part], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(name: str, entry: Mapping[str, Any]) -> None:
+    """Keep an entry, whole or not at all. A cache that cannot be written costs time, never a result."""
+    file = _file(name)
+    with contextlib.suppress(OSError, OutputError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file.parent, file.name, json.dumps(entry).encode())
+
+
+def _file(name: str) -> Path:
+    return cache_directory() / "eval" / f"{name}.json"

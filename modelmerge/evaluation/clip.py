@@ -8,7 +8,7 @@ with a frozen text tower share the base's, and may be the vision tower alone: a 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +22,14 @@ from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse_all
 from modelmerge.engine.parallel import prepare_process
-from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
+from modelmerge.errors import CheckpointError, UsageError, named
 from modelmerge.evaluation import clip_models, image_data
-from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, run
+from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, require, run
 from modelmerge.evaluation.clip_models import Classifier, Head, Parts, Tower
 from modelmerge.evaluation.image_data import Items
 from modelmerge.evaluation.image_tasks import Task, find_tasks, publication
 from modelmerge.evaluation.model import Model
-from modelmerge.evaluation.report import ScoreReport
+from modelmerge.evaluation.report import Report
 from modelmerge.evaluation.scores import Score, plain, read_score
 from modelmerge.progress import SILENT, Reporter
 
@@ -38,19 +38,12 @@ _THREADS = 8  # that decode and resize images
 
 
 def require_extra(what: str = "eval clip") -> None:
-    """Refuse to begin without the libraries of the extra, which `what` needs.
+    """Refuse to begin without the libraries for images, which `what` needs.
 
     Raises:
         ModelMergeError: One is not installed.
     """
-    try:
-        import datasets  # noqa: F401
-        import PIL.Image  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ModelMergeError(
-            f"{what} needs {error.name or error}, which is not installed", hint="pip install 'modelmerge[clip]'"
-        ) from error
+    require(what, '"datasets>=4" "transformers>=5" pillow', "datasets", "PIL.Image", "transformers")
 
 
 def evaluate(
@@ -69,7 +62,7 @@ def evaluate(
     heads: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 64,
-) -> ScoreReport:
+) -> Report:
     """The accuracy of CLIP models as zero-shot classifiers of images.
 
     Each model's text head is made with its own text tower; a vision tower alone, or an adapter, is completed by the
@@ -101,13 +94,13 @@ def evaluate(
         `normalised_by_published`.
 
     Raises:
-        ModelMergeError: The extra is not installed; a model is no CLIP model; images, labels or class names do not go
+        ModelMergeError: A library is not installed; a model is no CLIP model; images, labels or class names do not go
             together; see `modelmerge.errors` for other kinds.
     """
     require_extra()
     prepare_process()
     if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+        raise UsageError(f"must be at least 1, not {batch_size}", option="batch_size")
     columns = {"config": config, "split": split, "image": image_column, "label": label_column}
     files = as_references([classes] if isinstance(classes, str | Path) else classes)
     choice = find_tasks(
@@ -118,15 +111,23 @@ def evaluate(
     folder = Path(heads).expanduser() if heads is not None else None
     if base is None and folder is None:
         base = _base_of(parse_all(as_references(models), "model"))
-    experts = {task.name: _expert_of(task, as_references(running.experts)) for task in choice}
+    names = [expert.name for expert in parse_all(as_references(running.experts), "expert")]
+    fitting = {task.name: [name for name in names if is_for(task, name)] for task in choice}
+
+    def measure_at(ready: tuple[Model, Parts, str, Tower], task: str | None) -> dict[str, Score]:
+        (model, parts, digest, tower), data = ready, items[str(task)]
+        head = clip_models.find_head(data.task, data.classes, parts, folder, digest)
+        network = clip_models.classifier(tower, head, model.device)
+        return {str(task): measure(network, head, data, model.name, batch=batch_size, progress=running.progress)}
+
     bench = Bench(
         suite="clip",
         about={"data": {name: _data_entry(each) for name, each in items.items()}, "limit": limit,
                "heads": None if folder is None else str(folder)},
         tasks=tuple(items), depends=lambda task: _depends(items[str(task)], limit, folder),
-        measure=_Measurer(items, folder, batch_size, running.progress), onto_base=base is not None,
+        open=lambda model: (model, *clip_models.open_parts(model)), measure=measure_at, onto_base=base is not None,
         items=lambda task: len(items[str(task)].ids),
-        experts={task: expert for task, expert in experts.items() if expert is not None},
+        experts={task: some[0] for task, some in fitting.items() if some},
         packages=_PACKAGES,
     )  # fmt: skip
     # A head that is asked for is made, though its scores be in the cache.
@@ -172,47 +173,16 @@ def _base_of(models: Sequence[Reference]) -> str | None:
         return None
     bases = {inputs["base"] for model in models if (inputs := merge_inputs(model.path))}
     if len(bases) > 1:
-        raise UsageError("the models are merges of different bases", hint="name the CLIP model: --base REF")
+        raise UsageError("the models are merges of different bases", hint=f"name the CLIP model: {named('base')} REF")
     return next(iter(bases), None)
 
 
-class _Measurer:
-    """Measures a model at a task; what a model's tasks share is read once, for one model at a time."""
-
-    def __init__(self, items: Mapping[str, Items], folder: Path | None, batch: int, progress: Reporter) -> None:
-        self._items, self._folder, self._batch, self._progress = items, folder, batch, progress
-        self._model: Model | None = None
-        self._parts: tuple[Parts, str, Tower] | None = None
-
-    def __call__(self, model: Model, task: str | None) -> dict[str, Score]:
-        if self._model is not model or self._parts is None:
-            parts = clip_models.parts_of(model)
-            digest = clip_models.text_digest(parts) if parts.has_text else ""
-            self._model, self._parts = model, (parts, digest, clip_models.read_tower(parts))
-        items, (parts, digest, tower) = self._items[str(task)], self._parts
-        head = clip_models.find_head(items.task, items.classes, parts, self._folder, digest)
-        classifier = clip_models.classifier(tower, head, model.device)
-        score = measure(classifier, head, items, model.name, batch=self._batch, progress=self._progress)
-        return {str(task): score}
-
-
-def _expert_of(task: Task, experts: Sequence[str]) -> str | None:
-    """The expert for a task: of its name, or with its name at the end, as in `clip-vit-base-patch32_sun397`."""
-    names = [_name_of(text) for text in experts]
-    return next((name for name in names if is_for(task, name)), None)
-
-
 def is_for(task: Task, expert: str) -> bool:
-    """Whether an expert is for a task: of its name, or with its name at the end."""
+    """Whether an expert is for a task: of its name, or with that at the end, as `clip-vit-base-patch32_sun397`."""
     return f" {plain(expert)}".endswith(f" {plain(task.head)}")
 
 
-def _name_of(text: str) -> str:
-    name, equals, _ = text.partition("=")
-    return name if equals else Path(text.partition("@")[0]).name
-
-
-def _mark_unseen(report: ScoreReport, tasks: Sequence[Task]) -> None:
+def _mark_unseen(report: Report, tasks: Sequence[Task]) -> None:
     """Add to each merge the tasks that none of its experts is for, and say how it does there."""
     for row in report["models"]:
         experts = merge_inputs(row["path"]).get("experts")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from modelmerge.checkpoint.digest import cache_directory
-from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
+from modelmerge.checkpoint.staging import replace_file
+from modelmerge.errors import CheckpointError, ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.image_tasks import Task, match
 from modelmerge.evaluation.model import Model
 
@@ -57,10 +57,15 @@ class Parts:
 def parts_of(model: Model) -> Parts:
     """A model, and what lies beside it; beside the base, where it is seen by the base's names."""
     place = model.path if model.base_path is None else model.base_path
-    directory = place if place.is_dir() else None
-    file = directory / "config.json" if directory is not None else None
-    config = json.loads(file.read_bytes()) if file is not None and file.exists() else {}
-    return Parts(name=model.name, tensors=model, config=config, directory=directory)
+    file = place / "config.json"
+    config = json.loads(file.read_bytes()) if file.exists() else {}
+    return Parts(name=model.name, tensors=model, config=config, directory=place if place.is_dir() else None)
+
+
+def open_parts(model: Model) -> tuple[Parts, str, Tower]:
+    """A model, the digest of its text tower, if it has one, and its vision tower."""
+    parts = parts_of(model)
+    return parts, text_digest(parts) if parts.has_text else "", read_tower(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,17 +150,18 @@ def find_head(task: Task, classes: Sequence[str], source: Parts | None, folder: 
         if folder is not None and digest and head.digest != digest and source is not None:
             raise ModelMergeError(
                 f"{file}: made with the text tower of '{head.source}', which is not that of '{source.name}'",
-                hint="without --heads each model has the head of its own text tower",
+                hint=f"without {named('heads')} each model has the head of its own text tower",
             )
         return _in_order(head, task, classes, file)
     if source is None or not source.has_text:
         lacking = f"'{source.name}' has no text tower" if source else f"{file} is not there, and there is no text tower"
         raise UsageError(
             f"{lacking} to make the text head of '{task.name}' with",
-            hint="name the CLIP model the experts come from: --base REF; or a folder that has the head: --heads DIR",
+            hint=f"name the CLIP model the experts come from: {named('base')} REF; or a folder that has the head: "
+            f"{named('heads')} DIR",
         )
     head = replace(make_head(source, classes, task.templates), digest=digest)
-    with contextlib.suppress(OSError) if folder is None else contextlib.nullcontext():
+    with contextlib.suppress(OSError, OutputError) if folder is None else contextlib.nullcontext():
         write_head(head, file)
     return head
 
@@ -166,7 +172,7 @@ def _in_order(head: Head, task: Task, classes: Sequence[str], file: Path) -> Hea
     if head.templates != tuple(task.templates):
         raise ModelMergeError(
             f"{file}: made with other prompts than those of '{task.name}': {', '.join(head.templates[:2])} ...",
-            hint="remove it, to have it made again, or give its prompts: --template",
+            hint=f"remove it, to have it made again, or give its prompts: {named('templates')}",
         )
     return replace(head, weight=head.weight[order], classes=tuple(classes))
 
@@ -214,7 +220,7 @@ def make_head(source: Parts, classes: Sequence[str], templates: Sequence[str]) -
 
 def write_head(head: Head, file: Path) -> None:
     """Write a head as safetensors, whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {
         "format": "pt", "classes": json.dumps(head.classes), "templates": json.dumps(head.templates),
@@ -222,9 +228,7 @@ def write_head(head: Head, file: Path) -> None:
         "scale": repr(head.scale),
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"weight": head.weight, "projection": head.projection}, temporary, metadata=metadata)
-    os.replace(temporary, file)
+    replace_file(file.parent, file.name, save({"weight": head.weight, "projection": head.projection}, metadata))
 
 
 def read_head(file: Path) -> Head:
@@ -322,10 +326,8 @@ def _config(model: Parts) -> Mapping[str, Any]:
     if kind == "clip_vision_model":
         return {"vision_config": model.config, "projection_dim": model.config.get("projection_dim", 512)}
     what = f"a {kind} model" if kind else "a model without a config.json that says what it is"
-    raise ModelMergeError(
-        f"'{model.name}' is {what}, not CLIP",
-        hint="images are for CLIP models and their vision towers; others go with --script, or eval lm",
-    )
+    hint = "images are for CLIP models and their vision towers; others go with eval custom, or eval lm"
+    raise ModelMergeError(f"'{model.name}' is {what}, not CLIP", hint=hint)
 
 
 def _side(processor: Mapping[str, Any]) -> int | None:
@@ -336,7 +338,8 @@ def _side(processor: Mapping[str, Any]) -> int | None:
 
 def _projection(model: Parts) -> Tensor:
     if not model.holds(_PROJECTION):
-        raise CheckpointError(f"'{model.name}' has no {_PROJECTION}", hint="--base must be a whole CLIP model")
+        hint = f"{named('base')} must be a whole CLIP model"
+        raise CheckpointError(f"'{model.name}' has no {_PROJECTION}", hint=hint)
     return model.tensors[_PROJECTION].float()
 
 
@@ -369,9 +372,8 @@ def _beside(source: Parts, files: Sequence[str], read: Any) -> Any:
     """
     place = source.directory
     if place is None or not any((place / file).exists() for file in files):
-        raise ModelMergeError(
-            f"'{source.name}' has no {' or '.join(files)} beside its weights", hint="copy it there from its base"
-        )
+        hint = "copy it there from its base"
+        raise ModelMergeError(f"'{source.name}' has no {' or '.join(files)} beside its weights", hint=hint)
     try:
         return read(str(place))
     except (OSError, ValueError, KeyError) as error:

@@ -8,21 +8,21 @@ import inspect
 import random
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
 
-from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.errors import ModelMergeError, PlanError, UsageError
 from modelmerge.evaluation.bench import Bench, Models, Running, run
 from modelmerge.evaluation.model import Model
-from modelmerge.evaluation.report import ScoreReport
-from modelmerge.evaluation.scores import Score, read_score
+from modelmerge.evaluation.report import Report
+from modelmerge.evaluation.scores import Score, meant, read_score
 
 Metric = Callable[..., Any]  # (model) or (model, task) -> a score, or a mapping of tasks to scores
 
@@ -38,7 +38,7 @@ class Script:
 
 def evaluate(
     models: Models, running: Running, *, metric: Metric | str, tasks: Sequence[str] = (), key: str | None = None
-) -> ScoreReport:
+) -> Report:
     """The scores of models at tasks, by a function that is given each model.
 
     Args:
@@ -79,7 +79,7 @@ def load_script(text: str) -> Script:
     """
     where, colon, name = text.rpartition(":")
     if not colon or not where or not name.isidentifier():
-        raise UsageError(f"--script '{text}' is not FILE:FUNCTION", hint="as in --script metric.py:accuracy")
+        raise UsageError(f"'{text}' is not FILE:FUNCTION", hint="as in metric.py:accuracy")
     path = Path(where).expanduser().resolve()
     is_module = all(part.isidentifier() for part in where.split(".")) and not where.endswith(".py")
     if path.is_file():
@@ -87,15 +87,12 @@ def load_script(text: str) -> Script:
     elif is_module:
         module = _import(where)
     else:
-        raise ModelMergeError(f"--script {where}: no such file")
+        raise ModelMergeError(f"{where}: no such file")
     metric = getattr(module, name, None)
     if not callable(metric):
         have = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
-        near = get_close_matches(name, have, n=1)
-        raise UsageError(
-            f"{where} has no function '{name}'",
-            hint=f"did you mean '{near[0]}'?" if near else f"it has: {', '.join(have) or 'none'}",
-        )
+        hint = meant(name, have, f"it has: {', '.join(have) or 'none'}")
+        raise UsageError(f"{where} has no function '{name}'", hint=hint)
     file = Path(str(module.__file__))
     return Script(metric, f"{file.name}:{name}", _digest(file, name))
 
@@ -104,18 +101,17 @@ def _import(name: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise ModelMergeError(
-            f"--script {name} cannot be imported: {in_words(error)}", hint=f"a file is named whole: {name}.py:FUNCTION"
-        ) from error
+        hint = f"a file is named whole: {name}.py:FUNCTION"
+        raise ModelMergeError(f"{name} cannot be imported: {in_words(error)}", hint=hint) from error
     if not str(getattr(module, "__file__", None)).endswith(".py"):
-        raise UsageError(f"--script {name} is no module in Python", hint="name a file: metric.py:accuracy")
+        raise UsageError(f"{name} is no module in Python", hint="name a file: metric.py:accuracy")
     return module
 
 
 def _run_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"modelmerge_script_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise UsageError(f"--script {file}: not a Python file", hint="its name must end in .py")
+        raise UsageError(f"{file}: not a Python file", hint="its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(file.parent))  # as if it were run: what lies beside it can be imported, now and later
@@ -146,10 +142,8 @@ def check_metric(metric: Metric, label: str, *, by_task: bool) -> None:
         inspect.signature(metric).bind(*([None, "task"] if by_task else [None]))
     except TypeError as error:
         form = "(model, task)" if by_task else "(model)"
-        raise UsageError(
-            f"{label} cannot be called with {form}: {error}",
-            hint="with tasks named it is called for each, else once for a model",
-        ) from error
+        hint = "with tasks named it is called for each, else once for a model"
+        raise UsageError(f"{label} cannot be called with {form}: {error}", hint=hint) from error
     except ValueError:  # some callables have no signature to look at
         pass
 
@@ -157,19 +151,10 @@ def check_metric(metric: Metric, label: str, *, by_task: bool) -> None:
 def measure(metric: Metric, label: str, model: Model, task: str | None, seed: int) -> dict[str, Score]:
     """The scores that the function gives a model, by task; `label` where it names none.
 
-    Python's, numpy's and torch's generators are seeded first.
-
     Raises:
         ModelMergeError: It raises, or returns what is no score.
     """
-    seed_all(seed)
-    try:
-        result = metric(model) if task is None else metric(model, task)
-    except ModelMergeError:
-        raise
-    except (Exception, SystemExit) as error:
-        at = f" at '{task}'" if task is not None else ""
-        raise ModelMergeError(f"{label} failed on '{model.name}'{at}: {in_words(error)}") from error
+    result = call(metric, label, model, task, seed)
     where = f"{label} on '{model.name}'"
     if task is not None:
         return {task: read_score(result, f"{where}, '{task}'")}
@@ -180,11 +165,27 @@ def measure(metric: Metric, label: str, model: Model, task: str | None, seed: in
     return {label.rpartition(":")[2]: read_score(result, where)}
 
 
-def seed_all(seed: int) -> None:
+def call(metric: Metric, label: str, model: Model, task: str | None, seed: int) -> Any:
+    """What the function returns, all generators seeded first.
+
+    Raises:
+        ModelMergeError: It raises.
+    """
+    seed_all(seed, seed, seed)
+    try:
+        return metric(model) if task is None else metric(model, task)
+    except ModelMergeError:
+        raise
+    except (Exception, SystemExit) as error:
+        at = f" at '{task}'" if task is not None else ""
+        raise ModelMergeError(f"{label} failed on '{model.name}'{at}: {in_words(error)}") from error
+
+
+def seed_all(python: int, numpys: int, torchs: int) -> None:
     """Seed Python's, numpy's and torch's generators."""
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    random.seed(python)
+    numpy.random.seed(numpys % 2**32)
+    torch.manual_seed(torchs)
 
 
 def in_words(error: BaseException) -> str:
@@ -192,3 +193,138 @@ def in_words(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {str(error).strip() or 'without a word'}{place}"
+
+
+def draws(count: int, size: int, seed: int, name: str) -> Iterator[list[int]]:
+    """Places of `size` of `count` items at a time, without end: each once in an order drawn by the seed, then again."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+    size = min(size, count)
+    while True:
+        order = torch.randperm(count, generator=generator).tolist()
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size]
+
+
+def classifier_of(script: Script, expert: Model, size: int, seed: int) -> tuple[torch.nn.Module, Iterator[Any]]:
+    """The module and the endless batches that a user's function gives for an expert.
+
+    Raises:
+        ModelMergeError: The function raises, or returns something else.
+    """
+    where = f"{script.label} for '{expert.name}'"
+    result = call(script.metric, script.label, expert, None, seed)
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], torch.nn.Module):
+        hint = "return (module, inputs): a torch.nn.Module that gives logits, and its unlabelled inputs"
+        raise ModelMergeError(f"{where} returned {type(result).__name__}, which is not what was asked for", hint=hint)
+    return result[0], batches(result[1], size, seed, expert.name, where)
+
+
+def batches(inputs: Any, size: int, seed: int, name: str, where: str) -> Iterator[Any]:
+    """Batches without end.
+
+    Args:
+        inputs: A tensor [N, ...], or a tuple or a mapping of such, which `size` rows are drawn from at a time. Or
+            something that gives batches each time it is iterated over, such as a list of them or a DataLoader.
+        size: Rows of a batch.
+        seed: Of what is drawn.
+        name: Of the task, which has an order of its own.
+        where: What errors call it.
+
+    Raises:
+        ModelMergeError: There are none, or no more.
+    """
+    tensors = (
+        list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs) if isinstance(inputs, tuple) else []
+    )
+    tensors = [inputs] if isinstance(inputs, Tensor) else tensors
+    if not tensors or not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors):
+        return _again_and_again(inputs, where)
+    counts = sorted({len(tensor) for tensor in tensors})
+    if len(counts) > 1 or not counts[0]:
+        hint = "as many rows in each tensor, and some"
+        raise ModelMergeError(f"{where}: its inputs are {' and '.join(map(str, counts))} rows", hint=hint)
+    return (_rows(inputs, places) for places in draws(counts[0], size, seed, name))
+
+
+def _rows(inputs: Any, places: Sequence[int]) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs[places]
+    if isinstance(inputs, tuple):
+        return tuple(tensor[places] for tensor in inputs)
+    return {name: tensor[places] for name, tensor in inputs.items()}
+
+
+def _again_and_again(inputs: Any, where: str) -> Iterator[Any]:
+    times = 0
+    while True:
+        try:
+            batch = None
+            for batch in inputs:
+                yield batch
+        except ModelMergeError:
+            raise
+        except Exception as error:
+            raise ModelMergeError(f"{where}: its inputs cannot be read: {in_words(error)}") from error
+        if batch is None:
+            what = "there are no inputs" if not times else "its inputs could be iterated over once only"
+            raise ModelMergeError(f"{where}: {what}", hint="return tensors, a list of batches, or a DataLoader")
+        times += 1
+
+
+def predictor(
+    where: str, module: torch.nn.Module, batches: Iterator[Any], device: torch.device
+) -> Callable[[], Tensor]:
+    """A function that gives the module's logits of the next batch, computed on the device.
+
+    A tensor is the module's argument, a tuple or list are its arguments, a mapping its named ones. Logits are what it
+    returns, or have that name in it.
+
+    Raises:
+        ModelMergeError: When called: the module raises, or returns no logits.
+    """
+
+    def predict() -> Tensor:
+        batch = _on_device(next(batches), device)
+        try:
+            if isinstance(batch, Mapping):
+                output = module(**batch)
+            else:
+                output = module(*batch) if isinstance(batch, tuple | list) else module(batch)
+        except Exception as error:
+            raise ModelMergeError(f"{where}: its module fails on its inputs: {in_words(error)}") from error
+        in_mapping = isinstance(output, Mapping) and "logits" in output
+        logits = output["logits"] if in_mapping else getattr(output, "logits", output)
+        if not isinstance(logits, Tensor):
+            raise ModelMergeError(f"{where}: its module returns {type(output).__name__}", hint="it must return logits")
+        return logits
+
+    return predict
+
+
+def _on_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _on_device(each, device) for name, each in batch.items()}
+    return type(batch)(_on_device(each, device) for each in batch) if type(batch) in (tuple, list) else batch
+
+
+def names_in(keys: Collection[str], tensors: Collection[str], where: str) -> dict[str, str]:
+    """By the names of a checkpoint's tensors, those of a module's state dict: the same, or all behind one prefix.
+
+    Raises:
+        PlanError: Two prefixes would do.
+    """
+    by_prefix = {"": {name: name for name in tensors if name in keys}}
+    for name in tensors:
+        for key in keys:
+            if key.endswith(f".{name}"):
+                by_prefix.setdefault(key.removesuffix(name), {})[name] = key
+    most = max(map(len, by_prefix.values()))
+    best = [prefix for prefix, names in by_prefix.items() if len(names) == most]
+    if most and len(best) > 1:
+        raise PlanError(
+            f"{where}: its module has the checkpoint's tensors twice: behind '{best[0]}' and '{best[1]}'",
+            hint="return a module that holds the model once",
+        )
+    return by_prefix[best[0]]

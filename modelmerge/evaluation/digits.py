@@ -21,7 +21,6 @@ from torch.nn import functional
 
 from modelmerge.engine.parallel import threads
 
-OnStep = Callable[[int, int], None]
 State = dict[str, Tensor]
 
 _DIGITS = 10
@@ -46,28 +45,22 @@ def _stripe(images: Tensor) -> Tensor:
 
 
 # No two views differ by a half turn: a 6 in the one would be a 9 in the other.
-_VIEWS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "inverted": ("dark digits on a bright ground", lambda images: 1 - images),
-    "striped": ("every second row of pixels inverted", _stripe),
-    "rotated": ("digits turned left by 90 degrees", lambda images: images.rot90(1, (1, 2))),
-    "mirrored": ("digits seen in a mirror", lambda images: images.flip(2)),
-    "swapped": ("left and right halves exchanged", lambda images: images.roll(_IMAGE // 2, 2)),
-    "transposed": ("rows and columns exchanged", lambda images: images.transpose(1, 2)),
+_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "inverted": lambda images: 1 - images,  # dark digits on a bright ground
+    "striped": _stripe,  # every second row of pixels inverted
+    "rotated": lambda images: images.rot90(1, (1, 2)),  # turned left by 90 degrees
+    "mirrored": lambda images: images.flip(2),
+    "swapped": lambda images: images.roll(_IMAGE // 2, 2),  # left and right halves exchanged
+    "transposed": lambda images: images.transpose(1, 2),
 }
 
 TASKS: tuple[str, ...] = tuple(_VIEWS)
 
 CONFIG: dict[str, object] = {
-    "model_type": "modelmerge-digits",
-    "image_size": _IMAGE,
-    "patch_size": _PATCH,
-    "hidden_size": _HIDDEN,
-    "intermediate_size": 2 * _HIDDEN,
-    "num_hidden_layers": _LAYERS,
-    "num_attention_heads": _HEADS,
-    "labels_per_task": _DIGITS,
-    "tasks": list(TASKS),
-}
+    "model_type": "modelmerge-digits", "image_size": _IMAGE, "patch_size": _PATCH, "hidden_size": _HIDDEN,
+    "intermediate_size": 2 * _HIDDEN, "num_hidden_layers": _LAYERS, "num_attention_heads": _HEADS,
+    "labels_per_task": _DIGITS, "tasks": list(TASKS),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +69,6 @@ class Task:
 
     Attributes:
         index: Place of the task in `TASKS`; it says which rows of the classifier answer.
-        description: What the view does, in one line.
         train_x: Training images, of shape (images, 8, 8), with values from 0 to 1.
         train_y: The digit in each training image.
         test_x: Test images, which no training sees in any view.
@@ -84,7 +76,6 @@ class Task:
     """
 
     index: int
-    description: str
     train_x: Tensor
     train_y: Tensor
     test_x: Tensor
@@ -188,18 +179,17 @@ def load_tasks(seed: int = 0) -> dict[str, Task]:
     train_x, test_x = (torch.tensor(part, dtype=torch.float32) / 16 for part in parts[:2])
     train_y, test_y = (torch.tensor(part, dtype=torch.int64) for part in parts[2:])
     return {
-        name: Task(index, description, view(train_x), train_y, view(test_x), test_y)
-        for index, (name, (description, view)) in enumerate(_VIEWS.items())
+        name: Task(index, view(train_x), train_y, view(test_x), test_y)
+        for index, (name, view) in enumerate(_VIEWS.items())
     }
 
 
-def train_base(tasks: Mapping[str, Task], *, seed: int = 0, on_step: OnStep | None = None) -> State:
+def train_base(tasks: Mapping[str, Task], *, seed: int = 0) -> State:
     """Trains the base from scratch on a few images of each digit, shown in every view.
 
     Args:
         tasks: The tasks from `load_tasks`.
         seed: Decides the first weights and the order of the images.
-        on_step: Called after each step with the steps done and their total.
 
     Returns:
         The base's state dict.
@@ -209,18 +199,17 @@ def train_base(tasks: Mapping[str, Task], *, seed: int = 0, on_step: OnStep | No
     images = torch.cat([task.train_x[shots] for task in tasks.values()])
     owners = torch.tensor([task.index for task in tasks.values()]).repeat_interleave(len(shots))
     network = _build(seed)
-    optimizer = torch.optim.Adam(_trainable(network), lr=_BASE_RATE)
-    return _train(network, optimizer, images, labels[shots].repeat(len(tasks)), owners, _BASE_STEPS, seed, on_step)
+    optimizer = torch.optim.Adam(network.parameters(), lr=_BASE_RATE)
+    return _train(network, optimizer, images, labels[shots].repeat(len(tasks)), owners, _BASE_STEPS, seed)
 
 
-def train_expert(base: Mapping[str, Tensor], task: Task, *, seed: int = 0, on_step: OnStep | None = None) -> State:
+def train_expert(base: Mapping[str, Tensor], task: Task, *, seed: int = 0) -> State:
     """Fine-tunes the base on one task's training split; the classifier stays as it is.
 
     Args:
         base: The base's state dict, which is left unchanged.
         task: The task to become good at.
         seed: Decides the order of the images.
-        on_step: Called after each step with the steps done and their total.
 
     Returns:
         The expert's state dict.
@@ -229,9 +218,9 @@ def train_expert(base: Mapping[str, Tensor], task: Task, *, seed: int = 0, on_st
     network.load_state_dict(base)
     # Plain momentum, for Adam moves every weight about as far as any other: its task vectors have no large entries
     # for the trimming methods (TIES, APGD) to keep.
-    optimizer = torch.optim.SGD(_trainable(network), lr=_EXPERT_RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=_EXPERT_RATE, momentum=0.9)
     owners = torch.full_like(task.train_y, task.index)
-    return _train(network, optimizer, task.train_x, task.train_y, owners, _EXPERT_STEPS, seed, on_step)
+    return _train(network, optimizer, task.train_x, task.train_y, owners, _EXPERT_STEPS, seed)
 
 
 def accuracy(state: Mapping[str, Tensor], task: Task) -> float:
@@ -257,14 +246,13 @@ def right(state: Mapping[str, Tensor], task: Task) -> Tensor:
 
 
 def scores(model: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """A model's scores at all tasks, image by image, for `eval custom --script modelmerge.evaluation.digits:scores`."""
-    return {
-        name: {"items": right(model, task).int().tolist(), "metric": "accuracy"} for name, task in load_tasks().items()
-    }
+    """A model's scores at all tasks, image by image, as a function of suite `custom`."""
+    answers = {name: right(model, task).int().tolist() for name, task in load_tasks().items()}
+    return {name: {"items": items, "metric": "accuracy"} for name, items in answers.items()}
 
 
 def unlabelled(expert: Any) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """The network and its task's training images: `--script modelmerge.evaluation.digits:unlabelled`."""
+    """The network and its task's training images, as a function of unlabelled data."""
     task = load_tasks()[expert.name]
     return _build(seed=0), (task.train_x, torch.full_like(task.train_y, task.index))
 
@@ -276,32 +264,20 @@ def _build(seed: int) -> _Network:
         return _Network()
 
 
-def _trainable(network: _Network) -> list[nn.Parameter]:
-    return [weight for weight in network.parameters() if weight.requires_grad]
-
-
 def _train(
-    network: _Network,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    owners: Tensor,
-    steps: int,
+    network: _Network, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, owners: Tensor, steps: int,
     seed: int,
-    on_step: OnStep | None,
-) -> State:
+) -> State:  # fmt: skip
     # A short warm-up, then a straight line to zero: the last steps settle, so less noise is left in a task vector.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 10 * (step + 1) / steps) * (1 - step / steps)
     )
     order = torch.Generator().manual_seed(seed)
-    for step in range(steps):
+    for _ in range(steps):
         batch = torch.randint(len(images), (_BATCH,), generator=order)
         loss = functional.cross_entropy(network(images[batch], owners[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if on_step is not None:
-            on_step(step + 1, steps)
     return {name: weight.detach().clone() for name, weight in network.state_dict().items()}

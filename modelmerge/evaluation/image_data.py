@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelmerge.errors import HubError, ModelMergeError, UsageError
+from modelmerge.errors import HubError, ModelMergeError, UsageError, named
 from modelmerge.evaluation.image_tasks import Task, name_classes
 from modelmerge.evaluation.scores import listing
 
@@ -63,20 +63,19 @@ def load(task: Task, *, limit: int | None = None, seed: int = 0, with_labels: bo
         ModelMergeError: The data set cannot be read, is empty, or its labels and the class names do not go together.
     """
     if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}: at least one item must be looked at")
+        raise UsageError(f"must be at least 1, not {limit}", option="limit")
     rows, split, identity = _open(task)
     notes = [_split_note(task, split)] if task.held_out else []
     task = replace(task, split=split) if task.held_out else task
     where = f"data set '{task.data}'"
     if not len(rows):
-        raise ModelMergeError(f"{where}: it is empty", hint="name another data set, or another split: --split")
+        raise ModelMergeError(f"{where}: it is empty", hint="name another data set, or another split")
+    rows, image = _image_column(task, rows)
     if with_labels or task.classes is None:
-        rows, image, label = _columns(task, rows)
-        are_names, names, labels = _labels(where, rows, label, of_all=with_labels)
+        are_names, names, labels = _labels(where, rows, _label_column(task, rows), of_all=with_labels)
         classes, remarks = name_classes(task, names, are_names=are_names)
         notes += remarks
     else:
-        rows, image = _image_column(task, rows)
         classes = tuple(task.classes.values() if isinstance(task.classes, Mapping) else task.classes)
     if not with_labels:
         labels = torch.full((len(rows),), -1)
@@ -110,9 +109,8 @@ def _open(task: Task) -> tuple[Any, str | None, str]:
             if not local:
                 return _from_hub(datasets, task)
             if path.is_file():
-                data = datasets.load_dataset(
-                    "parquet", data_files={task.split or ("all" if task.held_out else "test"): str(path)}
-                )
+                split = task.split or ("all" if task.held_out else "test")
+                data = datasets.load_dataset("parquet", data_files={split: str(path)})
             elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
                 data = datasets.load_from_disk(str(path))
             else:
@@ -127,12 +125,10 @@ def _open(task: Task) -> tuple[Any, str | None, str]:
             hint="it can be a folder of images with a folder for each class, a folder with parquet files, a parquet "
             "file, or org/name on the Hub",
         ) from error
-    split = task.split
     if isinstance(data, datasets.DatasetDict):
-        splits = list(data)
-        split = _split(task, splits)
-        return data[split], split if len(splits) > 1 else task.split, _identity(path)
-    return data, split, _identity(path)
+        split = _split(task, list(data))
+        return data[split], split if len(data) > 1 else task.split, _identity(path)
+    return data, task.split, _identity(path)
 
 
 def _is_empty(path: Path) -> bool:
@@ -160,10 +156,8 @@ def _from_hub(datasets: Any, task: Task) -> tuple[Any, str | None, str]:
         except HfHubHTTPError:
             raise
         except HTTPError as error:
-            raise HubError(
-                f"the Hub cannot be reached for data set '{name}': {error}",
-                hint="check the connection, or name a local copy with --data; HF_HUB_OFFLINE=1 takes what is cached",
-            ) from error
+            hint = "check the connection, or name a local copy; HF_HUB_OFFLINE=1 takes what is cached"
+            raise HubError(f"the Hub cannot be reached for data set '{name}': {error}", hint=hint) from error
     splits = datasets.get_dataset_split_names(name, task.config, revision=commit)
     split = _split(task, splits)
     data = datasets.load_dataset(name, task.config, split=split, revision=commit)
@@ -185,9 +179,7 @@ def _split(task: Task, splits: Sequence[str]) -> str:
         return split
     split = task.split or "test"
     if split not in splits:
-        raise ModelMergeError(
-            f"data set '{task.data}' has no split '{split}'", hint=f"it has: {', '.join(splits)} (--split)"
-        )
+        raise ModelMergeError(f"data set '{task.data}' has no split '{split}'", hint=f"it has: {', '.join(splits)}")
     return split
 
 
@@ -221,8 +213,8 @@ def _identity(path: Path) -> str:
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
-def _columns(task: Task, rows: Any) -> tuple[Any, str, str]:
-    """The data set, its column of images, decoded, and its column of labels.
+def _label_column(task: Task, rows: Any) -> str:
+    """The data set's column of labels.
 
     Raises:
         ModelMergeError: There is none, or it is not clear which.
@@ -235,9 +227,7 @@ def _columns(task: Task, rows: Any) -> tuple[Any, str, str]:
         name for name, kind in features.items()
         if isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint", "string", "large_string"))
     ]  # fmt: skip
-    where = f"data set '{task.data}'"
-    label = _column(where, "label", task.label, with_names or simple, ("label", "labels"), list(features))
-    return *_image_column(task, rows), label
+    return _column(task, "label", task.label, with_names or simple, ("label", "labels"), list(features))
 
 
 def _image_column(task: Task, rows: Any) -> tuple[Any, str]:
@@ -249,25 +239,25 @@ def _image_column(task: Task, rows: Any) -> tuple[Any, str]:
     import datasets
 
     features = rows.features
-    where = f"data set '{task.data}'"
     # Parquet files that another tool wrote do not say what their columns are.
     pictures = [
         name for name, kind in features.items()
         if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and kind.keys() == {"bytes", "path"})
     ]  # fmt: skip
-    image = _column(where, "image", task.image, pictures, ("image", "img"), list(features))
+    image = _column(task, "image", task.image, pictures, ("image", "img"), list(features))
     if not isinstance(features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image())
     return rows, image
 
 
 def _column(
-    where: str, kind: str, request: str | None, fitting: Sequence[str], usual: Sequence[str], every: Sequence[str]
+    task: Task, kind: str, request: str | None, fitting: Sequence[str], usual: Sequence[str], every: Sequence[str]
 ) -> str:
     names = [request] if request else [name for name in usual if name in fitting] or list(fitting)
     if (request and request not in every) or len(names) != 1:
         what = f"no column '{request}'" if request else f"{'no' if not names else 'more than one'} column of {kind}s"
-        raise ModelMergeError(f"{where}: {what}", hint=f"its columns: {', '.join(every)}; name it: --{kind}-column")
+        hint = f"its columns: {', '.join(every)}; name it: {named(f'{kind}_column')}"
+        raise ModelMergeError(f"data set '{task.data}': {what}", hint=hint)
     return names[0]
 
 
@@ -282,7 +272,7 @@ def _labels(where: str, rows: Any, column: str, *, of_all: bool = True) -> tuple
     values = list(rows[column])
     if any(value is None or value == -1 for value in values):
         place = next(i for i, value in enumerate(values) if value is None or value == -1)
-        raise ModelMergeError(f"{where}: item {place} has no label", hint="take a split that is labelled: --split")
+        raise ModelMergeError(f"{where}: item {place} has no label", hint="take a split that is labelled")
     if hasattr(kind, "names"):
         names = [str(name) for name in kind.names]
         return True, names, torch.tensor(values)

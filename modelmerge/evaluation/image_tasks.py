@@ -11,13 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from modelmerge.errors import ModelMergeError, UsageError
-from modelmerge.evaluation.scores import listing, plain
+from modelmerge.errors import ModelMergeError, UsageError, named
+from modelmerge.evaluation.scores import listing, meant, plain
 
 TEMPLATE = "a photo of a {}."
 _ORDER = "lines of LABEL<tab>NAME say which is which"
@@ -98,12 +97,8 @@ def _published_task(name: str, *, held_out: bool = False) -> Task:
     key = keys.get(plain(word))
     if key is None:
         names = [*groups(), *tasks]
-        near = get_close_matches(word.lower(), names, n=1)
-        raise UsageError(
-            f"there is no task '{word}'",
-            hint=(f"did you mean '{near[0]}'? " if near else "")
-            + f"there are: {', '.join(names)}; or your own: --data",
-        )
+        hint = f"{meant(word.lower(), names)} there are: {', '.join(names)}; or your own: {named('data')}"
+        raise UsageError(f"there is no task '{word}'", hint=hint.strip())
     task = tasks[key]
     return Task(
         name=f"{key}:{split}" if split else key, data=task["data"], config=task.get("config"),
@@ -148,26 +143,30 @@ def own_task(
         path = Path(data.partition("@")[0]).expanduser()
         task = replace(task, name=(path.resolve().stem if path.exists() else path.name) or "data", data=data)
     elif classes is None and plain(name) in map(plain, publication()["tasks"]):
-        source = _published_task(name)
-        task = replace(
-            task, name=source.name, templates=source.templates, classes=source.classes, also=source.also,
-            is_published=True,
-        )  # fmt: skip
+        own: dict[str, Any] = {
+            "data": place,
+            "config": config,
+            "split": split,
+            "image": image,
+            "label": label,
+            "held_out": held_out,
+        }
+        task = replace(_published_task(name), **own)
     if classes is not None:
         task = replace(task, classes=read_classes(Path(classes)))
-    return with_templates(task, templates) if templates else task
+    return with_templates(task, templates)
 
 
 def with_templates(task: Task, templates: Sequence[str]) -> Task:
-    """The task, prompted in other words.
+    """The task, prompted in other words where there are any.
 
     Raises:
         UsageError: A template has no place for the class.
     """
     odd = next((text for text in templates if text.count("{}") != 1), None)
     if odd is not None:
-        raise UsageError(f"--template '{odd}' must hold {{}} once, for the class", hint=f"as in '{TEMPLATE}'")
-    return replace(task, templates=tuple(templates))
+        raise UsageError(f"'{odd}' must hold {{}} once, for the class", option="templates", hint=f"as in '{TEMPLATE}'")
+    return replace(task, templates=tuple(templates) or task.templates)
 
 
 def read_classes(file: Path) -> tuple[str, ...] | dict[str, str]:
@@ -179,21 +178,21 @@ def read_classes(file: Path) -> tuple[str, ...] | dict[str, str]:
     try:
         text = file.expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ModelMergeError(f"--classes {file}: cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise ModelMergeError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from error
     classes: Any = [line.strip() for line in text.splitlines() if line.strip()]
     if any("\t" in line for line in classes):
         pairs = [line.partition("\t") for line in classes]
         classes = {label.strip(): (name or label).strip() for label, _, name in pairs}
         if len(classes) < len(pairs):
-            raise ModelMergeError(f"--classes {file}: a label is named twice")
+            raise ModelMergeError(f"{file}: a label is named twice")
     if text.lstrip().startswith(("[", "{")):
         try:
             classes = json.loads(text)
         except ValueError as error:
-            raise ModelMergeError(f"--classes {file}: not valid JSON: {error}") from error
+            raise ModelMergeError(f"{file}: not valid JSON: {error}") from error
     names = list(classes.values()) if isinstance(classes, dict) else classes
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ModelMergeError(f"--classes {file}: no list of names", hint=f"one name in each line, or {_ORDER}")
+        raise ModelMergeError(f"{file}: no list of names", hint=f"one name in each line, or {_ORDER}")
     return classes if isinstance(classes, dict) else tuple(classes)
 
 
@@ -211,18 +210,13 @@ def find_tasks(
         UsageError: There is none, two have one name, or an option has no effect.
     """
     if not names and not data:
-        raise UsageError(
-            "no task is named",
-            hint=f"--task NAME ({', '.join([*groups(), *publication()['tasks']])}), or --data DIR",
-        )
-    if files and not data:
-        raise UsageError("--classes has no effect without --data")
-    if columns and not data:
-        flag = {"image": "image-column", "label": "label-column"}.get(next(iter(columns)), next(iter(columns)))
-        raise UsageError(f"--{flag} has no effect without --data")
-    tasks = [
-        with_templates(task, templates) if templates else task for task in published_tasks(names, held_out=held_out)
-    ]
+        every = ", ".join([*groups(), *publication()["tasks"]])
+        raise UsageError("no task is named", hint=f"{named('tasks')} NAME ({every}), or {named('data')} DIR")
+    if (files or columns) and not data:
+        name = "classes" if files else next(iter(columns))
+        option = f"{name}_column" if name in ("image", "label") else name
+        raise UsageError(f"has no effect without {named('data')}", option=option)
+    tasks = [with_templates(task, templates) for task in published_tasks(names, held_out=held_out)]
     settings = {**columns, "templates": templates, "held_out": held_out}
     by_name = dict(map(_named_file, files))
     for text in data:
@@ -231,12 +225,11 @@ def find_tasks(
         tasks.append(own_task(text, classes=file, **settings) if file is not None else task)
     odd = next((name for name in by_name if name and name not in [task.name for task in tasks]), None)
     if odd is not None:
-        raise UsageError(
-            f"--classes names '{odd}', which is no data", hint=f"there are: {', '.join(task.name for task in tasks)}"
-        )
+        hint = f"there are: {', '.join(task.name for task in tasks)}"
+        raise UsageError(f"names '{odd}', which is no data", option="classes", hint=hint)
     twice = next((task.name for i, task in enumerate(tasks) if task.name in [t.name for t in tasks[:i]]), None)
     if twice is not None:
-        raise UsageError(f"two tasks are called '{twice}'", hint="name them apart: --data NAME=DATA")
+        raise UsageError(f"two tasks are called '{twice}'", hint=f"name them apart: {named('data')} NAME=DATA")
     return tuple(tasks)
 
 
@@ -255,9 +248,10 @@ def name_classes(task: Task, labels: Sequence[str], *, are_names: bool) -> tuple
     where = f"data set '{task.data}'"
     if task.classes is None:
         if not are_names:
-            raise ModelMergeError(f"{where}: its labels are numbers without names", hint="name them: --classes FILE")
+            hint = f"name them: {named('classes')}"
+            raise ModelMergeError(f"{where}: its labels are numbers without names", hint=hint)
         return tuple(map(_with_spaces, labels)), []
-    both = f"{where} and the file of --classes"
+    both = f"{where} and the file of class names"
     if isinstance(task.classes, Mapping):
         keys = list(task.classes)
         order = match(labels, keys, both, ("the data set", "the file"), hint=_ORDER)
@@ -296,7 +290,7 @@ def _published_names(task: Task, labels: Sequence[str]) -> tuple[tuple[str, ...]
     if len(labels) != len(task.classes):
         raise ModelMergeError(
             f"{where}: it has {len(labels)} classes, and the task '{task.head}' has {len(task.classes)}",
-            hint="name it as one of your own: --data, with --classes",
+            hint=f"name it as one of your own: {named('data')}, with {named('classes')}",
         )
     spelling = {plain(name): name for name in task.classes}
     spelling |= {plain(other): name for other, name in (task.also or {}).items()}

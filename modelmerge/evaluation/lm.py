@@ -19,11 +19,11 @@ from typing import Any
 from modelmerge.engine.parallel import find_device
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, run
-from modelmerge.evaluation.lm_harness import SEEDS, naming, quiet, seed
-from modelmerge.evaluation.lm_models import open_model
-from modelmerge.evaluation.lm_tasks import Settings, Task, check_settings, load_tasks, parse_metrics, requests
+from modelmerge.evaluation.custom import seed_all
+from modelmerge.evaluation.lm_models import SEEDS, Settings, naming, open_model, quiet
+from modelmerge.evaluation.lm_tasks import Task, check_settings, load_tasks, parse_metrics, requests
 from modelmerge.evaluation.model import Model
-from modelmerge.evaluation.report import ModelRow, ScoreReport
+from modelmerge.evaluation.report import ModelRow, Report
 from modelmerge.evaluation.scores import Score
 from modelmerge.progress import Reporter
 
@@ -47,7 +47,7 @@ def evaluate(
     confirm_run_unsafe_code: bool = False,
     metrics: Sequence[str] | Mapping[str, str] = (),
     held_out: bool = False,
-) -> ScoreReport:
+) -> Report:
     """The scores of language models at tasks of lm-evaluation-harness; the words are the harness's where it has them.
 
     Args:
@@ -75,7 +75,7 @@ def evaluate(
         each model's `normalised_by_published`.
 
     Raises:
-        ModelMergeError: lm-evaluation-harness is not installed (`pip install 'modelmerge[lm]'`); there is no such
+        ModelMergeError: lm-evaluation-harness is not installed; there is no such
             task, or it has no items; a model is no language model; see `modelmerge.errors` for other kinds.
     """
     settings = Settings(
@@ -90,7 +90,7 @@ def evaluate(
     bench = Bench(
         suite="lm", about=harness.about(), tasks=tuple(harness.tasks),
         depends=lambda task: harness.depends(str(task)),
-        measure=lambda model, task: {str(task): harness.measure(model, str(task))},
+        open=harness.open, measure=lambda ready, task: {str(task): harness.measure(ready, str(task))},
         base_counts=True, items=lambda task: harness.items(str(task)), experts=harness.experts(),
         packages=("lm_eval", "transformers", "datasets", "peft"),
     )  # fmt: skip
@@ -101,25 +101,50 @@ def evaluate(
 
 
 class Harness:
-    """Measures models at tasks; a model is loaded for its first task, and let go for the next model."""
+    """Measures models at tasks; a model is loaded for its first task."""
 
     def __init__(self, tasks: Sequence[Task], settings: Settings, device: str, progress: Reporter) -> None:
         self.tasks = {task.name: task for task in tasks}
         self._settings, self._device, self._progress = settings, device, progress
-        self._model: Model | None = None
-        self._network: Any = None
 
-    def measure(self, model: Model, task: str) -> Score:
-        """A model's score at a task.
+    def open(self, model: Model) -> tuple[str, Any]:
+        """A model's name, and the model as the harness takes it.
 
         Raises:
-            ModelMergeError: It cannot be loaded, or not be measured.
+            ModelMergeError: It cannot be loaded.
         """
-        if self._model is not model:
-            self._model = self._network = None
-            self._network = open_model(model.checkpoint, model.base, self._settings, self._device, self._progress)
-            self._model = model
-        return measure(self._network, model.name, self.tasks[task], self._settings, self._progress)
+        return model.name, open_model(model.checkpoint, model.base, self._settings, self._device, self._progress)
+
+    def measure(self, ready: tuple[str, Any], name: str) -> Score:
+        """A model's score at a task: its main metric, and all others beside it.
+
+        Raises:
+            ModelMergeError: The harness fails, labels are hidden, or the model cannot do such a task.
+        """
+        from lm_eval import evaluator
+
+        (label, model), task, settings = ready, self.tasks[name], self._settings
+        for part in task.parts:
+            _refuse_unfit(model, label, part)
+        seeds = SEEDS if settings.seed is None else (settings.seed,) * 4
+        with quiet(self._progress), naming(name, label):
+            seed_all(*seeds[:3])
+            for part in task.parts:
+                part.set_fewshot_seed(seed=seeds[3])
+            groups = [task.unit, *task.unit.get_all_groups()] if hasattr(task.unit, "get_all_groups") else []
+            model.set_cache_hook(_Hook(self._progress, f"{label} {name}"))
+            outcome = evaluator.evaluate(
+                lm=model,
+                task_dict={
+                    "tasks": {part.task_name: part for part in task.parts},
+                    "groups": {group.name: group for group in groups},
+                    "group_map": {group.name: group.child_names for group in groups},
+                },
+                limit=settings.limit, bootstrap_iters=0, log_samples=True,
+                apply_chat_template=settings.apply_chat_template, fewshot_as_multiturn=settings.apply_chat_template,
+                confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+            )  # fmt: skip
+            return _score(task, outcome, settings)
 
     def items(self, task: str) -> int:
         """How many answers a task asks a model for."""
@@ -136,28 +161,22 @@ class Harness:
         """What a report says of the settings and of each task."""
         settings = dataclasses.asdict(self._settings)
         settings["include_path"] = None if self._settings.include_path is None else str(self._settings.include_path)
-        return {
-            "settings": settings,
-            "harness": {
-                name: {
-                    "sha256": task.digest,
-                    "tasks": {
-                        part.task_name: {
-                            "version": part.VERSION, "num_fewshot": part.get_config("num_fewshot"),
-                            "data": part.get_config("dataset_path"), "subset": part.get_config("dataset_name"),
-                            "split": part.get_config("test_split") or part.get_config("validation_split"),
-                            "there": len(part.eval_docs),
-                        }
-                        for part in task.parts
-                    },
-                }
-                for name, task in self.tasks.items()
-            },
-        }  # fmt: skip
+        tasks = {name: (task.digest, {part.task_name: _about(part) for part in task.parts})
+                 for name, task in self.tasks.items()}  # fmt: skip
+        harness = {name: {"sha256": digest, "tasks": parts} for name, (digest, parts) in tasks.items()}
+        return {"settings": settings, "harness": harness}
 
     def experts(self) -> dict[str, str]:
         """By task, the expert's name where it is shorter: those of our own tasks."""
         return {name: name.removeprefix(OURS) for name in self.tasks if name.startswith(OURS)}
+
+
+def _about(task: Any) -> dict[str, Any]:
+    return {
+        "version": task.VERSION, "num_fewshot": task.get_config("num_fewshot"),
+        "data": task.get_config("dataset_path"), "subset": task.get_config("dataset_name"),
+        "split": task.get_config("test_split") or task.get_config("validation_split"), "there": len(task.eval_docs),
+    }  # fmt: skip
 
 
 def publication() -> dict[str, dict[str, dict[str, float]]]:
@@ -169,44 +188,6 @@ def _kind(row: ModelRow, figures: Mapping[str, Any]) -> str:
     """Of which experts a model is a merge: adapters, by their paths, or whole models."""
     adapters = any("lora" in path.lower() for path in merge_inputs(row["path"]).get("paths", ()))
     return "lora-experts" if adapters or "experts" not in figures else "experts"
-
-
-def measure(model: Any, name: str, task: Task, settings: Settings, progress: Reporter) -> Score:
-    """A model's score at a task: its main metric, and all others beside it.
-
-    Args:
-        model: From `open_model`.
-        name: What errors call the model.
-        task: From `load_tasks`.
-        settings: The same as there.
-        progress: Receives the progress, in items.
-
-    Raises:
-        ModelMergeError: The harness fails, labels are hidden, or the model cannot do such a task.
-    """
-    from lm_eval import evaluator
-
-    for part in task.parts:
-        _refuse_unfit(model, name, part)
-    seeds = SEEDS if settings.seed is None else (settings.seed,) * 4
-    with quiet(progress, strict=True), naming(task.name, name):
-        seed(seeds)
-        for part in task.parts:
-            part.set_fewshot_seed(seed=seeds[3])
-        groups = [task.unit, *task.unit.get_all_groups()] if hasattr(task.unit, "get_all_groups") else []
-        model.set_cache_hook(_Hook(progress, f"{name} {task.name}"))
-        outcome = evaluator.evaluate(
-            lm=model,
-            task_dict={
-                "tasks": {part.task_name: part for part in task.parts},
-                "groups": {group.name: group for group in groups},
-                "group_map": {group.name: group.child_names for group in groups},
-            },
-            limit=settings.limit, bootstrap_iters=0, log_samples=True,
-            apply_chat_template=settings.apply_chat_template, fewshot_as_multiturn=settings.apply_chat_template,
-            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
-        )  # fmt: skip
-        return _score(task, outcome, settings)
 
 
 def _refuse_unfit(model: Any, name: str, task: Any) -> None:
@@ -277,7 +258,7 @@ def _main(task: Task, figures: Mapping[str, Any], better: Mapping[str, bool], se
         keys = [key for key in figures if request in (key, key.partition(",")[0])]
         if not keys:
             there = ", ".join(key.removesuffix(",none") for key in figures)
-            raise UsageError(f"--metric: task '{task.name}' has no '{request}'", hint=f"it has: {there}")
+            raise UsageError(f"task '{task.name}' has no '{request}'", option="metrics", hint=f"it has: {there}")
         return keys[0]
     if hasattr(task.unit, "get_all_tasks"):
         order = [each.metric for each in task.unit.aggregate_metric_list]

@@ -1,16 +1,135 @@
-"""Language models as lm-evaluation-harness takes them: a checkpoint directory, or a PEFT adapter on its base."""
+"""lm-evaluation-harness as a library, its silence, its errors in a line; and language models as it takes them."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.errors import CheckpointError, ReferenceNotFound
-from modelmerge.evaluation.lm_harness import check_installed, first_line, quiet
-from modelmerge.evaluation.lm_tasks import Settings
+from modelmerge.errors import CheckpointError, ModelMergeError, ReferenceNotFound, named
+from modelmerge.evaluation.bench import require
 from modelmerge.evaluation.scores import listing
 from modelmerge.progress import Reporter
+
+SEEDS = (0, 1234, 1234, 1234)  # the harness's own defaults: Python's, numpy's, torch's, of the examples in a prompt
+# What the harness says of things that are as they should be here.
+_USUAL = (
+    "`pretrained` model kwarg", "Passed an already-initialized model", "`max_length` in generation kwargs",
+    "Overwriting default num_fewshot", "is defined, but aggregation is not", "is defined, but higher_is_better is not",
+    "overrides existing task", "Custom kwargs can be passed", "num_fewshot > 0 but fewshot_split is None",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How tasks are to be run, by the harness's words.
+
+    Args:
+        include_path: A directory of tasks in YAML. What its files name as functions is Python code that will run.
+        limit: So many items of each task, from the first on; below 1, this share of them.
+        num_fewshot: Solved examples in front of each item. A task that says 0 itself keeps it.
+        batch_size: A number, or `auto`.
+        dtype: `auto`, as the weights are stored, or the name of a torch dtype.
+        apply_chat_template: Put items as a conversation, in the model's own format.
+        confirm_run_unsafe_code: Run tasks that execute what the model writes.
+        metrics: By task, or for all tasks under the empty name, the metric that is the score: `NAME` or `NAME,FILTER`.
+        seed: In the place of `SEEDS`, all four.
+        held_out: Look at the validation split of a task that reports its test split, and at the training split of one
+            that reports its validation split.
+    """
+
+    include_path: Path | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    batch_size: str = "8"
+    dtype: str = "auto"
+    apply_chat_template: bool = False
+    confirm_run_unsafe_code: bool = False
+    metrics: Mapping[str, str]
+    seed: int | None = None
+    held_out: bool = False
+
+
+def check_installed() -> None:
+    """Refuse to begin without the harness and what it needs for models.
+
+    Raises:
+        ModelMergeError: It is not installed.
+    """
+    with quiet(None):
+        require("eval lm", '"lm-eval[hf]>=0.4.12"', "lm_eval", "accelerate", "transformers")
+
+
+def without_items(name: str) -> ModelMergeError:
+    """The error of a task that has no items."""
+    return ModelMergeError(f"task '{name}' has no items", hint="is its data set empty, or does a filter leave nothing?")
+
+
+@contextlib.contextmanager
+def naming(task: str, model: str | None = None) -> Iterator[None]:
+    """Turn what the harness raises into an error that names the task."""
+    try:
+        yield
+    except ModelMergeError:
+        raise
+    except Exception as error:
+        if isinstance(error, IndexError) and "out of bounds for size 0" in str(error):
+            raise without_items(task) from error
+        on = f" on '{model}'" if model is not None else " cannot be loaded"
+        hint = "is its data set there, and does its YAML name the data set's columns and splits?"
+        raise ModelMergeError(f"task '{task}'{on}: {type(error).__name__}: {first_line(error)}", hint=hint) from error
+
+
+@contextlib.contextmanager
+def quiet(progress: Reporter | None) -> Iterator[None]:
+    """Keep the harness and its libraries from the terminal; what a person should know becomes a note."""
+    harness = logging.getLogger("lm_eval")
+    listener = _Notes(progress)
+    before = (harness.handlers[:], harness.propagate, harness.level)
+    harness.handlers, harness.propagate = [listener], False
+    harness.setLevel(logging.WARNING)
+    others = [logging.getLogger(name) for name in ("transformers", "datasets", "accelerate", "peft")]
+    levels = [other.level for other in others]
+    for other in others:
+        other.setLevel(logging.ERROR)
+    try:
+        silent = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        harness.handlers, harness.propagate = before[:2]
+        harness.setLevel(before[2])
+        for other, level in zip(others, levels, strict=True):
+            other.setLevel(level)
+
+
+class _Notes(logging.Handler):
+    """What the harness warns of, each thing once."""
+
+    def __init__(self, progress: Reporter | None) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+        self._notes: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        if self._progress is None or any(usual in text for usual in _USUAL) or text in self._notes:
+            return
+        self._notes.add(text)
+        self._progress.note(f"lm-evaluation-harness: {text[:300]}")
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else "without a word")[:300]
 
 
 def open_model(model: Checkpoint, base: Checkpoint | None, settings: Settings, device: str, progress: Reporter) -> Any:
@@ -32,7 +151,7 @@ def open_model(model: Checkpoint, base: Checkpoint | None, settings: Settings, d
     if whole is None or whole.vector is not None or whole.directory is None:
         raise ReferenceNotFound(
             f"'{model.reference.text}' is no directory with a config and weights, which eval lm needs",
-            hint="a task vector becomes a model by: modelmerge merge task-arithmetic BASE VECTOR --scale 1",
+            hint=f"a task vector becomes a model by: modelmerge merge task-arithmetic BASE VECTOR {named('scale')} 1",
         )
     with quiet(progress):
         from lm_eval.models.huggingface import HFLM
@@ -49,8 +168,8 @@ def open_model(model: Checkpoint, base: Checkpoint | None, settings: Settings, d
             network = _with_adapter(network, model)
         network = network.to(device).eval()
         network.register_forward_hook(_refuse_nan(model.name), with_kwargs=False)
-        size = settings.batch_size
-        return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=size if size == "auto" else int(size))
+        size = settings.batch_size if settings.batch_size == "auto" else int(settings.batch_size)
+        return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=size)
 
 
 def _automodel(model: Checkpoint) -> Any:
@@ -88,20 +207,13 @@ def _load(model: Checkpoint, automodel: Any, dtype: str) -> Any:
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise CheckpointError(f"{model.directory}: transformers cannot load it: {first_line(error)}") from error
-    for what, verb in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape for")):
+    hint, random = "does its config.json belong to these weights?", "would run on random weights: the checkpoint"
+    verbs = {"missing_keys": f"{random} lacks", "mismatched_keys": f"{random} has another shape for",
+             "unexpected_keys": "has no place for"}  # fmt: skip
+    for what, verb in verbs.items():
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys.get(what) or ())
         if names:
-            raise CheckpointError(
-                f"{model.directory}: {type(network).__name__} would run on random weights: the checkpoint {verb} "
-                f"{listing(names, 3)}",
-                hint="does its config.json belong to these weights?",
-            )
-    extra = sorted(map(str, keys.get("unexpected_keys") or ()))
-    if extra:
-        raise CheckpointError(
-            f"{model.directory}: {type(network).__name__} has no place for {listing(extra, 3)}",
-            hint="does its config.json belong to these weights?",
-        )
+            raise CheckpointError(f"{model.directory}: {type(network).__name__} {verb} {listing(names, 3)}", hint=hint)
     return network
 
 
@@ -117,7 +229,7 @@ def _tokenizer(model: Checkpoint, base: Checkpoint | None) -> Any:
                 failure = failure or error
     raise ReferenceNotFound(
         f"{model.directory} holds no tokenizer that transformers can read: {first_line(failure)}",
-        hint="copy the base's tokenizer files beside it, or name the base: --base REF",
+        hint=f"copy the base's tokenizer files beside it, or name the base: {named('base')} REF",
     )
 
 
@@ -143,9 +255,7 @@ def _refuse_nan(name: str) -> Any:
         logits = getattr(output, "logits", None)
         # Whatever went wrong before it, the last position has seen it.
         if logits is not None and bool(logits[:, -1].isnan().any()):
-            raise CheckpointError(
-                f"'{name}' gives NaN for an item: no score can be made of that",
-                hint="float16 overflows where float32 and bfloat16 do not: --dtype float32",
-            )
+            hint = f"float16 overflows where float32 and bfloat16 do not: {named('dtype')} float32"
+            raise CheckpointError(f"'{name}' gives NaN for an item: no score can be made of that", hint=hint)
 
     return check

@@ -11,41 +11,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from modelmerge.errors import ModelMergeError, UsageError
-from modelmerge.evaluation.lm_harness import check_installed, naming, quiet, without_items
+from modelmerge.errors import ModelMergeError, UsageError, named
+from modelmerge.evaluation.lm_models import Settings, check_installed, naming, quiet, without_items
 from modelmerge.progress import Reporter
 
 TASKS = Path(__file__).parent / "tasks"  # our own, in the harness's format
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How tasks are to be run, by the harness's words.
-
-    Args:
-        include_path: A directory of tasks in YAML. What its files name as functions is Python code that will run.
-        limit: So many items of each task, from the first on; below 1, this share of them.
-        num_fewshot: Solved examples in front of each item. A task that says 0 itself keeps it.
-        batch_size: A number, or `auto`.
-        dtype: `auto`, as the weights are stored, or the name of a torch dtype.
-        apply_chat_template: Put items as a conversation, in the model's own format.
-        confirm_run_unsafe_code: Run tasks that execute what the model writes.
-        metrics: By task, or for all tasks under the empty name, the metric that is the score: `NAME` or `NAME,FILTER`.
-        seed: In the place of `SEEDS`, all four.
-        held_out: Look at the validation split of a task that reports its test split, and at the training split of one
-            that reports its validation split.
-    """
-
-    include_path: Path | None = None
-    limit: float | None = None
-    num_fewshot: int | None = None
-    batch_size: str = "8"
-    dtype: str = "auto"
-    apply_chat_template: bool = False
-    confirm_run_unsafe_code: bool = False
-    metrics: Mapping[str, str]
-    seed: int | None = None
-    held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +46,7 @@ def parse_metrics(texts: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     parts = [text.rpartition("=") for text in texts]
     for text, (_, _, name) in zip(texts, parts, strict=True):
         if not name:
-            raise UsageError(f"--metric '{text}' names no metric", hint="as in acc_norm, or gsm8k=exact_match")
+            raise UsageError(f"'{text}' names no metric", option="metrics", hint="as in acc_norm, or gsm8k=exact_match")
     return {task: name for task, _, name in parts}
 
 
@@ -88,16 +58,15 @@ def check_settings(settings: Settings) -> None:
     """
     limit, size = settings.limit, settings.batch_size
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
-        raise UsageError(f"--limit {limit:g} is no number of items", hint="a whole number, or a share below 1")
+        raise UsageError(f"{limit:g} is no number of items", option="limit", hint="a whole number, or a share below 1")
     if settings.num_fewshot is not None and settings.num_fewshot < 0:
-        raise UsageError(f"--num-fewshot {settings.num_fewshot} is negative")
+        raise UsageError(f"must be at least 0, not {settings.num_fewshot}", option="num_fewshot")
     if size != "auto" and not (size.isascii() and size.isdigit() and int(size)):
-        raise UsageError(f"--batch-size '{size}' is no batch size", hint="a whole number from 1 on, or auto")
+        raise UsageError(f"'{size}' is no batch size", option="batch_size", hint="a whole number from 1 on, or auto")
     if settings.include_path is not None and not any(settings.include_path.glob("**/*.yaml")):
         there = "holds no *.yaml" if settings.include_path.is_dir() else "is no directory"
-        raise UsageError(
-            f"--include-path {settings.include_path} {there}", hint="name a directory of tasks in the harness's format"
-        )
+        hint = "name a directory of tasks in the harness's format"
+        raise UsageError(f"{settings.include_path} {there}", option="include_path", hint=hint)
 
 
 def load_tasks(names: Sequence[str], settings: Settings, progress: Reporter) -> tuple[Task, ...]:
@@ -143,9 +112,7 @@ class _Index:
         if not names:
             ours = self._make(include_path=self._paths[1:], include_defaults=False) if self._paths[1:] else None
             if ours is None:
-                raise UsageError(
-                    "no task is named", hint="--tasks NAME; flan_t5_glue, or any that `lm-eval ls tasks` lists"
-                )
+                raise UsageError("no task is named", hint="flan_t5_glue, or any that `lm-eval ls tasks` lists")
             if not ours.all_subtasks:
                 raise self._missing("*")
             return list(ours.all_subtasks)
@@ -166,7 +133,7 @@ class _Index:
         if fault is not None:
             return ModelMergeError(f"there is no task '{name}', and {fault}")
         near = get_close_matches(name, self.manager.all_tasks, n=3)
-        others = "`lm-eval ls tasks` lists those of the harness; --include-path names a directory of others"
+        others = f"`lm-eval ls tasks` lists those of the harness; {named('include_path')} names a directory of others"
         return UsageError(
             f"there is no task '{name}'", hint=f"did you mean {' or '.join(near)}? {others}" if near else others
         )
@@ -211,7 +178,7 @@ def _refuse_code(index: _Index, name: str) -> None:
         if config.get("unsafe_code"):
             raise UsageError(
                 f"task '{config.get('task', name)}' runs code that the model writes, on this machine, as you",
-                hint="if you have somewhere safe to do that: --confirm-run-unsafe-code",
+                hint=f"if you have somewhere safe to do that: {named('confirm_run_unsafe_code')}",
             )
 
 
@@ -237,7 +204,7 @@ def _name(unit: Any) -> str:
 def _prepare(task: Any, settings: Settings, progress: Reporter) -> None:
     usual = task.get_config("num_fewshot")
     if settings.num_fewshot is not None and usual == 0 and settings.num_fewshot:
-        progress.note(f"task '{task.task_name}' is made for 0 examples in the prompt, and --num-fewshot leaves it so")
+        progress.note(f"task '{task.task_name}' is made for 0 examples in the prompt, and keeps to that")
     elif settings.num_fewshot is not None or usual is None:
         task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
     if settings.held_out:

@@ -5,19 +5,13 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, cast
 
-from modelmerge.errors import ModelMergeError, UsageError
-from modelmerge.evaluation.report import (
-    Difference,
-    GateResult,
-    ModelDifferences,
-    ModelRow,
-    ScoreEntry,
-    ScoreReport,
-)
+from modelmerge.errors import ModelMergeError, UsageError, named
+from modelmerge.evaluation.report import ModelRow, Report, ScoreEntry
 
 _KEYS = ("score", "correct", "items", "count", "stderr", "ids", "metric")  # of a score that is a mapping
 _EXACT = 1000  # so many discordant items are counted exactly; more are as good as normal
@@ -43,18 +37,10 @@ class Score:
 
     def to_dict(self) -> ScoreEntry:
         """As plain data; `lower` and `figures` only where they say something."""
-        entry: ScoreEntry = {
-            "score": self.value, "count": self.count, "stderr": self.stderr, "metric": self.metric,
-        }  # fmt: skip
-        if self.items is not None:
-            entry["items"] = list(self.items)
-        if self.ids is not None:
-            entry["ids"] = list(self.ids)
-        if self.lower:
-            entry["lower"] = True
-        if self.figures is not None:
-            entry["figures"] = dict(self.figures)
-        return entry
+        entry = {"score": self.value, "count": self.count, "stderr": self.stderr, "metric": self.metric}
+        lists = {"items": self.items and list(self.items), "ids": self.ids and list(self.ids)}
+        more = {**lists, "lower": self.lower or None, "figures": self.figures and dict(self.figures)}
+        return cast(ScoreEntry, entry | {name: value for name, value in more.items() if value is not None})
 
 
 def read_score(result: Any, where: str) -> Score:
@@ -74,10 +60,8 @@ def read_score(result: Any, where: str) -> Score:
     odd = [key for key in result if key not in _KEYS]
     ways = [key for key in ("items", "correct", "score") if result.get(key) is not None]
     if odd or not ways:
-        raise ModelMergeError(
-            f"{where}: {'unknown key ' + repr(odd[0]) if odd else 'no score in it'}",
-            hint=f"a score is a number, or a mapping with some of: {', '.join(_KEYS)}",
-        )
+        hint = f"a score is a number, or a mapping with some of: {', '.join(_KEYS)}"
+        raise ModelMergeError(f"{where}: {'unknown key ' + repr(odd[0]) if odd else 'no score in it'}", hint=hint)
     metric, ids = str(result.get("metric") or "score"), result.get("ids")
     count = None if result.get("count") is None else _count(result["count"], where)
     stderr = None if result.get("stderr") is None else _number(result["stderr"], f"{where}, stderr")
@@ -95,9 +79,8 @@ def read_score(result: Any, where: str) -> Score:
     if ways[0] == "correct":
         correct = _number(result["correct"], f"{where}, correct")
         if not count or not 0 <= correct <= count:
-            raise ModelMergeError(
-                f"{where}: {correct:g} correct of {count}", hint="give correct and count of all items"
-            )
+            hint = "give correct and count of all items"
+            raise ModelMergeError(f"{where}: {correct:g} correct of {count}", hint=hint)
         share = correct / count
         return Score(value=share, count=count, stderr=math.sqrt(share * (1 - share) / count), metric=metric)
     return Score(value=_number(result["score"], where), count=count, stderr=stderr, metric=metric)
@@ -107,9 +90,8 @@ def _number(value: Any, where: str) -> float:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a scalar of torch or numpy
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ModelMergeError(
-            f"{where}: {_text(value)} is no number", hint="return a number, or a mapping of tasks to numbers"
-        )
+        hint = "return a number, or a mapping of tasks to numbers"
+        raise ModelMergeError(f"{where}: {_text(value)} is no number", hint=hint)
     if not math.isfinite(value):
         raise ModelMergeError(f"{where}: the score is {value}", hint="a score must be a finite number")
     return float(value)
@@ -124,6 +106,12 @@ def _count(value: Any, where: str) -> int:
 
 def _text(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+def meant(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The hint for a name that is none of these: the one that is meant, or something else."""
+    near = get_close_matches(name, names, n=1)
+    return f"did you mean '{near[0]}'?" if near else otherwise
 
 
 def plain(name: str) -> str:
@@ -189,7 +177,7 @@ class Gate:
 
 
 def parse_gate(text: str) -> Gate:
-    """The gate of `--fail-under`: `avg=0.70`, `normalized=0.95` or `TASK=0.8`.
+    """A gate: `avg=0.70`, `normalized=0.95` or `TASK=0.8`.
 
     Raises:
         UsageError: It is not of that form.
@@ -200,17 +188,14 @@ def parse_gate(text: str) -> Gate:
     except ValueError:
         number = math.nan
     if not equals or not what or not math.isfinite(number):
-        raise UsageError(f"--fail-under '{text}' is no name and number", hint="as in avg=0.70 or normalized=0.95")
+        raise UsageError(f"'{text}' is no name and number", option="fail_under", hint="as in avg=0.7 or normalized=0.9")
     names = {"average": "avg", "normalised": "normalized"}
     return Gate(names.get(what, what), number)
 
 
 def check_gates(
-    gates: Sequence[Gate],
-    tasks: Sequence[str],
-    models: Sequence[ModelRow],
-    experts: Mapping[str, str] | None = None,
-) -> GateResult:
+    gates: Sequence[Gate], tasks: Sequence[str], models: Sequence[ModelRow], experts: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Whether the models that are no base and no expert reach every gate, and where they do not.
 
     A value that there is none of reaches no gate. `experts` as for `summarise`.
@@ -222,15 +207,11 @@ def check_gates(
     least = [task for task in tasks if not models[0]["scores"][task].get("lower")]
     for gate in gates:
         if gate.what not in ("avg", "normalized", *tasks):
-            raise UsageError(
-                f"--fail-under names '{gate.what}', which is no task",
-                hint=f"there are avg, normalized, {', '.join(tasks)}",
-            )
+            hint = f"there are avg, normalized, {', '.join(tasks)}"
+            raise UsageError(f"names '{gate.what}', which is no task", option="fail_under", hint=hint)
         if not least or gate.what in {*tasks} - {*least}:
-            raise UsageError(
-                f"--fail-under {gate}: less is better, and the gate is a least value",
-                hint=f"there are avg, normalized, {', '.join(least)}" if least else "name another with --metric",
-            )
+            hint = f"there are avg, normalized, {', '.join(least)}" if least else "name another metric"
+            raise UsageError(f"{gate}: less is better, and the gate is a least value", option="fail_under", hint=hint)
         for model in (model for model in models if model["role"] == "model"):
             if gate.what == "avg":
                 value = model["average"]
@@ -249,13 +230,14 @@ def _normalised_average(model: ModelRow, tasks: Sequence[str], experts: Mapping[
     if lacking:
         name = experts.get(lacking[0], lacking[0])
         raise UsageError(
-            f"--fail-under normalized: there is no expert called '{name}' with a score at that task",
-            hint=f"name it: --expert {name}=REF",
+            f"normalized: there is no expert called '{name}' with a score at that task",
+            option="fail_under",
+            hint=f"name it: {named('experts')} {name}=REF",
         )
     return model["normalised"]
 
 
-def differences(ours: ScoreReport, theirs: ScoreReport) -> list[ModelDifferences]:
+def differences(ours: Report, theirs: Report) -> list[dict[str, Any]]:
     """The differences of our models to theirs of the same name, or of the only one here to the only one there.
 
     Raises:
@@ -268,33 +250,27 @@ def differences(ours: ScoreReport, theirs: ScoreReport) -> list[ModelDifferences
         pairs.append((mine[0], other[0]))
     tasks = [task for task in ours["tasks"] if task in theirs["tasks"]]
     if not pairs or not tasks:
-        raise UsageError(
-            f"--compare: no {'task' if pairs else 'model'} is in both reports",
-            hint="models go by their names: NAME=REF gives one",
-        )
+        hint = "models go by their names: NAME=REF gives one"
+        raise UsageError(f"no {'task' if pairs else 'model'} is in both reports", option="compare", hint=hint)
     same = all(ours.get(key) == theirs.get(key) for key in ("metric", "seed"))
     return [_of_pair(model, before, tasks, same_items=same) for model, before in pairs]
 
 
-def _of_pair(model: ModelRow, before: ModelRow, tasks: Sequence[str], *, same_items: bool) -> ModelDifferences:
+def _of_pair(model: ModelRow, before: ModelRow, tasks: Sequence[str], *, same_items: bool) -> dict[str, Any]:
     steps = {}
     for task in tasks:
         ours, theirs = model["scores"][task], before["scores"][task]
         if ours["metric"] != theirs["metric"]:
-            raise UsageError(f"--compare: '{task}' is {ours['metric']} here, and {theirs['metric']} there")
+            raise UsageError(f"'{task}' is {ours['metric']} here, and {theirs['metric']} there", option="compare")
         steps[task] = _difference(ours, theirs, same_items)
     rising = [step for task, step in steps.items() if not model["scores"][task].get("lower")]
     average, error = mean([step["difference"] for step in rising]), mean_error([step["stderr"] for step in rising])
     p = None if average is None else _two_sided(average, error)
-    return {
-        "model": model["name"],
-        "other": before["name"],
-        "tasks": steps,
-        "average": {"difference": average, "stderr": error, "p": p},
-    }
+    total = {"difference": average, "stderr": error, "p": p}
+    return {"model": model["name"], "other": before["name"], "tasks": steps, "average": total}
 
 
-def _difference(ours: ScoreEntry, theirs: ScoreEntry, same_items: bool) -> Difference:
+def _difference(ours: ScoreEntry, theirs: ScoreEntry, same_items: bool) -> dict[str, Any]:
     """Ours less theirs, its standard error, and how likely so much is by chance (two-sided p).
 
     Paired where the items are the same: those with the same ids, or, without any, as many by the same function. Items

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import TORCH_DTYPES, Loader, Piece, piece_bytes, wholes
 from modelmerge.engine.parallel import gathered, prepare_process, source_of, threads
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, named
 from modelmerge.evaluation import interference
 from modelmerge.evaluation.bench import Models, Running, merge_inputs
-from modelmerge.evaluation.report import Closeness, Figures, FigureTables, ModelFigures, WeightReport
+from modelmerge.evaluation.report import Report
 from modelmerge.methods.transform import awd
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.tensors import ON_MISMATCH, TensorPlan, layer_type, make_plan
@@ -46,7 +46,7 @@ def evaluate(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_mismatch: str = "error",
-) -> WeightReport:
+) -> Report:
     """How the weights of merged models stand to those of the experts, in one pass over the tensors.
 
     Args:
@@ -69,7 +69,7 @@ def evaluate(
     """
     prepare_process()
     if on_mismatch not in ON_MISMATCH:
-        raise UsageError(f"--on-mismatch must be one of {', '.join(ON_MISMATCH)}, not '{on_mismatch}'")
+        raise UsageError(f"must be one of {', '.join(ON_MISMATCH)}, not '{on_mismatch}'", option="on_mismatch")
     ours = parse_all(as_references(models), "model")
     if not ours:
         raise UsageError("no model is named", hint="give at least one MODEL")
@@ -79,9 +79,7 @@ def evaluate(
     # Readers tell models apart by their names; an expert may be looked at as a model too.
     others = [replace(model, name=f"model {model.name}") if model.name in names else model for model in ours]
     origin, checkpoints = open_references(parse(str(base)), [*experts, *others])
-    plan = make_plan(
-        origin, checkpoints, include=include, exclude=exclude, on_mismatch=on_mismatch
-    )  # fmt: skip
+    plan = make_plan(origin, checkpoints, include=include, exclude=exclude, on_mismatch=on_mismatch)
     try:
         source = source_of(plan, running.device)
         fetch(plan, running.progress, beside="nothing", stream=False)
@@ -90,18 +88,13 @@ def evaluate(
         tables = describe(sums, names, columns, per_layer=per_layer)
         inputs = [record(model, model.digests()) for model in plan.models]
         rows = zip(columns, inputs[1 + len(experts) :], checkpoints[len(experts) :], strict=True)
-        return cast(WeightReport, {
-            "suite": "weights",
-            **stamp(source.device),
-            "base": inputs[0],
-            "experts": inputs[1 : 1 + len(experts)],
-            "models": [
-                {**entry, "name": name, "measured_rounding": _measured_rounding(model)} for name, entry, model in rows
-            ],
-            "remark": REMARK,
-            "notes": remarks(plan),
-            "left_out": {t.name: t.reason for t in plan.tensors.values() if t.action == "copy"},
-            **tables,
+        merged = [
+            {**entry, "name": name, "measured_rounding": _measured_rounding(model)} for name, entry, model in rows
+        ]
+        left = {tensor.name: tensor.reason for tensor in plan.tensors.values() if tensor.action == "copy"}
+        return cast(Report, {
+            "suite": "weights", **stamp(source.device), "base": inputs[0], "experts": inputs[1 : 1 + len(experts)],
+            "models": merged, "remark": REMARK, "notes": remarks(plan), "left_out": left, **tables,
         })  # fmt: skip
     finally:
         plan.close()
@@ -120,15 +113,14 @@ def _origins(
     inputs = [merge_inputs(model.path) for model in models]
     origins = [each for each in inputs if each]
     if not origins:
-        lacking = " and ".join([*(["--base"] if base is None else []), *(["--expert"] if not experts else [])])
+        lacking = " and ".join(named(n) for n, there in (("base", base is not None), ("experts", experts)) if not there)
         raise UsageError(
             f"{lacking} must be named: beside '{models[0].name}' lies no {MANIFEST} of a merge that would tell",
-            hint="--base REF --expert NAME=REF --expert NAME=REF",
+            hint=f"{named('base')} REF {named('experts')} NAME=REF {named('experts')} NAME=REF",
         )
     if any(each != origins[0] for each in origins):
-        raise UsageError(
-            "the models are merges of different experts", hint="name those to compare with: --base REF --expert REF"
-        )
+        hint = f"name those to compare with: {named('base')}, {named('experts')}"
+        raise UsageError("the models are merges of different experts", hint=hint)
     pairs = zip(origins[0]["experts"], origins[0]["paths"], strict=True)
     return base if base is not None else origins[0]["base"], experts or tuple(f"{name}={path}" for name, path in pairs)
 
@@ -151,7 +143,7 @@ class Sums:
     Of the weights of linear layers: `gaps` [K + 1] of the models and of the base. Of those that were decomposed:
     `apgd` [2], APGD's gap where it starts and where it arrives, and `apgd_base` that of the base there; `alignments`
     and `ratios` [K, T], the sum of the ratios and their number; `interference` [2], as published and relative, over
-    `matrices`; and `orthogonality` [2] of AWD, before and after, over `awd_tensors`.
+    `matrices`; and `orthogonality` [2] of AWD, before and after, over `awd_tensors`; zero where nothing was.
     """
 
     entries: int
@@ -160,14 +152,14 @@ class Sums:
     signs: Tensor
     rounding: Tensor
     gaps: Tensor
-    apgd: Tensor
-    apgd_base: float
-    alignments: Tensor
-    ratios: Tensor
-    interference: Tensor
-    matrices: int
-    orthogonality: Tensor
-    awd_tensors: int
+    apgd: Any = 0.0
+    apgd_base: float = 0.0
+    alignments: Any = 0.0
+    ratios: Any = 0
+    interference: Any = 0.0
+    matrices: int = 0
+    orthogonality: Any = 0.0
+    awd_tensors: int = 0
 
     def __add__(self, other: Sums) -> Sums:
         """That of both together."""
@@ -233,13 +225,8 @@ def _look(source: Source, experts: int, piece: Piece, theta_0: Tensor, taus: Ten
         for k, merge in enumerate([*taus[experts:], torch.zeros_like(taus[0])]):
             gaps[k] = interference.gap(taus[:experts], merge)
     return Sums(
-        entries=theta_0.numel(), base_square=float(theta_0.double().square().sum()),
-        gram=(wide @ wide.T).cpu(), signs=interference.sign_counts(taus[:experts]).cpu(), rounding=rounding,
-        gaps=gaps, apgd=torch.zeros(2, dtype=torch.float64), apgd_base=0.0,
-        alignments=torch.zeros(len(models), experts, dtype=torch.float64),
-        ratios=torch.zeros(len(models), experts, dtype=torch.int64),
-        interference=torch.zeros(2, dtype=torch.float64), matrices=0,
-        orthogonality=torch.zeros(2, dtype=torch.float64), awd_tensors=0,
+        entries=theta_0.numel(), base_square=float(theta_0.double().square().sum()), gram=(wide @ wide.T).cpu(),
+        signs=interference.sign_counts(taus[:experts]).cpu(), rounding=rounding, gaps=gaps,
     )  # fmt: skip
 
 
@@ -247,7 +234,7 @@ def _decompose(part: Sums, piece: Piece, theta_0: Tensor, taus: Tensor, models: 
     if not bool(taus.any()):  # nobody changed it: no conflict to speak of
         return part
     rows = [interference.subspace_alignment(taus, merge).cpu() for merge in models]
-    alignments = torch.stack(rows) if rows else part.alignments
+    alignments = torch.stack(rows) if rows else torch.zeros(0, len(taus))
     counts = ~alignments.isnan()
     return replace(
         part,
@@ -279,7 +266,7 @@ def _add_orthogonality(sums: dict[str, Sums], linear: Sequence[str], experts: in
 
 def describe(
     sums: Mapping[str, Sums], experts: Sequence[str], models: Sequence[str], *, per_layer: bool
-) -> FigureTables:
+) -> dict[str, Any]:
     """The figures of the model, of each type of layer and, with `per_layer`, of each tensor, as plain data.
 
     Args:
@@ -291,7 +278,7 @@ def describe(
     kinds: dict[str, list[Sums]] = {}
     for name, part in sums.items():
         kinds.setdefault(layer_type(name), []).append(part)
-    tables: FigureTables = {
+    tables: dict[str, Any] = {
         "model": _figures(_sum(sums.values()), experts, models),
         "layer_types": {kind: _figures(_sum(parts), experts, models) for kind, parts in kinds.items()},
     }
@@ -307,49 +294,38 @@ def _sum(parts: Iterable[Sums]) -> Sums:
     return first
 
 
-def _figures(sums: Sums, experts: Sequence[str], models: Sequence[str]) -> Figures:
+def _figures(sums: Sums, experts: Sequence[str], models: Sequence[str]) -> dict[str, Any]:
     norms = sums.gram.diagonal().clamp(min=0.0).sqrt()
     entries, both, changes, fewer = sums.signs.tolist()
     count = len(experts)
-    return {
-        "entries": sums.entries,
-        "matrices": sums.matrices,
-        "experts": {
-            "norms": dict(zip(experts, norms.tolist(), strict=False)),
-            "relative_norms": {
-                name: _ratio(norm, math.sqrt(sums.base_square))
-                for name, norm in zip(experts, norms.tolist(), strict=False)
-            },
-            "cosines": [[_cosine(sums.gram, i, j) for j in range(count)] for i in range(count)],
-            "sign_conflict": _ratio(both, entries),
-            "minority_sign_share": _ratio(fewer, changes),
-            "singular_task_interference": _pair(
-                ("mean", "relative"), sums.interference / sums.matrices if sums.matrices else None
-            ),
-            "awd_orthogonality": _pair(
-                ("before", "after"), sums.orthogonality / sums.awd_tensors if sums.awd_tensors else None
-            ),
-            "apgd_gap": _pair(("start", "solved"), sums.apgd / sums.apgd_base if sums.apgd_base else None),
-        },
-        "models": {name: _of_model(sums, experts, k) for k, name in enumerate(models)},
-    }
+    relative = [_ratio(norm, math.sqrt(sums.base_square)) for norm in norms.tolist()]
+    vectors = {
+        "norms": dict(zip(experts, norms.tolist(), strict=False)),
+        "relative_norms": dict(zip(experts, relative, strict=False)),
+        "cosines": [[_cosine(sums.gram, i, j) for j in range(count)] for i in range(count)],
+        "sign_conflict": _ratio(both, entries), "minority_sign_share": _ratio(fewer, changes),
+        "singular_task_interference": _means(("mean", "relative"), sums.interference, sums.matrices),
+        "awd_orthogonality": _means(("before", "after"), sums.orthogonality, sums.awd_tensors),
+        "apgd_gap": _means(("start", "solved"), sums.apgd, sums.apgd_base),
+    }  # fmt: skip
+    of_models = {name: _of_model(sums, experts, k) for k, name in enumerate(models)}
+    return {"entries": sums.entries, "matrices": sums.matrices, "experts": vectors, "models": of_models}
 
 
-def _of_model(sums: Sums, experts: Sequence[str], k: int) -> ModelFigures:
+def _of_model(sums: Sums, experts: Sequence[str], k: int) -> dict[str, Any]:
     """One model: its distance from the base, how much of it is rounding, and how close it is to each expert."""
     gram, place = sums.gram, len(experts) + k
     square, error = float(gram[place, place]), float(sums.rounding[k])
-    closeness: dict[str, Closeness] = {}
+    closeness: dict[str, Any] = {}
     for i, name in enumerate(experts):
         expert = float(gram[i, i])
         distance = math.sqrt(max(square + expert - 2 * float(gram[place, i]), 0.0))
-        ratios = int(sums.ratios[k, i])
+        ratios = int(sums.ratios[k, i]) if sums.matrices else 0
         closeness[name] = {
-            "cosine": _cosine(gram, place, i),
-            "distance": distance,
+            "cosine": _cosine(gram, place, i), "distance": distance,
             "relative_distance": _ratio(distance, math.sqrt(expert)),
             "subspace_alignment": float(sums.alignments[k, i]) / ratios if ratios else None,
-        }
+        }  # fmt: skip
     return {
         "norm": math.sqrt(square),
         "relative_norm": _ratio(math.sqrt(square), math.sqrt(sums.base_square)),
@@ -369,5 +345,5 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _pair(names: tuple[str, str], values: Tensor | None) -> dict[str, float] | None:
-    return dict(zip(names, values.tolist(), strict=True)) if values is not None else None
+def _means(names: tuple[str, str], totals: Tensor, count: float) -> dict[str, float] | None:
+    return dict(zip(names, (totals / count).tolist(), strict=True)) if count else None

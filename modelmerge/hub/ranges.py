@@ -10,20 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_url
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,  # from there: whichever httpx this version of the client is built on
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-    XetDownloadError,
-)
+from huggingface_hub import HfApi, ModelInfo, constants, errors, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from modelmerge._version import __version__
@@ -31,7 +18,7 @@ from modelmerge.errors import HubError, ModelMergeError, ReferenceNotFound
 
 Answer = TypeVar("Answer")
 
-LIBRARY: dict[str, Any] = {"library_name": "modelmerge", "library_version": __version__}  # what the Hub is told
+LIBRARY: dict[str, Any] = {"library_name": "modelmerge", "library_version": __version__}  # what the Hub learns
 _TIMEOUT = 20.0  # seconds without a byte before a connection counts as dead
 _TRIES = 5  # attempts without progress before giving up
 _PAUSES = (0.5, 1.0, 2.0)  # seconds between questions that the Hub was too busy to answer
@@ -41,7 +28,8 @@ _CHUNKS = 3  # so many are kept of a repository
 STREAM_BYTES = (_CHUNKS + 1) * _CHUNK  # memory that the stream of a repository takes
 # What the client raises; RuntimeError and ValueError for uploads that fail and answers that make no sense.
 _CLIENT_ERRORS = (
-    HTTPError, OSError, RuntimeError, ValueError, RevisionResolutionError, XetDownloadError, EntryNotFoundError,
+    errors.HTTPError, OSError, RuntimeError, ValueError, errors.RevisionResolutionError, errors.XetDownloadError,
+    errors.EntryNotFoundError,
 )  # fmt: skip
 _LOG_IN = "log in: hf auth login, or set HF_TOKEN"
 
@@ -50,19 +38,19 @@ class Chunks:
     """The last few chunks of what is streamed from a repository: workers go through it side by side."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._chunks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, url: str, index: int, read: Callable[[], bytes]) -> bytes:
         """A chunk of the file at that address, read if it is not among them."""
         with self._lock:
-            if (url, index) in self._kept:
-                self._kept.move_to_end((url, index))
+            if (url, index) in self._chunks:
+                self._chunks.move_to_end((url, index))
             else:
-                self._kept[url, index] = read()
-                if len(self._kept) > _CHUNKS:
-                    self._kept.popitem(last=False)
-            return self._kept[url, index]
+                self._chunks[url, index] = read()
+                if len(self._chunks) > _CHUNKS:
+                    self._chunks.popitem(last=False)
+            return self._chunks[url, index]
 
 
 class Ranges:
@@ -72,7 +60,7 @@ class Ranges:
     """
 
     def __init__(self, name: str, commit: str, place: str, size: int, sha256: str, chunks: Chunks) -> None:
-        self._told = f"{name}/{place}"
+        self._address = f"{name}/{place}"
         self._size = size
         self._sha256 = sha256
         self._url = hf_hub_url(name, place, revision=commit)
@@ -123,15 +111,15 @@ class Ranges:
             try:
                 done = self._receive(buffer, done, position)
                 error: Exception | None = None
-            except HTTPError as raised:
+            except errors.HTTPError as raised:
                 error = raised
             failures = 0 if done > before else failures + 1
-            if self._location and isinstance(error, HfHubHTTPError):
+            if self._location and isinstance(error, errors.HfHubHTTPError):
                 self._location = ""  # such an address lives for an hour or so
-            elif error and (failures > _TRIES or isinstance(error, HfHubHTTPError)):
-                raise explain(error, self._told) from error
+            elif error and (failures > _TRIES or isinstance(error, errors.HfHubHTTPError)):
+                raise explain(error, self._address) from error
             elif failures > _TRIES:
-                raise HubError(f"{self._told}: the Hub sends nothing", hint="try again later")
+                raise HubError(f"{self._address}: the Hub sends nothing", hint="try again later")
             if done < len(buffer):
                 time.sleep(min(0.1 * 2**failures, 8.0))
 
@@ -151,7 +139,7 @@ class Ranges:
                 hf_raise_for_status(response)
                 if response.headers.get("Content-Range") != f"bytes {first}-{last}/{self._size}":
                     raise HubError(
-                        f"{self._told}: {response.url.host} does not serve ranges of files",
+                        f"{self._address}: {response.url.host} does not serve ranges of files",
                         hint="a proxy may be in the way; hf download fetches whole files",
                     )
                 if response.history:
@@ -159,7 +147,7 @@ class Ranges:
                 for part in response.iter_raw():
                     buffer[received : received + len(part)] = part
                     received += len(part)
-        except HTTPError:
+        except errors.HTTPError:
             if received == done:
                 raise
         return received
@@ -184,7 +172,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
     for pause in _PAUSES:
         try:
             return ask()
-        except HfHubHTTPError as error:
+        except errors.HfHubHTTPError as error:
             if error.response.status_code not in _TRANSIENT:
                 raise
         time.sleep(pause)
@@ -208,25 +196,25 @@ def explained(name: str, revision: str | None = None, *, finding: bool = False) 
 
 def explain(error: Exception, name: str, revision: str | None = None, *, finding: bool = False) -> ModelMergeError:
     """The error of ours that says what an error of the client means; see `explained`."""
-    while isinstance(error, (LocalEntryNotFoundError, RevisionResolutionError, RuntimeError)):
+    while isinstance(error, (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, RuntimeError)):
         if not isinstance(error.__cause__, Exception):
             break
         error = error.__cause__
     page = f"{constants.ENDPOINT}/{name}"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return HubError(f"{name} is gated: its owner decides who may read it", hint=f"ask at {page}, then {_LOG_IN}")
-    if isinstance(error, RepositoryNotFoundError):
-        told = f"'{name}' is neither a path here nor" if finding else f"{name} is not"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        text = f"'{name}' is neither a path here nor" if finding else f"{name} is not"
         return ReferenceNotFound(
-            f"{told} a repository on the Hub that you may see", hint=f"check the spelling; if it is private, {_LOG_IN}"
+            f"{text} a repository on the Hub that you may see", hint=f"check the spelling; if it is private, {_LOG_IN}"
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return ReferenceNotFound(f"{name} has no revision '{revision or 'main'}'", hint=_revisions(name))
-    if isinstance(error, DisabledRepoError):
+    if isinstance(error, errors.DisabledRepoError):
         return HubError(f"{name} has been disabled", hint=f"see {page}")
-    if isinstance(error, OfflineModeIsEnabled) and not finding:
+    if isinstance(error, errors.OfflineModeIsEnabled) and not finding:
         return HubError(f"{name}: HF_HUB_OFFLINE forbids to ask the Hub", hint="unset HF_HUB_OFFLINE")
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError)):
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.RevisionResolutionError)):
         what = f"{name}@{revision}" if revision else name
         if finding:
             what = f"'{what}' is not a path here, and"
@@ -234,9 +222,9 @@ def explain(error: Exception, name: str, revision: str | None = None, *, finding
             f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub",
             hint=f"unset HF_HUB_OFFLINE, or fetch it where there is a connection: hf download {name}",
         )
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         return _refused(error, name)
-    if isinstance(error, HTTPError):
+    if isinstance(error, errors.HTTPError):
         host = constants.ENDPOINT.partition("://")[2]
         what = f"'{name}' is not a path here, and {host}" if finding else f"{name}: {host}"
         return HubError(
@@ -245,11 +233,11 @@ def explain(error: Exception, name: str, revision: str | None = None, *, finding
         )
     if isinstance(error, OSError) and error.strerror:
         return HubError(f"{name}: {error.strerror}: {error.filename or constants.HF_HUB_CACHE}", hint="free some space")
-    told = (str(error) or type(error).__name__).splitlines()[0]
-    return HubError(f"{name}: {told}", hint="run the command again")
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return HubError(f"{name}: {text}", hint="run the command again")
 
 
-def _refused(error: HfHubHTTPError, name: str) -> HubError:
+def _refused(error: errors.HfHubHTTPError, name: str) -> HubError:
     status = error.response.status_code
     if status == 401:
         return HubError(f"{name}: the Hub does not accept your token", hint=f"{_LOG_IN} anew")

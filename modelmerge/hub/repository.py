@@ -22,13 +22,7 @@ from pathlib import Path, PurePosixPath
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from huggingface_hub import (
-    close_session,
-    constants,
-    hf_hub_download,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import close_session, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound, named
@@ -41,7 +35,8 @@ _REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 _KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of a checkpoint's files; readers prefer the first
 _ADDRESS = re.compile(r"hf://([^/@]+/[^/@]+)@([^/]+)/(.+)")
-_LOOKED_INTO = ("config.json", "adapter_config.json", "modelmerge.json")  # by readers, to know what a checkpoint is
+# By readers, to know what a checkpoint is.
+_LOOKED_INTO = re.compile(r"(.*/)?(config|adapter_config|modelmerge|[^/]*\.index)\.json", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +88,8 @@ class Repository:
 
     def ranges(self, file: Path) -> Ranges:
         """A file of the outline, to be read where it is."""
-        return self._ranges(self.place(file))
+        remote = self.files[self.place(file)]
+        return Ranges(self.name, self.commit, self.place(file), remote.size, remote.sha256 or "", self._chunks)
 
     def outline(self) -> Path:
         """Make the outline; the directory or file in it that the reference means.
@@ -106,9 +102,9 @@ class Repository:
         beside = [place for place in self.files if PurePosixPath(place).parent == folder]
         weights = [place for place in beside if place.endswith(_WEIGHTS)]
         with ThreadPoolExecutor(_REQUESTS) as pool:
-            list(pool.map(self.bring, filter(_is_looked_into, beside)))
-            wanted = self._checkpoint(weights, self.directory / folder)
-            list(pool.map(self._draw, weights, (place in wanted for place in weights)))
+            list(pool.map(self.bring, filter(_LOOKED_INTO.fullmatch, beside)))
+            readable = self._checkpoint(weights, self.directory / folder)
+            list(pool.map(self._draw, weights, (place in readable for place in weights)))
         return self.directory / inside
 
     def bring(self, place: str, progress: Any = None) -> None:
@@ -118,12 +114,13 @@ class Repository:
             HubError: The Hub refuses, or cannot be reached.
         """
         with explained(self.name):
-            found = hf_hub_download(
+            cached = hf_hub_download(
                 self.name, place, revision=self.commit, tqdm_class=progress or _NoProgress, **LIBRARY
             )
-        file = self._make_room(place)
+        file = self.directory / place
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
-        file.symlink_to(Path(found).resolve())
+        file.symlink_to(Path(cached).resolve())
 
     def is_cached(self, place: str) -> bool:
         """Whether the shared cache has a file."""
@@ -135,31 +132,23 @@ class Repository:
             return {self.inside}
         for stem, ending in _KINDS:
             index = folder / f"{stem}{ending}.index.json"
-            listed = index.read_text(errors="replace") if index.exists() else ""
+            index_text = index.read_text(errors="replace") if index.exists() else ""
             names = {place: PurePosixPath(place).name for place in weights if place.endswith(ending)}
-            found = {p for p, name in names.items() if name.startswith((stem, "adapter_model")) or name in listed}
-            if found:
-                return found
+            places = {p for p, name in names.items() if name.startswith((stem, "adapter_model")) or name in index_text}
+            if places:
+                return places
         return set()
 
-    def _draw(self, place: str, wanted: bool) -> None:
+    def _draw(self, place: str, readable: bool) -> None:
         """Put a weight file into the outline: whole if the cache has it or git holds it, else as a sparse copy."""
-        remote = self.files[place]
-        if self.is_cached(place) or (wanted and remote.sha256 is None):
-            self.bring(place)
-        elif not wanted:
-            sparse.blank(self._make_room(place), remote.size)
-        elif not sparse.draw(self._make_room(place), self._ranges(place), remote.size):
-            self.bring(place)
-
-    def _ranges(self, place: str) -> Ranges:
-        remote = self.files[place]
-        return Ranges(self.name, self.commit, place, remote.size, remote.sha256 or "", self._chunks)
-
-    def _make_room(self, place: str) -> Path:
-        file = self.directory / place
+        remote, file = self.files[place], self.directory / place
         file.parent.mkdir(parents=True, exist_ok=True)
-        return file
+        if self.is_cached(place) or (readable and remote.sha256 is None):
+            self.bring(place)
+        elif not readable:
+            sparse.blank(file, remote.size)
+        elif not sparse.draw(file, self.ranges(file), remote.size):
+            self.bring(place)
 
 
 def find(name: str, revision: str | None, inside: str = "") -> Repository:
@@ -186,32 +175,32 @@ def find(name: str, revision: str | None, inside: str = "") -> Repository:
 
 def _files(api: Client, name: str, commit: str) -> dict[str, RemoteFile]:
     """The files of a commit; those in the shared cache, where the Hub cannot be reached."""
-    failed: Exception | None = None
+    failure: Exception | None = None
     if api.answer is None:  # it was not asked for a hash, or could not be
         try:
             api.model_info(name, revision=commit)
         except (HTTPError, OfflineModeIsEnabled) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
-            failed = error
+            failure = error
     if api.answer is not None:
         files = api.answer.siblings or []
         return {file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files}
     try:
         folder = Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError as error:
-        raise failed or error from None
-    found = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): RemoteFile(file.stat().st_size, None) for file in found}
+        raise failure or error from None
+    cached_files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): RemoteFile(file.stat().st_size, None) for file in cached_files}
 
 
-def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter) -> None:
+def fetch(downloads: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter) -> None:
     """Have the files of each repository in the shared cache, linked to from its outline.
 
     Raises:
         HubError: The disk is too small, the Hub refuses, or cannot be reached.
     """
-    total, free = (sum(download_bytes(*entry) for entry in wanted), free_bytes()) if wanted else (0, 0)
+    total, free = (sum(download_bytes(*entry) for entry in downloads), free_bytes()) if downloads else (0, 0)
     if total > free:
         raise HubError(
             f"{total:,} bytes have to be downloaded, and {cache_directory()} has {free:,} free",
@@ -221,16 +210,16 @@ def fetch(wanted: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter
         reporter.stage("downloading", total)
     stop = threading.Event()
     waiting: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
-    made = []
-    for repository, place in [(repository, place) for repository, places in wanted for place in places]:
-        made.append(Future[None]())
-        waiting.put((made[-1], partial(repository.bring, place, _progress(reporter, place, stop))))
+    futures = []
+    for repository, place in [(repository, place) for repository, places in downloads for place in places]:
+        futures.append(Future[None]())
+        waiting.put((futures[-1], partial(repository.bring, place, _progress(reporter, place, stop))))
     # Not a pool: the interpreter would wait for its threads, and a download can take hours.
-    threads = [threading.Thread(target=_work_off, args=(waiting, stop), daemon=True) for _ in made[:_DOWNLOADS]]
+    threads = [threading.Thread(target=_work_off, args=(waiting, stop), daemon=True) for _ in futures[:_DOWNLOADS]]
     try:
         for thread in threads:
             thread.start()
-        for future in made:
+        for future in futures:
             future.result()
     except BaseException:
         stop.set()
@@ -278,11 +267,6 @@ def cached(address: str) -> Path | None:
 def cache_directory() -> Path:
     """The cache that all Hugging Face tools share."""
     return Path(constants.HF_HUB_CACHE).expanduser().resolve()
-
-
-def _is_looked_into(place: str) -> bool:
-    name = PurePosixPath(place).name
-    return name in _LOOKED_INTO or name.endswith(".index.json")
 
 
 class _Interrupted(Exception):

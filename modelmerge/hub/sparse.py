@@ -87,10 +87,10 @@ def _table(tail: bytes) -> int | None:
 
 def _joined(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The parts, in order, with those that lie near one another as one."""
-    joined: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for start, stop in parts:
-        if joined and start <= joined[-1][1] + _NEAR:
-            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        if ranges and start <= ranges[-1][1] + _NEAR:
+            ranges[-1] = (ranges[-1][0], max(stop, ranges[-1][1]))
         else:
-            joined.append((start, stop))
-    return joined
+            ranges.append((start, stop))
+    return ranges

@@ -10,14 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import constants, get_token
+from huggingface_hub import constants, get_token, utils
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    validate_repo_id,
-)
 
 from modelmerge.errors import HubError, UsageError, named
 from modelmerge.hub.ranges import Client, explained, patiently
@@ -64,7 +58,7 @@ def parse_target(text: str, **settings: Any) -> Target:
     """
     name, _, revision = text.removeprefix("hf://").partition("@")
     try:
-        validate_repo_id(name)
+        utils.validate_repo_id(name)
     except HFValidationError:
         name = ""
     if name.count("/") != 1:
@@ -122,9 +116,9 @@ def upload(target: Target, directory: Path, instead: Mapping[str, bytes], messag
         HubError: The Hub refuses, or cannot be reached.
     """
     places = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
-    quiet = are_progress_bars_disabled()
+    quiet = utils.are_progress_bars_disabled()
     if not progress:
-        disable_progress_bars()
+        utils.disable_progress_bars()
     try:
         with explained(target.name, target.revision), tempfile.TemporaryDirectory(prefix="modelmerge-push-") as root:
             for place, file in places.items():
@@ -137,16 +131,16 @@ def upload(target: Target, directory: Path, instead: Mapping[str, bytes], messag
             api = Client()
             there = api.list_repo_files(target.name, revision=target.revision)
             stale = [glob.escape(place) for place in there if _is_stale(place, places)]
-            told = api.upload_folder(
+            answer = api.upload_folder(
                 repo_id=target.name, folder_path=root, commit_message=message, revision=target.revision,
                 create_pr=target.create_pr, delete_patterns=stale or None,
             )  # fmt: skip
     finally:
         if not quiet:
-            enable_progress_bars()
+            utils.enable_progress_bars()
     page = f"{constants.ENDPOINT}/{target.name}"
-    url = told.pr_url or (f"{page}/tree/{target.revision}" if target.revision else page)
-    return Pushed(url, told.oid)
+    url = answer.pr_url or (f"{page}/tree/{target.revision}" if target.revision else page)
+    return Pushed(url, answer.oid)
 
 
 def _is_stale(place: str, written: Mapping[str, Path]) -> bool:

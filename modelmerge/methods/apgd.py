@@ -24,17 +24,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from modelmerge.errors import named
 from modelmerge.methods import linalg, presence
-from modelmerge.methods.contract import Citation, Context
+from modelmerge.methods.contract import Citation, Context, Tensor
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PAPER = "https://arxiv.org/abs/2501.01230"
 CITATION = Citation(
@@ -67,10 +64,7 @@ class CorrectionOptions:
         None, "As published: size of a task's share; try 0.15 for language. Default: 0.07.", above=0.0
     )
     density: float | None = option(
-        None,
-        "Share of each task vector's entries that is kept. Default: 1; 0.3 as published.",
-        above=0.0,
-        maximum=1.0,
+        None, "Share of each task vector's entries that is kept. Default: 1; 0.3 as published.", above=0.0, maximum=1.0
     )
     shared_rank: int | None = option(
         None, "Dimension of the shared subspace. Default: min(m, n) / 12; min(m, n) / 6 as published.", minimum=0

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.contract import Tensor
 
 _BLOCK = 1 << 16  # elements; a GPU takes them all at once
 

@@ -10,12 +10,15 @@ Shapes: T experts; a task vector has the shape of its tensor; `taus` stacks them
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor as Tensor
+else:  # methods import it from here: importing torch takes seconds, and help needs none of it
+    Tensor = Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +144,11 @@ class Method:
     squares: float = 0.0
     on_data: bool = False
 
+
+# A method for the weights of linear layers: they come whole, and the rest is averaged.
+matrix_method = functools.partial(
+    Method, matrices=True, rest=lambda options: "average", blockwise=lambda options: False
+)
 
 Watch = Callable[[float], None]  # hears a solver's loss as it goes
 

@@ -8,12 +8,10 @@ smaller side it costs 2 m n s + 9 s^3 FLOP, where a full SVD costs two to ten ti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.contract import Tensor
 
 # Subspace iteration: vectors beyond the rank, the side from which on it pays, the gain in the squared norm that is kept
 # below which it stops, and a bound on the iterations.
@@ -161,6 +159,11 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
     vectors, s = _eigen(x @ x.T if wide else x.T @ x, min(x.shape))
     whitened = (vectors / s) @ vectors.T
     return (whitened @ x if wide else x @ whitened), s
+
+
+def nearest_orthogonal(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The orthogonal matrices nearest to U_i [m, k_i] side by side, and to V_i [k_i, n] below one another."""
+    return polar(torch.cat(list(lefts), dim=1))[0], polar(torch.cat(list(rights)))[0]
 
 
 def joint_left_vectors(taus: Tensor) -> Tensor:

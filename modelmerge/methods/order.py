@@ -7,14 +7,10 @@ upper 16 bits, which tells the bucket of each wanted rank; the second counts the
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.methods.contract import Pass
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.contract import Pass, Tensor
 
 _BITS = 16
 _BUCKETS = 1 << _BITS

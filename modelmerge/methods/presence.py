@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from modelmerge.methods.contract import Context
+from modelmerge.methods.contract import Context, Tensor
 
 # A task vector shorter than this share of the longest one, on one weight, counts as unchanged there.
 NEGLIGIBLE = 1e-3

@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from modelmerge.methods.contract import Context
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.contract import Context, Tensor
 
 LEVELS = 1 << 16  # of a draw
 LANES = 1 << 10  # words that share the first digit of their place

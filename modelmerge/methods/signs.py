@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.contract import Tensor
+
+
+def consensus(
+    parts: Iterable[Tensor],
+    weights: Sequence[float],
+    like: Tensor,
+    kind: Literal["linear", "ties"],
+    reduce: Literal["sum", "mean"] = "sum",
+) -> Tensor:
+    """All parts [*shape] added up, or with `ties` what `elect` makes of them; each has its weight in it."""
+    if kind == "ties":
+        return elect(parts, weights, like, reduce)
+    total = torch.zeros_like(like)
+    for part in parts:
+        total.add_(part)
+    return total
 
 
 def elect(parts: Iterable[Tensor], weights: Sequence[float], like: Tensor, reduce: Literal["sum", "mean"]) -> Tensor:
@@ -26,8 +41,8 @@ def elect(parts: Iterable[Tensor], weights: Sequence[float], like: Tensor, reduc
         downs.add_(torch.clamp(kept, max=0.0, out=part))
         if mean:
             # Into floats at once: adding booleans to floats takes torch several times longer.
-            up_share.add_(_times(torch.gt(kept, 0.0, out=part), weight))
-            down_share.add_(_times(torch.lt(kept, 0.0, out=part), weight))
+            up_share.add_(times(torch.gt(kept, 0.0, out=part), weight))
+            down_share.add_(times(torch.lt(kept, 0.0, out=part), weight))
     # By products with 1, 0 and -1, for torch selects by mask several times slower than it multiplies.
     down = torch.add(ups, downs, out=part).sign_()
     up = torch.clamp(down, min=0.0)
@@ -39,5 +54,6 @@ def elect(parts: Iterable[Tensor], weights: Sequence[float], like: Tensor, reduc
     return elected.div_(share.add_(torch.eq(share, 0.0, out=up)))
 
 
-def _times(shares: Tensor, weight: float) -> Tensor:
-    return shares if weight == 1.0 else shares.mul_(weight)
+def times(values: Tensor, weight: float) -> Tensor:
+    """The values times a weight, in place; with the weight 1 as they are."""
+    return values if weight == 1.0 else values.mul_(weight)

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from modelmerge.methods.contract import Tensor
 from modelmerge.methods.sums import gram, weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Below this angle a great circle is a straight line, to float64's rounding.
 _STRAIGHT = 1e-7

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.contract import Tensor
 
 
 def weighted_sum(taus: Tensor, weights: Sequence[float]) -> Tensor:

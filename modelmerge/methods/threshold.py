@@ -13,14 +13,10 @@ either way.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from modelmerge.methods.contract import Pass, Survey
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.contract import Pass, Survey, Tensor
 
 _LOW_BITS = 16
 _HIGH_BUCKETS = 1 << 15
@@ -48,8 +44,7 @@ def survey(density: float | tuple[float, ...]) -> Survey | None:
     if density >= 1.0 if isinstance(density, float) else min(density) >= 1.0:
         return None
     return Survey(
-        find=lambda numel: _find(numel, density),
-        reads=lambda numel: 2.0 if numel < SAMPLED else 1.0 + 2.0 / _SHARE,
+        find=lambda numel: _find(numel, density), reads=lambda numel: 2.0 if numel < SAMPLED else 1.0 + 2.0 / _SHARE
     )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from modelmerge.checkpoint.companions import is_companion
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import CARD, is_companion
+from modelmerge.checkpoint.staging import CARD
 from modelmerge.hub import repository
 from modelmerge.hub.ranges import STREAM_BYTES
 from modelmerge.plan.tensors import Plan
@@ -58,23 +59,20 @@ def _places(
     return places
 
 
-def with_downloads(told: dict[str, Any], plan: Plan, *, beside: Beside, streamed: int | None) -> dict[str, Any]:
-    """A plan as it is told, with the bytes to download, the shared cache they go to, and a stream's memory.
+def with_downloads(shown: dict[str, Any], plan: Plan, *, beside: Beside, streamed: int | None) -> dict[str, Any]:
+    """A plan as it is shown, with the bytes to download, the shared cache they go to, and a stream's memory.
 
     `streamed` are the bytes to be read over ranges, where weight files are not stored.
     """
     needed = wanted(plan, beside=beside, stream=streamed is not None)
     stored = sum(repository.download_bytes(remote, places) for remote, places in needed)
-    told["bytes"] = {"download": stored + (streamed or 0), **told["bytes"]}
-    cache = {
-        "directory": str(repository.cache_directory()),
-        "free": repository.free_bytes(),
-        "enough": stored <= repository.free_bytes(),
-    }
-    told["cache"] = cache if needed and streamed is None else None
+    shown["bytes"] = {"download": stored + (streamed or 0), **shown["bytes"]}
+    free = repository.free_bytes()
+    cache = {"directory": str(repository.cache_directory()), "free": free, "enough": stored <= free}
+    shown["cache"] = cache if needed and streamed is None else None
     if streamed:
-        told["peak_memory"]["host"] += STREAM_BYTES * sum(model.streamed for model in plan.models)
-    return told
+        shown["peak_memory"]["host"] += STREAM_BYTES * sum(model.streamed for model in plan.models)
+    return shown
 
 
 def fetch(plan: Plan, reporter: Reporter, *, beside: Beside, stream: bool) -> None:

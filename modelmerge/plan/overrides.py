@@ -170,8 +170,7 @@ class Methods:
                     raise UsageError(f"'{BASE}' copies the base and has no options", hint=_FORM)
                 return None
             name = override.method or self.own.name
-            method = registry.load(name)
-            return self._read(place, override, name, method)
+            return self._read(place, override, name, registry.load(name))
         except UsageError as error:
             raise error.within("at", str(override)) from error
 
@@ -218,9 +217,8 @@ class Methods:
     @staticmethod
     def _no_such(option: str, name: str, options: Sequence[str]) -> UsageError:
         near = get_close_matches(option, options, n=1)
-        spelt = [word.replace("_", "-") for word in options]
-        hint = f"did you mean '{near[0].replace('_', '-')}'?" if near else f"it has: {', '.join(spelt)}"
-        return UsageError(f"'{name}' has no option '{option.replace('_', '-')}'", hint=hint)
+        hint = f"did you mean '{named(near[0])}'?" if near else f"it has: {', '.join(map(named, options))}"
+        return UsageError(f"'{name}' has no option '{named(option)}'", hint=hint)
 
     @staticmethod
     def _check_curve(method: Method, name: str, option: str, values: tuple[float, ...]) -> None:
@@ -239,7 +237,7 @@ class Methods:
         if rest == BASE:
             return None
         method = registry.load(rest)
-        weights = {option: curve for option, curve in choice.curves.items() if option == WEIGHT}
+        weights = {WEIGHT: choice.curves[WEIGHT]} if WEIGHT in choice.curves else {}
         experts = {key: curve for key, curve in choice.experts.items() if key[1] == WEIGHT}
         return Choice(rest, method, method.options(), place, weights, experts, rest=True)
 
@@ -264,8 +262,7 @@ class Methods:
         numbered = bool(layers(tensors))
         for tensor, linear in tensors.items():
             choice = self.choose(tensor, linear=linear)
-            if choice is None:
-                raise AssertionError(f"'{tensor}' is copied")
+            assert choice is not None, "the tensor is merged"
             long = any(len(curve.values) > 1 for curve in (*choice.curves.values(), *choice.experts.values()))
             if long and not numbered:
                 assert choice.override is not None, "only overrides have curves"
@@ -285,9 +282,7 @@ class Methods:
     def _setting(self, choice: Choice, weights: tuple[float, ...], depth: float) -> Setting:
         plain = {option: curve.at(depth) for option, curve in choice.curves.items() if option != WEIGHT}
         options = dataclasses.replace(choice.options, **plain) if plain else choice.options
-        here = list(weights)
-        if WEIGHT in choice.curves:
-            here = [choice.curves[WEIGHT].at(depth)] * len(here)
+        here = [choice.curves[WEIGHT].at(depth)] * len(weights) if WEIGHT in choice.curves else list(weights)
         each: dict[str, list[float]] = {}
         for (expert, option), curve in choice.experts.items():
             place = self._experts.index(expert)
@@ -331,11 +326,8 @@ def group_key(method: Method, setting: Setting) -> tuple[Any, ...]:
     varies = _varies(method)
     surveys = method.survey(setting.options, setting.each) is not None
     free = {option for option, kind in varies.items() if kind == "tensor" or not surveys}
-    options = tuple(
-        (spec.name, getattr(setting.options, spec.name))
-        for spec in dataclasses.fields(method.options)
-        if spec.name not in free
-    )
+    names = [spec.name for spec in dataclasses.fields(method.options) if spec.name not in free]
+    options = tuple((name, getattr(setting.options, name)) for name in names)
     each = tuple(sorted((option, values) for option, values in setting.each.items() if option not in free))
     return (setting.method, options, each)
 
@@ -371,8 +363,7 @@ def layers(names: Iterable[str]) -> dict[str, int]:
     """How many numbered layers there are below each prefix, such as `model.layers`."""
     count: Counter[str] = Counter()
     for name in names:
-        layer = layer_of(name)
-        if layer is not None:
+        if layer := layer_of(name):
             prefix, number = layer
             count[prefix] = max(count[prefix], number + 1)
     return dict(count)
@@ -386,12 +377,12 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 def depths(names: Sequence[str]) -> dict[str, float]:
     """How deep each tensor lies: 0 in the first layer, 1 in the last (and in an only one), 0 outside all layers."""
-    count, depth = layers(names), {}
-    for name in names:
-        layer = layer_of(name)
-        if layer is None:
-            depth[name] = 0.0
-        else:
-            prefix, number = layer
-            depth[name] = number / (count[prefix] - 1) if count[prefix] > 1 else 1.0
-    return depth
+    count = layers(names)
+
+    def depth(name: str) -> float:
+        prefix, number = layer_of(name) or ("", 0)
+        if not prefix:
+            return 0.0
+        return number / (count[prefix] - 1) if count[prefix] > 1 else 1.0
+
+    return {name: depth(name) for name in names}

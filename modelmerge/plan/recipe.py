@@ -1,18 +1,16 @@
-"""What a merge was told, and what became of it: the recipe and the manifest (`modelmerge.json`)."""
+"""The recipe: everything that a merge was asked for."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modelmerge.errors import RecipeError, UsageError
-from modelmerge.methods.options import written
 from modelmerge.plan import format_1
 
 FORMAT = 2  # of modelmerge.json; counts up when a reader of the old form would misread the new one
@@ -60,42 +58,6 @@ class Recipe:
         """The recipe as JSON has it."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
-    def command(self, output: str) -> str:
-        """The shell line that repeats the merge."""
-        words = ["modelmerge", "merge", self.method, self.base, *self.experts]
-        words += _typed("--", self.options)
-        for text in self.disentangle:
-            words += ["--disentangle", text]
-        for name, weight in self.weights.items():
-            words += ["--weight", f"{name}={written(weight)}"]
-        for override in self.at:
-            words += ["--at", override]
-        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        for name in ("rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora"):
-            value = getattr(self, name)
-            words += [f"--{name.replace('_', '-')}", str(value)] if value != defaults[name] else []
-        for name in ("include", "exclude"):
-            for glob in getattr(self, name):
-                words += [f"--{name}", glob]
-        for name, told in self.unlabelled.items():
-            for each in told if isinstance(told, list | tuple) else [told]:
-                words += [data_flag(name), str(each)]
-        return shlex.join([*words, "-o", output])
-
-
-def _typed(prefix: str, options: Mapping[str, Any]) -> list[str]:
-    """A method's options as they are typed; a switch that is off is not."""
-    words: list[str] = []
-    for name, value in options.items():
-        if value is not None and value is not False:
-            words += [f"{prefix}{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return words
-
-
-def data_flag(name: str) -> str:
-    """What tells of unlabelled data, as it is typed."""
-    return "--" + {"tasks": "task", "templates": "template"}.get(name, name).replace("_", "-")
-
 
 def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | None]:
     """The recipe in a manifest, the sha256 of each input file by path, and what format 1 stored, if it is of that.
@@ -119,12 +81,10 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | No
         if old is not None:
             stored = {key: value for key, value in stored.items() if key not in format_1.OLD}
             stored["disentangle"] = format_1.transforms_of(old)
-        known = {spec.name for spec in dataclasses.fields(Recipe)}
-        unknown = stored.keys() - known
-        if unknown:
+        if unknown := stored.keys() - {spec.name for spec in dataclasses.fields(Recipe)}:
             raise RecipeError(f"{file}: the recipe has the unknown entry '{sorted(unknown)[0]}'")
-        told: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        recipe = Recipe(**told)
+        entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        recipe = Recipe(**entries)
         inputs = [manifest["inputs"]["base"], *manifest["inputs"]["experts"]]
         digests = {name: entry["sha256"] for model in inputs for name, entry in model["files"].items()}
     except FileNotFoundError as error:
@@ -146,7 +106,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if size <= 0:
-        raise UsageError(f"--max-shard-size '{text}' is no size", hint="write it like 5GB, 200MB or 1GiB")
+        raise UsageError(f"'{text}' is no size", option="max_shard_size", hint="write it like 5GB, 200MB or 1GiB")
     return size
 
 
@@ -164,8 +124,8 @@ def parse_weights(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             value = float("nan")
         if not name or value != value or value in (float("inf"), float("-inf")):
-            raise UsageError(f"--weight '{text}' is not NAME=W", hint="write it like --weight math=0.5")
+            raise UsageError(f"'{text}' is not NAME=W", option="weights", hint="write it like math=0.5")
         if name in weights:
-            raise UsageError(f"--weight names '{name}' twice")
+            raise UsageError(f"names '{name}' twice", option="weights")
         weights[name] = value
     return weights

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modelmerge.checkpoint.staging import CARD
+from modelmerge.record.command import REPLAY
 
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s", re.DOTALL)
 _LICENSE = ("license", "license_name", "license_link")
@@ -69,28 +70,18 @@ class Result:
 def front_matter(directory: Path | None) -> dict[str, Any]:
     """The front matter of the card beside a model; empty if there is none that can be read."""
     try:
-        found = _FRONT.match((directory / CARD).read_text(encoding="utf-8")) if directory is not None else None
-        front = yaml.safe_load(found[1]) if found else None
+        match = _FRONT.match((directory / CARD).read_text(encoding="utf-8")) if directory is not None else None
+        front = yaml.safe_load(match[1]) if match else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return {}
     return {str(key): value for key, value in front.items()} if isinstance(front, dict) else {}
 
 
 def render(
-    *,
-    title: str,
-    base: Model,
-    experts: Sequence[Model],
-    methods: Sequence[Source],
-    settings: Mapping[str, Any],
-    command: str,
-    notes: Sequence[str],
-    has_config: bool,
-    versions: Mapping[str, str],
-    device: str,
-    transforms: Sequence[Source] = (),
-    adapter: bool = False,
-) -> str:
+    *, title: str, base: Model, experts: Sequence[Model], methods: Sequence[Source], settings: Mapping[str, Any],
+    command: str, notes: Sequence[str], has_config: bool, versions: Mapping[str, str], device: str,
+    transforms: Sequence[Source] = (), adapter: bool = False,
+) -> str:  # fmt: skip
     """The card's text.
 
     Args:
@@ -98,7 +89,7 @@ def render(
         base: The base.
         experts: The experts, in their order.
         methods: What merged the task vectors: the merge's own method, then those that rules gave some tensors to.
-        settings: What every merge can be told, and was, as typed.
+        settings: What every merge can be set to, and was, as typed.
         command: The shell line that repeats the merge.
         notes: What a reader should know, a sentence each.
         has_config: There is a config.json beside the weights, so that transformers can load them.
@@ -123,8 +114,8 @@ def render(
     names = " and ".join(f"`{method.name}`" for method in methods) + "".join(
         f" after `{transform.name}`" for transform in reversed(transforms)
     )
-    told = [*(item for method in (*transforms, *methods) for item in method.options.items()), *settings.items()]
-    cited = list(dict.fromkeys(method.bibtex for method in (*methods, *transforms) if method.bibtex))
+    options = [*(item for method in (*transforms, *methods) for item in method.options.items()), *settings.items()]
+    citations = list(dict.fromkeys(method.bibtex for method in (*methods, *transforms) if method.bibtex))
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
@@ -136,14 +127,13 @@ def render(
         license_said,
         "## Method",
         *(f"[`{method.name}`]({method.paper}): {method.summary}" for method in (*transforms, *methods)),
-        *([_table(("option", "value"), [(_code(name), _value(value)) for name, value in told])] if told else []),
+        *([_table(("option", "value"), [(_code(name), _value(value)) for name, value in options])] if options else []),
         "## Repeat it",
         f"```sh\n{_wrapped(command)}\n```",
         "`modelmerge.json` holds the complete recipe with the sha256 of every input and output file; "
-        "`modelmerge merge --recipe modelmerge.json -o DIR` replays it. Made with "
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; computed on {device}.",
+        f"`{REPLAY}` replays it. Made with {', '.join(map(' '.join, versions.items()))}; computed on {device}.",
         *(["## Notes", "\n".join(f"- {note}" for note in notes)] if notes else []),
-        *(["## Citation", "```bibtex\n" + "\n\n".join(cited) + "\n```"] if cited else []),
+        *(["## Citation", "```bibtex\n" + "\n\n".join(citations) + "\n```"] if citations else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -170,8 +160,8 @@ def with_results(text: str, results: Sequence[Result], *, name: str) -> str:
     rows = [(result.dataset, result.split or "", result.metric, f"{result.value:.4g}", result.detail)
             for result in results]  # fmt: skip
     if results:
-        shown = _table(("data", "split", "metric", "value", ""), rows, right=(3,))
-        block = f"{_START}\n## Evaluation\n\n{shown}\n{_END}\n\n"
+        table = _table(("data", "split", "metric", "value", ""), rows, right=(3,))
+        block = f"{_START}\n## Evaluation\n\n{table}\n{_END}\n\n"
         before, repeat, after = body.partition("## Repeat it\n")
         body = f"{before}{block}{repeat}{after}" if repeat else f"{body.rstrip()}\n\n{block}".rstrip("\n") + "\n"
     return f"---\n{data.to_yaml()}\n---\n{body}"
@@ -179,12 +169,12 @@ def with_results(text: str, results: Sequence[Result], *, name: str) -> str:
 
 def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
     """The licence for the front matter, and a sentence about it: inherited where all models have the same."""
-    told = [{key: _text(model.front.get(key)) for key in _LICENSE} for model in models]
-    if told[0]["license"] and all(license == told[0] for license in told):
-        known = {key: value for key, value in told[0].items() if value}
-        name = known.get("license_name") or known["license"]
-        return known, f"License: {name}, which is that of the base and of every expert."
-    base, *experts = (license["license_name"] or license["license"] for license in told)
+    licenses = [{key: _text(model.front.get(key)) for key in _LICENSE} for model in models]
+    if licenses[0]["license"] and all(license == licenses[0] for license in licenses):
+        entries = {key: value for key, value in licenses[0].items() if value}
+        name = entries.get("license_name") or entries["license"]
+        return entries, f"License: {name}, which is that of the base and of every expert."
+    base, *experts = (license["license_name"] or license["license"] for license in licenses)
     names: dict[str | None, list[str]] = {}
     for model, license in zip(models[1:], experts, strict=True):
         names.setdefault(license, []).append(f"`{model.name}`")
@@ -199,7 +189,7 @@ def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
 def published(text: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """The card as others may see it: models go by the names that `after` has for what `before`, the manifest, has."""
     text = text.replace(_wrapped(before["command"]), _wrapped(after["command"]))
-    models = [(told["inputs"]["base"], *told["inputs"]["experts"]) for told in (before, after)]
+    models = [(manifest["inputs"]["base"], *manifest["inputs"]["experts"]) for manifest in (before, after)]
     for ours, theirs in zip(*models, strict=True):
         text = text.replace(_code(ours["reference"]), _code(theirs["reference"]))
     return text

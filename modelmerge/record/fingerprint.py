@@ -24,7 +24,7 @@ def _packages() -> dict[str, str]:
     return {"modelmerge": __version__, **{name: version(name) for name in others}}  # a source tree has no metadata
 
 
-def fingerprint(plan: Plan, *told: Any) -> str:
+def fingerprint(plan: Plan, *settings: Any) -> str:
     """Digest of everything that determines the weights' bytes, as far as it can be had without reading tensors."""
     files = [
         (m.reference.address(file), stat.st_size, stat.st_mtime_ns if m.reference.repository is None else 0)
@@ -32,6 +32,5 @@ def fingerprint(plan: Plan, *told: Any) -> str:
         for file, stat in m.files.items()
     ]
     names = [model.name for model in plan.models]
-    return hashlib.sha256(
-        json.dumps([told, names, files, versions()], sort_keys=True, default=str).encode()
-    ).hexdigest()
+    content = json.dumps([settings, names, files, versions()], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()

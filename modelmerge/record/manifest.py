@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +22,7 @@ from modelmerge.plan.recipe import FORMAT, Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 from modelmerge.plan.transforms import parse_transform
 from modelmerge.record import card
+from modelmerge.record.command import command_of, flag, settings_of
 from modelmerge.record.fingerprint import versions
 
 
@@ -49,18 +51,18 @@ def stamp(device: object) -> dict[str, Any]:
 
 def listing(source: Source, tensors: Iterable[tuple[TensorPlan, str, str]]) -> dict[str, Any]:
     """What every plan says: the models, the device, and what each tensor is stored as and what happens to it."""
-    made = source.plan
+    plan = source.plan
     return {
-        "base": {"name": made.base.name, "reference": made.base.reference.text},
-        "experts": [{"name": expert.name, "reference": expert.reference.text} for expert in made.experts],
+        "base": {"name": plan.base.name, "reference": plan.base.reference.text},
+        "experts": [{"name": expert.name, "reference": expert.reference.text} for expert in plan.experts],
         "device": str(source.device),
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "stored_as": stored_as, "action": action,
              "reason": t.reason}
             for t, stored_as, action in tensors
         ],
-        "expert_only": {name: list(experts) for name, experts in made.expert_only.items()},
-        "remarks": remarks(made),
+        "expert_only": {name: list(experts) for name, experts in plan.expert_only.items()},
+        "remarks": remarks(plan),
     }  # fmt: skip
 
 
@@ -78,7 +80,7 @@ def as_file(manifest: Mapping[str, Any]) -> bytes:
 
 
 def refuse_changed(
-    recorded: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
+    recipe_digests: Mapping[str, str], models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]
 ) -> None:
     """Refuse inputs whose sha256 is not the recorded one.
 
@@ -89,8 +91,8 @@ def refuse_changed(
         for file, digest in files.items():
             address, lies = model.reference.address(file), model.reference.location
             # Where the recipe was published, by the model's name.
-            known = recorded.get(address, recorded.get(address.replace(lies, model.name)))
-            if recorded and known != digest:
+            expected = recipe_digests.get(address, recipe_digests.get(address.replace(lies, model.name)))
+            if recipe_digests and expected != digest:
                 raise RecipeError(
                     f"{file}: not the file that the recipe was made with (its sha256 differs)",
                     hint="restore the file, or make the merge anew without the recipe",
@@ -106,15 +108,13 @@ def notes_of(job: Job, findings: Findings) -> list[str]:
     if len(notes) > 5:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
     notes = read + [f"'{t.name}': {t.reason}." for t in job.plan.tensors.values() if t.mismatched] + notes
-    reasons: dict[tuple[str, str], int] = {}
-    for _, expert, reason in findings.left_out:
-        reasons[expert, reason] = reasons.get((expert, reason), 0) + 1
+    reasons = Counter((expert, reason) for _, expert, reason in findings.left_out)
     for (expert, reason), count in sorted(reasons.items()):
         notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
-    lost = findings.rounding.relative_error() if findings.rounding else None
-    if lost is not None and lost > _LOSSY:
+    loss = findings.rounding.relative_error() if findings.rounding else None
+    if loss is not None and loss > _LOSSY:
         notes.append(
-            f"Storing in {_stored_as(job)} changes the merged task vector by {lost:.1%}: the dtype float32 keeps it."
+            f"Storing in {_stored_as(job)} changes the merged task vector by {loss:.1%}: the dtype float32 keeps it."
         )
     return notes
 
@@ -139,8 +139,12 @@ def _rounding(job: Job, findings: Findings) -> dict[str, Any] | None:
 def groups_of(job: Job) -> list[dict[str, Any]]:
     """Which method merges what, with all its settings."""
     return [
-        {"method": part.name, "settings": describe(part.options), "tensors": [tensor.name for tensor in part.tensors]}
-        for part in job.parts
+        {
+            "method": group.name,
+            "settings": describe(group.options),
+            "tensors": [tensor.name for tensor in group.tensors],
+        }
+        for group in job.groups
     ]
 
 
@@ -151,44 +155,36 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         for name, spec, options in map(parse_transform, recipe.disentangle)
     ]
     methods = [_applied(recipe.method, "merge", registry.load(recipe.method), recipe.options)]
-    for part in job.parts:  # an override is said with its options among the settings
-        if part.name not in [source.name for source in methods]:
-            methods.append(_applied(part.name, "merge", part.method, {}))
+    for group in job.groups:  # an override is said with its options among the settings
+        if group.name not in [source.name for source in methods]:
+            methods.append(_applied(group.name, "merge", group.method, {}))
     if recipe.coefficients:
-        told = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
-        notes = [*notes, f"{told}; `modelmerge.json` has them."]
+        note = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
+        notes = [*notes, f"{note}; `modelmerge.json` has them."]
         if not registry.load(recipe.method).on_data:
             transforms.append(_applied("adamerging", "merge", registry.load("adamerging"), {}))
-    defaults = Recipe(method="", base="", experts=())
-    words = ("at", "rest", "dtype", "include", "exclude", "seed", "as_lora")
-    settings = {name: getattr(recipe, name) for name in words}
+    settings = settings_of(recipe, "at", "rest", "dtype", "include", "exclude", "seed", "as_lora")
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
         methods=methods, transforms=transforms,
-        settings={
-            f"--{name.replace('_', '-')}": value for name, value in settings.items() if value != getattr(defaults, name)
-        },
-        command=recipe.command(str(out)), notes=notes, has_config=bool(job.plan.base.config),
+        settings={flag(name): value for name, value in settings.items()},
+        command=command_of(recipe, str(out)), notes=notes, has_config=bool(job.plan.base.config),
         versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
     ).encode()  # fmt: skip
 
 
 def _applied(
-    name: str,
-    kind: Literal["merge", "transform"],
-    chosen: Method | TransformSpec,
-    options: Mapping[str, Any],
+    name: str, kind: Literal["merge", "transform"], spec: Method | TransformSpec, options: Mapping[str, Any]
 ) -> card.Source:
     """A method as the card shows it: its options as they are typed, and what follows from them."""
-    prefix = f"{name} " if kind == "transform" else "--"
-    settings = describe(chosen.options(**options)) if options else {}
-    told = {
-        f"{prefix}{key.replace('_', '-')}" if key in options else f"{prefix.strip('-')}{key.replace('_', ' ')}": value
-        for key, value in settings.items()
-    }
-    bibtex = chosen.citation.bibtex(chosen.paper) if chosen.citation else ""
-    return card.Source(name=name, summary=registry.summary(name, kind), paper=chosen.paper, bibtex=bibtex, options=told)
+    settings = describe(spec.options(**options)) if options else {}
+    values = {}
+    for key, value in settings.items():
+        word = key.replace("_", " ") if key not in options else flag(key) if kind == "merge" else key.replace("_", "-")
+        values[word if kind == "merge" else f"{name} {word}"] = value
+    bibtex, summary = spec.citation.bibtex(spec.paper) if spec.citation else "", registry.summary(name, kind)
+    return card.Source(name=name, summary=summary, paper=spec.paper, bibtex=bibtex, options=values)
 
 
 def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
@@ -201,28 +197,18 @@ def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
 
 
 def manifest_of(
-    recipe: Recipe,
-    job: Job,
-    found: Mapping[str, Any] | None,
-    out: Path,
-    digests: Sequence[Mapping[Path, str]],
-    findings: Findings,
-    notes: Sequence[str],
-    staging: Staging,
-    seconds: float,
-) -> dict[str, Any]:
-    """The manifest of a merge; `found` is what there is to say of coefficients that were found on data."""
+    recipe: Recipe, job: Job, coefficients: Mapping[str, Any] | None, out: Path, digests: Sequence[Mapping[Path, str]],
+    findings: Findings, notes: Sequence[str], staging: Staging, seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    """The manifest of a merge; `coefficients` is what there is to say of coefficients that were found on data."""
     tensors = job.plan.tensors.values()
     # Absolute paths and commits, so that the recipe can be replayed from anywhere.
-    located = dataclasses.replace(
-        recipe,
-        base=job.plan.base.reference.location,
-        experts=tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts),
-    )
+    experts = tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts)
+    replayable = dataclasses.replace(recipe, base=job.plan.base.reference.location, experts=experts)
     return {
         **stamp(job.source.device),
-        "recipe": located.to_dict(),
-        "command": recipe.command(str(out)),
+        "recipe": replayable.to_dict(),
+        "command": command_of(recipe, str(out)),
         "inputs": {
             "base": record(job.plan.base, digests[0]),
             "experts": [record(e, files) for e, files in zip(job.plan.experts, digests[1:], strict=True)],
@@ -239,7 +225,7 @@ def manifest_of(
             "dtypes": {t.name: t.out_dtype for t in tensors},
         },
         "rounding": _rounding(job, findings),
-        **({"adaptation": dict(found)} if found is not None else {}),
+        **({"adaptation": dict(coefficients)} if coefficients is not None else {}),
         "notes": list(notes),
         "seconds": round(seconds, 3),
         "files": staging.listing(),

@@ -11,7 +11,7 @@ from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.adapter import Adapted, adapt
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import adapter_bytes, adapter_memory
-from modelmerge.errors import OutputError, UsageError
+from modelmerge.errors import OutputError, UsageError, named
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import dtype_of
 from modelmerge.progress import Reporter
@@ -33,7 +33,7 @@ def size_of(recipe: Recipe) -> as_lora.Size | None:
     if recipe.as_lora is None:
         return None
     if recipe.max_shard_size != next(f.default for f in dataclasses.fields(Recipe) if f.name == "max_shard_size"):
-        raise UsageError("--max-shard-size has no effect with --as-lora: peft reads one file")
+        raise UsageError(f"has no effect with {named('as_lora')}: peft reads one file", option="max_shard_size")
     return as_lora.parse_size(recipe.as_lora)
 
 
@@ -69,7 +69,7 @@ def run(job: Job, recipe: Recipe, size: as_lora.Size, staging: Staging, progress
         if not adapted.ranks:
             raise OutputError(
                 "the merge changes no weight of a linear layer: there is nothing to write as a LoRA",
-                hint="write a whole checkpoint, without --as-lora",
+                hint=f"write a whole checkpoint, without {named('as_lora')}",
             )
         staging.lay_out(as_lora.lay_out_adapter(adapted.entries))
         for key, (_, _, nbytes) in adapted.entries.items():

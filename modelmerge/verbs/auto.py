@@ -58,5 +58,5 @@ def choose(made: Plan, *, look: bool) -> Choice:
 
 
 def _is_adapter(model: Checkpoint) -> bool:
-    """Whether it is told by factors: a LoRA adapter, or a low-rank task vector."""
+    """Whether factors make it up: a LoRA adapter, or a low-rank task vector."""
     return any(info.change is not None and info.change.factors is not None for info in model.tensors.values())

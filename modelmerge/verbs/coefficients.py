@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,34 @@ import torch
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import Room
+from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine.coefficients import Coefficients, CoefficientTable, Problem
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import refuse_beyond_memory
 from modelmerge.engine.transforms import Transform, fit_chain
-from modelmerge.errors import RecipeError, UsageError
-from modelmerge.evaluation import cache, clip, clip_models, image_data, unlabelled
+from modelmerge.errors import RecipeError, UsageError, named
+from modelmerge.evaluation import clip, clip_models, custom, image_data
+from modelmerge.evaluation.bench import entry_name, recall, remember
 from modelmerge.evaluation.clip_models import Parts, Tower
 from modelmerge.evaluation.custom import Script, load_script
 from modelmerge.evaluation.image_data import Items
 from modelmerge.evaluation.image_tasks import Task, find_tasks
 from modelmerge.evaluation.model import Model
+from modelmerge.evaluation.scores import meant
 from modelmerge.methods import registry
 from modelmerge.methods.coefficients import Options
 from modelmerge.methods.options import make_options, option_types
-from modelmerge.plan.recipe import Recipe, data_flag
+from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import Reporter
 
-# What images are told by, as in suite `clip`.
+# What names images, as in suite `clip`.
 IMAGES = (
     "tasks", "data", "classes", "templates", "config", "split", "image_column", "label_column", "heads", "limit",
 )  # fmt: skip
 SCRIPT = "script"
 SEARCH = "adamerging"  # the method whose options are those of the search
 _COLUMNS = {"config": "config", "split": "split", "image_column": "image", "label_column": "label"}
-_ANEW = "run the merge anew without --recipe: they are found for these models and settings"
+_ANEW = f"run the merge anew without {named('recipe')}: they are found for these models and settings"
 _TENTH = 10  # share of the steps whose mean is a figure: one step's is that of a few inputs
 
 
@@ -59,10 +60,7 @@ class Data:
     def remarks(self) -> list[str]:
         """What a plan says of the data, and what it does not count."""
         label = self.script.label if self.script is not None else ", ".join(task.name for task in self.tasks.values())
-        return [
-            f"weights are found on unlabelled data first: {label}; what the model makes of a batch of them takes "
-            "memory besides"
-        ]
+        return [f"weights are found on unlabelled data first, {label}; batches of them take memory besides"]
 
     def read(self, seed: int) -> Read:
         """Open the data.
@@ -70,11 +68,8 @@ class Data:
         Raises:
             ModelMergeError: A data set cannot be read, or is empty.
         """
-        items = {
-            name: image_data.load(task, limit=self.limit, seed=seed, with_labels=False)
-            for name, task in self.tasks.items()
-        }
-        return Read(self, items)
+        options: dict[str, Any] = {"limit": self.limit, "seed": seed, "with_labels": False}
+        return Read(self, {name: image_data.load(task, **options) for name, task in self.tasks.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +109,16 @@ class Read:
             for expert in job.plan.experts:
                 yield self._of_script(self.data.script, expert, job)
             return
-        parts = clip_models.parts_of(Model(job.plan.base, None, job.source.device))
-        tower, digest = clip_models.read_tower(parts), clip_models.text_digest(parts) if parts.has_text else ""
+        parts, digest, tower = clip_models.open_parts(Model(job.plan.base, None, job.source.device))
         for expert in job.plan.experts:
             yield self._of_images(expert.name, parts, tower, digest, job)
 
     def _of_script(self, script: Script, expert: Checkpoint, job: Job) -> Problem:
         model = Model(expert, job.plan.base, job.source.device)
-        module, batches = unlabelled.classifier_of(script, model, self.data.options.batch_size, job.seed)
-        where = f"{script.label} for '{expert.name}'"
-        merged = [tensor.name for tensor in job.merged()]
-        names = unlabelled.names_in(list(module.state_dict()), merged, where)
-        predict = unlabelled.predictor(where, module, batches, job.source.device)
+        module, batches = custom.classifier_of(script, model, self.data.options.batch_size, job.seed)
+        where, merged = f"{script.label} for '{expert.name}'", [tensor.name for tensor in job.merged()]
+        names = custom.names_in(list(module.state_dict()), merged, where)
+        predict = custom.predictor(where, module, batches, job.source.device)
         return Problem(expert.name, module, names, predict)
 
     def _of_images(self, name: str, parts: Parts, tower: Tower, digest: str, job: Job) -> Problem:
@@ -133,16 +126,13 @@ class Read:
         try:
             head = clip_models.find_head(items.task, items.classes, parts, self.data.heads, digest)
         except UsageError as error:
-            raise UsageError(
-                error.message, hint="a whole CLIP model as BASE has one; or a folder that has the head: --heads DIR"
-            ) from error
+            hint = f"a whole CLIP model as BASE has one; or a folder that has the head: {named('heads')} DIR"
+            raise UsageError(error.template, hint=hint) from error
         module = clip_models.classifier(tower, head, job.source.device)
-        order = unlabelled.draws(len(items.ids), batch_size, job.seed, name)
+        order = custom.draws(len(items.ids), batch_size, job.seed, name)
         pixels = (batch for batch, _ in clip.batches(items, head, batch_size, order))
-        return Problem(
-            name, module, clip_models.names_in(module, parts),
-            unlabelled.predictor(f"the data of '{name}'", module, pixels, job.source.device),
-        )  # fmt: skip
+        predict = custom.predictor(f"the data of '{name}'", module, pixels, job.source.device)
+        return Problem(name, module, clip_models.names_in(module, parts), predict)
 
 
 def to_recipe(unlabelled: Mapping[str, Any]) -> tuple[dict[str, Any], Script | None]:
@@ -183,23 +173,22 @@ def find_data(recipe: Recipe, experts: Sequence[str], script: Script | None = No
         options = make_options(search, SEARCH, {name: values.pop(name) for name in names})
     for name in values:
         if name not in (*IMAGES, SCRIPT):
-            near = get_close_matches(name, (*IMAGES, SCRIPT), n=1)
-            raise UsageError(
-                f"unlabelled data have no setting '{name}'", hint=f"did you mean '{near[0]}'?" if near else None
-            )
+            hint = meant(name, (*IMAGES, SCRIPT)) or None
+            raise UsageError(f"unlabelled data have no setting '{name}'", hint=hint)
     if not values:
         raise UsageError(
             f"'{recipe.method}' needs unlabelled data of each expert's task: {', '.join(experts)}",
-            hint="for CLIP models --task NAME or --data NAME=DIR; for other classifiers --script FILE:FUNCTION",
+            hint=f"for CLIP models {named('tasks')} NAME or {named('data')} NAME=DIR; for other classifiers "
+            f"{named('script')} FILE:FUNCTION",
         )
     if SCRIPT in values:
         if len(values) > 1:
             other = next(name for name in values if name != SCRIPT)
-            raise UsageError(f"--script brings its own data: {data_flag(other)} has no effect with it")
+            raise UsageError(f"brings its own data: {named(other)} has no effect with it", option=SCRIPT)
         return Data({}, script or load_script(str(values[SCRIPT])), None, None, options)
     clip.require_extra(recipe.method)
     if values.get("limit", 1) < 1:
-        raise UsageError(f"--limit {values['limit']}: at least one image must be looked at")
+        raise UsageError(f"must be at least 1, not {values['limit']}", option="limit")
     settings = {_COLUMNS[name]: value for name, value in values.items() if name in _COLUMNS}
     tasks, data, classes, templates = (tuple(values.get(n, ())) for n in ("tasks", "data", "classes", "templates"))
     sets = find_tasks(tasks, data, classes, templates, settings)
@@ -215,19 +204,15 @@ def _paired(tasks: Sequence[Task], experts: Sequence[str]) -> dict[str, Task]:
         # Of several that the name ends in, as of b and a-b, the longest is meant.
         fitting = sorted((task for task in tasks if clip.is_for(task, expert)), key=lambda task: -len(task.head))
         if not fitting:
-            raise UsageError(
-                f"the expert '{expert}' has no unlabelled data: there are those of {names}",
-                hint=f"name it by its task, TASK=REF, or name its data: --task, or --data {expert}=DIR",
-            )
+            hint = f"name it by its task, TASK=REF, or its data: {named('tasks')}, or {named('data')} {expert}=DIR"
+            raise UsageError(f"the expert '{expert}' has no unlabelled data: there are those of {names}", hint=hint)
         if len(fitting) > 1 and len(fitting[0].head) == len(fitting[1].head):
             raise UsageError(f"two sets of data are for the expert '{expert}': {fitting[0].name}, {fitting[1].name}")
         pairs[expert] = fitting[0]
     idle = [task.name for task in tasks if task.name not in [used.name for used in pairs.values()]]
     if idle:
-        raise UsageError(
-            f"no expert is for the data of '{idle[0]}'",
-            hint=f"the experts are: {', '.join(experts)}; TASK=REF names one",
-        )
+        hint = f"the experts are: {', '.join(experts)}; TASK=REF names one"
+        raise UsageError(f"no expert is for the data of '{idle[0]}'", hint=hint)
     return pairs
 
 
@@ -240,9 +225,7 @@ def with_coefficients(job: Job, coefficients: Mapping[str, Mapping[str, float]])
     experts, tensors = [expert.name for expert in job.plan.experts], {tensor.name for tensor in job.merged()}
     for tensor, factors in coefficients.items():
         if tensor not in tensors:
-            raise RecipeError(
-                f"the recipe has coefficients of '{tensor}', which is no tensor that is merged", hint=_ANEW
-            )
+            raise RecipeError(f"the recipe has coefficients of '{tensor}', which is not merged", hint=_ANEW)
         if factors.keys() != set(experts):
             raise RecipeError(f"the recipe has coefficients of {', '.join(factors)} for '{tensor}'", hint=_ANEW)
     table = {tensor: tuple(factors[name] for name in experts) for tensor, factors in coefficients.items()}
@@ -254,15 +237,7 @@ def _before(job: Job) -> tuple[Transform, ...]:
     return tuple(transform for transform in job.transforms if transform.name != Coefficients.name)
 
 
-def find(
-    job: Job,
-    data: Read,
-    key: str,
-    scratch: Room,
-    *,
-    resume: bool,
-    progress: Reporter,
-) -> dict[str, Any]:
+def find(job: Job, data: Read, key: str, scratch: Room, *, resume: bool, progress: Reporter) -> dict[str, Any]:
     """The coefficients by tensor and expert, and what there is to say of the search, as plain data.
 
     Args:
@@ -276,8 +251,8 @@ def find(
     Raises:
         ModelMergeError: See `modelmerge.engine.coefficients`.
     """
-    name = cache.key({"coefficients": key})
-    entry = cache.recall(name, "coefficients") if resume else None
+    name = entry_name({"coefficients": key})
+    entry = recall(name, "coefficients") if resume else None
     if entry is not None:
         progress.note("the coefficients were found by an earlier run")
         return entry
@@ -298,5 +273,5 @@ def find(
         "averaged_steps": some,
         "entropy": [round(value, 6) for value in steps.mean(1).tolist()],
     }
-    cache.remember(name, entry)
+    remember(name, entry)
     return entry

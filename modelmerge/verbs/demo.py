@@ -13,8 +13,8 @@ from torch import Tensor
 
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.engine.parallel import threads
-from modelmerge.errors import ModelMergeError
 from modelmerge.evaluation import digits
+from modelmerge.evaluation.bench import require
 from modelmerge.methods import registry
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.verbs.merge import merge
@@ -57,18 +57,13 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
     Args:
         out: An empty or new directory: gets `base/`, `experts/NAME/` and `merged/METHOD/`.
         device: Where the merges run; training takes seconds on any processor.
-        reporter: Is told the progress.
+        reporter: Receives the progress.
 
     Raises:
         ModelMergeError: scikit-learn, which carries the images, is not installed; or `out` cannot be written.
     """
-    try:
-        tasks = digits.load_tasks()
-    except ImportError as error:
-        raise ModelMergeError(
-            "the demo needs scikit-learn, which carries its images", hint="pip install 'modelmerge[demo]'"
-        ) from error
-    out = Path(out)
+    require("the demo", "scikit-learn", "sklearn.datasets")  # which carries the images
+    tasks, out = digits.load_tasks(), Path(out)
     rows = train(out, tasks, reporter)
     commands: dict[str, str] = {}
     experts = [out / "experts" / name for name in tasks]
@@ -124,18 +119,13 @@ def _save(state: Mapping[str, Tensor], directory: Path) -> None:
 
 
 def _measure(name: str, kind: str, state: Mapping[str, Tensor], tasks: Mapping[str, digits.Task]) -> Row:
-    return Row(name, kind, {task: digits.accuracy(state, told) for task, told in tasks.items()})
+    return Row(name, kind, {task: digits.accuracy(state, images) for task, images in tasks.items()})
 
 
 def to_json(story: Story, out: Path) -> dict[str, Any]:
     """The story as plain data."""
-    return {
-        "output": str(out),
-        "models": [
-            {"model": row.model, "kind": row.kind, "accuracy": dict(row.accuracies), "mean": row.mean}
-            for row in story.rows
-        ],
-        "commands": dict(story.commands),
-        "scales": [{"scale": scale, **means} for scale, means in story.scales.items()],
-        "manifests": {name: str(out / "merged" / name.replace(" ", "") / MANIFEST) for name in story.commands},
-    }
+    models = [{"model": r.model, "kind": r.kind, "accuracy": dict(r.accuracies), "mean": r.mean} for r in story.rows]
+    scales = [{"scale": scale, **means} for scale, means in story.scales.items()]
+    manifests = {name: str(out / "merged" / name.replace(" ", "") / MANIFEST) for name in story.commands}
+    return {"output": str(out), "models": models, "commands": dict(story.commands), "scales": scales,
+            "manifests": manifests}  # fmt: skip

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from modelmerge.errors import UsageError
 from modelmerge.evaluation import clip, custom, lm, weights
 from modelmerge.evaluation.bench import Models, Running
 from modelmerge.evaluation.report import Report
+from modelmerge.evaluation.scores import meant
 from modelmerge.progress import SILENT, Reporter
 
 SUITES: dict[str, Callable[..., Report]] = {
@@ -41,11 +41,7 @@ def evaluate(models: Models, *, suite: str = "custom", reporter: Reporter = SILE
         ModelMergeError: See `modelmerge.errors` for other kinds.
     """
     if suite not in SUITES:
-        near = get_close_matches(suite, SUITES, n=1)
-        raise UsageError(
-            f"there is no suite '{suite}'",
-            hint=f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(SUITES)}",
-        )
+        raise UsageError(f"there is no suite '{suite}'", hint=meant(suite, SUITES, f"there are: {', '.join(SUITES)}"))
     common = _OF_WEIGHTS if suite == "weights" else _RUNNING
     _check_options(suite, options, common)
     running = Running(progress=reporter, **{name: options.pop(name) for name in common if name in options})
@@ -63,11 +59,8 @@ def _check_options(suite: str, options: Mapping[str, Any], common: tuple[str, ..
     names = [*(parameter.name for parameter in specific), *common]
     odd = next((name for name in options if name not in names), None)
     if odd is not None:
-        near = get_close_matches(odd, names, n=1)
-        raise UsageError(
-            f"suite '{suite}' has no option '{odd}'",
-            hint=f"did you mean '{near[0]}'?" if near else f"it has: {', '.join(names)}",
-        )
+        hint = meant(odd, names, f"it has: {', '.join(names)}")
+        raise UsageError(f"suite '{suite}' has no option '{odd}'", hint=hint)
     lacking = next((p.name for p in specific if p.default is p.empty and p.name not in options), None)
     if lacking is not None:
         raise UsageError(f"suite '{suite}' needs the option '{lacking}'")

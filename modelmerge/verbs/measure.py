@@ -14,7 +14,7 @@ from typing import Any, cast
 from modelmerge.errors import ModelMergeError, UsageError, named
 from modelmerge.evaluation import image_tasks
 from modelmerge.evaluation.custom import Metric
-from modelmerge.evaluation.report import ModelRow, ScoreReport
+from modelmerge.evaluation.report import ModelRow
 from modelmerge.evaluation.scores import summarise
 from modelmerge.progress import Reporter
 from modelmerge.verbs.evaluate import evaluate
@@ -55,7 +55,7 @@ class Measure:
         """
         options = {**more, **self.options}
         report = evaluate(models, suite=self.suite, device=device, reporter=progress, **options)
-        rows = [row["scores"] for row in cast(ScoreReport, report)["models"] if row["role"] == "model"]
+        rows = [row["scores"] for row in report["models"] if row["role"] == "model"]
         kept: list[Scores] = [
             {task: {k: v for k, v in score.items() if k not in _LEFT_OUT} for task, score in row.items()}
             for row in rows

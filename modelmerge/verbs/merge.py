@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from modelmerge.checkpoint.companions import companions
 from modelmerge.checkpoint.opening import as_references
-from modelmerge.checkpoint.staging import CARD, Staging, companions, scratches
+from modelmerge.checkpoint.scratch import scratches
+from modelmerge.checkpoint.staging import CARD, Staging
 from modelmerge.engine.adapter import Adapted
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run
@@ -233,7 +235,7 @@ def complete(
     notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
     staging.write_file(CARD, write_card(prepared.recipe, job, out, notes))
     staging.write_indices()
-    manifest = manifest_of(prepared.recipe, job, prepared.found, out, digests, findings, notes, staging, seconds)
+    manifest = manifest_of(prepared.recipe, job, prepared.adaptation, out, digests, findings, notes, staging, seconds)
     manifest["fingerprint"] = determined_by
     if small is not None:
         manifest["adapter"] = adapted.report(small)
@@ -250,5 +252,5 @@ def _with_coefficients(
     about = {name: value for name, value in search.items() if name != "coefficients"}
     return dataclasses.replace(
         prepared, recipe=recipe, job=coefficients.with_coefficients(prepared.job, recipe.coefficients),
-        remarks=[*prepared.remarks, *data.notes()], found=about,
+        remarks=[*prepared.remarks, *data.notes()], adaptation=about,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.staging import Staging, check_output, finished
 from modelmerge.engine.coefficients import Coefficients
-from modelmerge.engine.job import Job, Part
+from modelmerge.engine.job import Group, Job
 from modelmerge.engine.memory import (
     beyond_device,
     bytes_read,
@@ -136,7 +136,7 @@ class Prepared:
     remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
     stream: bool = False  # read weights on the Hub over ranges, without storing them
     data: coefficients.Data | None = None  # to find the experts' weights on, where that is to be done first
-    found: Mapping[str, Any] | None = None  # what there is to say of how they were found
+    adaptation: Mapping[str, Any] | None = None  # what there is to say of how they were found
 
     def close(self) -> None:
         """Let go of the inputs."""
@@ -144,30 +144,32 @@ class Prepared:
 
     def describe(self) -> dict[str, Any]:
         """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards."""
-        made = self.job.plan
+        plan = self.job.plan
         size = adapted.size_of(self.recipe)
-        written = made.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
+        written = plan.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = bytes_read(self.job, streamed=True) if self.stream else None
-        left = beyond_device(self.job)
+        too_large = beyond_device(self.job)
         beyond = (
-            [f"{len(left)} weights do not fit on {self.job.source.device} and are merged on the CPU"] if left else []
+            [f"{len(too_large)} weights do not fit on {self.job.source.device} and are merged on the CPU"]
+            if too_large
+            else []
         )
-        told = {
+        entry = {
             "method": self.recipe.method,
             "disentangle": list(self.recipe.disentangle),
             "groups": groups_of(self.job),
-            **listing(self.job.source, ((t, t.out_dtype, t.action) for t in made.tensors.values())),
+            **listing(self.job.source, ((t, t.out_dtype, t.action) for t in plan.tensors.values())),
             "at": list(self.recipe.at),
             "passes": passes(self.job),
             "bytes": {"read": bytes_read(self.job), "write": written, "scratch": scratch_bytes(self.job)},
             "peak_memory": peak_memory(self.job),
-            "shards": [shard.filename for shard in made.layout.shards],
-            "remarks": [*self.remarks, *remarks(made), *beyond, *(self.data.remarks() if self.data else [])],
+            "shards": [shard.filename for shard in plan.layout.shards],
+            "remarks": [*self.remarks, *remarks(plan), *beyond, *(self.data.remarks() if self.data else [])],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
         }
         if self.data is not None:
-            told["unlabelled"] = dict(self.recipe.unlabelled)
-        return with_downloads(told, made, beside="all" if size is None else "cards", streamed=streamed)
+            entry["unlabelled"] = dict(self.recipe.unlabelled)
+        return with_downloads(entry, plan, beside="all" if size is None else "cards", streamed=streamed)
 
 
 def prepare_file(
@@ -247,13 +249,13 @@ def prepare(
         overrides_read = [parse(text) for text in overrides(linear)]
     methods = Methods(recipe.method, recipe.options, overrides_read, _rest(recipe), names)
     recipe = dataclasses.replace(recipe, at=methods.recorded())
-    made = make_plan(
+    plan = make_plan(
         base, experts, methods=methods,
         dtype=dtype_of(recipe.dtype) if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch, strict=overrides is None,
     )  # fmt: skip
-    job = job_of(recipe, made, methods, transforms, weights, device)
+    job = job_of(recipe, plan, methods, transforms, weights, device)
     for transform in transforms:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -333,11 +335,11 @@ def job_of(
     for tensor in tensors:
         setting = settings[tensor.name]
         members.setdefault(group_key(registry.load(setting.method), setting), []).append(tensor)
-    parts = []
-    for group in members.values():
-        first = settings[group[0].name]
-        parts.append(Part(first.method, registry.load(first.method), first.options, tuple(group), first.each))
-    return Job(source_of(plan, device), tuple(parts), weights, transforms, recipe.seed, settings)
+    groups = []
+    for taken in members.values():
+        first = settings[taken[0].name]
+        groups.append(Group(first.method, registry.load(first.method), first.options, tuple(taken), first.each))
+    return Job(source_of(plan, device), tuple(groups), weights, transforms, recipe.seed, settings)
 
 
 def _refuse_many_experts(names: Sequence[str], experts: int) -> None:
@@ -359,8 +361,7 @@ def _pinned(text: str, model: Checkpoint) -> str:
 def digest_of(prepared: Prepared, read: coefficients.Read | None = None) -> str:
     """The digest of all that determines the weights, as far as it can be had without reading tensors."""
     job = prepared.job
-    told = (dataclasses.asdict(prepared.recipe), str(job.source.device), read and read.identity())
-    return fingerprint(job.plan, *told)
+    return fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device), read and read.identity())
 
 
 def _check_choices(recipe: Recipe) -> None:

@@ -42,7 +42,7 @@ def push(
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
     target = parse_target(to, private=private, create_pr=create_pr, message=commit_message)
-    _manifest(Path(directory, MANIFEST))  # before a repository is made for nothing
+    read_manifest(Path(directory, MANIFEST))  # before a repository is made for nothing
     check(target)
     done = push_to(target, Path(directory), progress=progress)
     return {"url": done.url, "commit": done.commit}
@@ -55,9 +55,9 @@ def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
         OutputError: The directory is no finished output.
         HubError: The Hub refuses, or cannot be reached.
     """
-    instead, whole = {}, _manifest(directory / MANIFEST)
+    instead, whole = {}, read_manifest(directory / MANIFEST)
     for file in directory.rglob(MANIFEST):
-        instead[file.relative_to(directory).as_posix()] = _text(published(_manifest(file)))
+        instead[file.relative_to(directory).as_posix()] = _text(published(read_manifest(file)))
     if (config := directory / ADAPTER).exists():
         instead[ADAPTER] = _text(renamed(json.loads(config.read_bytes()), local_models(whole)))  # its base's path
     if (directory / CARD).exists():
@@ -70,15 +70,17 @@ def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
         raise HubError(error.template, hint=f"{directory} is complete: {again}") from error
 
 
-def _manifest(file: Path) -> dict[str, Any]:
+def read_manifest(file: Path) -> dict[str, Any]:
+    """The manifest of a finished output.
+
+    Raises:
+        OutputError: There is none.
+    """
     try:
-        manifest: dict[str, Any] = json.loads(file.read_bytes())
+        return json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise OutputError(
-            f"{file.parent} holds no finished output: {MANIFEST} is missing or malformed",
-            hint="push what merge, extract or disentangle wrote",
-        ) from error
-    return manifest
+        what = f"{file.parent} holds no finished output: {MANIFEST} is missing or malformed"
+        raise OutputError(what, hint="name what merge, extract or disentangle wrote") from error
 
 
 def _text(manifest: Mapping[str, Any]) -> bytes:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from modelmerge.charts import drawing, page
 from modelmerge.charts.figures import of_report
-from modelmerge.errors import ModelMergeError, UsageError
+from modelmerge.errors import ModelMergeError, UsageError, named
+from modelmerge.evaluation.bench import SAVE
 from modelmerge.evaluation.report import Report
-
-_PAGES = (".html", ".htm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +31,11 @@ class Pictures:
         if self.plot is not None:
             drawing.check(self.plot)
         elif self.chart != "auto":
-            raise UsageError("--chart has no effect without --plot")
+            raise UsageError(f"has no effect without {named('plot')}", option="chart")
         if self.page is not None:
-            if self.page.suffix.lower() not in _PAGES:
-                raise UsageError(f"--report {self.page}: a report is a page", hint=f"end in {' or '.join(_PAGES)}")
-            drawing.check_place("--report", self.page)
+            if self.page.suffix.lower() not in (".html", ".htm"):
+                raise UsageError(f"{self.page}: a report is a page", option="page", hint="end in .html or .htm")
+            drawing.check_place("page", self.page)
 
     def write(self, report: Report) -> list[Path]:
         """Draw the chart and write the page; the files.
@@ -47,7 +46,7 @@ class Pictures:
         """
         if self.plot is not None:
             if self.chart != "auto" and report["suite"] == "weights":
-                raise UsageError("--chart is of scores, and a report of weights has heatmaps alone")
+                raise UsageError("is of scores, and a report of weights has heatmaps alone", option="chart")
             drawing.save(of_report(report), self.plot, kind=self.chart)
         if self.page is not None:
             page.write(report, self.page)
@@ -67,12 +66,12 @@ def render(
     chart: drawing.Kind = "auto",
     page: str | Path | None = None,
 ) -> Report:
-    """Draw a report of `modelmerge.evaluate`, or of `modelmerge eval SUITE ... --json > FILE`.
+    """Draw a report of `modelmerge.evaluate`, or of one that was saved.
 
     Args:
         report: The report, or its file.
         plot: A chart, as `.svg`, `.png` or `.pdf`: scores as bars or as a radar chart, cosines as heatmaps. Takes
-            matplotlib (`pip install 'modelmerge[plot]'`).
+            matplotlib.
         chart: How scores are drawn: `bars`, `radar`, or `auto`: as a radar chart from 5 to 20 tasks.
         page: An HTML file that holds all of the report, and asks the network for nothing.
 
@@ -100,7 +99,5 @@ def read(file: str | Path) -> Report:
     except OSError as error:
         raise ModelMergeError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError, page.Incomplete) as error:
-        raise ModelMergeError(
-            f"{file}: no report of modelmerge eval", hint="save one: modelmerge eval SUITE ... --json > report.json"
-        ) from error
+        raise ModelMergeError(f"{file}: no report of modelmerge eval", hint=SAVE) from error
     return report

@@ -11,17 +11,18 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from modelmerge.checkpoint.companions import companions
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out, together
 from modelmerge.checkpoint.opening import as_references, open_models
 from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT
-from modelmerge.checkpoint.staging import Staging, companions
+from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine import vectors
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import fitting_bytes, scratch_bytes, vector_memory
 from modelmerge.engine.parallel import prepare_process, source_of
 from modelmerge.engine.transforms import Chain, Transform, transform_of
 from modelmerge.engine.vectors import Measured
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, named
 from modelmerge.methods import registry
 from modelmerge.methods.options import make_options
 from modelmerge.plan.downloads import fetch, with_downloads
@@ -131,11 +132,11 @@ def extract(
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
     if rank is not None and energy is not None:
-        raise UsageError("--rank and --energy exclude each other", hint="give one of them")
+        raise UsageError(f"{named('rank')} and {named('energy')} exclude each other", hint="give one of them")
     if rank is not None and rank < 1:
-        raise UsageError(f"--rank must be at least 1, not {rank}")
+        raise UsageError(f"must be at least 1, not {rank}", option="rank")
     if energy is not None and not 0 < energy <= 1:
-        raise UsageError(f"--energy must be above 0 and at most 1, not {energy:g}")
+        raise UsageError(f"must be above 0 and at most 1, not {energy:g}", option="energy")
     frame = _Frame(Path(out), include, exclude, max_shard_size, force, resume, stream, ready, reporter)
     opened = _open(base, experts, include, exclude, device)
     source, linear, names = opened.job.source, opened.linear, opened.names
@@ -248,7 +249,10 @@ def disentangle(
             if name in (REDUNDANT, FULL):
                 raise UsageError(f"an expert cannot be called '{name}' here", hint=f"rename it: other={name}")
         if not opened.linear:
-            raise UsageError("no weight of a linear layer is left to disentangle", hint="check --include and --exclude")
+            raise UsageError(
+                "no weight of a linear layer is left to disentangle",
+                hint=f"check {named('include')} and {named('exclude')}",
+            )
         if dry_run:
             return _plan(opened, [], stream=stream)
         settings = [method, dataclasses.asdict(transform.options), full_experts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.errors import OutputError
 from modelmerge.hub.repository import cached
 from modelmerge.progress import SILENT, Reporter
+from modelmerge.verbs.push import read_manifest
 
 
 def verify(directory: str | Path, *, progress: Reporter = SILENT) -> dict[str, Any]:
@@ -22,13 +22,16 @@ def verify(directory: str | Path, *, progress: Reporter = SILENT) -> dict[str, A
 
     Args:
         directory: What merge, search, extract or disentangle wrote.
-        progress: Is told the progress.
+        progress: Receives the progress.
 
     Raises:
         OutputError: The directory holds no manifest.
     """
     output = Path(directory).expanduser()
-    manifest = _manifest(output / MANIFEST)
+    manifest = read_manifest(output / MANIFEST)
+    if "inputs" not in manifest or "files" not in manifest:
+        hint = "name the directory that merge, extract or disentangle wrote"
+        raise OutputError(f"{output / MANIFEST} lists no files of an output", hint=hint)
     expected = {name: (output / name, entry) for name, entry in manifest["files"].items()}
     inputs = {name: (_place_of(name), entry) for model in _inputs(manifest) for name, entry in model["files"].items()}
     progress.stage("verifying", sum(entry["bytes"] for _, entry in (*expected.values(), *inputs.values())))
@@ -59,15 +62,3 @@ def _place_of(name: str) -> Path | None:
 def _inputs(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for models in manifest["inputs"].values():
         yield from models if isinstance(models, list) else [models]
-
-
-def _manifest(file: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{file.parent} holds no finished output: {MANIFEST} is missing or malformed") from error
-    if "inputs" not in manifest or "files" not in manifest:
-        raise OutputError(
-            f"{file} lists no files of an output", hint="name the directory that merge, extract or disentangle wrote"
-        )
-    return manifest

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.evaluation import digits
-from modelmerge.evaluation.unlabelled import draws
+from modelmerge.evaluation.custom import draws
 from modelmerge.methods.coefficients import Mixture, Options
 from tests.benchmarks.choose import (
     SCALES,

@@ -351,8 +351,8 @@ def test_without_matplotlib_a_chart_is_one_error_and_a_page_needs_none(
     words = ["eval", "custom", str(models[1]), "--script", script]
     assert main([*words, "--plot", str(tmp_path / "a.svg")]) == 1
     err = capsys.readouterr().err
-    assert "--plot needs matplotlib, which is not installed" in err
-    assert "pip install 'modelmerge[plot]'" in err
+    assert "a chart needs matplotlib, which is not installed" in err
+    assert 'pip install "matplotlib>=3.10"' in err
     assert not (tmp_path / "log").exists()
     assert main([*words, "--report", str(tmp_path / "a.html")]) == 0
     assert (tmp_path / "a.html").stat().st_size > 5000

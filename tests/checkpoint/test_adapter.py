@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -333,6 +332,8 @@ def test_other_kinds_are_refused_by_name_with_what_to_do(kind: str, tmp_path: Pa
 
 def test_a_real_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
     base = base_of("llama", tmp_path / "base")
+    import peft
+
     config = peft.VeraConfig(target_modules=["q_proj"], r=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -489,9 +490,9 @@ def test_a_method_is_told_the_factors(tmp_path: Path) -> None:
 
     def run(*experts: Path | str, **more: Any) -> None:
         told = prepare(Recipe(method="apgd", base=str(base), experts=tuple(map(str, experts)), **more))
-        own, *others = told.job.parts
+        own, *others = told.job.groups
         spying = replace(own, method=replace(own.method, apply=look, survey=lambda options: None))
-        spied = replace(told, job=replace(told.job, parts=(spying, *others)))
+        spied = replace(told, job=replace(told.job, groups=(spying, *others)))
         execute(spied, tmp_path / "out", force=True)
 
     attention, other = "transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_fc.weight"

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,6 +53,8 @@ def relative(base: State, full: State, small: State) -> float:
 
 
 def test_adapters_in_an_adapter_out_with_nothing_lost(tmp_path: Path) -> None:
+    import peft
+
     base = base_of("llama", tmp_path / "base")
     experts = [adapter_of(base, tmp_path / f"e{i}", i, target_modules=["q_proj", "down_proj"]) for i in range(3)]
     full, small, manifest = both_ways(base, experts, tmp_path, 6)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from modelmerge.cli import options as opt
 from modelmerge.methods import registry
 from modelmerge.methods.options import option_types
 from tests.support.checkpoints import read
+from tests.support.processes import running
 from tests.support.terminal import seen
 
 
@@ -206,21 +205,13 @@ def test_every_failure_is_one_object(
 @pytest.mark.parametrize(("stop", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_run_that_is_stopped_says_so(stop: str, code: int, models: list[Path], tmp_path: Path) -> None:
     script = tmp_path / "slow.py"
-    script.write_text("import pathlib, time\ndef f(model):\n    pathlib.Path('reached').touch()\n    time.sleep(60)\n")
+    script.write_text("import os, signal\ndef f(model):\n    os.kill(os.getpid(), signal.SIGSTOP)\n")
     words = ["eval", "custom", str(models[0]), "--script", f"{script}:f", "--json"]
-    command = [sys.executable, "-m", "modelmerge", *words]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(modelmerge.__file__).parent.parent)},
-    )  # fmt: skip
-    try:
-        while not (tmp_path / "reached").exists() and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(getattr(signal, stop))
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == code, err
+    with running(words) as process:
+        process.until_stopped()
+        process.send(signal.Signals[stop])
+        assert process.end() == code, process.err()
+        out = process.out()
     assert json.loads(out)["error"]["exit_code"] == code
 
 

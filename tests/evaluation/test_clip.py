@@ -267,7 +267,7 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path, images: Path) -> None:
     with pytest.raises(ModelMergeError, match="has no split 'validation'") as caught:
         image_data.load(image_tasks.own_task(str(images), split="validation"))
     assert "train" in str(caught.value.hint)
-    with pytest.raises(UsageError, match="--limit 0"):
+    with pytest.raises(UsageError, match="limit must be at least 1, not 0"):
         image_data.load(image_tasks.own_task(str(images)), limit=0)
 
 
@@ -322,7 +322,7 @@ def test_columns_are_found_or_named(images: Path, tmp_path: Path) -> None:
     file = parquet(tmp_path / "x.parquet", images, lambda name, i: name, shade=["a"] * 48)
     with pytest.raises(ModelMergeError, match="more than one column of labels") as caught:
         image_data.load(image_tasks.own_task(str(file)))
-    assert "--label-column" in str(caught.value.hint)
+    assert "label_column" in str(caught.value.hint)
     assert len(image_data.load(image_tasks.own_task(str(file), label="kind")).classes) == 6
     with pytest.raises(ModelMergeError, match="no column 'sort'"):
         image_data.load(image_tasks.own_task(str(file), label="sort"))
@@ -541,7 +541,7 @@ def test_the_cache_sees_other_images_classes_prompts_and_limits(base: Path, tmp_
         (["MODEL", "--data", "IMAGES", "--data", "IMAGES"], 2, "two tasks are called 'colours'"),
         (["MODEL", "--task", "mnist", "--split", "test"], 2, "--split has no effect without --data"),
         (["MODEL", "--data", "IMAGES", "--classes", "x=y.txt"], 2, "--classes names 'x', which is no data"),
-        (["MODEL", "--data", "IMAGES", "--limit", "0"], 2, "--limit 0"),
+        (["MODEL", "--data", "IMAGES", "--limit", "0"], 2, "--limit must be at least 1, not 0"),
         (["MODEL", "--data", "IMAGES", "--batch-size", "0"], 2, "--batch-size"),
         (["MODEL", "--data", "IMAGES", "--template", "a photo"], 2, "must hold {} once"),
         (["MODEL", "--data", "./nothing"], 1, "no such file or directory"),
@@ -691,4 +691,5 @@ def test_without_the_extra_the_error_names_it() -> None:
         "except ModelMergeError as error: print(error.message, '|', error.hint)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "eval clip needs datasets, which is not installed | pip install 'modelmerge[clip]'" in done.stdout
+    packages = '"datasets>=4" "transformers>=5" pillow'
+    assert f"eval clip needs datasets, which is not installed | pip install {packages}" in done.stdout

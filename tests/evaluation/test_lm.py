@@ -395,7 +395,7 @@ def test_examples_stand_in_front(world: World) -> None:
     from modelmerge.evaluation.model import Model
 
     seen = Model(open_checkpoint(parse(str(world.llama))), None, torch.device("cpu"))
-    assert harness.measure(seen, "first_colour").count == 3
+    assert harness.measure(harness.open(seen), "first_colour").count == 3
     assert harness.items("first_colour") == 9 == reporter.done
     prompts = {instance.args[0] for instance in task.parts[0].instances}
     assert {prompt.count("first") for prompt in prompts} == {3}
@@ -628,7 +628,7 @@ def test_code_runs_only_when_it_is_asked_for(world: World, tmp_path: Path) -> No
     for name in ("coding", "code", "all_code", "cod*"):
         with pytest.raises(UsageError, match="task 'coding' runs code that the model writes") as caught:
             scores(world.llama, world, name, include_path=tmp_path)
-        assert "--confirm-run-unsafe-code" in str(caught.value.hint)
+        assert "confirm_run_unsafe_code" in str(caught.value.hint)
         assert not trace.exists()
     told = scores(world.llama, world, "all_code", include_path=tmp_path, confirm_run_unsafe_code=True)
     assert told["coding"]["score"] == 1.0
@@ -640,7 +640,7 @@ def test_code_runs_only_when_it_is_asked_for(world: World, tmp_path: Path) -> No
     [
         (["--limit", "0"], "--limit 0 is no number of items"),
         (["--limit", "2.5"], "--limit 2.5 is no number of items"),
-        (["--num-fewshot", "-1"], "--num-fewshot -1 is negative"),
+        (["--num-fewshot", "-1"], "--num-fewshot must be at least 0, not -1"),
         (["--batch-size", "many"], "--batch-size 'many' is no batch size"),
         (["--metric", "first_colour="], "names no metric"),
         (["--metric", "f1"], "task 'first_colour' has no 'f1'"),
@@ -705,8 +705,8 @@ def test_without_the_extra_it_is_named(world: World) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: eval lm needs lm-evaluation-harness with transformers")
-    assert "pip install 'modelmerge[lm]'" in done.stderr
+    assert done.stderr.startswith("error: eval lm needs lm_eval, which is not installed")
+    assert 'pip install "lm-eval[hf]>=0.4.12"' in done.stderr
 
 
 @pytest.mark.slow  # reading the harness's 14,000 tasks takes it ten seconds

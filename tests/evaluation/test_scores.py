@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from modelmerge.cli.evaluate import _tell
+from modelmerge.cli.evaluate import _show
 from modelmerge.cli.output import Sink
 from modelmerge.errors import UsageError
 from modelmerge.evaluation.scores import Score, check_gates, differences, parse_gate, summarise
+from modelmerge.verbs.render import Pictures
 
 TASKS = ("glue_cola", "glue_stsb", "wikitext")
 
@@ -79,10 +80,10 @@ def test_a_difference_to_what_is_missing_is_missing() -> None:
 
 def test_the_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     made = {"suite": "lm", "tasks": list(TASKS), "models": rows(stsb=None), "notes": []}
-    _tell(made, Sink("human"))
+    _show(made, Sink("human"), Pictures(None, "auto", None))
     told = capsys.readouterr().out
     assert "wikitext (less is better)" in told
     ties = next(line for line in told.splitlines() if line.startswith("ties"))
     assert ties.split() == ["ties", "0.6", "±0.03", "n/a", "20", "n/a", "n/a"]
-    _tell(made, Sink("quiet"))
+    _show(made, Sink("quiet"), Pictures(None, "auto", None))
     assert capsys.readouterr().out.split() == ["n/a", "0.68"]

@@ -283,9 +283,9 @@ def test_listing_and_help_import_no_torch() -> None:
 
 
 def test_what_cannot_be_known_is_asked_for(models: list[Path], merged: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--base and --expert must be named: beside 'expert_0'"):
+    with pytest.raises(UsageError, match=r"base and experts must be named: beside 'expert_0'"):
         evaluate_weights([models[1]])
-    with pytest.raises(UsageError, match=r"^--expert must be named"):
+    with pytest.raises(UsageError, match=r"^experts must be named"):
         evaluate_weights([models[1]], base=models[0])
     modelmerge.merge(models[0], models[1:3], tmp_path / "two", method="ties")
     with pytest.raises(UsageError, match="merges of different experts"):

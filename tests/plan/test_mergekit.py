@@ -14,7 +14,7 @@ from modelmerge.cli import main
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.options import make_options, option_types
-from modelmerge.plan import mergekit
+from modelmerge.plan import mergekit, mergekit_methods
 from tests.support import mergekit_runs
 from tests.support.checkpoints import State, read, write
 
@@ -198,13 +198,13 @@ def test_names_and_references_of_models(tmp_path: Path) -> None:
         assert recipe.experts == ("a.b=org/a.b@v1", "a.b-2=hub/a.b")
 
 
-@pytest.mark.parametrize("name", mergekit.METHODS)
+@pytest.mark.parametrize("name", mergekit_methods.METHODS)
 def test_every_row_names_options_that_there_are(name: str) -> None:
-    row = mergekit.METHODS[name]
+    row = mergekit_methods.METHODS[name]
     chosen = registry.load(row.method)
     have = option_types(chosen.options)
     for parameter in row.parameters:
-        assert parameter.key in mergekit.KNOWN
+        assert parameter.key in mergekit_methods.KNOWN
         assert parameter.option in (None, "weight", *have)
     make_options(chosen, row.method, row.fixed)
 

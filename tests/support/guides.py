@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from modelmerge.errors import spelled
 from modelmerge.methods import registry
-from modelmerge.plan import mergekit
+from modelmerge.plan import mergekit_methods
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -25,7 +26,7 @@ def method_table(kind: Literal["merge", "transform"]) -> str:
         defaults = {
             name: "-" if value is None else value for name, value in dataclasses.asdict(chosen.options()).items()
         }
-        options = [f"`--{name.replace('_', '-')}` ({default})" for name, default in defaults.items()]
+        options = [f"`{flag(name)}` ({default})" for name, default in defaults.items()]
         rows.append(f"| [`{name}`]({chosen.paper}) | {registry.summary(name, kind)} | {' '.join(options)} |")
     return "\n".join(rows)
 
@@ -33,9 +34,9 @@ def method_table(kind: Literal["merge", "transform"]) -> str:
 def mergekit_table() -> str:
     """What becomes of each key of a mergekit configuration, and of each parameter of each method."""
     rows = ["| key in the YAML | here |", "|---|---|"]
-    rows += [f"| `{key}` | {text} |" for key, text in mergekit.KEYS.items()]
+    rows += [f"| `{key}` | {spelled(text, flag)} |" for key, text in mergekit_methods.KEYS.items()]
     rows += ["", "| `merge_method` | here | its `parameters` |", "|---|---|---|"]
-    for name, row in mergekit.METHODS.items():
+    for name, row in mergekit_methods.METHODS.items():
         here = f"`{row.method}{typed(row.fixed)}`"
         here += f"; without a `base_model` `{row.method}{typed({**row.fixed, **row.alone})}`" if row.alone else ""
         text = "; ".join(f"`{parameter.key}`: {becomes(parameter)}" for parameter in row.parameters)
@@ -43,22 +44,26 @@ def mergekit_table() -> str:
     return "\n".join(rows)
 
 
+def flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
 def typed(options: Mapping[str, Any]) -> str:
-    return "".join(f" --{option.replace('_', '-')} {value}" for option, value in options.items())
+    return "".join(f" {flag(option)} {value}" for option, value in options.items())
 
 
-def becomes(parameter: mergekit.Parameter) -> str:
+def becomes(parameter: mergekit_methods.Parameter) -> str:
     """What a parameter of mergekit is here."""
-    if parameter.told is not None:
-        return parameter.told
+    if parameter.outcome is not None:
+        return parameter.outcome
     if parameter.option is None:
         return f"only {str(parameter.only).lower()}" if parameter.only is not None else "has no effect"
-    flag = f"--{parameter.option.replace('_', '-')}"
+    typed = flag(parameter.option)
     if parameter.words:
-        return ", ".join(f"{str(value).lower()} is `{flag} {word}`" for value, word in parameter.words.items())
+        return ", ".join(f"{str(value).lower()} is `{typed} {word}`" for value, word in parameter.words.items())
     if parameter.option == "weight":
         return "`--weight NAME=W`"
-    return f'`{flag}`, or `--at "*: NAME.{flag[2:]}=..."`' if parameter.per_model else f"`{flag}`"
+    return f'`{typed}`, or `--at "*: NAME.{typed[2:]}=..."`' if parameter.per_model else f"`{typed}`"
 
 
 # The generated blocks of each guide, by its topic.

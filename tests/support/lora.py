@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from torch import nn
@@ -81,6 +80,8 @@ MODELS = {
 
 def quiet_peft(model: nn.Module, **options: Any) -> Any:
     """A model with an adapter on it, as peft makes it, less its advice."""
+    import peft
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **options}))
@@ -119,6 +120,8 @@ def adapter_of(base: Path, directory: Path, seed: int = 0, **options: Any) -> Pa
 
 def merged_by_peft(base: Path, adapter: Path, directory: Path) -> State:
     """The tensors of the base with the adapter merged into them, through a file."""
+    import peft
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         merged = peft.PeftModel.from_pretrained(load(base), adapter).merge_and_unload()

@@ -20,7 +20,7 @@ from modelmerge.engine import memory
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, UsageError
 from modelmerge.evaluation import digits
-from modelmerge.evaluation.unlabelled import batches, draws, names_in
+from modelmerge.evaluation.custom import batches, draws, names_in
 from modelmerge.record.redaction import published
 from tests.support import clip_models
 from tests.support.checkpoints import State
@@ -479,7 +479,7 @@ def test_experts_that_are_the_base_have_no_coefficients(small: list[Path], tmp_p
     ("words", "code", "says"),
     [
         ([], 2, "'adamerging' needs unlabelled data of each expert's task: first, second"),
-        (["--script", "nothing.py:f"], 1, "--script nothing.py: no such file"),
+        (["--script", "nothing.py:f"], 1, "nothing.py: no such file"),
         (["--script", "modelmerge.evaluation.digits:nothing"], 2, "has no function 'nothing'"),
         (["--script", "x.py:f", "--limit", "3"], 2, "--script brings its own data: --limit has no effect"),
         (["--script", "x.py:f", "--steps", "0"], 2, "--steps must be at least 1, not 0"),
@@ -492,7 +492,7 @@ def test_experts_that_are_the_base_have_no_coefficients(small: list[Path], tmp_p
         (["--data", "first=a", "--data", "second=b", "--task", "svhn"], 2, "no expert is for the data of 'svhn'"),
         (["--data", "first=a", "--data", "second=b"], 1, "'BASE' is a model without a config.json"),
         (["--data", "first=a", "--data", "b"], 2, "the expert 'second' has no unlabelled data"),
-        (["--data", "first=a", "--data", "second=b", "--limit", "0"], 2, "--limit 0: at least one image"),
+        (["--data", "first=a", "--data", "second=b", "--limit", "0"], 2, "--limit must be at least 1, not 0"),
         (["--disentangle", "awd", "--disentangle", "awb"], 2, "did you mean 'awd'"),
     ],
 )
@@ -722,7 +722,7 @@ def test_a_tower_alone_as_the_base_needs_a_head(clips: list[Path], images: dict[
     data = {"data": {"second": images["second"]}}
     with pytest.raises(UsageError, match="'first' has no text tower") as refused:
         modelmerge.merge(clips[1], [clips[2]], tmp_path / "out", unlabelled=data, **told)
-    assert "--heads DIR" in str(refused.value.hint)
+    assert "heads DIR" in str(refused.value.hint)
     modelmerge.evaluate([clips[0]], suite="clip", data={"second": images["second"]}, heads=tmp_path / "heads")
     manifest = modelmerge.merge(
         clips[1], [clips[2]], tmp_path / "out", unlabelled={**data, "heads": tmp_path / "heads"}, **told

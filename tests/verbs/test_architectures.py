@@ -1,7 +1,4 @@
-"""Merged checkpoints load in transformers, and compute what a model computes that was merged in memory.
-
-Importing transformers takes seconds: every test that needs it is in this file.
-"""
+"""Merged checkpoints load in transformers, and compute what a model computes that was merged in memory."""
 
 from __future__ import annotations
 
@@ -11,31 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    BertConfig,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionModel,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    T5Config,
-)
 
 import modelmerge
 from tests.support.checkpoints import read
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers are not ours
 SCALE = 0.4
+Model = Any  # a PreTrainedModel
 WORDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -51,20 +32,26 @@ CLIP = {
     "projection_dim": 12,
 }
 
-# name -> (loader, config)
-ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "llama": (AutoModelForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=False)),
-    "llama, tied": (AutoModelForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "qwen2": (AutoModelForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=False)),
-    "qwen2, tied": (AutoModelForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "mistral": (AutoModelForCausalLM, MistralConfig(**SIZES)),
-    "gemma2": (AutoModelForCausalLM, Gemma2Config(**SIZES, head_dim=4, sliding_window=8)),
-    "mixtral": (AutoModelForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
-    "gpt2": (AutoModelForCausalLM, GPT2Config(**GPT2, eos_token_id=2)),
-    "t5": (AutoModelForSeq2SeqLM, T5Config(**T5)),
-    "bert": (AutoModelForMaskedLM, BertConfig(**BERT)),
-    "clip": (AutoModel, CLIPConfig(**CLIP)),
+# name -> loader, config and what is in it; by name, for their modules take seconds to import
+ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("AutoModelForCausalLM", "LlamaConfig", {**SIZES, "tie_word_embeddings": False}),
+    "llama, tied": ("AutoModelForCausalLM", "LlamaConfig", {**SIZES, "tie_word_embeddings": True}),
+    "qwen2": ("AutoModelForCausalLM", "Qwen2Config", {**SIZES, "tie_word_embeddings": False}),
+    "qwen2, tied": ("AutoModelForCausalLM", "Qwen2Config", {**SIZES, "tie_word_embeddings": True}),
+    "mistral": ("AutoModelForCausalLM", "MistralConfig", SIZES),
+    "gemma2": ("AutoModelForCausalLM", "Gemma2Config", {**SIZES, "head_dim": 4, "sliding_window": 8}),
+    "mixtral": ("AutoModelForCausalLM", "MixtralConfig", {**SIZES, "num_local_experts": 4}),
+    "gpt2": ("AutoModelForCausalLM", "GPT2Config", {**GPT2, "eos_token_id": 2}),
+    "t5": ("AutoModelForSeq2SeqLM", "T5Config", T5),
+    "bert": ("AutoModelForMaskedLM", "BertConfig", BERT),
+    "clip": ("AutoModel", "CLIPConfig", CLIP),
 }
+
+
+def architecture(name: str) -> tuple[Any, Any]:
+    """The loader and the config."""
+    loader, config, values = ARCHITECTURES[name]
+    return getattr(transformers, loader), getattr(transformers, config)(**values)
 
 
 @pytest.fixture(autouse=True)
@@ -75,12 +62,12 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def built(loader: Any, config: Any) -> PreTrainedModel:
+def built(loader: Any, config: Any) -> Model:
     torch.manual_seed(0)
     return loader.from_config(copy.deepcopy(config)).eval()
 
 
-def changed(model: PreTrainedModel, loader: Any, seed: int) -> PreTrainedModel:
+def changed(model: Model, loader: Any, seed: int) -> Model:
     """A model of its own with noise on every parameter; what is tied stays tied."""
     expert = built(loader, model.config)
     generator = torch.Generator().manual_seed(100 + seed)
@@ -90,7 +77,7 @@ def changed(model: PreTrainedModel, loader: Any, seed: int) -> PreTrainedModel:
     return expert
 
 
-def in_memory(base: PreTrainedModel, loader: Any, experts: list[PreTrainedModel]) -> PreTrainedModel:
+def in_memory(base: Model, loader: Any, experts: list[Model]) -> Model:
     """Task arithmetic on the models' parameters, in plain torch."""
     merged = built(loader, base.config)
     with torch.no_grad():
@@ -101,9 +88,9 @@ def in_memory(base: PreTrainedModel, loader: Any, experts: list[PreTrainedModel]
     return merged
 
 
-def outputs(model: PreTrainedModel) -> torch.Tensor:
+def outputs(model: Model) -> torch.Tensor:
     with torch.no_grad():
-        if isinstance(model, CLIPModel):
+        if isinstance(model, transformers.CLIPModel):
             pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
             return model(input_ids=WORDS, pixel_values=pixels).logits_per_image
         if model.config.is_encoder_decoder:
@@ -111,7 +98,7 @@ def outputs(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=WORDS).logits
 
 
-def loaded(loader: Any, directory: Path) -> PreTrainedModel:
+def loaded(loader: Any, directory: Path) -> Model:
     """The model of a directory; nothing missing, nothing left over."""
     model, told = loader.from_pretrained(directory, output_loading_info=True)
     assert not told["missing_keys"]
@@ -120,7 +107,7 @@ def loaded(loader: Any, directory: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def save_pickled(model: PreTrainedModel, directory: Path) -> None:
+def save_pickled(model: Model, directory: Path) -> None:
     """As transformers saved models before safetensors, with every name of a tied tensor."""
     model.save_pretrained(directory)
     names = set(read(directory))
@@ -131,7 +118,7 @@ def save_pickled(model: PreTrainedModel, directory: Path) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_merged_model_computes_what_one_merged_in_memory_does(name: str, tmp_path: Path) -> None:
-    loader, config = ARCHITECTURES[name]
+    loader, config = architecture(name)
     base = built(loader, config)
     experts = [changed(base, loader, seed) for seed in range(3)]
     for label, model in zip(("base", "e0", "e1", "e2"), (base, *experts), strict=True):
@@ -148,7 +135,7 @@ def test_a_merged_model_computes_what_one_merged_in_memory_does(name: str, tmp_p
 @pytest.mark.parametrize("name", ["llama, tied", "qwen2", "gpt2", "t5", "bert"])
 def test_pickled_models_with_their_ties_compute_the_same(name: str, pickled: str, tmp_path: Path) -> None:
     """Pickles hold every name of a tied tensor, safetensors one: the output has the base's names."""
-    loader, config = ARCHITECTURES[name]
+    loader, config = architecture(name)
     base = built(loader, config)
     experts = [changed(base, loader, seed) for seed in range(2)]
     for label, model in zip(("base", "e0", "e1"), (base, *experts), strict=True):
@@ -166,7 +153,7 @@ def test_pickled_models_with_their_ties_compute_the_same(name: str, pickled: str
 
 def test_a_t5_with_a_head_of_its_own_keeps_it_own(tmp_path: Path) -> None:
     """As Flan-T5: the config may claim a tie, the files say otherwise."""
-    loader, config = ARCHITECTURES["t5"]
+    loader, config = architecture("t5")
     built(loader, config).save_pretrained(tmp_path / "tied")
     state = read(tmp_path / "tied")
     state["lm_head.weight"] = torch.randn(32, 16, generator=torch.Generator().manual_seed(5)) * 0.1
@@ -196,12 +183,12 @@ def test_a_t5_with_a_head_of_its_own_keeps_it_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bare", [False, True], ids=["as transformers 4 saves", "as transformers 5 saves"])
 def test_vision_towers_are_merged_into_a_whole_clip(bare: bool, tmp_path: Path) -> None:
-    loader, config = ARCHITECTURES["clip"]
+    loader, config = architecture("clip")
     base = built(loader, config)
     experts = [changed(base, loader, seed) for seed in range(2)]
     base.save_pretrained(tmp_path / "base")
     for i, expert in enumerate(experts):
-        tower = CLIPVisionModel(config.vision_config)
+        tower = transformers.CLIPVisionModel(config.vision_config)
         tower.load_state_dict(tower_state(expert, tower))
         tower.save_pretrained(tmp_path / f"e{i}")
         state = {name.removeprefix("vision_model."): tensor for name, tensor in read(tmp_path / f"e{i}").items()}
@@ -223,7 +210,7 @@ def test_vision_towers_are_merged_into_a_whole_clip(bare: bool, tmp_path: Path) 
     assert not torch.allclose(seen, base.vision_model(pixel_values=pixels).pooler_output, atol=1e-3)
 
 
-def tower_state(whole: CLIPModel, tower: CLIPVisionModel) -> dict[str, torch.Tensor]:
+def tower_state(whole: transformers.CLIPModel, tower: transformers.CLIPVisionModel) -> dict[str, torch.Tensor]:
     """The vision tower's parameters, under the names that this version has for them in memory."""
     prefix = next(iter(tower.state_dict())).partition("embeddings")[0]
     return {prefix + name: tensor for name, tensor in whole.vision_model.state_dict().items()}
@@ -231,22 +218,24 @@ def tower_state(whole: CLIPModel, tower: CLIPVisionModel) -> dict[str, torch.Ten
 
 def test_models_with_heads_are_experts_of_a_base_without(tmp_path: Path) -> None:
     """GPT-2 as published has no `transformer.` before its names, and no head."""
-    _, config = ARCHITECTURES["gpt2"]
-    whole = built(AutoModelForCausalLM, config)
+    _, config = architecture("gpt2")
+    whole = built(transformers.AutoModelForCausalLM, config)
     whole.transformer.save_pretrained(tmp_path / "base")
     assert "wte.weight" in read(tmp_path / "base")
-    experts = [changed(whole, AutoModelForCausalLM, seed) for seed in range(2)]
+    experts = [changed(whole, transformers.AutoModelForCausalLM, seed) for seed in range(2)]
     experts[0].save_pretrained(tmp_path / "e0")
     save_pickled(experts[1], tmp_path / "e1")
     modelmerge.merge(
         tmp_path / "base", [tmp_path / "e0", tmp_path / "e1"], tmp_path / "out", method="task-arithmetic", scale=SCALE
     )
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert torch.allclose(outputs(merged), outputs(in_memory(whole, AutoModelForCausalLM, experts)), atol=1e-5)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.allclose(
+        outputs(merged), outputs(in_memory(whole, transformers.AutoModelForCausalLM, experts)), atol=1e-5
+    )
 
 
 def test_half_precision_is_rounded_once_and_loads_as_it_is(tmp_path: Path) -> None:
-    loader, config = ARCHITECTURES["llama"]
+    loader, config = architecture("llama")
     base = built(loader, config).bfloat16()
     experts = [changed(base, loader, seed).bfloat16() for seed in range(2)]
     for label, model in zip(("base", "e0", "e1"), (base, *experts), strict=True):
@@ -264,7 +253,7 @@ def test_half_precision_is_rounded_once_and_loads_as_it_is(tmp_path: Path) -> No
 
 
 def test_a_vocabulary_that_grew_keeps_the_bases_rows(tmp_path: Path) -> None:
-    loader, config = ARCHITECTURES["llama"]
+    loader, config = architecture("llama")
     base = built(loader, config)
     experts = [changed(base, loader, seed) for seed in range(2)]
     base.save_pretrained(tmp_path / "base")

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +31,7 @@ from modelmerge.verbs.search import search
 from tests.support import clip_models
 from tests.support.checkpoints import read
 from tests.support.hub_server import FakeHub
+from tests.support.processes import running
 
 TASKS = ("inverted", "rotated")
 SCRIPT = """
@@ -354,11 +351,11 @@ def test_what_cannot_be_measured_is_known_before_the_work(models: list[Path]) ->
 def test_an_interrupt_leaves_nothing(models: list[Path]) -> None:
     """A real process, stopped by Ctrl-C while a candidate is measured."""
     Path("slow.py").write_text(
-        "import pathlib, time\n"
+        "import os, pathlib, signal\n"
         "def f(model):\n"
         "    if model.name != 'base':\n"
         "        pathlib.Path('reached').touch()\n"
-        "        time.sleep(60)\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
         "    return 1.0\n"
     )
     words = [
@@ -372,18 +369,11 @@ def test_an_interrupt_leaves_nothing(models: list[Path]) -> None:
         "--on",
         "custom:slow.py:f",
     ]
-    process = subprocess.Popen([sys.executable, "-m", "modelmerge", *words], stderr=subprocess.PIPE, env=os.environ)
-    try:
-        for _ in range(600):
-            if Path("reached").exists() or process.poll() is not None:
-                break
-            time.sleep(0.05)
+    with running(words) as run:
+        run.until_stopped()
         assert any(path.name == "scale-0.1" for path in Path().rglob("*")), "the candidates are beside the output"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130, process.stderr
-    finally:
-        process.kill()
-        process.communicate()
+        run.send(signal.SIGINT)
+        assert run.end() == 130, run.err()
     assert {path.name for path in Path().iterdir()} - {"__pycache__"} == {"slow.py", "reached"}
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge.checkpoint.staging import Scratch, Staging
+from modelmerge.checkpoint.scratch import Scratch
+from modelmerge.checkpoint.staging import Staging
 from modelmerge.cli import main
 from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, OutputError, PlanError, ReferenceNotFound, UsageError

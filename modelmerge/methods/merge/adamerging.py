@@ -14,14 +14,9 @@ they are free, as in FusionBench (which takes 1000 steps).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from modelmerge.methods.coefficients import Options
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.sums import weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

@@ -21,16 +21,12 @@ went far from the base (from about a seventh of its norm), where all methods wan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelmerge.methods import apgd, threshold
-from modelmerge.methods.contract import Context, Method
+from modelmerge.methods.contract import Context, Tensor, matrix_method
 from modelmerge.methods.options import follow, option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +39,7 @@ class Options(apgd.CorrectionOptions):
 
     scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
     norm_cap: float | None = option(
-        None,
-        "Bound on the merged task vector's norm, before the scale. Default: 0.45; none as published.",
-        above=0.0,
+        None, "Bound on the merged task vector's norm, before the scale. Default: 0.45; none as published.", above=0.0
     )
 
     def __post_init__(self) -> None:
@@ -86,15 +80,13 @@ def shorten(merged: Tensor, norms: tuple[float, ...], cap: float, context: Conte
         merged.mul_(bound / length)
 
 
-METHOD = Method(
+METHOD = matrix_method(
     options=Options,
     apply=apply,
     paper=apgd.PAPER,
     citation=apgd.CITATION,
-    matrices=True,
     rest=lambda options: "base" if options.published else "average",
     wants_base=True,
-    blockwise=lambda options: False,
     survey=lambda options, each: threshold.survey(each.get("density", options.density)),
     workspace=apgd.workspace,
 )

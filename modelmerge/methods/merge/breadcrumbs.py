@@ -13,19 +13,16 @@ both do not fit; entries that equal the smallest or the largest that is kept are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from modelmerge.methods import signs, threshold
 from modelmerge.methods.blocks import in_blocks
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +52,9 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 def _merged(taus: Tensor, limits: Sequence[Tensor], options: Options, context: Context) -> Tensor:
     """[T, m, n] with the ends [m, 2] of each -> [m, n]."""
-
-    def trimmed() -> Iterator[Tensor]:
-        for tau, limit, weight in zip(taus, limits, context.weights, strict=True):
-            kept = middle(tau, limit)
-            yield kept if weight == 1.0 else kept.mul_(weight)
-
-    if options.consensus == "ties":
-        return signs.elect(trimmed(), context.weights, taus[0], "sum").mul_(options.scale)
-    total = torch.zeros_like(taus[0])
-    for part in trimmed():
-        total.add_(part)
-    return total.mul_(options.scale)
+    each = zip(taus, limits, context.weights, strict=True)
+    trimmed = (signs.times(middle(tau, limit), weight) for tau, limit, weight in each)
+    return signs.consensus(trimmed, context.weights, taus[0], options.consensus).mul_(options.scale)
 
 
 def ends(sizes: Tensor, density: float, gamma: float) -> Tensor:

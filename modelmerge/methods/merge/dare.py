@@ -16,18 +16,14 @@ gives entries that cancel exactly to the positive side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from modelmerge.methods import random, signs
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,22 +42,16 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     # Rescaled by the first density at the end, all together; here is what is missing of it.
     first = random.share(densities[0])
     rests = [w * (first / random.share(density)) for w, density in zip(context.weights, densities, strict=True)]
-
-    def dropped() -> Iterator[Tensor]:
-        for i, (tau, density, rest) in enumerate(zip(taus, densities, rests, strict=True)):
-            kept = random.keep(context, i, density, part).mul_(tau)
-            yield kept if rest == 1.0 else kept.mul_(rest)
-
-    if options.consensus == "ties":
-        total = signs.elect(dropped(), context.weights, taus[0], options.reduce)
-    elif all(rest == 1.0 for rest in rests):
+    if options.consensus == "linear" and all(rest == 1.0 for rest in rests):
         total = torch.zeros_like(part)
         for i, tau in enumerate(taus):  # a product with 1 or 0 is exact, fused with the sum or not
             total.addcmul_(tau, random.keep(context, i, densities[i], part))
     else:
-        total = torch.zeros_like(part)
-        for kept in dropped():
-            total.add_(kept)
+        dropped = (
+            signs.times(random.keep(context, i, density, part).mul_(taus[i]), rest)
+            for i, (density, rest) in enumerate(zip(densities, rests, strict=True))
+        )
+        total = signs.consensus(dropped, context.weights, part, options.consensus, options.reduce)
     return total.mul_(1.0 / first).mul_(options.scale)
 
 

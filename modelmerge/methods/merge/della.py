@@ -15,18 +15,14 @@ divides nothing, but scales what is kept of each tensor to the L1 norm it had be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from modelmerge.methods import random, signs
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,19 +41,12 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the pruned and rescaled task vectors, merged and scaled."""
     each = zip(context.each("density", options.density), context.each("epsilon", options.epsilon), strict=True)
-
-    def pruned() -> Iterator[Tensor]:
-        for i, (density, epsilon) in enumerate(each):
-            part = pruned_by_rank(taus[i], i, density, epsilon, context)
-            yield part if context.weights[i] == 1.0 else part.mul_(context.weights[i])
-
-    factor = options.scale * random.LEVELS
-    if options.consensus == "ties":
-        return signs.elect(pruned(), context.weights, taus[0], options.reduce).mul_(factor)
-    total = torch.zeros_like(taus[0])
-    for part in pruned():
-        total.add_(part)
-    return total.mul_(factor)
+    pruned = (
+        signs.times(pruned_by_rank(taus[i], i, density, epsilon, context), context.weights[i])
+        for i, (density, epsilon) in enumerate(each)
+    )
+    merged = signs.consensus(pruned, context.weights, taus[0], options.consensus, options.reduce)
+    return merged.mul_(options.scale * random.LEVELS)
 
 
 def pruned_by_rank(tau: Tensor, expert: int, density: float, epsilon: float, context: Context) -> Tensor:
@@ -71,9 +60,7 @@ def pruned_by_rank(tau: Tensor, expert: int, density: float, epsilon: float, con
 
 def chances(count: int, density: float, epsilon: float) -> Tensor:
     """The chance of each rank in a row of so many to be kept, in units of 2^-16, -1 for none: [count]."""
-    width = min(epsilon, density, 1.0 - density)
-    if count == 1:
-        width = 0.0
+    width = min(epsilon, density, 1.0 - density) if count > 1 else 0.0
     rise = 2 * width * random.LEVELS / max(count - 1, 1)
     level = torch.arange(count, dtype=torch.float32).mul_(rise).add_((density - width) * random.LEVELS).round_()
     return torch.where(level > 0, level, -1.0)  # what is never kept is divided, too

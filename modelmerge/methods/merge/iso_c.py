@@ -14,15 +14,11 @@ updates (LoRA) this is Iso-C in the space that the updates span (Panariello et a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from modelmerge.methods import linalg
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +34,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return factor.mul_(s.mean() if len(s) else 0.0).float().mul_(options.scale)
 
 
-METHOD = Method(
+METHOD = matrix_method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2502.04959",
@@ -47,8 +43,5 @@ METHOD = Method(
         "Daniel Marczak and others",
         "ICML 2025",
     ),
-    matrices=True,
-    rest=lambda options: "average",
-    blockwise=lambda options: False,
     workspace=lambda tasks: 16.0,
 )

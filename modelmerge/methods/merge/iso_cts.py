@@ -16,17 +16,14 @@ enter the mean.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelmerge.methods import linalg
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Context, Tensor, matrix_method
+from modelmerge.methods.merge import iso_c
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,41 +40,29 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     common, specific = ranks(min(taus.shape[1:]), len(taus), options.common_fraction)
     total = weighted_sum(taus, context.weights)
-    shared, s, right = linalg.leading_triplets(total, common)
-    lefts, values, rights = [shared], [s], [right]
-    largest = torch.linalg.vector_norm(taus, dim=(1, 2)).max()
+    triplets = [linalg.leading_triplets(total, common)]
+    shared, largest = triplets[0][0], torch.linalg.vector_norm(taus, dim=(1, 2)).max()
     for tau, weight in zip(taus, context.weights, strict=True):
         rest = linalg.remove_subspace(tau.double() * weight, shared)
         if not specific or torch.linalg.vector_norm(rest) <= linalg.SUPPORT * largest:
             continue  # what remains is rounding
-        left, s, right = linalg.leading_triplets(rest, specific)
-        lefts.append(left)
-        values.append(s)
-        rights.append(right)
-    mean = torch.cat(values).mean() if any(len(s) for s in values) else 0.0
-    left, _ = linalg.polar(torch.cat(lefts, dim=1))
-    right, _ = linalg.polar(torch.cat(rights))
+        triplets.append(linalg.leading_triplets(rest, specific))
+    lefts, values, rights = zip(*triplets, strict=True)
+    mean = torch.cat(list(values)).mean() if any(map(len, values)) else 0.0
+    left, right = linalg.nearest_orthogonal(lefts, rights)
     return (left @ right).mul_(mean).float().mul_(options.scale)
 
 
 def ranks(smaller: int, tasks: int, fraction: float) -> tuple[int, int]:
     """How many triplets come from the sum, and how many from each task; together `smaller`."""
-    specific = round((smaller - int(smaller * fraction)) / tasks)
-    specific = min(specific, smaller // tasks)
+    specific = min(round((smaller - int(smaller * fraction)) / tasks), smaller // tasks)
     return smaller - specific * tasks, specific
 
 
-METHOD = Method(
+METHOD = matrix_method(
     options=Options,
     apply=apply,
-    paper="https://arxiv.org/abs/2502.04959",
-    citation=Citation(
-        "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
-        "Daniel Marczak and others",
-        "ICML 2025",
-    ),
-    matrices=True,
-    rest=lambda options: "average",
-    blockwise=lambda options: False,
+    paper=iso_c.METHOD.paper,
+    citation=iso_c.METHOD.citation,
     workspace=lambda tasks: 25.0,
 )

@@ -16,17 +16,14 @@ as missing; theirs drops those below 1e-5.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from modelmerge.methods import linalg
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.merge import ties
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +43,10 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return (basis @ ties.apply(coordinates, trim, context)).mul_(options.scale)
 
 
-METHOD = Method(
+METHOD = matrix_method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2410.19735",
     citation=Citation("Model merging with SVD to tie the Knots", "George Stoica and others", "ICLR 2025"),
-    matrices=True,
-    rest=lambda options: "average",
-    blockwise=lambda options: False,
     workspace=lambda tasks: 8.0 * tasks + 16.0,
 )

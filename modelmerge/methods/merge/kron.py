@@ -27,17 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelmerge.methods import linalg, presence
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _ITERATIONS = 200  # a bound; a tolerance of 1e-3 takes 15 to 30
 
@@ -125,16 +121,13 @@ def _square(x: Tensor) -> float:
     return float(x.square().sum())
 
 
-METHOD = Method(
+METHOD = matrix_method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2111.09832",  # Fisher merging, of which this is a kind
     citation=Citation(
         "Merging Models with Fisher-Weighted Averaging", "Michael Matena and Colin Raffel", "NeurIPS 2022"
     ),
-    matrices=True,
-    rest=lambda options: "average",
     wants_base=True,
-    blockwise=lambda options: False,
     workspace=lambda tasks: 2.0 * tasks + 12.0,
 )

@@ -15,16 +15,13 @@ stays as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import gram, weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +71,6 @@ def stock_ratio(products: Tensor) -> Tensor:
     return count * cosine / (1 + (count - 1) * cosine)
 
 
-def _moments(taus: Tensor, base: Tensor) -> Tensor:
-    return gram(taus).flatten()
-
-
 METHOD = Method(
     options=Options,
     apply=apply,
@@ -87,6 +80,6 @@ METHOD = Method(
     ),
     normalises=True,
     blockwise=lambda options: options.scope == "tensor",
-    moments=lambda options: _moments if options.scope == "tensor" else None,
+    moments=lambda options: (lambda taus, base: gram(taus).flatten()) if options.scope == "tensor" else None,
     workspace=lambda tasks: 4.0,
 )

@@ -7,13 +7,9 @@ which is the task vector cut off at plus and minus `--t`. One expert, times its 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from modelmerge.methods.contract import Context, Method
+from modelmerge.methods.contract import Context, Method, Tensor
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +25,5 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 
 METHOD = Method(
-    options=Options,
-    apply=apply,
-    paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
-    most_experts=1,
+    options=Options, apply=apply, paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001", most_experts=1
 )

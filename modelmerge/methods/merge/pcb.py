@@ -14,16 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelmerge.methods import order
-from modelmerge.methods.contract import Citation, Context, Method, Pass, Survey
+from modelmerge.methods.contract import Citation, Context, Method, Pass, Survey, Tensor
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.sums import weighted_sum
 
 _TAIL = 1e-4  # the share of the magnitudes that is cut off at either end
 # Elements of the widest vector registers, and more: exp and tanh of a whole register and of single numbers differ in
@@ -56,10 +53,7 @@ def scores(taus: Tensor, limits: Tensor) -> Tensor:
     """Each entry's score [T, n], from task vectors [T, n] and the ends of their magnitudes [T, 2]."""
     count = taus.shape[1]
     padded = torch.nn.functional.pad(taus, (0, -count % _LANES))
-    agreement = padded[0].clone()
-    for tau in padded[1:]:
-        agreement.add_(tau)
-    agreement = torch.mul(padded, agreement).tanh_()
+    agreement = torch.mul(padded, weighted_sum(padded, (1.0,) * len(padded))).tanh_()
     matters = _share(padded.abs(), limits).square_().mul_(len(taus)).exp_()
     return agreement.mul_(matters)[:, :count].contiguous()
 

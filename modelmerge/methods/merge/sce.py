@@ -15,17 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelmerge.methods import threshold
 from modelmerge.methods.blocks import blocks
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from modelmerge.methods.sums import weighted_sum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +55,9 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 def _agreeing(taus: Tensor, mask: Tensor | None, shares: Sequence[float]) -> Tensor:
     """The means [n] of the entries [T, n] that have their sum's sign, weighted by the shares, where `mask` is 1."""
-    total = taus[0].clone()
-    for tau in taus[1:]:
-        total.add_(tau)
-    sign = total.sign_() if mask is None else total.sign_().mul_(mask)
+    sign = weighted_sum(taus, (1.0,) * len(taus)).sign_()
+    if mask is not None:
+        sign.mul_(mask)
     merged, divisor, part = torch.zeros_like(sign), torch.zeros_like(sign), torch.empty_like(sign)
     for tau, share in zip(taus, shares, strict=True):
         agrees = torch.mul(tau, sign, out=part)
@@ -73,15 +69,12 @@ def _agreeing(taus: Tensor, mask: Tensor | None, shares: Sequence[float]) -> Ten
 
 def selected(taus: Tensor, density: float) -> Tensor:
     """1.0 where the variance over the experts [T, n] is among the largest, 0.0 elsewhere: [n]."""
-    variance = torch.empty_like(taus[0])
-    changed = 0
+    variance, changed = torch.empty_like(taus[0]), 0
     for block in blocks(taus):
         part = taus[:, block]
-        mean = part.mean(0)
-        here = torch.zeros_like(mean)
+        mean, here = part.mean(0), variance[block].zero_()
         for tau in part:
             here.add_((tau - mean).square_())
-        variance[block] = here
         changed += int(here.count_nonzero())
     count = int(changed * density)
     if count == 0:

@@ -12,17 +12,13 @@ authors' code gives such entries the sign that won most elections in the whole m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from modelmerge.methods import signs, threshold
 from modelmerge.methods.blocks import in_blocks
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +42,11 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 
 def _merged(taus: Tensor, thresholds: Tensor | None, options: Options, context: Context) -> Tensor:
-    def trimmed() -> Iterator[Tensor]:
-        for i, weight in enumerate(context.weights):
-            kept = threshold.trim(taus[i], None if thresholds is None else thresholds[i])
-            yield kept if weight == 1.0 else kept.mul_(weight)
-
-    return signs.elect(trimmed(), context.weights, taus[0], options.reduce).mul_(options.scale)
+    trimmed = (
+        signs.times(threshold.trim(taus[i], None if thresholds is None else thresholds[i]), weight)
+        for i, weight in enumerate(context.weights)
+    )
+    return signs.elect(trimmed, context.weights, taus[0], options.reduce).mul_(options.scale)
 
 
 METHOD = Method(

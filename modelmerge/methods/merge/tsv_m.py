@@ -15,16 +15,12 @@ replaced by an arbitrary vector. With more tasks than min(m, n), each still keep
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from modelmerge.methods import linalg
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +33,15 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     rank = max(min(taus.shape[1:]) // len(taus), 1)
-    lefts, values, rights = [], [], []
     factors = context.factors or (None,) * len(taus)
-    for tau, weight, pair in zip(taus, context.weights, factors, strict=True):
-        left, s, right = linalg.leading_triplets(tau, rank, pair)
-        lefts.append(left)
-        values.append(s * weight)
-        rights.append(right)
-    left, _ = linalg.polar(torch.cat(lefts, dim=1))
-    right, _ = linalg.polar(torch.cat(rights))
-    return ((left * torch.cat(values)) @ right).float().mul_(options.scale)
+    triplets = [linalg.leading_triplets(tau, rank, pair) for tau, pair in zip(taus, factors, strict=True)]
+    lefts, values, rights = zip(*triplets, strict=True)
+    left, right = linalg.nearest_orthogonal(lefts, rights)
+    weighted = [s * weight for s, weight in zip(values, context.weights, strict=True)]
+    return ((left * torch.cat(weighted)) @ right).float().mul_(options.scale)
 
 
-METHOD = Method(
+METHOD = matrix_method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2412.00081",
@@ -58,8 +50,5 @@ METHOD = Method(
         "Antonio Andrea Gargiulo and others",
         "CVPR 2025",
     ),
-    matrices=True,
-    rest=lambda options: "average",
-    blockwise=lambda options: False,
     workspace=lambda tasks: 22.0,
 )

@@ -30,18 +30,15 @@ left out of that weight, with a remark.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from modelmerge.errors import named
 from modelmerge.methods import presence
-from modelmerge.methods.contract import Citation, Context, Method
+from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.sums import weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +82,13 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     norms = presence.changed(taus, context)
-    active = list(norms)
-    if not active:
+    if not norms:
         return torch.zeros_like(taus[0])
-    weights = [context.weights[i] for i in active]
-    vectors = taus if len(active) == len(taus) else taus[active]
+    weights = [context.weights[i] for i in norms]
+    vectors = taus if len(norms) == len(taus) else taus[list(norms)]
     start = weighted_sum(vectors, weights)
     merge = solve if options.solver == "exact" else descend
-    return merge(vectors, [norms[i] for i in active], weights, start, options).mul_(options.scale)
+    return merge(vectors, list(norms.values()), weights, start, options).mul_(options.scale)
 
 
 def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
@@ -115,13 +111,8 @@ def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor,
     rows = torch.cat([tau.double() / norm for tau, norm in zip(taus, norms, strict=True)])
     inner = rows @ rows.T
     inner.diagonal().add_(ridge)
-    pull = torch.cat(
-        [
-            (unit * (weight * norm) - origin) @ unit.T
-            for unit, norm, weight in zip(rows.split(m), norms, weights, strict=True)
-        ],
-        dim=1,
-    )
+    each = zip(rows.split(m), norms, weights, strict=True)
+    pull = torch.cat([(unit * (weight * norm) - origin) @ unit.T for unit, norm, weight in each], dim=1)
     return origin.addmm_(torch.cholesky_solve(pull.T, torch.linalg.cholesky(inner)).T, rows).float()
 
 
@@ -130,12 +121,10 @@ def descend(taus: Tensor, norms: list[float], weights: list[float], start: Tenso
 
     The gradient is `2 (M sum_i C_i - sum_i w_i tau_i C_i)`.
     """
-    merged = start.clone()
-    rate = options.lr
+    merged, rate = start.clone(), options.lr
     if options.relative_lr is not None:
         rate = options.relative_lr * float(taus.square().mean().sqrt())
-    assert rate is not None, "Adam has one"
-    assert options.steps is not None, "Adam has a number of steps"
+    assert rate is not None and options.steps is not None, "Adam has them"  # noqa: PT018
     covariances, target = taus.new_zeros(taus.shape[2], taus.shape[2]), torch.zeros_like(start)
     for tau, norm, weight in zip(taus, norms, weights, strict=True):
         covariance = tau.T @ tau / norm**2
@@ -148,7 +137,7 @@ def descend(taus: Tensor, norms: list[float], weights: list[float], start: Tenso
     return merged
 
 
-METHOD = Method(
+METHOD = matrix_method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2503.08099",
@@ -157,9 +146,6 @@ METHOD = Method(
         "Runxi Cheng and others",
         "ICML 2025",
     ),
-    matrices=True,
-    rest=lambda options: "average",
-    blockwise=lambda options: False,
     workspace=lambda tasks: 12.0,
     squares=3.0,
 )

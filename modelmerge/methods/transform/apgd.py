@@ -30,16 +30,13 @@ would be boundless, it is left out, as in `merge apgd`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from modelmerge.methods import apgd, threshold
-from modelmerge.methods.contract import Context, Corrected, Correction, TransformSpec
+from modelmerge.methods.contract import Context, Corrected, Correction, Tensor, TransformSpec
 from modelmerge.methods.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

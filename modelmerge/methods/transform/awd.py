@@ -28,15 +28,12 @@ no direction; it takes no part there and stays as it is. The norm's gradient at 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-from modelmerge.methods.contract import Citation, SharedVector, Solution, TransformSpec, Watch
+from modelmerge.methods.contract import Citation, SharedVector, Solution, Tensor, TransformSpec, Watch
 from modelmerge.methods.options import PUBLISHED, follow, option
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # A task vector shorter than this share of the longest one of its group has no direction worth the name.
 NEGLIGIBLE = 1e-3

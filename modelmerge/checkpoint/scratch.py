@@ -1,0 +1,87 @@
+"""Room on the disk, claimed before the work: a full disk shows then, not after hours."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from modelmerge.errors import OutputError
+
+FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up",
+         errno.EFBIG: "the file is larger than this system allows"}  # fmt: skip
+
+
+def reason(error: OSError) -> str:
+    """Why something could not be written."""
+    return FULL.get(error.errno or 0) or error.strerror or str(error)
+
+
+def claim_space(descriptor: int, nbytes: int) -> None:
+    """Make a file so long, with its space claimed now: a full disk shows before the work, not after."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+    else:
+        os.ftruncate(descriptor, nbytes)
+
+
+def write_all(descriptor: int, data: memoryview, position: int) -> None:
+    """Write data at a position, in bytes from the start."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)
+
+
+class Scratch:
+    """A nameless file of so many bytes, written and read in any order from any thread; gone with its process."""
+
+    def __init__(self, directory: Path, nbytes: int) -> None:
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by its owner
+        try:
+            if nbytes:
+                claim_space(self._file.fileno(), nbytes)
+        except OSError:
+            self._file.close()
+            raise
+
+    def write(self, place: int, data: memoryview) -> None:
+        """Write at a place, in bytes from the start."""
+        write_all(self._file.fileno(), data, place)
+
+    def read_into(self, place: int, data: memoryview) -> None:
+        """Fill `data` with what was written at a place."""
+        done = 0
+        while done < len(data):
+            done += os.preadv(self._file.fileno(), [data[done:]], place + done)
+
+    def close(self) -> None:
+        """Let go of the file, which frees its bytes."""
+        self._file.close()
+
+
+Room = Callable[[int], Scratch]  # gives room of so many bytes on the disk
+
+
+@contextlib.contextmanager
+def scratches(output: Path) -> Iterator[Room]:
+    """Gives room beside an output that is not being written yet, for as long as the block lasts.
+
+    Raises:
+        OutputError: There is not so much.
+    """
+    folder = next(parent for parent in output.resolve().parents if parent.is_dir())
+    with contextlib.ExitStack() as stack:
+
+        def make(nbytes: int) -> Scratch:
+            try:
+                scratch = Scratch(folder, nbytes)
+            except OSError as error:
+                what = f"cannot keep {nbytes:,} bytes in {folder}: {reason(error)}"
+                raise OutputError(what, hint="name another place or make room") from error
+            stack.callback(scratch.close)
+            return scratch
+
+        yield make

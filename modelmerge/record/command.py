@@ -1,0 +1,42 @@
+"""The shell line that repeats a merge, and options as they are typed in it: for manifest and card."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from modelmerge.methods.options import written
+from modelmerge.plan.recipe import Recipe
+
+REPLAY = "modelmerge merge --recipe modelmerge.json -o DIR"
+_ONE_EACH = {"tasks": "task", "templates": "template"}  # settings of several values, by the option for each
+
+
+def flag(option: str) -> str:
+    """An option as it is typed, by its Python name."""
+    return f"--{_ONE_EACH.get(option, option).replace('_', '-')}"
+
+
+def settings_of(recipe: Recipe, *names: str) -> dict[str, Any]:
+    """Those of a recipe's settings that are not at their defaults."""
+    usual = Recipe(method="", base="", experts=())
+    return {name: getattr(recipe, name) for name in names if getattr(recipe, name) != getattr(usual, name)}
+
+
+def command_of(recipe: Recipe, output: str) -> str:
+    """The shell line that repeats a merge: modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR."""
+    words = ["modelmerge", "merge", recipe.method, recipe.base, *recipe.experts]
+    names = ("rest", "dtype", "on_mismatch", "max_shard_size", "seed", "as_lora", "include", "exclude")
+    options = [
+        *recipe.options.items(),
+        ("disentangle", recipe.disentangle),
+        ("weight", [f"{name}={written(weight)}" for name, weight in recipe.weights.items()]),
+        ("at", recipe.at),
+        *settings_of(recipe, *names).items(),
+        *recipe.unlabelled.items(),
+    ]
+    for name, value in options:
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if each is not None and each is not False:
+                words += [flag(name)] if each is True else [flag(name), str(each)]
+    return shlex.join([*words, "-o", output])
