@@ -112,7 +112,7 @@ def search(
     if dry_run:
         with contextlib.closing(prepared):
             return {"plan": prepared.describe()}
-    return execute_search(prepared, Path(out), force=force, reporter=progress)
+    return execute_search(prepared, Path(out), force=force, progress=progress)
 
 
 def execute_search(
@@ -121,7 +121,7 @@ def execute_search(
     *,
     force: bool = False,
     ready: Callable[[], object] | None = None,
-    reporter: Reporter = SILENT,
+    progress: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Merge and measure all candidates and put the best at `out`; its manifest, with all results in `searched`.
 
@@ -134,21 +134,21 @@ def execute_search(
     try:
         with output_of(
             search.first.job.plan, out, digest_of(search.first), force=force, resume=False, ready=ready,
-            progress=reporter,
+            progress=progress,
         ) as output:  # fmt: skip
             prepare_process()
             staging = output.stage()
             with staging.folder() as folder:
                 room = _room(search, folder)
-                base = _measure_base(search, reporter)
-                reports = _work_through(search, folder, out, room, reporter)
+                base = _measure_base(search, progress)
+                reports = _work_through(search, folder, out, room, progress)
                 best = _best(search.candidates)
                 assert best.place is not None, "the best is kept"
                 files = best.manifest["files"]
                 staging.adopt(best.place, {name: files[name]["sha256"] for name in files if name != CARD})
             notes = [*best.manifest["notes"], _note(search, best), *_at_an_end(search, best)]
             for note in notes:
-                reporter.note(note)
+                progress.note(note)
             staging.write_file(CARD, write_card(best.prepared.recipe, best.prepared.job, out, notes))
             return output.publish({**best.manifest, "notes": notes, "searched": _results(search, best, base, reports)})
     finally:
@@ -172,7 +172,7 @@ def _room(search: Search, folder: Path) -> int:
     return min(room, len(search.candidates))
 
 
-def _work_through(search: Search, folder: Path, out: Path, room: int, reporter: Reporter) -> list[list[Report]]:
+def _work_through(search: Search, folder: Path, out: Path, room: int, progress: Reporter) -> list[list[Report]]:
     """Merge and measure all candidates, as many at a time as there is room for; the reports, by batch and measure."""
     reports: list[list[Report]] = []
     waiting: list[Candidate] = []
@@ -180,7 +180,7 @@ def _work_through(search: Search, folder: Path, out: Path, room: int, reporter: 
 
     def settle() -> None:
         nonlocal kept
-        reports.append(_measure(search, waiting, reporter))
+        reports.append(_measure(search, waiting, progress))
         measured = [candidate for candidate in search.candidates if candidate.scores]
         place = measure.best([candidate.scores for candidate in measured])
         best = measured[place or 0]
@@ -196,7 +196,7 @@ def _work_through(search: Search, folder: Path, out: Path, room: int, reporter: 
             settle()
         while group:
             part = group[: room - kept - len(waiting)]
-            _merge_group(search, part, folder, out, reporter)
+            _merge_group(search, part, folder, out, progress)
             waiting += part
             group = group[len(part) :]
             if group:
@@ -206,12 +206,12 @@ def _work_through(search: Search, folder: Path, out: Path, room: int, reporter: 
     return reports
 
 
-def _merge_group(search: Search, group: Sequence[Candidate], folder: Path, out: Path, reporter: Reporter) -> None:
+def _merge_group(search: Search, group: Sequence[Candidate], folder: Path, out: Path, progress: Reporter) -> None:
     """Merge candidates in one pass over the models, each into a folder of its own."""
     started = time.monotonic()
     first = group[0].prepared
     size = adapted.size_of(first.recipe)
-    fetch(first.job.plan, reporter, beside="all" if size is None else "cards", stream=first.stream)
+    fetch(first.job.plan, progress, beside="all" if size is None else "cards", stream=first.stream)
     # One set of open files for all.
     prepared = [
         dataclasses.replace(each.prepared, job=dataclasses.replace(each.prepared.job, source=first.job.source))
@@ -226,13 +226,13 @@ def _merge_group(search: Search, group: Sequence[Candidate], folder: Path, out: 
         small = None
         if size is not None:
             assert len(group) == 1, "adapters are merged one by one"
-            small = adapted.run(first.job, first.recipe, size, stagings[0], reporter)
+            small = adapted.run(first.job, first.recipe, size, stagings[0], progress)
             findings = [small.findings]
         elif len(group) == 1:
-            findings = [run(first.job, stagings[0], reporter)]
+            findings = [run(first.job, stagings[0], progress)]
         else:
             assert search.linear is not None, "others are merged one by one"
-            findings = run_scaled([each.job for each in prepared], search.linear, stagings, reporter)
+            findings = run_scaled([each.job for each in prepared], search.linear, stagings, progress)
         for each, ready, staging, noticed in zip(group, prepared, stagings, findings, strict=True):
             each.manifest = complete(ready, out, staging, noticed, small, time.monotonic() - started, digest_of(ready))
             staging.publish(as_file(each.manifest))
@@ -241,25 +241,25 @@ def _merge_group(search: Search, group: Sequence[Candidate], folder: Path, out: 
                 vouch(each.place / name, str(entry["sha256"]))
 
 
-def _measure_base(search: Search, reporter: Reporter) -> Candidate | None:
+def _measure_base(search: Search, progress: Reporter) -> Candidate | None:
     """The base's scores; None where its weights are read over the network only."""
     if search.first.stream:
         return None
     base = Candidate({}, search.first)
     for each in search.measures:
-        (scores,), _ = each.scores([search.first.job.plan.base.reference.location], search.device, reporter)
+        (scores,), _ = each.scores([search.first.job.plan.base.reference.location], search.device, progress)
         base.scores = measure.join(base.scores, scores, each)
     measure.sign_of(base.scores)
     return base
 
 
-def _measure(search: Search, candidates: Sequence[Candidate], reporter: Reporter) -> list[Report]:
+def _measure(search: Search, candidates: Sequence[Candidate], progress: Reporter) -> list[Report]:
     """Measure candidates that were merged; the reports."""
     reports = []
     adapter = search.first.recipe.as_lora is not None
     more = {"base": search.first.job.plan.base.reference.location} if adapter else {}
     for each in search.measures:
-        rows, report = each.scores([str(candidate.place) for candidate in candidates], search.device, reporter, **more)
+        rows, report = each.scores([str(candidate.place) for candidate in candidates], search.device, progress, **more)
         for candidate, scores in zip(candidates, rows, strict=True):
             candidate.scores = measure.join(candidate.scores, scores, each)
         reports.append(report)
