@@ -1,5 +1,16 @@
 """mergekit's methods, their parameters and the keys of its configurations, and what each is here: tables.
 
+The result is mergekit's, to rounding in float32, with exceptions where its number depends on storage or on chance:
+
+- `dtype: bfloat16` or `float16` makes it round every model before it subtracts, and compute in that dtype: half of a
+  small task vector can be rounding. (Earlier versions cast the experts to the base's dtype whatever was said.) Here
+  the arithmetic is float32 on the models as they are stored, and the result is rounded once.
+- Entries whose task vectors cancel exactly go to the positive side there; here they stay at the base, as in the paper.
+- Of entries that are equal in size at a threshold, common in 16 bits, it keeps some and drops others to make the count;
+  here all are kept.
+- Of a tensor of fewer than 1 / density entries, its breadcrumbs keep nothing; here one entry stays.
+- Where entries are dropped at random the draws are other ones.
+
 What becomes of a key is for the guide, with options by `errors.named`.
 """
 
