@@ -491,7 +491,7 @@ def test_a_method_is_told_the_factors(tmp_path: Path) -> None:
     def run(*experts: Path | str, **more: Any) -> None:
         told = prepare(Recipe(method="apgd", base=str(base), experts=tuple(map(str, experts)), **more))
         own, *others = told.job.groups
-        spying = replace(own, method=replace(own.method, apply=look, survey=lambda options: None))
+        spying = replace(own, method=replace(own.method, apply=look, survey=lambda options, each: None))
         spied = replace(told, job=replace(told.job, groups=(spying, *others)))
         execute(spied, tmp_path / "out", force=True)
 
