@@ -93,11 +93,7 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
     file = _recipe_in(words)
     method = _method_of(file) if file is not None else None
 
-    def models(
-        recipe: opt.RecipeFile = None,
-        preset: opt.Preset = None,
-        output: opt.OptionalOutput = None,
-    ) -> None: ...
+    def models(recipe: opt.RecipeFile = None, preset: opt.Preset = None, output: opt.OptionalOutput = None) -> None: ...
 
     def run(sink: Sink, context: typer.Context, **values: Any) -> None:
         recipe, preset, output = values["recipe"], values["preset"], values["output"]

@@ -73,8 +73,7 @@ DryRun = Annotated[
 ]
 Force = Annotated[bool, typer.Option("-f", "--force", help="Replace DIR.", rich_help_panel=RUN_PANEL)]
 Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="Take up what an interrupted run finished.", rich_help_panel=RUN_PANEL),
+    bool, typer.Option("--resume", help="Take up what an interrupted run finished.", rich_help_panel=RUN_PANEL)
 ]
 Stream = Annotated[
     bool,
@@ -287,11 +286,7 @@ def unlabelled(
 def drawn(
     plot: Annotated[
         str | None,
-        typer.Option(
-            "--plot",
-            help="Draw the coefficients as a heatmap, as .svg, .png or .pdf.",
-            metavar="FILE",
-        ),
+        typer.Option("--plot", help="Draw the coefficients as a heatmap, as .svg, .png or .pdf.", metavar="FILE"),
     ] = None,
 ) -> None:
     """What a method takes that finds coefficients, besides its data; for its signature alone."""

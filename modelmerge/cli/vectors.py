@@ -171,10 +171,7 @@ def _disentangled(report: dict[str, Any]) -> list[str | Table]:
         what = f" by {options['granularity']}: {losses} in {report['steps']} steps"
     size = "redundant" if report["steps"] is not None else "correction"
     columns = ["", "mean |cos|", "after", "largest |cos|", "after", size]
-    return [
-        f"[bold]{report['method']}[/]{what}",
-        table(None, columns, kinds),
-    ]
+    return [f"[bold]{report['method']}[/]{what}", table(None, columns, kinds)]
 
 
 def _change(figures: dict[str, Any]) -> list[str]:

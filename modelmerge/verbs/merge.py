@@ -19,12 +19,7 @@ from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import SILENT, Reporter
-from modelmerge.record.manifest import (
-    manifest_of,
-    notes_of,
-    refuse_changed,
-    write_card,
-)
+from modelmerge.record.manifest import manifest_of, notes_of, refuse_changed, write_card
 from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.prepare import (
     Dtype,

@@ -19,14 +19,7 @@ from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.staging import Staging, check_output, finished
 from modelmerge.engine.coefficients import Coefficients
 from modelmerge.engine.job import Group, Job
-from modelmerge.engine.memory import (
-    beyond_device,
-    bytes_read,
-    passes,
-    peak_memory,
-    refuse_beyond_memory,
-    scratch_bytes,
-)
+from modelmerge.engine.memory import beyond_device, bytes_read, passes, peak_memory, refuse_beyond_memory, scratch_bytes
 from modelmerge.engine.parallel import source_of
 from modelmerge.engine.transforms import Transform, transform_of
 from modelmerge.errors import UsageError, named

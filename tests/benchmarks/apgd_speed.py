@@ -39,10 +39,7 @@ FORMS: dict[str, tuple[dict[str, Any], float]] = {
     "adam, default stop": ({"published": True}, apgd.TOLERANCE),
     "default (exact)": ({}, apgd.TOLERANCE),
 }
-GROWING = {
-    "adam, 20 steps": ({"published": True, "steps": 20}, 0.0),
-    "default (exact)": FORMS["default (exact)"],
-}
+GROWING = {"adam, 20 steps": ({"published": True, "steps": 20}, 0.0), "default (exact)": FORMS["default (exact)"]}
 
 
 def task_vectors(tasks: int, m: int, n: int, device: torch.device) -> Tensor:

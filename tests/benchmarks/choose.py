@@ -201,10 +201,7 @@ def whole(vectors: Vectors, name: str, rest: str | None = None, share: int | Non
     return state | {key: made[key] for key in vectors.linear}
 
 
-LOOKS: dict[str, Callable[[ExpertSet], dict[str, float]]] = {
-    "disentangle": look_at_disentangling,
-    "apgd": look_at_apgd,
-}
+LOOKS: dict[str, Callable[[ExpertSet], dict[str, float]]] = {"disentangle": look_at_disentangling, "apgd": look_at_apgd}
 
 
 def main() -> None:

@@ -27,10 +27,7 @@ from tests.support.checkpoints import read
 
 HERE = Path(__file__).parent
 METHODS = ("task-arithmetic", "ties", "tsv-m", "iso-c", "kron")
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "--layer-scale 0.8,1.2": {"layer_scale": "0.8,1.2"},
-}
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "--layer-scale 0.8,1.2": {"layer_scale": "0.8,1.2"}}
 # Attention by one method, the rest of the linear layers by another; where there is attention.
 MIXED = ("ties", "tsv-m", "iso-c", "kron")
 ATTENTION = ("*.[qkvo]_proj.weight", "*.out_proj.weight")

@@ -480,11 +480,7 @@ def test_an_output_that_holds_a_lone_input_file_is_refused(tmp_path: Path, capsy
 
 @pytest.mark.parametrize("output", [".", "..", "{here}", "{link}"])
 def test_the_directory_one_is_in_is_refused(
-    output: str,
-    models: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    output: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = tmp_path / "up" / "here"
     here.mkdir(parents=True)

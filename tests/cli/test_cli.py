@@ -57,11 +57,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
         (["merge", "--recipe", "nothing.json", "-o", "out"], 1, "no such file"),
         (["merge", "--recipe", "nothing.json"], 2, "needs an output"),
         (["merge", "--recipe", "recipe.yaml", "-o", "out"], 1, "no such file"),
-        (
-            ["merge", "ties", "--preset", "clip-b32", "-o", "out"],
-            2,
-            "did you mean 'clip-b32-8'? there are: clip",
-        ),
+        (["merge", "ties", "--preset", "clip-b32", "-o", "out"], 2, "did you mean 'clip-b32-8'? there are: clip"),
         (["merge", "ties", "BASE", "E0", "--preset", "clip-b32-8", "-o", "out"], 2, "unexpected extra argument"),
         (["merge", "--preset", "nothing"], 2, "there is no preset 'nothing'"),
         (["merge", "--preset", "clip-b32-8", "ties", "-o", "out"], 2, "--preset stands before the method"),

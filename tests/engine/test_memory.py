@@ -90,14 +90,7 @@ SLOW = (
     ),
     ["merge", "dare", "--consensus", "ties", "--reduce", "mean"],
     ["merge", "apgd", "--published", "--steps", "2"],
-    [
-        "merge",
-        "average",
-        "--disentangle",
-        "awd granularity=row steps=2",
-        "--disentangle",
-        "apgd",
-    ],
+    ["merge", "average", "--disentangle", "awd granularity=row steps=2", "--disentangle", "apgd"],
     ["merge", "ties", "--at", "layers.[0-3]*: tsv-m", "--at", "layers*: average"],
     ["extract", "--rank", "8"],
     ["extract", "--energy", "0.5"],
@@ -120,13 +113,7 @@ def test_the_promise_is_kept(
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ["merge", "ties"],
-        ["merge", "apgd", "--published", "--steps", "2"],
-        ["extract"],
-    ],
-    ids=" ".join,
+    "words", [["merge", "ties"], ["merge", "apgd", "--published", "--steps", "2"], ["extract"]], ids=" ".join
 )
 @pytest.mark.slow
 def test_the_promise_is_kept_with_adapters(

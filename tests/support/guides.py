@@ -68,10 +68,7 @@ def becomes(parameter: mergekit_methods.Parameter) -> str:
 
 # The generated blocks of each guide, by its topic.
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "methods": {
-        "methods": lambda: method_table("merge"),
-        "transforms": lambda: method_table("transform"),
-    },
+    "methods": {"methods": lambda: method_table("merge"), "transforms": lambda: method_table("transform")},
     "mergekit": {"mergekit": mergekit_table},
 }
 

@@ -57,10 +57,7 @@ def check(demo: Told, names: Sequence[str], least: float, capsys: pytest.Capture
     out, told = demo
     rows = {row["model"]: row for row in told["models"]}
     merges = {name for name, row in rows.items() if row["kind"] == "merge"}
-    assert merges == {
-        *names,
-        *(f"{front} + task-arithmetic" for front in registry.names("transform")),
-    }
+    assert merges == {*names, *(f"{front} + task-arithmetic" for front in registry.names("transform"))}
     experts = [row for row in rows.values() if row["kind"] == "expert"]
     assert len(experts) == len(digits.TASKS)
     base = rows["base"]

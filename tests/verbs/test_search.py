@@ -428,15 +428,9 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
         (("--try", "scale=0.2,0.2", "--on", "custom:m.py:f"), "--try 'scale=0.2,0.2': 0.2 comes twice"),
         (("--try", "density=0.2,2", "--on", "custom:m.py:f"), "density must be above 0 and at most 1, not 2"),
         (("--try", "reduce=sum,max", "--on", "custom:m.py:f"), "reduce must be one of sum, mean, not 'max'"),
-        (
-            ("--try", "scale=1,2", "--at", "*: scale=3", "--on", "custom:m.py:f"),
-            "--try 'scale' has no effect: --at",
-        ),
+        (("--try", "scale=1,2", "--at", "*: scale=3", "--on", "custom:m.py:f"), "--try 'scale' has no effect: --at"),
         (("--try", "scale=1,2", "--on", "custom:m.py:f"), "custom:m.py:f: no such file: m.py"),
-        (
-            ("--try", "scale=1,2", "--on", "custom:m.py:f", "--on", "custom:m.py:f"),
-            "--on names the same thing twice",
-        ),
+        (("--try", "scale=1,2", "--on", "custom:m.py:f", "--on", "custom:m.py:f"), "--on names the same thing twice"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(
