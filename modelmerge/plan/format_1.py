@@ -17,13 +17,14 @@ from typing import Any
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.options import option_types
-from modelmerge.plan.overrides import BASE, WEIGHT, Override, curve_text, layer_of
+from modelmerge.plan.overrides import BASE, WEIGHT, Override, curve_text, layer_of, text_of
 
 OLD = ("vary", "rule", "layer_scale", "task_lambda", "disentangle", "disentangle_options")
 # Methods whose result is the same when weights are multiplied instead of task vectors.
 _SCALED_BY_WEIGHT = frozenset({
     "breadcrumbs", "consensus", "dare", "iso-c", "iso-cts", "kron", "task-arithmetic", "tsv-m", "wudi",
 })  # fmt: skip
+_APGD_ONLY = {"inner": "row", "trim_scope": "model", "task_rank": "None", "relative_lr": "None", "tolerance": "1e-11"}
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -98,19 +99,41 @@ def _setting(tensor: str, variations: Sequence[Variation], method: str | None) -
 def _override(glob: str, setting: _Setting) -> Override:
     method, values = setting
     name, _, options = (method or "").partition(" ")
-    plain = dict(word.partition("=")[::2] for word in options.split()) if options else {}
+    words = dict(word.partition("=")[::2] for word in options.split())
+    plain = options_of(name, {option.replace("-", "_"): value for option, value in words.items()})
+    plain = {option: text_of(value) for option, value in plain.items()}
     plain |= {option: curve_text(each) for expert, option, each in values if expert is None}
     experts = {(expert, option): curve_text(each) for expert, option, each in values if expert is not None}
-    return Override(glob, name or None, {key.replace("-", "_"): value for key, value in plain.items()}, experts)
+    return Override(glob, name or None, plain, experts)
+
+
+def options_of(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's options of format 1: APGD's knobs that are gone had one value in nearly all recipes.
+
+    Raises:
+        RecipeError: One had another.
+    """
+    if method != "apgd":
+        return dict(options)
+    values = {option: value for option, value in options.items() if value is not None}
+    for option, usual in _APGD_ONLY.items():
+        if str(values.pop(option, usual)) not in (usual, "1e-11"):
+            raise _gone(option)
+    mode = values.pop("lambda_mode", "matched")
+    if mode == "relative":
+        raise _gone("lambda_mode")
+    return {**values, **({"published": True} if mode == "paper" else {})}
 
 
 def transforms_of(stored: Mapping[str, Any]) -> tuple[str, ...]:
     """The transforms of a recipe of format 1; both of AWD's solvers found the same vector."""
     name, values = stored.get("disentangle"), dict(stored.get("disentangle_options", {}))
+    if name == "apgd":
+        values = options_of("apgd", values)
     if name == "awd":
         values.pop("solver", None)
         values["published"] = "true" if values.pop("units", None) == "absolute" else None
-    words = [f"{option.replace('_', '-')}={value}" for option, value in values.items() if value is not None]
+    words = [f"{option.replace('_', '-')}={text_of(value)}" for option, value in values.items() if value is not None]
     return (" ".join([name, *words]),) if name else ()
 
 

@@ -338,6 +338,23 @@ def test_transforms_of_format_1_replay(models: list[Path], tmp_path: Path) -> No
     assert not same_bits(want, read(tmp_path / "plain"))
 
 
+def test_apgds_options_of_format_1_replay(models: list[Path], tmp_path: Path) -> None:
+    """As version 0.1.0 recorded them: every knob with its value, the paper's mode by name."""
+    gone = {"inner": "row", "trim_scope": "model", "task_rank": None, "relative_lr": None}
+    for name, options, mode in (
+        ("default", {}, {"lambda_mode": "matched", "scale": None, "tolerance": None}),
+        ("published", {"published": True, "steps": 5}, {"lambda_mode": "paper", "scale": None, "tolerance": 1e-11}),
+    ):
+        manifest = modelmerge.merge(models[0], models[1:], tmp_path / name, method="apgd", **options)
+        stored = {key: value for key, value in manifest["recipe"]["options"].items() if key != "published"}
+        old = as_format_1(manifest, tmp_path / "old.json", options={**stored, **gone, **mode})
+        modelmerge.replay(old, tmp_path / "again", force=True)
+        assert same_bits(read(tmp_path / "again"), read(tmp_path / name))
+    knob = as_format_1(manifest, tmp_path / "old.json", options={**stored, **gone, **mode, "inner": "matrix"})
+    with pytest.raises(RecipeError, match="with 'inner'"):
+        modelmerge.replay(knob, tmp_path / "again", force=True)
+
+
 def test_what_only_version_1_could_do_is_said(models: list[Path], tmp_path: Path) -> None:
     manifest = modelmerge.merge(models[0], models[1:], tmp_path / "plain", method="ties")
     for entries in ({"task_lambda": "matched"}, {"layer_scale": "larv"}, {"layer_scale": "0.5,1"}):
