@@ -19,7 +19,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A reporter that says nothing."""
+    """A progress that says nothing."""
 
     def stage(self, label: str, total: int, unit: str = "bytes") -> None:
         """Ignore it."""

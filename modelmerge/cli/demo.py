@@ -46,7 +46,7 @@ def _demo(sink: Sink, output: str | None, device: str, force: bool) -> None:
     if out.exists():
         shutil.rmtree(out)
     with Bars(sink) as bars:
-        story = run(out, device=device, reporter=bars)
+        story = run(out, device=device, progress=bars)
 
     tasks = list(story.rows[0].accuracies)
     best = max((row for row in story.rows if row.kind == "merge"), key=lambda row: row.mean)

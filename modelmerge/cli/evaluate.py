@@ -182,7 +182,7 @@ def _weights(sink: Sink, models: list[str], plot: str | None, page: str | None, 
     values |= {name: values[name] or () for name in ("include", "exclude")}
     experts = values.pop("expert") or ()
     with Bars(sink) as bars:
-        report = evaluate(models, suite="weights", experts=experts, reporter=bars, **values)
+        report = evaluate(models, suite="weights", experts=experts, progress=bars, **values)
     _show(report, sink, pictures)
 
 
@@ -332,7 +332,7 @@ def _scores(suite: str, declared: Callable[..., dict[str, Any]]) -> Callable[...
             report = evaluate(
                 values["models"], suite=suite, cache=not values["no_cache"], compare=values["compare"],
                 fail_under=values["fail_under"] or (), update_card=values["update_card"], device=values["device"],
-                reporter=bars, **declared(**{word: values[word] for word in words}),
+                progress=bars, **declared(**{word: values[word] for word in words}),
             )  # fmt: skip
         _show(report, sink, pictures)
         _gate(report, sink)

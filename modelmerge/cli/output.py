@@ -79,7 +79,7 @@ class Sink:
 
 
 class Bars:
-    """A reporter that draws progress on stderr where that is a terminal, and passes notes to the sink."""
+    """A progress that draws progress on stderr where that is a terminal, and passes notes to the sink."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink

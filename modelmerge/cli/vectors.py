@@ -79,7 +79,7 @@ def _write(
         report = verb(
             values["base"], values["experts"], out, include=values["include"] or (), exclude=values["exclude"] or (),
             device=values["device"], force=values["force"], resume=values["resume"], stream=values["stream"],
-            dry_run=values["dry_run"], ready=lambda: checked(target), reporter=bars, **size,
+            dry_run=values["dry_run"], ready=lambda: checked(target), progress=bars, **size,
         )  # fmt: skip
     if values["dry_run"]:
         report["plan"]["push"] = checked(target, create=False)

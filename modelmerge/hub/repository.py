@@ -194,7 +194,7 @@ def _files(api: Client, name: str, commit: str) -> dict[str, RemoteFile]:
     return {file.relative_to(folder).as_posix(): RemoteFile(file.stat().st_size, None) for file in cached_files}
 
 
-def fetch(downloads: Sequence[tuple[Repository, Sequence[str]]], reporter: Reporter) -> None:
+def fetch(downloads: Sequence[tuple[Repository, Sequence[str]]], progress: Reporter) -> None:
     """Have the files of each repository in the shared cache, linked to from its outline.
 
     Raises:
@@ -207,13 +207,13 @@ def fetch(downloads: Sequence[tuple[Repository, Sequence[str]]], reporter: Repor
             hint=f"free some space, move the cache (HF_HOME), or read without storing: {named('stream')}",
         )
     if total:
-        reporter.stage("downloading", total)
+        progress.stage("downloading", total)
     stop = threading.Event()
     waiting: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
     futures = []
     for repository, place in [(repository, place) for repository, places in downloads for place in places]:
         futures.append(Future[None]())
-        waiting.put((futures[-1], partial(repository.bring, place, _progress(reporter, place, stop))))
+        waiting.put((futures[-1], partial(repository.bring, place, _progress(progress, place, stop))))
     # Not a pool: the interpreter would wait for its threads, and a download can take hours.
     threads = [threading.Thread(target=_work_off, args=(waiting, stop), daemon=True) for _ in futures[:_DOWNLOADS]]
     try:
@@ -300,8 +300,8 @@ class _NoProgress:
     set_transfer_postfix_str = refresh = close = set_postfix_str
 
 
-def _progress(reporter: Reporter, place: str, stop: threading.Event) -> Any:
-    """A class that the client takes for its progress bar, and that passes the bytes on to a reporter."""
+def _progress(progress: Reporter, place: str, stop: threading.Event) -> Any:
+    """A class that the client takes for its progress bar, and that passes the bytes on to a progress."""
 
     class Progress(_NoProgress):
         def __init__(self, *words: object, **named: object) -> None:
@@ -311,6 +311,6 @@ def _progress(reporter: Reporter, place: str, stop: threading.Event) -> Any:
         def update(self, amount: float | None = 1) -> None:
             if stop.is_set():
                 raise _Interrupted
-            reporter.advance(int(amount or 0), place)
+            progress.advance(int(amount or 0), place)
 
     return Progress

@@ -75,19 +75,19 @@ def with_downloads(shown: dict[str, Any], plan: Plan, *, beside: Beside, streame
     return shown
 
 
-def fetch(plan: Plan, reporter: Reporter, *, beside: Beside, stream: bool) -> None:
+def fetch(plan: Plan, progress: Reporter, *, beside: Beside, stream: bool) -> None:
     """Have what a run needs of repositories on the Hub in the shared cache; nothing to do for local models.
 
     Raises:
         HubError: The disk is too small, the Hub refuses, or cannot be reached.
     """
-    repository.fetch(wanted(plan, beside=beside, stream=stream), reporter)
+    repository.fetch(wanted(plan, beside=beside, stream=stream), progress)
     for model in plan.models:
         if model.reference.repository is not None:
             model.look_again()
 
 
-def fetch_whole(models: Iterable[Checkpoint], reporter: Reporter) -> None:
+def fetch_whole(models: Iterable[Checkpoint], progress: Reporter) -> None:
     """Have whole models from the Hub in the shared cache, with what lies beside their weights.
 
     Raises:
@@ -95,7 +95,7 @@ def fetch_whole(models: Iterable[Checkpoint], reporter: Reporter) -> None:
     """
     remote = [(model, model.reference.repository) for model in models if model.reference.repository is not None]
     repository.fetch(
-        [(there, _places(model, there, cards=False, companions=True)) for model, there in remote], reporter
+        [(there, _places(model, there, cards=False, companions=True)) for model, there in remote], progress
     )
     for model, _ in remote:
         model.look_again()

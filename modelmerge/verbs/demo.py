@@ -48,7 +48,7 @@ class Story:
     scales: Mapping[float, Mapping[str, float]]
 
 
-def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) -> Story:
+def demo(out: str | Path, *, device: str = "auto", progress: Reporter = SILENT) -> Story:
     """Train a base and six experts, merge them by every method at its defaults, measure all on held-out images.
 
     Methods that take fewer experts are left out. Task arithmetic is also run behind each disentangling method, and over
@@ -57,19 +57,19 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
     Args:
         out: An empty or new directory: gets `base/`, `experts/NAME/` and `merged/METHOD/`.
         device: Where the merges run; training takes seconds on any processor.
-        reporter: Receives the progress.
+        progress: Receives the progress.
 
     Raises:
         ModelMergeError: scikit-learn, which carries the images, is not installed; or `out` cannot be written.
     """
     require("the demo", "scikit-learn", "sklearn.datasets")  # which carries the images
     tasks, out = digits.load_tasks(), Path(out)
-    rows = train(out, tasks, reporter)
+    rows = train(out, tasks, progress)
     commands: dict[str, str] = {}
     experts = [out / "experts" / name for name in tasks]
     names = sorted(suited(len(experts)), key=lambda name: (name != "average", name))
     fronts = registry.names("transform")
-    reporter.stage("merging", len(names) + len(fronts) + len(SCALES) * (1 + len(fronts)), "merges")
+    progress.stage("merging", len(names) + len(fronts) + len(SCALES) * (1 + len(fronts)), "merges")
 
     def run(name: str, label: str, front: str = "", **options: Any) -> Row:
         target = out / "merged" / label.replace(" ", "")
@@ -77,7 +77,7 @@ def demo(out: str | Path, *, device: str = "auto", reporter: Reporter = SILENT) 
             out / "base", experts, target, method=name, disentangle=front or (), device=device, force=True, **options
         )
         commands[label] = manifest["command"]
-        reporter.advance(1, label)
+        progress.advance(1, label)
         return _measure(label, "merge", load_file(target / "model.safetensors"), tasks)
 
     scales: dict[float, dict[str, float]] = {}
@@ -96,19 +96,19 @@ def suited(experts: int) -> list[str]:
     return [name for name in registry.data_free() if (registry.load(name).most_experts or experts) >= experts]
 
 
-def train(out: Path, tasks: Mapping[str, digits.Task], reporter: Reporter = SILENT) -> list[Row]:
+def train(out: Path, tasks: Mapping[str, digits.Task], progress: Reporter = SILENT) -> list[Row]:
     """Train a base into `out/base` and an expert of each task into `out/experts/NAME`; how good each is."""
-    reporter.stage("training", 1 + len(tasks), "models")
+    progress.stage("training", 1 + len(tasks), "models")
     with threads(1):  # the network is too small to share out
         base = digits.train_base(tasks)
         _save(base, out / "base")
         rows = [_measure("base", "base", base, tasks)]
-        reporter.advance(1, "base")
+        progress.advance(1, "base")
         for name, task in tasks.items():
             expert = digits.train_expert(base, task)
             _save(expert, out / "experts" / name)
             rows.append(_measure(name, "expert", expert, tasks))
-            reporter.advance(1, name)
+            progress.advance(1, name)
     return rows
 
 

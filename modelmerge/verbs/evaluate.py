@@ -21,13 +21,13 @@ _RUNNING = tuple(field.name for field in dataclasses.fields(Running) if field.na
 _OF_WEIGHTS = ("base", "experts", "device")  # what of that bears on weights
 
 
-def evaluate(models: Models, *, suite: str = "custom", reporter: Reporter = SILENT, **options: Any) -> Report:
+def evaluate(models: Models, *, suite: str = "custom", progress: Reporter = SILENT, **options: Any) -> Report:
     """Evaluate models by a suite of `modelmerge eval`; its report.
 
     Args:
         models: References of the models, `[NAME=]REF` each, or a mapping of name to reference.
         suite: `custom`: by a function, `metric=`; `clip`: images; `lm`: language models; `weights`: no data.
-        reporter: Receives progress and notes.
+        progress: Receives progress and notes.
         **options: Those that suites share, see `modelmerge.evaluation.bench.Running`, and the suite's own: see
             `evaluate` of `modelmerge.evaluation.custom`, `.clip`, `.lm` or `.weights`.
 
@@ -44,7 +44,7 @@ def evaluate(models: Models, *, suite: str = "custom", reporter: Reporter = SILE
         raise UsageError(f"there is no suite '{suite}'", hint=meant(suite, SUITES, f"there are: {', '.join(SUITES)}"))
     common = _OF_WEIGHTS if suite == "weights" else _RUNNING
     _check_options(suite, options, common)
-    running = Running(progress=reporter, **{name: options.pop(name) for name in common if name in options})
+    running = Running(progress=progress, **{name: options.pop(name) for name in common if name in options})
     return SUITES[suite](models, running, **options)
 
 

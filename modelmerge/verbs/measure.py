@@ -54,7 +54,7 @@ class Measure:
             ModelMergeError: As for `evaluate`.
         """
         options = {**more, **self.options}
-        report = evaluate(models, suite=self.suite, device=device, reporter=progress, **options)
+        report = evaluate(models, suite=self.suite, device=device, progress=progress, **options)
         rows = [row["scores"] for row in report["models"] if row["role"] == "model"]
         kept: list[Scores] = [
             {task: {k: v for k, v in score.items() if k not in _LEFT_OUT} for task, score in row.items()}

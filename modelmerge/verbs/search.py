@@ -93,7 +93,7 @@ def search(
         stream: As for `merge`.
         force: Replace what is at `out`.
         dry_run: Write nothing and measure nothing, and give the plan instead.
-        progress: Is told the progress.
+        progress: Hears of the progress.
         **options: The method's options.
 
     Raises:

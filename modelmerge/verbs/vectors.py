@@ -107,7 +107,7 @@ def extract(
     stream: bool = False,
     dry_run: bool = False,
     ready: Callable[[], object] | None = None,
-    reporter: Reporter = SILENT,
+    progress: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Write each expert's task vector, float32, into a directory of its own under `out`; a report about them.
 
@@ -126,7 +126,7 @@ def extract(
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
         ready: Called once it is known that the work can begin.
-        reporter: Shows the progress.
+        progress: Shows the progress.
 
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
@@ -137,19 +137,19 @@ def extract(
         raise UsageError(f"must be at least 1, not {rank}", option="rank")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"must be above 0 and at most 1, not {energy:g}", option="energy")
-    frame = _Frame(Path(out), include, exclude, max_shard_size, force, resume, stream, ready, reporter)
+    frame = _Frame(Path(out), include, exclude, max_shard_size, force, resume, stream, ready, progress)
     opened = _open(base, experts, include, exclude, device)
     source, linear, names = opened.job.source, opened.linear, opened.names
     ranked = sorted((t for t in linear if min(t.shape) <= _RANKED_SIDE), key=lambda t: -t.numel)[:_RANKED_LAYERS]
     decomposed = linear if energy is not None else ranked
 
     def write(stage: Callable[..., Staging]) -> _Result:
-        measured = vectors.measure(source, opened.tensors, reporter)
-        spectra = vectors.spectra(source, decomposed, reporter)
+        measured = vectors.measure(source, opened.tensors, progress)
+        spectra = vectors.spectra(source, decomposed, progress)
         ranks = _ranks(linear, measured, spectra, rank, energy)
         staging = stage(together(_layouts(opened, measured, ranks, parse_size(max_shard_size))))
         places = vectors.Places(tuple(f"{name}/" for name in names), ranks=ranks)
-        errors = vectors.write(source, opened.tensors, None, places, staging, reporter)
+        errors = vectors.write(source, opened.tensors, None, places, staging, progress)
         report = {
             **measured_report(names, opened.tensors, measured),
             "ranks": numerical_ranks(names, [t for t in decomposed if t in ranked], spectra),
@@ -179,7 +179,7 @@ def disentangle(
     stream: bool = False,
     dry_run: bool = False,
     ready: Callable[[], object] | None = None,
-    reporter: Reporter = SILENT,
+    progress: Reporter = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
     """Write each expert's transformed task vector under `out`, and the shared one, if any; what the transform did.
@@ -200,7 +200,7 @@ def disentangle(
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
         ready: Called once it is known that the work can begin.
-        reporter: Shows the progress.
+        progress: Shows the progress.
         **options: The transform's options.
 
     Raises:
@@ -208,16 +208,16 @@ def disentangle(
     """
     spec = registry.load(method, "transform")
     transform = transform_of(method, spec, make_options(spec, method, options))
-    frame = _Frame(Path(out), include, exclude, max_shard_size, force, resume, stream, ready, reporter)
+    frame = _Frame(Path(out), include, exclude, max_shard_size, force, resume, stream, ready, progress)
     opened = _open(base, experts, include, exclude, device, (transform,))
     job, names = opened.job, opened.names
 
     def write(stage: Callable[..., Staging]) -> _Result:
         staging = stage()  # what there is to write shows once the vectors are there
-        fitted = transform.fit(job, opened.linear, Chain(), staging.scratch, reporter)
+        fitted = transform.fit(job, opened.linear, Chain(), staging.scratch, progress)
         figures = fitted.figures()
         measured = _changes(figures.entanglement)
-        measured |= vectors.measure(job.source, [t for t in opened.tensors if not t.linear], reporter)
+        measured |= vectors.measure(job.source, [t for t in opened.tensors if not t.linear], progress)
         everything, size = list(job.plan.tensors.values()), parse_size(max_shard_size)
         layouts = list(_layouts(opened, measured, {}, size))
         if transform.shares_vector:
@@ -233,7 +233,7 @@ def disentangle(
             tuple(f"{FULL}/{name}/" for name in names) if full_experts else (),
         )
         tensors = [t for t in everything if t.numel] if full_experts else opened.tensors
-        vectors.write(job.source, tensors, fitted, places, staging, reporter)
+        vectors.write(job.source, tensors, fitted, places, staging, progress)
         if full_experts:
             _copy_companions(opened, staging)
         unchanged = {name: opened.unchanged(measured, i) for i, name in enumerate(names)}

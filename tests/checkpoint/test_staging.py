@@ -64,7 +64,7 @@ def words(models: Sequence[Path], out: Path, *extra: str, method: str = "task-ar
 
 
 class Meddler:
-    """A reporter that does something once, in the middle of a merge."""
+    """A progress that does something once, in the middle of a merge."""
 
     def __init__(self, deed: Callable[[], object], *, after: int = 1) -> None:
         self._deed, self._left = deed, after

@@ -256,7 +256,7 @@ def test_the_group_of_glue(tmp_path: Path) -> None:
 
 
 class _Silent:
-    """A reporter that keeps notes."""
+    """A progress that keeps notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -386,17 +386,17 @@ def test_items_and_examples_do_not_depend_on_what_ran_before(world: World) -> No
 
 
 def test_examples_stand_in_front(world: World) -> None:
-    reporter = _Silent()
+    progress = _Silent()
     settings = lm.Settings(include_path=world.tasks, num_fewshot=2, limit=0.05, metrics={})
-    (task,) = lm.load_tasks(["first_colour"], settings, reporter)
-    harness = lm.Harness([task], settings, "cpu", reporter)
+    (task,) = lm.load_tasks(["first_colour"], settings, progress)
+    harness = lm.Harness([task], settings, "cpu", progress)
     from modelmerge.checkpoint.reader import open_checkpoint
     from modelmerge.checkpoint.reference import parse
     from modelmerge.evaluation.model import Model
 
     seen = Model(open_checkpoint(parse(str(world.llama))), None, torch.device("cpu"))
     assert harness.measure(harness.open(seen), "first_colour").count == 3
-    assert harness.items("first_colour") == 9 == reporter.done
+    assert harness.items("first_colour") == 9 == progress.done
     prompts = {instance.args[0] for instance in task.parts[0].instances}
     assert {prompt.count("first") for prompt in prompts} == {3}
 
@@ -680,11 +680,11 @@ def test_a_misspelt_task_is_told_its_likes(world: World) -> None:
 def test_what_is_cut_off_is_said(world: World, tmp_path: Path) -> None:
     long = [doc | {"text": " ".join([doc["text"]] * 40)} for doc in world.docs["colours"][:4]]
     local_task(tmp_path, "long", long, **CHOICE)
-    reporter = _Silent()
-    scores(world.llama, world, "long", include_path=tmp_path, reporter=reporter)
-    assert any("lm-evaluation-harness: " in note and "truncat" in note.lower() for note in reporter.notes)
+    progress = _Silent()
+    scores(world.llama, world, "long", include_path=tmp_path, progress=progress)
+    assert any("lm-evaluation-harness: " in note and "truncat" in note.lower() for note in progress.notes)
     quiet = _Silent()
-    scores(world.llama, world, "first_colour", reporter=quiet)
+    scores(world.llama, world, "first_colour", progress=quiet)
     assert quiet.notes == []
 
 
