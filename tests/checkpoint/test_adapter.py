@@ -490,7 +490,8 @@ def test_a_method_is_told_the_factors(tmp_path: Path) -> None:
 
     def run(*experts: Path | str, **more: Any) -> None:
         told = prepare(Recipe(method="apgd", base=str(base), experts=tuple(map(str, experts)), **more))
-        own, *others = told.job.groups
+        own = next(group for group in told.job.groups if group.name == "apgd")
+        others = [group for group in told.job.groups if group is not own]
         spying = replace(own, method=replace(own.method, apply=look, survey=lambda options, each: None))
         spied = replace(told, job=replace(told.job, groups=(spying, *others)))
         execute(spied, tmp_path / "out", force=True)
@@ -507,5 +508,5 @@ def test_a_method_is_told_the_factors(tmp_path: Path) -> None:
     assert not taus.any()
     run(f"a={full}", f"b={full}")
     assert seen[attention][0] is None
-    run(one, two, disentangle="awd")
+    run(one, two, disentangle=("awd",))
     assert seen[attention][0] is None

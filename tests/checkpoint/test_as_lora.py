@@ -226,5 +226,5 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     base = base_of("llama", tmp_path / "base")
-    with pytest.raises(UsageError, match="no effect with --as-lora"):
+    with pytest.raises(UsageError, match="no effect with as_lora"):
         modelmerge.merge(base, [base], tmp_path / "out", method="average", as_lora=2, max_shard_size="1MB")

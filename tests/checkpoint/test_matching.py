@@ -304,7 +304,7 @@ def test_ties_that_are_not_sure_are_refused(
         planned(*paths)
     assert f"'{HEAD}': " in caught.value.message
     assert says in caught.value.message
-    assert "--exclude" in (caught.value.hint or "")
+    assert "exclude" in (caught.value.hint or "")
     made = planned(*paths, exclude=[HEAD])
     assert made.tensors[EMBEDDING].action == "merge"
 
@@ -438,7 +438,7 @@ def test_common_rows_are_for_vocabularies_only(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as caught:
         planned(tmp_path / "base", tmp_path / "e")
     assert len(caught.value.message.splitlines()) == 5
-    assert "--on-mismatch copy" in (caught.value.hint or "")
+    assert "on_mismatch copy" in (caught.value.hint or "")
     assert "common-rows" in (caught.value.hint or "")
 
 

@@ -391,11 +391,7 @@ def test_one_expert_is_nothing_to_disentangle(models: list[Path], tmp_path: Path
 
 @pytest.mark.parametrize(
     ("told", "says"),
-    [
-        ({"rank": 2, "energy": 0.5}, "exclude each other"),
-        ({"rank": 0}, "--rank must be"),
-        ({"energy": 1.5}, "--energy"),
-    ],
+    [({"rank": 2, "energy": 0.5}, "exclude each other"), ({"rank": 0}, "rank must be"), ({"energy": 1.5}, "energy")],
 )
 def test_wrong_ranks_are_refused(told: dict[str, Any], says: str, models: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=says):
