@@ -81,7 +81,7 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | No
         if old is not None:
             stored = {key: value for key, value in stored.items() if key not in format_1.OLD}
             stored["disentangle"] = format_1.transforms_of(old)
-            stored["options"] = format_1.options_of(stored["method"], stored["options"])
+            stored["options"] = format_1.options_of(stored.get("method", ""), stored.get("options", {}))
         if unknown := stored.keys() - {spec.name for spec in dataclasses.fields(Recipe)}:
             raise RecipeError(f"{file}: the recipe has the unknown entry '{sorted(unknown)[0]}'")
         entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}

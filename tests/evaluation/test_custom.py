@@ -563,7 +563,7 @@ def test_suites_by_name(models: list[Path], tmp_path: Path) -> None:
         ("weights", {"per_layers": True}, "has no option 'per_layers'", "did you mean 'per_layer'"),
         ("custom", {"metric": len, "limit": 3}, "suite 'custom' has no option 'limit'", "it has: metric, "),
         ("clip", {"fail_udner": ["avg=1"]}, "suite 'clip' has no option 'fail_udner'", "did you mean 'fail_under'"),
-        ("lm", {"progress": None}, "suite 'lm' has no option 'progress'", "it has: tasks"),
+        ("lm", {"zebra": None}, "suite 'lm' has no option 'zebra'", "it has: tasks"),
         ("custom", {}, "suite 'custom' needs the option 'metric'", ""),
     ],
 )  # fmt: skip
