@@ -14,7 +14,8 @@ ModelMergeError            one line that names the file, tensor or option; a hin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 
 OUTLINES = "modelmerge-hub-"  # how the temporary directories begin in which repositories of the Hub are shown
 _OUTLINE = re.compile(rf"\S*/{OUTLINES}[^/]+/")
@@ -33,6 +34,18 @@ def named(option: str) -> str:
 def spelled(text: str, spell: Speller = str) -> str:
     """The text with each option in it spelt; by default as Python has it."""
     return _NAMED.sub(lambda match: spell(match[1]), text)
+
+
+def suggestion(
+    name: str, names: Iterable[str], otherwise: str = "", *, also: str = "", show: Callable[[str], str] = str
+) -> str | None:
+    """The hint for a name that is none of these: the one that is probably meant, or else `otherwise`; and then `also`.
+
+    `show` makes the name as the reader types it.
+    """
+    near = get_close_matches(name, names, n=1)
+    hint = f"did you mean '{show(near[0])}'?" if near else otherwise
+    return f"{hint} {also}".strip() or None
 
 
 class ModelMergeError(Exception):

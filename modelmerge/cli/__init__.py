@@ -83,9 +83,9 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.command("extract", help=with_examples(vectors.EXTRACT, vectors.EXTRACT_EXAMPLES))(vectors.extract())
     merging = functools.partial(merge.command, preset=_names(words, "--preset"))
     groups = (
-        ("disentangle", "transform", vectors.disentangle_or_list(), vectors.command, vectors.DISENTANGLE),
+        ("disentangle", "transform", merge.listing("disentangle", "transform"), vectors.command, vectors.DISENTANGLE),
         ("merge", "merge", merge.replay_or_list(words), merging, merge.MERGE),
-        ("search", "merge", search.listing(), search.command, search.SEARCH),
+        ("search", "merge", merge.listing("search", "merge"), search.command, search.SEARCH),
     )
     for verb, kind, callback, command, summary in groups:
         app.add_typer(_methods(verb, kind, callback, command, summary, words), name=verb)

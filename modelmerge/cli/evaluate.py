@@ -45,17 +45,13 @@ EXAMPLES = {
     ),
 }
 _SHOWN_COSINES = 12  # experts: a wider matrix does not fit a terminal, and is in the JSON
-_PICTURES = "Pictures"
+_picture_option = opt.in_panel("Pictures")
 
-Models = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="MODEL",
-        help="The models to evaluate, as [NAME=]REF each: a directory, a file, an adapter, or org/name@revision on "
-        "the Hugging Face Hub.",
-        show_default=False,
-    ),
-]
+Models = Annotated[list[str], typer.Argument(
+    metavar="MODEL", show_default=False,
+    help="The models to evaluate, as [NAME=]REF each: a directory, a file, an adapter, or org/name@revision on "
+    "the Hugging Face Hub.",
+)]  # fmt: skip
 Base = Annotated[str | None, typer.Option("--base", help="The model the experts were fine-tuned from.", metavar="REF")]
 Expert = Annotated[
     list[str] | None, typer.Option("--expert", help="A fine-tuned model. Repeatable.", metavar="[NAME=]REF")
@@ -63,63 +59,38 @@ Expert = Annotated[
 Globs = list[str] | None
 Include = Annotated[Globs, typer.Option(help="Only tensors of such names. Repeatable.", metavar="GLOB")]
 Exclude = Annotated[Globs, typer.Option(help="No tensors of such names. Repeatable.", metavar="GLOB")]
-OnMismatch = Annotated[
-    Literal["error", "copy", "common-rows"],
-    typer.Option(
-        help="Shapes differ: error, copy leaves the tensor out, common-rows looks at rows of tables that all have."
-    ),
-]
-TaskExpert = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--expert",
-        help="Evaluate this expert too; scores at the task of its name are normalised by it. Repeatable.",
-        metavar="[TASK=]REF",
-    ),
-]
+OnMismatch = Annotated[Literal["error", "copy", "common-rows"], typer.Option(
+    help="Shapes differ: error, copy leaves the tensor out, common-rows looks at rows of tables that all have.",
+)]  # fmt: skip
+TaskExpert = Annotated[list[str] | None, typer.Option(
+    "--expert", metavar="[TASK=]REF",
+    help="Evaluate this expert too; scores at the task of its name are normalised by it. Repeatable.",
+)]  # fmt: skip
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure again what was measured before.")]
-Compare = Annotated[
-    str | None,
-    typer.Option(
-        "--compare",
-        help="Tell the differences to an earlier report, written by --json, and their significance.",
-        metavar="FILE",
-    ),
-]
-FailUnder = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--fail-under",
-        help="Exit with 1 if a MODEL has less: avg=0.70, normalized=0.95 or TASK=0.8. Repeatable.",
-        metavar="WHAT=LEAST",
-    ),
-]
+Compare = Annotated[str | None, typer.Option(
+    "--compare", metavar="FILE",
+    help="Tell the differences to an earlier report, written by --json, and their significance.",
+)]  # fmt: skip
+FailUnder = Annotated[list[str] | None, typer.Option(
+    "--fail-under", metavar="WHAT=LEAST",
+    help="Exit with 1 if a MODEL has less: avg=0.70, normalized=0.95 or TASK=0.8. Repeatable.",
+)]  # fmt: skip
 UpdateCard = Annotated[bool, typer.Option("--update-card", help="Write the scores into each MODEL's model card.")]
-Plot = Annotated[
-    str | None,
-    typer.Option(
-        "--plot",
-        help="Draw a chart, as .svg, .png or .pdf: of scores, or of cosines as heatmaps.",
-        metavar="FILE",
-        rich_help_panel=_PICTURES,
-    ),
-]
+Plot = Annotated[str | None, _picture_option(
+    "--plot", metavar="FILE",
+    help="Draw a chart, as .svg, .png or .pdf: of scores, or of cosines as heatmaps.",
+)]  # fmt: skip
 Chart = Annotated[
     Literal["auto", "bars", "radar"],
-    typer.Option(help="How --plot draws scores; auto: as a radar from 5 to 20 tasks.", rich_help_panel=_PICTURES),
+    _picture_option(help="How --plot draws scores; auto: as a radar from 5 to 20 tasks."),
 ]
-Report = Annotated[
-    str | None,
-    typer.Option(
-        "--report",
-        help="Write all of it as one HTML page, with charts, that needs no network.",
-        metavar="FILE",
-        rich_help_panel=_PICTURES,
-    ),
-]
+Report = Annotated[str | None, _picture_option(
+    "--report", metavar="FILE",
+    help="Write all of it as one HTML page, with charts, that needs no network.",
+)]  # fmt: skip
 BaseToo = Annotated[str | None, typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF")]
 
-Device = Annotated[str, opt.device(None)]
+Device = Annotated[str, opt.device()]
 
 
 def suites() -> typer.Typer:
@@ -140,15 +111,17 @@ def suites() -> typer.Typer:
 def _list(sink: Sink, context: typer.Context) -> None:
     if not opt.is_alone(context):
         return
-    listed = [{"suite": name, "summary": evaluation.summary(name)} for name in evaluation.names()]
-    sink.result(
-        {"suites": listed},
-        quiet="\n".join(evaluation.names()),
-        human=[
-            table(None, ["suite", ""], [[s["suite"], s["summary"]] for s in listed], words=2),
-            "\nmodelmerge eval SUITE MODEL...      (SUITE --help for its options)",
-        ],
-    )
+    suites = [{"suite": name, "summary": evaluation.summary(name)} for name in evaluation.names()]
+    grid = table(None, ["suite", ""], [[s["suite"], s["summary"]] for s in suites], words=2)
+    line = "\nmodelmerge eval SUITE MODEL...      (SUITE --help for its options)"
+    sink.result({"suites": suites}, quiet="\n".join(evaluation.names()), human=[grid, line])
+
+
+Decompose = Annotated[bool, typer.Option(
+    "--decompose/--no-decompose",
+    help="Decompose matrices: subspace alignment, singular task interference, where APGD would arrive. Most "
+    "of the time goes there.",
+)]  # fmt: skip
 
 
 def _of_weights(
@@ -156,14 +129,7 @@ def _of_weights(
     base: Base = None,
     expert: Expert = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Tell the figures of each tensor too.")] = False,
-    decompose: Annotated[
-        bool,
-        typer.Option(
-            "--decompose/--no-decompose",
-            help="Decompose matrices: subspace alignment, singular task interference, where APGD would arrive. Most "
-            "of the time goes there.",
-        ),
-    ] = True,
+    decompose: Decompose = True,
     include: Include = None,
     exclude: Exclude = None,
     on_mismatch: OnMismatch = "error",
@@ -186,25 +152,31 @@ def _weights(sink: Sink, models: list[str], plot: str | None, page: str | None, 
     _show(report, sink, pictures)
 
 
+MetricScript = Annotated[str, typer.Option(
+    "--script", metavar="FILE:FUNCTION",
+    help="A Python function that is given a model and returns its score, or a mapping of tasks to scores. Or "
+    "package.module:FUNCTION.",
+)]  # fmt: skip
+MetricTask = Annotated[
+    list[str] | None,
+    typer.Option("--task", help="Call FUNCTION(model, task) for this task. Repeatable.", metavar="NAME"),
+]
+
+
 def _custom(
-    script: Annotated[
-        str,
-        typer.Option(
-            "--script",
-            metavar="FILE:FUNCTION",
-            help="A Python function that is given a model and returns its score, or a mapping of tasks to scores. Or "
-            "package.module:FUNCTION.",
-        ),
-    ],
-    task: Annotated[
-        list[str] | None,
-        typer.Option("--task", help="Call FUNCTION(model, task) for this task. Repeatable.", metavar="NAME"),
-    ] = None,
+    script: MetricScript,
+    task: MetricTask = None,
     base: BaseToo = None,
     expert: TaskExpert = None,
     seed: Annotated[int, typer.Option(help="Seed of Python's, numpy's and torch's generators.")] = 0,
-) -> dict[str, Any]:
-    return {"metric": script, "tasks": task or (), "base": base, "experts": expert or (), "seed": seed}
+) -> None:
+    """What `eval custom` takes besides; for its signature alone."""
+
+
+ClipBase = Annotated[str | None, typer.Option(
+    "--base", metavar="REF",
+    help="A whole CLIP model: evaluated too, and completes vision towers and adapters.",
+)]  # fmt: skip
 
 
 def _clip(
@@ -216,43 +188,48 @@ def _clip(
     config: opt.ImageConfig = None,
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base", help="A whole CLIP model: evaluated too, and completes vision towers and adapters.", metavar="REF"
-        ),
-    ] = None,
+    base: ClipBase = None,
     expert: TaskExpert = None,
     heads: opt.Heads = None,
     limit: opt.ImageLimit = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the images that --limit draws.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 64,
-) -> dict[str, Any]:
-    return {
-        "tasks": task or (), "data": data or (), "classes": classes or (), "templates": template or (), "split": split,
-        "config": config, "image_column": image_column, "label_column": label_column, "base": base,
-        "experts": expert or (), "heads": heads, "limit": limit, "seed": seed, "batch_size": batch_size,
-    }  # fmt: skip
+) -> None:
+    """What `eval clip` takes besides; for its signature alone."""
+
+
+LmTasks = Annotated[list[str] | None, typer.Option(
+    "--tasks", metavar="NAME,...",
+    help="Tasks, groups or tags of lm-evaluation-harness, or flan_t5_glue; * and ? stand for more. Default: "
+    "all of --include-path. Repeatable, or with commas between.",
+)]  # fmt: skip
+TaskDirectory = Annotated[str | None, typer.Option(
+    "--include-path", metavar="DIR",
+    help="A directory of tasks of your own, as the harness's YAML files. Python code that they name will run.",
+)]  # fmt: skip
+LmMetric = Annotated[list[str] | None, typer.Option(
+    "--metric", metavar="[TASK=]NAME",
+    help="What the score is, such as acc_norm or exact_match,strict-match. Default: the task's first where "
+    "more is better; all are in the JSON. Repeatable.",
+)]  # fmt: skip
+ComputeDtype = Annotated[
+    Literal["auto", "float32", "float16", "bfloat16"],
+    typer.Option(help="What the model computes in; auto: as it is stored."),
+]
+UnsafeCode = Annotated[bool, typer.Option(
+    "--confirm-run-unsafe-code",
+    help="Run tasks that execute code which the model writes: on this machine, as you.",
+)]  # fmt: skip
+LmExpert = Annotated[list[str] | None, typer.Option(
+    "--expert", metavar="[TASK=]REF",
+    help="Evaluate this expert too; scores at the task of its name are normalised by it (those at "
+    "flan_t5_glue_cola by cola). Repeatable.",
+)]  # fmt: skip
 
 
 def _lm(
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            help="Tasks, groups or tags of lm-evaluation-harness, or flan_t5_glue; * and ? stand for more. Default: "
-            "all of --include-path. Repeatable, or with commas between.",
-            metavar="NAME,...",
-        ),
-    ] = None,
-    include_path: Annotated[
-        str | None,
-        typer.Option(
-            "--include-path",
-            help="A directory of tasks of your own, as the harness's YAML files. Python code that they name will run.",
-            metavar="DIR",
-        ),
-    ] = None,
+    task: LmTasks = None,
+    include_path: TaskDirectory = None,
     limit: Annotated[
         float | None, typer.Option(help="So many items of each task, the first; below 1, this share.")
     ] = None,
@@ -260,48 +237,17 @@ def _lm(
         int | None, typer.Option(help="Solved examples in front of each item. Default: the task's.")
     ] = None,
     batch_size: Annotated[str, typer.Option("--batch-size", help="Items at a time, or auto.", metavar="N")] = "8",
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metric",
-            help="What the score is, such as acc_norm or exact_match,strict-match. Default: the task's first where "
-            "more is better; all are in the JSON. Repeatable.",
-            metavar="[TASK=]NAME",
-        ),
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16"],
-        typer.Option(help="What the model computes in; auto: as it is stored."),
-    ] = "auto",
+    metric: LmMetric = None,
+    dtype: ComputeDtype = "auto",
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Put items as a conversation.")
     ] = False,
-    confirm_run_unsafe_code: Annotated[
-        bool,
-        typer.Option(
-            "--confirm-run-unsafe-code",
-            help="Run tasks that execute code which the model writes: on this machine, as you.",
-        ),
-    ] = False,
+    confirm_run_unsafe_code: UnsafeCode = False,
     base: BaseToo = None,
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--expert",
-            help="Evaluate this expert too; scores at the task of its name are normalised by it (those at "
-            "flan_t5_glue_cola by cola). Repeatable.",
-            metavar="[TASK=]REF",
-        ),
-    ] = None,
+    expert: LmExpert = None,
     seed: Annotated[int | None, typer.Option(help="In the place of the harness's own seeds.")] = None,
-) -> dict[str, Any]:
-    names = [name for text in task or () for name in text.split(",") if name]
-    return {
-        "tasks": names, "include_path": include_path, "limit": limit, "num_fewshot": num_fewshot,
-        "batch_size": batch_size, "dtype": dtype, "apply_chat_template": apply_chat_template,
-        "confirm_run_unsafe_code": confirm_run_unsafe_code, "metrics": metric or (), "base": base,
-        "experts": expert or (), "seed": seed,
-    }  # fmt: skip
+) -> None:
+    """What `eval lm` takes besides; for its signature alone."""
 
 
 def _shared(
@@ -317,8 +263,11 @@ def _shared(
     """What every suite of scores takes; for its signature alone."""
 
 
-def _scores(suite: str, declared: Callable[..., dict[str, Any]]) -> Callable[..., None]:
-    """The command of a suite that gives scores. `declared` has the suite's options and hands them on by their names."""
+_WORDS = {**opt.PLURALS, "script": "metric"}
+
+
+def _scores(suite: str, declared: Callable[..., None]) -> Callable[..., None]:
+    """The command of a suite that gives scores; `declared` has the suite's options."""
     parameters = opt.shared(declared)
     words = [parameter.name for parameter in parameters]
 
@@ -332,7 +281,7 @@ def _scores(suite: str, declared: Callable[..., dict[str, Any]]) -> Callable[...
             report = evaluate(
                 values["models"], suite=suite, cache=not values["no_cache"], compare=values["compare"],
                 fail_under=values["fail_under"] or (), update_card=values["update_card"], device=values["device"],
-                progress=bars, **declared(**{word: values[word] for word in words}),
+                progress=bars, **{_WORDS.get(word, word): values[word] for word in words if values[word] is not None},
             )  # fmt: skip
         _show(report, sink, pictures)
         _gate(report, sink)

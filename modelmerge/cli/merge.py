@@ -46,7 +46,7 @@ def usage(verb: str, name: str) -> tuple[str, str]:
             f"{line} --try scale=0.2,0.5 --on lm:gsm8k",
             f"{line} --try scale=0.1:1.0:0.1 --on custom:metric.py:score",
         )
-    if verb == "merge" and name != AUTO and _looks_at_data(registry.load(name)):
+    if verb == "merge" and name != AUTO and registry.load(name).on_data:
         return (
             f"modelmerge merge {name} base svhn mine -o out --task svhn --data mine=photos --classes mine=names.txt",
             f"modelmerge merge {name} base first=a/final second=b/final -o out --script classifiers.py:unlabelled",
@@ -63,6 +63,16 @@ def list_methods(verb: str, kind: str, sink: Sink) -> None:
     grid = table(None, ["method", ""], [[m["method"], m["summary"]] for m in methods], words=2)
     line = f"\nmodelmerge {verb} METHOD BASE EXPERT... -o DIR      (METHOD --help for its options)"
     sink.result({"methods": methods}, quiet="\n".join(m["method"] for m in methods), human=[grid, line])
+
+
+def listing(verb: str, kind: str) -> Callable[..., None]:
+    """What a verb does without a method."""
+
+    def run(sink: Sink, context: typer.Context) -> None:
+        if opt.is_alone(context):
+            list_methods(verb, kind, sink)
+
+    return opt.command(run, [opt.argument("context", typer.Context)])
 
 
 def show_preset(preset: presets.Preset, sink: Sink) -> None:
@@ -159,7 +169,7 @@ def _changed(recipe: Recipe, method: Method | None, values: Mapping[str, Any], n
     if "weights" in fields:
         fields["weights"] = {**recipe.weights, **fields["weights"]}
     options = opt.of_values(method, values, names) if method else {}
-    if method and _looks_at_data(method):
+    if method and method.on_data:
         if unlabelled := _unlabelled(values):
             fields |= {"unlabelled": unlabelled, "coefficients": {}}
         elif options:
@@ -201,12 +211,8 @@ def parameters(method: Method | None, *, preset: bool = False) -> list[Any]:
 
 
 def _of_method(method: Method) -> list[Any]:
-    data = [*opt.shared(opt.unlabelled), *opt.shared(opt.drawn)] if _looks_at_data(method) else []
+    data = [*opt.shared(opt.unlabelled), *opt.shared(opt.drawn)] if method.on_data else []
     return [*opt.of_method(method), *data]
-
-
-def _looks_at_data(method: Method) -> bool:
-    return method.on_data
 
 
 def recipe_of(name: str, method: Method | None, values: dict[str, Any], context: typer.Context) -> Recipe:
@@ -221,7 +227,7 @@ def recipe_of(name: str, method: Method | None, values: dict[str, Any], context:
         base=values["base"],
         experts=tuple(values["experts"]),
         options=opt.of_values(method, values, names) if method else {},
-        unlabelled=_unlabelled(values) if method and _looks_at_data(method) else {},
+        unlabelled=_unlabelled(values) if method and method.on_data else {},
         **_fields(values),
     )
 
@@ -246,8 +252,7 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
 def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:
     """The unlabelled data that the command line names."""
     words = [parameter.name for parameter in opt.shared(opt.unlabelled)]
-    names = {"task": "tasks", "template": "templates"}
-    return {names.get(word, word): values[word] for word in words if values[word] is not None}
+    return {opt.PLURALS.get(word, word): values[word] for word in words if values[word] is not None}
 
 
 def _of_preset(preset: presets.Preset, name: str, typed: set[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -21,250 +22,143 @@ from modelmerge.methods.contract import Method, TransformSpec
 from modelmerge.methods.options import bounds, option_types
 from modelmerge.plan import presets
 
+# What Python calls an option that may come several times.
+PLURALS = {"task": "tasks", "expert": "experts", "template": "templates", "metric": "metrics"}
 _FROM_ENVIRONMENT = ("--device",)
-MERGE_PANEL = "What is merged, and how"
-RUN_PANEL = "How it is run"
-HUB_PANEL = "The Hugging Face Hub"
-DATA_PANEL = "Images and their classes"
-UNLABELLED_PANEL = "Unlabelled data of any kind"
 
-Base = Annotated[
-    str,
-    typer.Argument(
-        metavar="BASE",
-        help="What the experts were fine-tuned from, [NAME=]REF: a path or org/name@revision.",
-        show_default=False,
-    ),
-]
+
+def in_panel(title: str) -> Callable[..., Any]:
+    """What declares an option in a panel of the help page."""
+    return functools.partial(typer.Option, rich_help_panel=title)
+
+
+_merge_option = in_panel("What is merged, and how")
+_run_option = in_panel("How it is run")
+_hub_option = in_panel("The Hugging Face Hub")
+_image_option = in_panel("Images and their classes")
+_data_option = in_panel("Unlabelled data of any kind")
+
+Base = Annotated[str, typer.Argument(
+    metavar="BASE", show_default=False,
+    help="What the experts were fine-tuned from, [NAME=]REF: a path or org/name@revision.",
+)]  # fmt: skip
 Experts = Annotated[
     list[str], typer.Argument(metavar="EXPERT", help="The fine-tuned models, [NAME=]REF each.", show_default=False)
 ]
-Output = Annotated[
-    str, typer.Option("-o", "--output", help="Directory for the result.", metavar="DIR", rich_help_panel=RUN_PANEL)
-]
+Output = Annotated[str, _run_option("-o", "--output", help="Directory for the result.", metavar="DIR")]
 
 
 OptionalOutput = Annotated[
-    str | None,
-    typer.Option(
-        "-o", "--output", help="With --recipe: directory for the result.", metavar="DIR", rich_help_panel=RUN_PANEL
-    ),
+    str | None, _run_option("-o", "--output", help="With --recipe: directory for the result.", metavar="DIR")
 ]
 
 
-def device(panel: str | None) -> Any:
-    """The option that chooses a device, in a panel of the help page."""
-    return typer.Option(
-        envvar="MODELMERGE_DEVICE",
+def device(option: Callable[..., Any] = typer.Option) -> Any:
+    """The option that chooses a device, declared by `option`."""
+    return option(
+        envvar="MODELMERGE_DEVICE", metavar="NAME", show_default=False, show_envvar=False,
         help="cpu, cuda, cuda:1, or auto, the default; or the variable MODELMERGE_DEVICE.",
-        show_default=False,
-        show_envvar=False,
-        metavar="NAME",
-        rich_help_panel=panel,
-    )
+    )  # fmt: skip
 
 
-Device = Annotated[str, device(RUN_PANEL)]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "-n", "--dry-run", help="Print the plan and stop: tensors, bytes, peak memory.", rich_help_panel=RUN_PANEL
-    ),
-]
-Force = Annotated[bool, typer.Option("-f", "--force", help="Replace DIR.", rich_help_panel=RUN_PANEL)]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Take up what an interrupted run finished.", rich_help_panel=RUN_PANEL)
-]
+Device = Annotated[str, device(_run_option)]
+DryRun = Annotated[bool, _run_option("-n", "--dry-run", help="Print the plan and stop: tensors, bytes, peak memory.")]
+Force = Annotated[bool, _run_option("-f", "--force", help="Replace DIR.")]
+Resume = Annotated[bool, _run_option("--resume", help="Take up what an interrupted run finished.")]
 Stream = Annotated[
-    bool,
-    typer.Option(
-        "--stream", help="Read weights on the Hub tensor by tensor, without storing them.", rich_help_panel=HUB_PANEL
-    ),
+    bool, _hub_option("--stream", help="Read weights on the Hub tensor by tensor, without storing them.")
 ]
-Push = Annotated[
-    str | None,
-    typer.Option(help="Push the result to org/name or org/name@branch.", metavar="REPO", rich_help_panel=HUB_PANEL),
-]
-Private = Annotated[
-    bool, typer.Option("--private", help="With --push: a private repository.", rich_help_panel=HUB_PANEL)
-]
+Push = Annotated[str | None, _hub_option(help="Push the result to org/name or org/name@branch.", metavar="REPO")]
+Private = Annotated[bool, _hub_option("--private", help="With --push: a private repository.")]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
-    typer.Option(
-        help="Store floats as float32, float16 or bfloat16, not as the base does.",
-        metavar="TYPE",
-        rich_help_panel=MERGE_PANEL,
-    ),
+    _merge_option(help="Store floats as float32, float16 or bfloat16, not as the base does.", metavar="TYPE"),
 ]
 Include = Annotated[
-    list[str] | None,
-    typer.Option(help="Take only tensors of such names. Repeatable.", metavar="GLOB", rich_help_panel=MERGE_PANEL),
+    list[str] | None, _merge_option(help="Take only tensors of such names. Repeatable.", metavar="GLOB")
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Leave tensors of such names as the base has them. Repeatable.",
-        metavar="GLOB",
-        rich_help_panel=MERGE_PANEL,
-    ),
+    _merge_option(help="Leave tensors of such names as the base has them. Repeatable.", metavar="GLOB"),
 ]
-OnMismatch = Annotated[
-    Literal["error", "copy", "common-rows"] | None,
-    typer.Option(
-        help="Shapes differ: error (default), copy the base's tensor, or merge the common-rows of tables.",
-        metavar="WHAT",
-        rich_help_panel=MERGE_PANEL,
-    ),
-]
-ShardSize = Annotated[
-    str | None,
-    typer.Option(help="Largest output file, like 200MB. Default: 5GB.", metavar="SIZE", rich_help_panel=RUN_PANEL),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(help="Seed of methods that draw at random. Default: 0.", metavar="N", rich_help_panel=MERGE_PANEL),
-]
-AsLora = Annotated[
-    str | None,
-    typer.Option(
-        "--as-lora",
-        help="Write a PEFT adapter: of this rank, or below 1 so large that it keeps this share.",
-        metavar="RANK",
-        rich_help_panel=MERGE_PANEL,
-    ),
-]
+OnMismatch = Annotated[Literal["error", "copy", "common-rows"] | None, _merge_option(
+    metavar="WHAT",
+    help="Shapes differ: error (default), copy the base's tensor, or merge the common-rows of tables.",
+)]  # fmt: skip
+ShardSize = Annotated[str | None, _run_option(help="Largest output file, like 200MB. Default: 5GB.", metavar="SIZE")]
+Seed = Annotated[int | None, _merge_option(help="Seed of methods that draw at random. Default: 0.", metavar="N")]
+AsLora = Annotated[str | None, _merge_option(
+    "--as-lora", metavar="RANK",
+    help="Write a PEFT adapter: of this rank, or below 1 so large that it keeps this share.",
+)]  # fmt: skip
 Weight = Annotated[
-    list[str] | None,
-    typer.Option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W", rich_help_panel=MERGE_PANEL),
+    list[str] | None, _merge_option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W")
 ]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help="A published set with its settings, in place of BASE EXPERT...",
-        metavar="NAME",
-        autocompletion=lambda: list(presets.names()),
-        rich_help_panel=RUN_PANEL,
-        show_default=False,
-    ),
-]
+Preset = Annotated[str | None, _run_option(
+    metavar="NAME", autocompletion=lambda: list(presets.names()), show_default=False,
+    help="A published set with its settings, in place of BASE EXPERT...",
+)]  # fmt: skip
 RecipeFile = Annotated[
     str | None,
-    typer.Option(
-        "--recipe",
-        metavar="FILE",
-        help="Repeat the merge of a modelmerge.json, or run a mergekit YAML.",
-        rich_help_panel=RUN_PANEL,
-    ),
+    _run_option("--recipe", metavar="FILE", help="Repeat the merge of a modelmerge.json, or run a mergekit YAML."),
 ]
-At = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Another method or values for some tensors: '*mlp*: kron scale=0.8 math.weight=0'. Repeatable.",
-        metavar="'GLOB: ...'",
-        rich_help_panel=MERGE_PANEL,
-    ),
-]
-Disentangle = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A transform of the task vectors first: awd, or 'awd alpha=0.2'. Repeatable, in order.",
-        metavar="'METHOD ...'",
-        rich_help_panel=MERGE_PANEL,
-    ),
-]
+At = Annotated[list[str] | None, _merge_option(
+    metavar="'GLOB: ...'",
+    help="Another method or values for some tensors: '*mlp*: kron scale=0.8 math.weight=0'. Repeatable.",
+)]  # fmt: skip
+Disentangle = Annotated[list[str] | None, _merge_option(
+    metavar="'METHOD ...'",
+    help="A transform of the task vectors first: awd, or 'awd alpha=0.2'. Repeatable, in order.",
+)]  # fmt: skip
 Rest = Annotated[
     str | None,
-    typer.Option(
-        help="The method for what a method for linear layers leaves; base copies.",
-        metavar="METHOD",
-        rich_help_panel=MERGE_PANEL,
-    ),
+    _merge_option(help="The method for what a method for linear layers leaves; base copies.", metavar="METHOD"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, whatever happens.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the path, URL, names or figures.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Name every tensor.")]
 
-ImageTask = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--task",
-        help="A published task, as eurosat or eurosat:motion_blur; clip8 are the papers' eight, clip8-ood the "
-        "corrupted ones. Repeatable.",
-        metavar="NAME[:SPLIT]",
-        rich_help_panel=DATA_PANEL,
-    ),
-]
-ImageData = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        help="Images of your own: a folder with a folder for each class, parquet files, or org/name@revision on "
-        "the Hub. Under a published task's name it has that task's classes and prompts. Repeatable.",
-        metavar="[NAME=]DATA",
-        rich_help_panel=DATA_PANEL,
-    ),
-]
-ImageClasses = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--classes",
-        help="Of --data: class names for the prompts, one in each line, or LABEL<tab>NAME; or JSON. Default: the "
-        "data set's own. Repeatable.",
-        metavar="[NAME=]FILE",
-        rich_help_panel=DATA_PANEL,
-    ),
-]
-Template = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--template",
-        help="A prompt with {} for the class; the embeddings of several are averaged. Repeatable. Default: the "
-        "task's, or 'a photo of a {}.'",
-        metavar="TEXT",
-        rich_help_panel=DATA_PANEL,
-    ),
-]
+ImageTask = Annotated[list[str] | None, _image_option(
+    "--task", metavar="NAME[:SPLIT]",
+    help="A published task, as eurosat or eurosat:motion_blur; clip8 are the papers' eight, clip8-ood the "
+    "corrupted ones. Repeatable.",
+)]  # fmt: skip
+ImageData = Annotated[list[str] | None, _image_option(
+    "--data", metavar="[NAME=]DATA",
+    help="Images of your own: a folder with a folder for each class, parquet files, or org/name@revision on "
+    "the Hub. Under a published task's name it has that task's classes and prompts. Repeatable.",
+)]  # fmt: skip
+ImageClasses = Annotated[list[str] | None, _image_option(
+    "--classes", metavar="[NAME=]FILE",
+    help="Of --data: class names for the prompts, one in each line, or LABEL<tab>NAME; or JSON. Default: the "
+    "data set's own. Repeatable.",
+)]  # fmt: skip
+Template = Annotated[list[str] | None, _image_option(
+    "--template", metavar="TEXT",
+    help="A prompt with {} for the class; the embeddings of several are averaged. Repeatable. Default: the "
+    "task's, or 'a photo of a {}.'",
+)]  # fmt: skip
 ImageSplit = Annotated[
-    str | None,
-    typer.Option("--split", help="With --data: the split. Default: test, or the only one.", rich_help_panel=DATA_PANEL),
+    str | None, _image_option("--split", help="With --data: the split. Default: test, or the only one.")
 ]
-ImageConfig = Annotated[
-    str | None, typer.Option("--config", help="With --data: of data that have several.", rich_help_panel=DATA_PANEL)
-]
-ImageColumn = Annotated[
-    str | None, typer.Option("--image-column", help="With --data: where it is not clear.", rich_help_panel=DATA_PANEL)
-]
-LabelColumn = Annotated[
-    str | None, typer.Option("--label-column", help="With --data: where it is not clear.", rich_help_panel=DATA_PANEL)
-]
-Heads = Annotated[
-    str | None,
-    typer.Option(
-        "--heads",
-        help="A folder of text heads, TASK.safetensors: used where there, written where not. With them a vision "
-        "tower needs no text tower. Default: the cache.",
-        metavar="DIR",
-        rich_help_panel=DATA_PANEL,
-    ),
-]
-ImageLimit = Annotated[
-    int | None,
-    typer.Option("--limit", help="So many images of each task, drawn with --seed.", rich_help_panel=DATA_PANEL),
-]
+ImageConfig = Annotated[str | None, _image_option("--config", help="With --data: of data that have several.")]
+ImageColumn = Annotated[str | None, _image_option("--image-column", help="With --data: where it is not clear.")]
+LabelColumn = Annotated[str | None, _image_option("--label-column", help="With --data: where it is not clear.")]
+Heads = Annotated[str | None, _image_option(
+    "--heads", metavar="DIR",
+    help="A folder of text heads, TASK.safetensors: used where there, written where not. With them a vision "
+    "tower needs no text tower. Default: the cache.",
+)]  # fmt: skip
+ImageLimit = Annotated[int | None, _image_option("--limit", help="So many images of each task, drawn with --seed.")]
 
 
-Script = Annotated[
-    str | None,
-    typer.Option(
-        "--script",
-        metavar="FILE:FUNCTION",
-        help="For models that are not CLIP: a Python function that is given an expert (its name, path and base_path) "
-        "and returns (module, inputs): a torch module that gives logits, with the checkpoint's names in its state "
-        "dict, and unlabelled inputs, as tensors or as batches that can be iterated over again. Or "
-        "package.module:FUNCTION.",
-        rich_help_panel=UNLABELLED_PANEL,
-    ),
-]
+Script = Annotated[str | None, _data_option(
+    "--script", metavar="FILE:FUNCTION",
+    help="For models that are not CLIP: a Python function that is given an expert (its name, path and base_path) "
+    "and returns (module, inputs): a torch module that gives logits, with the checkpoint's names in its state "
+    "dict, and unlabelled inputs, as tensors or as batches that can be iterated over again. Or "
+    "package.module:FUNCTION.",
+)]  # fmt: skip
 
 
 def unlabelled(

@@ -70,7 +70,7 @@ class Sink:
 
     def failure(self, message: str, hint: str | None, exit_code: int) -> None:
         """Say what went wrong and what to do, on stderr; with JSON, also as the one object on stdout."""
-        self.margin.print(f"[bold red]error:[/] {escape(message)}")
+        self.failed(message)
         if hint:
             self.margin.print(f"[bold cyan]hint:[/] {escape(hint)}")
         if self.form == "json":
@@ -79,7 +79,7 @@ class Sink:
 
 
 class Bars:
-    """A progress that draws progress on stderr where that is a terminal, and passes notes to the sink."""
+    """Draws the progress on stderr where that is a terminal, and passes notes to the sink."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -87,14 +87,10 @@ class Bars:
         self._task: TaskID | None = None
         self._done, self._total, self._unit = 0, 0, "bytes"
         self._progress = Progress(
-            TextColumn("{task.description:<14}"),
-            BarColumn(),
-            TextColumn("{task.fields[amount]}"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[item]}"),
-            console=sink.margin,
-            disable=not sink.margin.is_terminal or sink.form != "human",
-        )
+            TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.fields[amount]}"),
+            TimeRemainingColumn(), TextColumn("[dim]{task.fields[item]}"),
+            console=sink.margin, disable=not sink.margin.is_terminal or sink.form != "human",
+        )  # fmt: skip
 
     def __enter__(self) -> Bars:
         self._progress.start()

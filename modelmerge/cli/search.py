@@ -26,38 +26,18 @@ SEARCH = with_examples(
         "modelmerge search tsv-m base svhn gtsrb -o merged --try scale=0.5,1.0 --on clip:svhn,limit=500",
     ),
 )
-_PANEL = "What is tried, and how it is measured"
-Try = Annotated[
-    list[str],
-    typer.Option(
-        "--try",
-        help="scale=0.1:1.0:0.1 (first, last, step), scale=0.2,0.5, reduce=sum,mean, awd.alpha=0.1,0.2. Repeatable: "
-        "all combinations. Of equal ones the first.",
-        metavar="OPTION=VALUES",
-        rich_help_panel=_PANEL,
-    ),
-]
-On = Annotated[
-    list[str],
-    typer.Option(
-        "--on",
-        help="custom:FILE:FUNCTION, clip:TASK, clip:DATA or lm:TASK, with the settings of that suite in eval behind "
-        "commas: clip:svhn,limit=500. clip and lm measure on a validation split, or else the training split. "
-        "Repeatable: the mean over all tasks counts.",
-        metavar="SUITE:WHAT",
-        rich_help_panel=_PANEL,
-    ),
-]
-
-
-def listing() -> Callable[..., None]:
-    """What `search` does without a method."""
-
-    def run(sink: Sink, context: typer.Context) -> None:
-        if opt.is_alone(context):
-            merge.list_methods("search", "merge", sink)
-
-    return opt.command(run, [opt.argument("context", typer.Context)])
+_option = opt.in_panel("What is tried, and how it is measured")
+Try = Annotated[list[str], _option(
+    "--try", metavar="OPTION=VALUES",
+    help="scale=0.1:1.0:0.1 (first, last, step), scale=0.2,0.5, reduce=sum,mean, awd.alpha=0.1,0.2. Repeatable: "
+    "all combinations. Of equal ones the first.",
+)]  # fmt: skip
+On = Annotated[list[str], _option(
+    "--on", metavar="SUITE:WHAT",
+    help="custom:FILE:FUNCTION, clip:TASK, clip:DATA or lm:TASK, with the settings of that suite in eval behind "
+    "commas: clip:svhn,limit=500. clip and lm measure on a validation split, or else the training split. "
+    "Repeatable: the mean over all tasks counts.",
+)]  # fmt: skip
 
 
 def command(name: str) -> Callable[..., None]:

@@ -12,7 +12,7 @@ import typer
 
 from modelmerge.cli import options as opt
 from modelmerge.cli.help import with_examples
-from modelmerge.cli.merge import checked, destination, finish, list_methods
+from modelmerge.cli.merge import checked, destination, finish
 from modelmerge.cli.output import Bars, Sink, table
 from modelmerge.cli.plan import plan_lines
 from modelmerge.methods import registry
@@ -36,7 +36,7 @@ DISENTANGLE = with_examples(
     ),
 )
 _MODELS = (opt.argument("base", opt.Base), opt.argument("experts", opt.Experts))
-_PANEL = "What is written"
+_option = opt.in_panel("What is written")
 _WRITTEN = (opt.argument("output", opt.Output), *opt.shared(opt.written))
 _SHOWN_COSINES = 12  # experts: a wider matrix does not fit a terminal, and is in the JSON
 
@@ -45,13 +45,8 @@ def extract() -> Callable[..., None]:
     """The Typer command `extract`."""
 
     def extracted(
-        rank: Annotated[
-            int | None, typer.Option(help="Linear layers as factors of at most this rank.", rich_help_panel=_PANEL)
-        ] = None,
-        energy: Annotated[
-            float | None,
-            typer.Option(help="As factors that keep this share of the squared norm.", rich_help_panel=_PANEL),
-        ] = None,
+        rank: Annotated[int | None, _option(help="Linear layers as factors of at most this rank.")] = None,
+        energy: Annotated[float | None, _option(help="As factors that keep this share of the squared norm.")] = None,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
     ) -> None: ...
@@ -120,25 +115,13 @@ def _off_diagonal(matrix: list[list[float | None]]) -> tuple[float | None, float
     return (sum(values) / len(values), max(values, key=abs)) if values else (None, None)
 
 
-def disentangle_or_list() -> Callable[..., None]:
-    """What `disentangle` does without a method."""
-
-    def run(sink: Sink, context: typer.Context) -> None:
-        if opt.is_alone(context):
-            list_methods("disentangle", "transform", sink)
-
-    return opt.command(run, [opt.argument("context", typer.Context)])
-
-
 def command(name: str) -> Callable[..., None]:
     """The Typer command of a disentangling method, its options made from the method's dataclass."""
     method = registry.load(name, "transform")
 
     def disentangled(
         full_experts: Annotated[
-            bool,
-            typer.Option("--experts", help="Also write base + disentangled task vector, as checkpoints.",
-                         rich_help_panel=_PANEL),
+            bool, _option("--experts", help="Also write base + disentangled task vector, as checkpoints.")
         ] = False,
         include: opt.Include = None,
         exclude: opt.Exclude = None,

@@ -132,11 +132,13 @@ def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
 def _in_reach(fitted: FittedJob, tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
     """The tensors in batches that are still in the page cache when they are read the second time."""
     batch: list[TensorPlan] = []
+    size = 0
     for tensor in tensors:
         batch.append(tensor)
-        if sum(fitted.job.plan.stored_bytes(t, experts=True) for t in batch) >= _REACH or tensor is tensors[-1]:
+        size += fitted.job.plan.stored_bytes(tensor, experts=True)
+        if size >= _REACH or tensor is tensors[-1]:
             yield batch
-            batch = []
+            batch, size = [], 0
 
 
 def _run_whole(

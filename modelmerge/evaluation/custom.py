@@ -18,11 +18,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from modelmerge.errors import ModelMergeError, PlanError, UsageError
+from modelmerge.errors import ModelMergeError, PlanError, UsageError, suggestion
 from modelmerge.evaluation.bench import Bench, Models, Running, run
 from modelmerge.evaluation.model import Model
 from modelmerge.evaluation.report import Report
-from modelmerge.evaluation.scores import Score, meant, read_score
+from modelmerge.evaluation.scores import Score, read_score
 
 Metric = Callable[..., Any]  # (model) or (model, task) -> a score, or a mapping of tasks to scores
 
@@ -91,7 +91,7 @@ def load_script(text: str) -> Script:
     metric = getattr(module, name, None)
     if not callable(metric):
         have = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
-        hint = meant(name, have, f"it has: {', '.join(have) or 'none'}")
+        hint = suggestion(name, have, f"it has: {', '.join(have) or 'none'}")
         raise UsageError(f"{where} has no function '{name}'", hint=hint)
     file = Path(str(module.__file__))
     return Script(metric, f"{file.name}:{name}", _digest(file, name))

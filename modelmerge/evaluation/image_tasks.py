@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from modelmerge.errors import ModelMergeError, UsageError, named
-from modelmerge.evaluation.scores import listing, meant, plain
+from modelmerge.errors import ModelMergeError, UsageError, named, suggestion
+from modelmerge.evaluation.scores import listing, plain
 
 TEMPLATE = "a photo of a {}."
 _ORDER = "lines of LABEL<tab>NAME say which is which"
@@ -97,8 +97,8 @@ def _published_task(name: str, *, held_out: bool = False) -> Task:
     key = keys.get(plain(word))
     if key is None:
         names = [*groups(), *tasks]
-        hint = f"{meant(word.lower(), names)} there are: {', '.join(names)}; or your own: {named('data')}"
-        raise UsageError(f"there is no task '{word}'", hint=hint.strip())
+        hint = suggestion(word.lower(), names, also=f"there are: {', '.join(names)}; or your own: {named('data')}")
+        raise UsageError(f"there is no task '{word}'", hint=hint)
     task = tasks[key]
     return Task(
         name=f"{key}:{split}" if split else key, data=task["data"], config=task.get("config"),
@@ -143,15 +143,8 @@ def own_task(
         path = Path(data.partition("@")[0]).expanduser()
         task = replace(task, name=(path.resolve().stem if path.exists() else path.name) or "data", data=data)
     elif classes is None and plain(name) in map(plain, publication()["tasks"]):
-        own: dict[str, Any] = {
-            "data": place,
-            "config": config,
-            "split": split,
-            "image": image,
-            "label": label,
-            "held_out": held_out,
-        }
-        task = replace(_published_task(name), **own)
+        about = {"config": config, "split": split, "image": image, "label": label, "held_out": held_out}
+        task = replace(_published_task(name), data=place, **about)  # type: ignore[arg-type]
     if classes is not None:
         task = replace(task, classes=read_classes(Path(classes)))
     return with_templates(task, templates)

@@ -54,9 +54,9 @@ def evaluate(
         models: References of the models: directories with config and tokenizer, or PEFT adapters of the base.
         running: What all suites share. The expert of `flan_t5_glue_cola` is the one called `cola`, and so on. The seed
             takes the place of the harness's own.
-        tasks: Names of tasks, groups or tags, with `*` and `?`: the harness's, those of `include_path`, and
-            `flan_t5_glue` with its eight tasks, as the literature scores merges of Flan-T5. Default: all of
-            `include_path`.
+        tasks: Names of tasks, groups or tags, with `*` and `?`, or several with commas between: the harness's, those of
+            `include_path`, and `flan_t5_glue` with its eight tasks, as the literature scores merges of Flan-T5.
+            Default: all of `include_path`.
         include_path: A directory of tasks as YAML files. What they name as functions is Python code that will run.
         limit: So many items of each task, from the first on; below 1, this share of them.
         num_fewshot: Solved examples in front of each item.

@@ -116,7 +116,8 @@ class _Index:
             if not ours.all_subtasks:
                 raise self._missing("*")
             return list(ours.all_subtasks)
-        return list(dict.fromkeys(match for name in names for match in self._matches(name)))
+        each = [name for text in names for name in text.split(",") if name]
+        return list(dict.fromkeys(match for name in each for match in self._matches(name)))
 
     def _matches(self, name: str) -> list[str]:
         matches = self.manager.match_tasks([name])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, cast
 
 from modelmerge.errors import ModelMergeError, UsageError, named
@@ -102,12 +101,6 @@ def _count(value: Any, where: str) -> int:
     if number < 1 or number != int(number):
         raise ModelMergeError(f"{where}: a count of {number:g}", hint="the count is the number of items looked at")
     return int(number)
-
-
-def meant(name: str, names: Iterable[str], otherwise: str = "") -> str:
-    """The hint for a name that is none of these: the one that is meant, or something else."""
-    near = get_close_matches(name, names, n=1)
-    return f"did you mean '{near[0]}'?" if near else otherwise
 
 
 def plain(name: str) -> str:

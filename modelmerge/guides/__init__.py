@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, suggestion
 
 _FOLDER = Path(__file__).parent
 
@@ -22,9 +21,8 @@ def read(name: str) -> str:
         UsageError: There is no such guide.
     """
     if name not in names():
-        near = get_close_matches(name, names(), n=1)
-        listed = f"there are: {', '.join(names())}"
-        raise UsageError(f"there is no guide '{name}'", hint=f"did you mean '{near[0]}'? {listed}" if near else listed)
+        hint = suggestion(name, names(), also=f"there are: {', '.join(names())}")
+        raise UsageError(f"there is no guide '{name}'", hint=hint)
     return (_FOLDER / f"{name}.md").read_text(encoding="utf-8")
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field
 from decimal import Decimal, InvalidOperation
-from difflib import get_close_matches
 from typing import Any, Literal
 
-from modelmerge.errors import UsageError, named
+from modelmerge.errors import UsageError, named, suggestion
 from modelmerge.methods.contract import Method, TransformSpec
 
 MOST = 10_000  # values of an option in a range, and candidates of a search; more are a slip of the keyboard
@@ -151,11 +150,13 @@ def _spec(method: Method | TransformSpec, name: str, option: str) -> dataclasses
     specs = {spec.name: spec for spec in dataclasses.fields(method.options)}
     if option in specs:
         return specs[option]
-    near = get_close_matches(option, specs, n=1)
-    hint = f"it has: {', '.join(map(named, specs))}" if specs else "it has no options"
-    raise UsageError(
-        f"'{name}' has no option '{named(option)}'", hint=f"did you mean '{named(near[0])}'?" if near else hint
-    )
+    raise no_such_option(name, option, specs)
+
+
+def no_such_option(name: str, option: str, options: Collection[str]) -> UsageError:
+    """The error for an option that the method of that name does not have; it has these."""
+    have = f"it has: {', '.join(map(named, options))}" if options else "it has no options"
+    return UsageError(f"'{name}' has no option '{named(option)}'", hint=suggestion(option, options, have, show=named))
 
 
 def _check(spec: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
@@ -192,6 +193,13 @@ def _noun(kind: type) -> str:
 def written(value: float) -> str:
     """A number in as few digits as tell it apart."""
     return short if float(short := f"{value:g}") == value else repr(value)
+
+
+def as_text(value: Any) -> str:
+    """A value as `read_value` reads it back."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return written(value) if isinstance(value, float) else str(value)
 
 
 def read_option(method: Method | TransformSpec, name: str, option: str, text: str) -> Any:

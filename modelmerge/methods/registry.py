@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 import typing
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, suggestion
 from modelmerge.methods.contract import Method, TransformSpec
 
 _METHODS = Path(__file__).parent
 
 
+@functools.cache  # a plan asks for the method of every tensor, and a directory is not read in no time
 def names(kind: str = "merge") -> tuple[str, ...]:
     """The methods of a kind, by name, found by their files; nothing is imported."""
     return tuple(sorted(f.stem.replace("_", "-") for f in (_METHODS / kind).glob("[!_]*.py")))
@@ -54,11 +55,8 @@ def load(name: str, kind: str = "merge") -> Method | TransformSpec:
         UsageError: There is no such method.
     """
     if name not in names(kind):
-        near = get_close_matches(name, names(kind), n=1)
-        raise UsageError(
-            f"there is no {kind} method '{name}'",
-            hint=f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names(kind))}",
-        )
+        hint = suggestion(name, names(kind), f"there are: {', '.join(names(kind))}")
+        raise UsageError(f"there is no {kind} method '{name}'", hint=hint)
     with _deferred_torch():
         return importlib.import_module(f"modelmerge.methods.{kind}.{name.replace('-', '_')}").METHOD
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
-from modelmerge.methods.options import option_types
-from modelmerge.plan.overrides import BASE, WEIGHT, Override, curve_text, layer_of, text_of
+from modelmerge.methods.options import as_text, option_types
+from modelmerge.plan.overrides import BASE, WEIGHT, Override, curve_text, layer_of
 
 OLD = ("vary", "rule", "layer_scale", "task_lambda", "disentangle", "disentangle_options")
 # Methods whose result is the same when weights are multiplied instead of task vectors.
@@ -101,7 +101,7 @@ def _override(glob: str, setting: _Setting) -> Override:
     name, _, options = (method or "").partition(" ")
     words = dict(word.partition("=")[::2] for word in options.split())
     plain = options_of(name, {option.replace("-", "_"): value for option, value in words.items()})
-    plain = {option: text_of(value) for option, value in plain.items()}
+    plain = {option: as_text(value) for option, value in plain.items()}
     plain |= {option: curve_text(each) for expert, option, each in values if expert is None}
     experts = {(expert, option): curve_text(each) for expert, option, each in values if expert is not None}
     return Override(glob, name or None, plain, experts)
@@ -117,7 +117,7 @@ def options_of(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
         return dict(options)
     values = {option: value for option, value in options.items() if value is not None}
     for option, usual in _APGD_ONLY.items():
-        if str(values.pop(option, usual)) not in (usual, "1e-11"):
+        if str(values.pop(option, usual)) != usual:
             raise _gone(option)
     mode = values.pop("lambda_mode", "matched")
     if mode == "relative":
@@ -133,7 +133,7 @@ def transforms_of(stored: Mapping[str, Any]) -> tuple[str, ...]:
     if name == "awd":
         values.pop("solver", None)
         values["published"] = "true" if values.pop("units", None) == "absolute" else None
-    words = [f"{option.replace('_', '-')}={text_of(value)}" for option, value in values.items() if value is not None]
+    words = [f"{option.replace('_', '-')}={as_text(value)}" for option, value in values.items() if value is not None]
     return (" ".join([name, *words]),) if name else ()
 
 

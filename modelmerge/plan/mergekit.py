@@ -14,22 +14,20 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from modelmerge.errors import RecipeError, UsageError
+from modelmerge.errors import RecipeError, UsageError, suggestion
 from modelmerge.methods import registry
 from modelmerge.methods.options import check_option
 from modelmerge.plan.format_1 import Variation, merged_overrides
 from modelmerge.plan.mergekit_methods import KEYS, KNOWN, METHODS, REQUIRED, Parameter, Row
 from modelmerge.plan.overrides import WEIGHT, layers
 from modelmerge.plan.recipe import Recipe
-from modelmerge.plan.tensors import Plan, TensorPlan
+from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 
-_DTYPES = ("float32", "float16", "bfloat16")
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HALVES = ("float16", "bfloat16")
 Scopes = Sequence[tuple[str, Mapping[str, Any]]]  # paths in the file and the parameters there, from near to far
@@ -258,8 +256,8 @@ class _Translation:
         for key in ("dtype", "out_dtype"):
             value = config.get(key)
             names[key] = value.removeprefix("torch.") if isinstance(value, str) else None
-            if value is not None and names[key] not in _DTYPES:
-                self.complain(key, f"{value!r}: only {', '.join(_DTYPES)} can be honoured")
+            if value is not None and names[key] not in DTYPES:
+                self.complain(key, f"{value!r}: only {', '.join(DTYPES)} can be honoured")
         if names["dtype"] in _HALVES:
             self.remarks.append(
                 f"dtype {names['dtype']}: mergekit rounds every model to it before it subtracts and computes in it; "
@@ -440,5 +438,5 @@ def _name(reference: str) -> str:
 
 
 def _near(word: str, words: Iterable[str]) -> str:
-    near = get_close_matches(word, sorted(words), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    hint = suggestion(word, sorted(words))
+    return f"; {hint}" if hint else ""

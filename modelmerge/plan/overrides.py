@@ -20,13 +20,21 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
-from modelmerge.errors import UsageError, named
+from modelmerge.errors import UsageError, named, suggestion
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
-from modelmerge.methods.options import change_options, check_option, make_options, option_types, read_option, written
+from modelmerge.methods.options import (
+    as_text,
+    change_options,
+    check_option,
+    make_options,
+    no_such_option,
+    option_types,
+    read_option,
+    written,
+)
 
 BASE = "base"  # the method that copies
 WEIGHT = "weight"
@@ -178,7 +186,7 @@ class Methods:
         types, plain, curves = option_types(method.options), {}, {}
         for option, text in override.values.items():
             if option != WEIGHT and option not in types:
-                raise self._no_such(option, name, [WEIGHT, *types])
+                raise no_such_option(name, option, [WEIGHT, *types])
             values = _numbers(text) if "," in text or option == WEIGHT else None
             if values is None:
                 plain[option] = read_option(method, name, option, text)
@@ -189,15 +197,14 @@ class Methods:
         experts: dict[tuple[str, str], Curve] = {}
         for (expert, option), text in override.experts.items():
             if expert not in self._experts:
-                near = get_close_matches(expert, self._experts, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(self._experts)}"
+                hint = suggestion(expert, self._experts, f"the experts are: {', '.join(self._experts)}")
                 raise UsageError(f"'{expert}' is no expert", hint=hint)
             values = _numbers(text)
             if values is None:
                 raise UsageError(f"{named(option)} of '{expert}' is no number: '{text}'", hint=_FORM)
             if option != WEIGHT:
                 if option not in types:
-                    raise self._no_such(option, name, [WEIGHT, *types])
+                    raise no_such_option(name, option, [WEIGHT, *types])
                 if _varies(method).get(option) != "expert":
                     raise UsageError(
                         f"{named(option)} of '{name}' is one value for all experts", hint="leave the expert's name out"
@@ -215,21 +222,21 @@ class Methods:
         return Choice(name, method, options, place, curves, experts)
 
     @staticmethod
-    def _no_such(option: str, name: str, options: Sequence[str]) -> UsageError:
-        near = get_close_matches(option, options, n=1)
-        hint = f"did you mean '{named(near[0])}'?" if near else f"it has: {', '.join(map(named, options))}"
-        return UsageError(f"'{name}' has no option '{named(option)}'", hint=hint)
-
-    @staticmethod
     def _check_curve(method: Method, name: str, option: str, values: tuple[float, ...]) -> None:
         if len(values) > 1 and option not in _varies(method):
             raise UsageError(f"{named(option)} of '{name}' is one value for all layers", hint="give one value")
         for value in values:
             check_option(method, option, value)
 
-    def choose(self, tensor: str, *, linear: bool) -> Choice | None:
-        """How the tensor is merged; None: it is copied. `linear`: it is the weight of a linear layer."""
-        place = next((i for i, override in enumerate(self.overrides) if override.matches(tensor)), None)
+    def place_of(self, tensor: str) -> int | None:
+        """The place of the override that decides how the tensor is merged; None where none does."""
+        return next((place for place, override in enumerate(self.overrides) if override.matches(tensor)), None)
+
+    def choose(self, tensor: str, place: int | None, *, linear: bool) -> Choice | None:
+        """How the tensor is merged; None: it is copied.
+
+        `place` is that of the override that decides; `linear`: it is the weight of a linear layer.
+        """
         choice = self.main if place is None else self._choices[place]
         if choice is None or linear or not choice.method.matrices:
             return choice
@@ -248,7 +255,7 @@ class Methods:
             values = dict(override.values)
             if choice is not None and override.method is not None:
                 options = dataclasses.asdict(choice.options)
-                values = {key: text_of(value) for key, value in options.items() if value is not None} | values
+                values = {key: as_text(value) for key, value in options.items() if value is not None} | values
             texts.append(str(dataclasses.replace(override, values=values)))
         return tuple(texts)
 
@@ -261,7 +268,7 @@ class Methods:
         depth, settings = depths(list(tensors)), {}
         numbered = bool(layers(tensors))
         for tensor, linear in tensors.items():
-            choice = self.choose(tensor, linear=linear)
+            choice = self.choose(tensor, self.place_of(tensor), linear=linear)
             assert choice is not None, "the tensor is merged"
             long = any(len(curve.values) > 1 for curve in (*choice.curves.values(), *choice.experts.values()))
             if long and not numbered:
@@ -345,13 +352,6 @@ def _numbers(text: str) -> tuple[float, ...] | None:
     except ValueError:
         return None
     return values if all(abs(value) < float("inf") for value in values) else None
-
-
-def text_of(value: Any) -> str:
-    """A value of an option as it is typed."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return written(value) if isinstance(value, float) else str(value)
 
 
 def curve_text(values: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.plan import format_1
@@ -16,6 +16,9 @@ from modelmerge.plan import format_1
 FORMAT = 2  # of modelmerge.json; counts up when a reader of the old form would misread the new one
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+OnMismatch = Literal["error", "copy", "common-rows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +52,6 @@ class Recipe:
     as_lora: int | float | None = None
     unlabelled: Mapping[str, Any] = field(default_factory=dict)
     coefficients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    def with_models(self, base: str, experts: Sequence[str]) -> Recipe:
-        """The recipe for other models."""
-        return dataclasses.replace(self, base=base, experts=tuple(experts))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
 from modelmerge.checkpoint.layout import Layout, lay_out
@@ -18,6 +18,7 @@ from modelmerge.checkpoint.matching import is_vocabulary, match, twins
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.plan.overrides import BASE, Methods
+from modelmerge.plan.recipe import OnMismatch
 
 Action = Literal["merge", "copy"]
 
@@ -193,7 +194,7 @@ def _disagreement(complaints: Sequence[str]) -> PlanError:
     return PlanError(f"the models disagree on {some}:\n  " + "\n  ".join(complaints), hint=hint)
 
 
-ON_MISMATCH = ("error", "copy", "common-rows")
+ON_MISMATCH: tuple[str, ...] = get_args(OnMismatch)
 _EXCLUDED = "excluded"
 _SHAPE = "shape "  # begins whatever is said of shapes that differ
 
@@ -238,8 +239,8 @@ def _method_of(methods: Methods | None, name: str, linear: bool) -> tuple[str, i
     """The name of the method that merges a tensor, the place of the override that says so, and the reason."""
     if methods is None:
         return "", None, "shared by all"
-    place = next((i for i, override in enumerate(methods.overrides) if override.matches(name)), None)
-    choice = methods.choose(name, linear=linear)
+    place = methods.place_of(name)
+    choice = methods.choose(name, place, linear=linear)
     where = "" if place is None else f"override '{methods.overrides[place].tensors}': "
     if choice is None:
         overridden = place is not None and methods.overrides[place].method == BASE
@@ -365,11 +366,6 @@ def out_bytes(tensor: TensorPlan) -> int:
 
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what `--dtype` takes, in safetensors' names
-
-
-def dtype_of(name: str) -> str:
-    """The safetensors dtype of the name that `--dtype` takes."""
-    return DTYPES[name]
 
 
 def layer_type(tensor: str) -> str:

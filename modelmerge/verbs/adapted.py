@@ -13,7 +13,7 @@ from modelmerge.engine.job import Job
 from modelmerge.engine.memory import adapter_bytes, adapter_memory
 from modelmerge.errors import OutputError, UsageError, named
 from modelmerge.plan.recipe import Recipe
-from modelmerge.plan.tensors import dtype_of
+from modelmerge.plan.tensors import DTYPES
 from modelmerge.progress import Reporter
 from modelmerge.record.manifest import listing
 
@@ -105,4 +105,4 @@ def note(adapted: Adapted) -> str:
 
 def _dtype(recipe: Recipe) -> str:
     """The safetensors dtype of the factors."""
-    return dtype_of(recipe.dtype or "float32")
+    return DTYPES[recipe.dtype or "float32"]

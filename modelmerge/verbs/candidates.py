@@ -7,18 +7,17 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.memory import bytes_read
-from modelmerge.errors import UsageError, named
+from modelmerge.errors import UsageError, named, suggestion
 from modelmerge.evaluation.custom import Metric
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method, TransformSpec
-from modelmerge.methods.options import MOST, check_option, is_linear, option_types, read_values, written
+from modelmerge.methods.options import MOST, as_text, check_option, is_linear, option_types, read_values
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.transforms import parse_transform, with_option
 from modelmerge.verbs import adapted
@@ -210,11 +209,11 @@ def _axis(recipe: Recipe, name: str, values: Values) -> tuple[Any, ...]:
     words: dict[str, tuple[Method | TransformSpec, str]] = {o: (method, o) for o in option_types(method.options)}
     for transform, (_, spec) in _transforms(recipe).items():
         words |= {f"{transform}.{option}": (spec, option) for option in option_types(spec.options)}
-    flag, text = name.replace("_", "-"), values if isinstance(values, str) else ", ".join(map(_word, values))
+    flag, text = name.replace("_", "-"), values if isinstance(values, str) else ", ".join(map(as_text, values))
     if name.replace("-", "_") not in words:
-        near = get_close_matches(name.replace("-", "_"), words, n=1)
-        have = ", ".join(word.replace("_", "-") for word in words)
-        hint = f"did you mean '{near[0].replace('_', '-')}'?" if near else f"it has: {have}" if have else None
+        typed = {word: word.replace("_", "-") for word in words}
+        have = f"it has: {', '.join(typed.values())}" if words else ""
+        hint = suggestion(name.replace("-", "_"), words, have, show=typed.__getitem__)
         raise UsageError(f"'{recipe.method}' has no option '{flag}'", hint=hint).within("tries", f"{flag}={text}")
     owner, option = words[name.replace("-", "_")]
     try:
@@ -223,7 +222,7 @@ def _axis(recipe: Recipe, name: str, values: Values) -> tuple[Any, ...]:
         if not checked:
             raise UsageError("there is no value")
         if len(set(checked)) < len(checked):
-            raise UsageError(f"{_word(next(v for i, v in enumerate(checked) if v in checked[:i]))} comes twice")
+            raise UsageError(f"{as_text(next(v for i, v in enumerate(checked) if v in checked[:i]))} comes twice")
     except UsageError as error:
         raise error.within("tries", f"{flag}={text}") from error
     return checked
@@ -231,10 +230,4 @@ def _axis(recipe: Recipe, name: str, values: Values) -> tuple[Any, ...]:
 
 def label_of(values: Mapping[str, Any]) -> str:
     """Values of options in words."""
-    return " ".join(f"{name.replace('_', '-')}={_word(value)}" for name, value in values.items())
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return written(value) if isinstance(value, float) else str(value)
+    return " ".join(f"{name.replace('_', '-')}={as_text(value)}" for name, value in values.items())

@@ -18,7 +18,7 @@ from modelmerge.engine.coefficients import Coefficients, CoefficientTable, Probl
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import refuse_beyond_memory
 from modelmerge.engine.transforms import Transform, fit_chain
-from modelmerge.errors import RecipeError, UsageError, named
+from modelmerge.errors import RecipeError, UsageError, named, suggestion
 from modelmerge.evaluation import clip, clip_models, custom, image_data
 from modelmerge.evaluation.bench import entry_name, recall, remember
 from modelmerge.evaluation.clip_models import Parts, Tower
@@ -26,7 +26,6 @@ from modelmerge.evaluation.custom import Script, load_script
 from modelmerge.evaluation.image_data import Items
 from modelmerge.evaluation.image_tasks import Task, find_tasks
 from modelmerge.evaluation.model import Model
-from modelmerge.evaluation.scores import meant
 from modelmerge.methods import registry
 from modelmerge.methods.coefficients import Options
 from modelmerge.methods.options import make_options, option_types
@@ -173,8 +172,7 @@ def find_data(recipe: Recipe, experts: Sequence[str], script: Script | None = No
         options = make_options(search, SEARCH, {name: values.pop(name) for name in names})
     for name in values:
         if name not in (*IMAGES, SCRIPT):
-            hint = meant(name, (*IMAGES, SCRIPT)) or None
-            raise UsageError(f"unlabelled data have no setting '{name}'", hint=hint)
+            raise UsageError(f"unlabelled data have no setting '{name}'", hint=suggestion(name, (*IMAGES, SCRIPT)))
     if not values:
         raise UsageError(
             f"'{recipe.method}' needs unlabelled data of each expert's task: {', '.join(experts)}",

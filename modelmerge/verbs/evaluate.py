@@ -7,11 +7,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, suggestion
 from modelmerge.evaluation import clip, custom, lm, weights
 from modelmerge.evaluation.bench import Models, Running
 from modelmerge.evaluation.report import Report
-from modelmerge.evaluation.scores import meant
 from modelmerge.progress import SILENT, Reporter
 
 SUITES: dict[str, Callable[..., Report]] = {
@@ -41,7 +40,8 @@ def evaluate(models: Models, *, suite: str = "custom", progress: Reporter = SILE
         ModelMergeError: See `modelmerge.errors` for other kinds.
     """
     if suite not in SUITES:
-        raise UsageError(f"there is no suite '{suite}'", hint=meant(suite, SUITES, f"there are: {', '.join(SUITES)}"))
+        hint = suggestion(suite, SUITES, f"there are: {', '.join(SUITES)}")
+        raise UsageError(f"there is no suite '{suite}'", hint=hint)
     common = _OF_WEIGHTS if suite == "weights" else _RUNNING
     _check_options(suite, options, common)
     running = Running(progress=progress, **{name: options.pop(name) for name in common if name in options})
@@ -59,7 +59,7 @@ def _check_options(suite: str, options: Mapping[str, Any], common: tuple[str, ..
     names = [*(parameter.name for parameter in specific), *common]
     odd = next((name for name in options if name not in names), None)
     if odd is not None:
-        hint = meant(odd, names, f"it has: {', '.join(names)}")
+        hint = suggestion(odd, names, f"it has: {', '.join(names)}")
         raise UsageError(f"suite '{suite}' has no option '{odd}'", hint=hint)
     lacking = next((p.name for p in specific if p.default is p.empty and p.name not in options), None)
     if lacking is not None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from modelmerge.errors import ModelMergeError, UsageError, named
+from modelmerge.errors import ModelMergeError, UsageError, named, suggestion
 from modelmerge.evaluation import image_tasks
 from modelmerge.evaluation.custom import Metric
 from modelmerge.evaluation.report import ModelRow
@@ -116,12 +115,11 @@ def parse_on(text: str) -> Measure:
     """
     suite, _, rest = text.partition(":")
     if suite not in _SUITES or not rest:
-        hint = _FORMS
-        near = get_close_matches(suite, _SUITES, n=1)
+        hint = suggestion(
+            suite, [each for each in _SUITES if each != suite], also=_FORMS, show=lambda near: f"{near}:..."
+        )
         if suite == "weights":
             hint = f"figures of weights explain conflicts, and do not say how well a model does: {_FORMS}"
-        elif near and near[0] != suite:
-            hint = f"did you mean {near[0]}:...? {_FORMS}"
         raise UsageError(f"'{text}' is not SUITE:WHAT", option="on", hint=hint)
     what, *words = rest.split(",")
     options: dict[str, Any] = {}
@@ -131,9 +129,9 @@ def parse_on(text: str) -> Measure:
         reader = _SETTINGS[suite].get(name)
         if reader is None or (reader is bool) == bool(equals):
             have = ", ".join(each.replace("_", "-") for each in _SETTINGS[suite])
-            near = get_close_matches(name, _SETTINGS[suite], n=1)
-            meant = f"did you mean '{near[0].replace('_', '-')}'?" if near and near[0] != name else f"there are: {have}"
-            raise UsageError(f"'{text}': '{word}' is no setting of {suite}", option="on", hint=meant)
+            others = _SETTINGS[suite].keys() - {name}
+            hint = suggestion(name, sorted(others), f"there are: {have}", show=lambda near: near.replace("_", "-"))
+            raise UsageError(f"'{text}': '{word}' is no setting of {suite}", option="on", hint=hint)
         if name in options and name not in _REPEATED:
             raise UsageError(f"'{text}': '{name}' comes twice", option="on")
         try:

@@ -17,20 +17,11 @@ from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run
 from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
-from modelmerge.plan.recipe import Recipe
+from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import manifest_of, notes_of, refuse_changed, write_card
 from modelmerge.verbs import adapted, coefficients
-from modelmerge.verbs.prepare import (
-    Dtype,
-    OnMismatch,
-    Prepared,
-    digest_of,
-    output_of,
-    prepare,
-    prepare_file,
-    refuse_unknown,
-)
+from modelmerge.verbs.prepare import Prepared, digest_of, output_of, prepare, prepare_file, refuse_unknown
 from modelmerge.verbs.tensors import State, merge_tensors, states_of
 
 
@@ -111,32 +102,29 @@ def merge(
     """
     refuse_unknown(merge, method, options)
     data, script = coefficients.to_recipe(unlabelled or {})
-    states = states_of(base, experts)
-    recipe = Recipe(
-        method=method, base="" if states else str(base), experts=() if states else as_references(experts),  # type: ignore[arg-type]
-        options=options, weights=dict(weights or {}),
-        disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
-        rest=rest, dtype=dtype,
-        include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch, max_shard_size=max_shard_size,
-        seed=seed, as_lora=as_lora, unlabelled=data,
-    )  # fmt: skip
 
-    def run_recipe(recipe: Recipe, place: Path, progress: Reporter) -> dict[str, Any]:
+    def make(base: str, experts: Sequence[str], place: Path) -> dict[str, Any]:
+        recipe = Recipe(
+            method=method, base=base, experts=tuple(experts), options=options, weights=dict(weights or {}),
+            disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
+            rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
+            max_shard_size=max_shard_size, seed=seed, as_lora=as_lora, unlabelled=data,
+        )  # fmt: skip
         prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
         if dry_run:
             with contextlib.closing(prepared):
                 return prepared.describe()
         return execute(prepared, place, force=force, resume=resume, progress=progress)
 
-    if states is not None:
+    if (states := states_of(base, experts)) is not None:
         if out is not None or as_lora is not None:
             raise UsageError(
                 "tensors in memory are merged in memory", hint=f"leave out {named('out')} and {named('as_lora')}"
             )
-        return merge_tensors(*states, recipe, run_recipe, progress)
+        return merge_tensors(*states, make)
     if out is None and not dry_run:
         raise UsageError("is missing: where the merged checkpoint shall be", option="out")
-    return run_recipe(recipe, Path(out or ""), progress)
+    return make(str(base), as_references(experts), Path(out or ""))  # type: ignore[arg-type]
 
 
 def replay(

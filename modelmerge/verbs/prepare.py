@@ -9,9 +9,8 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
@@ -22,16 +21,16 @@ from modelmerge.engine.job import Group, Job
 from modelmerge.engine.memory import beyond_device, bytes_read, passes, peak_memory, refuse_beyond_memory, scratch_bytes
 from modelmerge.engine.parallel import source_of
 from modelmerge.engine.transforms import Transform, transform_of
-from modelmerge.errors import UsageError, named
+from modelmerge.errors import UsageError, named, suggestion
 from modelmerge.evaluation.custom import Script
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan import format_1, mergekit
 from modelmerge.plan.downloads import input_paths, with_downloads
-from modelmerge.plan.overrides import BASE, Methods, group_key, parse
+from modelmerge.plan.overrides import BASE, Methods, Override, group_key, parse
 from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
-from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, dtype_of, is_linear, make_plan
+from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, is_linear, make_plan
 from modelmerge.plan.transforms import as_typed, parse_transform
 from modelmerge.progress import Reporter
 from modelmerge.record.fingerprint import fingerprint
@@ -112,13 +111,6 @@ def output_of(
         yield output
 
 
-RESTS = ("base", "average", "task-arithmetic")
-
-
-Dtype = Literal["float32", "float16", "bfloat16"]
-OnMismatch = Literal["error", "copy", "common-rows"]
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A merge that is ready to run: its headers read, its plan made, nothing written."""
@@ -141,11 +133,9 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = plan.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = bytes_read(self.job, streamed=True) if self.stream else None
-        too_large = beyond_device(self.job)
-        beyond = (
-            [f"{len(too_large)} weights do not fit on {self.job.source.device} and are merged on the CPU"]
-            if too_large
-            else []
+        too_large = len(beyond_device(self.job))
+        beyond = [f"{too_large} weights do not fit on {self.job.source.device} and are merged on the CPU"] * bool(
+            too_large
         )
         entry = {
             "method": self.recipe.method,
@@ -209,8 +199,8 @@ def prepare(
 
     `script` is a function that gives unlabelled data, where it comes out of no file. With `look`, `auto` may read a few
     megabytes of weights on the Hub to see of what kind they are. `opened` are the base and the experts, where they have
-    been opened before. `overrides` gives the recipe's
-    overrides, where they follow from the names of the tensors (and from which are weights of linear layers).
+    been opened before. `overrides` gives the recipe's overrides, where they follow from the names of the tensors (and
+    from which are weights of linear layers).
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -231,8 +221,8 @@ def prepare(
     transforms = tuple(transform_of(*parse_transform(text)) for text in recipe.disentangle)
     _check_choices(recipe)
     adapted.size_of(recipe)
-    _refuse_idle_data(recipe, chosen)
     overrides_read = [parse(text) for text in recipe.at]
+    _refuse_idle_data(recipe, chosen, overrides_read)
     _refuse_many_experts([recipe.method, *(o.method for o in overrides_read if o.method)], len(recipe.experts))
     base, experts = opened or open_models(recipe.base, recipe.experts)
     names = [expert.name for expert in experts]
@@ -244,7 +234,7 @@ def prepare(
     recipe = dataclasses.replace(recipe, at=methods.recorded())
     plan = make_plan(
         base, experts, methods=methods,
-        dtype=dtype_of(recipe.dtype) if recipe.dtype else None,
+        dtype=DTYPES[recipe.dtype] if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch, strict=overrides is None,
     )  # fmt: skip
@@ -284,13 +274,13 @@ def refuse_unknown(verb: Callable[..., Any], method: str, options: Mapping[str, 
     have = [] if method == AUTO else list(option_types(registry.load(method).options))
     parameters = [name for name in inspect.signature(verb).parameters if name != "options"]
     for name in options.keys() - set(have):
-        if near := get_close_matches(name, [*parameters, *have], n=1):
-            raise UsageError(f"there is no option '{name}'", hint=f"did you mean '{near[0]}'?")
+        if hint := suggestion(name, [*parameters, *have]):
+            raise UsageError(f"there is no option '{name}'", hint=hint)
 
 
-def _refuse_idle_data(recipe: Recipe, chosen: Method) -> None:
+def _refuse_idle_data(recipe: Recipe, chosen: Method, overrides: Sequence[Override]) -> None:
     on_data = bool(chosen.on_data or recipe.unlabelled or recipe.coefficients)
-    if on_data and any(parse(text).method not in (None, recipe.method) for text in recipe.at):
+    if on_data and any(override.method not in (None, recipe.method) for override in overrides):
         # Coefficients are found for a model that is merged in one way.
         raise UsageError(
             f"'{recipe.method}' finds weights for all tensors on data, and no other method can merge some of them",
@@ -363,22 +353,14 @@ def _check_choices(recipe: Recipe) -> None:
         ("on_mismatch", recipe.on_mismatch, ON_MISMATCH),
     ):
         if value not in choices:
-            near = get_close_matches(value, choices, n=1)
             raise UsageError(
-                f"must be one of {', '.join(choices)}, not '{value}'",
-                option=option,
-                hint=f"did you mean '{near[0]}'?" if near else None,
+                f"must be one of {', '.join(choices)}, not '{value}'", option=option, hint=suggestion(value, choices)
             )
 
 
 def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
     for name in recipe.weights:
         if name not in names:
-            near = get_close_matches(name, names, n=1)
-            raise UsageError(
-                f"names '{name}', which is no expert",
-                option="weights",
-                hint=f"did you mean '{near[0]}'?" if near else f"the experts are: {', '.join(names)}",
-            )
-    weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
-    return weights
+            hint = suggestion(name, names, f"the experts are: {', '.join(names)}")
+            raise UsageError(f"names '{name}', which is no expert", option="weights", hint=hint)
+    return tuple(float(recipe.weights.get(name, 1.0)) for name in names)

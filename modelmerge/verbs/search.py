@@ -25,7 +25,7 @@ from modelmerge.errors import ModelMergeError, OutputError, UsageError
 from modelmerge.evaluation.custom import Metric
 from modelmerge.methods import registry
 from modelmerge.plan.downloads import fetch
-from modelmerge.plan.recipe import Recipe
+from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import as_file, write_card
 from modelmerge.record.redaction import placeless
@@ -51,10 +51,10 @@ def search(
     at: Sequence[str] = (),
     rest: str | None = None,
     disentangle: str | Sequence[str] = (),
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    on_mismatch: str = "error",
+    on_mismatch: OnMismatch = "error",
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modelmerge.errors import UsageError
-from modelmerge.plan.recipe import Recipe
-from modelmerge.progress import Reporter
 
 State = Mapping[str, Tensor]
 
@@ -26,11 +24,13 @@ def states_of(base: object, experts: object) -> tuple[State, dict[str, State]] |
     """The tensors of the base and of the experts by name; None where they are references.
 
     Raises:
-        UsageError: Some are tensors and others are references, or experts stand in a list without names.
+        UsageError: Some are tensors and others are references.
     """
-    named = dict(experts) if isinstance(experts, Mapping) else {}
-    listed = list(named.values()) if named else list(experts) if isinstance(experts, list | tuple) else []
-    tensors = [is_state(model) and bool(model) for model in (base, *listed)]
+    if isinstance(experts, Mapping):
+        states = dict(experts)
+    else:
+        states = {f"expert_{i}": state for i, state in enumerate(experts if isinstance(experts, list | tuple) else ())}
+    tensors = [is_state(model) and bool(model) for model in (base, *states.values())]
     if not any(tensors):
         return None
     if not all(tensors):
@@ -38,13 +38,13 @@ def states_of(base: object, experts: object) -> tuple[State, dict[str, State]] |
             "the base and the experts must all be mappings of tensors, or all be references",
             hint="load the others, for example with safetensors.torch.load_file",
         )
-    if not named:
-        named = {f"expert_{i}": state for i, state in enumerate(listed)}
-    return base, named  # type: ignore[return-value]
+    return base, states  # type: ignore[return-value]
 
 
-def merge_tensors(base: State, experts: Mapping[str, State], recipe: Recipe, run: Any, progress: Reporter) -> Any:
-    """The merged tensors, on the devices of the base's; `run` makes the merge of a recipe into a directory.
+def merge_tensors(
+    base: State, experts: Mapping[str, State], make: Callable[[str, list[str], Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """The merged tensors, on the devices of the base's; `make` merges a base and experts into a directory.
 
     The tensors go through files in a temporary directory, so that one way of merging serves all.
     """
@@ -55,7 +55,7 @@ def merge_tensors(base: State, experts: Mapping[str, State], recipe: Recipe, run
             save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, place)
         files = [f"{name}={place}" if name else str(place) for name, place in places.items()]
         out = Path(folder, "merged")
-        result = run(recipe.with_models(files[0], files[1:]), out, progress)
+        result = make(files[0], files[1:], out)
         if not out.exists():
             return result  # a plan
         merged: dict[str, Tensor] = {}

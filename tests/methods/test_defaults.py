@@ -17,8 +17,7 @@ from torch import Tensor
 import modelmerge
 from modelmerge.errors import UsageError
 from modelmerge.methods import registry
-from modelmerge.methods.options import is_linear, make_options, option_types, read_value
-from modelmerge.plan.overrides import text_of
+from modelmerge.methods.options import as_text, is_linear, make_options, option_types, read_value
 from tests.support.checkpoints import State, read, same_bits, write
 from tests.support.methods import takes
 
@@ -86,7 +85,7 @@ def merged(models: list[Path], out: Path, kind: str, name: str, values: dict[str
             chosen = models[: 1 + takes(name, 3)]
             modelmerge.merge(chosen[0], chosen[1:], out, method=name, **values)
         else:
-            words = [f"{option.replace('_', '-')}={text_of(value)}" for option, value in values.items()]
+            words = [f"{option.replace('_', '-')}={as_text(value)}" for option, value in values.items()]
             transform = " ".join([name, *words])
             modelmerge.merge(models[0], models[1:], out, method="task-arithmetic", disentangle=transform)
         _PLAIN[key] = read(out)

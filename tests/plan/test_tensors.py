@@ -21,7 +21,7 @@ from modelmerge.checkpoint.reference import parse
 from modelmerge.errors import PlanError, UsageError
 from modelmerge.plan.overrides import Methods
 from modelmerge.plan.recipe import Recipe
-from modelmerge.plan.tensors import Plan, dtype_of, make_plan
+from modelmerge.plan.tensors import DTYPES, Plan, make_plan
 from modelmerge.verbs.merge import execute
 from modelmerge.verbs.prepare import prepare
 from tests.support.checkpoints import SHAPES, State, base_state, expert_state, read, write
@@ -300,7 +300,7 @@ def test_a_dtype_is_for_floating_tensors_only(tmp_path: Path) -> None:
     models = states()
     for expert in models[1:]:
         del expert["logit_scale"]
-    made = plan(tmp_path, models, dtype=dtype_of("bfloat16"), exclude=["*.bias"])
+    made = plan(tmp_path, models, dtype=DTYPES["bfloat16"], exclude=["*.bias"])
     assert {name: tensor.out_dtype for name, tensor in made.tensors.items()} == {
         **dict.fromkeys((*SHAPES, "empty"), "BF16"), "position_ids": "I64",
     }  # fmt: skip

@@ -139,7 +139,7 @@ def test_what_to_measure_with_is_said_in_the_words_of_eval(text: str, told: dict
     ("on", "says"),
     [
         ("weights:x", "do not say how well a model does"),
-        ("clop:svhn", "did you mean clip:...?"),
+        ("clop:svhn", "did you mean 'clip:...'?"),
         ("metric.py:f", "is not SUITE:WHAT"),
         ("custom:", "is not SUITE:WHAT"),
         ("custom:metric.py", "is not custom:FILE:FUNCTION"),

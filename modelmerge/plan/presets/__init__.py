@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, suggestion
 
 _FOLDER = Path(__file__).parent
 
@@ -45,7 +44,6 @@ def load(name: str) -> Preset:
         UsageError: There is no such preset.
     """
     if name not in names():
-        near = get_close_matches(name, names(), n=1)
-        listed = f"there are: {', '.join(names())}"
-        raise UsageError(f"there is no preset '{name}'", hint=f"did you mean '{near[0]}'? {listed}" if near else listed)
+        hint = suggestion(name, names(), also=f"there are: {', '.join(names())}")
+        raise UsageError(f"there is no preset '{name}'", hint=hint)
     return Preset(name, **json.loads((_FOLDER / f"{name}.json").read_bytes()))
