@@ -10,7 +10,9 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,9 @@ class TensorInfo:
     file: Path
     start: int  # first byte of the data, counted from the start of the file
     nbytes: int
-    strides: tuple[int, ...] | None = None  # in elements, where they do not lie in their order; only pickles have such
+    strides: tuple[int, ...] | None = None  # in elements, where they do not lie in their order
     change: Change | None = None  # set where the values are not the tensor's weights
+    blocks: tuple[TensorInfo, ...] = ()  # where it is stored in pieces: its elements are theirs, one after the other
 
     @property
     def numel(self) -> int:
@@ -55,7 +58,7 @@ class Change:
     """How stored values tell what a tensor differs by from the base's.
 
     They are the difference divided by `scale`; or, with `factors`, the difference is `scale * left @ right`, the tensor
-    taken as a matrix of its first dimension's rows.
+    taken as a matrix of its first dimension's rows; or, with `matrices`, each of a stack's matrices has its own.
 
     Args:
         scale: A factor on the whole.
@@ -64,6 +67,7 @@ class Change:
         origin: Stands in for the base's tensor [m, n]; the difference is to be seen from there.
         magnitude: Norms [m] (`transposed`: [n]) to which the rows (columns) of the changed tensor are rescaled, as in
             DoRA.
+        matrices: Of a stack [E, m, n], how each matrix changes; None where it does not.
     """
 
     scale: float = 1.0
@@ -71,6 +75,7 @@ class Change:
     transposed: bool = False
     origin: TensorInfo | None = None
     magnitude: TensorInfo | None = None
+    matrices: tuple[TensorInfo | None, ...] = ()
 
     @property
     def low_rank(self) -> bool:
@@ -80,7 +85,68 @@ class Change:
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         """Every tensor that takes part in it, as stored."""
-        return tuple(part for part in (*(self.factors or ()), self.origin, self.magnitude) if part is not None)
+        parts = [part for part in (*(self.factors or ()), self.origin, self.magnitude) if part is not None]
+        for matrix in self.matrices:
+            if matrix is not None:
+                parts += (matrix.change.parts if matrix.change else ()) or (matrix,)
+        return tuple(parts)
+
+
+def rows(info: TensorInfo, first: int, last: int) -> TensorInfo:
+    """The part of a stored tensor from `first` to `last` along its first axis."""
+    shape = (last - first, *info.shape[1:])
+    width, item = math.prod(info.shape[1:]), DTYPE_BITS[info.dtype] // 8
+    if info.blocks:
+        blocks, position = [], 0
+        for block in info.blocks:
+            start, stop = max(first * width - position, 0), min(last * width - position, block.numel)
+            if start < stop:
+                blocks.append(_run(block, start, stop))
+            position += block.numel
+        return joined(info.name, shape, blocks)
+    step = width if info.strides is None else info.strides[0]
+    return replace(info, shape=shape, start=info.start + first * step * item, nbytes=math.prod(shape) * item)
+
+
+def matrix(info: TensorInfo, index: int) -> TensorInfo:
+    """One matrix of a stored stack [E, m, n]: [m, n]."""
+    part = rows(info, index, index + 1)
+    return replace(part, shape=part.shape[1:], strides=part.strides and part.strides[1:])
+
+
+def transposed(info: TensorInfo) -> TensorInfo:
+    """A stored tensor with its last two axes exchanged."""
+    strides = info.strides or tuple(math.prod(info.shape[axis + 1 :]) for axis in range(len(info.shape)))
+    *front, m, n = range(len(info.shape))
+    order = (*front, n, m)
+    return replace(info, shape=tuple(info.shape[i] for i in order), strides=tuple(strides[i] for i in order))
+
+
+def joined(name: str, shape: tuple[int, ...], blocks: Sequence[TensorInfo]) -> TensorInfo:
+    """A tensor of that shape out of stored ones, whose elements it has one after the other."""
+    first, nbytes = blocks[0], sum(block.nbytes for block in blocks)
+    if len(blocks) == 1:
+        return replace(first, name=name, shape=shape)
+    in_a_row = [
+        (one.file, one.start + one.nbytes, one.strides) == (other.file, other.start, None)
+        for one, other in pairwise(blocks)
+    ]
+    if all(in_a_row) and not any(block.blocks for block in blocks):
+        return replace(first, name=name, shape=shape, nbytes=nbytes)
+    parts = tuple(part for block in blocks for part in block.blocks or (block,))
+    return TensorInfo(name, first.dtype, shape, first.file, first.start, nbytes, change=first.change, blocks=parts)
+
+
+def _run(info: TensorInfo, start: int, stop: int) -> TensorInfo:
+    """The elements of a stored tensor from `start` to `stop`: whole rows, or any where they lie in their order."""
+    if (start, stop) == (0, info.numel):
+        return info
+    width = math.prod(info.shape[1:])
+    if start % width == 0 and stop % width == 0:
+        return rows(info, start // width, stop // width)
+    assert not info.strides, "a tensor whose elements do not lie in their order is cut between rows"
+    item = DTYPE_BITS[info.dtype] // 8
+    return replace(info, shape=(stop - start,), start=info.start + start * item, nbytes=(stop - start) * item)
 
 
 def damaged(file: Path, what: str) -> CheckpointError:

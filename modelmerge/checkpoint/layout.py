@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -41,12 +41,20 @@ class Layout:
     shard_of: dict[str, Shard]  # key -> its shard
 
 
-def lay_out(entries: Mapping[str, Entry], max_shard_size: int, *, folder: str = "", filename: str = SINGLE) -> Layout:
+def lay_out(
+    entries: Mapping[str, Entry],
+    max_shard_size: int,
+    *,
+    matrices: Mapping[str, Sequence[str]] | None = None,
+    folder: str = "",
+    filename: str = SINGLE,
+) -> Layout:
     """Files of at most `max_shard_size` bytes of tensors, named and split as transformers does.
 
     Args:
         entries: Name to dtype, shape and bytes, in the order they shall have.
         max_shard_size: In bytes.
+        matrices: By stack, the names of its matrices, which are written one by one.
         folder: Where in the output the checkpoint goes; ends in a slash, or is empty for the output itself.
         filename: What a single file is called.
     """
@@ -57,7 +65,7 @@ def lay_out(entries: Mapping[str, Entry], max_shard_size: int, *, folder: str = 
         max_shard_size=max_shard_size,
     )
     shards = tuple(
-        _shard(folder, filename, {name: entries[name] for name in names})
+        _shard(folder, filename, {name: entries[name] for name in names}, matrices or {})
         for filename, names in (split.filename_to_tensors or {filename: []}).items()
     )
     shard_of = {key: shard for shard in shards for key in shard.tensors}
@@ -79,7 +87,7 @@ def together(layouts: Iterable[Layout]) -> Layout:
     )
 
 
-def _shard(folder: str, filename: str, entries: Mapping[str, Entry]) -> Shard:
+def _shard(folder: str, filename: str, entries: Mapping[str, Entry], matrices: Mapping[str, Sequence[str]]) -> Shard:
     # Widest dtype first, so that every tensor starts at a multiple of its item size, as readers that map files need.
     names = sorted(entries, key=lambda name: -DTYPE_BITS[entries[name][0]])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -87,7 +95,9 @@ def _shard(folder: str, filename: str, entries: Mapping[str, Entry]) -> Shard:
     for name in names:
         dtype, shape, nbytes = entries[name]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
-        relative[name] = position
+        parts = matrices.get(name, (name,))
+        for index, part in enumerate(parts):
+            relative[part] = position + index * (nbytes // len(parts))
         position += nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -80,6 +80,9 @@ class Checkpoint:
         Raises:
             CheckpointError: The file ends before that, or cannot be read.
         """
+        if tensor.blocks:
+            self._read_blocks(tensor, offset, buffer, follow=follow)
+            return
         source = self._open(tensor.file)
         if tensor.strides is not None:
             assert isinstance(source, FileDigest), "a stream of a tensor whose elements do not lie in their order"
@@ -94,6 +97,15 @@ class Checkpoint:
                 done += count
         except OSError as error:
             raise CheckpointError(f"{tensor.file}: tensor '{tensor.name}' cannot be read: {error.strerror}") from error
+
+    def _read_blocks(self, tensor: TensorInfo, offset: int, buffer: memoryview, *, follow: bool) -> None:
+        for block in tensor.blocks:
+            if offset < block.nbytes and len(buffer):
+                count = min(block.nbytes - offset, len(buffer))
+                self.read_into(block, offset, buffer[:count], follow=follow)
+                buffer, offset = buffer[count:], 0
+            else:
+                offset -= min(block.nbytes, offset)
 
     def digests(self) -> dict[Path, str]:
         """The sha256 of every weight file; what reading has not passed yet is read now.

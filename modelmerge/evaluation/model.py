@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import TORCH_DTYPES, read_tensor, whole
+from modelmerge.plan.stacks import entries
 from modelmerge.plan.tensors import make_plan
 
 
@@ -34,12 +35,14 @@ class Model(Mapping[str, Tensor]):
         self.device = device
         self.checkpoint = checkpoint
         self._source: Source | None = None
+        self._stacks: Mapping[str, Sequence[str]] = {}  # by stack, the names of its matrices in the plan
         self.base = base
         self.base_path = base.reference.path if base is not None else None
         if checkpoint.vector is not None or onto_base:
             assert base is not None, "a change needs what it changes"
             plan = make_plan(base, [checkpoint])
             self._source = Source(plan, torch.device("cpu"), 1)
+            self._stacks = entries(plan.tensors.values())[1]
 
     def check(self) -> None:
         """Make sure that its files are what they were when it was opened.
@@ -54,6 +57,12 @@ class Model(Mapping[str, Tensor]):
             if tensor not in self.checkpoint.tensors:
                 raise KeyError(tensor)
             return read_tensor(self.checkpoint, tensor)
+        if tensor in self._stacks:
+            return torch.stack([self._of_plan(part) for part in self._stacks[tensor]])
+        return self._of_plan(tensor)
+
+    def _of_plan(self, tensor: str) -> Tensor:
+        assert self._source is not None, "only a change is read by way of a plan"
         plan = self._source.plan.tensors[tensor]
         if plan.action == "copy" or not plan.numel:
             return read_tensor(self._source.plan.base, tensor)
@@ -65,7 +74,11 @@ class Model(Mapping[str, Tensor]):
         return (theta_0 + taus[0]).to(TORCH_DTYPES[plan.dtype])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.checkpoint.tensors if self._source is None else self._source.plan.tensors)
+        return iter(self.checkpoint.tensors if self._source is None else self._names())
 
     def __len__(self) -> int:
-        return len(self.checkpoint.tensors if self._source is None else self._source.plan.tensors)
+        return len(self.checkpoint.tensors if self._source is None else self._names())
+
+    def _names(self) -> list[str]:
+        assert self._source is not None, "only a change is read by way of a plan"
+        return list(dict.fromkeys(tensor.stored_name for tensor in self._source.plan.tensors.values()))

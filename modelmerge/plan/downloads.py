@@ -48,6 +48,7 @@ def _places(
     # A tensor whose elements lie in another order would be read over and over again.
     infos = model.tensors.values()
     parts = [*infos, *(part for info in infos if info.change for part in info.change.parts)]
+    parts += [block for part in parts for block in part.blocks]
     gathered = {part.file for part in parts if part.strides is not None}
     places = [remote.place(file) for file in model.files if not stream or file in gathered]
     if model.directory is not None:

@@ -259,16 +259,18 @@ class Methods:
             texts.append(str(dataclasses.replace(override, values=values)))
         return tuple(texts)
 
-    def settings(self, tensors: Mapping[str, bool], weights: tuple[float, ...]) -> dict[str, Setting]:
-        """How each tensor is merged, of those that are; `tensors` says by name which are weights of linear layers.
+    def settings(
+        self, tensors: Mapping[str, tuple[int | None, bool]], weights: tuple[float, ...]
+    ) -> dict[str, Setting]:
+        """How each tensor is merged, of those that are: by name, the place of its override, and whether it is linear.
 
         Raises:
             UsageError: A curve goes over layers that are not there, or the weights of an average add up to zero.
         """
         depth, settings = depths(list(tensors)), {}
         numbered = bool(layers(tensors))
-        for tensor, linear in tensors.items():
-            choice = self.choose(tensor, self.place_of(tensor), linear=linear)
+        for tensor, (place, linear) in tensors.items():
+            choice = self.choose(tensor, place, linear=linear)
             assert choice is not None, "the tensor is merged"
             long = any(len(curve.values) > 1 for curve in (*choice.curves.values(), *choice.experts.values()))
             if long and not numbered:

@@ -19,6 +19,7 @@ from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.plan.overrides import BASE, Methods
 from modelmerge.plan.recipe import OnMismatch
+from modelmerge.plan.stacks import entries, is_stack, restack, unstack
 
 Action = Literal["merge", "copy"]
 
@@ -34,7 +35,7 @@ _QUANTISED_ENDS = {
 # Two-dimensional weights that are look-up tables or output heads, not linear layers, by the names the field uses.
 _NOT_LINEAR = (
     "*embed*", "*wte.weight", "*wpe.weight", "shared.weight", "*.shared.weight", "*relative_attention_bias*",
-    "*lm_head*", "*position_encoding*", "*token_type*",
+    "*lm_head*", "*position_encoding*", "*token_type*", "*_bias",
 )  # fmt: skip
 
 
@@ -54,11 +55,23 @@ class TensorPlan:
     twin: str | None = None  # the tensor before it that it is tied to, in every model
     method: str | None = None  # what merges it, where that is known
     override: int | None = None  # the place of the override that decides
+    stack: str | None = None  # the stored stack that it is a matrix of; its own name is `STACK[INDEX]`
+    index: int = 0
+
+    @property
+    def stored_name(self) -> str:
+        """The name of the tensor in files: its own, or its stack's."""
+        return self.stack or self.name
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes that it takes in the output."""
+        return self.numel * DTYPE_BITS[self.out_dtype] // 8
 
     @property
     def row(self) -> int:
@@ -182,8 +195,10 @@ def make_plan(
         methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()})
     beyond = sorted({name for expert in experts for name in expert.tensors} - base.tensors.keys())
     expert_only = {name: tuple(expert.name for expert in experts if name in expert.tensors) for name in beyond}
-    entries = {t.name: (t.out_dtype, t.shape, out_bytes(t)) for t in tensors.values()}
-    return Plan(base, tuple(experts), tensors, expert_only, lay_out(entries, max_shard_size))
+    base, experts, tensors = unstack(base, experts, tensors)
+    stored, matrices = entries(tensors.values())
+    layout = lay_out(stored, max_shard_size, matrices=matrices)
+    return Plan(base, tuple(experts), tensors, expert_only, layout)
 
 
 def _disagreement(complaints: Sequence[str]) -> PlanError:
@@ -254,10 +269,12 @@ def _method_of(methods: Methods | None, name: str, linear: bool) -> tuple[str, i
 
 
 def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
-    """Whether it is the weight of a linear layer: two-dimensional, and no table or head by its name.
+    """Whether it is the weight of a linear layer, or a stack of such: two-dimensional, and no table or head by name.
 
     Who includes tensors by name knows them: then the name does not count.
     """
+    if is_stack(info):
+        return True
     if len(info.shape) != 2 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
         return False
     return bool(include) or not _matches(info.name.lower(), _NOT_LINEAR)
@@ -323,7 +340,7 @@ def _matched(
     def merges(name: str) -> bool:
         return not _matches(name, exclude) and (not include or _matches(name, include))
 
-    pairs = [match(base, expert, merges) for expert in experts]
+    pairs = [match(base, restack(base, expert), merges) for expert in experts]
     return [matched for matched, _ in pairs], [each for _, unsure in pairs for each in unsure]
 
 
@@ -358,11 +375,6 @@ def _nothing_to_merge(base: Checkpoint, experts: Sequence[Checkpoint], tensors: 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-
-
-def out_bytes(tensor: TensorPlan) -> int:
-    """Bytes that a tensor takes in the output."""
-    return tensor.numel * DTYPE_BITS[tensor.out_dtype] // 8
 
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what `--dtype` takes, in safetensors' names

@@ -313,7 +313,7 @@ def job_of(
         DeviceError: There is no such device.
     """
     tensors = plan.select("merge")
-    settings = methods.settings({tensor.name: tensor.linear for tensor in tensors}, weights)
+    settings = methods.settings({tensor.name: (tensor.override, tensor.linear) for tensor in tensors}, weights)
     members: dict[Any, list[TensorPlan]] = {}
     for tensor in tensors:
         setting = settings[tensor.name]

@@ -27,7 +27,8 @@ from modelmerge.methods import registry
 from modelmerge.methods.options import make_options
 from modelmerge.plan.downloads import fetch, with_downloads
 from modelmerge.plan.recipe import parse_size
-from modelmerge.plan.tensors import TensorPlan, make_plan, out_bytes
+from modelmerge.plan.stacks import entries
+from modelmerge.plan.tensors import TensorPlan, make_plan
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.fingerprint import fingerprint
 from modelmerge.record.manifest import as_file, listing, remarks
@@ -221,11 +222,11 @@ def disentangle(
         everything, size = list(job.plan.tensors.values()), parse_size(max_shard_size)
         layouts = list(_layouts(opened, measured, {}, size))
         if transform.shares_vector:
-            entries = {t.name: ("F32", t.shape, 4 * t.numel) for t in opened.linear}
-            layouts.append(lay_out(entries, size, folder=f"{REDUNDANT}/"))
+            shared = {t.name: ("F32", t.shape, 4 * t.numel) for t in opened.linear}
+            layouts.append(lay_out(shared, size, folder=f"{REDUNDANT}/"))
         if full_experts:
-            entries = {t.name: (t.out_dtype, t.shape, out_bytes(t)) for t in everything}
-            layouts += [lay_out(entries, size, folder=f"{FULL}/{name}/") for name in names]
+            stored, matrices = entries(everything)
+            layouts += [lay_out(stored, size, matrices=matrices, folder=f"{FULL}/{name}/") for name in names]
         staging.lay_out(together(layouts))
         places = vectors.Places(
             tuple(f"{name}/" for name in names),
@@ -372,17 +373,17 @@ def _ranks(
 def _layouts(opened: _Opened, measured: Mapping[str, Measured], ranks: Ranks, size: int) -> Iterable[Layout]:
     """The files of each expert's directory: changed tensors, whole or as factors."""
     for i, name in enumerate(opened.names):
-        entries: dict[str, Entry] = {}
+        changed: dict[str, Entry] = {}
         for tensor in opened.tensors:
             if not measured[tensor.name].nonzero[i]:
                 continue
             if tensor.name in ranks:
                 rank = ranks[tensor.name][i]
                 for end, shape in ((LEFT, (tensor.shape[0], rank)), (RIGHT, (rank, tensor.shape[1]))):
-                    entries[tensor.name + end] = ("F32", shape, 4 * shape[0] * shape[1])
+                    changed[tensor.name + end] = ("F32", shape, 4 * shape[0] * shape[1])
             else:
-                entries[tensor.name] = ("F32", tensor.shape, 4 * tensor.numel)
-        yield lay_out(entries, size, folder=f"{name}/")
+                changed[tensor.name] = ("F32", tensor.shape, 4 * tensor.numel)
+        yield lay_out(changed, size, folder=f"{name}/")
 
 
 def _copy_companions(opened: _Opened, staging: Staging) -> None:

@@ -1,0 +1,105 @@
+"""Stacks: the weights of a layer's experts in one tensor [E, m, n], which are merged as E matrices.
+
+A plan has an entry for each matrix, `STACK[INDEX]`, so that a stack is merged as the same matrices are that a model
+stores one by one. Files have the stack.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from modelmerge.checkpoint.header import MERGEABLE_DTYPES, Change, TensorInfo, matrix
+from modelmerge.checkpoint.layout import Entry
+from modelmerge.checkpoint.reader import Checkpoint
+
+if TYPE_CHECKING:
+    from modelmerge.plan.tensors import TensorPlan
+
+# Names of the layers whose experts are stacked: of most families, and of Granite's and JetMoE's.
+_STACKS = ("*expert*", "*moe.input_linear.weight", "*moe.output_linear.weight", "*mlp.input_linear.weight",
+           "*mlp.output_linear.weight")  # fmt: skip
+
+
+def is_stack(info: TensorInfo) -> bool:
+    """Whether it holds the weights of a layer's experts, a matrix each."""
+    if len(info.shape) != 3 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
+        return False
+    return any(fnmatch.fnmatchcase(info.name.lower(), glob) for glob in _STACKS)
+
+
+def matrix_name(stack: str, index: int) -> str:
+    """The name of a matrix of a stack in plans, manifests and task vectors."""
+    return f"{stack}[{index}]"
+
+
+def restack(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
+    """A task vector that holds matrices of the base's stacks one by one, as one that holds the stacks."""
+    vector = expert.vector
+    if vector is None:
+        return expert
+    changes: dict[str, TensorInfo] = {}
+    unchanged = set(vector.unchanged)
+    for stack, info in base.tensors.items():
+        parts = [matrix_name(stack, index) for index in range(info.shape[0])] if is_stack(info) else []
+        matrices = tuple(expert.tensors.get(part) for part in parts)
+        some = next((matrix for matrix in matrices if matrix is not None), None)
+        if some is not None and all(part in expert.tensors or part in unchanged for part in parts):
+            nbytes = sum(matrix.nbytes for matrix in matrices if matrix is not None)
+            changes[stack] = replace(info, dtype=some.dtype, file=some.file, start=some.start, nbytes=nbytes,
+                                     change=Change(matrices=matrices))  # fmt: skip
+        elif parts and unchanged.issuperset(parts):
+            unchanged.add(stack)
+    parts_of_any = {m.name for info in changes.values() if info.change for m in info.change.matrices if m is not None}
+    tensors = {name: info for name, info in expert.tensors.items() if name not in parts_of_any} | changes
+    return replace(expert, tensors=tensors, vector=replace(vector, unchanged=frozenset(unchanged)))
+
+
+def unstack(
+    base: Checkpoint, experts: Sequence[Checkpoint], tensors: Mapping[str, TensorPlan]
+) -> tuple[Checkpoint, tuple[Checkpoint, ...], dict[str, TensorPlan]]:
+    """The models and the plan with a tensor for each matrix of the stacks that are merged as linear layers."""
+    plans: dict[str, TensorPlan] = {}
+    for name, plan in tensors.items():
+        if plan.action != "merge" or not plan.linear or len(plan.shape) != 3:
+            plans[name] = plan
+            continue
+        for index in range(plan.shape[0]):
+            part = matrix_name(name, index)
+            plans[part] = replace(plan, name=part, shape=plan.shape[1:], stack=name, index=index)
+    stacks = {plan.stack for plan in plans.values() if plan.stack is not None}
+    if not stacks:
+        return base, tuple(experts), dict(tensors)
+    models = [replace(model, tensors=_matrices(model.tensors, stacks)) for model in (base, *experts)]
+    return models[0], tuple(models[1:]), plans
+
+
+def _matrices(tensors: Mapping[str, TensorInfo], stacks: set[str]) -> dict[str, TensorInfo]:
+    """A model's tensors, those stacks in their matrices."""
+    parts: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        if name not in stacks:
+            parts[name] = info
+            continue
+        each = info.change.matrices if info.change is not None else ()
+        for index, part in enumerate(each or [matrix(info, index) for index in range(info.shape[0])]):
+            if part is not None:
+                parts[matrix_name(name, index)] = replace(part, name=matrix_name(name, index))
+    return parts
+
+
+def entries(tensors: Iterable[TensorPlan]) -> tuple[dict[str, Entry], dict[str, list[str]]]:
+    """What a checkpoint of these tensors stores, stacks whole; and by stack the names of its matrices."""
+    stored: dict[str, Entry] = {}
+    matrices: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if tensor.stack is None:
+            stored[tensor.name] = (tensor.out_dtype, tensor.shape, tensor.out_bytes)
+            continue
+        names = matrices.setdefault(tensor.stack, [])
+        names.append(tensor.name)
+        count = len(names)
+        stored[tensor.stack] = (tensor.out_dtype, (count, *tensor.shape), count * tensor.out_bytes)
+    return stored, matrices
