@@ -237,7 +237,7 @@ class Family:
     """
 
     def __init__(self, names: Iterable[tuple[str, str]], joins: Mapping[str, list[str]]) -> None:
-        self._rules = [(old.strip("^#").partition("#")[0], _pattern(old), _put(new)) for old, new in names]
+        self._rules = [(old.strip("^#").partition("#")[0], _pattern(old, new), _put(new)) for old, new in names]
         self._joins = dict(joins)
         self._cache: dict[str, str] = {}
 
@@ -286,9 +286,14 @@ def _cut(info: TensorInfo, parts: list[tuple[str, tuple[int, ...]]]) -> Tensors:
     return tensors
 
 
-def _pattern(old: str) -> re.Pattern[str]:
-    start = "^" if old.startswith("^") else ""
-    return re.compile(start + r"(\d+)".join(re.escape(text) for text in old.removeprefix("^").split("#")))
+def _pattern(old: str, new: str) -> re.Pattern[str]:
+    text = r"(\d+)".join(map(re.escape, old.removeprefix("^").split("#")))
+    if old.startswith("^"):
+        return re.compile(f"^{text}")
+    # Where the new words hold the old ones, a name that has the new ones stays.
+    before, _, behind = new.partition(old) if old in new else ("", "", "")
+    ahead, back = f"(?<!{re.escape(before)})" if before else "", f"(?!{re.escape(behind)})" if behind else ""
+    return re.compile(f"{ahead}{text}{back}")
 
 
 def _put(new: str) -> str:

@@ -1,4 +1,4 @@
-"""Small models of many families, by the real classes of transformers: the names they are stored in and those in memory."""
+"""Small models of many families, by the real classes of transformers, under their names in files and in memory."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ KINDS: dict[str, Kind] = {
     "phi3": Kind(("Phi3Config", "Phi3ForCausalLM"), _TEXT, words),
     "gpt2": Kind(
         ("GPT2Config", "GPT2LMHeadModel"),
-        {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}, words, tied=True,
+        {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}, words,
+        tied=True,
     ),
     "gpt_neox": Kind(("GPTNeoXConfig", "GPTNeoXForCausalLM"), {**_TEXT, "rotary_pct": 0.5}, words),
     "mixtral": Kind(
@@ -138,8 +139,8 @@ KINDS: dict[str, Kind] = {
     ),
     "llava": Kind(
         ("LlavaConfig", "LlavaForConditionalGeneration"),
-        {"text_config": {"model_type": "llama", **_TEXT}, "vision_config": {"model_type": "clip_vision_model", **_VISION},
-         "image_token_index": 60}, words,
+        {"text_config": {"model_type": "llama", **_TEXT},
+         "vision_config": {"model_type": "clip_vision_model", **_VISION}, "image_token_index": 60}, words,
     ),
     "qwen2_vl": Kind(
         ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration"),
@@ -160,7 +161,8 @@ KINDS: dict[str, Kind] = {
     ),
     "gemma3": Kind(
         ("Gemma3Config", "Gemma3ForConditionalGeneration"),
-        {"text_config": {**_TEXT, "sliding_window": 16}, "vision_config": {"model_type": "siglip_vision_model", **_VISION},
+        {"text_config": {**_TEXT, "sliding_window": 16},
+         "vision_config": {"model_type": "siglip_vision_model", **_VISION},
          "mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}, words,
         tied=True,
     ),
@@ -186,8 +188,7 @@ def network(kind: Kind, seed: int) -> nn.Module:
 
     config_class, model_class = (getattr(transformers, name) for name in kind.classes)
     torch.manual_seed(0)
-    made: nn.Module = getattr(transformers, kind.classes[1])(config_class(**kind.config)).eval()
-    del model_class
+    made: nn.Module = model_class(config_class(**kind.config)).eval()
     generator = torch.Generator().manual_seed(100 + seed)
     with torch.no_grad():
         for weight in made.parameters():
