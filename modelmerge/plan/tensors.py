@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from modelmerge.checkpoint.configs import compared
 from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
 from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.matching import is_vocabulary, match, twins
@@ -163,7 +164,7 @@ def make_plan(
         UsageError: A glob matches no tensor, or an override changes none.
     """
     _refuse_quantised((base, *experts))
-    experts, complaints = _matched(base, experts, include, exclude)
+    experts, complaints = _matched(base, compared(base, experts), include, exclude)
     _refuse_idle_globs(base, experts, include, exclude)
     tensors = {}
     for name, info in base.tensors.items():
