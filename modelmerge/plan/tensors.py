@@ -102,6 +102,7 @@ class Plan:
     tensors: dict[str, TensorPlan]
     expert_only: dict[str, tuple[str, ...]]  # tensor name -> the experts that have it; the merge leaves it out
     layout: Layout
+    giver: Checkpoint  # whose tokenizer, chat template and generation config the output gets
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -199,7 +200,7 @@ def make_plan(
     base, experts, tensors = unstack(base, experts, tensors)
     stored, matrices = entries(tensors.values())
     layout = lay_out(stored, max_shard_size, matrices=matrices)
-    return Plan(base, tuple(experts), tensors, expert_only, layout)
+    return Plan(base, tuple(experts), tensors, expert_only, layout, base)
 
 
 def _disagreement(complaints: Sequence[str]) -> PlanError:
