@@ -35,8 +35,8 @@ _REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 _KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of a checkpoint's files; readers prefer the first
 _ADDRESS = re.compile(r"hf://([^/@]+/[^/@]+)@([^/]+)/(.+)")
-# By readers, to know what a checkpoint is.
-_LOOKED_INTO = re.compile(r"(.*/)?(config|adapter_config|modelmerge|[^/]*\.index)\.json", re.DOTALL)
+# By readers, to know what a checkpoint is and what lies beside it.
+_LOOKED_INTO = re.compile(r"(.*/)?((adapter_|generation_|tokenizer_)?config|modelmerge|[^/]*\.index)\.json", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from modelmerge.checkpoint.configs import compared
 from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
 from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.leftovers import refuse_lookalikes
@@ -102,6 +103,7 @@ class Plan:
     tensors: dict[str, TensorPlan]
     expert_only: dict[str, tuple[str, ...]]  # tensor name -> the experts that have it; the merge leaves it out
     layout: Layout
+    giver: Checkpoint  # whose tokenizer, chat template and generation config the output gets
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -164,7 +166,7 @@ def make_plan(
         UsageError: A glob matches no tensor, or an override changes none.
     """
     _refuse_quantised((base, *experts))
-    experts, complaints = _matched(base, experts, include, exclude)
+    experts, complaints = _matched(base, compared(base, experts), include, exclude)
     _refuse_idle_globs(base, experts, include, exclude)
     tensors = {}
     for name, info in base.tensors.items():
@@ -199,7 +201,7 @@ def make_plan(
     base, experts, tensors = unstack(base, experts, tensors)
     stored, matrices = entries(tensors.values())
     layout = lay_out(stored, max_shard_size, matrices=matrices)
-    return Plan(base, tuple(experts), tensors, expert_only, layout)
+    return Plan(base, tuple(experts), tensors, expert_only, layout, base)
 
 
 def _disagreement(complaints: Sequence[str]) -> PlanError:

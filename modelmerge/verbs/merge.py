@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from modelmerge.checkpoint.companions import companions
+from modelmerge.checkpoint.companions import BASE, companions_of_output, token_ids
+from modelmerge.checkpoint.config_file import dtype_values
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.scratch import scratches
 from modelmerge.checkpoint.staging import CARD, Staging
@@ -39,6 +40,7 @@ def merge(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_mismatch: OnMismatch = "error",
+    files_from: str = BASE,
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
@@ -74,6 +76,8 @@ def merge(
         exclude: Globs of the tensors to copy from the base.
         on_mismatch: What becomes of tensors whose shapes differ: error; copy: the base's; common-rows: of embeddings
             and heads, the rows that all have are merged and the base's others kept.
+        files_from: Name of the expert whose tokenizer, chat template and generation config go with the output; base:
+            the base's.
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
@@ -108,7 +112,7 @@ def merge(
             method=method, base=base, experts=tuple(experts), options=options, weights=dict(weights or {}),
             disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
             rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-            max_shard_size=max_shard_size, seed=seed, as_lora=as_lora, unlabelled=data,
+            files_from=files_from, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora, unlabelled=data,
         )  # fmt: skip
         prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
         if dry_run:
@@ -213,8 +217,11 @@ def complete(
     job = prepared.job
     digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
     refuse_changed(prepared.recorded, job.plan.models, digests)
-    for name, file in companions(job.plan.base.directory if small is None else None).items():
-        staging.write_file(name, file)
+    if small is None:
+        base, giver = job.plan.base, job.plan.giver
+        values = dtype_values(base.config, prepared.recipe.dtype) | token_ids(base, giver)
+        for name, content in companions_of_output(base, giver, values).items():
+            staging.write_file(name, content)
     notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
     staging.write_file(CARD, write_card(prepared.recipe, job, out, notes))
     staging.write_indices()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelmerge.checkpoint.companions import giver_of, remarks_on_files
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
@@ -21,7 +22,7 @@ from modelmerge.engine.job import Group, Job
 from modelmerge.engine.memory import beyond_device, bytes_read, passes, peak_memory, refuse_beyond_memory, scratch_bytes
 from modelmerge.engine.parallel import source_of
 from modelmerge.engine.transforms import Transform, transform_of
-from modelmerge.errors import UsageError, named, suggestion
+from modelmerge.errors import UsageError, named, spelled, suggestion
 from modelmerge.evaluation.custom import Script
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
@@ -33,6 +34,7 @@ from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
 from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, is_linear, make_plan
 from modelmerge.plan.transforms import as_typed, parse_transform
 from modelmerge.progress import Reporter
+from modelmerge.record.command import flag
 from modelmerge.record.fingerprint import fingerprint
 from modelmerge.record.manifest import as_file, groups_of, listing, remarks
 from modelmerge.verbs import adapted, coefficients
@@ -238,6 +240,10 @@ def prepare(
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch, strict=overrides is None,
     )  # fmt: skip
+    if recipe.as_lora is None:
+        plan = dataclasses.replace(plan, giver=giver_of(recipe.files_from, plan.base, plan.experts))
+        about_files = (spelled(text, flag) for text in remarks_on_files(plan.base, plan.experts, plan.giver))
+        remarks = list(dict.fromkeys([*remarks, *about_files]))  # a search's candidates come with the first's
     job = job_of(recipe, plan, methods, transforms, weights, device)
     for transform in transforms:
         if len(experts) < 2:
