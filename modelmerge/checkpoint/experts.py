@@ -138,3 +138,28 @@ def _is_turned(stacks: Tensors) -> bool | None:
     (_, a, b), (_, c, d) = stacks[GATE_UP].shape, stacks[DOWN].shape
     straight, turned = (a, b) == (2 * d, c), (b, a) == (2 * c, d)
     return None if straight == turned else turned
+
+
+def stack_all(tensors: Mapping[str, TensorInfo]) -> tuple[Tensors, dict[str, list[tuple[str, int, int, int]]]]:
+    """A model's tensors with its experts stacked, and by stack what it was made of.
+
+    That is, of each part: its name, the expert's number, and its first and last row in the expert's matrix.
+    """
+    view = dict(tensors)
+    origins: dict[str, list[tuple[str, int, int, int]]] = {}
+    single = _singles(tensors)
+    for front, experts in single.items():
+        style = _style(single)
+        stacks = _stack_of(front, experts, style, "")
+        for name, stack in stacks.items():
+            words = {GATE_UP: style[:2], UP: style[1:2], DOWN: style[2:]}[name.rpartition(".")[2]]
+            height = stack.shape[1] // len(words)
+            origins[name] = [
+                (experts[number][word].name, number, place * height, (place + 1) * height)
+                for number in sorted(experts)
+                for place, word in enumerate(words)
+            ]
+        for part in (origin[0] for name in stacks for origin in origins[name]):
+            del view[part]
+        view |= stacks
+    return view, origins

@@ -97,6 +97,10 @@ KINDS: dict[str, Kind] = {
         ("GraniteMoeConfig", "GraniteMoeForCausalLM"), {**_TEXT, "num_local_experts": 4, "num_experts_per_tok": 2},
         words,
     ),
+    "gpt_oss": Kind(
+        ("GptOssConfig", "GptOssForCausalLM"),
+        {**_TEXT, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}, words,
+    ),
     "phimoe": Kind(
         ("PhimoeConfig", "PhimoeForCausalLM"), {**_TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}, words
     ),
