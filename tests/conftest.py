@@ -20,6 +20,10 @@ atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
     del os.environ[_name]
 os.environ |= {"HF_ENDPOINT": _HUB.endpoint, "HF_HOME": _HOME, "HF_HUB_DISABLE_XET": "1"}
+# OpenMP reads its settings when torch is imported. Two threads, so that everything that is shared out is so on every
+# machine; threads that wait sleep, since spinning they would take the processors from the tests beside.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.support.checkpoints import family  # noqa: E402
 
