@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +28,7 @@ from modelmerge.evaluation.image_tasks import Task
 from modelmerge.evaluation.model import Model
 from tests.support import clip_models
 from tests.support.checkpoints import base_state, write
+from tests.support.commands import script
 from tests.support.hub_server import FakeHub
 
 CPU = torch.device("cpu")
@@ -683,13 +682,13 @@ def test_templates_must_hold_the_class() -> None:
 
 
 def test_without_the_extra_the_error_names_it() -> None:
-    script = (
+    done = script(
         "import sys; sys.modules['datasets'] = None\n"
         "from modelmerge.evaluation import clip\n"
         "from modelmerge.errors import ModelMergeError\n"
         "try: clip.require_extra()\n"
         "except ModelMergeError as error: print(error.message, '|', error.hint)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.returncode == 0, done.stderr
     packages = '"datasets>=4" "transformers>=5" pillow'
     assert f"eval clip needs datasets, which is not installed | pip install {packages}" in done.stdout

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import save_file
 
 import modelmerge
-from modelmerge.cli import main
 from modelmerge.errors import OUTLINES, HubError
 from modelmerge.hub import ranges
 from modelmerge.hub import repository as hub_module
 from tests.support.checkpoints import State, base_state, expert_state, family, read, write
+from tests.support.commands import refused, run
 from tests.support.hub_server import OWNER, READER, FakeHub
 from tests.support.processes import PATIENCE, PROGRAM
 
@@ -46,12 +46,6 @@ def names(hub: FakeHub, local: list[Path]) -> list[str]:
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "_PAUSES", (0.01, 0.01, 0.01))
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def merge(capsys: pytest.CaptureFixture[str], names: list[str], out: Path, *words: object) -> dict[str, Any]:
@@ -501,15 +495,6 @@ def test_a_download_that_begins_when_all_has_ended_ends_too(
 
 
 # What is refused
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:
-    """The error and the hint of a command that fails as it should: one line each."""
-    code, out, err = run(capsys, *words)
-    assert (code, out) == (1, "")
-    lines = [line for line in err.splitlines() if line]
-    assert len(lines) == 2, err
-    return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
 
 
 @pytest.mark.parametrize(

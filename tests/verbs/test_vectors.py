@@ -229,11 +229,7 @@ def test_in_front_of_a_merge_with_options_is_the_two_commands_in_turn(
 
 @pytest.mark.parametrize(
     "order",
-    [
-        ("awd steps=10", "apgd"),
-        ("apgd density=0.5", "awd granularity=row steps=10"),
-        ("awd steps=10", "awd steps=20"),
-    ],
+    [("awd steps=10", "apgd"), ("apgd density=0.5", "awd granularity=row steps=10"), ("awd steps=10", "awd steps=20")],
 )
 @pytest.mark.parametrize("name", ["ties", "tsv-m"])
 def test_a_chain_of_transforms_is_the_commands_in_turn(
