@@ -25,12 +25,10 @@ os.environ |= {"HF_ENDPOINT": _HUB.endpoint, "HF_HOME": _HOME, "HF_HUB_DISABLE_X
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tests.support.checkpoints import family  # noqa: E402
-
 # Files whose tests need libraries that take seconds to import: one process imports them for all.
 _HEAVY = (
     "checkpoint/test_adapter", "checkpoint/test_as_lora", "evaluation/test_clip", "evaluation/test_lm",
-    "verbs/test_adamerging", "verbs/test_architectures", "verbs/test_search",
+    "verbs/test_adamerging", "verbs/test_architectures", "verbs/test_demo", "verbs/test_search",
 )  # fmt: skip
 
 
@@ -56,6 +54,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture
 def models(tmp_path: Path) -> list[Path]:
     """A float32 base and three experts: [base, expert_0, expert_1, expert_2]."""
+    from tests.support.checkpoints import family  # torch with it: pytest's own process does without
+
     return family(tmp_path / "models")
 
 

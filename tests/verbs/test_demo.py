@@ -36,13 +36,13 @@ def test_a_short_demo_tells_the_same_story(
 ) -> None:
     """Fewer tasks, less training, and the methods that users begin with."""
     some = ["average", "task-arithmetic", "ties", "apgd"]
-    views = dict(list(digits._VIEWS.items())[:3])
+    views = dict(list(digits._VIEWS.items())[:2])
     monkeypatch.setattr(digits, "_VIEWS", views)
     monkeypatch.setattr(digits, "TASKS", tuple(views))
     monkeypatch.setattr(digits, "_BASE_STEPS", 75)
     monkeypatch.setattr(digits, "_EXPERT_STEPS", 60)
     monkeypatch.setattr(verb, "suited", lambda experts: some)
-    monkeypatch.setattr(verb, "SCALES", (0.2, 0.3, 0.8))
+    monkeypatch.setattr(verb, "SCALES", (0.3, 0.8))
     assert main(["demo", "-o", str(tmp_path / "out"), "--json"]) == 0
     check((tmp_path / "out", json.loads(capsys.readouterr().out)), some, 0.8, capsys)
 
