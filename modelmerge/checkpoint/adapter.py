@@ -15,35 +15,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-from modelmerge.checkpoint.header import Change, TensorInfo, read_json
-from modelmerge.errors import CheckpointError, PlanError, ReferenceNotFound
+from modelmerge.checkpoint.adapter_config import MERGE_FIRST, Adapter, unmergeable
+from modelmerge.checkpoint.header import Change, TensorInfo
+from modelmerge.errors import CheckpointError, PlanError
 
-CONFIG = "adapter_config.json"
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every key
-
-# Starting points that leave the base as it is; all others subtract from it what the adapter starts with.
-_PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Entries of the config that bear on training, on the file's making or on nothing; those that `translate` uses.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    "task_type", "velora_config",
-}  # fmt: skip
-_USED = {
-    "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save", "r",
-    "rank_pattern", "use_dora", "use_rslora",
-}  # fmt: skip
-_MERGE_FIRST = (
-    "merge it into its base with peft and name the result: "
-    "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)"
-)
 # What a module's keys end in. peft writes the magnitude without `.weight`.
 _PARTS = {
     "lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias",
@@ -55,66 +34,6 @@ CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 # Input embeddings, and output heads that often are the same tensor.
 TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 HEADS = ("lm_head", "embed_out", "output")
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter's config, checked: `base` is the model it says it was trained on, empty if it says none."""
-
-    file: Path
-    base: str
-    config: dict[str, Any]
-
-
-def read_adapter(file: Path) -> Adapter:
-    """The config of an adapter that can be merged.
-
-    Raises:
-        CheckpointError: The file is malformed.
-        ReferenceNotFound: It is of a kind that cannot be merged; the message names it.
-    """
-    config = read_json(file)
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise CheckpointError(f"{file}: malformed: it does not name its 'peft_type'")
-    _refuse_other_kinds(file, config)
-    numbers = [config.get("r"), config.get("lora_alpha")]
-    patterns = [config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}]
-    if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise CheckpointError(f"{file}: malformed: rank_pattern and alpha_pattern must be objects")
-    numbers += [value for pattern in patterns for value in pattern.values()]
-    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or numbers[0] < 1:  # type: ignore[operator]
-        raise CheckpointError(f"{file}: malformed: r, lora_alpha and their patterns must be numbers, r at least 1")
-    for key in (key for pattern in patterns for key in pattern):
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise CheckpointError(f"{file}: the pattern '{key}' is no regular expression: {error}") from error
-    return Adapter(file, str(config.get("base_model_name_or_path") or ""), config)
-
-
-def _unmergeable(message: str) -> ReferenceNotFound:
-    return ReferenceNotFound(message, hint=_MERGE_FIRST)
-
-
-def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
-    kind = config["peft_type"]
-    if kind != "LORA":
-        raise _unmergeable(f"{file.parent} is a {kind} adapter; only LORA can be read")
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGED_BASE):
-        raise ReferenceNotFound(
-            f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which changed the base it was "
-            "trained on: the adapter's product is not what it adds to yours",
-            hint="save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA; or "
-            + _MERGE_FIRST,
-        )
-    if start not in _PLAIN_INITS:
-        raise _unmergeable(
-            f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which is unknown here"
-        )
-    for name, value in config.items():
-        if value and name not in _HARMLESS | _USED:
-            raise _unmergeable(f"{file.parent}: its adapter_config.json sets {name}, which cannot be merged here")
 
 
 def translate(
@@ -141,7 +60,7 @@ def translate(
         if name in changes:
             raise PlanError(
                 f"{adapter.file.parent}: two of its modules change '{name}' of the base; one is '{key}'",
-                hint=f"the base stores tied weights once; {_MERGE_FIRST}",
+                hint=f"the base stores tied weights once; {MERGE_FIRST}",
             )
         changes[name] = info
 
@@ -182,7 +101,7 @@ def _sorted_keys(
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         module = plain.rpartition(".")[0]
         if "lora_" in name or "trainable_tokens" in name or not module:
-            raise _unmergeable(f"{info.file}: the key '{info.name}' cannot be merged here")
+            raise unmergeable(f"{info.file}: the key '{info.name}' cannot be merged here")
         if name.endswith(".base_layer.weight") and module in modules:
             modules[module]["origin"] = info
         else:
@@ -256,7 +175,7 @@ def _refuse_stacked(modules: Mapping[str, Mapping[str, TensorInfo]], base: Mappi
     for name, parts in modules.items():
         if name.rpartition(".")[2] in joint:
             why = "is an nn.MultiheadAttention, whose LoRA cannot be merged here"
-            raise _unmergeable(f"{parts['A'].file}: '{name}' {why}")
+            raise unmergeable(f"{parts['A'].file}: '{name}' {why}")
 
 
 def stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
@@ -300,7 +219,7 @@ def _change(
         raise PlanError(
             f"{origin.file}: '{origin.name}' is {list(origin.shape)}, but the base's '{target.name}' is "
             f"{list(target.shape)}",
-            hint="was the vocabulary changed in training? " + _MERGE_FIRST,
+            hint="was the vocabulary changed in training? " + MERGE_FIRST,
         )
     if magnitude is not None and magnitude.numel != target.shape[1 if transposed else 0]:
         raise PlanError(f"{a.file}: '{magnitude.name}' does not fit the base's '{target.name}' {list(target.shape)}")
@@ -419,7 +338,7 @@ class _Places:
 
     def _ambiguous(self, key: str, places: Sequence[str]) -> PlanError:
         return PlanError(
-            f"{self._adapter.file.parent}: '{key}' may be any of {', '.join(places)} of the base", hint=_MERGE_FIRST
+            f"{self._adapter.file.parent}: '{key}' may be any of {', '.join(places)} of the base", hint=MERGE_FIRST
         )
 
     def _unplaced(self, key: str) -> PlanError:
@@ -428,7 +347,7 @@ class _Places:
         trained_on = f" (it was trained on '{self._adapter.base}')" if self._adapter.base else ""
         return PlanError(
             f"{self._adapter.file.parent}: the base has no tensor for its key '{key}'; its names are like '{ours}'",
-            hint=f"is it an adapter of this base{trained_on}? If it is, {_MERGE_FIRST}",
+            hint=f"is it an adapter of this base{trained_on}? If it is, {MERGE_FIRST}",
         )
 
 

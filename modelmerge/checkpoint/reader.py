@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modelmerge.checkpoint import adapter as peft
+from modelmerge.checkpoint.adapter_config import CONFIG, Adapter, read_adapter
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_json
 from modelmerge.checkpoint.pickled import gather, read_pickle
@@ -51,7 +52,7 @@ class Checkpoint:
     config: dict[str, Any]
     vector: VectorOf | None = None  # set where it tells what changed in a base, not a whole model
     remarks: tuple[str, ...] = ()  # what a person should know of how it was read, a clause each
-    adapter: peft.Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
+    adapter: Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -162,7 +163,7 @@ def read_file(file: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
 
 
 def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
-    if (directory / peft.CONFIG).exists():
+    if (directory / CONFIG).exists():
         return _open_adapter(reference, directory)
     # Safetensors first, as loaders do: where both kinds lie side by side they hold the same.
     for single, index in ((directory / SINGLE, directory / INDEX), (directory / PICKLED, directory / PICKLED_INDEX)):
@@ -189,12 +190,12 @@ def _read_weights(directory: Path, single: Path, index: Path) -> tuple[dict[str,
 
 
 def _open_adapter(reference: Reference, directory: Path) -> Checkpoint:
-    config = directory / peft.CONFIG
-    adapter = peft.read_adapter(config)
+    config = directory / CONFIG
+    adapter = read_adapter(config)
     weights = next((directory / name for name in (peft.WEIGHTS, peft.PICKLED) if (directory / name).exists()), None)
     if weights is None:
         raise ReferenceNotFound(
-            f"{directory} has {peft.CONFIG}, but neither {peft.WEIGHTS} nor {peft.PICKLED}",
+            f"{directory} has {CONFIG}, but neither {peft.WEIGHTS} nor {peft.PICKLED}",
             hint="copy or download the adapter again",
         )
     tensors, remarks = read_file(weights)
