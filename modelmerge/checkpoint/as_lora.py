@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from modelmerge.checkpoint.adapter import CONV1D, HEADS, PREFIX, WEIGHTS, stores_conv1d, tied_table
-from modelmerge.checkpoint.header import BUFFERS, TensorInfo
+from modelmerge.checkpoint.header import TensorInfo, is_buffer
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out
 from modelmerge.checkpoint.matching import doubled_tables
 from modelmerge.checkpoint.reader import Checkpoint
@@ -89,7 +89,7 @@ def roles(base: Checkpoint) -> dict[str, Role]:
             table[name] = Role("whole", head, always=True)
             continue
         kind: Kind = "whole"
-        if not module or name in shared or (end not in ("weight", "bias") and end not in BUFFERS):
+        if not module or name in shared or (end not in ("weight", "bias") and not is_buffer(tensors[name])):
             kind = "no place"
         elif module in linear:
             kind = "low rank" if end == "weight" else "bias"

@@ -25,7 +25,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 MERGEABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # the floating kinds that arithmetic can be done on
 HALF_DTYPES = ("F16", "BF16")
-QUANTISED_DTYPES = tuple(d for d in DTYPE_BITS if d.startswith(("F8", "F6", "F4")))
+QUANTISED_DTYPES = tuple(d for d in DTYPE_BITS if d.startswith(("F8_", "F6_", "F4")))
 # Tensors that hold state, not weights, in the names frameworks give them: a difference of theirs means nothing.
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a longer header is an attack or not safetensors at all
@@ -81,6 +81,14 @@ class Change:
     def parts(self) -> tuple[TensorInfo, ...]:
         """Every tensor that takes part in it, as stored."""
         return tuple(part for part in (*(self.factors or ()), self.origin, self.magnitude) if part is not None)
+
+
+def is_buffer(info: TensorInfo) -> bool:
+    """Whether a tensor holds state, not weights, by its name; of GPT-2's masks, by their shape [1, 1, n, n] too."""
+    *front, last = info.name.split(".")
+    mask = last == "bias" and front[-1:] and front[-1].lower().endswith(("attn", "attention"))
+    square = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
+    return last in BUFFERS or bool(mask and square)
 
 
 def damaged(file: Path, what: str) -> CheckpointError:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
+from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo, is_buffer
 from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.matching import is_vocabulary, match, twins
 from modelmerge.checkpoint.reader import Checkpoint
@@ -30,6 +30,8 @@ _QUANTISED_ENDS = {
     ".SCB": "bitsandbytes, 8 bits", ".weight_format": "bitsandbytes, 8 bits",
     ".weight_scale": "fp8 or int8", ".weight_scale_inv": "fp8", ".weight_scale_2": "fp4", ".weight_packed": "packed",
     ".W_q": "HQQ", "_proj_blocks": "MXFP4",
+    "scaled_fp8": "fp8, as ComfyUI stores it", ".scale_weight": "fp8, as ComfyUI stores it",
+    ".comfy_quant": "as ComfyUI stores it",
 }  # fmt: skip
 # Two-dimensional weights that are look-up tables or output heads, not linear layers, by the names the field uses.
 _NOT_LINEAR = (
@@ -151,6 +153,7 @@ def make_plan(
     """
     _refuse_quantised((base, *experts))
     experts, complaints = _matched(base, experts, include, exclude)
+    _refuse_8_bits(base, experts, include, exclude)
     _refuse_idle_globs(base, experts, include, exclude)
     tensors = {}
     for name, info in base.tensors.items():
@@ -225,7 +228,7 @@ def _decide(
         return "copy", "only in the base"
     if info.dtype not in MERGEABLE_DTYPES and info.dtype not in QUANTISED_DTYPES:
         return "copy", f"{info.dtype}, not floating"
-    if info.name.rpartition(".")[2] in BUFFERS:
+    if is_buffer(info):
         return "copy", "a buffer, not a weight"
     shapes = _other_shapes(info, have)
     if shapes and on_mismatch == "copy" and len(have) == len(experts):
@@ -303,7 +306,24 @@ def _refuse_quantised(models: Sequence[Checkpoint]) -> None:
             signs = [f"{method}, says its config.json"]
         if signs:
             message = f"{model.reference.text}: its weights are quantised ({signs[0]})"
-            raise PlanError(message, hint="use the unquantised weights")
+            raise PlanError(message, hint="use the unquantised weights, of 16 bits or more")
+
+
+def _refuse_8_bits(
+    base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    """Refuse models with weights of 8 bits or fewer that are to be merged: one error, not one for each tensor."""
+    names = [n for n in base.tensors if _is_merged(n, include, exclude) and any(n in e.tensors for e in experts)]
+    signs = []
+    for model in (base, *experts):
+        narrow = [n for n in names if n in model.tensors and model.tensors[n].dtype in QUANTISED_DTYPES]
+        if narrow:
+            more = f" and {len(narrow) - 1} more" if narrow[1:] else ""
+            kind = model.tensors[narrow[0]].dtype
+            signs.append(f"{model.reference.text}: its weights are quantised ({kind}: '{narrow[0]}'{more})")
+    if signs:
+        hint = f"use the 16-bit weights, or convert these to 16 bits; {named('exclude')} GLOB copies the base's"
+        raise PlanError("; ".join(signs), hint=hint)
 
 
 def _quantised_kind(name: str, info: TensorInfo) -> str | None:
@@ -319,11 +339,7 @@ def _matched(
     base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[list[Checkpoint], list[str]]:
     """The experts by the base's names, and what about that is not sure."""
-
-    def merges(name: str) -> bool:
-        return not _matches(name, exclude) and (not include or _matches(name, include))
-
-    pairs = [match(base, expert, merges) for expert in experts]
+    pairs = [match(base, expert, lambda name: _is_merged(name, include, exclude)) for expert in experts]
     return [matched for matched, _ in pairs], [each for _, unsure in pairs for each in unsure]
 
 
@@ -354,6 +370,11 @@ def _nothing_to_merge(base: Checkpoint, experts: Sequence[Checkpoint], tensors: 
     return PlanError(
         f"nothing is left to merge: {'; '.join(reasons)}", hint=f"check {named('include')} and {named('exclude')}"
     )
+
+
+def _is_merged(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether the globs leave a tensor to be merged."""
+    return not _matches(name, exclude) and (not include or _matches(name, include))
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

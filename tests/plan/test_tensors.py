@@ -110,6 +110,36 @@ def test_floating_buffers_are_copied(buffer: str, tmp_path: Path) -> None:
     assert (made.tensors[buffer].action, made.tensors[buffer].reason) == ("copy", "a buffer, not a weight")
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("holders", [(0,), (0, 1), (0, 1, 2), (1,)], ids=str)
+@pytest.mark.parametrize("module", ["h.0.attn", "transformer.h.1.attn.attention", "gpt_neox.layers.0.attention"])
+def test_masks_that_some_models_store_are_copied(
+    dtype: torch.dtype, holders: tuple[int, ...], module: str, tmp_path: Path
+) -> None:
+    models, sizes = states(), (8, 4, 8)
+    for i in holders:
+        models[i][f"{module}.bias"] = torch.ones(sizes[i], sizes[i]).tril().to(dtype)[None, None]
+        models[i][f"{module}.masked_bias"] = torch.tensor(-1e4).to(dtype)
+    made = plan(tmp_path, models)
+    for name in (f"{module}.bias", f"{module}.masked_bias"):
+        if 0 in holders:
+            assert made.tensors[name].action == "copy"
+        else:
+            assert made.expert_only[name] == ("expert_0",)
+
+
+def test_a_bias_of_attention_is_no_mask(tmp_path: Path) -> None:
+    models = states()
+    for model in models:
+        model["h.0.attn.bias"] = torch.rand(8)  # a vector
+        model["h.1.attn.bias"] = torch.rand(1, 4, 8, 8)  # of positions, by heads
+    made = plan(tmp_path, models)
+    assert [made.tensors[f"h.{i}.attn.bias"].action for i in range(2)] == ["merge", "merge"]
+    del models[1]["h.0.attn.bias"]
+    with pytest.raises(PlanError, match=r"'h\.0\.attn\.bias': in expert_1, but missing in expert_0"):
+        plan(tmp_path, models)
+
+
 def test_nothing_in_common_is_refused_with_both_names(tmp_path: Path) -> None:
     models = states(1)
     models[1] = {f"{name}.vision": tensor for name, tensor in models[1].items()}
@@ -135,7 +165,7 @@ def at_odds() -> Models:
     second["model.layers.0.norm.weight"] = torch.zeros(16, 1)
     del first["logit_scale"], third["logit_scale"]
     second["model.layers.0.mlp.up_proj.bias"] = torch.zeros(40, dtype=torch.int32)
-    third["model.layers.1.mlp.down_proj.weight"] = torch.zeros(16, 40).to(torch.float8_e4m3fn)
+    third["model.layers.1.mlp.down_proj.weight"] = torch.zeros(16, 40, dtype=torch.int16)
     base["empty"] = torch.zeros(1)
     return models
 
@@ -145,7 +175,7 @@ DISAGREEMENTS = (
     "'model.layers.0.norm.weight': shape [16] in the base, but [16, 1] in expert_1",
     "'logit_scale': in expert_1, but missing in expert_0, expert_2",
     "'model.layers.0.mlp.up_proj.bias': dtype I32 in expert_1",
-    "'model.layers.1.mlp.down_proj.weight': dtype F8_E4M3 in expert_2",
+    "'model.layers.1.mlp.down_proj.weight': dtype I16 in expert_2",
     "'empty': shape [1] in the base, but [0, 16] in expert_0, [0, 16] in expert_1, [0, 16] in expert_2",
 )
 
@@ -236,15 +266,27 @@ def test_a_config_without_quantisation_is_no_obstacle(config: str, tmp_path: Pat
     assert make_plan(base, [expert]).tensors["logit_scale"].action == "merge"
 
 
-def test_8_bit_tensors_that_all_share_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("narrow", [("base", "expert_0", "expert_1"), ("base",), ("expert_1",)], ids=str)
+def test_8_bit_weights_are_refused_by_the_models_names(narrow: tuple[str, ...], tmp_path: Path) -> None:
     models = states()
-    for model in models:
-        model["layers.3.weight"] = torch.ones(4, 4).to(torch.float8_e5m2)
+    for name, model in zip(("base", "expert_0", "expert_1"), models, strict=True):
+        dtype = torch.float8_e5m2 if name in narrow else torch.bfloat16
+        model |= {f"layers.{i}.weight": torch.ones(4, 4).to(dtype) for i in range(3)}
     with pytest.raises(PlanError) as caught:
         plan(tmp_path, models)
-    told = "'layers.3.weight': dtype F8_E5M2 in the base, F8_E5M2 in expert_0, F8_E5M2 in expert_1"
-    assert told in caught.value.message
-    assert plan(tmp_path, models, exclude=["layers.3.*"]).tensors["layers.3.weight"].out_dtype == "F8_E5M2"
+    assert caught.value.message == "; ".join(
+        f"{tmp_path / name}: its weights are quantised (F8_E5M2: 'layers.0.weight' and 2 more)" for name in narrow
+    )
+    assert "use the 16-bit weights, or convert these to 16 bits" in (caught.value.hint or "")
+    assert plan(tmp_path, models, exclude=["layers.*"]).tensors["layers.1.weight"].action == "copy"
+
+
+@pytest.mark.parametrize("sign", ["scaled_fp8", "blocks.0.q.scale_weight"])
+def test_comfyui_s_fp8_is_refused_by_its_kind(sign: str, tmp_path: Path) -> None:
+    models = states(1)
+    models[1] |= {"blocks.0.q.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), sign: torch.ones(())}
+    with pytest.raises(PlanError, match=rf"quantised \(fp8, as ComfyUI stores it, by its tensor '{sign}'\)"):
+        plan(tmp_path, models)
 
 
 def test_an_8_bit_tensor_of_the_base_alone_is_copied(tmp_path: Path) -> None:
