@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -52,6 +53,7 @@ class Checkpoint:
     config: dict[str, Any]
     vector: VectorOf | None = None  # set where it tells what changed in a base, not a whole model
     remarks: tuple[str, ...] = ()  # what a person should know of how it was read, a clause each
+    absent: frozenset[str] = frozenset()  # what its index lists and no shard holds
     adapter: Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -70,6 +72,10 @@ class Checkpoint:
     def has(self, tensor: str) -> bool:
         """Whether it says anything about a tensor: holds it, or as a task vector knows it to be zero."""
         return tensor in self.tensors or (self.vector is not None and tensor in self.vector.unchanged)
+
+    def lost(self, tensor: str) -> bool:
+        """Whether its index lists a tensor that no shard holds, by this name or by one with words in front."""
+        return any(f".{tensor}".endswith(f".{name}") or name.endswith(f".{tensor}") for name in self.absent)
 
     def stored_bytes(self, tensor: str) -> int:
         """Bytes that a tensor takes in its files."""
@@ -168,7 +174,7 @@ def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
     # Safetensors first, as loaders do: where both kinds lie side by side they hold the same.
     for single, index in ((directory / SINGLE, directory / INDEX), (directory / PICKLED, directory / PICKLED_INDEX)):
         if single.exists() or index.exists():
-            tensors, remarks = _read_weights(directory, single, index)
+            tensors, remarks, absent = _read_weights(directory, single, index)
             break
     else:
         raise _no_weights(directory)
@@ -176,17 +182,20 @@ def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
     vector = _read_vector(directory)
     if vector is not None:
         tensors = _joined(tensors)
-    return Checkpoint(reference, tensors, files, directory, _read_config(directory), vector, remarks)
+    return Checkpoint(reference, tensors, files, directory, _read_config(directory), vector, remarks, absent)
 
 
-def _read_weights(directory: Path, single: Path, index: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+Weights = tuple[dict[str, TensorInfo], tuple[str, ...], frozenset[str]]  # tensors, remarks, and what is absent
+
+
+def _read_weights(directory: Path, single: Path, index: Path) -> Weights:
     weight_map = _read_index(index) if index.exists() else None
     if weight_map and single.exists() and set(weight_map.values()) != {single.name}:
         raise CheckpointError(
             f"{directory} holds both {single.name} and {index.name}: loaders take the first and ignore the shards",
             hint="remove the one that is stale, or name the file itself",
         )
-    return _read_shards(directory, weight_map, index.name) if weight_map else read_file(single)
+    return _read_shards(directory, weight_map, index.name) if weight_map else (*read_file(single), frozenset())
 
 
 def _open_adapter(reference: Reference, directory: Path) -> Checkpoint:
@@ -269,9 +278,8 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(
-    directory: Path, weight_map: dict[str, str], index: str
-) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+def _read_shards(directory: Path, weight_map: dict[str, str], index: str) -> Weights:
+    """The tensors of all shards, as loaders read them: an index that is wrong about some is remarked upon."""
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
@@ -285,13 +293,23 @@ def _read_shards(
         content, notes = read_file(directory / shard)
         remarks += notes
         for name, tensor in content.items():
-            if weight_map.get(name) != shard:
-                raise CheckpointError(f"{directory / shard}: holds tensor '{name}', which {index} does not place there")
+            if name in tensors:
+                raise CheckpointError(
+                    f"{directory / shard}: holds tensor '{name}', and so does {tensors[name].file.name}",
+                    hint="which is meant cannot be told: remove the one that is stale",
+                )
             tensors[name] = tensor
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise CheckpointError(f"{directory / shard}: lacks tensor '{name}', which {index} places there")
-    return tensors, remarks
+    elsewhere = [name for name, tensor in tensors.items() if tensor.file != directory / weight_map.get(name, "")]
+    absent = [name for name in weight_map if name not in tensors]
+    if elsewhere:
+        remarks += (f"{index} does not list {_some(elsewhere)} where it lies; all shards are read, as by loaders",)
+    if absent:
+        remarks += (f"{index} lists {_some(absent)}, which no shard holds",)
+    return tensors, remarks, frozenset(absent)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

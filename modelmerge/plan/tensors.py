@@ -172,6 +172,9 @@ def make_plan(
             name, info.shape, info.dtype, out_dtype, action, reason, linear, checked,
             rows=rows if action == "merge" else None, method=method if action == "merge" else None, override=place,
         )  # fmt: skip
+    beyond = sorted({name for expert in experts for name in expert.tensors} - base.tensors.keys())
+    lost = [name for name in beyond if base.lost(name) and _is_merged(name, include, exclude)]
+    complaints += [f"'{name}': missing in the base, whose index lists it" for name in lost]
     if complaints:
         raise _disagreement(complaints)
     for name, twin in twins(base, experts).items():
@@ -183,7 +186,6 @@ def make_plan(
         raise _nothing_to_merge(base, experts, tensors)
     if methods is not None and strict:
         methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()})
-    beyond = sorted({name for expert in experts for name in expert.tensors} - base.tensors.keys())
     expert_only = {name: tuple(expert.name for expert in experts if name in expert.tensors) for name in beyond}
     entries = {t.name: (t.out_dtype, t.shape, out_bytes(t)) for t in tensors.values()}
     return Plan(base, tuple(experts), tensors, expert_only, lay_out(entries, max_shard_size))
@@ -224,12 +226,15 @@ def _decide(
     if include and not _matches(info.name, include):
         return "copy", "not included"
     have = [expert for expert in experts if expert.has(info.name)]
-    if not have:
+    lost = [expert.name for expert in experts if expert not in have and expert.lost(info.name)]
+    if not have and not lost:
         return "copy", "only in the base"
     if info.dtype not in MERGEABLE_DTYPES and info.dtype not in QUANTISED_DTYPES:
         return "copy", f"{info.dtype}, not floating"
     if is_buffer(info):
         return "copy", "a buffer, not a weight"
+    if lost and not have:
+        raise PlanError(f"'{info.name}': missing in {', '.join(lost)}, whose index lists it")
     shapes = _other_shapes(info, have)
     if shapes and on_mismatch == "copy" and len(have) == len(experts):
         return "copy", f"{_SHAPE}{list(info.shape)} in the base, but {shapes}"

@@ -142,10 +142,10 @@ def lose_two_shards(directory: Path) -> None:
         (directory / f"model-0000{number}-of-00003.safetensors").unlink()
 
 
-def add_tensor(directory: Path) -> None:
+def add_tensor(directory: Path, name: str = "stray", value: Any = None) -> None:
     shard = directory / "model-00002-of-00003.safetensors"
     state = dict(list(base_state().items())[1::3])
-    shard.write_bytes(save({**state, "stray": torch.zeros(2)}))
+    shard.write_bytes(save({**state, name: torch.zeros(2) if value is None else value}))
 
 
 MALFORMED_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
@@ -168,14 +168,10 @@ MALFORMED_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str, tuple[str,
         lose_two_shards, "model",
         ("missing 2 of 3", "model-00001-of-00003.safetensors, model-00003-of-00003.safetensors"),
     ),
-    "shard lacks a tensor": (
-        lambda d: place(d, "ghost.weight", "model-00002-of-00003.safetensors"),
-        "model-00002-of-00003.safetensors", ("'ghost.weight'", "lacks"),
-    ),
-    "shard holds a tensor too many": (add_tensor, "model-00002-of-00003.safetensors", ("'stray'",)),
-    "tensor lies in another shard": (
-        lambda d: place(d, "model.embed_tokens.weight", "model-00002-of-00003.safetensors"),
-        "model-00001-of-00003.safetensors", ("'model.embed_tokens.weight'",),
+    "two shards hold a tensor": (
+        lambda d: add_tensor(d, "model.embed_tokens.weight", base_state()["model.embed_tokens.weight"]),
+        "model-00002-of-00003.safetensors",
+        ("'model.embed_tokens.weight'", "so does model-00001-of-00003.safetensors"),
     ),
     "both a single file and an index": (
         lambda d: save_file({"w": torch.zeros(2)}, d / "model.safetensors"), "model",
@@ -198,6 +194,25 @@ def test_a_malformed_directory_is_refused_by_name(case: str, tmp_path: Path) -> 
     assert str(where) in caught.value.message
     for words in told:
         assert words in caught.value.message
+
+
+@pytest.mark.parametrize("case", ["not listed", "listed elsewhere", "listed and absent"])
+def test_of_an_index_that_is_wrong_the_shards_decide_as_in_loaders(case: str, tmp_path: Path) -> None:
+    """transformers reads every tensor of every shard that the index names, wherever it places them."""
+    directory = write(tmp_path / "model", base_state(), shards=3)
+    name = "model.embed_tokens.weight"
+    if case == "not listed":
+        edit_index(directory, lambda index: index["weight_map"].pop(name) and None)
+    elif case == "listed elsewhere":
+        place(directory, name, "model-00002-of-00003.safetensors")
+    else:
+        place(directory, name := "ghost.weight", "model-00002-of-00003.safetensors")
+    model = open_checkpoint(parse(str(directory)))
+    assert model.tensors.keys() == base_state().keys()
+    (remark,) = model.remarks
+    assert remark.startswith(f"{INDEX} ")
+    assert f"'{name}'" in remark
+    assert model.absent == ({name} if case == "listed and absent" else set())
 
 
 def test_a_truncated_shard_is_named_before_any_tensor_is_read(tmp_path: Path) -> None:

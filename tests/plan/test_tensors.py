@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from modelmerge.checkpoint import digest
@@ -240,6 +240,58 @@ def test_a_glob_that_matches_nothing_is_refused(flag: str, tmp_path: Path) -> No
 def test_a_glob_minds_upper_and_lower_case(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="matches no tensor"):
         plan(tmp_path, states(), exclude=["LOGIT_SCALE"])
+
+
+# --- indices that disagree with their shards ---
+
+
+def lose(directory: Path, name: str, *, listed: str | None = None) -> Path:
+    """Take a tensor out of its shard, and not out of the index."""
+    index = directory / INDEX
+    content = json.loads(index.read_bytes())
+    shard = directory / content["weight_map"].pop(name)
+    state = {key: tensor for key, tensor in load_file(shard).items() if key != name}
+    shard.write_bytes(save(state, metadata={"format": "pt"}))
+    content["weight_map"][listed or name] = shard.name
+    index.write_text(json.dumps(content))
+    return directory
+
+
+def made_of(root: Path, **options: Any) -> Plan:
+    base, *experts = (open_checkpoint(parse(str(root / name))) for name in ("base", "expert_0"))
+    return make_plan(base, experts, **options)
+
+
+@pytest.mark.parametrize("listed", ["model.layers.0.q_proj.weight", "layers.0.q_proj.weight"])
+def test_what_an_index_lists_and_no_shard_holds_does_not_stay_the_base_s_in_silence(
+    listed: str, tmp_path: Path
+) -> None:
+    name = "model.layers.0.q_proj.weight"
+    for model, state in zip(("base", "expert_0"), states(1), strict=True):
+        write(tmp_path / model, state, shards=2)
+    lose(tmp_path / "expert_0", name, listed=listed)
+    with pytest.raises(PlanError, match=rf"'{name}': missing in expert_0, whose index lists it"):
+        made_of(tmp_path)
+    assert made_of(tmp_path, exclude=["*q_proj*"]).tensors[name].action == "copy"
+
+
+def test_what_the_base_s_index_lists_and_no_shard_holds_is_not_lost_in_silence(tmp_path: Path) -> None:
+    for model, state in zip(("base", "expert_0"), states(1), strict=True):
+        write(tmp_path / model, state, shards=2)
+    lose(tmp_path / "base", "logit_scale")
+    with pytest.raises(PlanError, match="'logit_scale': missing in the base, whose index lists it"):
+        made_of(tmp_path)
+    assert "logit_scale" in made_of(tmp_path, exclude=["logit_scale"]).expert_only
+
+
+def test_a_tied_head_that_only_the_index_has_is_read_from_its_table(tmp_path: Path) -> None:
+    for model, state in zip(("base", "expert_0"), states(1), strict=True):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        write(tmp_path / model, state, shards=2)
+    lose(tmp_path / "expert_0", "lm_head.weight")
+    made = made_of(tmp_path)
+    assert made.tensors["lm_head.weight"].action == "merge"
+    assert made.experts[0].tensors["lm_head.weight"] == made.experts[0].tensors["model.embed_tokens.weight"]
 
 
 # --- quantised models ---
