@@ -19,9 +19,9 @@ from dataclasses import replace
 
 from modelmerge.checkpoint.adapter_config import MERGE_FIRST, Adapter, unmergeable
 from modelmerge.checkpoint.header import Change, TensorInfo
+from modelmerge.checkpoint.tables import HEADS, tied_table
 from modelmerge.errors import CheckpointError, PlanError
 
-WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every key
 # What a module's keys end in. peft writes the magnitude without `.weight`.
 _PARTS = {
@@ -31,9 +31,6 @@ _PARTS = {
 }  # fmt: skip
 # Layers that GPT-2 and its kin store as [in, out]; others have them under the same names as [out, in].
 CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
-# Input embeddings, and output heads that often are the same tensor.
-TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
-HEADS = ("lm_head", "embed_out", "output")
 
 
 def translate(
@@ -188,13 +185,6 @@ def stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
             if m != n and bias.shape in ((m,), (n,)):
                 return bias.shape == (n,)
     return None
-
-
-def tied_table(base: Mapping[str, TensorInfo]) -> str | None:
-    """The input embedding that is the output head as well, where the base stores one tensor for both."""
-    modules = {name.rpartition(".")[0].rpartition(".")[2]: name for name in base if name.endswith(".weight")}
-    tables = [name for module, name in modules.items() if module in TABLES]
-    return tables[0] if len(tables) == 1 and not modules.keys() & set(HEADS) else None
 
 
 def _change(

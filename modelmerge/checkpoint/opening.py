@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from modelmerge.checkpoint.reader import Checkpoint, attach, open_checkpoint
+from modelmerge.checkpoint.adapter import translate
+from modelmerge.checkpoint.reader import Checkpoint, VectorOf, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_experts
+from modelmerge.checkpoint.tables import is_tied
 from modelmerge.errors import PlanError, ReferenceNotFound
 
 
@@ -51,3 +54,21 @@ def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[
                 hint=f"its base was '{vector.base}'",
             )
     return origin, experts
+
+
+def attach(expert: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """An adapter as a task vector of this base; any other checkpoint as it is.
+
+    Raises:
+        CheckpointError: The adapter's keys and its config disagree.
+        PlanError: The adapter does not fit the base.
+    """
+    if expert.adapter is None:
+        return expert
+    tensors = translate(expert.adapter, expert.tensors, base.tensors, tied=is_tied(base.config))
+    vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - tensors.keys()))
+    remarks = expert.remarks
+    ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}
+    if expert.adapter.base and Path(expert.adapter.base).name not in ours:
+        remarks += (f"it says it was trained on '{expert.adapter.base}', and the base here is '{base.name}'",)
+    return replace(expert, tensors=tensors, vector=vector, remarks=remarks)

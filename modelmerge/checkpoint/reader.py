@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modelmerge.checkpoint import adapter as peft
-from modelmerge.checkpoint.adapter_config import CONFIG, Adapter, read_adapter
+from modelmerge.checkpoint.adapter_config import CONFIG, WEIGHTS, Adapter, read_adapter
+from modelmerge.checkpoint.adapter_config import PICKLED as PICKLED_ADAPTER
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_json
 from modelmerge.checkpoint.pickled import gather, read_pickle
@@ -201,34 +201,15 @@ def _read_weights(directory: Path, single: Path, index: Path) -> Weights:
 def _open_adapter(reference: Reference, directory: Path) -> Checkpoint:
     config = directory / CONFIG
     adapter = read_adapter(config)
-    weights = next((directory / name for name in (peft.WEIGHTS, peft.PICKLED) if (directory / name).exists()), None)
+    weights = next((directory / name for name in (WEIGHTS, PICKLED_ADAPTER) if (directory / name).exists()), None)
     if weights is None:
         raise ReferenceNotFound(
-            f"{directory} has {CONFIG}, but neither {peft.WEIGHTS} nor {peft.PICKLED}",
+            f"{directory} has {CONFIG}, but neither {WEIGHTS} nor {PICKLED_ADAPTER}",
             hint="copy or download the adapter again",
         )
     tensors, remarks = read_file(weights)
     files = {file: file.stat() for file in (weights, config)}
     return Checkpoint(reference, tensors, files, directory, {}, remarks=remarks, adapter=adapter)
-
-
-def attach(expert: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """An adapter as a task vector of this base; any other checkpoint as it is.
-
-    Raises:
-        CheckpointError: The adapter's keys and its config disagree.
-        PlanError: The adapter does not fit the base.
-    """
-    if expert.adapter is None:
-        return expert
-    tied = base.config.get("tie_word_embeddings", True) is not False
-    tensors = peft.translate(expert.adapter, expert.tensors, base.tensors, tied=tied)
-    vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - tensors.keys()))
-    remarks = expert.remarks
-    ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}
-    if expert.adapter.base and Path(expert.adapter.base).name not in ours:
-        remarks += (f"it says it was trained on '{expert.adapter.base}', and the base here is '{base.name}'",)
-    return replace(expert, tensors=tensors, vector=vector, remarks=remarks)
 
 
 def _read_vector(directory: Path) -> VectorOf | None:
