@@ -14,6 +14,7 @@ from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 CONFIG = "adapter_config.json"
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."  # of every key
 
 # Starting points that leave the base as it is; all others subtract from it what the adapter starts with.
 _PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")

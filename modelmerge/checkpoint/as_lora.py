@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from modelmerge.checkpoint.adapter import CONV1D, PREFIX, stores_conv1d
-from modelmerge.checkpoint.adapter_config import WEIGHTS
+from modelmerge.checkpoint.adapter import CONV1D, stores_conv1d
+from modelmerge.checkpoint.adapter_config import PREFIX, WEIGHTS
 from modelmerge.checkpoint.header import TensorInfo, is_buffer
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out
 from modelmerge.checkpoint.matching import doubled_tables
