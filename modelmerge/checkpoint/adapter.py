@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from modelmerge.checkpoint.adapter_config import MERGE_FIRST, PREFIX, Adapter, unmergeable
-from modelmerge.checkpoint.adapter_places import Places
+from modelmerge.checkpoint.adapter_places import Places, is_saved
 from modelmerge.checkpoint.header import Change, TensorInfo
-from modelmerge.checkpoint.tables import tied_table
-from modelmerge.errors import CheckpointError, PlanError
+from modelmerge.checkpoint.matching import doubled_tables, is_vocabulary
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.checkpoint.tables import TABLES, has_head, is_tied, tied_groups, tied_table
+from modelmerge.errors import CheckpointError, PlanError, named
 
 # What a module's keys end in. peft writes the magnitude without `.weight`.
 _PARTS = {
@@ -32,54 +36,164 @@ _PARTS = {
 CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
-def translate(
-    adapter: Adapter, tensors: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo], *, tied: bool
-) -> dict[str, TensorInfo]:
-    """The adapter's tensors as changes to those of the base, by the base's names.
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """An adapter as changes to a base's tensors, by the base's names.
 
-    `tied`: where the base has no output head, its embedding is it.
+    `excluded` are the names of keys that the base has no place for and a glob excludes, with and without peft's prefix.
+    """
+
+    changes: dict[str, TensorInfo]
+    excluded: frozenset[str]
+    remarks: tuple[str, ...]
+
+
+def translate(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ()) -> Translation:
+    """The adapter's tensors as changes to those of the base.
 
     Names may differ by words in front, as between a model and the model inside it: each group of layers must fit in
-    exactly one way, shapes included. Whole modules that the base lacks, such as a new head, keep their own names.
+    exactly one way, shapes included. Whole modules that the base lacks, such as a new head, keep their own names. Keys
+    that `exclude` matches by their own names need no place in the base.
 
     Raises:
         CheckpointError: Keys that belong together are missing or disagree with the config.
-        PlanError: A key fits no tensor of the base, or several.
+        PlanError: A key fits no tensor of the base, or several; or a table is trained apart from what it is tied to.
     """
-    modules, whole = _sorted_keys(adapter, tensors)
-    places = Places(adapter, base, tied_table(base) if tied else None)
-    _refuse_stacked(modules, base)
-    place_of = places.find({f"{name}.weight": _shapes(parts) for name, parts in modules.items()})
+    adapter, ours = expert.adapter, base.tensors
+    assert adapter is not None, "the expert is an adapter"
+    excluded: list[str] = []
+
+    def excludes(key: str) -> bool:
+        return any(_matches(name, exclude) for name in _names_of(key))
+
+    modules, whole = _sorted_keys(adapter, expert.tensors, excludes, excluded)
+    optional = {name for name, parts in modules.items() if all(excludes(part.name) for part in parts.values())}
+    places = Places(adapter, ours, tied_table(ours) if is_tied(base.config) else None)
+    for name in modules.keys() - optional:
+        _refuse_incomplete(adapter, name, modules[name])
+    _refuse_stacked(modules, ours)
+    place_of = places.find({f"{n}.weight": _shapes(parts) for n, parts in modules.items() if n not in optional})
     changes: dict[str, TensorInfo] = {}
 
-    def add(name: str, info: TensorInfo, key: str) -> None:
-        if name in changes:
+    def add(entries: Mapping[str, TensorInfo], key: str) -> None:
+        for name in entries.keys() & changes.keys():
             raise PlanError(
                 f"{adapter.file.parent}: two of its modules change '{name}' of the base; one is '{key}'",
                 hint=f"the base stores tied weights once; {MERGE_FIRST}",
             )
-        changes[name] = info
+        changes.update(entries)
 
-    conv1d = stores_conv1d(base)
+    conv1d = stores_conv1d(ours)
     for name, parts in modules.items():
-        place = place_of[f"{name}.weight"]
-        add(place, _change(adapter, name, parts, base[place], conv1d), name)
-        if "bias" in parts:
-            bias = f"{place.removesuffix('weight')}bias"
-            if bias not in base or base[bias].shape != parts["bias"].shape:
-                raise PlanError(f"{parts['bias'].file}: '{parts['bias'].name}' has no bias in the base to be added to")
-            change = Change(scale=_scale(adapter, name, parts))
-            add(bias, replace(parts["bias"], name=bias, change=change), parts["bias"].name)
+        try:
+            if name in optional:
+                _refuse_incomplete(adapter, name, parts)
+                place_of |= places.find({f"{name}.weight": _shapes(parts)})
+            add(_changes(adapter, name, parts, ours, place_of[f"{name}.weight"], conv1d), name)
+        except (CheckpointError, PlanError):
+            if name not in optional:
+                raise
+            excluded += (part.name for part in parts.values())
+    placed: dict[str, tuple[str, TensorInfo]] = {}
     for name, info in whole.items():
-        place = places.of_whole(name, info)
-        add(place, replace(info, name=place), info.name)
-    return changes
+        try:
+            place = places.of_whole(name, info)
+        except PlanError:
+            if not excludes(info.name):
+                raise
+            place = None
+        if place is not None or not excludes(info.name):
+            placed[name] = place or places.table or name, info
+        else:
+            excluded.append(info.name)
+    group_of: dict[str, tuple[str, ...]] = {}
+    if _trains_head(adapter, base) or any(map(_is_head, (*placed, *(f"{name}.weight" for name in modules)))):
+        group_of = tied_groups(base, {*place_of.values(), *(place for place, _ in placed.values())})
+    for entries, key in _whole_changes(expert, placed, group_of, exclude):
+        add(entries, key)
+    remarks = [
+        f"its LoRA on '{place}' changes the embedding and the head that is tied to it, as merging with peft does; "
+        "unmerged, it changes one of them"
+        for place in dict.fromkeys(place_of.values()) if place in group_of
+    ]  # fmt: skip
+    if excluded:
+        more = f" and {len(excluded) - 1} more" if excluded[1:] else ""
+        remarks.append(f"its '{excluded[0]}'{more} has no place in the base and is left out, as excluded")
+    return Translation(changes, frozenset(name for key in excluded for name in _names_of(key)), tuple(remarks))
+
+
+def _whole_changes(
+    expert: Checkpoint,
+    placed: Mapping[str, tuple[str, TensorInfo]],
+    group_of: Mapping[str, tuple[str, ...]],
+    exclude: Sequence[str],
+) -> Iterator[tuple[dict[str, TensorInfo], str]]:
+    """The changes that whole modules are, and the key of each; to tables that the base ties, one for all of them.
+
+    Raises:
+        PlanError: A table is trained apart from what the base ties it to.
+    """
+    adapter, groups = expert.adapter, defaultdict[tuple[str, ...], list[str]](list)
+    assert adapter is not None, "the expert is an adapter"
+    for name, (place, info) in placed.items():
+        if place in group_of:
+            groups[group_of[place]].append(name)
+        else:
+            yield {place: replace(info, name=place)}, info.name
+    for group, names in groups.items():
+        keys = [placed[name][1].name for name in names]
+        apart = [name for name in names if is_saved(adapter, name)]
+        if len(names) > 1:
+            kept = doubled_tables(expert).issuperset(keys) and (len(names) >= len(group) or not apart)
+        else:  # peft loads what it did not train apart into the one tensor, and ties two of these names
+            ensured = adapter.config.get("ensure_weight_tying") and names[0].split(".")[-2] in (
+                "embed_tokens",
+                "lm_head",
+            )
+            kept = not apart or bool(ensured)
+        if not kept and not all(_matches(place, exclude) for place in group):
+            head = next(filter(_is_head, keys), None)
+            if head is not None:
+                what = f"'{head}' is a head of its own; the base's is tied to '{group[0]}', and would lose it"
+            else:
+                what = (
+                    f"'{keys[0]}' is a table of its own; the base ties its head to '{group[0]}', which would follow it"
+                )
+            raise PlanError(
+                f"{adapter.file.parent}: {what}",
+                hint="give the base a head of its own: save it untied, with tie_word_embeddings false; or keep the "
+                f"base's: {named('exclude')} '{group[0]}'",
+            )
+        info = placed[names[0]][1]
+        yield {place: replace(info, name=place) for place in group}, info.name
+
+
+def _is_head(name: str) -> bool:
+    return is_vocabulary(name) and name.split(".")[-2] not in TABLES
+
+
+def _trains_head(adapter: Adapter, base: Checkpoint) -> bool:
+    """Whether the model that the adapter was trained on has an output head, as far as task and class tell."""
+    task = adapter.config.get("task_type")
+    return task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") if task else has_head(base.config)
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _names_of(key: str) -> tuple[str, str]:
+    """What a key may be called: by all of its words, or without peft's prefix."""
+    return key, key.removeprefix(PREFIX)
 
 
 def _sorted_keys(
-    adapter: Adapter, tensors: Mapping[str, TensorInfo]
+    adapter: Adapter, tensors: Mapping[str, TensorInfo], excludes: Callable[[str], bool], excluded: list[str]
 ) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """The parts of each adapted module, by the module's name; and the tensors that were trained whole."""
+    """The parts of each adapted module, by the module's name; and the tensors that were trained whole.
+
+    Keys of another kind go to `excluded`, if they may.
+    """
     modules: dict[str, dict[str, TensorInfo]] = {}
     rest: dict[str, TensorInfo] = {}
     for key, info in tensors.items():
@@ -97,6 +211,9 @@ def _sorted_keys(
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         module = plain.rpartition(".")[0]
         if "lora_" in name or "trainable_tokens" in name or not module:
+            if excludes(info.name):
+                excluded.append(info.name)
+                continue
             raise unmergeable(f"{info.file}: the key '{info.name}' cannot be merged here")
         if name.endswith(".base_layer.weight") and module in modules:
             modules[module]["origin"] = info
@@ -106,8 +223,6 @@ def _sorted_keys(
         raise CheckpointError(
             f"{adapter.file.parent}: holds no LoRA weights", hint="was it saved with save_pretrained?"
         )
-    for name, parts in modules.items():
-        _refuse_incomplete(adapter, name, parts)
     return modules, whole
 
 
@@ -184,6 +299,24 @@ def stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
             if m != n and bias.shape in ((m,), (n,)):
                 return bias.shape == (n,)
     return None
+
+
+def _changes(
+    adapter: Adapter,
+    module: str,
+    parts: Mapping[str, TensorInfo],
+    base: Mapping[str, TensorInfo],
+    place: str,
+    conv1d: bool | None,
+) -> dict[str, TensorInfo]:
+    """A module's LoRA as changes to the base's tensor at `place` and to its bias."""
+    changes = {place: _change(adapter, module, parts, base[place], conv1d)}
+    if "bias" in parts:
+        bias = f"{place.removesuffix('weight')}bias"
+        if bias not in base or base[bias].shape != parts["bias"].shape:
+            raise PlanError(f"{parts['bias'].file}: '{parts['bias'].name}' has no bias in the base to be added to")
+        changes[bias] = replace(parts["bias"], name=bias, change=Change(scale=_scale(adapter, module, parts)))
+    return changes
 
 
 def _change(

@@ -30,6 +30,11 @@ _USED = {
     "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save", "r",
     "rank_pattern", "use_dora", "use_rslora",
 }  # fmt: skip
+# What peft acts on and a merge here does not. Other names peft (0.21) does not know: it warns, and ignores them.
+_UNSUPPORTED = {
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+}  # fmt: skip
 MERGE_FIRST = (
     "merge it into its base with peft and name the result: "
     "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)"
@@ -43,6 +48,13 @@ class Adapter:
     file: Path
     base: str
     config: dict[str, Any]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the config sets and peft (0.21) does not know, in words."""
+        names = [name for name, value in self.config.items() if value and name not in _HARMLESS | _USED]
+        listed = ", ".join(sorted(names))
+        return (f"its {CONFIG} sets {listed}, which peft does not know and ignores, as is done here",) if names else ()
 
 
 def read_adapter(file: Path) -> Adapter:
@@ -91,5 +103,5 @@ def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
     if start not in _PLAIN_INITS:
         raise unmergeable(f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which is unknown here")
     for name, value in config.items():
-        if value and name not in _HARMLESS | _USED:
+        if value and name in _UNSUPPORTED:
             raise unmergeable(f"{file.parent}: its adapter_config.json sets {name}, which cannot be merged here")

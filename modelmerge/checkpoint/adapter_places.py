@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from modelmerge.checkpoint.adapter_config import MERGE_FIRST, PREFIX, Adapter
 from modelmerge.checkpoint.header import TensorInfo
+from modelmerge.checkpoint.matching import is_vocabulary
 from modelmerge.checkpoint.tables import HEADS
-from modelmerge.errors import PlanError
+from modelmerge.errors import PlanError, named
 
 
 class Places:
@@ -22,7 +23,7 @@ class Places:
     def __init__(self, adapter: Adapter, base: Mapping[str, TensorInfo], table: str | None) -> None:
         self._adapter = adapter
         self._base = base
-        self._table = table  # the embedding that is the head as well
+        self.table = table  # the embedding that is the head as well
         self._rules: set[tuple[int, str]] = {(0, "")}  # words taken off, words put on
 
     def find(self, shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, str]:
@@ -39,7 +40,7 @@ class Places:
             if all(name in self._base for name in names):
                 places |= {name: name for name in names}
                 continue
-            tied = self._table if all(name.split(".")[-2] in HEADS for name in names) else None
+            tied = self.table if all(name.split(".")[-2] in HEADS for name in names) else None
             if tied is not None and not any(name in self._base for name in names):
                 places |= dict.fromkeys(names, tied)
                 continue
@@ -50,8 +51,10 @@ class Places:
             places |= {name: _moved(name, rule) for name in names}
         return places
 
-    def of_whole(self, name: str, info: TensorInfo) -> str:
+    def of_whole(self, name: str, info: TensorInfo) -> str | None:
         """The base's tensor that a whole one replaces; its own name where the base has none and the config says why.
+
+        None for a table or a head that the base has under the name of its one table.
 
         Raises:
             PlanError: It fits in several places, or nowhere and nothing says why it is there.
@@ -67,18 +70,10 @@ class Places:
             raise self._ambiguous(info.name, sorted(_moved(name, rule) for rule in rules))
         if rules:
             return _moved(name, next(iter(rules)))
-        module = name.rpartition(".")[0]
-        modules = self._adapter.config.get("modules_to_save") or ()
-        has_reason = any(f".{word}." in f".{module}." for word in modules)
+        if self.table is not None and is_vocabulary(name) and name.endswith(".weight"):
+            return None
+        has_reason = is_saved(self._adapter, name)
         has_reason |= name.endswith(".bias") and self._adapter.config.get("bias") == "all"
-        if self._table is not None and module.rpartition(".")[2] in HEADS:
-            if not self._adapter.config.get("ensure_weight_tying"):
-                raise PlanError(
-                    f"{self._adapter.file.parent}: '{info.name}' is a head of its own; the base's is tied to "
-                    f"'{self._table}', and would lose it",
-                    hint="give the base a head of its own: save it untied, with tie_word_embeddings false",
-                )
-            has_reason = True
         if not has_reason:
             raise self._unplaced(info.name)
         return name
@@ -131,8 +126,15 @@ class Places:
         trained_on = f" (it was trained on '{self._adapter.base}')" if self._adapter.base else ""
         return PlanError(
             f"{self._adapter.file.parent}: the base has no tensor for its key '{key}'; its names are like '{ours}'",
-            hint=f"is it an adapter of this base{trained_on}? If it is, {MERGE_FIRST}",
+            hint=f"is it an adapter of this base{trained_on}? If it is, leave the key out with {named('exclude')} "
+            f"'{key}'; or {MERGE_FIRST}",
         )
+
+
+def is_saved(adapter: Adapter, name: str) -> bool:
+    """Whether a whole tensor is there because peft trained its module apart."""
+    module = name.rpartition(".")[0]
+    return any(f".{word}." in f".{module}." for word in adapter.config.get("modules_to_save") or ())
 
 
 def _front(name: str) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from modelmerge.checkpoint.adapter import translate
 from modelmerge.checkpoint.reader import Checkpoint, VectorOf, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_experts
-from modelmerge.checkpoint.tables import is_tied
 from modelmerge.errors import PlanError, ReferenceNotFound
 
 
@@ -20,8 +19,12 @@ def as_references(experts: Sequence[str | Path] | Mapping[str, str | Path]) -> t
     return tuple(map(str, experts))
 
 
-def open_models(base: str, experts: Sequence[str]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+def open_models(
+    base: str, experts: Sequence[str], exclude: Sequence[str] = ()
+) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """The base and the experts, every header read; task vectors and adapters among them must be of this base.
+
+    Of adapters, keys that globs of `exclude` match need no place in the base.
 
     Raises:
         ReferenceNotFound: A reference leads nowhere.
@@ -29,10 +32,12 @@ def open_models(base: str, experts: Sequence[str]) -> tuple[Checkpoint, tuple[Ch
         CheckpointError: A file is malformed.
         PlanError: A task vector or an adapter is of another base, or stands where the base should.
     """
-    return open_references(parse(base), parse_experts(experts))
+    return open_references(parse(base), parse_experts(experts), exclude)
 
 
-def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+def open_references(
+    reference: Reference, others: Sequence[Reference], exclude: Sequence[str] = ()
+) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """`open_models` for references that have been parsed."""
     origin = open_checkpoint(reference)
     if origin.adapter is not None:
@@ -44,7 +49,7 @@ def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[
         raise ReferenceNotFound(
             f"{reference.text} is a task vector, not a base", hint=f"its base was {origin.vector.base}"
         )
-    experts = tuple(attach(open_checkpoint(other), origin) for other in others)
+    experts = tuple(attach(open_checkpoint(other), origin, exclude) for other in others)
     for expert in experts:
         vector = expert.vector
         digests = None if vector is None else vector.base_sha256
@@ -56,7 +61,7 @@ def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[
     return origin, experts
 
 
-def attach(expert: Checkpoint, base: Checkpoint) -> Checkpoint:
+def attach(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ()) -> Checkpoint:
     """An adapter as a task vector of this base; any other checkpoint as it is.
 
     Raises:
@@ -65,10 +70,10 @@ def attach(expert: Checkpoint, base: Checkpoint) -> Checkpoint:
     """
     if expert.adapter is None:
         return expert
-    tensors = translate(expert.adapter, expert.tensors, base.tensors, tied=is_tied(base.config))
-    vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - tensors.keys()))
-    remarks = expert.remarks
+    translation = translate(expert, base, exclude)
+    vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - translation.changes.keys()))
+    remarks = (*expert.remarks, *translation.remarks)
     ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}
     if expert.adapter.base and Path(expert.adapter.base).name not in ours:
         remarks += (f"it says it was trained on '{expert.adapter.base}', and the base here is '{base.name}'",)
-    return replace(expert, tensors=tensors, vector=vector, remarks=remarks)
+    return replace(expert, tensors=translation.changes, vector=vector, remarks=remarks, excluded=translation.excluded)

@@ -14,6 +14,7 @@ from modelmerge.checkpoint.adapter_config import CONFIG, WEIGHTS, Adapter, read_
 from modelmerge.checkpoint.adapter_config import PICKLED as PICKLED_ADAPTER
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_json
+from modelmerge.checkpoint.lora_files import refuse_factors
 from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
 from modelmerge.errors import CheckpointError, ReferenceNotFound
@@ -55,6 +56,7 @@ class Checkpoint:
     remarks: tuple[str, ...] = ()  # what a person should know of how it was read, a clause each
     absent: frozenset[str] = frozenset()  # what its index lists and no shard holds
     adapter: Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
+    excluded: frozenset[str] = frozenset()  # keys of an adapter that have no place in its base, and that globs exclude
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -155,6 +157,7 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
     if path.suffix in _FOREIGN:
         raise foreign(path, _FOREIGN[path.suffix])
     tensors, remarks = read_file(path)
+    refuse_factors(path, tensors)
     return Checkpoint(reference, tensors, {path: path.stat()}, None, {}, remarks=remarks)
 
 
@@ -178,6 +181,7 @@ def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
             break
     else:
         raise _no_weights(directory)
+    refuse_factors(directory, tensors)
     files = {file: file.stat() for file in dict.fromkeys(tensor.file for tensor in tensors.values()) or (single,)}
     vector = _read_vector(directory)
     if vector is not None:
@@ -208,6 +212,10 @@ def _open_adapter(reference: Reference, directory: Path) -> Checkpoint:
             hint="copy or download the adapter again",
         )
     tensors, remarks = read_file(weights)
+    remarks += adapter.remarks
+    full = [name for name in (SINGLE, INDEX, PICKLED, PICKLED_INDEX) if (directory / name).exists()]
+    if full:
+        remarks += (f"{full[0]} lies beside the adapter and is not read: the adapter is taken",)
     files = {file: file.stat() for file in (weights, config)}
     return Checkpoint(reference, tensors, files, directory, {}, remarks=remarks, adapter=adapter)
 

@@ -352,7 +352,7 @@ def _refuse_idle_globs(
     base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
 ) -> None:
     # What experts alone have can be excluded: then they may have it.
-    excludable = base.tensors.keys() | {name for expert in experts for name in expert.tensors}
+    excludable = base.tensors.keys() | {name for expert in experts for name in (*expert.tensors, *expert.excluded)}
     for option, globs, names in (("include", include, base.tensors.keys()), ("exclude", exclude, excludable)):
         for glob in globs:
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
