@@ -211,7 +211,7 @@ def prepare(
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
         _check_choices(recipe)
-        opened = opened or open_models(recipe.base, recipe.experts)
+        opened = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
         shared = make_plan(*opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch)
         choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
@@ -226,7 +226,7 @@ def prepare(
     overrides_read = [parse(text) for text in recipe.at]
     _refuse_idle_data(recipe, chosen, overrides_read)
     _refuse_many_experts([recipe.method, *(o.method for o in overrides_read if o.method)], len(recipe.experts))
-    base, experts = opened or open_models(recipe.base, recipe.experts)
+    base, experts = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
     names = [expert.name for expert in experts]
     weights = _weights(recipe, names)
     if overrides is not None:
