@@ -32,6 +32,7 @@ _PARTS = {
     "lora_embedding_A": "A", "lora_embedding_B": "B",
     "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
 }  # fmt: skip
+_PEFT_TIES = ("embed_tokens", "lm_head")  # names of tables that ensure_weight_tying concerns
 # Layers that GPT-2 and its kin store as [in, out]; others have them under the same names as [out, in].
 CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 
@@ -69,8 +70,9 @@ def translate(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ())
     modules, whole = _sorted_keys(adapter, expert.tensors, excludes, excluded)
     optional = {name for name, parts in modules.items() if all(excludes(part.name) for part in parts.values())}
     places = Places(adapter, ours, tied_table(ours) if is_tied(base.config) else None)
-    for name in modules.keys() - optional:
-        _refuse_incomplete(adapter, name, modules[name])
+    for name, parts in modules.items():
+        if name not in optional:
+            _refuse_incomplete(adapter, name, parts)
     _refuse_stacked(modules, ours)
     place_of = places.find({f"{n}.weight": _shapes(parts) for n, parts in modules.items() if n not in optional})
     changes: dict[str, TensorInfo] = {}
@@ -146,23 +148,15 @@ def _whole_changes(
         if len(names) > 1:
             kept = doubled_tables(expert).issuperset(keys) and (len(names) >= len(group) or not apart)
         else:  # peft loads what it did not train apart into the one tensor, and ties two of these names
-            ensured = adapter.config.get("ensure_weight_tying") and names[0].split(".")[-2] in (
-                "embed_tokens",
-                "lm_head",
-            )
+            ensured = adapter.config.get("ensure_weight_tying") and names[0].split(".")[-2] in _PEFT_TIES
             kept = not apart or bool(ensured)
         if not kept and not all(_matches(place, exclude) for place in group):
-            head = next(filter(_is_head, keys), None)
-            if head is not None:
-                what = f"'{head}' is a head of its own; the base's is tied to '{group[0]}', and would lose it"
-            else:
-                what = (
-                    f"'{keys[0]}' is a table of its own; the base ties its head to '{group[0]}', which would follow it"
-                )
+            keep = " ".join(f"{named('exclude')} '{place}'" for place in group)
             raise PlanError(
-                f"{adapter.file.parent}: {what}",
+                f"{adapter.file.parent}: '{keys[0]}' was trained apart, and the base ties embedding and head, "
+                f"in '{group[0]}': a merge would lose one of them or change both",
                 hint="give the base a head of its own: save it untied, with tie_word_embeddings false; or keep the "
-                f"base's: {named('exclude')} '{group[0]}'",
+                f"base's: {keep}",
             )
         info = placed[names[0]][1]
         yield {place: replace(info, name=place) for place in group}, info.name

@@ -126,11 +126,13 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
             from modelmerge.verbs.prepare import prepare_file
 
             names = {name for name in values if opt.typed(context, name)}
+            weights = {f"{name}.weight" for name in parse_weights(values["weight"] or ())}
 
             def prepare() -> Prepared:
                 return prepare_file(
                     Path(recipe).expanduser(), device=values["device"], stream=values["stream"],
                     change=lambda recipe: _changed(recipe, method, values, names),
+                    changed={*names, *weights} - {"weight"},
                 )  # fmt: skip
 
             carry_out(prepare, execute, values, sink)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,11 @@ class Translated:
     def overrides(self, tensors: Iterable[str]) -> tuple[str, ...]:
         """The overrides of the recipe, for a base with tensors of these names."""
         return tuple(map(str, merged_overrides(list(tensors), self.variations)))
+
+    def without(self, options: Collection[str]) -> Translated:
+        """The same, less what it varies of these options (`scale`, or of one expert `NAME.weight`)."""
+        kept = [v for v in self.variations if not {v.option, f"{v.expert}.{v.option}"} & set(options)]
+        return replace(self, variations=tuple(kept))
 
     def refuse_part_of_the_layers(self, file: Path, tensors: Iterable[str]) -> None:
         """Refuse slices that leave layers out.

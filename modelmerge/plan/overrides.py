@@ -301,13 +301,15 @@ class Methods:
                 each.setdefault(option, [getattr(options, option)] * len(here))[place] = curve.at(depth)
         return Setting(choice.name, options, tuple(here), {option: tuple(values) for option, values in each.items()})
 
-    def refuse_idle(self, tensors: Mapping[str, tuple[bool, bool, int | None]]) -> None:
+    def refuse_idle(self, tensors: Mapping[str, tuple[bool, bool, int | None]], count: int | None = None) -> None:
         """Refuse overrides that change nothing; by tensor: is it merged, is it linear, which override decides.
+
+        `count`: so many are looked at, from the first on; all if None.
 
         Raises:
             UsageError: An override matches no tensor, or none that is merged and that no override before it matches.
         """
-        for place, override in enumerate(self.overrides):
+        for place, override in enumerate(self.overrides[:count]):
             matched = {name: entry for name, entry in tensors.items() if override.matches(name)}
             mine = [(name, *entry) for name, entry in matched.items() if entry[2] == place]
             if not matched:

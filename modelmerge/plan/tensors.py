@@ -146,7 +146,7 @@ def make_plan(
     exclude: Sequence[str] = (),
     max_shard_size: int = 5_000_000_000,
     on_mismatch: str = "error",
-    strict: bool = True,
+    strict: int | None = None,
 ) -> Plan:
     """The plan for merging `experts` onto `base`.
 
@@ -161,7 +161,7 @@ def make_plan(
         max_shard_size: Largest output shard, in bytes.
         on_mismatch: What becomes of tensors whose shapes differ: `error`; `copy` takes the base's; `common-rows`
             merges the first rows of embeddings and heads, as many as all have, and keeps the base's others.
-        strict: Refuse overrides that change nothing.
+        strict: How many of the overrides, from the first on, are refused if they change nothing; all if None.
 
     Raises:
         PlanError: The models disagree, or there is nothing to merge.
@@ -200,8 +200,8 @@ def make_plan(
             tensors[name] = replace(one, twin=twin)
     if not any(tensor.action == "merge" for tensor in tensors.values()):
         raise _nothing_to_merge(base, experts, tensors)
-    if methods is not None and strict:
-        methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()})
+    if methods is not None:
+        methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()}, strict)
     expert_only = {name: tuple(expert.name for expert in experts if name in expert.tensors) for name in beyond}
     base, experts, tensors = unstack(base, experts, tensors)
     stored, matrices = entries(tensors.values())

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,8 +163,11 @@ def prepare_file(
     device: str = "auto",
     stream: bool = False,
     change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+    changed: Collection[str] = (),
 ) -> Prepared:
     """Plan the merge that a manifest records or a mergekit YAML describes, `change`d; nothing is written.
+
+    `changed` names the options that are, an expert's weight as `NAME.weight`: a YAML then varies them no more.
 
     Raises:
         ModelMergeError: As for `replay`.
@@ -173,7 +176,7 @@ def prepare_file(
         recipe, recorded, old = read_recipe(file)
         later = functools.partial(format_1.overrides_of, old) if old is not None else None
         return prepare(change(recipe), device=device, recorded=recorded, stream=stream, overrides=later)
-    translated = mergekit.read(file)
+    translated = mergekit.read(file).without(changed)
     late = translated.overrides
     recipe = change(translated.recipe)
     prepared = prepare(recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late)
@@ -201,8 +204,8 @@ def prepare(
 
     `script` is a function that gives unlabelled data, where it comes out of no file. With `look`, `auto` may read a few
     megabytes of weights on the Hub to see of what kind they are. `opened` are the base and the experts, where they have
-    been opened before. `overrides` gives the recipe's overrides, where they follow from the names of the tensors (and
-    from which are weights of linear layers).
+    been opened before. `overrides` gives overrides that follow the recipe's, where they follow from the names of the
+    tensors (and from which are weights of linear layers).
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -231,14 +234,15 @@ def prepare(
     weights = _weights(recipe, names)
     if overrides is not None:
         linear = {tensor.name: is_linear(tensor, recipe.include) for tensor in base.tensors.values()}
-        overrides_read = [parse(text) for text in overrides(linear)]
+        overrides_read += [parse(text) for text in overrides(linear)]
     methods = Methods(recipe.method, recipe.options, overrides_read, _rest(recipe), names)
+    strict = len(recipe.at) if overrides is not None else None
     recipe = dataclasses.replace(recipe, at=methods.recorded())
     plan = make_plan(
         base, experts, methods=methods,
         dtype=DTYPES[recipe.dtype] if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
-        on_mismatch=recipe.on_mismatch, strict=overrides is None,
+        on_mismatch=recipe.on_mismatch, strict=strict,
     )  # fmt: skip
     if recipe.as_lora is None:
         plan = dataclasses.replace(plan, giver=giver_of(recipe.files_from, plan.base, plan.experts))

@@ -307,6 +307,85 @@ def test_options_override_those_of_a_recipe(
     assert (code, "--density" in out, "--weight" in out) == (0, True, True)
 
 
+FILES_AND_OPTIONS = {
+    "a scale": (["ties"], ["--scale", "0.5"]),
+    "another's option": (["ties", "--scale", "0.5"], ["--density", "0.5"]),
+    "beside an override": (["task-arithmetic", "--at", "*q_proj*: scale=0.2"], ["--scale", "0.5"]),
+    "beside an override's method": (["kron", "--at", "*up_proj*: ties density=0.5"], ["--scale", "0.5"]),
+    "beside an expert's override": (["dare", "--at", "*: expert_0.density=0.5"], ["--density", "0.25", "--seed", "3"]),
+    "a weight": (["average", "--weight", "expert_0=2"], ["--weight", "expert_1=0.5"]),
+    "behind a transform": (["apgd", "--disentangle", "awd alpha=0.2"], ["--scale", "0.5"]),
+    "a transform": (["tsv-m"], ["--disentangle", "awd alpha=0.2"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES_AND_OPTIONS)
+def test_a_recipe_with_options_is_the_merge_with_both(
+    case: str, models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (method, *first), more = FILES_AND_OPTIONS[case]
+    for words in (
+        (method, *models, *first, "-o", tmp_path / "file"),
+        ("--recipe", tmp_path / "file" / "modelmerge.json", *more, "-o", tmp_path / "again"),
+        (method, *models, *first, *more, "-o", tmp_path / "both"),
+    ):
+        code, _, err = run(capsys, "merge", *words)
+        assert code == 0, err
+    again, both, file = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("again", "both", "file"))
+    assert again == both != file
+
+
+YAMLS = {  # the parameters of the file, of its first and second model, typed options, and the same without the file
+    "a scale": ("lambda: 0.5", "weight: 1", ["--scale", "0.3"], ["--scale", "0.3"]),
+    "an override": (
+        "lambda: 0.5", "weight: 1", ["--at", "*q_proj*: scale=0.1"], ["--scale", "0.5", "--at", "*q_proj*: scale=0.1"],
+    ),
+    "an override before the file's gradient": (
+        "lambda: 0.5", "weight: [0.1, 0.9]", ["--at", "*q_proj*: base"],
+        ["--scale", "0.5", "--at", "*q_proj*: base", "--at", "*: expert_0.weight=0.1,0.9"],
+    ),
+    "a weight for a gradient": (
+        "lambda: 0.5", "weight: [0.1, 0.9]", ["--weight", "expert_0=0.3"],
+        ["--scale", "0.5", "--weight", "expert_0=0.3"],
+    ),
+    "another's weight": (
+        "lambda: 0.5", "weight: [0.1, 0.9]", ["--weight", "expert_1=0.3"],
+        ["--scale", "0.5", "--weight", "expert_1=0.3", "--at", "*: expert_0.weight=0.1,0.9"],
+    ),
+    "a scale for a filter": (
+        "lambda: [{filter: q_proj, value: 0.2}, {value: 0.5}]", "weight: 1", ["--scale", "0.7"], ["--scale", "0.7"],
+    ),
+    "a transform": (
+        "lambda: 0.5", "weight: 1", ["--disentangle", "awd alpha=0.2"],
+        ["--scale", "0.5", "--disentangle", "awd alpha=0.2"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", YAMLS)
+def test_options_count_for_more_than_what_a_yaml_says_of_them(
+    case: str, models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared, own, typed, same_as = YAMLS[case]
+    base, *experts = models[:3]
+    listed = (
+        f"  - model: {experts[0]}\n    parameters: {{{own}}}\n  - model: {experts[1]}\n    parameters: {{weight: 1}}\n"
+    )
+    file = tmp_path / "mergekit.yml"
+    file.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {base}\ndtype: float32\n"
+        f"parameters: {{{shared}}}\nmodels:\n{listed}"
+    )
+    code, _, err = run(capsys, "merge", "--recipe", file, "-o", tmp_path / "one", *typed)
+    assert code == 0, err
+    words = ("task-arithmetic", base, *experts, "--dtype", "float32", *same_as)
+    assert run(capsys, "merge", *words, "-o", tmp_path / "two")[0] == 0
+    one, two = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("one", "two"))
+    assert one == two
+    code, _, err = run(capsys, "merge", "--recipe", file, "-o", tmp_path / "no", "--at", "*nothing*: base")
+    assert (code, "'*nothing*: base' matches no tensor of the base" in err) == (2, True)
+
+
 def test_options_override_those_of_mergekit_s_yaml(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
