@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -52,6 +53,7 @@ class Checkpoint:
     vector: VectorOf | None = None  # set where it tells what changed in a base, not a whole model
     remarks: tuple[str, ...] = ()  # what a person should know of how it was read, a clause each
     adapter: peft.Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
+    lenders: Mapping[Path, Checkpoint] = field(default_factory=dict)  # of tensors in another model's files, that model
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -124,9 +126,11 @@ class Checkpoint:
     def look_again(self) -> None:
         """Take the files as they are now: some may have been fetched since the headers were read."""
         self.close()
-        self.files = {file: file.stat() for file in self.files}
+        self.files.update({file: file.stat() for file in self.files})
 
     def _open(self, file: Path) -> FileDigest | Ranges:
+        if file in self.lenders and file not in self.files:
+            return self.lenders[file]._open(file)
         with self._lock:
             if file not in self._sources:
                 remote = self.reference.repository

@@ -85,6 +85,9 @@ OnMismatch = Annotated[Literal["error", "copy", "common-rows"] | None, _merge_op
     metavar="WHAT",
     help="Shapes differ: error (default), copy the base's tensor, or merge the common-rows of tables.",
 )]  # fmt: skip
+Vocab = Annotated[str | None, _merge_option(
+    metavar="NAME", help="Whose tokens embeddings and heads get: base, union, or an expert's.",
+)]  # fmt: skip
 ShardSize = Annotated[str | None, _run_option(help="Largest output file, like 200MB. Default: 5GB.", metavar="SIZE")]
 Seed = Annotated[int | None, _merge_option(help="Seed of methods that draw at random. Default: 0.", metavar="N")]
 AsLora = Annotated[str | None, _merge_option(
@@ -194,6 +197,7 @@ def merged(
     include: Include = None,
     exclude: Exclude = None,
     on_mismatch: OnMismatch = None,
+    vocab: Vocab = None,
     dtype: Dtype = None,
     as_lora: AsLora = None,
     seed: Seed = None,

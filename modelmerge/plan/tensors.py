@@ -20,6 +20,8 @@ from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.plan.overrides import BASE, Methods
 from modelmerge.plan.recipe import OnMismatch
 from modelmerge.plan.stacks import entries, is_stack, restack, unstack
+from modelmerge.plan.tables import by_token
+from modelmerge.plan.vocabulary import Vocabulary
 
 Action = Literal["merge", "copy"]
 
@@ -55,12 +57,14 @@ class TensorPlan:
     twin: str | None = None  # the tensor before it that it is tied to, in every model
     method: str | None = None  # what merges it, where that is known
     override: int | None = None  # the place of the override that decides
-    stack: str | None = None  # the stored stack that it is a matrix of; its own name is `STACK[INDEX]`
-    index: int = 0
+    stack: str | None = None  # the stored tensor that it is a part of: `STACK[INDEX]`, or `TABLE[FIRST:LAST]`
+    whole: tuple[int, ...] | None = None  # the shape of that
+    owners: tuple[int, ...] | None = None  # the places of the experts that it is merged from; None: of all
+    new: bool = False  # rows that the base lacks: the mean of the owners'
 
     @property
     def stored_name(self) -> str:
-        """The name of the tensor in files: its own, or its stack's."""
+        """The name of the tensor in files: its own, or of what it is a part of."""
         return self.stack or self.name
 
     @property
@@ -101,6 +105,7 @@ class Plan:
     tensors: dict[str, TensorPlan]
     expert_only: dict[str, tuple[str, ...]]  # tensor name -> the experts that have it; the merge leaves it out
     layout: Layout
+    vocabulary: Vocabulary | None = None  # the tokens of its tables, where they are aligned by token
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -141,6 +146,8 @@ def make_plan(
     exclude: Sequence[str] = (),
     max_shard_size: int = 5_000_000_000,
     on_mismatch: str = "error",
+    vocab: str | None = None,
+    files_from: str = BASE,
     strict: bool = True,
 ) -> Plan:
     """The plan for merging `experts` onto `base`.
@@ -155,7 +162,11 @@ def make_plan(
         exclude: Globs of tensor names to copy from the base, whatever the experts hold.
         max_shard_size: Largest output shard, in bytes.
         on_mismatch: What becomes of tensors whose shapes differ: `error`; `copy` takes the base's; `common-rows`
-            merges the first rows of embeddings and heads, as many as all have, and keeps the base's others.
+            merges the rows of embeddings and heads that all have, by token where tokenizers can be read, else the
+            first, and keeps the base's others.
+        vocab: Whose tokens embeddings and heads have: `base`, `union` or an expert's name; rows go by token then. None:
+            rows go by their number, and tokenizers that number them differently are an error.
+        files_from: Whose tokenizer goes with the output: `base` or an expert's name.
         strict: Refuse overrides that change nothing.
 
     Raises:
@@ -169,7 +180,7 @@ def make_plan(
     for name, info in base.tensors.items():
         linear = is_linear(info, include)
         try:
-            rows = _common_rows(info, experts) if on_mismatch == "common-rows" else None
+            rows = _common_rows(info, experts) if on_mismatch == "common-rows" or vocab is not None else None
             method, place, reason = _method_of(methods, name, linear)
             action, reason = _decide(info, experts, method, reason, include, exclude, on_mismatch, rows)
         except PlanError as complaint:
@@ -183,7 +194,8 @@ def make_plan(
             rows=rows if action == "merge" else None, method=method if action == "merge" else None, override=place,
         )  # fmt: skip
     if complaints:
-        raise _disagreement(complaints)
+        grown = any(_common_rows(info, experts) for info in base.tensors.values())
+        raise _disagreement(complaints, tables=grown and methods is not None)
     for name, twin in twins(base, experts).items():
         one, other = tensors[name], tensors[twin]
         alike = (one.action, one.override, one.method) == (other.action, other.override, other.method)
@@ -195,16 +207,21 @@ def make_plan(
         methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()})
     beyond = sorted({name for expert in experts for name in expert.tensors} - base.tensors.keys())
     expert_only = {name: tuple(expert.name for expert in experts if name in expert.tensors) for name in beyond}
+    base, experts, tensors, vocabulary = by_token(
+        base, experts, tensors, vocab, files_from, on_mismatch, merging=methods is not None
+    )
     base, experts, tensors = unstack(base, experts, tensors)
-    stored, matrices = entries(tensors.values())
-    layout = lay_out(stored, max_shard_size, matrices=matrices)
-    return Plan(base, tuple(experts), tensors, expert_only, layout)
+    stored, parts = entries(tensors.values())
+    layout = lay_out(stored, max_shard_size, parts=parts)
+    return Plan(base, tuple(experts), tensors, expert_only, layout, vocabulary)
 
 
-def _disagreement(complaints: Sequence[str]) -> PlanError:
+def _disagreement(complaints: Sequence[str], *, tables: bool) -> PlanError:
     hint, option = f"{named('exclude')} GLOB copies a tensor from the base", named("on_mismatch")
     if any(f": {_SHAPE}" in complaint for complaint in complaints):
         hint += f"; so does {option} copy where shapes differ, and {option} common-rows merges what all have"
+        if tables:
+            hint += f"; {named('vocab')} union, base or NAME aligns embeddings and heads by token"
     some = f"{len(complaints)} tensor{'s' * (len(complaints) > 1)}"
     return PlanError(f"the models disagree on {some}:\n  " + "\n  ".join(complaints), hint=hint)
 
@@ -226,7 +243,7 @@ def _decide(
 ) -> tuple[Action, str]:
     """What happens to a tensor of the base, and why.
 
-    `method` merges it, or is `base`, and `why` says why. `rows`: so many are merged, for not all models have more.
+    `method` merges it, or is `base`, and `why` says why. `rows`: it is a table of which all models have so many.
 
     Raises:
         PlanError: The experts disagree with the base or with one another.
@@ -242,12 +259,11 @@ def _decide(
         return "copy", f"{info.dtype}, not floating"
     if info.name.rpartition(".")[2] in BUFFERS:
         return "copy", "a buffer, not a weight"
-    shapes = _other_shapes(info, have)
+    shapes = "" if rows is not None else _other_shapes(info, have)
     if shapes and on_mismatch == "copy" and len(have) == len(experts):
         return "copy", f"{_SHAPE}{list(info.shape)} in the base, but {shapes}"
-    _refuse_disagreement(info, experts, have, shapes if rows is None else "")
-    few = f": the first {rows} rows are merged, the base's others kept" if rows is not None else ""
-    return ("copy", why) if method == BASE else ("merge", why + few)
+    _refuse_disagreement(info, experts, have, shapes)
+    return ("copy" if method == BASE else "merge"), why
 
 
 def _method_of(methods: Methods | None, name: str, linear: bool) -> tuple[str, int | None, str]:

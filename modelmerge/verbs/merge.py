@@ -39,6 +39,7 @@ def merge(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_mismatch: OnMismatch = "error",
+    vocab: str | None = None,
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
@@ -73,7 +74,11 @@ def merge(
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
         on_mismatch: What becomes of tensors whose shapes differ: error; copy: the base's; common-rows: of embeddings
-            and heads, the rows that all have are merged and the base's others kept.
+            and heads, the rows that all have are merged, by token where tokenizers can be read, and the base's others
+            kept.
+        vocab: Whose tokens embeddings and heads have: base, an expert's name, or union, which is the base's and after
+            them those that only experts have. Rows go by token then. Rows go by their number if None, and tokenizers
+            that number their tokens differently are an error.
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
@@ -108,7 +113,7 @@ def merge(
             method=method, base=base, experts=tuple(experts), options=options, weights=dict(weights or {}),
             disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
             rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-            max_shard_size=max_shard_size, seed=seed, as_lora=as_lora, unlabelled=data,
+            vocab=vocab, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora, unlabelled=data,
         )  # fmt: skip
         prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
         if dry_run:

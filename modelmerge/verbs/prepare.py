@@ -30,6 +30,7 @@ from modelmerge.plan import format_1, mergekit
 from modelmerge.plan.downloads import input_paths, with_downloads
 from modelmerge.plan.overrides import BASE, Methods, Override, group_key, parse
 from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
+from modelmerge.plan.tables import of_owners
 from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, is_linear, make_plan
 from modelmerge.plan.transforms import as_typed, parse_transform
 from modelmerge.progress import Reporter
@@ -210,7 +211,9 @@ def prepare(
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
         _check_choices(recipe)
         opened = opened or open_models(recipe.base, recipe.experts)
-        shared = make_plan(*opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch)
+        shared = make_plan(
+            *opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch, vocab=recipe.vocab
+        )
         choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
         options = ", ".join(f"{name}={value}" for name, value in choice.options.items())
@@ -236,7 +239,7 @@ def prepare(
         base, experts, methods=methods,
         dtype=DTYPES[recipe.dtype] if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
-        on_mismatch=recipe.on_mismatch, strict=overrides is None,
+        on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, strict=overrides is None,
     )  # fmt: skip
     job = job_of(recipe, plan, methods, transforms, weights, device)
     for transform in transforms:
@@ -313,7 +316,9 @@ def job_of(
         DeviceError: There is no such device.
     """
     tensors = plan.select("merge")
-    settings = methods.settings({tensor.name: (tensor.override, tensor.linear) for tensor in tensors}, weights)
+    places = {tensor.name: (tensor.override, tensor.linear) for tensor in tensors if not tensor.new}
+    chosen = methods.settings(places, weights)
+    settings = {tensor.name: of_owners(tensor, chosen.get(tensor.name), len(weights)) for tensor in tensors}
     members: dict[Any, list[TensorPlan]] = {}
     for tensor in tensors:
         setting = settings[tensor.name]

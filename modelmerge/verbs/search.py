@@ -55,6 +55,7 @@ def search(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_mismatch: OnMismatch = "error",
+    vocab: str | None = None,
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
@@ -86,6 +87,7 @@ def search(
         include: As for `merge`.
         exclude: As for `merge`.
         on_mismatch: As for `merge`.
+        vocab: As for `merge`.
         max_shard_size: As for `merge`.
         seed: As for `merge`.
         as_lora: As for `merge`.
@@ -106,7 +108,7 @@ def search(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         at=tuple(at), disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle),
         rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-        max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
+        vocab=vocab, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
     prepared = prepare_search(recipe, tries, on, metric, device=device, stream=stream, look=not dry_run)
     if dry_run:
