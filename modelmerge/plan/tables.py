@@ -7,7 +7,7 @@ table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
@@ -332,6 +332,20 @@ def _refuse_hidden_tables(
                 f"'{name}' {list(info.shape)} may have a row for each token, and its name does not say so",
                 hint=f"if it has not, {named('exclude')} '{name}' copies it as it is",
             )
+
+
+def refuse_parts(vocabulary: Vocabulary | None, plans: Iterable[TensorPlan], where: str) -> None:
+    """Refuse tables in parts, or with other rows than the base's, for what needs the base's.
+
+    Raises:
+        UsageError: There are such.
+    """
+    parts = [plan.stack for plan in plans if plan.stack is not None and len(plan.whole or ()) < 3]
+    if parts or (vocabulary is not None and vocabulary.sizes):
+        raise UsageError(
+            f"embeddings and heads are put together token by token, and {where} needs them as the base has them",
+            hint="merge into a checkpoint first, and go on from there",
+        )
 
 
 # --- settings ---

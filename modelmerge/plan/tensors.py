@@ -14,14 +14,14 @@ from typing import Any, Literal, get_args
 
 from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
 from modelmerge.checkpoint.layout import Layout, lay_out
-from modelmerge.checkpoint.matching import is_vocabulary, match, twins
+from modelmerge.checkpoint.matching import match, twins
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.plan.overrides import BASE, Methods
 from modelmerge.plan.recipe import OnMismatch
 from modelmerge.plan.stacks import entries, is_stack, restack, unstack
 from modelmerge.plan.tables import by_token
-from modelmerge.plan.vocabulary import Vocabulary
+from modelmerge.plan.vocabulary import Vocabulary, is_table, row_count
 
 Action = Literal["merge", "copy"]
 
@@ -304,10 +304,11 @@ def _other_shapes(info: TensorInfo, have: Sequence[Checkpoint]) -> str:
 
 def _common_rows(info: TensorInfo, experts: Sequence[Checkpoint]) -> int | None:
     """How many rows all models have of a table or head that differs in nothing else; None where that is not so."""
-    shapes = {expert.tensors[info.name].shape for expert in experts if info.name in expert.tensors} | {info.shape}
-    if len(shapes) == 1 or len({(len(shape), shape[1:]) for shape in shapes}) > 1 or not is_vocabulary(info.name):
+    infos = [info, *(expert.tensors[info.name] for expert in experts if info.name in expert.tensors)]
+    widths = {(len(each.shape), math.prod(each.shape) // (row_count(each) or 1)) for each in infos}
+    if not is_table(info) or len({each.shape for each in infos}) == 1 or len(widths) > 1:
         return None
-    return min(shape[0] for shape in shapes) or None
+    return min(map(row_count, infos)) or None
 
 
 def _refuse_disagreement(

@@ -30,7 +30,7 @@ from modelmerge.plan import format_1, mergekit
 from modelmerge.plan.downloads import input_paths, with_downloads
 from modelmerge.plan.overrides import BASE, Methods, Override, group_key, parse
 from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
-from modelmerge.plan.tables import of_owners
+from modelmerge.plan.tables import of_owners, refuse_parts
 from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, is_linear, make_plan
 from modelmerge.plan.transforms import as_typed, parse_transform
 from modelmerge.progress import Reporter
@@ -241,6 +241,8 @@ def prepare(
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, strict=overrides is None,
     )  # fmt: skip
+    if recipe.as_lora is not None or chosen.on_data or recipe.unlabelled or recipe.coefficients:
+        refuse_parts(plan.vocabulary, plan.tensors.values(), "an adapter" if recipe.as_lora else "a search on data")
     job = job_of(recipe, plan, methods, transforms, weights, device)
     for transform in transforms:
         if len(experts) < 2:
