@@ -25,8 +25,9 @@ from tests.support.checkpoints import family  # noqa: E402
 
 # Files whose tests need libraries that take seconds to import: one process imports them for all.
 _HEAVY = (
-    "checkpoint/test_adapter", "checkpoint/test_as_lora", "evaluation/test_clip", "evaluation/test_lm",
-    "verbs/test_adamerging", "verbs/test_architectures", "verbs/test_search",
+    "checkpoint/test_adapter", "checkpoint/test_as_lora", "checkpoint/test_companions", "checkpoint/test_configs",
+    "evaluation/test_clip", "evaluation/test_lm", "verbs/test_adamerging", "verbs/test_architectures",
+    "verbs/test_search",
 )  # fmt: skip
 
 

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import fnmatch
+import json
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from modelmerge.checkpoint.reader import MANIFEST
+from modelmerge.checkpoint.config_file import Values, token_values, with_values
+from modelmerge.checkpoint.configs import CONFIG, text_parts
+from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
+from modelmerge.errors import PlanError, UsageError, named, suggestion
 
+BASE = "base"  # whose files go with the weights, if no expert's
 # What lies beside weights and is wanted with them. Weights, their indices and what training left are not.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "*.vocab", "*.bpe",
                "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja", "[0-9]_*/config.json")  # fmt: skip
 _NOT_COMPANIONS = (MANIFEST, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+TOKENIZER, TEMPLATE, GENERATION = "tokenizer", "chat template", "generation config"
+GENERATION_CONFIG, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+_KINDS = {
+    TOKENIZER: ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "*vocab*.txt",
+                "merges.txt", "normalizer.json", "*.model", "*.tiktoken", "*.spm", "*.vocab", "*.bpe"),
+    TEMPLATE: ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    GENERATION: (GENERATION_CONFIG,),
+}  # fmt: skip
 
 
 def companions(directory: Path | None) -> dict[str, Path]:
@@ -27,6 +42,147 @@ def is_companion(place: str) -> bool:
     path = PurePosixPath(place)
     if path.name.startswith(".") or path.name.endswith((*_NOT_COMPANIONS, ".index.json")):
         return False
+    return _matches(path, _COMPANIONS)
+
+
+def kind_of(place: str) -> str | None:
+    """What a companion belongs to that an expert's can replace: tokenizer, chat template or generation config."""
+    path = PurePosixPath(place)
+    return next((kind for kind, patterns in _KINDS.items() if is_companion(place) and _matches(path, patterns)), None)
+
+
+def companions_of_output(base: Checkpoint, giver: Checkpoint, values: Values) -> dict[str, bytes | Path]:
+    """What goes beside merged weights: the content, or the file to copy.
+
+    Args:
+        base: The base, whose config, code and licence they are.
+        giver: Whose tokenizer, chat template and generation config they are.
+        values: What the config must say otherwise.
+    """
+    files: dict[str, bytes | Path] = dict(companions(base.directory))
+    if giver is not base:
+        theirs = {place: file for place, file in companions(giver.directory).items() if kind_of(place)}
+        replaced = _replaced(theirs)
+        files = {**{place: file for place, file in files.items() if kind_of(place) not in replaced}, **theirs}
+    if values and base.directory is not None and CONFIG in files:
+        files[CONFIG] = with_values((base.directory / CONFIG).read_bytes(), values)
+    return files
+
+
+def giver_of(name: str, base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkpoint:
+    """The model whose tokenizer, chat template and generation config the output gets: `base`, or an expert's name.
+
+    Raises:
+        UsageError: There is no such expert.
+        PlanError: It has no such files.
+    """
+    if name == BASE:
+        return base
+    names = [expert.name for expert in experts]
+    if name not in names:
+        hint = suggestion(name, [BASE, *names], f"there are: {', '.join([BASE, *names])}")
+        raise UsageError(f"names '{name}', which is no expert", option="files_from", hint=hint)
+    giver = experts[names.index(name)]
+    if not any(map(kind_of, places_beside(giver))):
+        where = f"'{name}' has none beside its weights, {giver.reference.text}"
+        raise PlanError(
+            f"{named('files_from')} takes a tokenizer, a chat template or a generation config, and {where}",
+            hint="name an expert by the directory that holds them",
+        )
+    return giver
+
+
+def token_ids(base: Checkpoint, giver: Checkpoint) -> dict[tuple[str, ...], Any]:
+    """What the base's config must say of special tokens where the tokenizer is the giver's."""
+    return token_values(base.config, _says_tokens(giver)) if giver is not base and base.config else {}
+
+
+def remarks_on_files(base: Checkpoint, experts: Sequence[Checkpoint], giver: Checkpoint) -> list[str]:
+    """Sentences on what comes from the giver, or on what experts have and the output does not get."""
+    if giver is not base:
+        return _remarks_on_giver(base, giver)
+    option, remarks = named("files_from"), []
+    templated = [expert.name for expert in experts if _has_template(expert)]
+    if templated and not _has_template(base):
+        remarks.append(
+            f"{_list(templated)} a chat template, and the base, whose files go along, has none: {option} "
+            f"{templated[0]} takes it over."
+        )
+    ends, more = _ends(base), []
+    for expert in experts:
+        theirs = _ends(expert)
+        if ends and theirs and theirs != ends:
+            token, other = (" or ".join(map(str, sorted(each))) for each in (theirs, ends))
+            remarks.append(
+                f"The texts of '{expert.name}' end with token {token} (eos_token_id), the base's with {other}: "
+                f"{option} {expert.name} takes it over."
+            )
+        elif GENERATION_CONFIG in places_beside(expert):
+            more.append(expert.name)
+    if more and GENERATION_CONFIG not in places_beside(base):
+        remarks.append(f"{_list(more)} a {GENERATION_CONFIG}, and the base has none: {option} {more[0]} takes it over.")
+    return remarks
+
+
+def _remarks_on_giver(base: Checkpoint, giver: Checkpoint) -> list[str]:
+    theirs = sorted(place for place in places_beside(giver) if kind_of(place))
+    remarks = [f"From '{giver.name}', not from the base: {', '.join(theirs)}."]
+    if stay := [kind for kind in _KINDS if kind not in _replaced(theirs) and kind in map(kind_of, places_beside(base))]:
+        remarks.append(f"'{giver.name}' has no {' and no '.join(stay)}: the base's stays.")
+    if values := token_ids(base, giver):
+        entries = ", ".join(f"{'.'.join(place)} {json.dumps(value)}" for place, value in values.items())
+        remarks.append(f"{CONFIG} says of tokens what '{giver.name}' says: {entries}.")
+    if not _says_tokens(giver):
+        remarks.append(f"'{giver.name}' has no config that says which tokens begin and end texts: the base's do.")
+    return remarks
+
+
+def _says_tokens(giver: Checkpoint) -> dict[str, Any]:
+    """The config that says which tokens are special; an adapter's directory may have that of generation alone."""
+    return _read(giver, CONFIG) or _read(giver, GENERATION_CONFIG)
+
+
+def _replaced(theirs: Sequence[str] | dict[str, Path]) -> set[str | None]:
+    """Which kinds of the base's files give way: a template belongs to its tokenizer, where one comes."""
+    kinds = set(map(kind_of, theirs))
+    return kinds | ({TEMPLATE} if TOKENIZER in kinds else set())
+
+
+def places_beside(model: Checkpoint) -> list[str]:
+    """What lies beside a model's weights, by its places there; of what is on the Hub, all files."""
+    remote = model.reference.repository
+    if model.directory is None or remote is None:
+        return list(companions(model.directory))
+    folder = f"{remote.inside}/" if remote.inside else ""
+    return [place.removeprefix(folder) for place in remote.files if place.startswith(folder)]
+
+
+def _has_template(model: Checkpoint) -> bool:
+    inline = _read(model, _TOKENIZER_CONFIG).get("chat_template")
+    return bool(inline) or any(kind_of(place) == TEMPLATE for place in places_beside(model))
+
+
+def _ends(model: Checkpoint) -> set[int]:
+    """The ids of the tokens that end a text; empty where neither config says it."""
+    configs = [_read(model, GENERATION_CONFIG), *text_parts(model.config).values()]
+    ids: Any = next((config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None), [])
+    return {each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)}
+
+
+def _read(model: Checkpoint, name: str) -> dict[str, Any]:
+    """A file of JSON beside a model; empty where there is none that can be read, for it is only looked at."""
+    try:
+        content = json.loads((model.directory / name).read_bytes()) if model.directory is not None else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join(f"'{name}'" for name in names) + (" has" if len(names) == 1 else " have")
+
+
+def _matches(path: PurePosixPath, patterns: Sequence[str]) -> bool:
     # By the parts: a star does not reach into folders.
-    patterns = [PurePosixPath(pattern).parts for pattern in _COMPANIONS]
-    return any(len(parts) == len(path.parts) and all(map(fnmatch.fnmatchcase, path.parts, parts)) for parts in patterns)
+    split = [PurePosixPath(pattern).parts for pattern in patterns]
+    return any(len(parts) == len(path.parts) and all(map(fnmatch.fnmatchcase, path.parts, parts)) for parts in split)

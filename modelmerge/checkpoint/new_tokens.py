@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from modelmerge.checkpoint.configs import text_parts
 from modelmerge.checkpoint.tokens import ADDED, CONFIG, DECODER, TOKENIZER_JSON
 
 New = Mapping[str, tuple[int, dict[str, bool] | None]]  # tokens with their ids, and the flags of those that were added
@@ -77,8 +78,7 @@ def moved_sizes(config: Mapping[str, Any], sizes: Mapping[int, int]) -> dict[tup
     stated = {place: value for place, value in _entries(config) if place[-1].startswith(_SIZE) and _is_id(value)}
     values = {place: sizes[value] for place, value in stated.items() if sizes.get(value, value) != value}
     if config and sizes and not any(place[-1] == _SIZE for place in stated):  # a family's default is left out
-        inner = next((key for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), None)
-        values[(inner, _SIZE) if inner else (_SIZE,)] = max(sizes.values())
+        values[(*list(text_parts(config))[-1], _SIZE)] = max(sizes.values())
     return values
 
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from typing import Any
 from modelmerge.checkpoint.header import read_json
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import CheckpointError
+from modelmerge.hub.repository import RemoteFile
 
 TOKENIZER_JSON, CONFIG, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 DECODER = "added_tokens_decoder"  # the entry of tokenizer_config.json
@@ -26,6 +30,7 @@ _LIKE = ("vocab.json", "vocab.txt", "tekken.json", "tokenizer.model", "spiece.mo
 # Their ids are not their places in the file: such files can be told apart, and no more.
 _OTHERS = ("sentencepiece.bpe.model", "source.spm", "sentencepiece.model", "vocab.bpe")
 _RANKED = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n?")  # a line of a tiktoken file
+_MERGES, _LAST = re.compile(rb'"merges"\s*:\s*\['), re.compile(rb"\]\s*\}\s*\}\s*\Z")
 _BLOCK = 1 << 20
 
 
@@ -48,13 +53,18 @@ class Tokenizer:
         Raises:
             CheckpointError: A file is malformed.
         """
-        read = next((read for names, read in _READERS if self.main.name.endswith(names)), None)
-        ids = None if read is None else read(self.main.here())
-        if ids is None:
+        if self._vocabulary is None:
             return None
+        ids = dict(self._vocabulary)
         for token, (place, _) in self.additions.items():
             ids.setdefault(token, place)
         return ids
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int] | None:
+        """The ids in the main file, without what was added; None where it is of a kind that cannot be read."""
+        read = next((read for names, read in _READERS if self.main.name.endswith(names)), None)
+        return None if read is None else read(self.main.here())
 
     @cached_property
     def additions(self) -> dict[str, tuple[int, dict[str, bool]]]:
@@ -92,12 +102,11 @@ class Tokenizer:
         ranked = name.endswith((".tiktoken", "tekken.json")) or (
             name.endswith(".model") and _RANKED.match(self.main.here().read_bytes()) is not None
         )
-        if ranked or self.ids is None:
+        if ranked or self.ids is None or self._vocabulary is None:
             return None
         if name == TOKENIZER_JSON:
             # As the tokenizers library counts, which does not heed the id that the file states.
-            stored = len(_object(self.main.here(), _json(self.main.here()))["model"]["vocab"])
-            return max([stored, *(place + 1 for place, _ in self.additions.values())])
+            return max([len(self._vocabulary), *(place + 1 for place, _ in self.additions.values())])
         return max(self.ids.values(), default=-1) + 1
 
     def same_files(self, other: Tokenizer) -> bool:
@@ -135,6 +144,21 @@ class _File:
         assert self.model.directory is not None, "it lies in a directory"
         return self.model.directory / self.name
 
+    @property
+    def _remote(self) -> RemoteFile | None:
+        remote = self.model.reference.repository
+        return None if remote is None else remote.files[remote.place(self._path)]
+
+    def _digests(self, other: _File) -> tuple[str | None, str | None]:
+        """The file's sha256 and git's digest, as far as the Hub knows them or the other's are to be compared."""
+        mine, theirs = self._remote, other._remote
+        if mine is not None:
+            return mine.sha256, None if mine.sha256 else mine.blob
+        if theirs is None:
+            return None, None
+        content = self._path.read_bytes()
+        return hashlib.sha256(content).hexdigest(), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
     def here(self) -> Path:
         """The file on the disk, fetched if need be."""
         remote = self.model.reference.repository
@@ -143,21 +167,20 @@ class _File:
         return self._path
 
     def same(self, other: _File) -> bool:
-        """Whether two files have the same bytes; where the Hub says so nothing is fetched."""
-        remotes = [(file.model.reference.repository, file._path) for file in (self, other)]
-        digests = [remote and remote.sha256(path) for remote, path in remotes]
-        if all(digests):
-            return digests[0] == digests[1]
+        """Whether two files have the same bytes; where the Hub's digests tell, nothing is fetched."""
         try:
+            for mine, theirs in zip(self._digests(other), other._digests(self), strict=True):
+                if mine and theirs:
+                    return mine == theirs
             mine, theirs = self.here(), other.here()
             if mine.stat().st_size != theirs.stat().st_size:
                 return False
-            with mine.open("rb") as one, theirs.open("rb") as two:
-                while block := one.read(_BLOCK):
-                    if block != two.read(_BLOCK):
+            with mine.open("rb") as first, theirs.open("rb") as second:
+                while block := first.read(_BLOCK):
+                    if block != second.read(_BLOCK):
                         return False
         except OSError as error:
-            raise CheckpointError(f"{self._path}: cannot be read: {error.strerror}") from error
+            raise CheckpointError(f"{self._path}: cannot be compared with {other._path}: {error.strerror}") from error
         return True
 
 
@@ -306,8 +329,18 @@ def _json(file: Path) -> Any:
     key = file, stat.st_size, stat.st_mtime_ns
     if key not in _READ:
         _READ.clear()
-        _READ[key] = read_json(file)
+        _READ[key] = _without_merges(file) if file.name == TOKENIZER_JSON else read_json(file)
     return _READ[key]
+
+
+def _without_merges(file: Path) -> Any:
+    """A tokenizer.json, without the half of it that tells how tokens are put together, where that comes last."""
+    content = file.read_bytes()
+    merges = _MERGES.search(content)
+    if merges and _LAST.search(content, len(content) - 100) and b'"added_tokens"' in content[: merges.start()]:
+        with contextlib.suppress(ValueError):
+            return json.loads(content[: merges.start()] + b'"merges": []}}')
+    return read_json(file)
 
 
 def _object(file: Path, content: Any) -> dict[str, Any]:

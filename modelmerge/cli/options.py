@@ -88,6 +88,9 @@ OnMismatch = Annotated[Literal["error", "copy", "common-rows"] | None, _merge_op
 Vocab = Annotated[str | None, _merge_option(
     metavar="NAME", help="Whose tokens embeddings and heads get: base, union, or an expert's.",
 )]  # fmt: skip
+FilesFrom = Annotated[str | None, _merge_option(
+    metavar="NAME", help="Whose tokenizer and chat template: an expert's, or base's.",
+)]  # fmt: skip
 ShardSize = Annotated[str | None, _run_option(help="Largest output file, like 200MB. Default: 5GB.", metavar="SIZE")]
 Seed = Annotated[int | None, _merge_option(help="Seed of methods that draw at random. Default: 0.", metavar="N")]
 AsLora = Annotated[str | None, _merge_option(
@@ -198,6 +201,7 @@ def merged(
     exclude: Exclude = None,
     on_mismatch: OnMismatch = None,
     vocab: Vocab = None,
+    files_from: FilesFrom = None,
     dtype: Dtype = None,
     as_lora: AsLora = None,
     seed: Seed = None,

@@ -35,8 +35,8 @@ _REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 _KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of a checkpoint's files; readers prefer the first
 _ADDRESS = re.compile(r"hf://([^/@]+/[^/@]+)@([^/]+)/(.+)")
-# By readers, to know what a checkpoint is.
-_LOOKED_INTO = re.compile(r"(.*/)?(config|adapter_config|modelmerge|[^/]*\.index)\.json", re.DOTALL)
+# By readers, to know what a checkpoint is and what lies beside it.
+_LOOKED_INTO = re.compile(r"(.*/)?((adapter_|generation_|tokenizer_)?config|modelmerge|[^/]*\.index)\.json", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class RemoteFile:
 
     size: int
     sha256: str | None  # None for a file so small that git itself holds it
+    blob: str | None = None  # git's digest of such a file, where it is known
 
 
 class Repository:
@@ -185,7 +186,10 @@ def _files(api: Client, name: str, commit: str) -> dict[str, RemoteFile]:
             failure = error
     if api.answer is not None:
         files = api.answer.siblings or []
-        return {file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files}
+        return {
+            file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None, file.blob_id)
+            for file in files
+        }
     try:
         folder = Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from modelmerge.checkpoint.companions import is_companion
+from modelmerge.checkpoint.companions import is_companion, kind_of, places_beside
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.staging import CARD
 from modelmerge.hub import repository
@@ -29,20 +29,23 @@ def wanted(plan: Plan, *, beside: Beside, stream: bool = False) -> list[tuple[re
 
     Args:
         plan: The plan.
-        beside: Of what lies beside the weights: the models' cards, and with `all` the base's companions too.
+        beside: Of what lies beside the weights: the models' cards, and with `all` the base's companions too, and what
+            comes from an expert in place of them.
         stream: Weight files are to be read over ranges, where that can be.
     """
     needed = []
     for model in plan.models:
         remote = model.reference.repository
         if remote is not None:
-            whole = beside == "all" and model is plan.base
-            needed.append((remote, _places(model, remote, cards=beside != "nothing", companions=whole, stream=stream)))
+            goes_along: list[Callable[[str], bool]] = [_is_card] * (beside != "nothing")
+            goes_along += [is_companion] * (beside == "all" and model is plan.base)
+            goes_along += [_is_taken] * (beside == "all" and model is plan.giver)
+            needed.append((remote, _places(model, remote, goes_along, stream=stream)))
     return needed
 
 
 def _places(
-    model: Checkpoint, remote: repository.Repository, *, cards: bool, companions: bool, stream: bool = False
+    model: Checkpoint, remote: repository.Repository, goes_along: list[Callable[[str], bool]], *, stream: bool = False
 ) -> list[str]:
     """The files of a model's repository that are needed, by their place there."""
     # A tensor whose elements lie in another order would be read over and over again.
@@ -53,11 +56,17 @@ def _places(
     places = [remote.place(file) for file in model.files if not stream or file in gathered]
     if model.directory is not None:
         folder = f"{remote.inside}/" if remote.inside else ""
-        lies = {place.removeprefix(folder): place for place in remote.files if place.startswith(folder)}
-        places += [
-            place for name, place in lies.items() if (cards and name == CARD) or (companions and is_companion(name))
-        ]
+        places += [folder + name for name in places_beside(model) if any(each(name) for each in goes_along)]
     return places
+
+
+def _is_card(place: str) -> bool:
+    return place == CARD
+
+
+def _is_taken(place: str) -> bool:
+    """Whether a file of that place comes from an expert, where that is asked for."""
+    return kind_of(place) is not None
 
 
 def with_downloads(shown: dict[str, Any], plan: Plan, *, beside: Beside, streamed: int | None) -> dict[str, Any]:
@@ -95,8 +104,6 @@ def fetch_whole(models: Iterable[Checkpoint], progress: Reporter) -> None:
         HubError: The disk is too small, the Hub refuses, or cannot be reached.
     """
     remote = [(model, model.reference.repository) for model in models if model.reference.repository is not None]
-    repository.fetch(
-        [(there, _places(model, there, cards=False, companions=True)) for model, there in remote], progress
-    )
+    repository.fetch([(there, _places(model, there, [is_companion])) for model, there in remote], progress)
     for model, _ in remote:
         model.look_again()

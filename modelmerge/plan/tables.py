@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import groupby
+from itertools import pairwise, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, joined, rows
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.methods import registry
-from modelmerge.plan.overrides import Setting, layer_of
+from modelmerge.plan.overrides import BASE, Setting, layer_of
 from modelmerge.plan.vocabulary import (
     Tokenizers,
     Vocabulary,
@@ -36,6 +38,7 @@ NEW = "average"  # the method that makes the rows of tokens which the base lacks
 _WAYS = 512  # blocks in a block: readers pass over what lies before the part they want
 
 
+Places = np.ndarray[Any, np.dtype[np.int64]]
 Run = tuple[int, int, bool, tuple[int, ...]]  # first and last row of the output, whether the base has them, who else
 
 
@@ -50,17 +53,15 @@ class Alignment:
 
     def __init__(self, tokenizers: Tokenizers, vocabulary: Vocabulary, *, everyone: bool = False) -> None:
         self._tokenizers, self._everyone, self.vocabulary = tokenizers, everyone, vocabulary
-        self._ids = {**vocabulary.ids, **{token: place for token, (place, _) in vocabulary.new.items()}}
-        self._template = tokenizers.models.index(vocabulary.giver)
-        self._cut = cache(self._cut_rows)  # embedding and head are cut alike
+        self._rows = vocabulary.rows
+        names = [BASE, *(expert.name for expert in tokenizers.models[1:])]
+        self._template = names.index(vocabulary.giver)
+        self._cut, self._maps = cache(self._cut_rows), cache(self._map)  # embedding and head are cut alike
 
-    def size(self, counts: Sequence[int]) -> int:
-        """How many rows a table gets: as many as the giver's has, or more if the tokens need it."""
-        last = max((place for place, _ in self.vocabulary.new.values()), default=-1)
-        return max(counts[self._template], last + 1)
-
-    def cut(self, counts: Sequence[int]) -> tuple[list[Run], list[list[int]]]:
+    def cut(self, counts: Sequence[int]) -> tuple[list[Run], list[Places]]:
         """The runs of rows of a table that the same models have, and for each model where it has each row, or -1.
+
+        A table gets as many rows as the giver's has, or more if the tokens need it.
 
         Args:
             counts: The number of rows in the base and in each expert.
@@ -70,58 +71,60 @@ class Alignment:
         """
         return self._cut(tuple(counts))
 
-    def _cut_rows(self, counts: tuple[int, ...]) -> tuple[list[Run], list[list[int]]]:
-        size = self.size(counts)
-        named_rows = {place: token for token, place in self._ids.items() if place < size}
-        free = [row for row in range(size) if row not in named_rows]
-        places = [self._places(model, count, size, free) for model, count in enumerate(counts)]
-        for row in free:  # no token has it: merged where it is so in all models, else the giver's
-            if any(each[row] < 0 for each in places):
-                for model, each in enumerate(places):
-                    each[row] = each[row] if model == self._template else -1
+    def _cut_rows(self, counts: tuple[int, ...]) -> tuple[list[Run], list[Places]]:
+        size = max([counts[self._template], *(row + 1 for row, _ in self.vocabulary.new.values())])
+        tokens = np.fromiter(self._rows.values(), np.int64)
+        free = np.ones(size, bool)
+        free[tokens[tokens < size]] = False
+        places = np.stack([self._places(model, count, free) for model, count in enumerate(counts)])
+        # What no token has is merged where it is so in all models, and else the giver's.
+        alone = free & (places < 0).any(0)
+        others = np.arange(len(counts)) != self._template
+        places[np.ix_(others, alone)] = -1
         if self._everyone:
-            for row, here in enumerate(zip(*places[1:], strict=True)):
-                if min(here) < 0:
-                    for each in places[1:]:
-                        each[row] = -1
-        runs: list[Run] = []
-        have = [tuple(place >= 0 for place in here) for here in zip(*places, strict=True)]
-        for here, group in groupby(range(size), key=have.__getitem__):
-            taken = list(group)
-            first, last = taken[0], taken[-1] + 1
-            if not any(here):
-                what = f"token {named_rows[first]!r}" if first in named_rows else f"row {first}"
-                raise PlanError(
-                    f"no model has a row for {what} of the tokenizer of '{self.vocabulary.giver.name}'",
-                    hint=f"take another tokenizer: {named('vocab')} or {named('files_from')}",
-                )
-            runs.append((first, last, here[0], tuple(i for i, has in enumerate(here[1:]) if has)))
-        return runs, places
+            places[1:, (places[1:] < 0).any(0)] = -1
+        have = places >= 0
+        if (nobody := ~have.any(0)).any():
+            row = int(nobody.argmax())
+            what = next((f"token {token!r}" for token, at in self._rows.items() if at == row), f"row {row}")
+            raise PlanError(
+                f"no model has a row for {what} of the tokenizer of '{self.vocabulary.giver}'",
+                hint=f"take another tokenizer: {named('vocab')} or {named('files_from')}",
+            )
+        ends = [*(np.flatnonzero((have[:, 1:] != have[:, :-1]).any(0)) + 1).tolist(), size]
+        runs = []
+        for first, last in pairwise([0, *ends]):
+            base, *others = have[:, first].tolist()
+            runs.append((first, last, base, tuple(i for i, has in enumerate(others) if has)))
+        return runs, list(places)
 
-    def _places(self, model: int, count: int, size: int, free: Sequence[int]) -> list[int]:
-        """Where a model has each row of the output, which has `free` rows without a token; -1 where it has not."""
+    def _map(self, model: int) -> tuple[Places, Places]:
+        """The ids of a model's tokens, and the row of the output that each has, or -1."""
         ids = self._tokenizers.ids(model)
         ids = self._tokenizers.ids(0) or {} if ids is None else ids  # as the base's, which has been said
-        places = [-1] * size
-        for token, place in ids.items():
-            row = self._ids.get(token, size)
-            if place < count and row < size:
-                places[row] = place
-        mine = set(ids.values())
-        for row in free:
-            if row < count and row not in mine:
-                places[row] = row
-        return places
+        rows = map(self._rows.get, ids, repeat(-1))
+        return np.fromiter(ids.values(), np.int64), np.fromiter(rows, np.int64)
+
+    def _places(self, model: int, count: int, free: np.ndarray[Any, np.dtype[np.bool_]]) -> Places:
+        """Where a model has each row of the output; of rows without a token, where it has none either."""
+        ids, rows = self._maps(model)
+        places = np.full(len(free), -1)
+        held = (ids < count) & (rows >= 0) & (rows < len(free))
+        places[rows[held]] = ids[held]
+        unnamed = np.ones(len(free), bool)
+        unnamed[ids[ids < len(free)]] = False
+        unnamed[count:] = False
+        return np.where(free & unnamed, np.arange(len(free)), places)
 
 
-def gathered(info: TensorInfo, places: Sequence[int], name: str, shape: tuple[int, ...]) -> TensorInfo:
+def gathered(info: TensorInfo, places: Places, name: str, shape: tuple[int, ...]) -> TensorInfo:
     """A table's rows from those places, as a stored tensor of that name and shape.
 
     Raises:
         PlanError: It is a change that cannot be cut.
     """
     table = replace(info, shape=(row_count(info),)) if info.shape[:1] == (1,) else info
-    if len(places) == row_count(info) and all(map(int.__eq__, places, range(len(places)))):
+    if np.array_equal(places, np.arange(row_count(info))):
         return replace(info, name=name, shape=shape)
     change = info.change
     if change is None or change.factors is None:
@@ -144,15 +147,10 @@ def gathered(info: TensorInfo, places: Sequence[int], name: str, shape: tuple[in
     return replace(info, name=name, shape=shape, nbytes=left.nbytes + right.nbytes, change=change)
 
 
-def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+def _runs(places: Places) -> list[tuple[int, int]]:
     """Places as runs of rows that follow one another: the first, and the one after the last."""
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and runs[-1][1] == place:
-            runs[-1][1] += 1
-        else:
-            runs.append([place, place + 1])
-    return [(first, last) for first, last in runs]
+    ends = (np.flatnonzero(np.diff(places) != 1) + 1).tolist()
+    return [(int(places[first]), int(places[last - 1]) + 1) for first, last in pairwise([0, *ends, len(places)])]
 
 
 def _joined(name: str, shape: tuple[int, ...], blocks: list[TensorInfo]) -> TensorInfo:
@@ -197,7 +195,7 @@ def by_token(
     if lines and on_mismatch != "common-rows":
         raise refuse_other_tokens(lines, merging=merging)
     if lines:
-        vocabulary = Vocabulary(None, base, tokenizers.ids(0) or {})
+        vocabulary = Vocabulary(None, BASE, tokenizers.ids(0) or {})
         base, experts, tensors, _ = align(base, experts, tensors, Alignment(tokenizers, vocabulary, everyone=True))
     else:
         tensors = {name: _with_rows(tensor) for name, tensor in tensors.items()}
@@ -238,7 +236,7 @@ def align(
             continue
         counts = [row_count(table), *(_count(expert, table) for expert in experts)]
         runs, places = alignment.cut(counts)
-        moved = places[0] != list(range(counts[0]))
+        moved = not np.array_equal(places[0], np.arange(counts[0]))
         if moved:
             sizes[name] = counts[0], runs[-1][1]
         if plan.action == "copy":
@@ -308,11 +306,11 @@ def _count(expert: Checkpoint, table: TensorInfo) -> int:
     return row_count(table) if expert.has(table.name) else 0
 
 
-def _lender(name: str, experts: Sequence[Checkpoint], owners: Sequence[int], cuts: Sequence[Sequence[int]]) -> int:
+def _lender(name: str, experts: Sequence[Checkpoint], owners: Sequence[int], cuts: Sequence[Places]) -> int:
     """The expert whose rows stand in for the base's; a change is to what the base has at its own rows."""
     infos = {i: experts[i].tensors.get(name) for i in owners}
     changes = [i for i, info in infos.items() if info is None or info.change is not None]
-    if any(cuts[i + 1] != cuts[changes[0] + 1] for i in changes):
+    if any((cuts[i + 1] != cuts[changes[0] + 1]).any() for i in changes):
         raise PlanError(
             f"'{name}': {' and '.join(experts[i].name for i in changes)} have the same new tokens in other rows of it",
             hint="merge these adapters into the base with peft and name the results",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from modelmerge.checkpoint.configs import compared
 from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
 from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.matching import match, twins
@@ -105,6 +106,7 @@ class Plan:
     tensors: dict[str, TensorPlan]
     expert_only: dict[str, tuple[str, ...]]  # tensor name -> the experts that have it; the merge leaves it out
     layout: Layout
+    giver: Checkpoint  # whose tokenizer, chat template and generation config the output gets
     vocabulary: Vocabulary | None = None  # the tokens of its tables, where they are aligned by token
 
     @property
@@ -174,7 +176,7 @@ def make_plan(
         UsageError: A glob matches no tensor, or an override changes none.
     """
     _refuse_quantised((base, *experts))
-    experts, complaints = _matched(base, experts, include, exclude)
+    experts, complaints = _matched(base, compared(base, experts), include, exclude)
     _refuse_idle_globs(base, experts, include, exclude)
     tensors = {}
     for name, info in base.tensors.items():
@@ -213,7 +215,7 @@ def make_plan(
     base, experts, tensors = unstack(base, experts, tensors)
     stored, parts = entries(tensors.values())
     layout = lay_out(stored, max_shard_size, parts=parts)
-    return Plan(base, tuple(experts), tensors, expert_only, layout, vocabulary)
+    return Plan(base, tuple(experts), tensors, expert_only, layout, base, vocabulary)
 
 
 def _disagreement(complaints: Sequence[str], *, tables: bool) -> PlanError:
@@ -305,10 +307,10 @@ def _other_shapes(info: TensorInfo, have: Sequence[Checkpoint]) -> str:
 def _common_rows(info: TensorInfo, experts: Sequence[Checkpoint]) -> int | None:
     """How many rows all models have of a table or head that differs in nothing else; None where that is not so."""
     infos = [info, *(expert.tensors[info.name] for expert in experts if info.name in expert.tensors)]
-    widths = {(len(each.shape), math.prod(each.shape) // (row_count(each) or 1)) for each in infos}
-    if not is_table(info) or len({each.shape for each in infos}) == 1 or len(widths) > 1:
+    if not all(map(is_table, infos)) or len({each.shape for each in infos}) == 1:
         return None
-    return min(map(row_count, infos)) or None
+    widths = {(len(each.shape), math.prod(each.shape) // (row_count(each) or 1)) for each in infos}
+    return min(map(row_count, infos)) or None if len(widths) == 1 else None
 
 
 def _refuse_disagreement(

@@ -7,11 +7,15 @@ tokens the output has, and `modelmerge.plan.tables` puts every table together to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from modelmerge.checkpoint.header import TensorInfo
+from modelmerge.checkpoint.companions import GENERATION_CONFIG
+from modelmerge.checkpoint.config_file import with_values
+from modelmerge.checkpoint.header import TensorInfo, read_json
 from modelmerge.checkpoint.matching import is_vocabulary
+from modelmerge.checkpoint.new_tokens import moved_ids, moved_sizes, with_tokens
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.tokens import Tokenizer, tokenizer_of
 from modelmerge.errors import PlanError, UsageError, named, suggestion
@@ -26,7 +30,7 @@ _SHOWN = 3  # tokens, of those that differ
 
 def is_table(info: TensorInfo) -> bool:
     """Whether a tensor has a row for each token: no layer's own output, whatever its name ends in."""
-    return is_vocabulary(info.name) and layer_of(info.name) is None
+    return bool(info.shape) and is_vocabulary(info.name) and layer_of(info.name) is None
 
 
 def row_count(info: TensorInfo) -> int:
@@ -40,18 +44,24 @@ class Vocabulary:
 
     Args:
         name: What was asked for: base, union or an expert's name; None where nothing was.
-        giver: The model whose tokenizer it is.
+        giver: Whose tokenizer it is: base or an expert's name.
         ids: The row of each token.
-        new: Tokens that the giver lacks, by the row they get, with whether the model that has them added them, and
-            with which flags: single_word, lstrip, rstrip, normalized, special.
-        sizes: Of each table that differs from the base's, how many rows it has there and in the output.
+        new: Tokens that the giver lacks: the row each gets, and the flags it was added with where it was added.
+        moved: The rows of the base's tokens that have another here, by the row there.
+        sizes: Of each table whose rows are not the base's, how many it has there and here.
     """
 
     name: str | None
-    giver: Checkpoint
+    giver: str
     ids: Mapping[str, int]
     new: Mapping[str, tuple[int, dict[str, bool] | None]] = field(default_factory=dict)
+    moved: Mapping[int, int] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The row of each token, new ones too."""
+        return {**self.ids, **{token: row for token, (row, _) in self.new.items()}}
 
 
 class Tokenizers:
@@ -91,9 +101,9 @@ class Tokenizers:
             return []
         if ours == theirs:
             return []
-        one, two = ({t: i for t, i in ids.items() if i < count} for ids in (ours, theirs))
-        differing = [token for token in one | two if one.get(token) != two.get(token)]
-        differing.sort(key=lambda token: min(one.get(token, count), two.get(token, count)))
+        differing = [token for token, i in ours.items() if i < count and theirs.get(token) != i]
+        differing += [token for token, i in theirs.items() if i < count and ours.get(token, count) >= count]
+        differing.sort(key=lambda token: min(ours.get(token, count), theirs.get(token, count)))
         return [(token, ours.get(token), theirs.get(token)) for token in differing]
 
 
@@ -163,9 +173,9 @@ def vocabulary_of(
         raise UsageError(f"must be base, union or an expert, not '{name}'", option="vocab", hint=hint)
     wanted = files_from if name in (None, UNION) or (files_from != BASE) else name
     place = names.index(wanted) if wanted in names else 0  # who names another is told so elsewhere
-    count = max(map(row_count, tables.values()), default=1 << 62)
+    count = max(map(row_count, tables.values()), default=0)
     if name is None:
-        if place and (differences := tokenizers.differences(place, count)):
+        if place and tables and (differences := tokenizers.differences(place, count)):
             raise PlanError(
                 f"{named('files_from')} {wanted}: its tokenizer numbers {len(differences):,} tokens otherwise than the "
                 f"base's, such as {differences[0][0]!r}, and the merged tables have the base's rows",
@@ -198,7 +208,10 @@ def vocabulary_of(
             + ("such files have no place for them" if following is None else "its ids have a gap before the last"),
             hint=f"{named('files_from')} NAME takes another's, or a tokenizer.json beside its weights",
         )
-    return Vocabulary(name, models[place], ids, new)
+    vocabulary = Vocabulary(name, wanted if place else BASE, ids, new)
+    placed = vocabulary.rows
+    moved = {i: placed[token] for token, i in (tokenizers.ids(0) or {}).items() if placed.get(token, i) != i}
+    return replace(vocabulary, moved=moved)
 
 
 def _new(
@@ -219,3 +232,46 @@ def _new(
                 new[token] = following, flags
                 following += 1
     return new
+
+
+def remarks_on_tokens(vocabulary: Vocabulary) -> list[str]:
+    """Sentences on what becomes of the base's tokens."""
+    remarks = []
+    if new := vocabulary.new:
+        some = ", ".join(map(repr, list(new)[:_SHOWN])) + ", ..." * (len(new) > _SHOWN)
+        what = "1 token follows as an added token" if len(new) == 1 else f"{len(new):,} tokens follow as added tokens"
+        remarks.append(f"The tokens are those of '{vocabulary.giver}'; {what}: {some}.")
+        if pieces := sum(flags is None for _, flags in new.values()):
+            remarks.append(
+                f"{pieces:,} of these are ordinary pieces in their models: as added tokens they are cut out of texts "
+                "where they stand as words, and nowhere else."
+            )
+    elif vocabulary.sizes:
+        remarks.append(f"The tokens, and the rows of embeddings and heads, are those of '{vocabulary.giver}'.")
+    for before, after in sorted({size for size in vocabulary.sizes.values() if size[0] != size[1]}):
+        remarks.append(f"Embeddings and heads have {after:,} rows, and the base's {before:,}.")
+    return remarks
+
+
+def config_values(vocabulary: Vocabulary, base: Checkpoint, giver: Checkpoint) -> dict[tuple[str, ...], Any]:
+    """What the base's config must say of how many tokens there are, and of those that have other ids now."""
+    sizes = {before: after for before, after in vocabulary.sizes.values() if before != after}
+    values = dict(moved_sizes(base.config, sizes))
+    for place, value in moved_ids(base.config, vocabulary.moved).items():
+        stated: Any = giver.config  # whose ids they are
+        for key in place:
+            stated = stated.get(key) if isinstance(stated, dict) else None
+        values[place] = value if stated is None else stated
+    return values
+
+
+def with_vocabulary(
+    files: Mapping[str, bytes | Path], vocabulary: Vocabulary, base: Checkpoint
+) -> dict[str, bytes | Path]:
+    """The files beside merged weights, the tokenizer's with the new tokens, a generation config with their ids."""
+    changed = with_tokens(files, vocabulary.new)
+    file = files.get(GENERATION_CONFIG)
+    if isinstance(file, Path) and file.parent == base.directory:  # another's has the giver's ids
+        values = moved_ids(read_json(file), vocabulary.moved)
+        changed[GENERATION_CONFIG] = with_values(file.read_bytes(), values) if values else file
+    return changed

@@ -7,6 +7,7 @@ from typing import Any
 
 from modelmerge.checkpoint import as_lora
 from modelmerge.checkpoint.adapter import CONFIG, WEIGHTS
+from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.adapter import Adapted, adapt
 from modelmerge.engine.job import Job
@@ -34,6 +35,9 @@ def size_of(recipe: Recipe) -> as_lora.Size | None:
         return None
     if recipe.max_shard_size != next(f.default for f in dataclasses.fields(Recipe) if f.name == "max_shard_size"):
         raise UsageError(f"has no effect with {named('as_lora')}: peft reads one file", option="max_shard_size")
+    if recipe.files_from != BASE:
+        why = "the tokenizer is that of the model it is put on"
+        raise UsageError(f"has no effect with {named('as_lora')}: {why}", option="files_from")
     return as_lora.parse_size(recipe.as_lora)
 
 

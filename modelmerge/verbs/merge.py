@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from modelmerge.checkpoint.companions import companions
+from modelmerge.checkpoint.companions import BASE, companions_of_output, token_ids
+from modelmerge.checkpoint.config_file import dtype_values
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.scratch import scratches
 from modelmerge.checkpoint.staging import CARD, Staging
@@ -18,6 +19,7 @@ from modelmerge.engine.merge import run
 from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
+from modelmerge.plan.vocabulary import config_values, with_vocabulary
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import manifest_of, notes_of, refuse_changed, write_card
 from modelmerge.verbs import adapted, coefficients
@@ -40,6 +42,7 @@ def merge(
     exclude: Sequence[str] = (),
     on_mismatch: OnMismatch = "error",
     vocab: str | None = None,
+    files_from: str = BASE,
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
@@ -79,6 +82,8 @@ def merge(
         vocab: Whose tokens embeddings and heads have: base, an expert's name, or union, which is the base's and after
             them those that only experts have. Rows go by token then. Rows go by their number if None, and tokenizers
             that number their tokens differently are an error.
+        files_from: Name of the expert whose tokenizer, chat template and generation config go with the output; base:
+            the base's.
         max_shard_size: Largest output file, like 5GB.
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
@@ -113,7 +118,8 @@ def merge(
             method=method, base=base, experts=tuple(experts), options=options, weights=dict(weights or {}),
             disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
             rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-            vocab=vocab, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora, unlabelled=data,
+            vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
+            unlabelled=data,
         )  # fmt: skip
         prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
         if dry_run:
@@ -218,8 +224,16 @@ def complete(
     job = prepared.job
     digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
     refuse_changed(prepared.recorded, job.plan.models, digests)
-    for name, file in companions(job.plan.base.directory if small is None else None).items():
-        staging.write_file(name, file)
+    if small is None:
+        base, giver = job.plan.base, job.plan.giver
+        values, vocabulary = dtype_values(base.config, prepared.recipe.dtype), job.plan.vocabulary
+        if vocabulary is not None:
+            values |= config_values(vocabulary, base, giver)
+        files = companions_of_output(base, giver, values | token_ids(base, giver))
+        if vocabulary is not None:
+            files = with_vocabulary(files, vocabulary, base)
+        for name, content in files.items():
+            staging.write_file(name, content)
     notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
     staging.write_file(CARD, write_card(prepared.recipe, job, out, notes))
     staging.write_indices()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelmerge.checkpoint.companions import giver_of, remarks_on_files
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
@@ -21,7 +22,7 @@ from modelmerge.engine.job import Group, Job
 from modelmerge.engine.memory import beyond_device, bytes_read, passes, peak_memory, refuse_beyond_memory, scratch_bytes
 from modelmerge.engine.parallel import source_of
 from modelmerge.engine.transforms import Transform, transform_of
-from modelmerge.errors import UsageError, named, suggestion
+from modelmerge.errors import UsageError, named, spelled, suggestion
 from modelmerge.evaluation.custom import Script
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
@@ -33,7 +34,9 @@ from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
 from modelmerge.plan.tables import of_owners, refuse_parts
 from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, is_linear, make_plan
 from modelmerge.plan.transforms import as_typed, parse_transform
+from modelmerge.plan.vocabulary import remarks_on_tokens
 from modelmerge.progress import Reporter
+from modelmerge.record.command import flag
 from modelmerge.record.fingerprint import fingerprint
 from modelmerge.record.manifest import as_file, groups_of, listing, remarks
 from modelmerge.verbs import adapted, coefficients
@@ -144,6 +147,7 @@ class Prepared:
             "groups": groups_of(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in plan.tensors.values())),
             "at": list(self.recipe.at),
+            "vocab": self.recipe.vocab,
             "passes": passes(self.job),
             "bytes": {"read": bytes_read(self.job), "write": written, "scratch": scratch_bytes(self.job)},
             "peak_memory": peak_memory(self.job),
@@ -212,8 +216,9 @@ def prepare(
         _check_choices(recipe)
         opened = opened or open_models(recipe.base, recipe.experts)
         shared = make_plan(
-            *opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch, vocab=recipe.vocab
-        )
+            *opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch,
+            vocab=recipe.vocab, files_from=recipe.files_from,
+        )  # fmt: skip
         choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
         options = ", ".join(f"{name}={value}" for name, value in choice.options.items())
@@ -239,10 +244,17 @@ def prepare(
         base, experts, methods=methods,
         dtype=DTYPES[recipe.dtype] if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
-        on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, strict=overrides is None,
+        on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from,
+        strict=overrides is None,
     )  # fmt: skip
     if recipe.as_lora is not None or chosen.on_data or recipe.unlabelled or recipe.coefficients:
         refuse_parts(plan.vocabulary, plan.tensors.values(), "an adapter" if recipe.as_lora else "a search on data")
+    if recipe.as_lora is None:
+        giver = plan.vocabulary.giver if plan.vocabulary is not None else recipe.files_from
+        plan = dataclasses.replace(plan, giver=giver_of(giver, plan.base, plan.experts))
+        about_files = (spelled(text, flag) for text in remarks_on_files(plan.base, plan.experts, plan.giver))
+        about_tokens = remarks_on_tokens(plan.vocabulary) if plan.vocabulary is not None else []
+        remarks = list(dict.fromkeys([*remarks, *about_files, *about_tokens]))  # a search's candidates: the first's
     job = job_of(recipe, plan, methods, transforms, weights, device)
     for transform in transforms:
         if len(experts) < 2:

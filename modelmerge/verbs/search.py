@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.digest import vouch
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import as_references
@@ -56,6 +57,7 @@ def search(
     exclude: Sequence[str] = (),
     on_mismatch: OnMismatch = "error",
     vocab: str | None = None,
+    files_from: str = BASE,
     max_shard_size: str = "5GB",
     seed: int = 0,
     as_lora: int | float | None = None,
@@ -88,6 +90,7 @@ def search(
         exclude: As for `merge`.
         on_mismatch: As for `merge`.
         vocab: As for `merge`.
+        files_from: As for `merge`.
         max_shard_size: As for `merge`.
         seed: As for `merge`.
         as_lora: As for `merge`.
@@ -108,7 +111,7 @@ def search(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         at=tuple(at), disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle),
         rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-        vocab=vocab, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
+        vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
     prepared = prepare_search(recipe, tries, on, metric, device=device, stream=stream, look=not dry_run)
     if dry_run:

@@ -75,13 +75,13 @@ def test_without_a_dtype_the_widest_is_stored(beside_models: Path) -> None:
     assert manifest["recipe"]["dtype"] == "float32"
     assert any(note.startswith("No dtype: stored in float32") for note in manifest["notes"])
     text = (mergekit_runs.CONFIGS / "mixed-dtypes.yml").read_text()
-    write(Path("half"), {key: tensor.half() for key, tensor in read(ORACLE / "models" / "code").items()})
+    write(Path("half"), {key: tensor.half() for key, tensor in read(ORACLE / "models" / "code").items()}, config=False)
     Path("c.yml").write_text(text.replace("models/math", "half").replace("models/code", "models/base16"))
     assert modelmerge.replay("c.yml", "halves")["recipe"]["dtype"] == "float32"
     text = text.replace("models/code", "code")
     Path("c.yml").write_text(text.replace("models/math", "models/base16"))
     wide = {key: t if "mlp" in key else t.bfloat16() for key, t in read(ORACLE / "models" / "code").items()}
-    write(Path("code"), wide)
+    write(Path("code"), wide, config=False)
     manifest = modelmerge.replay("c.yml", "other")
     assert manifest["recipe"]["dtype"] is None
     assert any(note.startswith("No dtype: tensors are stored as the base does") for note in manifest["notes"])
