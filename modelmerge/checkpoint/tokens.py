@@ -172,10 +172,10 @@ class _File:
             for mine, theirs in zip(self._digests(other), other._digests(self), strict=True):
                 if mine and theirs:
                     return mine == theirs
-            mine, theirs = self.here(), other.here()
-            if mine.stat().st_size != theirs.stat().st_size:
+            one, two = self.here(), other.here()
+            if one.stat().st_size != two.stat().st_size:
                 return False
-            with mine.open("rb") as first, theirs.open("rb") as second:
+            with one.open("rb") as first, two.open("rb") as second:
                 while block := first.read(_BLOCK):
                     if block != second.read(_BLOCK):
                         return False

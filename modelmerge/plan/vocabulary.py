@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from operator import ne
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +101,15 @@ class Tokenizers:
         """Tokens of the first rows that an expert has elsewhere than the base: the token, its id there and here."""
         if self.is_bases(place) or (ours := self.ids(0)) is None or (theirs := self.ids(place)) is None:
             return []
-        if ours == theirs:
-            return []
-        differing = [token for token, i in ours.items() if i < count and theirs.get(token) != i]
-        differing += [token for token, i in theirs.items() if i < count and ours.get(token, count) >= count]
-        differing.sort(key=lambda token: min(ours.get(token, count), theirs.get(token, count)))
+        # Most begin alike, in the same order: a walk is several times as fast as so many look-ups.
+        pairs = zip(range(min(len(ours), len(theirs))), map(ne, ours.items(), theirs.items()), strict=False)
+        alike = next((i for i, differ in pairs if differ), min(len(ours), len(theirs)))
+        other: set[str] = set()
+        for one, two in ((ours, theirs), (theirs, ours)):
+            other |= {
+                token for token in islice(one, alike, None) if one[token] < count and two.get(token) != one[token]
+            }
+        differing = sorted(other, key=lambda token: (min(ours.get(token, count), theirs.get(token, count)), token))
         return [(token, ours.get(token), theirs.get(token)) for token in differing]
 
 
