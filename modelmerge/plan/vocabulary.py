@@ -188,8 +188,9 @@ def vocabulary_of(
                 hint=f"{named('vocab')} {wanted} gives the tables its rows, {named('vocab')} union those of all",
             )
         return None
+    alike = tokenizers.of(0) is not None and all(map(tokenizers.is_bases, range(len(models))))
     for other in range(len(models)):
-        if tokenizers.ids(other) is None:
+        if tokenizers.ids(other) is None and not alike:
             who = f"'{models[other].name}'" if other else "the base"
             raise PlanError(
                 f"{named('vocab')} {name} aligns rows by token, and the tokens of {who} cannot be told: "
@@ -201,8 +202,7 @@ def vocabulary_of(
             f"{name} gives the tables the tokens of {name}, and {named('files_from')} {files_from} has other tokens",
             option="vocab", hint=f"leave {named('files_from')} out, or name the same",
         )  # fmt: skip
-    ids = tokenizers.ids(place)
-    assert ids is not None, "all have been read"
+    ids = tokenizers.ids(place) or {}  # of a kind that cannot be read, and the same in all
     new = _new(tokenizers, place, tables) if name == UNION else {}
     giver = tokenizers.of(place)
     following = giver.following if giver is not None and new else None
