@@ -20,14 +20,16 @@ atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
     del os.environ[_name]
 os.environ |= {"HF_ENDPOINT": _HUB.endpoint, "HF_HOME": _HOME, "HF_HUB_DISABLE_XET": "1"}
-
-from tests.support.checkpoints import family  # noqa: E402
+# OpenMP reads its settings when torch is imported. Two threads, so that everything that is shared out is so on every
+# machine; threads that wait sleep, since spinning they would take the processors from the tests beside.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Files whose tests need libraries that take seconds to import: one process imports them for all.
 _HEAVY = (
     "checkpoint/test_adapter", "checkpoint/test_as_lora", "checkpoint/test_companions", "checkpoint/test_configs",
     "evaluation/test_clip", "evaluation/test_lm", "verbs/test_adamerging", "verbs/test_architectures",
-    "verbs/test_search",
+    "verbs/test_demo", "verbs/test_families", "verbs/test_search",
 )  # fmt: skip
 
 
@@ -53,6 +55,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture
 def models(tmp_path: Path) -> list[Path]:
     """A float32 base and three experts: [base, expert_0, expert_1, expert_2]."""
+    from tests.support.checkpoints import family  # torch with it: pytest's own process does without
+
     return family(tmp_path / "models")
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import modelmerge
+from tests.support.commands import script
 
 VERBS = {"merge", "search", "extract", "disentangle", "evaluate", "verify", "push", "render", "replay"}
 
@@ -20,5 +18,5 @@ def test_the_package_shows_its_verbs() -> None:
 
 
 def test_the_package_is_imported_without_torch() -> None:
-    script = "import sys, modelmerge; dir(modelmerge); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    done = script("import sys, modelmerge; dir(modelmerge); assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr

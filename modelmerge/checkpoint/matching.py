@@ -1,4 +1,4 @@
-"""From an expert's names to the base's: towers under a prefix, tied weights, names of older formats.
+"""From an expert's tensors to the base's: by their names, and through tied weights.
 
 Only what is sure is matched, and the expert's remarks say so; what could be meant in two ways is an error.
 """
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from modelmerge.checkpoint.header import TensorInfo
+from modelmerge.checkpoint.names import by_base_names
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.errors import PlanError
 
 # Ends of the names of tensors that have a row for each token and that models tie to one another.
 _INPUTS = (
@@ -27,7 +27,6 @@ _BIASES = (
 )  # fmt: skip
 # Names that the one table of an encoder-decoder goes by: models keep any of them, or all.
 _ONE_TABLE = (".shared.weight", ".encoder.embed_tokens.weight", ".decoder.embed_tokens.weight")
-_OLD_ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # of norms, as BERT came from TensorFlow
 _GLANCE, _BLOCK = 1 << 12, 1 << 20  # bytes compared first, and at a time
 
 
@@ -45,14 +44,12 @@ def match(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -
         merges: Whether a tensor of that name is to be merged; others cause no complaint.
 
     Raises:
-        PlanError: Several prefixes would make the expert's names the base's.
+        PlanError: The names of some layers could be the base's in several ways.
         CheckpointError: A file cannot be read.
     """
     if expert.vector is not None:
         return _through_adapted_twins(base, expert), []
-    names, remarks = _under_a_prefix(base, expert)
-    tensors = {names[name]: info for name, info in expert.tensors.items()}
-    remarks += _by_old_names(base, tensors)
+    tensors, remarks = by_base_names(base, expert)
     expert = replace(expert, tensors=tensors)
     through, complaints = _through_twins(base, expert, merges)
     return replace(expert, remarks=(*expert.remarks, *remarks, *through)), complaints
@@ -85,67 +82,6 @@ def doubled_tables(base: Checkpoint) -> set[str]:
     ties = _Ties(base)
     tables = [name for name in base.tensors if _ends(name, (*_INPUTS, *_HEADS))]
     return {name for name in tables if any(_same(base, name, other) for other in ties.candidates(name))}
-
-
-# --- prefixes ---
-
-
-def _under_a_prefix(base: Checkpoint, expert: Checkpoint) -> tuple[dict[str, str], list[str]]:
-    """The base's name of each of the expert's tensors, where most agree once a prefix is added or taken away."""
-    ours, theirs = base.tensors, expert.tensors
-    half = min(len(ours), len(theirs)) / 2
-    identity = {name: name for name in theirs}
-    if len(ours.keys() & theirs.keys()) > half:
-        return identity, []
-    ways: dict[tuple[str, str], dict[str, str]] = {("", ""): identity}
-    for prefix in _prefixes(ours, theirs):
-        ways["with", prefix] = {name: prefix + name if prefix + name in ours else name for name in theirs}
-    for prefix in _prefixes(theirs, ours):
-        ways["without", prefix] = {name: name.removeprefix(prefix) for name in theirs}
-    agreement = {
-        way: {name for name, new in names.items() if new in ours and ours[new].shape == theirs[name].shape}
-        for way, names in ways.items()
-        if len(set(names.values())) == len(names)
-    }
-    best = max(agreement, key=lambda way: len(agreement[way]))
-    if len(agreement[best]) <= half or best == ("", ""):
-        return identity, []
-    rivals = [way for way in agreement if way != best and not agreement[way] < agreement[best]]
-    if rivals:
-        text = " or ".join(f"{how} '{prefix}' in front" if how else "as they are" for how, prefix in (best, *rivals))
-        raise PlanError(
-            f"'{expert.name}': its names could be the base's {text}; which is meant cannot be told",
-            hint="save it under the base's names",
-        )
-    how, prefix = best
-    count = f"{sum(new in ours for new in ways[best].values())} of its {len(theirs)} tensors"
-    return ways[best], [f"its names are the base's {how} '{prefix}' in front: {count} are matched so"]
-
-
-def _prefixes(longer: dict[str, TensorInfo], shorter: dict[str, TensorInfo]) -> list[str]:
-    """What stands in front of a name of `shorter` in `longer`, ending in a dot, each once."""
-    prefixes: dict[str, None] = {}
-    for name in longer:
-        dot = name.find(".")
-        while dot >= 0:
-            if name[dot + 1 :] in shorter:
-                prefixes[name[: dot + 1]] = None
-            dot = name.find(".", dot + 1)
-    return list(prefixes)
-
-
-def _by_old_names(base: Checkpoint, tensors: dict[str, TensorInfo]) -> list[str]:
-    """Rename norms that one side calls gamma and beta and the other weight and bias."""
-    count = 0
-    for name in [n for n in base.tensors if n not in tensors]:
-        for left, right in (*_OLD_ENDS, *(ends[::-1] for ends in _OLD_ENDS)):
-            other = name.removesuffix(left) + right
-            if name.endswith(left) and other in tensors and other not in base.tensors:
-                tensors[name] = tensors.pop(other)
-                count += 1
-    return (
-        [f"{count} of its norms are named gamma and beta in one model, weight and bias in the other"] if count else []
-    )
 
 
 # --- ties ---

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from modelmerge.checkpoint.configs import compared
 from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
 from modelmerge.checkpoint.layout import Layout, lay_out
+from modelmerge.checkpoint.leftovers import refuse_lookalikes
 from modelmerge.checkpoint.matching import match, twins
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
@@ -230,6 +231,7 @@ def _disagreement(complaints: Sequence[str], *, tables: bool) -> PlanError:
 
 ON_MISMATCH: tuple[str, ...] = get_args(OnMismatch)
 _EXCLUDED = "excluded"
+ONLY_IN_BASE = "only in the base"
 _SHAPE = "shape "  # begins whatever is said of shapes that differ
 
 
@@ -256,7 +258,7 @@ def _decide(
         return "copy", "not included"
     have = [expert for expert in experts if expert.has(info.name)]
     if not have:
-        return "copy", "only in the base"
+        return "copy", ONLY_IN_BASE
     if info.dtype not in MERGEABLE_DTYPES and info.dtype not in QUANTISED_DTYPES:
         return "copy", f"{info.dtype}, not floating"
     if info.name.rpartition(".")[2] in BUFFERS:
@@ -360,6 +362,8 @@ def _matched(
         return not _matches(name, exclude) and (not include or _matches(name, include))
 
     pairs = [match(base, restack(base, expert), merges) for expert in experts]
+    for expert, _ in pairs:
+        refuse_lookalikes(base, expert, merges)
     return [matched for matched, _ in pairs], [each for _, unsure in pairs for each in unsure]
 
 

@@ -19,7 +19,7 @@ from modelmerge.methods import registry
 from modelmerge.methods.contract import Method, TransformSpec
 from modelmerge.methods.options import describe
 from modelmerge.plan.recipe import FORMAT, Recipe
-from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
+from modelmerge.plan.tensors import DTYPES, ONLY_IN_BASE, Plan, TensorPlan
 from modelmerge.plan.transforms import parse_transform
 from modelmerge.record import card
 from modelmerge.record.command import command_of, flag, settings_of
@@ -71,6 +71,7 @@ def remarks(plan: Plan) -> list[str]:
     return [f"'{model.name}': {remark}." for model in plan.models for remark in model.remarks]
 
 
+_SHOWN = 5  # names of tensors in a note
 _LOSSY = 0.05  # a loss to rounding above which a merge is worth storing wider
 
 
@@ -105,8 +106,14 @@ def notes_of(job: Job, findings: Findings) -> list[str]:
     notes = []
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
-    if len(notes) > 5:
+    if len(notes) > _SHOWN:
         notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
+    lone = [tensor.name for tensor in job.plan.tensors.values() if tensor.reason == ONLY_IN_BASE]
+    if lone:
+        some = ", ".join(f"'{name}'" for name in lone[:_SHOWN]) + (" and others" if len(lone) > _SHOWN else "")
+        notes.append(
+            f"No expert has {len(lone)} tensor{'s' * (len(lone) > 1)} of the base, which stay as they are: {some}."
+        )
     notes = read + [f"'{t.name}': {t.reason}." for t in job.plan.tensors.values() if t.mismatched] + notes
     reasons = Counter((expert, reason) for _, expert, reason in findings.left_out)
     for (expert, reason), count in sorted(reasons.items()):

@@ -33,10 +33,11 @@ def words(figure: Any) -> list[tuple[str, Any]]:
 
 
 def overlapping(figure: Any) -> list[tuple[str, str]]:
+    boxes = [(text, *box.extents) for text, box in words(figure)]
     return [
         (one, other)
-        for (one, a), (other, b) in itertools.combinations(words(figure), 2)
-        if min(a.x1, b.x1) - max(a.x0, b.x0) > 0.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 0.5
+        for (one, x0, y0, x1, y1), (other, left, bottom, right, top) in itertools.combinations(boxes, 2)
+        if min(x1, right) - max(x0, left) > 0.5 and min(y1, top) - max(y0, bottom) > 0.5
     ]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,14 +14,9 @@ from modelmerge.cli import options as opt
 from modelmerge.methods import registry
 from modelmerge.methods.options import option_types
 from tests.support.checkpoints import read
+from tests.support.commands import import_no_torch, run
 from tests.support.processes import running
 from tests.support.terminal import seen
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.mark.parametrize(
@@ -101,15 +94,10 @@ def test_help_of_a_method_shows_each_option_with_its_default(name: str, capsys: 
 
 
 def test_help_imports_no_torch() -> None:
-    script = (
-        "import sys, modelmerge.cli\n"
-        "for words in (['--help'], ['merge', '--help'], ['merge'], ['merge', 'apgd', '--help'], ['demo', '--help'],\n"
-        "              ['--version'], ['merge', 'tise'], ['merge', 'ties', '-o']):\n"
-        "    modelmerge.cli.main(words)\n"
-        "    assert 'torch' not in sys.modules, words\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    import_no_torch(
+        ["--help"], ["merge", "--help"], ["merge"], ["merge", "apgd", "--help"], ["demo", "--help"], ["--version"],
+        ["merge", "tise"], ["merge", "ties", "-o"],
+    )  # fmt: skip
 
 
 def test_merge_prints_what_it_did(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

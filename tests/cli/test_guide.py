@@ -7,13 +7,7 @@ import json
 import pytest
 
 from modelmerge import guides
-from modelmerge.cli import main
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    code = main(list(words))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+from tests.support.commands import run
 
 
 def test_guides_are_listed_with_their_first_sentences(capsys: pytest.CaptureFixture[str]) -> None:

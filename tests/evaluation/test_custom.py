@@ -18,11 +18,11 @@ from torch import Tensor
 
 import modelmerge
 from modelmerge.checkpoint.digest import sha256
-from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, UsageError
 from modelmerge.evaluation import scores
 from modelmerge.evaluation.custom import Model
 from tests.support.checkpoints import read, write
+from tests.support.commands import run
 from tests.support.hub_server import FakeHub
 from tests.support.processes import running
 
@@ -91,12 +91,6 @@ class Setup:
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
     monkeypatch.setenv("MODELMERGE_CACHE", str(tmp_path / "cache"))
     return Setup(tmp_path)
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main(["eval", "custom", *(str(word) for word in words)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def states(models: list[Any], **options: Any) -> list[dict[str, Tensor]]:
@@ -253,7 +247,7 @@ def test_errors_name_what_is_wrong(
               "BROKEN": str(tmp_path / "broken.py")}  # fmt: skip
     for word, place in places.items():
         words = [place if part == word else part.replace(f"{word}:", f"{place}:") for part in words]
-    got, out, err = run(capsys, models[1], *words)
+    got, out, err = run(capsys, "eval", "custom", models[1], *words)
     assert (got, out) == (code, "")
     assert says in " ".join(err.split()) or says in err
     assert "Traceback" not in err
@@ -262,7 +256,7 @@ def test_errors_name_what_is_wrong(
 def test_a_report_tells_all(models: list[Path], setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"first={models[3]}", f"second={models[2]}", "--script", setup.script(), "--base", models[0],
              "--expert", models[1], "--expert", f"Expert-1={models[2]}"]  # fmt: skip
-    code, out, err = run(capsys, *words, "--json")
+    code, out, err = run(capsys, "eval", "custom", *words, "--json")
     told = json.loads(out)  # what the script printed is on stderr
     assert code == 0
     assert "a script may say what it likes" in err
@@ -291,13 +285,13 @@ def test_a_report_tells_all(models: list[Path], setup: Setup, capsys: pytest.Cap
     assert told["seed"] == 0
     assert told["versions"]["torch"] == torch.__version__
     assert told["metric"]["function"] == "metric.py:accuracy"
-    code, out, err = run(capsys, *words)
+    code, out, err = run(capsys, "eval", "custom", *words)
     assert code == 0
     assert "Accuracy, per cent, ± standard error" in out
     assert f"{100 * rows['first']['scores']['expert_0']['score']:.1f} ±" in out
     assert out.splitlines()[-1].split() == ["items", "100", "256"]
     assert "10 of 10 scores were measured before" in err
-    code, out, _ = run(capsys, *words, "-q")
+    code, out, _ = run(capsys, "eval", "custom", *words, "-q")
     assert [float(line) for line in out.split()] == pytest.approx(
         [rows["first"]["average"], rows["second"]["average"]], rel=1e-5
     )
@@ -309,7 +303,7 @@ def test_the_best_is_bold(models: list[Path], setup: Setup, capsys: pytest.Captu
     from modelmerge.charts.tables import of_scores
     from modelmerge.cli.evaluate import _printed
 
-    run(capsys, models[1], models[2], "--script", setup.script("quiet"), "--base", models[0])
+    run(capsys, "eval", "custom", models[1], models[2], "--script", setup.script("quiet"), "--base", models[0])
     scores = {"a": {"score": 0.5, "stderr": None, "count": None, "metric": "score", "normalised": None}}
     low = {"scores": scores, "average": 0.5, "average_stderr": None, "normalised": None, "role": "model", "name": "low"}
     high = {**low, "name": "high", "average": 0.7, "scores": {"a": {**scores["a"], "score": 0.7}}}
@@ -411,8 +405,10 @@ def test_a_gate_fails_with_the_report_printed(
     models: list[Path], setup: Setup, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [models[1], models[2], "--script", setup.script(), "--expert", models[1], "--expert", models[2]]
-    assert run(capsys, *words, "--fail-under", "avg=0.1", "--fail-under", "normalized=0.1")[0] == 0
-    code, out, err = run(capsys, *words, "--fail-under", "expert_0=0.99", "--fail-under", "avg=0.1", "--json")
+    assert run(capsys, "eval", "custom", *words, "--fail-under", "avg=0.1", "--fail-under", "normalized=0.1")[0] == 0
+    code, out, err = run(
+        capsys, "eval", "custom", *words, "--fail-under", "expert_0=0.99", "--fail-under", "avg=0.1", "--json"
+    )
     told = json.loads(out)
     assert code == 1
     assert told["gate"]["passed"] is False
@@ -421,7 +417,7 @@ def test_a_gate_fails_with_the_report_printed(
     ]  # fmt: skip
     assert "error: 'expert_1' has 0." in err
     assert "Traceback" not in err
-    code, out, err = run(capsys, *words, "--fail-under", "avg=2", "-q")
+    code, out, err = run(capsys, "eval", "custom", *words, "--fail-under", "avg=2", "-q")
     assert (code, len(out.split())) == (1, 2)
 
 
@@ -489,8 +485,8 @@ def test_an_earlier_report_is_compared_with(
 ) -> None:
     words = ["--script", setup.script()]
     earlier = tmp_path / "earlier.json"
-    earlier.write_text(run(capsys, f"merged={models[1]}", *words, "--json")[1])
-    code, out, _ = run(capsys, f"merged={models[2]}", *words, "--compare", earlier, "--json")
+    earlier.write_text(run(capsys, "eval", "custom", f"merged={models[1]}", *words, "--json")[1])
+    code, out, _ = run(capsys, "eval", "custom", f"merged={models[2]}", *words, "--compare", earlier, "--json")
     (pair,) = json.loads(out)["comparison"]["models"]
     before, after = (read(path)[Q].flatten() for path in models[1:3])
     told = pair["tasks"]["expert_0"]
@@ -498,11 +494,11 @@ def test_an_earlier_report_is_compared_with(
     wanted = float((after[:100] > 0).float().mean() - (before[:100] > 0).float().mean())
     assert told["difference"] == pytest.approx(wanted, abs=1e-6)
     # The only model there, whatever its name.
-    code, out, _ = run(capsys, f"renamed={models[2]}", *words, "--compare", earlier)
+    code, out, _ = run(capsys, "eval", "custom", f"renamed={models[2]}", *words, "--compare", earlier)
     assert code == 0
     assert "renamed - merged" in out
     assert "unpaired" in out
-    code, _, err = run(capsys, models[2], models[3], *words, "--compare", earlier)
+    code, _, err = run(capsys, "eval", "custom", models[2], models[3], *words, "--compare", earlier)
     assert code == 2
     assert "no model is in both" in err
 
@@ -513,7 +509,7 @@ def test_scores_go_into_the_card(
     merged = tmp_path / "merged"
     modelmerge.merge(models[0], models[1:], merged, method="ties")
     words = [merged, "--script", setup.script(), "--expert", models[1], "--update-card"]
-    assert run(capsys, *words)[0] == 0
+    assert run(capsys, "eval", "custom", *words)[0] == 0
     text = (merged / "README.md").read_text()
     results: Any = ModelCard(text).data.eval_results  # type: ignore[attr-defined]
     w = read(merged)[Q].flatten()
@@ -527,11 +523,11 @@ def test_scores_go_into_the_card(
     assert modelmerge.merge(models[0], models[1:], merged, method="ties", resume=True)["recipe"]["method"] == "ties"
     assert (merged / "README.md").read_text() == text
     setup.calls()
-    assert run(capsys, *words)[0] == 0
+    assert run(capsys, "eval", "custom", *words)[0] == 0
     assert setup.calls() == []
     assert not [file for file in merged.iterdir() if file.name.startswith(".")]
     # A model that has no card gets one.
-    assert run(capsys, models[1], "--script", setup.script(), "--update-card")[0] == 0
+    assert run(capsys, "eval", "custom", models[1], "--script", setup.script(), "--update-card")[0] == 0
     assert ModelCard((models[1] / "README.md").read_text()).data.eval_results  # type: ignore[attr-defined]
 
 

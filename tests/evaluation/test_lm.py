@@ -23,6 +23,7 @@ from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ModelMergeError, ReferenceNotFound, UsageError
 from modelmerge.evaluation import lm, lm_tasks
 from tests.support import language
+from tests.support.commands import run, script
 from tests.support.language import TASKS, World, local_task
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[lm]'")
@@ -40,12 +41,6 @@ def _one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     torch.set_num_threads(1)  # the models are too small to share out
     yield
     torch.set_num_threads(threads)
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main(["eval", "lm", *(str(word) for word in words)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def scores(model: object, world: World, *tasks: str, **options: Any) -> dict[str, Any]:
@@ -298,7 +293,7 @@ def test_one_report_for_all(world: World, tmp_path: Path, capsys: pytest.Capture
     worse = copy(world.t5, tmp_path / "worse", forget)
     words = [worse, "--include-path", world.tasks, "--tasks", "flan_t5_glue_sst2,flan_t5_glue_stsb"]
     words += ["--expert", f"sst2={world.t5}", "--expert", f"stsb={world.t5}"]
-    code, out, err = run(capsys, *words, "--json")
+    code, out, err = run(capsys, "eval", "lm", *words, "--json")
     report = json.loads(out)
     assert code == 0
     assert err.startswith("note: 2 of 6 scores were measured before"), "the second expert is the first again"
@@ -313,7 +308,9 @@ def test_one_report_for_all(world: World, tmp_path: Path, capsys: pytest.Capture
     assert report["harness"]["flan_t5_glue_sst2"]["tasks"]["flan_t5_glue_sst2"]["there"] == 60
 
     (tmp_path / "before.json").write_text(out)
-    code, out, err = run(capsys, *words, "--compare", tmp_path / "before.json", "--fail-under", "normalized=0.999")
+    code, out, err = run(
+        capsys, "eval", "lm", *words, "--compare", tmp_path / "before.json", "--fail-under", "normalized=0.999"
+    )
     assert code == 1
     assert "--fail-under asks for normalized=0.999" in err
     assert "6 of 6 scores were measured before" in err
@@ -331,14 +328,14 @@ def test_without_experts_the_published_ones_serve(
     assert main(["merge", "average", str(base), str(tmp_path / expert), "-q", "-o", str(out)]) == 0
     capsys.readouterr()
     words = [out, "--include-path", world.tasks, "--json", "--tasks"]
-    report = json.loads(run(capsys, *words, "flan_t5_glue_sst2,first_colour")[1])
+    report = json.loads(run(capsys, "eval", "lm", *words, "flan_t5_glue_sst2,first_colour")[1])
     merged = report["models"][0]
     assert merged["normalised_by_published"] == pytest.approx(merged["scores"]["flan_t5_glue_sst2"]["score"] / by)
     assert report["published"]["model"] == "flan-t5-base"
     assert "not measured here; over flan_t5_glue_sst2" in report["notes"][0]
-    report = json.loads(run(capsys, *words, "flan_t5_glue_sst2", "--expert", f"sst2={world.t5}")[1])
+    report = json.loads(run(capsys, "eval", "lm", *words, "flan_t5_glue_sst2", "--expert", f"sst2={world.t5}")[1])
     assert "published" not in report
-    assert "published" not in json.loads(run(capsys, *words, "first_colour")[1])
+    assert "published" not in json.loads(run(capsys, "eval", "lm", *words, "first_colour")[1])
 
 
 def test_published_scores_are_whole() -> None:
@@ -452,13 +449,13 @@ def test_less_is_better_of_perplexity(world: World, tmp_path: Path, capsys: pyte
         with torch.no_grad():
             odds = model(rows).logits[0, :-1].log_softmax(-1)
         total += float(odds.gather(1, rows[0, 1:, None]).sum())
-    code, out, _ = run(capsys, world.llama, "--include-path", tmp_path, "--json")
+    code, out, _ = run(capsys, "eval", "lm", world.llama, "--include-path", tmp_path, "--json")
     told = json.loads(out)["models"][0]
     assert code == 0
     assert told["scores"]["texts"]["score"] == pytest.approx(math.exp(-total / (5 * 8)), rel=1e-5)
     assert told["scores"]["texts"]["lower"] is True
     assert told["average"] is None
-    code, out, _ = run(capsys, world.llama, "--include-path", tmp_path)
+    code, out, _ = run(capsys, "eval", "lm", world.llama, "--include-path", tmp_path)
     assert "texts (less is better)" in out
 
 
@@ -470,13 +467,13 @@ def test_a_correlation_with_what_is_constant_is_none(
 
     mute = copy(world.t5, tmp_path / "mute", silence)
     words = [mute, "--include-path", world.tasks, "--tasks", "flan_t5_glue_stsb"]
-    code, out, _ = run(capsys, *words, "--json")
+    code, out, _ = run(capsys, "eval", "lm", *words, "--json")
     told = json.loads(out)["models"][0]
     assert code == 0
     assert told["scores"]["flan_t5_glue_stsb"]["score"] is None
     assert told["scores"]["flan_t5_glue_stsb"]["figures"] == {"spearman,none": None}
     assert told["average"] is None
-    code, out, err = run(capsys, *words, "--fail-under", "avg=0.1")
+    code, out, err = run(capsys, "eval", "lm", *words, "--fail-under", "avg=0.1")
     assert code == 1
     assert "n/a" in out
     assert "'mute' has n/a" in err
@@ -648,7 +645,9 @@ def test_code_runs_only_when_it_is_asked_for(world: World, tmp_path: Path) -> No
     ],
 )
 def test_wrong_options(words: list[str], says: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, world.llama, "--include-path", world.tasks, "--tasks", "first_colour", *words)
+    code, out, err = run(
+        capsys, "eval", "lm", world.llama, "--include-path", world.tasks, "--tasks", "first_colour", *words
+    )
     assert (code, out) == (2, "")
     assert says in err
     assert "hint:" in err or "must be at least" in err
@@ -697,13 +696,12 @@ def test_the_terminal_gets_the_report_and_nothing_else(world: World, tmp_path: P
 
 
 def test_without_the_extra_it_is_named(world: World) -> None:
-    script = (
+    done = script(
         "import sys\n"
         "sys.modules['lm_eval'] = None\n"
         "from modelmerge.cli import main\n"
         f"sys.exit(main(['eval', 'lm', {str(world.t5)!r}, '--tasks', 'flan_t5_glue']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: eval lm needs lm_eval, which is not installed")
     assert 'pip install "lm-eval[hf]>=0.4.12"' in done.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,13 @@ from torch import Tensor
 import modelmerge
 from modelmerge import evaluation
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.cli import main
 from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, PlanError, UsageError
 from modelmerge.evaluation import interference as conflicts
 from modelmerge.methods import linalg
 from modelmerge.verbs.evaluate import evaluate
 from tests.support.checkpoints import base_state, family, read, write
+from tests.support.commands import import_no_torch, run
 from tests.support.hub_server import FakeHub
 
 evaluate_weights = partial(evaluate, suite="weights")
@@ -237,23 +235,17 @@ def test_models_of_every_kind(models: list[Path], merged: Path, tmp_path: Path, 
     assert report["models"][3]["files"][str(merged / "model.safetensors")]["sha256"]
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main(["eval", *(str(word) for word in words)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_the_command_in_every_format(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, "weights", merged)
+    code, out, err = run(capsys, "eval", "weights", merged)
     assert (code, err) == (0, "")
     assert "they do not predict accuracy" in out
     assert "model.layers.*.q_proj.weight" in out
     assert "model.layers.0.q_proj.weight" not in out
-    assert "model.layers.0.q_proj.weight" in run(capsys, "weights", merged, "--per-layer")[1]
-    code, out, _ = run(capsys, "weights", merged, "--json")
+    assert "model.layers.0.q_proj.weight" in run(capsys, "eval", "weights", merged, "--per-layer")[1]
+    code, out, _ = run(capsys, "eval", "weights", merged, "--json")
     told = json.loads(out)
     assert (code, told["suite"]) == (0, "weights")
-    code, out, err = run(capsys, "weights", merged, f"again={merged}", "-q", "--no-decompose")
+    code, out, err = run(capsys, "eval", "weights", merged, f"again={merged}", "-q", "--no-decompose")
     assert (code, err) == (0, "")
     lines = [line.split("\t") for line in out.splitlines()]
     assert [line[:2] for line in lines] == [[m, f"expert_{i}"] for m in ("ties", "again") for i in range(3)]
@@ -262,24 +254,17 @@ def test_the_command_in_every_format(merged: Path, capsys: pytest.CaptureFixture
 
 def test_without_a_suite_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     for name in evaluation.names():
-        assert name in run(capsys)[1]
-        assert main(["eval", name, "--help"]) == 0
-        assert "Examples" in capsys.readouterr().out
-    assert run(capsys, "-q")[1].split() == list(evaluation.names())
-    assert json.loads(run(capsys, "--json")[1])["suites"][0]["summary"]
-    assert run(capsys, "wieghts", "x")[0] == 2
+        assert name in run(capsys, "eval")[1]
+        code, out, _ = run(capsys, "eval", name, "--help")
+        assert (code, "Examples" in out) == (0, True)
+    assert run(capsys, "eval", "-q")[1].split() == list(evaluation.names())
+    assert json.loads(run(capsys, "eval", "--json")[1])["suites"][0]["summary"]
+    assert run(capsys, "eval", "wieghts", "x")[0] == 2
 
 
 def test_listing_and_help_import_no_torch() -> None:
-    script = (
-        "import sys, modelmerge.cli\n"
-        "names = modelmerge.evaluation.names()\n"
-        "for words in (['eval'], ['eval', '--help'], *(['eval', s, '--help'] for s in names)):\n"
-        "    assert modelmerge.cli.main(words) == 0\n"
-        "    assert 'torch' not in sys.modules, words\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    lines = (["eval"], ["eval", "--help"], *(["eval", name, "--help"] for name in evaluation.names()))
+    import_no_torch(*lines)
 
 
 def test_what_cannot_be_known_is_asked_for(models: list[Path], merged: Path, tmp_path: Path) -> None:

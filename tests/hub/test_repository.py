@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -20,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 import modelmerge
-from modelmerge.cli import main
 from modelmerge.errors import OUTLINES, HubError
 from modelmerge.hub import ranges
 from modelmerge.hub import repository as hub_module
 from tests.support.checkpoints import State, base_state, expert_state, family, read, write
+from tests.support.commands import refused, run
 from tests.support.hub_server import OWNER, READER, FakeHub
-from tests.support.processes import PATIENCE, PROGRAM
+from tests.support.processes import PATIENCE, running
 
 
 @pytest.fixture
@@ -46,12 +43,6 @@ def names(hub: FakeHub, local: list[Path]) -> list[str]:
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "_PAUSES", (0.01, 0.01, 0.01))
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def merge(capsys: pytest.CaptureFixture[str], names: list[str], out: Path, *words: object) -> dict[str, Any]:
@@ -458,18 +449,12 @@ def test_a_download_that_is_interrupted_ends_at_once(answer: str, hub: FakeHub, 
         return len(asked) == 2 and sum(request.sent > 0 for request in asked) == (1 if answer == "on its way" else 2)
 
     words = ["merge", "ties", "org/base", "org/expert", "-o", str(tmp_path / "out")]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", PROGRAM, *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        try:
-            hub.until(both_are_asked_for)
-            child.send_signal(signal.SIGINT)
-            hub.release()
-            _, err = child.communicate(timeout=PATIENCE)
-        finally:
-            child.kill()
-    assert child.returncode == 130
-    assert "Traceback" not in err
+    with running(words, hub=True, environment={"TMPDIR": str(tmp_path)}) as child:
+        hub.until(both_are_asked_for)
+        child.send(signal.SIGINT)
+        hub.release()
+        assert child.end() == 130
+        assert "Traceback" not in child.err()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf-cache", "local"]
     assert not list((tmp_path / "hf-cache").rglob("*.incomplete"))
 
@@ -501,15 +486,6 @@ def test_a_download_that_begins_when_all_has_ended_ends_too(
 
 
 # What is refused
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:
-    """The error and the hint of a command that fails as it should: one line each."""
-    code, out, err = run(capsys, *words)
-    assert (code, out) == (1, "")
-    lines = [line for line in err.splitlines() if line]
-    assert len(lines) == 2, err
-    return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
 
 
 @pytest.mark.parametrize(
@@ -619,14 +595,6 @@ def test_an_error_in_a_remote_file_names_it_by_its_repository(
 # Without a connection
 
 
-TWO = """
-import sys
-from modelmerge.cli import main
-at = sys.argv.index("then")
-print(main(sys.argv[1:at]), main(sys.argv[at + 1 :]))
-"""
-
-
 @pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "unreachable"])
 def test_what_the_cache_holds_needs_no_connection(
     how: str, hub: FakeHub, names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -634,14 +602,13 @@ def test_what_the_cache_holds_needs_no_connection(
     merge(capsys, names[:2], tmp_path / "one")
     change = {"HF_HUB_OFFLINE": "1"} if how == "HF_HUB_OFFLINE" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
     hub.requests.clear()
-    words = ["merge", "ties", *names[:2], "-o", str(tmp_path / "two"), "-q"]
-    words += ["then", "merge", "ties", *names, "-o", str(tmp_path / "three")]
-    line = [sys.executable, "-c", TWO, *words]
-    done = subprocess.run(line, env={**os.environ, **change}, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{tmp_path / 'two'}\n0 1\n"
+    with running(["merge", "ties", *names[:2], "-o", str(tmp_path / "two"), "-q"], hub=True, environment=change) as two:
+        assert (two.end(), two.out()) == (0, f"{tmp_path / 'two'}\n"), two.err()
     assert same(tmp_path / "one", tmp_path / "two")
+    with running(["merge", "ties", *names, "-o", str(tmp_path / "three")], hub=True, environment=change) as three:
+        assert (three.end(), three.out()) == (1, "")
+        error = next(line for line in three.err().splitlines() if line.startswith("error: "))
     told = "HF_HUB_OFFLINE forbids to ask the Hub" if how == "HF_HUB_OFFLINE" else "127.0.0.1:9 cannot be reached"
-    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert error.startswith("error: 'org/expert_1' is not a path here, and ")
     assert told in error
     assert not hub.requests

@@ -94,7 +94,7 @@ def test_relative_units_are_free_of_scale(factor: float) -> None:
 
 def test_two_task_vectors_become_orthogonal_where_that_costs_nothing() -> None:
     taus = overlapping(2)
-    got = solve(taus, awd.Options(alpha=0.0, steps=2000, lr=0.003))
+    got = solve(taus, awd.Options(alpha=0.0, steps=1000, lr=0.003))
     left, right = taus[0].double() - delta_of(got, taus), taus[1].double() - delta_of(got, taus)
     cosines = (left * right).sum(1) / left.norm(dim=1) / right.norm(dim=1)
     assert cosines.abs().max() < 0.01
@@ -103,7 +103,7 @@ def test_two_task_vectors_become_orthogonal_where_that_costs_nothing() -> None:
 def test_two_task_vectors_end_near_the_best_point_of_their_plane() -> None:
     taus = overlapping(2, shape=(1, 30)).double()
     taus /= taus.square().sum(2).mean().sqrt()  # relative units are these vectors' own
-    got = solve(taus, awd.Options(alpha=0.1, steps=3000, lr=0.002))
+    got = solve(taus, awd.Options(alpha=0.1, steps=1000, lr=0.002))
     grid = torch.linspace(-0.5, 1.5, 201, dtype=torch.float64)
     points = torch.cartesian_prod(grid, grid) @ taus[:, 0]
     best = torch.vmap(lambda delta: loss(delta, taus[:, 0], 0.1))(points).min()

@@ -92,25 +92,49 @@ def merged(models: list[Path], out: Path, kind: str, name: str, values: dict[str
     return _PLAIN[key]
 
 
-@pytest.mark.parametrize(("kind", "name", "published", "option"), all_options())
-def test_naming_a_default_changes_no_bit(
-    kind: str, name: str, published: bool, option: str, models: list[Path], tmp_path: Path
+def frame_of(kind: str, name: str, published: bool, option: str) -> dict[str, Any]:
+    """What must be named for an option to have its default and an effect."""
+    return {**solver_of(kind, name, option), **({"published": True} if published else {})}
+
+
+def named_defaults() -> dict[Case, Any]:
+    """The default of every option that has one to name."""
+    values = {case: shown(*case[:2], case[3], case[2]) for case in all_options()}
+    # `eta` belongs to the published form. None is off by default.
+    return {case: v for case, v in values.items() if v is not None and (case[3] != "eta" or case[2])}
+
+
+DEFAULTS = named_defaults()
+
+
+@pytest.mark.parametrize("case", DEFAULTS)
+def test_naming_a_default_changes_no_option(case: Case, models: list[Path], tmp_path: Path) -> None:
+    kind, name, _, option = case
+    chosen, frame = registry.load(name, kind), frame_of(*case)
+    plain, named = (make_options(chosen, name, values) for values in (frame, {**frame, option: DEFAULTS[case]}))
+    if option == "shared_rank":  # which is found for each tensor where it is not named: the bits are the same
+        one = merged(models, tmp_path / "plain", kind, name, frame)
+        assert same_bits(one, merged(models, tmp_path / "named", kind, name, {**frame, option: DEFAULTS[case]}))
+    else:
+        assert plain == named
+        # And with all that followed, as a manifest records it.
+        assert make_options(chosen, name, dataclasses.asdict(plain)) == named
+
+
+FRAMES = {f"{case[:2]} {sorted(frame_of(*case).items())}": (*case[:2], frame_of(*case)) for case in DEFAULTS}
+
+
+@pytest.mark.parametrize(("kind", "name", "frame"), FRAMES.values(), ids=FRAMES)
+def test_naming_all_defaults_changes_no_bit(
+    kind: str, name: str, frame: dict[str, Any], models: list[Path], tmp_path: Path
 ) -> None:
-    frame: dict[str, Any] = solver_of(kind, name, option)
-    frame |= {"published": True} if published else {}
-    if option == "eta" and not published:
-        pytest.skip("belongs to the published form")
-    value = shown(kind, name, option, published)
-    if value is None:
-        pytest.skip("off by default: there is nothing to name")
+    together = [
+        (option, value)
+        for (k, n, published, option), value in DEFAULTS.items()
+        if (k, n) == (kind, name) and frame_of(k, n, published, option) == frame
+    ]
     plain = merged(models, tmp_path / "plain", kind, name, frame)
-    assert same_bits(plain, merged(models, tmp_path / "named", kind, name, {**frame, option: value}))
-    # And with all that followed, as a manifest records it.
-    chosen = registry.load(name, kind)
-    followed = dataclasses.asdict(make_options(chosen, name, frame))
-    assert make_options(chosen, name, followed) == make_options(chosen, name, {**frame, option: value}) or (
-        option == "shared_rank"
-    )
+    assert same_bits(plain, merged(models, tmp_path / "named", kind, name, {**frame, **dict(together)}))
 
 
 @pytest.mark.parametrize("name", ["apgd", "wudi"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import modelmerge
 from modelmerge.errors import PlanError, UsageError
 from modelmerge.methods import registry
 from tests.support.checkpoints import State, read, write
+from tests.support.hub_server import FakeHub
 from tests.support.methods import takes
 
 EMBED, HEAD, BIAS, LINEAR = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias", "model.layers.0.up.weight"
@@ -274,3 +276,107 @@ def test_what_cannot_be_meant_is_refused(models: list[Path], tmp_path: Path) -> 
         modelmerge.merge(odd, [other], out, method="average", vocab="union")
     modelmerge.merge(odd, [other], out, method="average", vocab="union", exclude=["model.counts"])
     assert len(read(out)[EMBED]) == 8
+
+
+def adapter(folder: Path, tensors: State, tokens: str | Sequence[str] | None, **config: Any) -> Path:
+    """A PEFT adapter, with a tokenizer of its own if `tokens` are given."""
+    folder.mkdir()
+    entries = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(entries))
+    save_file({f"base_model.model.{name}": t.contiguous() for name, t in tensors.items()},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    if tokens is not None:
+        content = {"model": {"vocab": {token: i for i, token in enumerate(tokens)}}}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+_UP = {"model.layers.0.up.lora_A.weight": draw(1, 2, 5), "model.layers.0.up.lora_B.weight": draw(2, 6, 2)}
+
+
+def test_an_adapter_that_grew_its_vocabulary_brings_its_tokens(tmp_path: Path) -> None:
+    paths = grown(tmp_path)
+    tables = {EMBED: draw(3, 6, _WIDTH), HEAD: draw(4, 6, _WIDTH), BIAS: draw(5, 6)}
+    lora = adapter(tmp_path / "lora", {**_UP, **tables}, [*"abcde", "<l>"], modules_to_save=["embed_tokens", "lm_head"])
+    modelmerge.merge(paths[0], [paths[1], lora], tmp_path / "out", method="average", vocab="union")
+    out, a = read(tmp_path / "out"), read(paths[1])
+    for name, table in tables.items():
+        assert torch.equal(out[name][7], table[5])
+        torch.testing.assert_close(out[name][:5], (a[name][:5] + table[:5]) / 2, rtol=0, atol=1e-6)
+
+
+def test_an_adapters_tokens_in_padding_are_the_bases_rows(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", state(0, 8), "abcde")
+    lora = adapter(tmp_path / "lora", _UP, [*"abcde", "<l>"])
+    modelmerge.merge(base, [lora], tmp_path / "plain", method="average")
+    modelmerge.merge(base, [lora], tmp_path / "out", method="average", vocab="union")
+    out, plain = read(tmp_path / "out"), read(tmp_path / "plain")
+    assert all(torch.equal(out[name], plain[name]) for name in plain)
+    assert "<l>" in (tmp_path / "out" / "tokenizer.json").read_text()
+
+
+def test_a_rescaled_change_of_a_table_is_not_cut(tmp_path: Path) -> None:
+    paths = grown(tmp_path)[:2]
+    dora = {"lm_head.lora_A.weight": draw(1, 2, _WIDTH), "lm_head.lora_B.weight": draw(2, 5, 2),
+            "lm_head.lora_magnitude_vector": draw(3, 5)}  # fmt: skip
+    lora = adapter(tmp_path / "dora", dora, None, use_dora=True)
+    modelmerge.merge(paths[0], [lora], tmp_path / "one", method="average", vocab="union")
+    with pytest.raises(PlanError, match=r"its change to 'lm_head\.weight' cannot be put into another order"):
+        fewer = save(tmp_path / "c", state(30, 3), "abd")
+        modelmerge.merge(paths[0], [lora, fewer], tmp_path / "two", method="average", vocab="base")
+
+
+def test_union_from_an_experts_tokenizer_moves_the_bases_ids(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", state(0, 5), "abcde", {"eos_token_id": 1, "image_token_id": 2, "text": [1, 2]})
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [1, 4], "top_k": 1}')
+    a = save(tmp_path / "a", state(10, 4), "bcax")
+    manifest = modelmerge.merge(base, [a], tmp_path / "out", method="average", vocab="union", files_from="a")
+    out, rows, other = (read(path)[EMBED] for path in (tmp_path / "out", base, a))
+    assert len(out) == 6  # b c a x d e
+    torch.testing.assert_close(out[:3], other[:3], rtol=0, atol=1e-6)
+    assert torch.equal(out[3], other[3])
+    assert torch.equal(out[4:], rows[3:])
+    config, generation = (json.loads((tmp_path / "out" / f"{n}config.json").read_text()) for n in ("", "generation_"))
+    assert config == {"vocab_size": 6, "eos_token_id": 0, "image_token_id": 1, "text": [1, 2]}
+    assert generation == {"eos_token_id": [0, 5], "top_k": 1}
+    added = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
+    assert [(entry["id"], entry["content"], entry["single_word"]) for entry in added] == [
+        (4, "d", True),
+        (5, "e", True),
+    ]
+    assert any("2 of these are ordinary pieces" in note for note in manifest["notes"])
+    with pytest.raises(UsageError, match="files_from"):
+        modelmerge.merge(base, [a], tmp_path / "no", method="average", vocab="base", files_from="a")
+
+
+@pytest.mark.parametrize("files", [["vocab.txt"], ["tokenizer.model"], ["qwen.tiktoken"]])
+def test_other_tokenizer_files_get_the_new_tokens_or_say_that_they_cannot(files: list[str], tmp_path: Path) -> None:
+    paths = grown(tmp_path)[:2]
+    for path in paths:
+        vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
+        (path / "tokenizer.json").unlink()
+        pieces = b"".join(b"\x0a%c\x0a%c%s" % (len(t) + 2, len(t), t.encode()) for t in vocabulary)
+        ranks = b"".join(b"%s %d\n" % (base64.b64encode(t.encode()), i) for i, t in enumerate(vocabulary))
+        lines = "".join(f"{token}\n" for token in vocabulary).encode()
+        (path / files[0]).write_bytes({"vocab.txt": lines, "tokenizer.model": pieces}.get(files[0], ranks))
+    out = tmp_path / "out"
+    if files == ["qwen.tiktoken"]:
+        with pytest.raises(PlanError, match=r"2 tokens cannot be added to the tokenizer of 'base', qwen\.tiktoken"):
+            modelmerge.merge(paths[0], paths[1:], out, method="average", vocab="union")
+        return
+    modelmerge.merge(paths[0], paths[1:], out, method="average", vocab="union")
+    assert json.loads((out / "added_tokens.json").read_text()) == {"<a>": 5, "<both>": 6}
+    if files == ["vocab.txt"]:
+        assert (out / "vocab.txt").read_text().split() == [*"abcde", "<a>", "<both>"]
+
+
+def test_streamed_models_are_aligned_too(hub: FakeHub, tmp_path: Path) -> None:
+    paths = grown(tmp_path)
+    modelmerge.merge(paths[0], paths[1:], tmp_path / "here", method="ties", vocab="union")
+    for path in paths:
+        hub.add(f"org/{path.name}", path)
+    names = [f"org/{path.name}" for path in paths]
+    for stream in (True, False):
+        modelmerge.merge(names[0], names[1:], tmp_path / f"there{stream}", method="ties", vocab="union", stream=stream)
+        for name in ("model.safetensors", "tokenizer.json", "config.json"):
+            assert (tmp_path / f"there{stream}" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()

@@ -166,6 +166,7 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body waits for nothing, as from a real server
     server_hub: FakeHub
 
     def log_message(self, format: str, *args: object) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from tests.support.checkpoints import State, read
@@ -20,6 +23,8 @@ _SMALL = {"num_attention_heads": 2, "vocab_size": 40, "bos_token_id": 1, "eos_to
 
 
 def llama(tied: bool = False) -> nn.Module:
+    import transformers
+
     config = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_key_value_heads=1, tie_word_embeddings=tied,
         **_SMALL,
@@ -28,6 +33,8 @@ def llama(tied: bool = False) -> nn.Module:
 
 
 def gpt2() -> nn.Module:
+    import transformers
+
     config = transformers.GPT2Config(
         n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16, bos_token_id=1, eos_token_id=2
     )
@@ -35,6 +42,8 @@ def gpt2() -> nn.Module:
 
 
 def t5() -> nn.Module:
+    import transformers
+
     config = transformers.T5Config(
         d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0
     )
@@ -42,6 +51,8 @@ def t5() -> nn.Module:
 
 
 def bert() -> nn.Module:
+    import transformers
+
     config = transformers.BertConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, max_position_embeddings=16, num_labels=3, **_SMALL
     )
@@ -49,10 +60,14 @@ def bert() -> nn.Module:
 
 
 def clip_vision() -> nn.Module:
+    import transformers
+
     return transformers.CLIPVisionModel(_vision())
 
 
 def clip() -> nn.Module:
+    import transformers
+
     text = transformers.CLIPTextConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, **_SMALL)
     return transformers.CLIPModel(
         transformers.CLIPConfig(text_config=text.to_dict(), vision_config=_vision().to_dict(), projection_dim=8)
@@ -60,12 +75,16 @@ def clip() -> nn.Module:
 
 
 def _vision() -> Any:
+    import transformers
+
     return transformers.CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
 
 
 def resnet() -> nn.Module:
+    import transformers
+
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
     )
@@ -87,7 +106,11 @@ def quiet_peft(model: nn.Module, **options: Any) -> Any:
         return peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **options}))
 
 
-def base_of(kind: str, directory: Path, seed: int = 0) -> Path:
+@functools.cache
+def _base(kind: str, seed: int) -> Path:
+    """A base as transformers writes it, made once in a process."""
+    directory = Path(tempfile.mkdtemp(prefix="modelmerge-base-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     torch.manual_seed(seed)
     model = MODELS[kind]()
     with torch.no_grad():
@@ -99,7 +122,14 @@ def base_of(kind: str, directory: Path, seed: int = 0) -> Path:
     return directory
 
 
+def base_of(kind: str, directory: Path, seed: int = 0) -> Path:
+    """A base of that kind, to be changed at will."""
+    return Path(shutil.copytree(_base(kind, seed), directory))
+
+
 def load(base: Path) -> Any:
+    import transformers
+
     config = json.loads((base / "config.json").read_bytes())
     return getattr(transformers, config["architectures"][0]).from_pretrained(base)
 

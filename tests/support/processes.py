@@ -1,8 +1,8 @@
 """Runs in processes of their own, with real signals, which stop themselves at the moment that a test wants to see.
 
 Importing torch takes seconds: one process does it, `python -m tests.support.processes`, and every run is a fork of it
-that goes on as `python -m modelmerge` does. It is for models on disk: the Hub's client keeps the settings that it was
-imported with.
+that goes on as `python -m modelmerge` does. The Hub's client keeps the settings that it was imported with: for models
+on the Hub there is another such process, which has imported nothing but torch.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Run:
         limits: Resource limits by their names in `resource`.
         terminal: The terminal that stderr is, where it is one.
         environment: Variables beside those of this process.
+        hub: Whether the run has to do with the Hub.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class Run:
         limits: Mapping[str, int] | None = None,
         terminal: str | None = None,
         environment: Mapping[str, str] | None = None,
+        hub: bool = False,
     ) -> None:
         with tempfile.NamedTemporaryFile(delete=False) as out, tempfile.NamedTemporaryFile(delete=False) as err:
             self._out, self._err = Path(out.name), Path(err.name)
         self.code: int | None = None
-        self._parent = _parent()
+        self._parent = _parent(hub)
         request = {
             "words": list(words), "stop": stop, "call": call, "limits": dict(limits or {}), "out": out.name,
             "err": terminal or err.name, "directory": os.getcwd(), "environment": {**os.environ, **(environment or {})},
@@ -115,9 +117,10 @@ def running(words: Sequence[str], **how: Any) -> Iterator[Run]:
 class _Parent:
     """The process that is forked, and what it tells of its child: a line for each thing that happens."""
 
-    def __init__(self) -> None:
+    def __init__(self, hub: bool) -> None:
+        words = ["hub"] if hub else []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            [sys.executable, "-m", __name__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         self._rest = b""
 
@@ -141,19 +144,22 @@ class _Parent:
 
 
 @functools.cache
-def _parent() -> _Parent:
-    made = _Parent()
+def _parent(hub: bool) -> _Parent:
+    made = _Parent(hub)
     atexit.register(made.close)
     return made
 
 
 def _serve() -> None:
     """Fork for every line on stdin, and tell on stdout how the child fares."""
-    import modelmerge.verbs.merge  # noqa: F401 - torch comes with it
-    from modelmerge.cli import main
+    if sys.argv[1:] == ["hub"]:
+        import torch  # noqa: F401
+    else:
+        import modelmerge.verbs.merge  # noqa: F401 - torch comes with it
+        from modelmerge.cli import main
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        main(["merge", "ties", "--help"])
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(["merge", "ties", "--help"])
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

@@ -23,12 +23,13 @@ from modelmerge.evaluation import digits
 from modelmerge.evaluation.custom import batches, draws, names_in
 from modelmerge.record.redaction import published
 from tests.support import clip_models
+from tests.support import digits as digit_experts
 from tests.support.checkpoints import State
+from tests.support.digits import TASKS
 from tests.support.methods import typed
 from tests.support.terminal import seen
 
-TASKS = ("inverted", "rotated", "swapped")
-QUICK: dict[str, Any] = {"steps": 60, "lr": 0.02}
+QUICK: dict[str, Any] = {"steps": 40, "lr": 0.03}
 EXPERTS, STEPS = ("first", "second"), {"steps": 3, "lr": 0.05}
 
 
@@ -44,16 +45,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A base that has seen a few digits, and an expert of each task: [base, *experts]."""
-    root, tasks = tmp_path_factory.mktemp("digits"), digits.load_tasks()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "_BASE_STEPS", 100)
-        patch.setattr(digits, "_EXPERT_STEPS", 60)
-        base = digits.train_base(tasks)
-        states = {"base": base, **{name: digits.train_expert(base, tasks[name]) for name in TASKS}}
-    for name, state in states.items():
-        (root / name).mkdir()
-        save_file(state, root / name / "model.safetensors", metadata={"format": "pt"})
-    return [root / name for name in states]
+    return digit_experts.save(tmp_path_factory.mktemp("digits"))
 
 
 def accuracy(merged: Path) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
 import modelmerge
@@ -50,6 +49,9 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def architecture(name: str) -> tuple[Any, Any]:
     """The loader and the config."""
+
+    import transformers
+
     loader, config, values = ARCHITECTURES[name]
     return getattr(transformers, loader), getattr(transformers, config)(**values)
 
@@ -89,6 +91,8 @@ def in_memory(base: Model, loader: Any, experts: list[Model]) -> Model:
 
 
 def outputs(model: Model) -> torch.Tensor:
+    import transformers
+
     with torch.no_grad():
         if isinstance(model, transformers.CLIPModel):
             pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -183,6 +187,8 @@ def test_a_t5_with_a_head_of_its_own_keeps_it_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bare", [False, True], ids=["as transformers 4 saves", "as transformers 5 saves"])
 def test_vision_towers_are_merged_into_a_whole_clip(bare: bool, tmp_path: Path) -> None:
+    import transformers
+
     loader, config = architecture("clip")
     base = built(loader, config)
     experts = [changed(base, loader, seed) for seed in range(2)]
@@ -210,7 +216,7 @@ def test_vision_towers_are_merged_into_a_whole_clip(bare: bool, tmp_path: Path) 
     assert not torch.allclose(seen, base.vision_model(pixel_values=pixels).pooler_output, atol=1e-3)
 
 
-def tower_state(whole: transformers.CLIPModel, tower: transformers.CLIPVisionModel) -> dict[str, torch.Tensor]:
+def tower_state(whole: Any, tower: Any) -> dict[str, torch.Tensor]:
     """The vision tower's parameters, under the names that this version has for them in memory."""
     prefix = next(iter(tower.state_dict())).partition("embeddings")[0]
     return {prefix + name: tensor for name, tensor in whole.vision_model.state_dict().items()}
@@ -218,6 +224,9 @@ def tower_state(whole: transformers.CLIPModel, tower: transformers.CLIPVisionMod
 
 def test_models_with_heads_are_experts_of_a_base_without(tmp_path: Path) -> None:
     """GPT-2 as published has no `transformer.` before its names, and no head."""
+
+    import transformers
+
     _, config = architecture("gpt2")
     whole = built(transformers.AutoModelForCausalLM, config)
     whole.transformer.save_pretrained(tmp_path / "base")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import modelmerge
-from modelmerge.cli import main
 from modelmerge.errors import HubError, OutputError
 from modelmerge.hub import ranges
 from tests.support.checkpoints import family
+from tests.support.commands import refused, run
 from tests.support.hub_server import OWNER, READER, FakeHub
 
 # The client's own, of the HTTP library it is built on.
@@ -30,21 +30,6 @@ def _owner(monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> None:
 def local(tmp_path: Path) -> list[Path]:
     """[base, expert_0, expert_1] on disk."""
     return family(tmp_path / "local", experts=2)
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:
-    """The error and the hint of a command that fails as it should: one line each."""
-    code, out, err = run(capsys, *words)
-    assert (code, out) == (1, "")
-    lines = [line for line in err.splitlines() if line]
-    assert len(lines) == 2, err
-    return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
 
 
 def test_a_merge_is_pushed_and_its_url_is_what_a_script_gets(

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 import modelmerge
 from modelmerge.checkpoint.digest import sha256
-from modelmerge.cli import main
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 from modelmerge.evaluation import digits
@@ -29,7 +28,9 @@ from modelmerge.verbs import measure
 from modelmerge.verbs.merge import merge
 from modelmerge.verbs.search import search
 from tests.support import clip_models
+from tests.support import digits as digit_experts
 from tests.support.checkpoints import read
+from tests.support.commands import run
 from tests.support.hub_server import FakeHub
 from tests.support.processes import running
 
@@ -58,20 +59,10 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A base and two real experts, trained for a third of the demo's time: [base, inverted, rotated]."""
-    root, tasks = tmp_path_factory.mktemp("digits"), digits.load_tasks()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "_BASE_STEPS", 100)
-        patch.setattr(digits, "_EXPERT_STEPS", 60)
-        patch.setattr(digits, "_EXPERT_RATE", 4e-3)
-        base = digits.train_base(tasks)
-        states = {"base": base, **{name: digits.train_expert(base, tasks[name]) for name in TASKS}}
-    for name, state in states.items():
-        (root / name).mkdir()
-        save_file(state, root / name / "model.safetensors")
-        (root / name / "config.json").write_text(json.dumps(digits.CONFIG))
+    """A base and two real experts: [base, inverted, rotated]."""
+    root = tmp_path_factory.mktemp("digits")
     (root / "metric.py").write_text(SCRIPT)
-    return [root / name for name in states]
+    return digit_experts.save(root, TASKS)
 
 
 @pytest.fixture
@@ -91,12 +82,6 @@ def weights(directory: Path | str) -> dict[str, str]:
 def plain(models: list[Path], **told: Any) -> dict[str, str]:
     merge(models[0], models[1:], "plain", force=True, **told)
     return weights("plain")
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main([*([] if words[0] == "merge" else ["search"]), *map(str, words)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.mark.parametrize(
@@ -168,7 +153,7 @@ def test_the_best_value_is_found_written_and_replayed(models: list[Path], capsys
     """The whole of it with real experts: scores are those of a direct computation, bits those of a plain merge."""
     script = models[0].parent / "metric.py"
     on = ("--try", "scale=0.4:1.6:0.3", "--on", f"custom:{script}:first_half")
-    code, out, err = run(capsys, "ties", *models, "-o", "out", *on, "--json")
+    code, out, err = run(capsys, "search", "ties", *models, "-o", "out", *on, "--json")
     assert code == 0, err
     manifest = json.loads(out)["manifest"]
     found = manifest["searched"]
@@ -204,7 +189,7 @@ def test_the_best_value_is_found_written_and_replayed(models: list[Path], capsys
     assert weights("again") == weights("out")
     assert "searched" not in json.loads(Path("again/modelmerge.json").read_bytes())
     # What was measured once is not measured again.
-    code, out, err = run(capsys, "ties", *models, "-o", "out", *on, "--force")
+    code, out, err = run(capsys, "search", "ties", *models, "-o", "out", *on, "--force")
     assert code == 0
     assert "a script may say" not in out + err
     assert f"best scale={best:g} of 5 candidates" in out
@@ -391,10 +376,10 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
         "--on",
         "custom:none.py:f",
     ]
-    code, _, err = run(capsys, *words, "-n")
+    code, _, err = run(capsys, "search", *words, "-n")
     assert (code, "--on custom:none.py:f: no such file: none.py" in " ".join(err.split())) == (1, True)
     Path("none.py").write_text("raise SystemExit('a plan runs no code')")
-    code, out, err = run(capsys, *words, "-n", "--json")
+    code, out, err = run(capsys, "search", *words, "-n", "--json")
     assert code == 0, err
     plan = json.loads(out)["plan"]
     found = plan["search"]
@@ -402,7 +387,7 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
     assert found["disk"] == {"all": pytest.approx(20 * size, rel=0.01), "least": pytest.approx(2 * size, rel=0.01)}
     assert plan["bytes"]["write"] == found["disk"]["all"]
     assert plan["bytes"]["read"] == pytest.approx(2 * 3 * 3 * size, rel=0.01), "two merges of three passes each"
-    code, out, _ = run(capsys, *words, "-n")
+    code, out, _ = run(capsys, "search", *words, "-n")
     assert "20 candidates in 2 merges, each measured on custom:none.py:f; on the disk 18.7 MB at once" in out
     assert [path.name for path in Path().iterdir()] == ["none.py"]
 
@@ -436,7 +421,7 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
 def test_what_cannot_be_searched_is_refused(
     words: tuple[str, ...], says: str, models: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = run(capsys, "ties", *models, "-o", "out", *words)
+    code, _, err = run(capsys, "search", "ties", *models, "-o", "out", *words)
     assert code == (2 if "no such file" not in says else 1), err
     assert says in " ".join(err.split())
     assert list(Path().iterdir()) == []
@@ -446,7 +431,7 @@ def test_a_method_that_looks_at_data_itself_is_not_searched(
     models: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--script", "m.py:f", "--try", "lr=0.1,0.2", "--on", "custom:m.py:f")
-    code, _, err = run(capsys, "adamerging", *models, "-o", "out", *words)
+    code, _, err = run(capsys, "search", "adamerging", *models, "-o", "out", *words)
     assert code == 2
     assert "'adamerging' finds its coefficients on unlabelled data, and is not searched besides" in " ".join(
         err.split()
@@ -462,7 +447,7 @@ def test_a_base_that_is_streamed_is_not_measured(
     Path("one.py").write_text("def f(model):\n    return 1.0\n")
     remote = [f"org/{model.name}" for model in models]
     words = ("--stream", "--try", "scale=0.5,1.0", "--on", "custom:one.py:f", "--json")
-    code, out, err = run(capsys, "ties", *remote, "-o", "out", *words)
+    code, out, err = run(capsys, "search", "ties", *remote, "-o", "out", *words)
     assert code == 0, err
     found = json.loads(out)["manifest"]["searched"]
     assert found["base"] is None
@@ -506,7 +491,7 @@ def test_clip_is_searched_on_its_validation_split(
 ) -> None:
     base, strayed, images = clip
     words = ["task-arithmetic", base, *strayed, "-o", tmp_path / "out", "--try", "scale=0.0,0.5,1.0"]
-    code, out, err = run(capsys, *words, "--on", f"clip:{images}", "--json")
+    code, out, err = run(capsys, "search", *words, "--on", f"clip:{images}", "--json")
     assert code == 0, err
     found = json.loads(out)["manifest"]["searched"]
     looked_at = found["on"][0]["data"]["images"]
@@ -522,16 +507,16 @@ def test_clip_is_searched_on_its_validation_split(
     # By default eval looks at other items.
     assert modelmerge.evaluate([base], suite="clip", data=[images])["data"]["images"]["images"] == 6 * 4
     shutil.copytree(images, tmp_path / "without", ignore=shutil.ignore_patterns("validation"))
-    code, out, err = run(capsys, *words, "--force", "--on", f"clip:{tmp_path / 'without'},limit=10", "--json")
+    code, out, err = run(capsys, "search", *words, "--force", "--on", f"clip:{tmp_path / 'without'},limit=10", "--json")
     told = json.loads(out)["manifest"]["searched"]["on"][0]
     assert told["data"]["without"]["split"] == "train"
     assert "on which experts may have been trained" in told["notes"][0]
-    code, out, err = run(capsys, *words, "--force", "--on", f"clip:{images / 'train'},limit=9", "--json")
+    code, out, err = run(capsys, "search", *words, "--force", "--on", f"clip:{images / 'train'},limit=9", "--json")
     told = json.loads(out)["manifest"]["searched"]["on"][0]
     assert (told["data"]["train"]["split"], told["data"]["train"]["images"]) == (None, 6 * 3)
     assert "all of it is looked at, as `eval` does; report on other items" in told["notes"][0]
     shutil.rmtree(tmp_path / "without" / "train")
-    code, _, err = run(capsys, *words, "--force", "--on", f"clip:{tmp_path / 'without'}")
+    code, _, err = run(capsys, "search", *words, "--force", "--on", f"clip:{tmp_path / 'without'}")
     assert code == 1
     assert "has no split to make choices on: it has test" in err
 
@@ -619,7 +604,7 @@ def test_language_models_are_searched(tmp_path: Path, capsys: pytest.CaptureFixt
     )  # fmt: skip
     words = ["task-arithmetic", llama, tmp_path / "expert", "-o", tmp_path / "out", "--try", "scale=1.0,0.1,0.5"]
     on = f"lm:first_colour,include-path={tasks},limit=6"
-    code, out, err = run(capsys, *words, "--on", on, "--json")
+    code, out, err = run(capsys, "search", *words, "--on", on, "--json")
     assert code == 0, err
     found = json.loads(out)["manifest"]["searched"]
     averages = {each["options"]["scale"]: each["average"] for each in found["results"]}
@@ -627,6 +612,6 @@ def test_language_models_are_searched(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["chosen"] == {"scale": min(averages, key=lambda scale: averages[scale])} == {"scale": 0.1}
     assert found["on"][0]["harness"]["first_colour"]["tasks"]["first_colour"]["split"] == "train"
     (tmp_path / "one.py").write_text("def f(model):\n    return 1.0\n")
-    code, _, err = run(capsys, *words, "--force", "--on", on, "--on", f"custom:{tmp_path / 'one.py'}:f")
+    code, _, err = run(capsys, "search", *words, "--force", "--on", on, "--on", f"custom:{tmp_path / 'one.py'}:f")
     assert code == 2
     assert "less is better, and at 'f' more is" in " ".join(err.split())

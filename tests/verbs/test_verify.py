@@ -10,15 +10,9 @@ from pathlib import Path
 import pytest
 
 import modelmerge
-from modelmerge.cli import main
 from modelmerge.errors import OutputError
+from tests.support.commands import run
 from tests.support.hub_server import FakeHub
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def same(directory: Path) -> dict[str, bool | None]:

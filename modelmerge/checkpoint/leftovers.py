@@ -1,0 +1,76 @@
+"""What looks like one and the same layer under two names, which nothing has matched: an error, never the base's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from modelmerge.checkpoint.header import BUFFERS, MERGEABLE_DTYPES, TensorInfo
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.errors import PlanError, named
+
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
+
+
+def refuse_lookalikes(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -> None:
+    """Refuse an expert that keeps tensors of no match which look like some of the base's that have none either.
+
+    Heads and towers that one side alone has look like nothing on the other.
+
+    Args:
+        base: The base.
+        expert: An expert, its tensors by the base's names where they are matched.
+        merges: Whether a tensor of that name is to be merged.
+
+    Raises:
+        PlanError: There are such tensors.
+    """
+    if expert.vector is not None:
+        return
+    ours = [i for name, i in base.tensors.items() if name not in expert.tensors and _counts(i) and merges(name)]
+    theirs = [info for name, info in expert.tensors.items() if name not in base.tensors and _counts(info)]
+    if not ours or not theirs:
+        return
+    pairs = list(_lookalikes(ours, theirs))
+    if pairs:
+        one, other = pairs[0]
+        raise PlanError(
+            f"'{expert.name}' and the base have {len(pairs)} tensor{'s' * (len(pairs) > 1)} that look like one another "
+            f"under other names: the base's '{one.name}' {list(one.shape)}, its '{other.name}' {list(other.shape)}",
+            hint=f"save the expert under the base's names; or copy them from the base: {named('exclude')} "
+            f"'{_glob(one.name)}'",
+        )
+
+
+def _counts(info: TensorInfo) -> bool:
+    return info.dtype in MERGEABLE_DTYPES and bool(info.numel) and info.name.rpartition(".")[2] not in BUFFERS
+
+
+def _lookalikes(ours: list[TensorInfo], theirs: list[TensorInfo]) -> Iterator[tuple[TensorInfo, TensorInfo]]:
+    """Pairs of one shape whose names end alike, and experts one by one beside a stack."""
+    ends = {(_end(info.name), info.shape): info for info in reversed(theirs)}
+    for info in ours:
+        other = ends.get((_end(info.name), info.shape))
+        if other is not None:
+            yield info, other
+    for stacked in (True, False):
+        mine, others = _of_experts(ours, stacked=stacked), _of_experts(theirs, stacked=not stacked)
+        if others:
+            yield from ((info, others[0]) for info in mine)
+
+
+def _of_experts(tensors: list[TensorInfo], *, stacked: bool) -> list[TensorInfo]:
+    if stacked:
+        return [info for info in tensors if len(info.shape) == 3 and ".experts." in f".{info.name}."]
+    return [info for info in tensors if _EXPERT.search(info.name)]
+
+
+def _end(name: str) -> str:
+    """What names of one layer share, whatever stands in front: from its number on, or else the last three words."""
+    words = name.split(".")
+    return ".".join(words[next((i for i, word in enumerate(words) if word.isdigit()), -3) :])
+
+
+def _glob(name: str) -> str:
+    """A glob for all tensors of the kind."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
