@@ -321,8 +321,8 @@ def test_a_rescaled_change_of_a_table_is_not_cut(tmp_path: Path) -> None:
             "lm_head.lora_magnitude_vector": draw(3, 5)}  # fmt: skip
     lora = adapter(tmp_path / "dora", dora, None, use_dora=True)
     modelmerge.merge(paths[0], [lora], tmp_path / "one", method="average", vocab="union")
+    fewer = save(tmp_path / "c", state(30, 3), "abd")
     with pytest.raises(PlanError, match=r"its change to 'lm_head\.weight' cannot be put into another order"):
-        fewer = save(tmp_path / "c", state(30, 3), "abd")
         modelmerge.merge(paths[0], [lora, fewer], tmp_path / "two", method="average", vocab="base")
 
 
