@@ -197,6 +197,11 @@ def by_token(
     if lines:
         vocabulary = Vocabulary(None, BASE, tokenizers.ids(0) or {})
         base, experts, tensors, _ = align(base, experts, tensors, Alignment(tokenizers, vocabulary, everyone=True))
+        parts = [t for t in tensors.values() if t.action == "merge" and merged[0] in (t.name, t.stack)]
+        shared, every = sum(row_count(base.tensors[part.name]) for part in parts), row_count(tables[merged[0]])
+        remarks[0] = (
+            f"{shared:,} of its {every:,} rows of tokens, which all models have, are merged by token; the others stay"
+        )
     else:
         tensors = {name: _with_rows(tensor) for name, tensor in tensors.items()}
     models = [

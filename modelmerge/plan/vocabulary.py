@@ -50,6 +50,7 @@ class Vocabulary:
         ids: The row of each token.
         new: Tokens that the giver lacks: the row each gets, and the flags it was added with where it was added.
         moved: The rows of the base's tokens that have another here, by the row there.
+        lost: By model, how many of its tokens the output has no row for.
         sizes: Of each table whose rows are not the base's, how many it has there and here.
     """
 
@@ -58,6 +59,7 @@ class Vocabulary:
     ids: Mapping[str, int]
     new: Mapping[str, tuple[int, dict[str, bool] | None]] = field(default_factory=dict)
     moved: Mapping[int, int] = field(default_factory=dict)
+    lost: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -217,7 +219,8 @@ def vocabulary_of(
     vocabulary = Vocabulary(name, wanted if place else BASE, ids, new)
     placed = vocabulary.rows
     moved = {i: placed[token] for token, i in (tokenizers.ids(0) or {}).items() if placed.get(token, i) != i}
-    return replace(vocabulary, moved=moved)
+    lost = {model.name: len((tokenizers.ids(i) or {}).keys() - placed.keys()) for i, model in enumerate(models)}
+    return replace(vocabulary, moved=moved, lost={model: tokens for model, tokens in lost.items() if tokens})
 
 
 def _new(
@@ -248,12 +251,14 @@ def remarks_on_tokens(vocabulary: Vocabulary) -> list[str]:
         what = "1 token follows as an added token" if len(new) == 1 else f"{len(new):,} tokens follow as added tokens"
         remarks.append(f"The tokens are those of '{vocabulary.giver}'; {what}: {some}.")
         if pieces := sum(flags is None for _, flags in new.values()):
+            many = "1 is an ordinary piece" if pieces == 1 else f"{pieces:,} are ordinary pieces"
             remarks.append(
-                f"{pieces:,} of these are ordinary pieces in their models: as added tokens they are cut out of texts "
-                "where they stand as words, and nowhere else."
+                f"Of these {many} elsewhere, and as added tokens are cut out of texts only where they stand as words."
             )
     elif vocabulary.sizes:
         remarks.append(f"The tokens, and the rows of embeddings and heads, are those of '{vocabulary.giver}'.")
+    for name, count in vocabulary.lost.items():
+        remarks.append(f"{count:,} token{'s' * (count > 1)} of '{name}' {'are' if count > 1 else 'is'} left out.")
     for before, after in sorted({size for size in vocabulary.sizes.values() if size[0] != size[1]}):
         remarks.append(f"Embeddings and heads have {after:,} rows, and the base's {before:,}.")
     return remarks

@@ -166,6 +166,8 @@ def test_tokens_that_the_base_alone_has_are_copied(tmp_path: Path) -> None:
     actions = {t["name"]: t["action"] for t in plan["tensors"]}
     assert actions[f"{EMBED}[2:3]"] == "copy"
     modelmerge.merge(paths[0], paths[1:], tmp_path / "out", method="average", vocab="base")
+    manifest = modelmerge.merge(paths[0], paths[1:], tmp_path / "as a", method="average", vocab="a")
+    assert "1 token of 'base' is left out." in manifest["notes"]
     out, base, a = read(tmp_path / "out"), read(paths[0]), read(paths[1])
     for name in (EMBED, HEAD, BIAS):
         assert torch.equal(out[name][2], base[name][2])
@@ -193,7 +195,9 @@ def test_common_rows_are_those_of_common_tokens(models: list[Path], tmp_path: Pa
     base, a, _, moved = models
     b = save(tmp_path / "fewer" / "b", {n: t[:5] if n in (EMBED, HEAD, BIAS) else t for n, t in read(moved).items()},
              [_TOKENS[i] for i in _ORDER[:5]])  # fmt: skip
-    modelmerge.merge(base, [a, b], tmp_path / "out", method="average", on_mismatch="common-rows")
+    manifest = modelmerge.merge(base, [a, b], tmp_path / "out", method="average", on_mismatch="common-rows")
+    said = "'base': 5 of its 7 rows of tokens, which all models have, are merged by token; the others stay."
+    assert said in manifest["notes"]
     out, origin, one, other = read(tmp_path / "out"), read(base), read(a), read(b)
     for name in (EMBED, HEAD, BIAS):
         for row, token in enumerate(_TOKENS):
@@ -344,7 +348,7 @@ def test_union_from_an_experts_tokenizer_moves_the_bases_ids(tmp_path: Path) -> 
         (4, "d", True),
         (5, "e", True),
     ]
-    assert any("2 of these are ordinary pieces" in note for note in manifest["notes"])
+    assert any("Of these 2 are ordinary pieces" in note for note in manifest["notes"])
     with pytest.raises(UsageError, match="files_from"):
         modelmerge.merge(base, [a], tmp_path / "no", method="average", vocab="base", files_from="a")
 
