@@ -13,37 +13,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from fnmatch import fnmatchcase
 
-from modelmerge.checkpoint.header import Change, TensorInfo, read_json
-from modelmerge.errors import CheckpointError, PlanError, ReferenceNotFound
+from modelmerge.checkpoint.adapter_config import MERGE_FIRST, PREFIX, Adapter, unmergeable
+from modelmerge.checkpoint.adapter_places import Places, is_saved
+from modelmerge.checkpoint.header import Change, TensorInfo
+from modelmerge.checkpoint.matching import doubled_tables, is_vocabulary
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.checkpoint.tables import TABLES, has_head, is_tied, tied_groups, tied_table
+from modelmerge.errors import CheckpointError, PlanError, named
 
-CONFIG = "adapter_config.json"
-WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."  # of every key
-
-# Starting points that leave the base as it is; all others subtract from it what the adapter starts with.
-_PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Entries of the config that bear on training, on the file's making or on nothing; those that `translate` uses.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    "task_type", "velora_config",
-}  # fmt: skip
-_USED = {
-    "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save", "r",
-    "rank_pattern", "use_dora", "use_rslora",
-}  # fmt: skip
-_MERGE_FIRST = (
-    "merge it into its base with peft and name the result: "
-    "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)"
-)
 # What a module's keys end in. peft writes the magnitude without `.weight`.
 _PARTS = {
     "lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias",
@@ -52,119 +34,166 @@ _PARTS = {
 }  # fmt: skip
 # Layers that GPT-2 and its kin store as [in, out]; others have them under the same names as [out, in].
 CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
-# Input embeddings, and output heads that often are the same tensor.
-TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
-HEADS = ("lm_head", "embed_out", "output")
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter's config, checked: `base` is the model it says it was trained on, empty if it says none."""
+class Translation:
+    """An adapter as changes to a base's tensors, by the base's names.
 
-    file: Path
-    base: str
-    config: dict[str, Any]
-
-
-def read_adapter(file: Path) -> Adapter:
-    """The config of an adapter that can be merged.
-
-    Raises:
-        CheckpointError: The file is malformed.
-        ReferenceNotFound: It is of a kind that cannot be merged; the message names it.
+    `excluded` are the names of keys that the base has no place for and a glob excludes, with and without peft's prefix.
     """
-    config = read_json(file)
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise CheckpointError(f"{file}: malformed: it does not name its 'peft_type'")
-    _refuse_other_kinds(file, config)
-    numbers = [config.get("r"), config.get("lora_alpha")]
-    patterns = [config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}]
-    if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise CheckpointError(f"{file}: malformed: rank_pattern and alpha_pattern must be objects")
-    numbers += [value for pattern in patterns for value in pattern.values()]
-    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or numbers[0] < 1:  # type: ignore[operator]
-        raise CheckpointError(f"{file}: malformed: r, lora_alpha and their patterns must be numbers, r at least 1")
-    for key in (key for pattern in patterns for key in pattern):
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise CheckpointError(f"{file}: the pattern '{key}' is no regular expression: {error}") from error
-    return Adapter(file, str(config.get("base_model_name_or_path") or ""), config)
+
+    changes: dict[str, TensorInfo]
+    excluded: frozenset[str]
+    remarks: tuple[str, ...]
 
 
-def _unmergeable(message: str) -> ReferenceNotFound:
-    return ReferenceNotFound(message, hint=_MERGE_FIRST)
-
-
-def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
-    kind = config["peft_type"]
-    if kind != "LORA":
-        raise _unmergeable(f"{file.parent} is a {kind} adapter; only LORA can be read")
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGED_BASE):
-        raise ReferenceNotFound(
-            f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which changed the base it was "
-            "trained on: the adapter's product is not what it adds to yours",
-            hint="save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA; or "
-            + _MERGE_FIRST,
-        )
-    if start not in _PLAIN_INITS:
-        raise _unmergeable(
-            f"{file.parent}: init_lora_weights is '{config['init_lora_weights']}', which is unknown here"
-        )
-    for name, value in config.items():
-        if value and name not in _HARMLESS | _USED:
-            raise _unmergeable(f"{file.parent}: its adapter_config.json sets {name}, which cannot be merged here")
-
-
-def translate(
-    adapter: Adapter, tensors: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo], *, tied: bool
-) -> dict[str, TensorInfo]:
-    """The adapter's tensors as changes to those of the base, by the base's names.
-
-    `tied`: where the base has no output head, its embedding is it.
+def translate(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ()) -> Translation:
+    """The adapter's tensors as changes to those of the base.
 
     Names may differ by words in front, as between a model and the model inside it: each group of layers must fit in
-    exactly one way, shapes included. Whole modules that the base lacks, such as a new head, keep their own names.
+    exactly one way, shapes included. Whole modules that the base lacks, such as a new head, keep their own names. Keys
+    that `exclude` matches by their own names need no place in the base.
 
     Raises:
         CheckpointError: Keys that belong together are missing or disagree with the config.
-        PlanError: A key fits no tensor of the base, or several.
+        PlanError: A key fits no tensor of the base, or several; or a table is trained apart from what it is tied to.
     """
-    modules, whole = _sorted_keys(adapter, tensors)
-    places = _Places(adapter, base, tied_table(base) if tied else None)
-    _refuse_stacked(modules, base)
-    place_of = places.find({f"{name}.weight": _shapes(parts) for name, parts in modules.items()})
+    adapter, ours = expert.adapter, base.tensors
+    assert adapter is not None, "the expert is an adapter"
+    excluded: list[str] = []
+
+    def excludes(key: str) -> bool:
+        return any(_matches(name, exclude) for name in _names_of(key))
+
+    modules, whole = _sorted_keys(adapter, expert.tensors, excludes, excluded)
+    optional = {name for name, parts in modules.items() if all(excludes(part.name) for part in parts.values())}
+    places = Places(adapter, ours, tied_table(ours) if is_tied(base.config) else None)
+    for name in modules.keys() - optional:
+        _refuse_incomplete(adapter, name, modules[name])
+    _refuse_stacked(modules, ours)
+    place_of = places.find({f"{n}.weight": _shapes(parts) for n, parts in modules.items() if n not in optional})
     changes: dict[str, TensorInfo] = {}
 
-    def add(name: str, info: TensorInfo, key: str) -> None:
-        if name in changes:
+    def add(entries: Mapping[str, TensorInfo], key: str) -> None:
+        for name in entries.keys() & changes.keys():
             raise PlanError(
                 f"{adapter.file.parent}: two of its modules change '{name}' of the base; one is '{key}'",
-                hint=f"the base stores tied weights once; {_MERGE_FIRST}",
+                hint=f"the base stores tied weights once; {MERGE_FIRST}",
             )
-        changes[name] = info
+        changes.update(entries)
 
-    conv1d = stores_conv1d(base)
+    conv1d = stores_conv1d(ours)
     for name, parts in modules.items():
-        place = place_of[f"{name}.weight"]
-        add(place, _change(adapter, name, parts, base[place], conv1d), name)
-        if "bias" in parts:
-            bias = f"{place.removesuffix('weight')}bias"
-            if bias not in base or base[bias].shape != parts["bias"].shape:
-                raise PlanError(f"{parts['bias'].file}: '{parts['bias'].name}' has no bias in the base to be added to")
-            change = Change(scale=_scale(adapter, name, parts))
-            add(bias, replace(parts["bias"], name=bias, change=change), parts["bias"].name)
+        try:
+            if name in optional:
+                _refuse_incomplete(adapter, name, parts)
+                place_of |= places.find({f"{name}.weight": _shapes(parts)})
+            add(_changes(adapter, name, parts, ours, place_of[f"{name}.weight"], conv1d), name)
+        except (CheckpointError, PlanError):
+            if name not in optional:
+                raise
+            excluded += (part.name for part in parts.values())
+    placed: dict[str, tuple[str, TensorInfo]] = {}
     for name, info in whole.items():
-        place = places.of_whole(name, info)
-        add(place, replace(info, name=place), info.name)
-    return changes
+        try:
+            place = places.of_whole(name, info)
+        except PlanError:
+            if not excludes(info.name):
+                raise
+            place = None
+        if place is not None or not excludes(info.name):
+            placed[name] = place or places.table or name, info
+        else:
+            excluded.append(info.name)
+    group_of: dict[str, tuple[str, ...]] = {}
+    if _trains_head(adapter, base) or any(map(_is_head, (*placed, *(f"{name}.weight" for name in modules)))):
+        group_of = tied_groups(base, {*place_of.values(), *(place for place, _ in placed.values())})
+    for entries, key in _whole_changes(expert, placed, group_of, exclude):
+        add(entries, key)
+    remarks = [
+        f"its LoRA on '{place}' changes the embedding and the head that is tied to it, as merging with peft does; "
+        "unmerged, it changes one of them"
+        for place in dict.fromkeys(place_of.values()) if place in group_of
+    ]  # fmt: skip
+    if excluded:
+        more = f" and {len(excluded) - 1} more" if excluded[1:] else ""
+        remarks.append(f"its '{excluded[0]}'{more} has no place in the base and is left out, as excluded")
+    return Translation(changes, frozenset(name for key in excluded for name in _names_of(key)), tuple(remarks))
+
+
+def _whole_changes(
+    expert: Checkpoint,
+    placed: Mapping[str, tuple[str, TensorInfo]],
+    group_of: Mapping[str, tuple[str, ...]],
+    exclude: Sequence[str],
+) -> Iterator[tuple[dict[str, TensorInfo], str]]:
+    """The changes that whole modules are, and the key of each; to tables that the base ties, one for all of them.
+
+    Raises:
+        PlanError: A table is trained apart from what the base ties it to.
+    """
+    adapter, groups = expert.adapter, defaultdict[tuple[str, ...], list[str]](list)
+    assert adapter is not None, "the expert is an adapter"
+    for name, (place, info) in placed.items():
+        if place in group_of:
+            groups[group_of[place]].append(name)
+        else:
+            yield {place: replace(info, name=place)}, info.name
+    for group, names in groups.items():
+        keys = [placed[name][1].name for name in names]
+        apart = [name for name in names if is_saved(adapter, name)]
+        if len(names) > 1:
+            kept = doubled_tables(expert).issuperset(keys) and (len(names) >= len(group) or not apart)
+        else:  # peft loads what it did not train apart into the one tensor, and ties two of these names
+            ensured = adapter.config.get("ensure_weight_tying") and names[0].split(".")[-2] in (
+                "embed_tokens",
+                "lm_head",
+            )
+            kept = not apart or bool(ensured)
+        if not kept and not all(_matches(place, exclude) for place in group):
+            head = next(filter(_is_head, keys), None)
+            if head is not None:
+                what = f"'{head}' is a head of its own; the base's is tied to '{group[0]}', and would lose it"
+            else:
+                what = (
+                    f"'{keys[0]}' is a table of its own; the base ties its head to '{group[0]}', which would follow it"
+                )
+            raise PlanError(
+                f"{adapter.file.parent}: {what}",
+                hint="give the base a head of its own: save it untied, with tie_word_embeddings false; or keep the "
+                f"base's: {named('exclude')} '{group[0]}'",
+            )
+        info = placed[names[0]][1]
+        yield {place: replace(info, name=place) for place in group}, info.name
+
+
+def _is_head(name: str) -> bool:
+    return is_vocabulary(name) and name.split(".")[-2] not in TABLES
+
+
+def _trains_head(adapter: Adapter, base: Checkpoint) -> bool:
+    """Whether the model that the adapter was trained on has an output head, as far as task and class tell."""
+    task = adapter.config.get("task_type")
+    return task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") if task else has_head(base.config)
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _names_of(key: str) -> tuple[str, str]:
+    """What a key may be called: by all of its words, or without peft's prefix."""
+    return key, key.removeprefix(PREFIX)
 
 
 def _sorted_keys(
-    adapter: Adapter, tensors: Mapping[str, TensorInfo]
+    adapter: Adapter, tensors: Mapping[str, TensorInfo], excludes: Callable[[str], bool], excluded: list[str]
 ) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """The parts of each adapted module, by the module's name; and the tensors that were trained whole."""
+    """The parts of each adapted module, by the module's name; and the tensors that were trained whole.
+
+    Keys of another kind go to `excluded`, if they may.
+    """
     modules: dict[str, dict[str, TensorInfo]] = {}
     rest: dict[str, TensorInfo] = {}
     for key, info in tensors.items():
@@ -182,7 +211,10 @@ def _sorted_keys(
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         module = plain.rpartition(".")[0]
         if "lora_" in name or "trainable_tokens" in name or not module:
-            raise _unmergeable(f"{info.file}: the key '{info.name}' cannot be merged here")
+            if excludes(info.name):
+                excluded.append(info.name)
+                continue
+            raise unmergeable(f"{info.file}: the key '{info.name}' cannot be merged here")
         if name.endswith(".base_layer.weight") and module in modules:
             modules[module]["origin"] = info
         else:
@@ -191,8 +223,6 @@ def _sorted_keys(
         raise CheckpointError(
             f"{adapter.file.parent}: holds no LoRA weights", hint="was it saved with save_pretrained?"
         )
-    for name, parts in modules.items():
-        _refuse_incomplete(adapter, name, parts)
     return modules, whole
 
 
@@ -213,7 +243,7 @@ def _refuse_incomplete(adapter: Adapter, name: str, parts: Mapping[str, TensorIn
                 f"{info.file}: '{info.name}' has the shape {list(info.shape)}: no factor of a LoRA",
                 hint="were the shards of DeepSpeed or FSDP gathered before it was saved?",
             )
-    rank = int(_matched(adapter, "rank", name))
+    rank = int(matched(adapter, "rank", name))
     if a.shape[0] != rank or b.shape[1] != rank or math.prod(b.shape[2:]) != 1:
         raise CheckpointError(
             f"{a.file}: '{a.name}' {list(a.shape)} and '{b.name}' {list(b.shape)} are not of rank {rank}, "
@@ -221,7 +251,7 @@ def _refuse_incomplete(adapter: Adapter, name: str, parts: Mapping[str, TensorIn
         )
 
 
-def _matched(adapter: Adapter, what: str, module: str) -> float:
+def matched(adapter: Adapter, what: str, module: str) -> float:
     """A module's rank or alpha: the first pattern that matches the end of its name, as peft does it."""
     for pattern, value in (adapter.config.get(f"{what}_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -231,7 +261,7 @@ def _matched(adapter: Adapter, what: str, module: str) -> float:
 
 def _scale(adapter: Adapter, module: str, parts: Mapping[str, TensorInfo]) -> float:
     rank = parts["A"].shape[0]
-    return _matched(adapter, "alpha", module) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    return matched(adapter, "alpha", module) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
 
 
 def _shapes(parts: Mapping[str, TensorInfo]) -> tuple[tuple[int, ...], ...]:
@@ -256,7 +286,7 @@ def _refuse_stacked(modules: Mapping[str, Mapping[str, TensorInfo]], base: Mappi
     for name, parts in modules.items():
         if name.rpartition(".")[2] in joint:
             why = "is an nn.MultiheadAttention, whose LoRA cannot be merged here"
-            raise _unmergeable(f"{parts['A'].file}: '{name}' {why}")
+            raise unmergeable(f"{parts['A'].file}: '{name}' {why}")
 
 
 def stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
@@ -271,11 +301,22 @@ def stores_conv1d(base: Mapping[str, TensorInfo]) -> bool | None:
     return None
 
 
-def tied_table(base: Mapping[str, TensorInfo]) -> str | None:
-    """The input embedding that is the output head as well, where the base stores one tensor for both."""
-    modules = {name.rpartition(".")[0].rpartition(".")[2]: name for name in base if name.endswith(".weight")}
-    tables = [name for module, name in modules.items() if module in TABLES]
-    return tables[0] if len(tables) == 1 and not modules.keys() & set(HEADS) else None
+def _changes(
+    adapter: Adapter,
+    module: str,
+    parts: Mapping[str, TensorInfo],
+    base: Mapping[str, TensorInfo],
+    place: str,
+    conv1d: bool | None,
+) -> dict[str, TensorInfo]:
+    """A module's LoRA as changes to the base's tensor at `place` and to its bias."""
+    changes = {place: _change(adapter, module, parts, base[place], conv1d)}
+    if "bias" in parts:
+        bias = f"{place.removesuffix('weight')}bias"
+        if bias not in base or base[bias].shape != parts["bias"].shape:
+            raise PlanError(f"{parts['bias'].file}: '{parts['bias'].name}' has no bias in the base to be added to")
+        changes[bias] = replace(parts["bias"], name=bias, change=Change(scale=_scale(adapter, module, parts)))
+    return changes
 
 
 def _change(
@@ -300,150 +341,10 @@ def _change(
         raise PlanError(
             f"{origin.file}: '{origin.name}' is {list(origin.shape)}, but the base's '{target.name}' is "
             f"{list(target.shape)}",
-            hint="was the vocabulary changed in training? " + _MERGE_FIRST,
+            hint="was the vocabulary changed in training? " + MERGE_FIRST,
         )
     if magnitude is not None and magnitude.numel != target.shape[1 if transposed else 0]:
         raise PlanError(f"{a.file}: '{magnitude.name}' does not fit the base's '{target.name}' {list(target.shape)}")
     change = Change(_scale(adapter, module, parts), (left, right), transposed, origin, magnitude)
     nbytes = sum(part.nbytes for name, part in parts.items() if name != "bias")
     return TensorInfo(target.name, a.dtype, target.shape, a.file, a.start, nbytes, change=change)
-
-
-class _Places:
-    """Finds where in the base an adapter's tensors belong.
-
-    A rule takes words off the front of a name and puts others on; one set of words must hold the other, so that
-    `model.language_model.layers` may be `language_model.model.layers`, and nothing becomes something else.
-    """
-
-    def __init__(self, adapter: Adapter, base: Mapping[str, TensorInfo], table: str | None) -> None:
-        self._adapter = adapter
-        self._base = base
-        self._table = table  # the embedding that is the head as well
-        self._rules: set[tuple[int, str]] = {(0, "")}  # words taken off, words put on
-
-    def find(self, shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, str]:
-        """The base's tensor for each name, given the shapes it may have.
-
-        Raises:
-            PlanError: A name fits nowhere, or in several places.
-        """
-        groups: dict[tuple[str, ...], list[str]] = {}
-        for name in shapes:
-            groups.setdefault(_front(name), []).append(name)
-        places: dict[str, str] = {}
-        for front, names in groups.items():
-            if all(name in self._base for name in names):
-                places |= {name: name for name in names}
-                continue
-            tied = self._table if all(name.split(".")[-2] in HEADS for name in names) else None
-            if tied is not None and not any(name in self._base for name in names):
-                places |= dict.fromkeys(names, tied)
-                continue
-            rules = self._candidates(front, names[0])
-            fitting = [rule for rule in rules if all(self._fits(_moved(name, rule), shapes[name]) for name in names)]
-            rule = self._only(names, fitting, rules)
-            self._rules.add(rule)
-            places |= {name: _moved(name, rule) for name in names}
-        return places
-
-    def of_whole(self, name: str, info: TensorInfo) -> str:
-        """The base's tensor that a whole one replaces; its own name where the base has none and the config says why.
-
-        Raises:
-            PlanError: It fits in several places, or nowhere and nothing says why it is there.
-        """
-        if name in self._base:
-            return name
-        rules = {rule for rule in self._rules if len(name.split(".")) > rule[0] and _moved(name, rule) in self._base}
-        if not rules:
-            rules = {
-                rule for rule in self._candidates(_front(name), name) if self._fits(_moved(name, rule), (info.shape,))
-            }
-        if len(rules) > 1:
-            raise self._ambiguous(info.name, sorted(_moved(name, rule) for rule in rules))
-        if rules:
-            return _moved(name, next(iter(rules)))
-        module = name.rpartition(".")[0]
-        modules = self._adapter.config.get("modules_to_save") or ()
-        has_reason = any(f".{word}." in f".{module}." for word in modules)
-        has_reason |= name.endswith(".bias") and self._adapter.config.get("bias") == "all"
-        if self._table is not None and module.rpartition(".")[2] in HEADS:
-            if not self._adapter.config.get("ensure_weight_tying"):
-                raise PlanError(
-                    f"{self._adapter.file.parent}: '{info.name}' is a head of its own; the base's is tied to "
-                    f"'{self._table}', and would lose it",
-                    hint="give the base a head of its own: save it untied, with tie_word_embeddings false",
-                )
-            has_reason = True
-        if not has_reason:
-            raise self._unplaced(info.name)
-        return name
-
-    def _fits(self, name: str, shapes: Sequence[tuple[int, ...]]) -> bool:
-        return name in self._base and self._base[name].shape in shapes
-
-    def _candidates(self, front: tuple[str, ...], name: str) -> list[tuple[int, str]]:
-        words = name.split(".")
-        rules = []
-        for count in range(min(len(front), len(words) - 2) + 1):
-            off, rest = words[:count], ".".join(words[count:])
-            for other in self._base:
-                if other != rest and not other.endswith(f".{rest}"):
-                    continue
-                front_of_other = other[: len(other) - len(rest)]
-                on = front_of_other.split(".")[:-1]
-                more, fewer = Counter(on), Counter(off)
-                if (on and off and on[-1] == off[-1]) or not (more <= fewer or fewer <= more):
-                    continue
-                rules.append((count, front_of_other))
-        return rules
-
-    def _only(
-        self, names: Sequence[str], fits: Sequence[tuple[int, str]], tried: Sequence[tuple[int, str]]
-    ) -> tuple[int, str]:
-        """The one rule that fits; of several, the one that speaks of the class the adapter was trained on."""
-        if len(fits) > 1:
-            trained_on = str((self._adapter.config.get("auto_mapping") or {}).get("base_model_class", "")).lower()
-            of_class = [rule for rule in fits if any(w in trained_on for w in _telling(rule[1]))]
-            if len(of_class) != 1:
-                raise self._ambiguous(names[0], sorted(_moved(names[0], rule) for rule in fits))
-            return of_class[0]
-        if not fits:
-            nearest = max(tried, key=lambda rule: sum(_moved(n, rule) in self._base for n in names), default=(0, ""))
-            absent = [name for name in names if _moved(name, nearest) not in self._base]
-            if not absent:
-                return nearest  # the names fit: the shapes are complained of with the shapes in hand
-            raise self._unplaced(PREFIX + absent[0])
-        return fits[0]
-
-    def _ambiguous(self, key: str, places: Sequence[str]) -> PlanError:
-        return PlanError(
-            f"{self._adapter.file.parent}: '{key}' may be any of {', '.join(places)} of the base", hint=_MERGE_FIRST
-        )
-
-    def _unplaced(self, key: str) -> PlanError:
-        ours = next((n for n in self._base if n.rpartition(".")[0].rpartition(".")[2] == key.split(".")[-2]), None)
-        ours = ours or next(iter(self._base), "nothing")
-        trained_on = f" (it was trained on '{self._adapter.base}')" if self._adapter.base else ""
-        return PlanError(
-            f"{self._adapter.file.parent}: the base has no tensor for its key '{key}'; its names are like '{ours}'",
-            hint=f"is it an adapter of this base{trained_on}? If it is, {_MERGE_FIRST}",
-        )
-
-
-def _front(name: str) -> tuple[str, ...]:
-    """The words of a name before its first number, or before the module's own."""
-    words = name.split(".")
-    number = next((i for i, word in enumerate(words) if word.isdigit()), len(words) - 2)
-    return tuple(words[: max(number, 0)])
-
-
-def _moved(name: str, rule: tuple[int, str]) -> str:
-    count, front = rule
-    return front + ".".join(name.split(".")[count:])
-
-
-def _telling(words: str) -> Iterable[str]:
-    """The parts of names that may stand in a class's name: vision and model of `vision_model.`, but not model."""
-    return (part for part in re.split(r"[._]", words.lower()) if len(part) > 2 and part != "model")

@@ -15,11 +15,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from modelmerge.checkpoint.adapter import CONV1D, HEADS, PREFIX, WEIGHTS, stores_conv1d, tied_table
-from modelmerge.checkpoint.header import BUFFERS, TensorInfo
+from modelmerge.checkpoint.adapter import CONV1D, stores_conv1d
+from modelmerge.checkpoint.adapter_config import PREFIX, WEIGHTS
+from modelmerge.checkpoint.header import TensorInfo, is_buffer
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out
 from modelmerge.checkpoint.matching import doubled_tables
 from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.checkpoint.tables import HEADS, has_head, is_tied, tied_table
 from modelmerge.errors import OutputError, UsageError, named
 
 Kind = Literal["low rank", "bias", "whole", "no place"]
@@ -89,7 +91,7 @@ def roles(base: Checkpoint) -> dict[str, Role]:
             table[name] = Role("whole", head, always=True)
             continue
         kind: Kind = "whole"
-        if not module or name in shared or (end not in ("weight", "bias") and end not in BUFFERS):
+        if not module or name in shared or (end not in ("weight", "bias") and not is_buffer(tensors[name])):
             kind = "no place"
         elif module in linear:
             kind = "low rank" if end == "weight" else "bias"
@@ -120,10 +122,8 @@ def _is_linear(name: str, info: TensorInfo) -> bool:
 def _shared_tables(base: Checkpoint) -> set[str]:
     """Embeddings that the model uses under several names, whether the base stores one or both."""
     tied = tied_table(base.tensors)
-    classes = base.config.get("architectures") or [""]
-    has_head = re.search(r"CausalLM|LMHead|ConditionalGeneration|MaskedLM|PreTraining|^$", str(classes[0]))
     shared = {name for name in base.tensors if name.split(".")[-2:] == ["shared", "weight"]} | doubled_tables(base)
-    if tied is not None and base.config.get("tie_word_embeddings", True) and has_head:
+    if tied is not None and is_tied(base.config) and has_head(base.config):
         shared.add(tied)
     return shared
 

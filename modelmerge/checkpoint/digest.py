@@ -117,7 +117,7 @@ def cache_directory() -> Path:
 
 
 def _entry(file: Path) -> Path:
-    key = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]
+    key = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:32]
     return cache_directory() / "sha256" / f"{key}.json"
 
 

@@ -27,7 +27,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 MERGEABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # the floating kinds that arithmetic can be done on
 HALF_DTYPES = ("F16", "BF16")
-QUANTISED_DTYPES = tuple(d for d in DTYPE_BITS if d.startswith(("F8", "F6", "F4")))
+QUANTISED_DTYPES = tuple(d for d in DTYPE_BITS if d.startswith(("F8_", "F6_", "F4")))
 # Tensors that hold state, not weights, in the names frameworks give them: a difference of theirs means nothing.
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a longer header is an attack or not safetensors at all
@@ -147,6 +147,14 @@ def _run(info: TensorInfo, start: int, stop: int) -> TensorInfo:
     assert not info.strides, "a tensor whose elements do not lie in their order is cut between rows"
     item = DTYPE_BITS[info.dtype] // 8
     return replace(info, shape=(stop - start,), start=info.start + start * item, nbytes=(stop - start) * item)
+
+
+def is_buffer(info: TensorInfo) -> bool:
+    """Whether a tensor holds state, not weights, by its name; of GPT-2's masks, by their shape [1, 1, n, n] too."""
+    *front, last = info.name.split(".")
+    mask = last == "bias" and front[-1:] and front[-1].lower().endswith(("attn", "attention"))
+    square = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
+    return last in BUFFERS or bool(mask and square)
 
 
 def damaged(file: Path, what: str) -> CheckpointError:

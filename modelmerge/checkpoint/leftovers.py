@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from modelmerge.checkpoint.header import BUFFERS, MERGEABLE_DTYPES, TensorInfo
+from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, is_buffer
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, named
 
@@ -43,7 +43,7 @@ def refuse_lookalikes(base: Checkpoint, expert: Checkpoint, merges: Callable[[st
 
 
 def _counts(info: TensorInfo) -> bool:
-    return info.dtype in MERGEABLE_DTYPES and bool(info.numel) and info.name.rpartition(".")[2] not in BUFFERS
+    return info.dtype in MERGEABLE_DTYPES and bool(info.numel) and not is_buffer(info)
 
 
 def _lookalikes(ours: list[TensorInfo], theirs: list[TensorInfo]) -> Iterator[tuple[TensorInfo, TensorInfo]]:

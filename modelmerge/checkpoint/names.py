@@ -68,8 +68,9 @@ def by_base_names(base: Checkpoint, expert: Checkpoint) -> tuple[Tensors, list[s
         for how, count in _changes(moved).items()
     ]
     names = dict(zip(ours, open_ours, strict=True))
+    placed = {**places, **old, **moved}
     for name, info in rest.items():
-        place = {**places, **old, **moved}.get(name)
+        place = placed.get(name)
         own = info.name if place is None else names[place]
         matched[own] = replace(info, name=own)
     return matched, remarks

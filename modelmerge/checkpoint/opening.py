@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from modelmerge.checkpoint.reader import Checkpoint, attach, open_checkpoint
+from modelmerge.checkpoint.adapter import Translation, translate
+from modelmerge.checkpoint.adapter_stacks import in_memory, on_stacks
+from modelmerge.checkpoint.reader import Checkpoint, VectorOf, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_experts
 from modelmerge.errors import PlanError, ReferenceNotFound
 
@@ -17,8 +21,12 @@ def as_references(experts: Sequence[str | Path] | Mapping[str, str | Path]) -> t
     return tuple(map(str, experts))
 
 
-def open_models(base: str, experts: Sequence[str]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+def open_models(
+    base: str, experts: Sequence[str], exclude: Sequence[str] = ()
+) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """The base and the experts, every header read; task vectors and adapters among them must be of this base.
+
+    Of adapters, keys that globs of `exclude` match need no place in the base.
 
     Raises:
         ReferenceNotFound: A reference leads nowhere.
@@ -26,10 +34,12 @@ def open_models(base: str, experts: Sequence[str]) -> tuple[Checkpoint, tuple[Ch
         CheckpointError: A file is malformed.
         PlanError: A task vector or an adapter is of another base, or stands where the base should.
     """
-    return open_references(parse(base), parse_experts(experts))
+    return open_references(parse(base), parse_experts(experts), exclude)
 
 
-def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+def open_references(
+    reference: Reference, others: Sequence[Reference], exclude: Sequence[str] = ()
+) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """`open_models` for references that have been parsed."""
     origin = open_checkpoint(reference)
     if origin.adapter is not None:
@@ -41,7 +51,7 @@ def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[
         raise ReferenceNotFound(
             f"{reference.text} is a task vector, not a base", hint=f"its base was {origin.vector.base}"
         )
-    experts = tuple(attach(open_checkpoint(other), origin) for other in others)
+    experts = tuple(attach(open_checkpoint(other), origin, exclude) for other in others)
     for expert in experts:
         vector = expert.vector
         digests = None if vector is None else vector.base_sha256
@@ -51,3 +61,40 @@ def open_references(reference: Reference, others: Sequence[Reference]) -> tuple[
                 hint=f"its base was '{vector.base}'",
             )
     return origin, experts
+
+
+def attach(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ()) -> Checkpoint:
+    """An adapter as a task vector of this base; any other checkpoint as it is.
+
+    Raises:
+        CheckpointError: The adapter's keys and its config disagree.
+        PlanError: The adapter does not fit the base.
+    """
+    if expert.adapter is None:
+        return expert
+    translation = _translated(expert, base, exclude)
+    vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - translation.changes.keys()))
+    remarks = (*expert.remarks, *translation.remarks)
+    ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}
+    if expert.adapter.base and Path(expert.adapter.base).name not in ours:
+        remarks += (f"it says it was trained on '{expert.adapter.base}', and the base here is '{base.name}'",)
+    return replace(expert, tensors=translation.changes, vector=vector, remarks=remarks, excluded=translation.excluded)
+
+
+def _translated(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str]) -> Translation:
+    """The adapter as changes to the base, whether it speaks of the base's names or of those in memory."""
+    assert expert.adapter is not None, "the expert is an adapter"
+    view = in_memory(base)
+    if not expert.adapter.config.get("target_parameters"):
+        try:
+            return translate(expert, base, exclude)
+        except PlanError:
+            if view.base.tensors.keys() == base.tensors.keys():
+                raise
+            with contextlib.suppress(PlanError):  # the names in memory do not fit either
+                translation = translate(expert, view.base, exclude)
+                return replace(translation, changes=view.back(translation.changes))
+            raise
+    changes, rest = on_stacks(expert, view.base)
+    translation = translate(rest, view.base, exclude) if rest.tensors else Translation({}, frozenset(), ())
+    return replace(translation, changes=view.back({**changes, **translation.changes}))

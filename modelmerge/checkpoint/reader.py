@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modelmerge.checkpoint import adapter as peft
+from modelmerge.checkpoint.adapter_config import CONFIG, WEIGHTS, Adapter, read_adapter
+from modelmerge.checkpoint.adapter_config import PICKLED as PICKLED_ADAPTER
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_json
+from modelmerge.checkpoint.lora_files import refuse_factors
 from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
 from modelmerge.errors import CheckpointError, ReferenceNotFound
@@ -52,7 +54,9 @@ class Checkpoint:
     config: dict[str, Any]
     vector: VectorOf | None = None  # set where it tells what changed in a base, not a whole model
     remarks: tuple[str, ...] = ()  # what a person should know of how it was read, a clause each
-    adapter: peft.Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
+    absent: frozenset[str] = frozenset()  # what its index lists and no shard holds
+    adapter: Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
+    excluded: frozenset[str] = frozenset()  # keys of an adapter that have no place in its base, and that globs exclude
     lenders: Mapping[Path, Checkpoint] = field(default_factory=dict)  # of tensors in another model's files, that model
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -71,6 +75,10 @@ class Checkpoint:
     def has(self, tensor: str) -> bool:
         """Whether it says anything about a tensor: holds it, or as a task vector knows it to be zero."""
         return tensor in self.tensors or (self.vector is not None and tensor in self.vector.unchanged)
+
+    def lost(self, tensor: str) -> bool:
+        """Whether its index lists a tensor that no shard holds, by this name or by one with words in front."""
+        return any(f".{tensor}".endswith(f".{name}") or name.endswith(f".{tensor}") for name in self.absent)
 
     def stored_bytes(self, tensor: str) -> int:
         """Bytes that a tensor takes in its files."""
@@ -164,6 +172,7 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
     if path.suffix in _FOREIGN:
         raise foreign(path, _FOREIGN[path.suffix])
     tensors, remarks = read_file(path)
+    refuse_factors(path, tensors)
     return Checkpoint(reference, tensors, {path: path.stat()}, None, {}, remarks=remarks)
 
 
@@ -178,63 +187,52 @@ def read_file(file: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
 
 
 def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
-    if (directory / peft.CONFIG).exists():
+    if (directory / CONFIG).exists():
         return _open_adapter(reference, directory)
     # Safetensors first, as loaders do: where both kinds lie side by side they hold the same.
     for single, index in ((directory / SINGLE, directory / INDEX), (directory / PICKLED, directory / PICKLED_INDEX)):
         if single.exists() or index.exists():
-            tensors, remarks = _read_weights(directory, single, index)
+            tensors, remarks, absent = _read_weights(directory, single, index)
             break
     else:
         raise _no_weights(directory)
+    refuse_factors(directory, tensors)
     files = {file: file.stat() for file in dict.fromkeys(tensor.file for tensor in tensors.values()) or (single,)}
     vector = _read_vector(directory)
     if vector is not None:
         tensors = _joined(tensors)
-    return Checkpoint(reference, tensors, files, directory, _read_config(directory), vector, remarks)
+    return Checkpoint(reference, tensors, files, directory, _read_config(directory), vector, remarks, absent)
 
 
-def _read_weights(directory: Path, single: Path, index: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+Weights = tuple[dict[str, TensorInfo], tuple[str, ...], frozenset[str]]  # tensors, remarks, and what is absent
+
+
+def _read_weights(directory: Path, single: Path, index: Path) -> Weights:
     weight_map = _read_index(index) if index.exists() else None
     if weight_map and single.exists() and set(weight_map.values()) != {single.name}:
         raise CheckpointError(
             f"{directory} holds both {single.name} and {index.name}: loaders take the first and ignore the shards",
             hint="remove the one that is stale, or name the file itself",
         )
-    return _read_shards(directory, weight_map, index.name) if weight_map else read_file(single)
+    return _read_shards(directory, weight_map, index.name) if weight_map else (*read_file(single), frozenset())
 
 
 def _open_adapter(reference: Reference, directory: Path) -> Checkpoint:
-    config = directory / peft.CONFIG
-    adapter = peft.read_adapter(config)
-    weights = next((directory / name for name in (peft.WEIGHTS, peft.PICKLED) if (directory / name).exists()), None)
+    config = directory / CONFIG
+    adapter = read_adapter(config)
+    weights = next((directory / name for name in (WEIGHTS, PICKLED_ADAPTER) if (directory / name).exists()), None)
     if weights is None:
         raise ReferenceNotFound(
-            f"{directory} has {peft.CONFIG}, but neither {peft.WEIGHTS} nor {peft.PICKLED}",
+            f"{directory} has {CONFIG}, but neither {WEIGHTS} nor {PICKLED_ADAPTER}",
             hint="copy or download the adapter again",
         )
     tensors, remarks = read_file(weights)
+    remarks += adapter.remarks
+    full = [name for name in (SINGLE, INDEX, PICKLED, PICKLED_INDEX) if (directory / name).exists()]
+    if full:
+        remarks += (f"{full[0]} lies beside the adapter and is not read: the adapter is taken",)
     files = {file: file.stat() for file in (weights, config)}
     return Checkpoint(reference, tensors, files, directory, {}, remarks=remarks, adapter=adapter)
-
-
-def attach(expert: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """An adapter as a task vector of this base; any other checkpoint as it is.
-
-    Raises:
-        CheckpointError: The adapter's keys and its config disagree.
-        PlanError: The adapter does not fit the base.
-    """
-    if expert.adapter is None:
-        return expert
-    tied = base.config.get("tie_word_embeddings", True) is not False
-    tensors = peft.translate(expert.adapter, expert.tensors, base.tensors, tied=tied)
-    vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - tensors.keys()))
-    remarks = expert.remarks
-    ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}
-    if expert.adapter.base and Path(expert.adapter.base).name not in ours:
-        remarks += (f"it says it was trained on '{expert.adapter.base}', and the base here is '{base.name}'",)
-    return replace(expert, tensors=tensors, vector=vector, remarks=remarks)
 
 
 def _read_vector(directory: Path) -> VectorOf | None:
@@ -284,9 +282,8 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(
-    directory: Path, weight_map: dict[str, str], index: str
-) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+def _read_shards(directory: Path, weight_map: dict[str, str], index: str) -> Weights:
+    """The tensors of all shards, as loaders read them: an index that is wrong about some is remarked upon."""
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
@@ -300,13 +297,23 @@ def _read_shards(
         content, notes = read_file(directory / shard)
         remarks += notes
         for name, tensor in content.items():
-            if weight_map.get(name) != shard:
-                raise CheckpointError(f"{directory / shard}: holds tensor '{name}', which {index} does not place there")
+            if name in tensors:
+                raise CheckpointError(
+                    f"{directory / shard}: holds tensor '{name}', and so does {tensors[name].file.name}",
+                    hint="which is meant cannot be told: remove the one that is stale",
+                )
             tensors[name] = tensor
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise CheckpointError(f"{directory / shard}: lacks tensor '{name}', which {index} places there")
-    return tensors, remarks
+    elsewhere = [name for name, tensor in tensors.items() if tensor.file != directory / weight_map.get(name, "")]
+    absent = [name for name in weight_map if name not in tensors]
+    if elsewhere:
+        remarks += (f"{index} does not list {_some(elsewhere)} where it lies; all shards are read, as by loaders",)
+    if absent:
+        remarks += (f"{index} lists {_some(absent)}, which no shard holds",)
+    return tensors, remarks, frozenset(absent)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

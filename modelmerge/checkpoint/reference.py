@@ -4,10 +4,14 @@ REF is a path that exists (a checkpoint directory or a `.safetensors` file), els
 `org/name[@revision]`, or `hf://org/name[/folder or file][@revision]`. A branch, a tag or a pull request (`refs/pr/32`)
 is pinned to its commit here, before anything is read. What starts with `./`, `/`, `~` or `../` is a path even if
 nothing is there, so that a misspelt path never turns into a request to the Hub.
+
+NAME is whatever a directory can be called, in any script and with any marks: of several `=`, the first that leaves a
+REF behind it ends the name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -21,9 +25,9 @@ from huggingface_hub.utils import validate_repo_id
 from modelmerge.errors import ReferenceNotFound, UsageError
 from modelmerge.hub import repository
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
 _HUB = re.compile(r"(?:(?P<scheme>hf://))?(?P<repo>[\w.\-]+/[\w.\-]+)(?P<inside>/[^@]+)?(?:@(?P<revision>.+))?")
 _FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|json|ya?ml)")
+_PATHS = ("./", "../", "/", "~")  # what is a path begins so, even if nothing is there
 _GENERIC_STEMS = ("model", "pytorch_model", "adapter_model")
 
 
@@ -61,10 +65,7 @@ def parse(text: str) -> Reference:
         ReferenceNotFound: Nothing is there, or it is a kind that cannot be read.
         HubError: The Hub refuses, or cannot be reached.
     """
-    name, ref = None, text
-    left, equals, right = text.partition("=")
-    if equals and _NAME.fullmatch(left) and not os.path.lexists(text):
-        name, ref = left, right
+    name, ref = _split(text)
     try:
         path = Path(ref).expanduser()
         exists = path.exists()
@@ -77,6 +78,28 @@ def parse(text: str) -> Reference:
         return Reference(name, repository.text, repository.directory / repository.inside, repository)
     path = path.resolve()
     return Reference(name or _default_name(path, folder=path.is_dir()), ref, path)
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """The name, if there is one, and the reference behind it."""
+    with contextlib.suppress(ValueError):  # a zero byte
+        if os.path.lexists(text):
+            return None, text
+    places = [place for place, letter in enumerate(text) if letter == "="]
+    ways = [(text[:place], text[place + 1 :]) for place in places]
+    ways = [way for way in ways if way[0] not in ("", ".", "..") and "/" not in way[0]]
+    for leads in (_is_there, lambda ref: ref.startswith(_PATHS) or _HUB.fullmatch(ref)):
+        for name, ref in ways:
+            if leads(ref):
+                return name, ref
+    return ways[0] if ways else (None, text)
+
+
+def _is_there(ref: str) -> bool:
+    try:
+        return bool(ref) and Path(ref).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def parse_experts(texts: Iterable[str] | Mapping[str, str]) -> tuple[Reference, ...]:
@@ -120,7 +143,7 @@ def _on_the_hub(ref: str, path: Path) -> repository.Repository:
         ReferenceNotFound: It cannot name one, or there is none.
         HubError: The Hub refuses, or cannot be reached.
     """
-    match = None if ref.startswith(("./", "../", "/", "~")) else _HUB.fullmatch(ref)
+    match = None if ref.startswith(_PATHS) else _HUB.fullmatch(ref)
     if match is None or (not match["scheme"] and (match["inside"] or _FILE.fullmatch(ref))):
         raise _missing(ref, path)
     try:

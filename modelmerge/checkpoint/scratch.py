@@ -13,6 +13,7 @@ from modelmerge.errors import OutputError
 
 FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up",
          errno.EFBIG: "the file is larger than this system allows"}  # fmt: skip
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of calls that a file system lacks
 
 
 def reason(error: OSError) -> str:
@@ -21,11 +22,15 @@ def reason(error: OSError) -> str:
 
 
 def claim_space(descriptor: int, nbytes: int) -> None:
-    """Make a file so long, with its space claimed now: a full disk shows before the work, not after."""
+    """Make a file so many bytes long and, where the file system can, claim its space: a full disk shows now."""
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, nbytes)
-    else:
-        os.ftruncate(descriptor, nbytes)
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+            return
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+    os.ftruncate(descriptor, nbytes)
 
 
 def write_all(descriptor: int, data: memoryview, position: int) -> None:

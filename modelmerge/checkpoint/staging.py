@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -23,7 +24,7 @@ from typing import Any, BinaryIO
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.layout import Layout, Shard
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.checkpoint.scratch import FULL, Scratch, claim_space, reason, write_all
+from modelmerge.checkpoint.scratch import FULL, UNSUPPORTED, Scratch, claim_space, reason, write_all
 from modelmerge.errors import ModelMergeError, OutputError, named
 
 CARD = "README.md"
@@ -373,6 +374,13 @@ def _claim(directory: Path, target: Path) -> int:
             raise OutputError(
                 f"another run is writing {target}", hint="wait for it, or name another directory"
             ) from None
+        except OSError as error:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):  # what a dead run left there stays
+                directory.rmdir()
+            raise OutputError(
+                f"cannot lock {directory}: {reason(error)}", hint="name a place on a file system that has locks"
+            ) from error
         # The run that held it may have renamed it into place while we waited for the lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), directory.stat()):
@@ -381,11 +389,18 @@ def _claim(directory: Path, target: Path) -> int:
 
 
 def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+    """Have a directory's entries on the disk, where the file system can: the files in it are there already."""
+    # WSL has EIO for directories, and a parent may be one to write into and not to read.
+    harmless = {*UNSUPPORTED, errno.EIO, errno.EACCES}
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in harmless:
+            raise
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -78,7 +78,7 @@ def evaluate(
     names, columns = [expert.name for expert in experts], [model.name for model in ours]
     # Readers tell models apart by their names; an expert may be looked at as a model too.
     others = [replace(model, name=f"model {model.name}") if model.name in names else model for model in ours]
-    origin, checkpoints = open_references(parse(str(base)), [*experts, *others])
+    origin, checkpoints = open_references(parse(str(base)), [*experts, *others], exclude)
     plan = make_plan(origin, checkpoints, include=include, exclude=exclude, on_mismatch=on_mismatch)
     try:
         source = source_of(plan, running.device)

@@ -109,5 +109,5 @@ def _signed(word: int) -> int:
 
 
 def _key(seed: int, tensor: str, expert: str) -> int:
-    named = "\0".join((str(seed), tensor, expert)).encode()
+    named = "\0".join((str(seed), tensor, expert)).encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from modelmerge.checkpoint.configs import compared
-from modelmerge.checkpoint.header import BUFFERS, DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo
+from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo, is_buffer
 from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.leftovers import refuse_lookalikes
 from modelmerge.checkpoint.matching import match, twins
@@ -35,6 +35,8 @@ _QUANTISED_ENDS = {
     ".SCB": "bitsandbytes, 8 bits", ".weight_format": "bitsandbytes, 8 bits",
     ".weight_scale": "fp8 or int8", ".weight_scale_inv": "fp8", ".weight_scale_2": "fp4", ".weight_packed": "packed",
     ".W_q": "HQQ", "_proj_blocks": "MXFP4",
+    "scaled_fp8": "fp8, as ComfyUI stores it", ".scale_weight": "fp8, as ComfyUI stores it",
+    ".comfy_quant": "as ComfyUI stores it",
 }  # fmt: skip
 # Two-dimensional weights that are look-up tables or output heads, not linear layers, by the names the field uses.
 _NOT_LINEAR = (
@@ -178,6 +180,7 @@ def make_plan(
     """
     _refuse_quantised((base, *experts))
     experts, complaints = _matched(base, compared(base, experts), include, exclude)
+    _refuse_8_bits(base, experts, include, exclude)
     _refuse_idle_globs(base, experts, include, exclude)
     tensors = {}
     for name, info in base.tensors.items():
@@ -196,6 +199,9 @@ def make_plan(
             name, info.shape, info.dtype, out_dtype, action, reason, linear, checked,
             rows=rows if action == "merge" else None, method=method if action == "merge" else None, override=place,
         )  # fmt: skip
+    beyond = sorted({name for expert in experts for name in expert.tensors} - base.tensors.keys())
+    lost = [name for name in beyond if base.lost(name) and _is_merged(name, include, exclude)]
+    complaints += [f"'{name}': missing in the base, whose index lists it" for name in lost]
     if complaints:
         grown = any(_common_rows(info, experts) for info in base.tensors.values())
         raise _disagreement(complaints, tables=grown and methods is not None)
@@ -208,7 +214,6 @@ def make_plan(
         raise _nothing_to_merge(base, experts, tensors)
     if methods is not None and strict:
         methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()})
-    beyond = sorted({name for expert in experts for name in expert.tensors} - base.tensors.keys())
     expert_only = {name: tuple(expert.name for expert in experts if name in expert.tensors) for name in beyond}
     base, experts, tensors, vocabulary = by_token(
         base, experts, tensors, vocab, files_from, on_mismatch, merging=methods is not None
@@ -257,12 +262,15 @@ def _decide(
     if include and not _matches(info.name, include):
         return "copy", "not included"
     have = [expert for expert in experts if expert.has(info.name)]
-    if not have:
+    lost = [expert.name for expert in experts if expert not in have and expert.lost(info.name)]
+    if not have and not lost:
         return "copy", ONLY_IN_BASE
     if info.dtype not in MERGEABLE_DTYPES and info.dtype not in QUANTISED_DTYPES:
         return "copy", f"{info.dtype}, not floating"
-    if info.name.rpartition(".")[2] in BUFFERS:
+    if is_buffer(info):
         return "copy", "a buffer, not a weight"
+    if lost and not have:
+        raise PlanError(f"'{info.name}': missing in {', '.join(lost)}, whose index lists it")
     shapes = "" if rows is not None else _other_shapes(info, have)
     if shapes and on_mismatch == "copy" and len(have) == len(experts):
         return "copy", f"{_SHAPE}{list(info.shape)} in the base, but {shapes}"
@@ -341,7 +349,24 @@ def _refuse_quantised(models: Sequence[Checkpoint]) -> None:
             signs = [f"{method}, says its config.json"]
         if signs:
             message = f"{model.reference.text}: its weights are quantised ({signs[0]})"
-            raise PlanError(message, hint="use the unquantised weights")
+            raise PlanError(message, hint="use the unquantised weights, of 16 bits or more")
+
+
+def _refuse_8_bits(
+    base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    """Refuse models with weights of 8 bits or fewer that are to be merged: one error, not one for each tensor."""
+    names = [n for n in base.tensors if _is_merged(n, include, exclude) and any(n in e.tensors for e in experts)]
+    signs = []
+    for model in (base, *experts):
+        narrow = [n for n in names if n in model.tensors and model.tensors[n].dtype in QUANTISED_DTYPES]
+        if narrow:
+            more = f" and {len(narrow) - 1} more" if narrow[1:] else ""
+            kind = model.tensors[narrow[0]].dtype
+            signs.append(f"{model.reference.text}: its weights are quantised ({kind}: '{narrow[0]}'{more})")
+    if signs:
+        hint = f"use the 16-bit weights, or convert these to 16 bits; {named('exclude')} GLOB copies the base's"
+        raise PlanError("; ".join(signs), hint=hint)
 
 
 def _quantised_kind(name: str, info: TensorInfo) -> str | None:
@@ -359,7 +384,7 @@ def _matched(
     """The experts by the base's names, and what about that is not sure."""
 
     def merges(name: str) -> bool:
-        return not _matches(name, exclude) and (not include or _matches(name, include))
+        return _is_merged(name, include, exclude)
 
     pairs = [match(base, restack(base, expert), merges) for expert in experts]
     for expert, _ in pairs:
@@ -371,7 +396,7 @@ def _refuse_idle_globs(
     base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
 ) -> None:
     # What experts alone have can be excluded: then they may have it.
-    excludable = base.tensors.keys() | {name for expert in experts for name in expert.tensors}
+    excludable = base.tensors.keys() | {name for expert in experts for name in (*expert.tensors, *expert.excluded)}
     for option, globs, names in (("include", include, base.tensors.keys()), ("exclude", exclude, excludable)):
         for glob in globs:
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
@@ -394,6 +419,11 @@ def _nothing_to_merge(base: Checkpoint, experts: Sequence[Checkpoint], tensors: 
     return PlanError(
         f"nothing is left to merge: {'; '.join(reasons)}", hint=f"check {named('include')} and {named('exclude')}"
     )
+
+
+def _is_merged(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether the globs leave a tensor to be merged."""
+    return not _matches(name, exclude) and (not include or _matches(name, include))
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

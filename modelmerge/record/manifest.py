@@ -179,7 +179,7 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         settings={flag(name): value for name, value in settings.items()},
         command=command_of(recipe, str(out)), notes=notes, has_config=bool(job.plan.base.config),
         versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
-    ).encode()  # fmt: skip
+    ).encode(errors="backslashreplace")  # fmt: skip
 
 
 def _applied(

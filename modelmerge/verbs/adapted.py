@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from modelmerge.checkpoint import as_lora
-from modelmerge.checkpoint.adapter import CONFIG, WEIGHTS
+from modelmerge.checkpoint.adapter_config import CONFIG, WEIGHTS
 from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.adapter import Adapted, adapt

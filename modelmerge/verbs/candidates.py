@@ -128,7 +128,7 @@ def prepare_search(
             f"'{recipe.method}' finds its coefficients on unlabelled data, and is not searched besides",
             hint="search another method, or run it alone",
         )
-    opened = open_models(recipe.base, recipe.experts)
+    opened = open_models(recipe.base, recipe.experts, recipe.exclude)
     first = prepare(recipe, device=device, stream=stream, opened=opened, look=look)
     resolved = dataclasses.replace(
         recipe, method=first.recipe.method, base=first.recipe.base, experts=first.recipe.experts,

@@ -214,7 +214,7 @@ def prepare(
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
         _check_choices(recipe)
-        opened = opened or open_models(recipe.base, recipe.experts)
+        opened = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
         shared = make_plan(
             *opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch,
             vocab=recipe.vocab, files_from=recipe.files_from,
@@ -232,7 +232,7 @@ def prepare(
     overrides_read = [parse(text) for text in recipe.at]
     _refuse_idle_data(recipe, chosen, overrides_read)
     _refuse_many_experts([recipe.method, *(o.method for o in overrides_read if o.method)], len(recipe.experts))
-    base, experts = opened or open_models(recipe.base, recipe.experts)
+    base, experts = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
     names = [expert.name for expert in experts]
     weights = _weights(recipe, names)
     if overrides is not None:

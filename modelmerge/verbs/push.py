@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelmerge.checkpoint.adapter import CONFIG as ADAPTER
+from modelmerge.checkpoint.adapter_config import CONFIG as ADAPTER
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.checkpoint.staging import CARD
 from modelmerge.errors import HubError, OutputError

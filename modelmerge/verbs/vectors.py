@@ -269,7 +269,7 @@ def _open(
     transforms: tuple[Transform, ...] = (),
 ) -> _Opened:
     prepare_process()
-    origin, others = open_models(str(base), as_references(experts))
+    origin, others = open_models(str(base), as_references(experts), exclude)
     plan = make_plan(origin, others, include=include, exclude=exclude)
     shared = [tensor for tensor in plan.tensors.values() if tensor.action == "merge"]
     empty = [tensor.name for tensor in shared if not tensor.numel]

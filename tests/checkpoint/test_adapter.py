@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import shutil
 import warnings
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import nn
 
 import modelmerge
 from modelmerge.engine import job
-from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, ReferenceNotFound
+from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, ReferenceNotFound, UsageError
 from modelmerge.methods.contract import Context
 from modelmerge.plan.recipe import Recipe
 from modelmerge.verbs.merge import execute
@@ -309,11 +311,10 @@ OTHER_KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "'lora_ga', which changed the base"),
     "an init of tomorrow": ({"init_lora_weights": "new"}, "'new', which is unknown here"),
     "replicated layers": ({"layer_replication": [[0, 4], [2, 5]]}, "sets layer_replication"),
-    "parameters": ({"target_parameters": ["experts.down_proj"]}, "sets target_parameters"),
     "trained tokens": ({"trainable_token_indices": [3, 4]}, "sets trainable_token_indices"),
     "qalora": ({"use_qalora": True}, "sets use_qalora"),
     "kasa": ({"kasa_config": {"beta": 1}}, "sets kasa_config"),
-    "an option of tomorrow": ({"use_tomorrow": True}, "sets use_tomorrow"),
+    "arrow": ({"arrow_config": {"top_k": 2}}, "sets arrow_config"),
 }
 
 
@@ -430,17 +431,259 @@ def test_an_adapter_is_no_base_and_needs_its_weights(tmp_path: Path) -> None:
         merged_here(base, [adapter], tmp_path / "never")
 
 
-def test_a_head_of_its_own_needs_a_place(tmp_path: Path) -> None:
-    base = base_of("llama-tied", tmp_path / "base")
-    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    with pytest.raises(PlanError, match=r"'base_model\.model\.lm_head\.weight' is a head of its own"):
-        merged_here(base, [adapter_of(base, tmp_path / "adapter", **options)], tmp_path / "never")
-    tied = adapter_of(
-        base, tmp_path / "tied", target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
-    )
-    want = merged_by_peft(base, tied, tmp_path / "peft")
-    got = merged_here(base, [tied], tmp_path / "merged")
+def notes_of(directory: Path) -> str:
+    return "\n".join(json.loads((directory / "modelmerge.json").read_bytes())["notes"])
+
+
+def stored_twice(base: Path, names: list[str], table: str) -> Path:
+    """The base with its table under all of its names, as some programs save it."""
+    state = load_file(base / "model.safetensors")
+    state |= {name: state[table].clone() for name in names}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+TIES = {  # kind: the table, the layers to adapt, all names it may be stored by
+    "llama-tied": ("model.embed_tokens.weight", "q_proj", ["lm_head.weight"]),
+    "gpt2": ("transformer.wte.weight", "c_attn", ["lm_head.weight"]),
+    "t5": ("shared.weight", "q", ["lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]),
+    "whisper": ("model.decoder.embed_tokens.weight", "q_proj", ["proj_out.weight"]),
+}
+APART = [
+    ("llama-tied", ["embed_tokens"]), ("llama-tied", ["lm_head"]), ("llama-tied", ["model.embed_tokens", "lm_head"]),
+    ("gpt2", ["wte"]), ("gpt2", ["lm_head"]), ("t5", ["shared"]), ("t5", ["embed_tokens"]), ("t5", ["lm_head"]),
+    ("whisper", ["embed_tokens"]), ("whisper", ["proj_out"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+@pytest.mark.parametrize(("kind", "saved"), APART, ids=str)
+def test_a_table_that_is_trained_apart_from_its_twin_is_refused_as_peft_unties_it(
+    kind: str, saved: list[str], stored: str, tmp_path: Path
+) -> None:
+    table, layers, names = TIES[kind]
+    base = base_of(kind, tmp_path / "base")
+    options = {"target_modules": [layers], "modules_to_save": list(saved), "fan_in_fan_out": kind == "gpt2"}
+    adapter = adapter_of(base, tmp_path / "adapter", **options)
+    want, origin = merged_by_peft(base, adapter, tmp_path / "peft"), read(base)
+    tables = [value for name, value in want.items() if value.shape == origin[table].shape]
+    assert any(not torch.equal(one, tables[0]) for one in tables)  # peft's merge holds more than one table
+    if stored == "twice":
+        stored_twice(base, names, table)
+    with pytest.raises(PlanError, match=r"is a (table|head) of its own; the base('s| ties its head)") as refused:
+        merged_here(base, [adapter], tmp_path / "never")
+    assert "with tie_word_embeddings false" in str(refused.value.hint)
+    assert not (tmp_path / "never").exists()
+    globs = ["*embed_tokens.weight", "*shared.weight", "*wte.weight", "*lm_head.weight", "*proj_out.weight"]
+    names = [*load_file(base / "model.safetensors"), *load_file(adapter / "adapter_model.safetensors")]
+    globs = [glob for glob in globs if fnmatch.filter(names, glob)]
+    got = merged_here(base, [adapter], tmp_path / "merged", exclude=globs)
+    assert torch.equal(got[table], origin[table])
+
+
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_a_base_that_says_it_is_not_tied_takes_tables_apart_as_peft_does(saved: str, tmp_path: Path) -> None:
+    """The way out that the refusal names."""
+    base = stored_twice(base_of("llama-tied", tmp_path / "base"), ["lm_head.weight"], "model.embed_tokens.weight")
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=[saved])
+    want = merged_by_peft(base, adapter, tmp_path / "peft")
+    got = merged_here(base, [adapter], tmp_path / "merged")
+    assert got.keys() == want.keys()
     assert distance(want, got, got) < TOLERANCE
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama-tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        ("llama-tied", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+        ("llama-tied", {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+        ("gpt2", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True, "fan_in_fan_out": True}),
+        ("t5", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        ("t5", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+        ("llama-tied", {}),  # saved beside the LoRA, not trained
+    ],
+    ids=str,
+)
+def test_tables_that_peft_keeps_tied_are_merged(
+    kind: str, options: dict[str, Any], stored: str, tmp_path: Path
+) -> None:
+    table, layers, names = TIES[kind]
+    base = base_of(kind, tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=[layers], **deepcopy(options))  # peft changes them
+    if not options:
+        state = load_file(adapter / "adapter_model.safetensors")
+        other = torch.rand_like(read(base)[table])
+        state |= {f"base_model.model.{name}": other.clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+        save_file(state, adapter / "adapter_model.safetensors")
+    want, origin = merged_by_peft(base, adapter, tmp_path / "peft"), read(base)
+    if stored == "twice":
+        stored_twice(base, names, table)
+    got = merged_here(base, [adapter], tmp_path / "merged")
+    assert distance(want, got, origin) < TOLERANCE
+    assert distance(want, origin, [table]) > 1e-2
+    assert all(torch.equal(got[name], got[table]) for name in names if name in got)
+
+
+def test_a_model_without_a_head_has_no_tie_to_lose(tmp_path: Path) -> None:
+    base = base_of("bert", tmp_path / "base")
+    adapter = adapter_of(
+        base, tmp_path / "adapter", target_modules=["query"], modules_to_save=["word_embeddings"], task_type="SEQ_CLS"
+    )
+    want = merged_by_peft(base, adapter, tmp_path / "peft")
+    got = merged_here(base, [adapter], tmp_path / "merged")
+    assert distance(want, got, got) < TOLERANCE
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_lora_on_a_tied_table_is_said_to_change_its_twin(module: str, stored: str, tmp_path: Path) -> None:
+    base = base_of("llama-tied", tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=[module, "q_proj"])
+    if stored == "twice":
+        stored_twice(base, ["lm_head.weight"], "model.embed_tokens.weight")
+    merged_here(base, [adapter], tmp_path / "merged")
+    told = "changes the embedding and the head that is tied to it, as merging with peft does"
+    assert notes_of(tmp_path / "merged").count(told) == 1
+    plain = adapter_of(base, tmp_path / "plain", target_modules=["q_proj"])
+    merged_here(base, [plain], tmp_path / "other")
+    assert "tied" not in notes_of(tmp_path / "other")
+
+
+def test_what_peft_does_not_know_of_a_config_is_said_and_ignored(tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"my_framework_version": "1.2", "use_tomorrow": True, "nothing": None})
+    )
+    want = merged_by_peft(base, adapter, tmp_path / "peft")
+    got = merged_here(base, [adapter], tmp_path / "merged")
+    assert distance(want, got, got) < TOLERANCE
+    assert "sets my_framework_version, use_tomorrow, which peft does not know" in notes_of(tmp_path / "merged")
+
+
+def test_every_name_that_peft_knows_is_one_that_is_read_or_refused() -> None:
+    import dataclasses
+
+    import peft
+
+    from modelmerge.checkpoint import adapter_config as ours
+
+    known = {spec.name for spec in dataclasses.fields(peft.LoraConfig)}
+    assert known <= ours._HARMLESS | ours._USED | ours._UNSUPPORTED
+    assert not ours._UNSUPPORTED & (ours._HARMLESS | ours._USED)
+
+
+VALUE_HEAD = {"v_head.summary.weight": (1, 16), "v_head.summary.bias": (1,)}
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+@pytest.mark.parametrize("glob", ["v_head*", "base_model.model.v_head.*", "*.summary.*"])
+def test_keys_that_have_no_place_in_the_base_can_be_excluded(prefix: str, glob: str, tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    want = merged_here(base, [adapter], tmp_path / "want")
+    state = load_file(adapter / "adapter_model.safetensors")
+    state |= {prefix + key: torch.ones(shape) for key, shape in VALUE_HEAD.items()}
+    save_file(state, adapter / "adapter_model.safetensors")
+    with pytest.raises(PlanError, match=r"no tensor for its key .*v_head") as refused:
+        merged_here(base, [adapter], tmp_path / "never")
+    assert "exclude" in str(refused.value.hint)
+    if glob.startswith("base_model.") and not prefix:
+        with pytest.raises(PlanError, match="v_head"):
+            merged_here(base, [adapter], tmp_path / "never", exclude=[glob])
+        return
+    got = merged_here(base, [adapter], tmp_path / "merged", exclude=[glob])
+    assert distance(want, got, want) == 0.0
+    assert "v_head.summary.bias' and 1 more has no place in the base and is left out" in notes_of(tmp_path / "merged")
+    modelmerge.replay(tmp_path / "merged", tmp_path / "again")
+    modelmerge.extract(base, [adapter], tmp_path / "vectors", exclude=[glob])
+
+
+def test_a_lora_of_a_module_that_the_base_lacks_can_be_excluded(tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    want = merged_here(base, [adapter], tmp_path / "want")
+    state = load_file(adapter / "adapter_model.safetensors")
+    extra = "base_model.model.value.dense.lora_"
+    state |= {f"{extra}A.weight": torch.ones(2, 5), f"{extra}B.weight": torch.ones(3, 2)}
+    save_file(state, adapter / "adapter_model.safetensors")
+    with pytest.raises(PlanError, match=r"value\.dense"):
+        merged_here(base, [adapter], tmp_path / "never")
+    got = merged_here(base, [adapter], tmp_path / "merged", exclude=["value.*"])
+    assert distance(want, got, want) == 0.0
+
+
+def test_half_of_a_lora_cannot_be_excluded(tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(UsageError, match=r"exclude '\*lora_A\*' matches no tensor"):
+        merged_here(base, [adapter], tmp_path / "never", exclude=["*lora_A*"])
+
+
+def test_full_weights_beside_an_adapter_are_said_to_be_passed_over(tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    want = merged_here(base, [adapter], tmp_path / "want")
+    shutil.copy(base / "model.safetensors", adapter / "model.safetensors")
+    got = merged_here(base, [adapter], tmp_path / "merged")
+    assert distance(want, got, want) == 0.0
+    assert "model.safetensors lies beside the adapter and is not read" in notes_of(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("role", ["expert", "base"])
+def test_an_adapter_s_file_is_no_checkpoint(role: str, tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    shutil.copy(file, tmp_path / "other.safetensors")
+    for one in (file, tmp_path / "other.safetensors"):
+        models = (base, [one]) if role == "expert" else (one, [one])
+        with pytest.raises(ReferenceNotFound, match=r"is a PEFT adapter's file, by its key 'base_model") as refused:
+            merged_here(*models, tmp_path / "never")
+        assert str(refused.value.hint).startswith("name its folder")
+    (adapter / "adapter_config.json").unlink()
+    file.rename(adapter / "model.safetensors")
+    with pytest.raises(ReferenceNotFound, match=r"is a PEFT adapter without its adapter_config\.json"):
+        merged_here(base, [adapter], tmp_path / "never")
+
+
+FACTORS = {
+    "kohya": ["lora_unet_down_blocks_0_attn1_to_q.alpha", "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight"],
+    "kohya's text": ["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"],
+    "kohya's bare": ["blocks.0.attn.lora_up.weight"],
+    "LoHa": ["lora_unet_mid_block.hada_w1_a", "lora_unet_mid_block.hada_w1_b"],
+    "diffusers": ["transformer.blocks.0.attn.to_q.lora_A.weight"],
+    "diffusers' old": ["unet.down_blocks.0.attn1.processor.to_q_lora.down.weight"],
+}
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_files_of_factors_are_refused_by_kind(kind: str, suffix: str, tmp_path: Path) -> None:
+    """Two of them would average their factors, which is not the average of the products."""
+    files = [tmp_path / f"{name}{suffix}" for name in ("one", "two")]
+    for file in files:
+        state = {key: torch.rand(4, 4) for key in FACTORS[kind]}
+        (torch.save if suffix == ".bin" else save_file)(state, file)
+    said = "kohya's format" if "diffusers" not in kind else "as diffusers has it"
+    base = base_of("llama", tmp_path / "base")
+    for one in (files[0], base):
+        with pytest.raises(ReferenceNotFound, match=rf"is a LoRA file .*{said}.*{re.escape(FACTORS[kind][0])}"):
+            merged_here(one, files[1:], tmp_path / "never")
+
+
+def test_a_model_with_loras_of_its_own_is_a_model(tmp_path: Path) -> None:
+    """As Phi-4-multimodal, whose layers keep theirs for speech and vision beside their weights."""
+    state = {f"layers.0.q.{end}": torch.rand(4, 4) for end in ("base_layer.weight", "lora_A.speech.weight")}
+    for name in ("base", "expert"):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+    merged_here(tmp_path / "base", [tmp_path / "expert"], tmp_path / "merged")
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

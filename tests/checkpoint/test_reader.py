@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,15 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
+import modelmerge
 from modelmerge.checkpoint import digest
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
 from modelmerge.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_experts
+from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ReferenceNotFound, UsageError
-from tests.support.checkpoints import base_state, write
+from tests.support.checkpoints import base_state, expert_state, read, same, write
 
 # --- malformed weight files ---
 
@@ -139,10 +142,10 @@ def lose_two_shards(directory: Path) -> None:
         (directory / f"model-0000{number}-of-00003.safetensors").unlink()
 
 
-def add_tensor(directory: Path) -> None:
+def add_tensor(directory: Path, name: str = "stray", value: Any = None) -> None:
     shard = directory / "model-00002-of-00003.safetensors"
     state = dict(list(base_state().items())[1::3])
-    shard.write_bytes(save({**state, "stray": torch.zeros(2)}))
+    shard.write_bytes(save({**state, name: torch.zeros(2) if value is None else value}))
 
 
 MALFORMED_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
@@ -165,14 +168,10 @@ MALFORMED_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str, tuple[str,
         lose_two_shards, "model",
         ("missing 2 of 3", "model-00001-of-00003.safetensors, model-00003-of-00003.safetensors"),
     ),
-    "shard lacks a tensor": (
-        lambda d: place(d, "ghost.weight", "model-00002-of-00003.safetensors"),
-        "model-00002-of-00003.safetensors", ("'ghost.weight'", "lacks"),
-    ),
-    "shard holds a tensor too many": (add_tensor, "model-00002-of-00003.safetensors", ("'stray'",)),
-    "tensor lies in another shard": (
-        lambda d: place(d, "model.embed_tokens.weight", "model-00002-of-00003.safetensors"),
-        "model-00001-of-00003.safetensors", ("'model.embed_tokens.weight'",),
+    "two shards hold a tensor": (
+        lambda d: add_tensor(d, "model.embed_tokens.weight", base_state()["model.embed_tokens.weight"]),
+        "model-00002-of-00003.safetensors",
+        ("'model.embed_tokens.weight'", "so does model-00001-of-00003.safetensors"),
     ),
     "both a single file and an index": (
         lambda d: save_file({"w": torch.zeros(2)}, d / "model.safetensors"), "model",
@@ -195,6 +194,25 @@ def test_a_malformed_directory_is_refused_by_name(case: str, tmp_path: Path) -> 
     assert str(where) in caught.value.message
     for words in told:
         assert words in caught.value.message
+
+
+@pytest.mark.parametrize("case", ["not listed", "listed elsewhere", "listed and absent"])
+def test_of_an_index_that_is_wrong_the_shards_decide_as_in_loaders(case: str, tmp_path: Path) -> None:
+    """transformers reads every tensor of every shard that the index names, wherever it places them."""
+    directory = write(tmp_path / "model", base_state(), shards=3)
+    name = "model.embed_tokens.weight"
+    if case == "not listed":
+        edit_index(directory, lambda index: index["weight_map"].pop(name) and None)
+    elif case == "listed elsewhere":
+        place(directory, name, "model-00002-of-00003.safetensors")
+    else:
+        place(directory, name := "ghost.weight", "model-00002-of-00003.safetensors")
+    model = open_checkpoint(parse(str(directory)))
+    assert model.tensors.keys() == base_state().keys()
+    (remark,) = model.remarks
+    assert remark.startswith(f"{INDEX} ")
+    assert f"'{name}'" in remark
+    assert model.absent == ({name} if case == "listed and absent" else set())
 
 
 def test_a_truncated_shard_is_named_before_any_tensor_is_read(tmp_path: Path) -> None:
@@ -262,6 +280,59 @@ def test_a_path_may_hold_an_equals_sign(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     assert parse("lr=1e-5/final") == Reference("final", "lr=1e-5/final", directory)
     assert parse("math=lr=1e-5/final").path == directory
+
+
+NAMES = (
+    "\u6570\u5b66", "\u043c\u043e\u0434\u0435\u043b\u044c", "e\u0301cole", "\u0939\u093f\u0928\u094d\u0926\u0940",
+    "\U0001f600", "my expert", "run (1)", "epoch=3-step=100", "_x", ".hidden", "a,b", "a: b", "x@y", "a[1]", "[bold]",
+    "a.b", "it's", "`x`|<b>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_name_is_whatever_a_directory_can_be_called(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_state()
+    write(tmp_path / "base", base)
+    one, two = expert_state(base, 0), expert_state(base, 1)
+    write(tmp_path / name, one)
+    write(tmp_path / "two", two)
+    monkeypatch.chdir(tmp_path)
+    assert parse(f"./{name}").name == name
+    assert (parse(f"{name}=./two").name, parse(f"{name}=./two").text) == (name, "./two")
+    at = f"*q_proj*: {shlex.quote(f'{name}.weight=0')}"
+    words = ["merge", "task-arithmetic", "./base", f"./{name}", "./two", "--scale", "1"]
+    assert main([*words, "--weight", f"{name}=0.5", "--at", at, "-o", "out"]) == 0
+    assert main(["merge", "--recipe", "out/modelmerge.json", "--weight", f"{name}=2", "-o", "again"]) == 0
+    assert json.loads(Path("again/modelmerge.json").read_bytes())["recipe"]["weights"] == {name: 2.0, "two": 1.0}
+    assert main(["merge", "--recipe", "out/modelmerge.json", "-o", "same"]) == 0
+    assert (Path("same/model.safetensors").read_bytes()) == Path("out/model.safetensors").read_bytes()
+    assert main(["extract", "./base", f"./{name}", f"{name}2=./two", "-o", "vectors"]) == 0
+    assert main(["verify", "again"]) == 0
+    up = "model.layers.0.mlp.up_proj.weight"
+    got, q = read(Path("out")), "model.layers.0.q_proj.weight"
+    assert torch.allclose(got[up], base[up] + 0.5 * (one[up] - base[up]) + two[up] - base[up], atol=1e-6)
+    assert torch.allclose(got[q], two[q], atol=1e-6)
+
+
+def test_a_name_may_be_no_unicode(tmp_path: Path) -> None:
+    base, name = base_state(), os.fsdecode(b"\xff\xfe")
+    experts = [write(tmp_path / each, expert_state(base, 0)) for each in (name, "two")]
+    modelmerge.merge(write(tmp_path / "base", base), experts, tmp_path / "out", method="dare", weights={name: 0.5})
+    modelmerge.replay(tmp_path / "out", tmp_path / "again")
+    assert same(read(tmp_path / "again"), read(tmp_path / "out"))
+
+
+def test_of_several_equals_signs_the_first_that_leaves_a_reference_ends_the_name(tmp_path: Path) -> None:
+    directory = write(tmp_path / "a=b", base_state())
+    assert parse(f"c=d={directory}").name == "c=d"
+    for text in ("c=d=./nothing", "c=d=/nothing/a=b"):
+        with pytest.raises(ReferenceNotFound, match=r"'[./]+nothing"):
+            parse(text)
+    for text in (f"..={directory}", f"a/b={directory}", f"={directory}"):
+        with pytest.raises(ReferenceNotFound, match="no such file"):
+            parse(text)
 
 
 def test_the_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -696,6 +697,70 @@ def test_a_call_that_fails_leaves_the_old_content(
     ] in caught.value.message
     assert content(out) == old
     assert leftovers(out) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO], ids=errno.errorcode.get)
+def test_a_file_system_without_fsync_for_directories_is_no_obstacle(
+    number: int, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(staging.os, "fsync", fsync)
+    execute(ready(models), tmp_path / "out")
+    assert refused
+    assert same(read(tmp_path / "out"), merge_of(models))
+    assert (tmp_path / "out" / MANIFEST).exists()
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_a_directory_whose_fsync_fails_for_another_reason_is_an_error(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(staging.os, "fsync", fsync)
+    with pytest.raises(OutputError, match="no space left"):
+        execute(ready(models), tmp_path / "out")
+    assert leftovers(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_that_cannot_claim_space_is_no_obstacle(
+    number: int, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(staging.os, "posix_fallocate", fail)
+    execute(ready(models), tmp_path / "out")
+    assert same(read(tmp_path / "out"), merge_of(models))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_system_without_locks_is_refused_and_nothing_left(
+    number: int, resume: bool, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(staging.fcntl, "flock", fail)
+    with pytest.raises(OutputError, match=r"cannot lock .*\.out\.modelmerge: ") as refused:
+        execute(ready(models), tmp_path / "out", resume=resume)
+    assert refused.value.hint == "name a place on a file system that has locks"
+    assert leftovers(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_short_writes_are_continued(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

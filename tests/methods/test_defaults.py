@@ -181,6 +181,7 @@ def test_the_scale_is_linear_to_the_bit(name: str, published: bool, models: list
         for path in models[1 : 1 + takes(name, 3)]
     ]
     values: dict[str, Any] = {"published": True} if published else {}
+    values |= {"steps": 20} if published and "steps" in option_types(chosen.options) else {}
     linear = [key for key in read(models[0]) if len(read(models[0])[key].shape) == 2 or not chosen.matrices]
     modelmerge.merge(zeros, experts, tmp_path / "one", method=name, scale=1.0, **values)
     one = read(tmp_path / "one")

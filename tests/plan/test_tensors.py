@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from modelmerge.checkpoint import digest
@@ -110,6 +110,36 @@ def test_floating_buffers_are_copied(buffer: str, tmp_path: Path) -> None:
     assert (made.tensors[buffer].action, made.tensors[buffer].reason) == ("copy", "a buffer, not a weight")
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("holders", [(0,), (0, 1), (0, 1, 2), (1,)], ids=str)
+@pytest.mark.parametrize("module", ["h.0.attn", "transformer.h.1.attn.attention", "gpt_neox.layers.0.attention"])
+def test_masks_that_some_models_store_are_copied(
+    dtype: torch.dtype, holders: tuple[int, ...], module: str, tmp_path: Path
+) -> None:
+    models, sizes = states(), (8, 4, 8)
+    for i in holders:
+        models[i][f"{module}.bias"] = torch.ones(sizes[i], sizes[i]).tril().to(dtype)[None, None]
+        models[i][f"{module}.masked_bias"] = torch.tensor(-1e4).to(dtype)
+    made = plan(tmp_path, models)
+    for name in (f"{module}.bias", f"{module}.masked_bias"):
+        if 0 in holders:
+            assert made.tensors[name].action == "copy"
+        else:
+            assert made.expert_only[name] == ("expert_0",)
+
+
+def test_a_bias_of_attention_is_no_mask(tmp_path: Path) -> None:
+    models = states()
+    for model in models:
+        model["h.0.attn.bias"] = torch.rand(8)  # a vector
+        model["h.1.attn.bias"] = torch.rand(1, 4, 8, 8)  # of positions, by heads
+    made = plan(tmp_path, models)
+    assert [made.tensors[f"h.{i}.attn.bias"].action for i in range(2)] == ["merge", "merge"]
+    del models[1]["h.0.attn.bias"]
+    with pytest.raises(PlanError, match=r"'h\.0\.attn\.bias': in expert_1, but missing in expert_0"):
+        plan(tmp_path, models)
+
+
 def test_nothing_in_common_is_refused_with_both_names(tmp_path: Path) -> None:
     models = states(1)
     models[1] = {f"{name}.vision": tensor for name, tensor in models[1].items()}
@@ -135,7 +165,7 @@ def at_odds() -> Models:
     second["model.layers.0.norm.weight"] = torch.zeros(16, 1)
     del first["logit_scale"], third["logit_scale"]
     second["model.layers.0.mlp.up_proj.bias"] = torch.zeros(40, dtype=torch.int32)
-    third["model.layers.1.mlp.down_proj.weight"] = torch.zeros(16, 40).to(torch.float8_e4m3fn)
+    third["model.layers.1.mlp.down_proj.weight"] = torch.zeros(16, 40, dtype=torch.int16)
     base["empty"] = torch.zeros(1)
     return models
 
@@ -145,7 +175,7 @@ DISAGREEMENTS = (
     "'model.layers.0.norm.weight': shape [16] in the base, but [16, 1] in expert_1",
     "'logit_scale': in expert_1, but missing in expert_0, expert_2",
     "'model.layers.0.mlp.up_proj.bias': dtype I32 in expert_1",
-    "'model.layers.1.mlp.down_proj.weight': dtype F8_E4M3 in expert_2",
+    "'model.layers.1.mlp.down_proj.weight': dtype I16 in expert_2",
     "'empty': shape [1] in the base, but [0, 16] in expert_0, [0, 16] in expert_1, [0, 16] in expert_2",
 )
 
@@ -212,6 +242,58 @@ def test_a_glob_minds_upper_and_lower_case(tmp_path: Path) -> None:
         plan(tmp_path, states(), exclude=["LOGIT_SCALE"])
 
 
+# --- indices that disagree with their shards ---
+
+
+def lose(directory: Path, name: str, *, listed: str | None = None) -> Path:
+    """Take a tensor out of its shard, and not out of the index."""
+    index = directory / INDEX
+    content = json.loads(index.read_bytes())
+    shard = directory / content["weight_map"].pop(name)
+    state = {key: tensor for key, tensor in load_file(shard).items() if key != name}
+    shard.write_bytes(save(state, metadata={"format": "pt"}))
+    content["weight_map"][listed or name] = shard.name
+    index.write_text(json.dumps(content))
+    return directory
+
+
+def made_of(root: Path, **options: Any) -> Plan:
+    base, *experts = (open_checkpoint(parse(str(root / name))) for name in ("base", "expert_0"))
+    return make_plan(base, experts, **options)
+
+
+@pytest.mark.parametrize("listed", ["model.layers.0.q_proj.weight", "layers.0.q_proj.weight"])
+def test_what_an_index_lists_and_no_shard_holds_does_not_stay_the_base_s_in_silence(
+    listed: str, tmp_path: Path
+) -> None:
+    name = "model.layers.0.q_proj.weight"
+    for model, state in zip(("base", "expert_0"), states(1), strict=True):
+        write(tmp_path / model, state, shards=2)
+    lose(tmp_path / "expert_0", name, listed=listed)
+    with pytest.raises(PlanError, match=rf"'{name}': missing in expert_0, whose index lists it"):
+        made_of(tmp_path)
+    assert made_of(tmp_path, exclude=["*q_proj*"]).tensors[name].action == "copy"
+
+
+def test_what_the_base_s_index_lists_and_no_shard_holds_is_not_lost_in_silence(tmp_path: Path) -> None:
+    for model, state in zip(("base", "expert_0"), states(1), strict=True):
+        write(tmp_path / model, state, shards=2)
+    lose(tmp_path / "base", "logit_scale")
+    with pytest.raises(PlanError, match="'logit_scale': missing in the base, whose index lists it"):
+        made_of(tmp_path)
+    assert "logit_scale" in made_of(tmp_path, exclude=["logit_scale"]).expert_only
+
+
+def test_a_tied_head_that_only_the_index_has_is_read_from_its_table(tmp_path: Path) -> None:
+    for model, state in zip(("base", "expert_0"), states(1), strict=True):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        write(tmp_path / model, state, shards=2)
+    lose(tmp_path / "expert_0", "lm_head.weight")
+    made = made_of(tmp_path)
+    assert made.tensors["lm_head.weight"].action == "merge"
+    assert made.experts[0].tensors["lm_head.weight"] == made.experts[0].tensors["model.embed_tokens.weight"]
+
+
 # --- quantised models ---
 
 
@@ -236,15 +318,27 @@ def test_a_config_without_quantisation_is_no_obstacle(config: str, tmp_path: Pat
     assert make_plan(base, [expert]).tensors["logit_scale"].action == "merge"
 
 
-def test_8_bit_tensors_that_all_share_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("narrow", [("base", "expert_0", "expert_1"), ("base",), ("expert_1",)], ids=str)
+def test_8_bit_weights_are_refused_by_the_models_names(narrow: tuple[str, ...], tmp_path: Path) -> None:
     models = states()
-    for model in models:
-        model["layers.3.weight"] = torch.ones(4, 4).to(torch.float8_e5m2)
+    for name, model in zip(("base", "expert_0", "expert_1"), models, strict=True):
+        dtype = torch.float8_e5m2 if name in narrow else torch.bfloat16
+        model |= {f"layers.{i}.weight": torch.ones(4, 4).to(dtype) for i in range(3)}
     with pytest.raises(PlanError) as caught:
         plan(tmp_path, models)
-    told = "'layers.3.weight': dtype F8_E5M2 in the base, F8_E5M2 in expert_0, F8_E5M2 in expert_1"
-    assert told in caught.value.message
-    assert plan(tmp_path, models, exclude=["layers.3.*"]).tensors["layers.3.weight"].out_dtype == "F8_E5M2"
+    assert caught.value.message == "; ".join(
+        f"{tmp_path / name}: its weights are quantised (F8_E5M2: 'layers.0.weight' and 2 more)" for name in narrow
+    )
+    assert "use the 16-bit weights, or convert these to 16 bits" in (caught.value.hint or "")
+    assert plan(tmp_path, models, exclude=["layers.*"]).tensors["layers.1.weight"].action == "copy"
+
+
+@pytest.mark.parametrize("sign", ["scaled_fp8", "blocks.0.q.scale_weight"])
+def test_comfyui_s_fp8_is_refused_by_its_kind(sign: str, tmp_path: Path) -> None:
+    models = states(1)
+    models[1] |= {"blocks.0.q.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), sign: torch.ones(())}
+    with pytest.raises(PlanError, match=rf"quantised \(fp8, as ComfyUI stores it, by its tensor '{sign}'\)"):
+        plan(tmp_path, models)
 
 
 def test_an_8_bit_tensor_of_the_base_alone_is_copied(tmp_path: Path) -> None:

@@ -50,6 +50,18 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def whisper() -> nn.Module:
+    import transformers
+
+    config = transformers.WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=40, num_mel_bins=8, max_source_positions=8,
+        max_target_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        suppress_tokens=[], begin_suppress_tokens=[],
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config)
+
+
 def bert() -> nn.Module:
     import transformers
 
@@ -92,7 +104,7 @@ def resnet() -> nn.Module:
 
 
 MODELS = {
-    "llama": llama, "llama-tied": lambda: llama(True), "gpt2": gpt2, "t5": t5, "bert": bert,
+    "llama": llama, "llama-tied": lambda: llama(True), "gpt2": gpt2, "t5": t5, "bert": bert, "whisper": whisper,
     "clip-vision": clip_vision, "clip": clip, "resnet": resnet,
 }  # fmt: skip
 

@@ -225,7 +225,7 @@ def test_one_pass_gives_all_values_to_the_bits_of_plain_merges(
     [
         ({"method": "ties"}, {"scale": "0.5,1.5", "reduce": ["sum", "mean"], "density": (0.1, 0.3)}, 6, 4),
         ({"method": "ties", "trim_scope": "tensor"}, {"density": "0.1:0.3:0.1"}, 2, 3),
-        ({"method": "kron", "disentangle": "awd"}, {"scale": [0.5, 1.5], "awd.alpha": [0.1, 2.0]}, 3, 2),
+        ({"method": "kron", "disentangle": "awd steps=20"}, {"scale": [0.5, 1.5], "awd.alpha": [0.1, 2.0]}, 3, 2),
         (
             {"method": "task-arithmetic", "at": ["*fc1.bias: scale=0.2 rotated.weight=2", "*: rotated.weight=2"]},
             {"scale": [1, 0.5]},
@@ -259,7 +259,7 @@ def test_a_search_goes_with_all_else(
         ]
     )
     if "awd.alpha" in values:
-        told = told | {"disentangle": f"awd alpha={values.pop('awd.alpha')}"}
+        told = told | {"disentangle": f"awd steps=20 alpha={values.pop('awd.alpha')}"}
     assert weights("out") == plain(models, **told, **values)
     files = [file.name for file in Path("plain").iterdir()]
     assert sorted(files) == sorted(file.name for file in Path("out").iterdir())
