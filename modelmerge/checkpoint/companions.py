@@ -19,12 +19,12 @@ _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*
                "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja", "[0-9]_*/config.json")  # fmt: skip
 _NOT_COMPANIONS = (MANIFEST, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 TOKENIZER, TEMPLATE, GENERATION = "tokenizer", "chat template", "generation config"
-_GENERATION_CONFIG, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+GENERATION_CONFIG, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 _KINDS = {
     TOKENIZER: ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "*vocab*.txt",
                 "merges.txt", "normalizer.json", "*.model", "*.tiktoken", "*.spm", "*.vocab", "*.bpe"),
     TEMPLATE: ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-    GENERATION: (_GENERATION_CONFIG,),
+    GENERATION: (GENERATION_CONFIG,),
 }  # fmt: skip
 
 
@@ -117,12 +117,10 @@ def remarks_on_files(base: Checkpoint, experts: Sequence[Checkpoint], giver: Che
                 f"The texts of '{expert.name}' end with token {token} (eos_token_id), the base's with {other}: "
                 f"{option} {expert.name} takes it over."
             )
-        elif _GENERATION_CONFIG in places_beside(expert):
+        elif GENERATION_CONFIG in places_beside(expert):
             more.append(expert.name)
-    if more and _GENERATION_CONFIG not in places_beside(base):
-        remarks.append(
-            f"{_list(more)} a {_GENERATION_CONFIG}, and the base has none: {option} {more[0]} takes it over."
-        )
+    if more and GENERATION_CONFIG not in places_beside(base):
+        remarks.append(f"{_list(more)} a {GENERATION_CONFIG}, and the base has none: {option} {more[0]} takes it over.")
     return remarks
 
 
@@ -141,7 +139,7 @@ def _remarks_on_giver(base: Checkpoint, giver: Checkpoint) -> list[str]:
 
 def _says_tokens(giver: Checkpoint) -> dict[str, Any]:
     """The config that says which tokens are special; an adapter's directory may have that of generation alone."""
-    return _read(giver, CONFIG) or _read(giver, _GENERATION_CONFIG)
+    return _read(giver, CONFIG) or _read(giver, GENERATION_CONFIG)
 
 
 def _replaced(theirs: Sequence[str] | dict[str, Path]) -> set[str | None]:
@@ -166,7 +164,7 @@ def _has_template(model: Checkpoint) -> bool:
 
 def _ends(model: Checkpoint) -> set[int]:
     """The ids of the tokens that end a text; empty where neither config says it."""
-    configs = [_read(model, _GENERATION_CONFIG), *text_parts(model.config).values()]
+    configs = [_read(model, GENERATION_CONFIG), *text_parts(model.config).values()]
     ids: Any = next((config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None), [])
     return {each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -45,7 +45,7 @@ def lay_out(
     entries: Mapping[str, Entry],
     max_shard_size: int,
     *,
-    matrices: Mapping[str, Sequence[str]] | None = None,
+    parts: Mapping[str, Mapping[str, int]] | None = None,
     folder: str = "",
     filename: str = SINGLE,
 ) -> Layout:
@@ -54,7 +54,7 @@ def lay_out(
     Args:
         entries: Name to dtype, shape and bytes, in the order they shall have.
         max_shard_size: In bytes.
-        matrices: By stack, the names of its matrices, which are written one by one.
+        parts: By tensor, its parts in their order with their bytes, where they are written one by one.
         folder: Where in the output the checkpoint goes; ends in a slash, or is empty for the output itself.
         filename: What a single file is called.
     """
@@ -65,7 +65,7 @@ def lay_out(
         max_shard_size=max_shard_size,
     )
     shards = tuple(
-        _shard(folder, filename, {name: entries[name] for name in names}, matrices or {})
+        _shard(folder, filename, {name: entries[name] for name in names}, parts or {})
         for filename, names in (split.filename_to_tensors or {filename: []}).items()
     )
     shard_of = {key: shard for shard in shards for key in shard.tensors}
@@ -87,7 +87,7 @@ def together(layouts: Iterable[Layout]) -> Layout:
     )
 
 
-def _shard(folder: str, filename: str, entries: Mapping[str, Entry], matrices: Mapping[str, Sequence[str]]) -> Shard:
+def _shard(folder: str, filename: str, entries: Mapping[str, Entry], parts: Mapping[str, Mapping[str, int]]) -> Shard:
     # Widest dtype first, so that every tensor starts at a multiple of its item size, as readers that map files need.
     names = sorted(entries, key=lambda name: -DTYPE_BITS[entries[name][0]])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -95,10 +95,9 @@ def _shard(folder: str, filename: str, entries: Mapping[str, Entry], matrices: M
     for name in names:
         dtype, shape, nbytes = entries[name]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
-        parts = matrices.get(name, (name,))
-        for index, part in enumerate(parts):
-            relative[part] = position + index * (nbytes // len(parts))
-        position += nbytes
+        for part, size in parts.get(name, {name: nbytes}).items():
+            relative[part] = position
+            position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     prefix = struct.pack("<Q", len(text)) + text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -57,6 +57,7 @@ class Checkpoint:
     absent: frozenset[str] = frozenset()  # what its index lists and no shard holds
     adapter: Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
     excluded: frozenset[str] = frozenset()  # keys of an adapter that have no place in its base, and that globs exclude
+    lenders: Mapping[Path, Checkpoint] = field(default_factory=dict)  # of tensors in another model's files, that model
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -133,9 +134,11 @@ class Checkpoint:
     def look_again(self) -> None:
         """Take the files as they are now: some may have been fetched since the headers were read."""
         self.close()
-        self.files = {file: file.stat() for file in self.files}
+        self.files.update({file: file.stat() for file in self.files})
 
     def _open(self, file: Path) -> FileDigest | Ranges:
+        if file in self.lenders and file not in self.files:
+            return self.lenders[file]._open(file)
         with self._lock:
             if file not in self._sources:
                 remote = self.reference.repository

@@ -241,7 +241,7 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {
         name: tuple(values[name]) for name in ("at", "disentangle", "include", "exclude") if values[name]
     }
-    plain = ("rest", "dtype", "on_mismatch", "files_from", "max_shard_size", "seed")
+    plain = ("rest", "dtype", "on_mismatch", "vocab", "files_from", "max_shard_size", "seed")
     fields |= {name: values[name] for name in plain if values[name] is not None}
     if values["weight"]:
         fields["weights"] = parse_weights(values["weight"])

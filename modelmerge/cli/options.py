@@ -85,6 +85,9 @@ OnMismatch = Annotated[Literal["error", "copy", "common-rows"] | None, _merge_op
     metavar="WHAT",
     help="Shapes differ: error (default), copy the base's tensor, or merge the common-rows of tables.",
 )]  # fmt: skip
+Vocab = Annotated[str | None, _merge_option(
+    metavar="NAME", help="Whose tokens embeddings and heads get: base, union, or an expert's.",
+)]  # fmt: skip
 FilesFrom = Annotated[str | None, _merge_option(
     metavar="NAME", help="Whose tokenizer and chat template: an expert's, or base's.",
 )]  # fmt: skip
@@ -197,6 +200,7 @@ def merged(
     include: Include = None,
     exclude: Exclude = None,
     on_mismatch: OnMismatch = None,
+    vocab: Vocab = None,
     files_from: FilesFrom = None,
     dtype: Dtype = None,
     as_lora: AsLora = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Model(Mapping[str, Tensor]):
         self.device = device
         self.checkpoint = checkpoint
         self._source: Source | None = None
-        self._stacks: Mapping[str, Sequence[str]] = {}  # by stack, the names of its matrices in the plan
+        self._stacks: Mapping[str, Mapping[str, int]] = {}  # by stack, the names of its matrices in the plan
         self.base = base
         self.base_path = base.reference.path if base is not None else None
         if checkpoint.vector is not None or onto_base:

@@ -45,6 +45,7 @@ class RemoteFile:
 
     size: int
     sha256: str | None  # None for a file so small that git itself holds it
+    blob: str | None = None  # git's digest of such a file, where it is known
 
 
 class Repository:
@@ -185,7 +186,10 @@ def _files(api: Client, name: str, commit: str) -> dict[str, RemoteFile]:
             failure = error
     if api.answer is not None:
         files = api.answer.siblings or []
-        return {file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files}
+        return {
+            file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None, file.blob_id)
+            for file in files
+        }
     try:
         folder = Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError as error:

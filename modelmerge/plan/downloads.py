@@ -52,7 +52,7 @@ def _places(
     infos = model.tensors.values()
     parts = [*infos, *(part for info in infos if info.change for part in info.change.parts)]
     parts += [block for part in parts for block in part.blocks]
-    gathered = {part.file for part in parts if part.strides is not None}
+    gathered = {part.file for part in parts if part.strides is not None or any(block.blocks for block in part.blocks)}
     places = [remote.place(file) for file in model.files if not stream or file in gathered]
     if model.directory is not None:
         folder = f"{remote.inside}/" if remote.inside else ""

@@ -30,11 +30,13 @@ class Recipe:
     defaults. `at` are overrides, in the order in which they are asked: `modelmerge.plan.overrides`. `disentangle` are
     the transforms before the method, in order, `NAME [OPTION=V ...]` each. `rest` is the method for what a method for
     linear layers leaves, base, or None for the method's choice. `dtype` is float32, float16, bfloat16 or None for the
-    base's own. `on_mismatch` is what becomes of tensors whose shapes differ. `files_from` is whose tokenizer, chat
-    template and generation config the output gets: base, or an expert's name. `as_lora` is the rank of the PEFT adapter
-    to write instead of a checkpoint or, below 1, the share of the squared norm that it keeps. `unlabelled` tells the
-    data of a method that finds the experts' weights on them, see `modelmerge.verbs.coefficients`; `coefficients` are
-    what it found, by tensor and expert, and with them no data are needed.
+    base's own. `on_mismatch` is what becomes of tensors whose shapes differ. `vocab` is whose tokens embeddings and
+    heads have: base, union, an expert's name, or None for rows that go by their number. `files_from` is whose
+    tokenizer, chat template and generation config the output gets: base, or an expert's name. `as_lora` is the rank of
+    the PEFT adapter to write instead of a checkpoint or, below 1, the share of the squared norm that it keeps.
+    `unlabelled` tells the data of a method that finds the experts' weights on them, see
+    `modelmerge.verbs.coefficients`; `coefficients` are what it found, by tensor and expert, and with them no data are
+    needed.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     on_mismatch: str = "error"
+    vocab: str | None = None
     files_from: str = BASE
     max_shard_size: str = "5GB"
     seed: int = 0

@@ -68,7 +68,7 @@ def unstack(
             continue
         for index in range(plan.shape[0]):
             part = matrix_name(name, index)
-            plans[part] = replace(plan, name=part, shape=plan.shape[1:], stack=name, index=index)
+            plans[part] = replace(plan, name=part, shape=plan.shape[1:], stack=name, whole=plan.shape)
     stacks = {plan.stack for plan in plans.values() if plan.stack is not None}
     if not stacks:
         return base, tuple(experts), dict(tensors)
@@ -90,16 +90,14 @@ def _matrices(tensors: Mapping[str, TensorInfo], stacks: set[str]) -> dict[str, 
     return parts
 
 
-def entries(tensors: Iterable[TensorPlan]) -> tuple[dict[str, Entry], dict[str, list[str]]]:
-    """What a checkpoint of these tensors stores, stacks whole; and by stack the names of its matrices."""
+def entries(tensors: Iterable[TensorPlan]) -> tuple[dict[str, Entry], dict[str, dict[str, int]]]:
+    """What a checkpoint of these tensors stores, stacks whole; and by stack its parts in order with their bytes."""
     stored: dict[str, Entry] = {}
-    matrices: dict[str, list[str]] = {}
+    parts: dict[str, dict[str, int]] = {}
     for tensor in tensors:
-        if tensor.stack is None:
-            stored[tensor.name] = (tensor.out_dtype, tensor.shape, tensor.out_bytes)
-            continue
-        names = matrices.setdefault(tensor.stack, [])
-        names.append(tensor.name)
-        count = len(names)
-        stored[tensor.stack] = (tensor.out_dtype, (count, *tensor.shape), count * tensor.out_bytes)
-    return stored, matrices
+        size = tensor.out_bytes
+        if tensor.stack is not None:
+            parts.setdefault(tensor.stack, {})[tensor.name] = size
+            size = sum(parts[tensor.stack].values())
+        stored[tensor.stored_name] = (tensor.out_dtype, tensor.whole or tensor.shape, size)
+    return stored, parts

@@ -16,12 +16,14 @@ from modelmerge.checkpoint.configs import compared
 from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo, is_buffer
 from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.leftovers import refuse_lookalikes
-from modelmerge.checkpoint.matching import is_vocabulary, match, twins
+from modelmerge.checkpoint.matching import match, twins
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.plan.overrides import BASE, Methods
 from modelmerge.plan.recipe import OnMismatch
 from modelmerge.plan.stacks import entries, is_stack, restack, unstack
+from modelmerge.plan.tables import by_token
+from modelmerge.plan.vocabulary import Vocabulary, is_table, row_count
 
 Action = Literal["merge", "copy"]
 
@@ -59,12 +61,14 @@ class TensorPlan:
     twin: str | None = None  # the tensor before it that it is tied to, in every model
     method: str | None = None  # what merges it, where that is known
     override: int | None = None  # the place of the override that decides
-    stack: str | None = None  # the stored stack that it is a matrix of; its own name is `STACK[INDEX]`
-    index: int = 0
+    stack: str | None = None  # the stored tensor that it is a part of: `STACK[INDEX]`, or `TABLE[FIRST:LAST]`
+    whole: tuple[int, ...] | None = None  # the shape of that
+    owners: tuple[int, ...] | None = None  # the places of the experts that it is merged from; None: of all
+    new: bool = False  # rows that the base lacks: the mean of the owners'
 
     @property
     def stored_name(self) -> str:
-        """The name of the tensor in files: its own, or its stack's."""
+        """The name of the tensor in files: its own, or of what it is a part of."""
         return self.stack or self.name
 
     @property
@@ -106,6 +110,7 @@ class Plan:
     expert_only: dict[str, tuple[str, ...]]  # tensor name -> the experts that have it; the merge leaves it out
     layout: Layout
     giver: Checkpoint  # whose tokenizer, chat template and generation config the output gets
+    vocabulary: Vocabulary | None = None  # the tokens of its tables, where they are aligned by token
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -146,6 +151,8 @@ def make_plan(
     exclude: Sequence[str] = (),
     max_shard_size: int = 5_000_000_000,
     on_mismatch: str = "error",
+    vocab: str | None = None,
+    files_from: str = BASE,
     strict: int | None = None,
 ) -> Plan:
     """The plan for merging `experts` onto `base`.
@@ -160,7 +167,11 @@ def make_plan(
         exclude: Globs of tensor names to copy from the base, whatever the experts hold.
         max_shard_size: Largest output shard, in bytes.
         on_mismatch: What becomes of tensors whose shapes differ: `error`; `copy` takes the base's; `common-rows`
-            merges the first rows of embeddings and heads, as many as all have, and keeps the base's others.
+            merges the rows of embeddings and heads that all have, by token where tokenizers can be read, else the
+            first, and keeps the base's others.
+        vocab: Whose tokens embeddings and heads have: `base`, `union` or an expert's name; rows go by token then. None:
+            rows go by their number, and tokenizers that number them differently are an error.
+        files_from: Whose tokenizer goes with the output: `base` or an expert's name.
         strict: How many of the overrides, from the first on, are refused if they change nothing; all if None.
 
     Raises:
@@ -175,7 +186,7 @@ def make_plan(
     for name, info in base.tensors.items():
         linear = is_linear(info, include)
         try:
-            rows = _common_rows(info, experts) if on_mismatch == "common-rows" else None
+            rows = _common_rows(info, experts) if on_mismatch == "common-rows" or vocab is not None else None
             method, place, reason = _method_of(methods, name, linear)
             action, reason = _decide(info, experts, method, reason, include, exclude, on_mismatch, rows)
         except PlanError as complaint:
@@ -192,7 +203,8 @@ def make_plan(
     lost = [name for name in beyond if base.lost(name) and _is_merged(name, include, exclude)]
     complaints += [f"'{name}': missing in the base, whose index lists it" for name in lost]
     if complaints:
-        raise _disagreement(complaints)
+        grown = any(_common_rows(info, experts) for info in base.tensors.values())
+        raise _disagreement(complaints, tables=grown and methods is not None)
     for name, twin in twins(base, experts).items():
         one, other = tensors[name], tensors[twin]
         alike = (one.action, one.override, one.method) == (other.action, other.override, other.method)
@@ -203,16 +215,21 @@ def make_plan(
     if methods is not None:
         methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()}, strict)
     expert_only = {name: tuple(expert.name for expert in experts if name in expert.tensors) for name in beyond}
+    base, experts, tensors, vocabulary = by_token(
+        base, experts, tensors, vocab, files_from, on_mismatch, merging=methods is not None
+    )
     base, experts, tensors = unstack(base, experts, tensors)
-    stored, matrices = entries(tensors.values())
-    layout = lay_out(stored, max_shard_size, matrices=matrices)
-    return Plan(base, tuple(experts), tensors, expert_only, layout, base)
+    stored, parts = entries(tensors.values())
+    layout = lay_out(stored, max_shard_size, parts=parts)
+    return Plan(base, tuple(experts), tensors, expert_only, layout, base, vocabulary)
 
 
-def _disagreement(complaints: Sequence[str]) -> PlanError:
+def _disagreement(complaints: Sequence[str], *, tables: bool) -> PlanError:
     hint, option = f"{named('exclude')} GLOB copies a tensor from the base", named("on_mismatch")
     if any(f": {_SHAPE}" in complaint for complaint in complaints):
         hint += f"; so does {option} copy where shapes differ, and {option} common-rows merges what all have"
+        if tables:
+            hint += f"; {named('vocab')} union, base or NAME aligns embeddings and heads by token"
     some = f"{len(complaints)} tensor{'s' * (len(complaints) > 1)}"
     return PlanError(f"the models disagree on {some}:\n  " + "\n  ".join(complaints), hint=hint)
 
@@ -235,7 +252,7 @@ def _decide(
 ) -> tuple[Action, str]:
     """What happens to a tensor of the base, and why.
 
-    `method` merges it, or is `base`, and `why` says why. `rows`: so many are merged, for not all models have more.
+    `method` merges it, or is `base`, and `why` says why. `rows`: it is a table of which all models have so many.
 
     Raises:
         PlanError: The experts disagree with the base or with one another.
@@ -254,12 +271,11 @@ def _decide(
         return "copy", "a buffer, not a weight"
     if lost and not have:
         raise PlanError(f"'{info.name}': missing in {', '.join(lost)}, whose index lists it")
-    shapes = _other_shapes(info, have)
+    shapes = "" if rows is not None else _other_shapes(info, have)
     if shapes and on_mismatch == "copy" and len(have) == len(experts):
         return "copy", f"{_SHAPE}{list(info.shape)} in the base, but {shapes}"
-    _refuse_disagreement(info, experts, have, shapes if rows is None else "")
-    few = f": the first {rows} rows are merged, the base's others kept" if rows is not None else ""
-    return ("copy", why) if method == BASE else ("merge", why + few)
+    _refuse_disagreement(info, experts, have, shapes)
+    return ("copy" if method == BASE else "merge"), why
 
 
 def _method_of(methods: Methods | None, name: str, linear: bool) -> tuple[str, int | None, str]:
@@ -300,10 +316,11 @@ def _other_shapes(info: TensorInfo, have: Sequence[Checkpoint]) -> str:
 
 def _common_rows(info: TensorInfo, experts: Sequence[Checkpoint]) -> int | None:
     """How many rows all models have of a table or head that differs in nothing else; None where that is not so."""
-    shapes = {expert.tensors[info.name].shape for expert in experts if info.name in expert.tensors} | {info.shape}
-    if len(shapes) == 1 or len({(len(shape), shape[1:]) for shape in shapes}) > 1 or not is_vocabulary(info.name):
+    infos = [info, *(expert.tensors[info.name] for expert in experts if info.name in expert.tensors)]
+    if not all(map(is_table, infos)) or len({each.shape for each in infos}) == 1:
         return None
-    return min(shape[0] for shape in shapes) or None
+    widths = {(len(each.shape), math.prod(each.shape) // (row_count(each) or 1)) for each in infos}
+    return min(map(row_count, infos)) or None if len(widths) == 1 else None
 
 
 def _refuse_disagreement(

@@ -170,7 +170,8 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         notes = [*notes, f"{note}; `modelmerge.json` has them."]
         if not registry.load(recipe.method).on_data:
             transforms.append(_applied("adamerging", "merge", registry.load("adamerging"), {}))
-    settings = settings_of(recipe, "at", "rest", "dtype", "include", "exclude", "seed", "as_lora", "files_from")
+    names = ("at", "rest", "dtype", "include", "exclude", "vocab", "files_from", "seed", "as_lora")
+    settings = settings_of(recipe, *names)
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],

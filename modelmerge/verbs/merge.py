@@ -19,6 +19,7 @@ from modelmerge.engine.merge import run
 from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
+from modelmerge.plan.vocabulary import config_values, with_vocabulary
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import manifest_of, notes_of, refuse_changed, write_card
 from modelmerge.verbs import adapted, coefficients
@@ -40,6 +41,7 @@ def merge(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_mismatch: OnMismatch = "error",
+    vocab: str | None = None,
     files_from: str = BASE,
     max_shard_size: str = "5GB",
     seed: int = 0,
@@ -75,7 +77,11 @@ def merge(
         include: Globs of the tensors to merge; all if empty.
         exclude: Globs of the tensors to copy from the base.
         on_mismatch: What becomes of tensors whose shapes differ: error; copy: the base's; common-rows: of embeddings
-            and heads, the rows that all have are merged and the base's others kept.
+            and heads, the rows that all have are merged, by token where tokenizers can be read, and the base's others
+            kept.
+        vocab: Whose tokens embeddings and heads have: base, an expert's name, or union, which is the base's and after
+            them those that only experts have. Rows go by token then. Rows go by their number if None, and tokenizers
+            that number their tokens differently are an error.
         files_from: Name of the expert whose tokenizer, chat template and generation config go with the output; base:
             the base's.
         max_shard_size: Largest output file, like 5GB.
@@ -112,7 +118,8 @@ def merge(
             method=method, base=base, experts=tuple(experts), options=options, weights=dict(weights or {}),
             disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
             rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-            files_from=files_from, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora, unlabelled=data,
+            vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
+            unlabelled=data,
         )  # fmt: skip
         prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
         if dry_run:
@@ -219,8 +226,13 @@ def complete(
     refuse_changed(prepared.recorded, job.plan.models, digests)
     if small is None:
         base, giver = job.plan.base, job.plan.giver
-        values = dtype_values(base.config, prepared.recipe.dtype) | token_ids(base, giver)
-        for name, content in companions_of_output(base, giver, values).items():
+        values, vocabulary = dtype_values(base.config, prepared.recipe.dtype), job.plan.vocabulary
+        if vocabulary is not None:
+            values |= config_values(vocabulary, base, giver)
+        files = companions_of_output(base, giver, values | token_ids(base, giver))
+        if vocabulary is not None:
+            files = with_vocabulary(files, vocabulary, base)
+        for name, content in files.items():
             staging.write_file(name, content)
     notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
     staging.write_file(CARD, write_card(prepared.recipe, job, out, notes))

@@ -31,8 +31,10 @@ from modelmerge.plan import format_1, mergekit
 from modelmerge.plan.downloads import input_paths, with_downloads
 from modelmerge.plan.overrides import BASE, Methods, Override, group_key, parse
 from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
+from modelmerge.plan.tables import of_owners, refuse_parts
 from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, is_linear, make_plan
 from modelmerge.plan.transforms import as_typed, parse_transform
+from modelmerge.plan.vocabulary import remarks_on_tokens
 from modelmerge.progress import Reporter
 from modelmerge.record.command import flag
 from modelmerge.record.fingerprint import fingerprint
@@ -145,6 +147,7 @@ class Prepared:
             "groups": groups_of(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in plan.tensors.values())),
             "at": list(self.recipe.at),
+            "vocab": self.recipe.vocab,
             "passes": passes(self.job),
             "bytes": {"read": bytes_read(self.job), "write": written, "scratch": scratch_bytes(self.job)},
             "peak_memory": peak_memory(self.job),
@@ -215,7 +218,10 @@ def prepare(
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
         _check_choices(recipe)
         opened = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
-        shared = make_plan(*opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch)
+        shared = make_plan(
+            *opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch,
+            vocab=recipe.vocab, files_from=recipe.files_from,
+        )  # fmt: skip
         choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
         options = ", ".join(f"{name}={value}" for name, value in choice.options.items())
@@ -242,12 +248,16 @@ def prepare(
         base, experts, methods=methods,
         dtype=DTYPES[recipe.dtype] if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
-        on_mismatch=recipe.on_mismatch, strict=strict,
+        on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from, strict=strict,
     )  # fmt: skip
+    if recipe.as_lora is not None or chosen.on_data or recipe.unlabelled or recipe.coefficients:
+        refuse_parts(plan.vocabulary, plan.tensors.values(), "an adapter" if recipe.as_lora else "a search on data")
     if recipe.as_lora is None:
-        plan = dataclasses.replace(plan, giver=giver_of(recipe.files_from, plan.base, plan.experts))
+        giver = plan.vocabulary.giver if plan.vocabulary is not None else recipe.files_from
+        plan = dataclasses.replace(plan, giver=giver_of(giver, plan.base, plan.experts))
         about_files = (spelled(text, flag) for text in remarks_on_files(plan.base, plan.experts, plan.giver))
-        remarks = list(dict.fromkeys([*remarks, *about_files]))  # a search's candidates come with the first's
+        about_tokens = remarks_on_tokens(plan.vocabulary) if plan.vocabulary is not None else []
+        remarks = list(dict.fromkeys([*remarks, *about_files, *about_tokens]))  # a search's candidates: the first's
     job = job_of(recipe, plan, methods, transforms, weights, device)
     for transform in transforms:
         if len(experts) < 2:
@@ -323,7 +333,9 @@ def job_of(
         DeviceError: There is no such device.
     """
     tensors = plan.select("merge")
-    settings = methods.settings({tensor.name: (tensor.override, tensor.linear) for tensor in tensors}, weights)
+    places = {tensor.name: (tensor.override, tensor.linear) for tensor in tensors if not tensor.new}
+    chosen = methods.settings(places, weights)
+    settings = {tensor.name: of_owners(tensor, chosen.get(tensor.name), len(weights)) for tensor in tensors}
     members: dict[Any, list[TensorPlan]] = {}
     for tensor in tensors:
         setting = settings[tensor.name]

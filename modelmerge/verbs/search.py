@@ -56,6 +56,7 @@ def search(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_mismatch: OnMismatch = "error",
+    vocab: str | None = None,
     files_from: str = BASE,
     max_shard_size: str = "5GB",
     seed: int = 0,
@@ -88,6 +89,7 @@ def search(
         include: As for `merge`.
         exclude: As for `merge`.
         on_mismatch: As for `merge`.
+        vocab: As for `merge`.
         files_from: As for `merge`.
         max_shard_size: As for `merge`.
         seed: As for `merge`.
@@ -109,7 +111,7 @@ def search(
         method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
         at=tuple(at), disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle),
         rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-        files_from=files_from, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
+        vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
     )  # fmt: skip
     prepared = prepare_search(recipe, tries, on, metric, device=device, stream=stream, look=not dry_run)
     if dry_run:

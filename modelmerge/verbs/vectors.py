@@ -225,8 +225,8 @@ def disentangle(
             shared = {t.name: ("F32", t.shape, 4 * t.numel) for t in opened.linear}
             layouts.append(lay_out(shared, size, folder=f"{REDUNDANT}/"))
         if full_experts:
-            stored, matrices = entries(everything)
-            layouts += [lay_out(stored, size, matrices=matrices, folder=f"{FULL}/{name}/") for name in names]
+            stored, parts = entries(everything)
+            layouts += [lay_out(stored, size, parts=parts, folder=f"{FULL}/{name}/") for name in names]
         staging.lay_out(together(layouts))
         places = vectors.Places(
             tuple(f"{name}/" for name in names),

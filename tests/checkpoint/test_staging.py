@@ -616,7 +616,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def with_large_tokenizer(models: list[Path]) -> list[Path]:
     """The models, and two megabytes of tokenizer beside the base's 9 kB of weights."""
-    (models[0] / "tokenizer.json").write_bytes(b"x" * 2_000_000)
+    (models[0] / "tokenizer.json").write_bytes(b'{"x": "%s"}' % (b"x" * 2_000_000))
     return models
 
 
@@ -803,7 +803,7 @@ def furnished(models: list[Path]) -> list[Path]:
     for name in {*KEPT, *LEFT} - {INDEX}:
         (models[0] / name).parent.mkdir(parents=True, exist_ok=True)
         # JSON that is read: spaced as no writer would.
-        read_too = name in ("config.json", MANIFEST)
+        read_too = name in ("config.json", "tokenizer.json", "tokenizer_config.json", MANIFEST)
         (models[0] / name).write_bytes(b'{"a":\t1}\r\n' if read_too else name.encode() + b"\r\n\0\xff")
     return models
 

@@ -1,0 +1,377 @@
+"""Tables put together token by token: which rows of the models make each row of the output's embeddings and heads.
+
+A run of rows that the same experts have is a part of its table, `TABLE[FIRST:LAST]`, with a plan of its own: what the
+base lacks is the mean of the experts that have it, and experts that lack what the base has do not count. Files have the
+table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise, repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, joined, rows
+from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.errors import PlanError, UsageError, named
+from modelmerge.methods import registry
+from modelmerge.plan.overrides import BASE, Setting, layer_of
+from modelmerge.plan.vocabulary import (
+    Tokenizers,
+    Vocabulary,
+    compare,
+    is_table,
+    refuse_other_tokens,
+    row_count,
+    vocabulary_of,
+)
+
+if TYPE_CHECKING:
+    from modelmerge.plan.tensors import TensorPlan
+
+NEW = "average"  # the method that makes the rows of tokens which the base lacks
+_WAYS = 512  # blocks in a block: readers pass over what lies before the part they want
+
+
+Places = np.ndarray[Any, np.dtype[np.int64]]
+Run = tuple[int, int, bool, tuple[int, ...]]  # first and last row of the output, whether the base has them, who else
+
+
+class Alignment:
+    """Which rows of the models make each row of the output's tables.
+
+    Args:
+        tokenizers: Of all models.
+        vocabulary: The output's tokens.
+        everyone: Merge the tokens that all experts have, and keep the base's row of every other.
+    """
+
+    def __init__(self, tokenizers: Tokenizers, vocabulary: Vocabulary, *, everyone: bool = False) -> None:
+        self._tokenizers, self._everyone, self.vocabulary = tokenizers, everyone, vocabulary
+        self._rows = vocabulary.rows
+        names = [BASE, *(expert.name for expert in tokenizers.models[1:])]
+        self._template = names.index(vocabulary.giver)
+        self._cut, self._maps = cache(self._cut_rows), cache(self._map)  # embedding and head are cut alike
+
+    def cut(self, counts: Sequence[int]) -> tuple[list[Run], list[Places]]:
+        """The runs of rows of a table that the same models have, and for each model where it has each row, or -1.
+
+        A table gets as many rows as the giver's has, or more if the tokens need it.
+
+        Args:
+            counts: The number of rows in the base and in each expert.
+
+        Raises:
+            PlanError: No model has a row for a token.
+        """
+        return self._cut(tuple(counts))
+
+    def _cut_rows(self, counts: tuple[int, ...]) -> tuple[list[Run], list[Places]]:
+        size = max([counts[self._template], *(row + 1 for row, _ in self.vocabulary.new.values())])
+        tokens = np.fromiter(self._rows.values(), np.int64)
+        free = np.ones(size, bool)
+        free[tokens[tokens < size]] = False
+        places = np.stack([self._places(model, count, free) for model, count in enumerate(counts)])
+        # What no token has is merged where it is so in all models, and else the giver's.
+        alone = free & (places < 0).any(0)
+        others = np.arange(len(counts)) != self._template
+        places[np.ix_(others, alone)] = -1
+        if self._everyone:
+            places[1:, (places[1:] < 0).any(0)] = -1
+        have = places >= 0
+        if (nobody := ~have.any(0)).any():
+            row = int(nobody.argmax())
+            what = next((f"token {token!r}" for token, at in self._rows.items() if at == row), f"row {row}")
+            raise PlanError(
+                f"no model has a row for {what} of the tokenizer of '{self.vocabulary.giver}'",
+                hint=f"take another tokenizer: {named('vocab')} or {named('files_from')}",
+            )
+        ends = [*(np.flatnonzero((have[:, 1:] != have[:, :-1]).any(0)) + 1).tolist(), size]
+        runs = []
+        for first, last in pairwise([0, *ends]):
+            base, *others = have[:, first].tolist()
+            runs.append((first, last, base, tuple(i for i, has in enumerate(others) if has)))
+        return runs, list(places)
+
+    def _map(self, model: int) -> tuple[Places, Places]:
+        """The ids of a model's tokens, and the row of the output that each has, or -1."""
+        ids = self._tokenizers.ids(model)
+        ids = self._tokenizers.ids(0) or {} if ids is None else ids  # as the base's, which has been said
+        rows = map(self._rows.get, ids, repeat(-1))
+        return np.fromiter(ids.values(), np.int64), np.fromiter(rows, np.int64)
+
+    def _places(self, model: int, count: int, free: np.ndarray[Any, np.dtype[np.bool_]]) -> Places:
+        """Where a model has each row of the output; of rows without a token, where it has none either."""
+        ids, rows = self._maps(model)
+        places = np.full(len(free), -1)
+        held = (ids < count) & (rows >= 0) & (rows < len(free))
+        places[rows[held]] = ids[held]
+        unnamed = np.ones(len(free), bool)
+        unnamed[ids[ids < len(free)]] = False
+        unnamed[count:] = False
+        return np.where(free & unnamed, np.arange(len(free)), places)
+
+
+def gathered(info: TensorInfo, places: Places, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    """A table's rows from those places, as a stored tensor of that name and shape.
+
+    Raises:
+        PlanError: It is a change that cannot be cut.
+    """
+    table = replace(info, shape=(row_count(info),)) if info.shape[:1] == (1,) else info
+    if np.array_equal(places, np.arange(row_count(info))):
+        return replace(info, name=name, shape=shape)
+    change = info.change
+    if change is None or change.factors is None:
+        return _joined(name, shape, [rows(table, *run) for run in _runs(places)])
+    left, right = change.factors
+    if not change.low_rank or left.strides is not None:
+        raise PlanError(
+            f"{info.file}: its change to '{info.name}' cannot be put into another order of tokens",
+            hint="merge the adapter into its base with peft and name the result",
+        )
+    if change.transposed:
+        rank, count = left.shape
+        flat = replace(left, shape=(rank * count,))
+        blocks = [rows(flat, k * count + first, k * count + last) for k in range(rank) for first, last in _runs(places)]
+        left = _joined(left.name, (rank, len(places)), blocks)
+    else:
+        shaped = (len(places), *left.shape[1:])
+        left = _joined(left.name, shaped, [rows(left, *run) for run in _runs(places)])
+    change = replace(change, factors=(left, right))
+    return replace(info, name=name, shape=shape, nbytes=left.nbytes + right.nbytes, change=change)
+
+
+def _runs(places: Places) -> list[tuple[int, int]]:
+    """Places as runs of rows that follow one another: the first, and the one after the last."""
+    ends = (np.flatnonzero(np.diff(places) != 1) + 1).tolist()
+    return [(int(places[first]), int(places[last - 1]) + 1) for first, last in pairwise([0, *ends, len(places)])]
+
+
+def _joined(name: str, shape: tuple[int, ...], blocks: list[TensorInfo]) -> TensorInfo:
+    """`joined`, with many blocks in blocks of their own."""
+    if len(blocks) <= _WAYS:
+        return joined(name, shape, blocks)
+    some = [blocks[start : start + _WAYS] for start in range(0, len(blocks), _WAYS)]
+    parts = [joined(name, (sum(b.shape[0] for b in each), *blocks[0].shape[1:]), each) for each in some]
+    nbytes = sum(part.nbytes for part in parts)
+    return replace(blocks[0], name=name, shape=shape, nbytes=nbytes, strides=None, blocks=tuple(parts))
+
+
+# --- the plan ---
+
+
+def by_token(
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    tensors: dict[str, TensorPlan],
+    vocab: str | None,
+    files_from: str,
+    on_mismatch: str,
+    *,
+    merging: bool,
+) -> tuple[Checkpoint, Sequence[Checkpoint], dict[str, TensorPlan], Vocabulary | None]:
+    """The models and the plan with tables aligned by token, or with those that are merged row by row as they are.
+
+    Raises:
+        PlanError: The models number their tokens differently, and nothing says what is to become of that.
+    """
+    tokenizers = Tokenizers(base, experts)
+    tables = {name: info for name, info in base.tensors.items() if is_table(info)}
+    vocabulary = vocabulary_of(vocab, files_from, tokenizers, tables)
+    if vocabulary is not None:
+        return align(base, experts, tensors, Alignment(tokenizers, vocabulary))
+    merged = [tensor.name for tensor in tensors.values() if tensor.action == "merge" and tensor.name in tables]
+    places = [i for i, expert in enumerate(experts, 1) if any(name in expert.tensors for name in merged)]
+    infos = [model.tensors[name] for model in (base, *experts) for name in merged if name in model.tensors]
+    if not places:
+        return base, experts, tensors, None
+    remarks, lines = compare(tokenizers, places, min(map(row_count, infos)))
+    if lines and on_mismatch != "common-rows":
+        raise refuse_other_tokens(lines, merging=merging)
+    if lines:
+        vocabulary = Vocabulary(None, BASE, tokenizers.ids(0) or {})
+        base, experts, tensors, _ = align(base, experts, tensors, Alignment(tokenizers, vocabulary, everyone=True))
+        parts = [t for t in tensors.values() if t.action == "merge" and merged[0] in (t.name, t.stack)]
+        shared, every = sum(row_count(base.tensors[part.name]) for part in parts), row_count(tables[merged[0]])
+        remarks[0] = (
+            f"{shared:,} of its {every:,} rows of tokens, which all models have, are merged by token; the others stay"
+        )
+    else:
+        tensors = {name: _with_rows(tensor) for name, tensor in tensors.items()}
+    models = [
+        replace(model, remarks=(*model.remarks, remarks[i])) if i in remarks else model
+        for i, model in enumerate((base, *experts))
+    ]
+    return models[0], models[1:], tensors, None
+
+
+def _with_rows(tensor: TensorPlan) -> TensorPlan:
+    """A table of which the first rows are merged says so."""
+    if tensor.rows is None:
+        return tensor
+    few = f"the first {tensor.rows} rows are merged, the base's others kept"
+    return replace(tensor, reason=f"{tensor.reason}: {few}")
+
+
+Aligned = tuple[Checkpoint, tuple[Checkpoint, ...], dict[str, "TensorPlan"], Vocabulary]
+
+
+def align(
+    base: Checkpoint, experts: Sequence[Checkpoint], plans: Mapping[str, TensorPlan], alignment: Alignment
+) -> Aligned:
+    """The models and the plan with the rows of all tables in the output's order, the tables in parts where need be.
+
+    Raises:
+        PlanError: A change cannot be cut, no model has a row for a token, or a tensor may be a table without its name.
+    """
+    models = [dict(model.tensors) for model in (base, *experts)]
+    aligned: dict[str, TensorPlan] = {}
+    lenders: dict[Path, Checkpoint] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, plan in plans.items():
+        table = base.tensors[name]
+        aligned[name] = plan
+        if not is_table(table):
+            continue
+        counts = [row_count(table), *(_count(expert, table) for expert in experts)]
+        runs, places = alignment.cut(counts)
+        moved = not np.array_equal(places[0], np.arange(counts[0]))
+        if moved:
+            sizes[name] = counts[0], runs[-1][1]
+        if plan.action == "copy":
+            runs = _copied(runs)
+            if not moved:
+                continue
+        long = row_count(table) == table.shape[0]
+        stored = [model.pop(name, None) for model in models]
+        del aligned[name]
+        for first, last, has, owners in runs:
+            part = name if len(runs) == 1 else f"{name}[{first}:{last}]"
+            shape = (last - first, *table.shape[1:]) if long else (1,) * (len(runs) == 1) + (last - first,)
+            cuts = [each[first:last] for each in places]
+            for i in owners:
+                info = stored[i + 1]
+                if info is not None:
+                    models[i + 1][part] = gathered(info, cuts[i + 1], part, shape)
+            origin, rows_there = table, cuts[0]
+            if not has:
+                lender = _lender(name, experts, owners, cuts)
+                rows_there = cuts[lender + 1]
+                info = stored[lender + 1]
+                if info is not None and info.change is None:
+                    origin = info
+                    lenders |= dict.fromkeys([info.file, *(block.file for block in info.blocks)], experts[lender])
+            models[0][part] = gathered(origin, rows_there, part, shape)
+            new = replace(plan, name=part, shape=shape, dtype=origin.dtype, owners=owners, rows=None)
+            if len(runs) > 1:
+                size = runs[-1][1]
+                new = replace(new, stack=name, whole=(size, *table.shape[1:]) if long else (1, size))
+                twin = f"{plan.twin}[{first}:{last}]"
+                new = replace(new, twin=twin if twin in aligned else None)
+            aligned[part] = _of_run(new, has, [experts[i].name for i in owners], len(experts))
+    _refuse_hidden_tables(base, plans, sizes)
+    base = replace(base, tensors=models[0], lenders=lenders)
+    others = tuple(replace(expert, tensors=own) for expert, own in zip(experts, models[1:], strict=True))
+    return base, others, aligned, replace(alignment.vocabulary, sizes=sizes)
+
+
+def _of_run(plan: TensorPlan, has: bool, owners: Sequence[str], experts: int) -> TensorPlan:
+    """What happens to a run of rows that these experts have, and the base has or has not."""
+    if not has:
+        why = f"tokens that the base lacks: the mean of {', '.join(owners)}"
+        return replace(plan, action="merge", reason=why, method=NEW, override=None, new=True, checked=True)
+    if plan.action == "merge" and not owners:
+        return replace(plan, action="copy", reason="tokens that the base alone has", method=None)
+    if len(owners) < experts and owners:
+        return replace(plan, reason=f"{plan.reason}; its tokens are in {', '.join(owners)}")
+    return replace(plan, owners=None)
+
+
+def _copied(runs: Sequence[Run]) -> list[Run]:
+    """The runs of a table that is copied: what the base has is one, whoever else has it."""
+    merged: list[Run] = []
+    for first, last, has, owners in runs:
+        if has and merged and merged[-1][2]:
+            merged[-1] = merged[-1][0], last, True, ()
+        else:
+            merged.append((first, last, has, () if has else owners))
+    return merged
+
+
+def _count(expert: Checkpoint, table: TensorInfo) -> int:
+    """How many rows of a table of the base an expert has."""
+    if table.name in expert.tensors:
+        return row_count(expert.tensors[table.name])
+    return row_count(table) if expert.has(table.name) else 0
+
+
+def _lender(name: str, experts: Sequence[Checkpoint], owners: Sequence[int], cuts: Sequence[Places]) -> int:
+    """The expert whose rows stand in for the base's; a change is to what the base has at its own rows."""
+    infos = {i: experts[i].tensors.get(name) for i in owners}
+    changes = [i for i, info in infos.items() if info is None or info.change is not None]
+    if any((cuts[i + 1] != cuts[changes[0] + 1]).any() for i in changes):
+        raise PlanError(
+            f"'{name}': {' and '.join(experts[i].name for i in changes)} have the same new tokens in other rows of it",
+            hint="merge these adapters into the base with peft and name the results",
+        )
+    return changes[0] if changes else owners[0]
+
+
+def _refuse_hidden_tables(
+    base: Checkpoint, plans: Mapping[str, TensorPlan], sizes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuse to leave as it is what may have a row for each token under a name that does not say so."""
+    counts = {count for count, _ in sizes.values()}
+    for name, info in base.tensors.items():
+        hidden = info.dtype in MERGEABLE_DTYPES and info.shape and layer_of(name) is None and not is_table(info)
+        if hidden and row_count(info) in counts and plans[name].reason != "excluded":
+            raise PlanError(
+                f"'{name}' {list(info.shape)} may have a row for each token, and its name does not say so",
+                hint=f"if it has not, {named('exclude')} '{name}' copies it as it is",
+            )
+
+
+def refuse_parts(vocabulary: Vocabulary | None, plans: Iterable[TensorPlan], where: str) -> None:
+    """Refuse tables in parts, or with other rows than the base's, for what needs the base's.
+
+    Raises:
+        UsageError: There are such.
+    """
+    parts = [plan.stack for plan in plans if plan.stack is not None and len(plan.whole or ()) < 3]
+    if parts or (vocabulary is not None and vocabulary.sizes):
+        raise UsageError(
+            f"embeddings and heads are put together token by token, and {where} needs them as the base has them",
+            hint="merge into a checkpoint first, and go on from there",
+        )
+
+
+# --- settings ---
+
+
+def of_owners(plan: TensorPlan, setting: Setting | None, experts: int) -> Setting:
+    """How a tensor is merged: the rows of some experts alone without the others' weights.
+
+    Raises:
+        UsageError: The weights of an average add up to zero.
+    """
+    if plan.new or setting is None:
+        method = registry.load(NEW)
+        setting = Setting(NEW, method.options(), (1.0,) * experts)
+    if plan.owners is None:
+        return setting
+    method = registry.load(setting.method)
+    if method.most_experts is not None and len(plan.owners) < experts:
+        setting = Setting(NEW, registry.load(NEW).options(), setting.weights)  # it merges that many or none
+    weights = tuple(weight * (i in plan.owners) for i, weight in enumerate(setting.weights))
+    if registry.load(setting.method).normalises and abs(sum(weights)) < 1e-8:
+        raise UsageError(
+            f"in '{plan.name}' the weights add up to zero: their average does not exist",
+            hint=f"check {named('weights')}",
+        )
+    return replace(setting, weights=weights)
