@@ -29,6 +29,7 @@ _STACK = re.compile(rf"(.*\bexperts)\.({GATE_UP}|{UP}|{DOWN})(\.weight)?")
 def in_layout_of(ours: Mapping[str, TensorInfo], theirs: Mapping[str, TensorInfo]) -> tuple[Tensors, list[str]]:
     """A model's tensors with its experts stacked as another's are, and a remark where that changed anything."""
     tensors = dict(theirs)
+    ours, theirs = ({name: info for name, info in side.items() if "experts." in name} for side in (ours, theirs))
     single, stacked = _singles(ours), _stacks(ours)
     their_single, their_stacked = _singles(theirs), _stacks(theirs)
     count = 0

@@ -28,6 +28,8 @@ _OLD_ENDS = (
     (".gamma", ".weight"), (".beta", ".bias"),
     (".weight_g", ".parametrizations.weight.original0"), (".weight_v", ".parametrizations.weight.original1"),
 )  # fmt: skip
+_TELLING = (".gamma", ".beta", ".weight_g", ".weight_v")  # of either side, where anything goes by an old name
+_SAMPLE = 32  # names of a group that are looked at for ways to move it
 _TABLE = Path(__file__).with_name("families.json")
 
 
@@ -183,7 +185,8 @@ class _Groups:
 
     def _ways(self, front: tuple[str, ...], names: list[str]) -> list[tuple[int, str]]:
         """How the names of a group become the base's: the way that takes in most, and all that take in others."""
-        rules = {rule for name in names for rule in self._candidates(front, name)}
+        some = names[:: -(-len(names) // _SAMPLE)]  # of many layers, a few have all the ways there are
+        rules = {rule for name in some for rule in self._candidates(front, name)}
         fitting: dict[frozenset[tuple[str, str]], tuple[int, str]] = {}
         for rule in sorted(rules):
             pairs = ((name, _moved(name, rule)) for name in names)
@@ -211,12 +214,15 @@ class _Groups:
 
 def _moved(name: str, rule: tuple[int, str]) -> str:
     count, front = rule
-    return front + ".".join(name.split(".")[count:])
+    words = name.split(".", count)
+    return front + words[count] if len(words) > count else ""
 
 
 def _by_old_ends(ours: Tensors, theirs: Tensors) -> dict[str, str]:
     """The base's name of tensors whose last words have changed over the years."""
-    places = {}
+    places: dict[str, str] = {}
+    if not any(name.endswith(_TELLING) for side in (ours, theirs) for name in side):
+        return places
     for name in theirs:
         for left, right in (*_OLD_ENDS, *(ends[::-1] for ends in _OLD_ENDS)):
             other = name.removesuffix(left) + right
