@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,7 @@ import torch
 import modelmerge
 from modelmerge.checkpoint import names
 from modelmerge.checkpoint.experts import STYLES
-from modelmerge.checkpoint.header import TensorInfo
-from modelmerge.checkpoint.names import by_base_names, family_of
-from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.reference import parse
+from modelmerge.checkpoint.names import family_of
 from modelmerge.errors import PlanError
 from tests.support.checkpoints import State, read, write
 
@@ -178,27 +174,6 @@ def test_the_weight_norm_of_older_torch_is_the_parametrisation_of_newer(tmp_path
         base, expert = write(tmp_path / f"b{i}", ours), write(tmp_path / f"e{i}", {n: t + 1 for n, t in theirs.items()})
         modelmerge.merge(base, [expert], tmp_path / f"o{i}", method="average")
         assert all(torch.equal(t, ours[n] + 1) for n, t in read(tmp_path / f"o{i}").items())
-
-
-def test_matching_takes_no_longer_for_each_name_of_many(tmp_path: Path) -> None:
-
-    def checkpoint(layers: int, front: str) -> Checkpoint:
-        tensors = {
-            f"{front}.{i}.{part}.weight": TensorInfo(f"{front}.{i}.{part}.weight", "F32", (4, 4), Path("x"), 0, 64)
-            for i in range(layers)
-            for part in "abcdefghij"
-        }
-        return Checkpoint(parse(str(tmp_path)), tensors, {}, None, {"model_type": "vit"})
-
-    def seconds(layers: int) -> float:
-        base, expert = checkpoint(layers, "model.layers"), checkpoint(layers, "model.language_model.layers")
-        started = time.process_time()
-        matched, _ = by_base_names(base, expert)
-        assert matched.keys() == base.tensors.keys()
-        return time.process_time() - started
-
-    seconds(10)
-    assert min(seconds(400) for _ in range(3)) < 40 * min(seconds(40) for _ in range(3))
 
 
 # --- the table of families ---
