@@ -29,6 +29,7 @@ _OLD_ENDS = (
     (".weight_g", ".parametrizations.weight.original0"), (".weight_v", ".parametrizations.weight.original1"),
 )  # fmt: skip
 _TELLING = (".gamma", ".beta", ".weight_g", ".weight_v")  # of either side, where anything goes by an old name
+_ANY = "model"  # a word that says nothing of what is meant
 _SAMPLE = 32  # names of a group that are looked at for ways to move it
 _TABLE = Path(__file__).with_name("families.json")
 
@@ -65,11 +66,11 @@ def by_base_names(base: Checkpoint, expert: Checkpoint) -> tuple[Tensors, list[s
     groups = _Groups(expert.name, ours.keys() - places.keys() - set(old.values()), ours, rest)
     moved = groups.find([name for name in rest if name not in places and name not in old])
     groups.refuse_others({family.name(name): info for name, info in matched.items()})
+    names = dict(zip(ours, open_ours, strict=True))
     remarks += [
         f"its names are the base's {how}: {count} of its {total} tensors are matched so"
-        for how, count in _changes(moved).items()
+        for how, count in _changes({rest[name].name: names[place] for name, place in moved.items()}).items()
     ]
-    names = dict(zip(ours, open_ours, strict=True))
     placed = {**places, **old, **moved}
     for name, info in rest.items():
         place = placed.get(name)
@@ -110,8 +111,8 @@ def _fronts(names: Iterable[str]) -> dict[tuple[str, ...], list[str]]:
 class _Groups:
     """Finds where in the base the layers of a group belong: other words stand in front of all of them.
 
-    One set of words must hold the other, or they have one in common, so that `model.language_model.layers` may be
-    `language_model.model.layers`, and nothing becomes something else.
+    One set of words must hold the other, or they have one in common, but for `model`: `model.language_model.layers` may
+    be `language_model.model.layers`, and nothing becomes something else.
     """
 
     def __init__(self, expert: str, free: set[str], ours: Tensors, theirs: Tensors) -> None:
@@ -196,7 +197,9 @@ class _Groups:
         if not fitting:
             return []
         best = max(fitting, key=len)
-        return [fitting[best], *(fitting[places] for places in fitting if places != best and not places < best)]
+        fit = {name for name, _ in best}
+        rivals = [places for places in fitting if places != best and not {name for name, _ in places} < fit]
+        return [fitting[best], *(fitting[places] for places in rivals)]
 
     def _candidates(self, front: tuple[str, ...], name: str) -> Iterator[tuple[int, str]]:
         words = name.split(".")
@@ -205,7 +208,7 @@ class _Groups:
             for place in self._ends.get(rest, ()):
                 ahead = place[: len(place) - len(rest)]
                 on = ahead.split(".")[:-1]
-                more, fewer = Counter(on), Counter(off)
+                more, fewer = (Counter(word for word in side if word != _ANY) for side in (on, off))
                 if on and off and on[-1] == off[-1]:
                     continue
                 if more <= fewer or fewer <= more or more & fewer:

@@ -69,6 +69,20 @@ def test_towers_go_by_several_names(
     assert any("are matched so" in note for note in manifest["notes"]) == (ours is not theirs)
 
 
+def test_a_tower_that_fits_in_part_is_no_rival(tmp_path: Path) -> None:
+    def tower(front: str, width: int) -> dict[str, tuple[int, ...]]:
+        layers = {f"{front}layers__{i}__q__weight": (width, 4) for i in range(2)}
+        return {**layers, **{f"{front}layers__{i}__norm__weight": (4,) for i in range(2)}}
+
+    base = write(tmp_path / "base", draw(0, **tower("text__", 4), **tower("vision__", 6)))
+    expert = draw(1, **tower("", 4))
+    modelmerge.merge(base, [write(tmp_path / "expert", expert)], tmp_path / "out", method="average")
+    got, origin = read(tmp_path / "out"), read(base)
+    for name, tensor in got.items():
+        want = expert[name.removeprefix("text.")] if name.startswith("text.") else origin[name]
+        torch.testing.assert_close(tensor, want, rtol=0, atol=1e-6)
+
+
 def one_by_one(seed: int, words: tuple[str, str, str], front: str = "model.layers.0.mlp.experts") -> State:
     """Three experts of a layer."""
     shapes = dict(zip(words, _EXPERTS.values(), strict=True))
