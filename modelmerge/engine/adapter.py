@@ -92,7 +92,7 @@ def adapt(
             del taus
             square = squared(delta)
             if square and role.kind == "no place":
-                raise refuse_change(tensor.name)
+                raise refuse_change(tensor.stored_name)
             if square:
                 adapted.squares[tensor.name] = square
             if square and role.kind == "low rank":

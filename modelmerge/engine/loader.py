@@ -205,14 +205,15 @@ class Loader:
                     kind = "NaN" if bool(values.isnan().any()) else "Inf"
                     raise CheckpointError(
                         f"{info.file}: tensor '{part.name}' of '{model.name}' holds {kind}",
-                        hint=f"{named('exclude')} '{info.name}' copies it from the base unchecked, if that is meant",
+                        hint=f"{named('exclude')} '{piece.tensor.stored_name}' copies it from the base unchecked, "
+                        "if that is meant",
                     )
             if info.change is not None and info.change.magnitude is not None:
                 factors = self._rescaling(model, info.change, piece.tensor, 0, piece.tensor.shape[0])
                 if not bool(factors.isfinite().all()):
                     raise CheckpointError(
                         f"{info.file}: '{info.change.magnitude.name}' rescales weights that are all zero in the base",
-                        hint=f"{named('exclude')} '{info.name}' copies them from the base",
+                        hint=f"{named('exclude')} '{piece.tensor.stored_name}' copies them from the base",
                     )
 
     def _widened(self, model: Checkpoint, piece: Piece) -> Tensor:

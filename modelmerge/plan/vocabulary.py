@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from operator import ne
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modelmerge.checkpoint.companions import GENERATION_CONFIG
 from modelmerge.checkpoint.config_file import with_values
@@ -22,9 +22,6 @@ from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.tokens import Tokenizer, tokenizer_of
 from modelmerge.errors import PlanError, UsageError, named, suggestion
 from modelmerge.plan.overrides import BASE, layer_of
-
-if TYPE_CHECKING:
-    pass
 
 UNION = "union"
 _SHOWN = 3  # tokens, of those that differ
