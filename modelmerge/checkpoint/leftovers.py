@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, is_buffer
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, named
 
+_MANY = 4  # tensors of layers: heads have fewer
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
@@ -25,8 +27,8 @@ def refuse_lookalikes(base: Checkpoint, expert: Checkpoint, merges: Callable[[st
     Raises:
         PlanError: There are such tensors.
     """
-    if expert.vector is not None:
-        return
+    if expert.vector is not None or not expert.tensors.keys() & base.tensors.keys():
+        return  # who has nothing in common is a stranger, which is said elsewhere
     ours = [i for name, i in base.tensors.items() if name not in expert.tensors and _counts(i) and merges(name)]
     theirs = [info for name, info in expert.tensors.items() if name not in base.tensors and _counts(info)]
     if not ours or not theirs:
@@ -49,14 +51,26 @@ def _counts(info: TensorInfo) -> bool:
 def _lookalikes(ours: list[TensorInfo], theirs: list[TensorInfo]) -> Iterator[tuple[TensorInfo, TensorInfo]]:
     """Pairs of one shape whose names end alike, and experts one by one beside a stack."""
     ends = {(_end(info.name), info.shape): info for info in reversed(theirs)}
-    for info in ours:
-        other = ends.get((_end(info.name), info.shape))
-        if other is not None:
-            yield info, other
+    pairs = [(info, ends[_end(info.name), info.shape]) for info in ours if (_end(info.name), info.shape) in ends]
+    yield from pairs or _by_shapes(ours, theirs)
     for stacked in (True, False):
         mine, others = _of_experts(ours, stacked=stacked), _of_experts(theirs, stacked=not stacked)
         if others:
             yield from ((info, others[0]) for info in mine)
+
+
+def _by_shapes(ours: list[TensorInfo], theirs: list[TensorInfo]) -> Iterator[tuple[TensorInfo, TensorInfo]]:
+    """Tensors of layers, where most of one side's have a shape of the other's: of one model by names nobody knows."""
+    left, right = ([info for info in side if _in_layer(info.name)] for side in (ours, theirs))
+    shapes = [Counter(info.shape for info in side) for side in (left, right)]
+    common = (shapes[0] & shapes[1]).total()
+    if common >= _MANY and 2 * common > min(len(left), len(right)):
+        others = {info.shape: info for info in reversed(right)}
+        yield from ((info, others[info.shape]) for info in left if info.shape in others)
+
+
+def _in_layer(name: str) -> bool:
+    return any(word.isdigit() for word in name.split("."))
 
 
 def _of_experts(tensors: list[TensorInfo], *, stacked: bool) -> list[TensorInfo]:

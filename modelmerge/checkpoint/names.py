@@ -49,6 +49,8 @@ def by_base_names(base: Checkpoint, expert: Checkpoint) -> tuple[Tensors, list[s
     if not open_ours or not open_theirs:
         return theirs, remarks
     family = family_of(base.config, expert.config)
+    if not base.config and not expert.config:
+        family = _likely(open_ours, open_theirs)
     ours, theirs_open = _by(family.name, open_ours), _by(family.name, open_theirs)
     rest, count = family.in_parts_of(ours, theirs_open)
     total = len(theirs)
@@ -251,6 +253,10 @@ class Family:
         self._joins = dict(joins)
         self._cache: dict[str, str] = {}
 
+    def speaks(self, text: str) -> bool:
+        """Whether any of its words are in a text of names."""
+        return any(hint in text for hint, _, _ in self._rules)
+
     def name(self, name: str) -> str:
         """The name in memory of a name in a file, or in memory already."""
         if name not in self._cache:
@@ -333,6 +339,20 @@ def _family(outer: tuple[str, ...], types: tuple[str, ...]) -> Family:
         names |= {o: n for o, n in row.get("names", {}).items() if not o.startswith("^") or kind in outer}
         joins |= row.get("joins", {})
     return Family(names.items(), joins)
+
+
+def _likely(ours: Tensors, theirs: Tensors) -> Family:
+    """The family that most names are of, where no config says it: other families' words are in none of them."""
+    text = " ".join((*ours, *theirs))
+    best, most = Family((), {}), 0
+    for row in {id(row): row for row in _table().values()}.values():
+        family = Family(row.get("names", {}).items(), row.get("joins", {}))
+        if family.speaks(text):
+            mine = {(family.name(name), info.shape) for name, info in ours.items()}
+            count = sum((family.name(name), info.shape) in mine for name, info in theirs.items())
+            if count > most:
+                best, most = family, count
+    return best
 
 
 def _types(config: Any) -> Iterator[str]:

@@ -162,6 +162,38 @@ def test_layers_of_no_match_are_an_error_that_names_both(tmp_path: Path) -> None
     assert len(manifest["tensors"]["expert_only"]) == 6
 
 
+def transformer(seed: int, words: dict[str, str]) -> State:
+    """Layers of a vision transformer, in these words."""
+    parts = {"q": (4, 4), "k": (4, 4), "v": (4, 4), "up": (6, 4), "down": (4, 6)}
+    layers = {f"{words['layers']}.{i}.{words[part]}.weight": shape for i in range(2) for part, shape in parts.items()}
+    return draw(seed, **{name.replace(".", "__"): shape for name, shape in {**layers, "norm.weight": (4,)}.items()})
+
+
+FILES = {"layers": "encoder.layer", "q": "attention.attention.query", "k": "attention.attention.key",
+         "v": "attention.attention.value", "up": "intermediate.dense", "down": "output.dense"}  # fmt: skip
+MEMORY = {"layers": "layers", "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj",
+          "up": "mlp.fc1", "down": "mlp.fc2"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(FILES, MEMORY), (MEMORY, FILES)], ids=["files", "memory"])
+def test_lone_files_of_a_family_are_told_by_their_names(
+    ours: dict[str, str], theirs: dict[str, str], tmp_path: Path
+) -> None:
+    base = write(tmp_path / "base", transformer(0, ours))
+    expert = write(tmp_path / "expert", transformer(1, theirs))
+    files = [folder / "model.safetensors" for folder in (base, expert)]
+    modelmerge.merge(files[0], [files[1]], tmp_path / "out", method="average")
+    for name, tensor in transformer(1, ours).items():
+        torch.testing.assert_close(read(tmp_path / "out")[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_layers_under_names_that_nobody_knows_are_an_error(tmp_path: Path) -> None:
+    odd = {"layers": "trunk", "q": "a.one", "k": "a.two", "v": "a.three", "up": "b.wide", "down": "b.narrow"}
+    base, expert = write(tmp_path / "base", transformer(0, FILES)), write(tmp_path / "expert", transformer(1, odd))
+    with pytest.raises(PlanError, match="have 10 tensors that look like one another under other names"):
+        modelmerge.merge(base, [expert], tmp_path / "out", method="average")
+
+
 @pytest.mark.parametrize("extra", [
     {"score.weight": (2, 4)}, {"v_head.summary.weight": (1, 4)}, {"mtp.layers.0.attn.q_proj.weight": (4, 4)},
     {"model.pooler.dense.weight": (4, 4)},
