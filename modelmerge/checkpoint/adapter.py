@@ -16,12 +16,12 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from modelmerge.checkpoint.adapter_config import MERGE_FIRST, PREFIX, Adapter, unmergeable
 from modelmerge.checkpoint.adapter_places import Places, is_saved
 from modelmerge.checkpoint.header import Change, TensorInfo
 from modelmerge.checkpoint.matching import doubled_tables, is_vocabulary
+from modelmerge.checkpoint.names import matches
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.tables import TABLES, has_head, is_tied, tied_groups, tied_table
 from modelmerge.errors import CheckpointError, PlanError, named
@@ -65,7 +65,7 @@ def translate(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ())
     excluded: list[str] = []
 
     def excludes(key: str) -> bool:
-        return any(_matches(name, exclude) for name in _names_of(key))
+        return any(matches(name, exclude) for name in _names_of(key))
 
     modules, whole = _sorted_keys(adapter, expert.tensors, excludes, excluded)
     optional = {name for name, parts in modules.items() if all(excludes(part.name) for part in parts.values())}
@@ -150,7 +150,7 @@ def _whole_changes(
         else:  # peft loads what it did not train apart into the one tensor, and ties two of these names
             ensured = adapter.config.get("ensure_weight_tying") and names[0].split(".")[-2] in _PEFT_TIES
             kept = not apart or bool(ensured)
-        if not kept and not all(_matches(place, exclude) for place in group):
+        if not kept and not all(matches(place, exclude) for place in group):
             keep = " ".join(f"{named('exclude')} '{place}'" for place in group)
             raise PlanError(
                 f"{adapter.file.parent}: '{keys[0]}' was trained apart, and the base ties embedding and head, "
@@ -170,10 +170,6 @@ def _trains_head(adapter: Adapter, base: Checkpoint) -> bool:
     """Whether the model that the adapter was trained on has an output head, as far as task and class tell."""
     task = adapter.config.get("task_type")
     return task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") if task else has_head(base.config)
-
-
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def _names_of(key: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from modelmerge.checkpoint.adapter_config import MERGE_FIRST, PREFIX, Adapter
 from modelmerge.checkpoint.header import TensorInfo
 from modelmerge.checkpoint.matching import is_vocabulary
+from modelmerge.checkpoint.names import front_of, moved
 from modelmerge.checkpoint.tables import HEADS
 from modelmerge.errors import PlanError, named
 
@@ -34,7 +35,7 @@ class Places:
         """
         groups: dict[tuple[str, ...], list[str]] = {}
         for name in shapes:
-            groups.setdefault(_front(name), []).append(name)
+            groups.setdefault(front_of(name), []).append(name)
         places: dict[str, str] = {}
         for front, names in groups.items():
             if all(name in self._base for name in names):
@@ -45,10 +46,10 @@ class Places:
                 places |= dict.fromkeys(names, tied)
                 continue
             rules = self._candidates(front, names[0])
-            fitting = [rule for rule in rules if all(self._fits(_moved(name, rule), shapes[name]) for name in names)]
+            fitting = [rule for rule in rules if all(self._fits(moved(name, rule), shapes[name]) for name in names)]
             rule = self._only(names, fitting, rules)
             self._rules.add(rule)
-            places |= {name: _moved(name, rule) for name in names}
+            places |= {name: moved(name, rule) for name in names}
         return places
 
     def of_whole(self, name: str, info: TensorInfo) -> str | None:
@@ -61,15 +62,15 @@ class Places:
         """
         if name in self._base:
             return name
-        rules = {rule for rule in self._rules if len(name.split(".")) > rule[0] and _moved(name, rule) in self._base}
+        rules = {rule for rule in self._rules if moved(name, rule) in self._base}
         if not rules:
             rules = {
-                rule for rule in self._candidates(_front(name), name) if self._fits(_moved(name, rule), (info.shape,))
+                rule for rule in self._candidates(front_of(name), name) if self._fits(moved(name, rule), (info.shape,))
             }
         if len(rules) > 1:
-            raise self._ambiguous(info.name, sorted(_moved(name, rule) for rule in rules))
+            raise self._ambiguous(info.name, sorted(moved(name, rule) for rule in rules))
         if rules:
-            return _moved(name, next(iter(rules)))
+            return moved(name, next(iter(rules)))
         if self.table is not None and is_vocabulary(name) and name.endswith(".weight"):
             return None
         has_reason = is_saved(self._adapter, name)
@@ -105,11 +106,11 @@ class Places:
             trained_on = str((self._adapter.config.get("auto_mapping") or {}).get("base_model_class", "")).lower()
             of_class = [rule for rule in fits if any(w in trained_on for w in _telling(rule[1]))]
             if len(of_class) != 1:
-                raise self._ambiguous(names[0], sorted(_moved(names[0], rule) for rule in fits))
+                raise self._ambiguous(names[0], sorted(moved(names[0], rule) for rule in fits))
             return of_class[0]
         if not fits:
-            nearest = max(tried, key=lambda rule: sum(_moved(n, rule) in self._base for n in names), default=(0, ""))
-            absent = [name for name in names if _moved(name, nearest) not in self._base]
+            nearest = max(tried, key=lambda rule: sum(moved(n, rule) in self._base for n in names), default=(0, ""))
+            absent = [name for name in names if moved(name, nearest) not in self._base]
             if not absent:
                 return nearest  # the names fit: the shapes are complained of with the shapes in hand
             raise self._unplaced(PREFIX + absent[0])
@@ -135,18 +136,6 @@ def is_saved(adapter: Adapter, name: str) -> bool:
     """Whether a whole tensor is there because peft trained its module apart."""
     module = name.rpartition(".")[0]
     return any(f".{word}." in f".{module}." for word in adapter.config.get("modules_to_save") or ())
-
-
-def _front(name: str) -> tuple[str, ...]:
-    """The words of a name before its first number, or before the module's own."""
-    words = name.split(".")
-    number = next((i for i, word in enumerate(words) if word.isdigit()), len(words) - 2)
-    return tuple(words[: max(number, 0)])
-
-
-def _moved(name: str, rule: tuple[int, str]) -> str:
-    count, front = rule
-    return front + ".".join(name.split(".")[count:])
 
 
 def _telling(words: str) -> Iterable[str]:

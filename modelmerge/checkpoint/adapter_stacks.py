@@ -31,21 +31,28 @@ class View:
 
     Args:
         base: The base, by those names.
-        origins: By such a name, what it is in the base: names, each with the number of the expert, or -1 for a whole
-            tensor, and with its first and last row in the expert's matrix.
+        names: The names that the same have in files, stacks by the names that these would have.
+        origins: By such a name of a stack, its parts in files, each with the number of the expert and with its first
+            and last row in the expert's matrix.
     """
 
     base: Checkpoint
+    names: dict[str, str]
     origins: dict[str, list[tuple[str, int, int, int]]]
 
     def back(self, changes: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """Changes to these tensors as changes to the base's."""
         tensors: dict[str, TensorInfo] = {}
         for name, info in changes.items():
-            for own, number, first, last in self.origins.get(name, [(name, -1, 0, 0)]):
-                part = info if number < 0 or info.change is None else info.change.matrices[number]
-                assert part is not None, "an adapter changes all matrices of a stack"
-                tensors[own] = replace(part if number < 0 else _rows(part, first, last), name=own)
+            own = self.names.get(name, name)
+            if own not in self.origins:
+                tensors[own] = replace(info, name=own)
+                continue
+            for part, number, first, last in self.origins[own]:
+                assert info.change is not None, "a stack changes by matrices"
+                whole = info.change.matrices[number]
+                assert whole is not None, "an adapter changes all matrices of a stack"
+                tensors[part] = replace(_rows(whole, first, last), name=part)
         return tensors
 
 
@@ -57,8 +64,7 @@ def in_memory(base: Checkpoint) -> View:
     if len(set(names.values())) < len(names):  # two would be one
         names = dict(zip(stacks, stacks, strict=True))
     tensors = {names[name]: replace(info, name=names[name]) for name, info in stacks.items()}
-    parts = {new: origins.get(name, [(name, -1, 0, 0)]) for name, new in names.items()}
-    return View(replace(base, tensors=tensors), parts)
+    return View(replace(base, tensors=tensors), {new: name for name, new in names.items()}, origins)
 
 
 def _rows(info: TensorInfo, first: int, last: int) -> TensorInfo:

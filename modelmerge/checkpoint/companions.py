@@ -47,8 +47,9 @@ def is_companion(place: str) -> bool:
 
 def kind_of(place: str) -> str | None:
     """What a companion belongs to that an expert's can replace: tokenizer, chat template or generation config."""
-    path = PurePosixPath(place)
-    return next((kind for kind, patterns in _KINDS.items() if is_companion(place) and _matches(path, patterns)), None)
+    if not is_companion(place):
+        return None
+    return next((kind for kind, patterns in _KINDS.items() if _matches(PurePosixPath(place), patterns)), None)
 
 
 def companions_of_output(base: Checkpoint, giver: Checkpoint, values: Values) -> dict[str, bytes | Path]:
@@ -151,10 +152,7 @@ def _replaced(theirs: Sequence[str] | dict[str, Path]) -> set[str | None]:
 def places_beside(model: Checkpoint) -> list[str]:
     """What lies beside a model's weights, by its places there; of what is on the Hub, all files."""
     remote = model.reference.repository
-    if model.directory is None or remote is None:
-        return list(companions(model.directory))
-    folder = f"{remote.inside}/" if remote.inside else ""
-    return [place.removeprefix(folder) for place in remote.files if place.startswith(folder)]
+    return list(companions(model.directory) if model.directory is None or remote is None else remote.below)
 
 
 def _has_template(model: Checkpoint) -> bool:

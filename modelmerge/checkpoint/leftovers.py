@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, is_buffer
+from modelmerge.checkpoint.names import layer_type
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, named
 
@@ -40,7 +41,7 @@ def refuse_lookalikes(base: Checkpoint, expert: Checkpoint, merges: Callable[[st
             f"'{expert.name}' and the base have {len(pairs)} tensor{'s' * (len(pairs) > 1)} that look like one another "
             f"under other names: the base's '{one.name}' {list(one.shape)}, its '{other.name}' {list(other.shape)}",
             hint=f"save the expert under the base's names; or copy them from the base: {named('exclude')} "
-            f"'{_glob(one.name)}'",
+            f"'{layer_type(one.name)}'",
         )
 
 
@@ -83,8 +84,3 @@ def _end(name: str) -> str:
     """What names of one layer share, whatever stands in front: from its number on, or else the last three words."""
     words = name.split(".")
     return ".".join(words[next((i for i, word in enumerate(words) if word.isdigit()), -3) :])
-
-
-def _glob(name: str) -> str:
-    """A glob for all tensors of the kind."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -8,6 +8,7 @@ about the names of checkpoints and of the modules in transformers (5.24), which 
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import json
 import re
@@ -28,10 +29,34 @@ _OLD_ENDS = (
     (".gamma", ".weight"), (".beta", ".bias"),
     (".weight_g", ".parametrizations.weight.original0"), (".weight_v", ".parametrizations.weight.original1"),
 )  # fmt: skip
-_TELLING = (".gamma", ".beta", ".weight_g", ".weight_v")  # of either side, where anything goes by an old name
+_OLD = tuple(old for old, _ in _OLD_ENDS)  # a name of either side ends so, where anything goes by an old name
 _ANY = "model"  # a word that says nothing of what is meant
 _SAMPLE = 32  # names of a group that are looked at for ways to move it
 _TABLE = Path(__file__).with_name("families.json")
+
+
+def matches(name: str, globs: Sequence[str]) -> bool:
+    """Whether any of the globs matches a tensor's name."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def layer_type(name: str) -> str:
+    """A tensor's name with the numbers of its layers left open: `model.layers.*.q_proj.weight`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def front_of(name: str) -> tuple[str, ...]:
+    """The words of a name before its first number, or before the module's own."""
+    words = name.split(".")
+    number = next((i for i, word in enumerate(words) if word.isdigit()), len(words) - 2)
+    return tuple(words[: max(number, 0)])
+
+
+def moved(name: str, rule: tuple[int, str]) -> str:
+    """A name with so many words taken off its front and others put on; nothing where it has no more words."""
+    count, front = rule
+    words = name.split(".", count)
+    return front + words[count] if len(words) > count else ""
 
 
 def by_base_names(base: Checkpoint, expert: Checkpoint) -> tuple[Tensors, list[str]]:
@@ -66,14 +91,14 @@ def by_base_names(base: Checkpoint, expert: Checkpoint) -> tuple[Tensors, list[s
             "and bias, weight_g and weight_v are original0 and original1"
         )
     groups = _Groups(expert.name, ours.keys() - places.keys() - set(old.values()), ours, rest)
-    moved = groups.find([name for name in rest if name not in places and name not in old])
+    others = groups.find([name for name in rest if name not in places and name not in old])
     groups.refuse_others({family.name(name): info for name, info in matched.items()})
     names = dict(zip(ours, open_ours, strict=True))
     remarks += [
         f"its names are the base's {how}: {count} of its {total} tensors are matched so"
-        for how, count in _changes({rest[name].name: names[place] for name, place in moved.items()}).items()
+        for how, count in _changes({rest[name].name: names[place] for name, place in others.items()}).items()
     ]
-    placed = {**places, **old, **moved}
+    placed = {**places, **old, **others}
     for name, info in rest.items():
         place = placed.get(name)
         own = info.name if place is None else names[place]
@@ -101,12 +126,10 @@ def _changes(places: Mapping[str, str]) -> Counter[str]:
 
 
 def _fronts(names: Iterable[str]) -> dict[tuple[str, ...], list[str]]:
-    """Names by the words before their first number, or before the module's own."""
+    """Names by what stands in front."""
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in names:
-        words = name.split(".")
-        number = next((i for i, word in enumerate(words) if word.isdigit()), len(words) - 2)
-        groups[tuple(words[: max(number, 0)])].append(name)
+        groups[front_of(name)].append(name)
     return groups
 
 
@@ -142,7 +165,7 @@ class _Groups:
 
         def move(group: Sequence[str], rule: tuple[int, str]) -> None:
             self._rules.add(rule)
-            take({name: place for name in group if self._fits(name, place := _moved(name, rule))})
+            take({name: place for name in group if self._fits(name, place := moved(name, rule))})
 
         unsure = []
         for front, group in _fronts(names).items():
@@ -155,11 +178,11 @@ class _Groups:
             rules = self._ways(front, group)
             usual = [rule for rule in rules if rule in self._rules] or rules
             if len(usual) > 1:
-                raise self._ambiguous(group[0], [_moved(group[0], rule) for rule in usual])
+                raise self._ambiguous(group[0], [moved(group[0], rule) for rule in usual])
             for rule in usual:
                 move(group, rule)
         for name in (name for name in names if name not in places):  # alone, what is so short could be anything
-            others = {place for rule in self._rules if self._fits(name, place := _moved(name, rule))}
+            others = {place for rule in self._rules if self._fits(name, place := moved(name, rule))}
             if len(others) == 1:
                 take({name: others.pop()})
         return places
@@ -171,7 +194,7 @@ class _Groups:
             PlanError: There is such a name.
         """
         for name, info in matched.items():
-            for place in {_moved(name, rule) for rule in self._rules if len(name.split(".")) > rule[0]}:
+            for place in {moved(name, rule) for rule in self._rules}:
                 if place in self._free and self._ours[place].shape == info.shape:
                     raise self._ambiguous(name, [name, place])
 
@@ -192,7 +215,7 @@ class _Groups:
         rules = {rule for name in some for rule in self._candidates(front, name)}
         fitting: dict[frozenset[tuple[str, str]], tuple[int, str]] = {}
         for rule in sorted(rules):
-            pairs = ((name, _moved(name, rule)) for name in names)
+            pairs = ((name, moved(name, rule)) for name in names)
             places = frozenset((n, p) for n, p in pairs if self._fits(n, p))
             if places:
                 fitting[places] = rule
@@ -217,16 +240,10 @@ class _Groups:
                     yield count, ahead
 
 
-def _moved(name: str, rule: tuple[int, str]) -> str:
-    count, front = rule
-    words = name.split(".", count)
-    return front + words[count] if len(words) > count else ""
-
-
 def _by_old_ends(ours: Tensors, theirs: Tensors) -> dict[str, str]:
     """The base's name of tensors whose last words have changed over the years."""
     places: dict[str, str] = {}
-    if not any(name.endswith(_TELLING) for side in (ours, theirs) for name in side):
+    if not any(name.endswith(_OLD) for side in (ours, theirs) for name in side):
         return places
     for name in theirs:
         for left, right in (*_OLD_ENDS, *(ends[::-1] for ends in _OLD_ENDS)):

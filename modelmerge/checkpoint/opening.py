@@ -84,17 +84,18 @@ def attach(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ()) ->
 def _translated(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str]) -> Translation:
     """The adapter as changes to the base, whether it speaks of the base's names or of those in memory."""
     assert expert.adapter is not None, "the expert is an adapter"
-    view = in_memory(base)
     if not expert.adapter.config.get("target_parameters"):
         try:
             return translate(expert, base, exclude)
         except PlanError:
+            view = in_memory(base)
             if view.base.tensors.keys() == base.tensors.keys():
                 raise
             with contextlib.suppress(PlanError):  # the names in memory do not fit either
                 translation = translate(expert, view.base, exclude)
                 return replace(translation, changes=view.back(translation.changes))
             raise
+    view = in_memory(base)
     changes, rest = on_stacks(expert, view.base)
     translation = translate(rest, view.base, exclude) if rest.tensors else Translation({}, frozenset(), ())
     return replace(translation, changes=view.back({**changes, **translation.changes}))

@@ -191,9 +191,7 @@ def _beside(model: Checkpoint) -> dict[str, _File]:
     remote = model.reference.repository
     if remote is None:
         return {path.name: _File(model, path.name) for path in model.directory.iterdir() if path.is_file()}
-    folder = f"{remote.inside}/" if remote.inside else ""
-    names = [place.removeprefix(folder) for place in remote.files if place.startswith(folder)]
-    return {name: _File(model, name) for name in names if "/" not in name}
+    return {name: _File(model, name) for name in remote.below if "/" not in name}
 
 
 # --- the kinds of files ---

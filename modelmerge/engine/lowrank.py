@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.header import DTYPE_BITS
+from modelmerge.checkpoint.names import layer_type
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import Loader, Piece
 from modelmerge.engine.parallel import threads
 from modelmerge.methods import linalg
-from modelmerge.plan.tensors import Plan, TensorPlan, layer_type
+from modelmerge.plan.tensors import Plan, TensorPlan
 
 # So many rows of a matrix are looked at: enough for an adapter of rank 64, and done in milliseconds.
 ROWS = 512

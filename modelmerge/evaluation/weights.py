@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.header import HALF_DTYPES
+from modelmerge.checkpoint.names import layer_type
 from modelmerge.checkpoint.opening import as_references, open_references
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_experts
@@ -30,7 +31,7 @@ from modelmerge.evaluation.bench import Models, Running, merge_inputs
 from modelmerge.evaluation.report import Report
 from modelmerge.methods.transform import awd
 from modelmerge.plan.downloads import fetch
-from modelmerge.plan.tensors import ON_MISMATCH, TensorPlan, layer_type, make_plan
+from modelmerge.plan.tensors import ON_MISMATCH, TensorPlan, make_plan
 from modelmerge.progress import Reporter
 from modelmerge.record.manifest import record, remarks, stamp
 

@@ -71,6 +71,12 @@ class Repository:
         """The reference that leads here and nowhere else."""
         return f"hf://{self.name}/{self.inside}@{self.commit}" if self.inside else f"{self.name}@{self.commit}"
 
+    @property
+    def below(self) -> dict[str, str]:
+        """The places of all files in the folder that is meant, by their places there."""
+        front = f"{self.inside}/" if self.inside else ""
+        return {place.removeprefix(front): place for place in self.files if place.startswith(front)}
+
     def place(self, file: Path) -> str:
         """A file of the outline, by its place in the repository."""
         return file.relative_to(self.directory).as_posix()

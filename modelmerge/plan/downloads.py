@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from modelmerge.checkpoint.companions import is_companion, kind_of, places_beside
+from modelmerge.checkpoint.companions import is_companion, kind_of
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.staging import CARD
 from modelmerge.hub import repository
@@ -55,8 +55,7 @@ def _places(
     gathered = {part.file for part in parts if part.strides is not None or any(block.blocks for block in part.blocks)}
     places = [remote.place(file) for file in model.files if not stream or file in gathered]
     if model.directory is not None:
-        folder = f"{remote.inside}/" if remote.inside else ""
-        places += [folder + name for name in places_beside(model) if any(each(name) for each in goes_along)]
+        places += [place for name, place in remote.below.items() if any(each(name) for each in goes_along)]
     return places
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from modelmerge.checkpoint.names import layer_type
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.options import as_text, option_types
@@ -25,7 +25,6 @@ _SCALED_BY_WEIGHT = frozenset({
     "breadcrumbs", "consensus", "dare", "iso-c", "iso-cts", "kron", "task-arithmetic", "tsv-m", "wudi",
 })  # fmt: skip
 _APGD_ONLY = {"inner": "row", "trim_scope": "model", "task_rank": "None", "relative_lr": "None", "tolerance": "1e-11"}
-_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ def merged_overrides(
     open_tensors = dict.fromkeys(tensors)
     globs = dict.fromkeys(v.tensors for v in reversed(variations) if v.tensors is not None)
     # What globs do not tell apart is named, but for the numbers of layers; at last with them.
-    for glob in [*globs, "*", *(each for tensor in tensors for each in (_LAYER_NUMBER.sub("*", tensor), tensor))]:
+    for glob in [*globs, "*", *(each for tensor in tensors for each in (layer_type(tensor), tensor))]:
         here = [tensor for tensor in open_tensors if tensor == glob or fnmatch.fnmatchcase(tensor, glob)]
         if here and all(settings[tensor] == settings[here[0]] for tensor in here):
             overrides.append(_override(glob, settings[here[0]]))

@@ -6,13 +6,13 @@ stores one by one. Files have the stack.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modelmerge.checkpoint.header import MERGEABLE_DTYPES, Change, TensorInfo, matrix
 from modelmerge.checkpoint.layout import Entry
+from modelmerge.checkpoint.names import matches
 from modelmerge.checkpoint.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def is_stack(info: TensorInfo) -> bool:
     """Whether it holds the weights of a layer's experts, a matrix each."""
     if len(info.shape) != 3 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
         return False
-    return any(fnmatch.fnmatchcase(info.name.lower(), glob) for glob in _STACKS)
+    return matches(info.name.lower(), _STACKS)
 
 
 def matrix_name(stack: str, index: int) -> str:

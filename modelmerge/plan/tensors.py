@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -17,6 +16,7 @@ from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED
 from modelmerge.checkpoint.layout import Layout, lay_out
 from modelmerge.checkpoint.leftovers import refuse_lookalikes
 from modelmerge.checkpoint.matching import match, twins
+from modelmerge.checkpoint.names import matches
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.plan.overrides import BASE, Methods
@@ -257,9 +257,9 @@ def _decide(
     Raises:
         PlanError: The experts disagree with the base or with one another.
     """
-    if _matches(info.name, exclude):
+    if matches(info.name, exclude):
         return "copy", _EXCLUDED
-    if include and not _matches(info.name, include):
+    if include and not matches(info.name, include):
         return "copy", "not included"
     have = [expert for expert in experts if expert.has(info.name)]
     lost = [expert.name for expert in experts if expert not in have and expert.lost(info.name)]
@@ -305,7 +305,7 @@ def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
         return True
     if len(info.shape) != 2 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
         return False
-    return bool(include) or not _matches(info.name.lower(), _NOT_LINEAR)
+    return bool(include) or not matches(info.name.lower(), _NOT_LINEAR)
 
 
 def _other_shapes(info: TensorInfo, have: Sequence[Checkpoint]) -> str:
@@ -423,16 +423,7 @@ def _nothing_to_merge(base: Checkpoint, experts: Sequence[Checkpoint], tensors: 
 
 def _is_merged(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Whether the globs leave a tensor to be merged."""
-    return not _matches(name, exclude) and (not include or _matches(name, include))
-
-
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+    return not matches(name, exclude) and (not include or matches(name, include))
 
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what `--dtype` takes, in safetensors' names
-
-
-def layer_type(tensor: str) -> str:
-    """A tensor's name with the numbers of its layers left open: `model.layers.*.q_proj.weight`."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)

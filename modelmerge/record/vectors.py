@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.names import layer_type
 from modelmerge.checkpoint.reader import VECTOR_KIND
 from modelmerge.engine.figures import Entanglement, Figures
 from modelmerge.engine.vectors import Measured
-from modelmerge.plan.tensors import Plan, TensorPlan, layer_type
+from modelmerge.plan.tensors import Plan, TensorPlan
 from modelmerge.record.manifest import record, remarks, stamp
 
 _EPSILON = float(torch.finfo(torch.float32).eps)
