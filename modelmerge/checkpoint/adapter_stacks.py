@@ -17,7 +17,7 @@ from modelmerge.checkpoint.adapter import matched
 from modelmerge.checkpoint.adapter_config import MERGE_FIRST, PREFIX, Adapter
 from modelmerge.checkpoint.adapter_places import Places
 from modelmerge.checkpoint.experts import stack_all
-from modelmerge.checkpoint.header import DTYPE_BITS, Change, TensorInfo, rows
+from modelmerge.checkpoint.header import DTYPE_BITS, Change, TensorInfo, matrix, rows
 from modelmerge.checkpoint.names import family_of
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError
@@ -49,8 +49,7 @@ class View:
                 tensors[own] = replace(info, name=own)
                 continue
             for part, number, first, last in self.origins[own]:
-                assert info.change is not None, "a stack changes by matrices"
-                whole = info.change.matrices[number]
+                whole = info.change.matrices[number] if info.change is not None else matrix(info, number)
                 assert whole is not None, "an adapter changes all matrices of a stack"
                 tensors[part] = replace(_rows(whole, first, last), name=part)
         return tensors
@@ -68,10 +67,10 @@ def in_memory(base: Checkpoint) -> View:
 
 
 def _rows(info: TensorInfo, first: int, last: int) -> TensorInfo:
-    """Some rows of a matrix that changes by factors."""
+    """Some rows of a matrix, which was trained whole or changes by factors."""
     change = info.change
-    assert change is not None, "an adapter's matrices are changes"
-    assert change.factors is not None, "by factors"
+    if change is None or change.factors is None:
+        return rows(info, first, last)
     left, right = change.factors
     if change.transposed:
         raise PlanError(

@@ -34,12 +34,8 @@ def in_layout_of(ours: Mapping[str, TensorInfo], theirs: Mapping[str, TensorInfo
     their_single, their_stacked = _singles(theirs), _stacks(theirs)
     count = 0
     if stacked and their_single:
-        style, end = _style(their_single), _end(stacked)
-        for front, experts in their_single.items():
-            parts = _stack_of(front, experts, style, end)
-            if parts:
-                tensors = {name: info for name, info in tensors.items() if not name.startswith(f"{front}.")} | parts
-                count += len(parts)
+        tensors, origins = stack_all(tensors, _end(stacked))
+        count = len(origins)
     elif single and their_stacked:
         style = _style(single)
         for front, stacks in their_stacked.items():
@@ -141,19 +137,22 @@ def _is_turned(stacks: Tensors) -> bool | None:
     return None if straight == turned else turned
 
 
-def stack_all(tensors: Mapping[str, TensorInfo]) -> tuple[Tensors, dict[str, list[tuple[str, int, int, int]]]]:
+def stack_all(
+    tensors: Mapping[str, TensorInfo], end: str = ""
+) -> tuple[Tensors, dict[str, list[tuple[str, int, int, int]]]]:
     """A model's tensors with its experts stacked, and by stack what it was made of.
 
-    That is, of each part: its name, the expert's number, and its first and last row in the expert's matrix.
+    That is, of each part: its name, the expert's number, and its first and last row in the expert's matrix. The names
+    of the stacks have `end` at their end. What else experts have, such as biases, stays.
     """
     view = dict(tensors)
     origins: dict[str, list[tuple[str, int, int, int]]] = {}
     single = _singles(tensors)
     for front, experts in single.items():
         style = _style(single)
-        stacks = _stack_of(front, experts, style, "")
+        stacks = _stack_of(front, experts, style, end)
         for name, stack in stacks.items():
-            words = {GATE_UP: style[:2], UP: style[1:2], DOWN: style[2:]}[name.rpartition(".")[2]]
+            words = {GATE_UP: style[:2], UP: style[1:2], DOWN: style[2:]}[name.removesuffix(end).rpartition(".")[2]]
             height = stack.shape[1] // len(words)
             origins[name] = [
                 (experts[number][word].name, number, place * height, (place + 1) * height)

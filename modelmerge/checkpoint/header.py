@@ -125,13 +125,8 @@ def transposed(info: TensorInfo) -> TensorInfo:
 def joined(name: str, shape: tuple[int, ...], blocks: Sequence[TensorInfo]) -> TensorInfo:
     """A tensor of that shape out of stored ones, whose elements it has one after the other."""
     first, nbytes = blocks[0], sum(block.nbytes for block in blocks)
-    if len(blocks) == 1:
-        return replace(first, name=name, shape=shape)
-    in_a_row = [
-        (one.file, one.start + one.nbytes, one.strides) == (other.file, other.start, None)
-        for one, other in pairwise(blocks)
-    ]
-    if all(in_a_row) and not any(block.blocks for block in blocks):
+    plain = not any(block.blocks or block.strides for block in blocks)
+    if plain and all((a.file, a.start + a.nbytes) == (b.file, b.start) for a, b in pairwise(blocks)):
         return replace(first, name=name, shape=shape, nbytes=nbytes)
     parts = tuple(part for block in blocks for part in block.blocks or (block,))
     return TensorInfo(name, first.dtype, shape, first.file, first.start, nbytes, change=first.change, blocks=parts)

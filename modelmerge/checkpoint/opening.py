@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,18 +83,23 @@ def attach(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ()) ->
 def _translated(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str]) -> Translation:
     """The adapter as changes to the base, whether it speaks of the base's names or of those in memory."""
     assert expert.adapter is not None, "the expert is an adapter"
+    direct, error = None, None
     if not expert.adapter.config.get("target_parameters"):
         try:
-            return translate(expert, base, exclude)
-        except PlanError:
-            view = in_memory(base)
-            if view.base.tensors.keys() == base.tensors.keys():
-                raise
-            with contextlib.suppress(PlanError):  # the names in memory do not fit either
-                translation = translate(expert, view.base, exclude)
-                return replace(translation, changes=view.back(translation.changes))
-            raise
+            direct = translate(expert, base, exclude)
+        except PlanError as failure:
+            error = failure
+        if direct is not None and direct.changes.keys() <= base.tensors.keys():
+            return direct
     view = in_memory(base)
-    changes, rest = on_stacks(expert, view.base)
-    translation = translate(rest, view.base, exclude) if rest.tensors else Translation({}, frozenset(), ())
+    # Of what the base lacks, heads stay as they are, and stacks of experts have a place in memory.
+    if direct is not None and not (direct.changes.keys() - base.tensors.keys()) & view.base.tensors.keys():
+        return direct
+    try:
+        changes, rest = on_stacks(expert, view.base)
+        translation = translate(rest, view.base, exclude) if rest.tensors else Translation({}, frozenset(), ())
+    except PlanError as failure:  # the names in memory do not fit either
+        if direct is None:
+            raise error or failure from None
+        return direct
     return replace(translation, changes=view.back({**changes, **translation.changes}))

@@ -62,6 +62,25 @@ def test_an_adapter_on_stacks_is_what_peft_merges(name: str, saved: str, tmp_pat
     assert moved > 8
 
 
+@pytest.mark.parametrize("saved", SAVED)
+def test_experts_that_were_trained_whole_beside_a_lora_are_taken(saved: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = network(KINDS["qwen3_moe"], 0)
+        base = SAVED[saved](net, tmp_path / "base")
+        live = trained(net, 1, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["experts"])
+        with torch.no_grad():
+            for name, weight in live.named_parameters():
+                if "modules_to_save" in name:
+                    weight += 0.1
+        live.save_pretrained(tmp_path / "a")
+        modelmerge.merge(base, [tmp_path / "a"], tmp_path / "out", method="average")
+        got = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "out")
+        merged = dict(live.merge_and_unload().named_parameters())
+    for key, weight in got.named_parameters():
+        torch.testing.assert_close(weight, merged[key], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["kron", "ties"])
 def test_methods_take_such_adapters_as_they_take_the_merged_models(method: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():

@@ -131,6 +131,30 @@ def test_experts_come_in_the_layout_of_the_base(ours: str, theirs: str, tmp_path
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_what_experts_have_beside_their_weights_is_said(tmp_path: Path) -> None:
+    state, front = one_by_one(1, STYLES[0]), "model.layers.0.mlp.experts"
+    base = write(tmp_path / "base", stacked(one_by_one(0, STYLES[0])))
+    biases = {f"{front}.{e}.gate_proj.bias": torch.ones(3) for e in range(3)}
+    manifest = modelmerge.merge(
+        base, [write(tmp_path / "expert", {**state, **biases})], tmp_path / "out", method="average"
+    )
+    assert manifest["tensors"]["expert_only"].keys() == biases.keys()
+    torch.testing.assert_close(read(tmp_path / "out")[f"{front}.down_proj"], stacked(state)[f"{front}.down_proj"])
+
+
+def test_experts_of_a_pickle_may_lie_in_another_order(tmp_path: Path) -> None:
+    state = one_by_one(1, STYLES[0])
+    base = write(tmp_path / "base", stacked(one_by_one(0, STYLES[0])))
+    plain = write(tmp_path / "plain", state)
+    (tmp_path / "turned").mkdir()
+    turned = {name: tensor.T.contiguous().T for name, tensor in state.items()}
+    torch.save(turned, tmp_path / "turned" / "pytorch_model.bin")
+    for folder in (plain, tmp_path / "turned"):
+        modelmerge.merge(base, [folder], tmp_path / f"{folder.name} out", method="tsv-m")
+    got, want = read(tmp_path / "turned out"), read(tmp_path / "plain out")
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
 def test_experts_that_fit_no_layout_are_an_error(tmp_path: Path) -> None:
     state = one_by_one(0, STYLES[0])
     base = write(tmp_path / "base", LAYOUTS["stacked, transposed"](state))
