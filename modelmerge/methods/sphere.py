@@ -18,6 +18,8 @@ from modelmerge.methods.sums import gram, weighted_sum
 
 # Below this angle a great circle is a straight line, to float64's rounding.
 _STRAIGHT = 1e-7
+# Directions whose mean is shorter than this cancel, to the rounding of inner products of float32.
+_CANCELLED = 1e-3
 # The iteration ends at steps of this angle, or after so many of them.
 _STILL, _STEPS = 1e-12, 100
 
@@ -58,6 +60,20 @@ def between(products: Tensor, t: float) -> tuple[float, float]:
     if float(angle.sin()) < _STRAIGHT:
         return 1.0 - t, t
     return float(((1.0 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin())
+
+
+def direction(products: Tensor, weights: Sequence[float]) -> tuple[float, ...]:
+    """Coefficients of the points' weighted mean direction with their weighted mean length; `weights` add up to one.
+
+    Their weighted mean where the directions cancel.
+    """
+    norms = products.diagonal().sqrt()
+    alphas = torch.tensor(weights, dtype=torch.float64)
+    units = torch.where(norms > 0, alphas / torch.where(norms > 0, norms, 1.0), 0.0)
+    square = float(units @ products @ units)
+    if square <= _CANCELLED**2:
+        return tuple(weights)
+    return tuple((float((alphas * norms).sum()) / square**0.5 * units).tolist())
 
 
 def centre(products: Tensor, weights: Sequence[float]) -> tuple[float, ...]:

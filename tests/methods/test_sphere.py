@@ -1,4 +1,4 @@
-"""slerp, the Karcher mean and NearSwap against their definitions, in float64."""
+"""slerp, Multi-SLERP, the Karcher mean and NearSwap against their definitions, in float64."""
 
 from __future__ import annotations
 
@@ -109,3 +109,22 @@ def test_nearswap_follows_its_formula() -> None:
     distance = taus[0].double().abs()
     want = taus[0].double() * (2e-3 / distance.clamp(min=1e-6)).clamp(0, 1)
     assert (merged("nearswap", taus, t=2e-3).double() - want).norm() <= 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("points", ["weights", "task-vectors"])
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_multislerp_agrees_with_float64(points: str, reduce: str) -> None:
+    taus, weights = taus_of(4), torch.tensor([1.0, 0.5, 2.0, 1.5], dtype=torch.float64)
+    base = base_of("multislerp", taus) * (points == "weights")
+    flat = (base + taus.double()).flatten(1)
+    alphas = weights / (weights.sum() if reduce == "mean" else 1.0)
+    mean = (alphas[:, None] * flat / flat.norm(dim=1, keepdim=True)).sum(0)
+    want = ((alphas * flat.norm(dim=1)).sum() * mean / mean.norm()).view_as(base) - base
+    got = merged("multislerp", taus, tuple(weights.tolist()), points=points, reduce=reduce)
+    assert (got.double() - want).norm() <= 1e-6 * want.norm()
+
+
+def test_multislerp_of_directions_that_cancel_is_the_mean() -> None:
+    one = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(merged("multislerp", torch.stack([one, -one, 0 * one])), 0 * one, atol=1e-7)
+    assert torch.allclose(merged("multislerp", torch.stack([one, -3 * one])), -one, atol=1e-7)

@@ -1,0 +1,61 @@
+"""Weighted mean of the models' directions, as long as they are on average.
+
+Multi-SLERP (Goddard, 2025): barycentric interpolation on the sphere, tensor by tensor. Each model is brought to length
+one; the direction of the sum, weighted by --weight, has the weighted mean of the lengths. That is the first step of
+the Karcher mean (`karcher`), which goes on until it stands still. Of the task vectors, as in mergekit's multislerp with
+a base model, or of the weights themselves (without one).
+
+mergekit adds the mean of the tangents at that direction, which is zero by construction. Deviation: where the directions
+cancel, mergekit ends in an error for more than two models; here the result is the weighted mean.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from modelmerge.methods import sphere
+from modelmerge.methods.contract import Citation, Context, Method, Tensor
+from modelmerge.methods.options import option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of Multi-SLERP."""
+
+    points: Literal["weights", "task-vectors"] = option("task-vectors", "What is averaged.")
+    reduce: Literal["sum", "mean"] = option("mean", "What becomes of the lengths.")
+
+
+def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
+    """[T, *shape] -> [*shape]: the task vector of the mean."""
+    assert context.measured is not None
+    base = context.base if options.points == "weights" else None
+    coefficients = _coefficients(tuple(context.measured.tolist()), context.weights, options)
+    return sphere.combined(taus, base, coefficients)
+
+
+@functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
+def _coefficients(moments: tuple[float, ...], weights: tuple[float, ...], options: Options) -> tuple[float, ...]:
+    sums = torch.tensor(moments, dtype=torch.float64)
+    shares = [weight / sum(weights) for weight in weights]
+    if not bool(sphere.inner_products(sums, weights=False).any()):  # nothing changed, to the last digit
+        return tuple(shares)
+    products = sphere.inner_products(sums, weights=options.points == "weights")
+    factor = 1.0 if options.reduce == "mean" else sum(weights)
+    return tuple(factor * each for each in sphere.direction(products, shares))
+
+
+METHOD = Method(
+    options=Options,
+    apply=apply,
+    paper="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    citation=Citation("Multi-SLERP", "Charles Goddard", "goddard.blog 2025"),
+    normalises=True,
+    wants_base=True,
+    moments=lambda options: sphere.moments,
+    workspace=lambda tasks: tasks + 4.0,
+)
