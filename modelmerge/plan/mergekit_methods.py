@@ -74,6 +74,7 @@ _INT8_MASK = Parameter("int8_mask", None, False)
 _MEANS: Mapping[Any, Any] = {True: "mean", False: "sum"}
 _GAMMA = Parameter("gamma", "gamma", 0.01, per_model=True)
 _EPSILON = Parameter("epsilon", "epsilon", 0.15, per_model=True)
+_CHANGE = Parameter("epsilon", "threshold", 1e-5)
 _SUM_ONLY = Parameter("normalize", None, False, only=False)
 _RESCALED = Parameter("rescale", None, True, only=True)
 _AS_IT_IS = Parameter("rescale", None, False, only=False)
@@ -135,6 +136,19 @@ METHODS: Mapping[str, Row] = {
         {"points": "weights"},
         inputs="members",
     ),
+    "multislerp": Row(
+        "multislerp",
+        (
+            _WEIGHT,
+            Parameter("normalize_weights", "reduce", True, words=_MEANS),
+            Parameter("eps", None, 1e-8, outcome="has no effect: nothing is divided by zero here"),
+        ),
+        inputs="either",
+        alone={"points": "weights"},
+    ),
+    "arcee_fusion": Row("arcee-fusion", (), experts=(1, 1)),
+    "ram": Row("ram", (_CHANGE,)),
+    "ramplus_tl": Row("ramplus-tl", (Parameter("r", "gain", 0.1), Parameter("alpha", "limit", 0.2), _CHANGE)),
     "nearswap": Row("nearswap", (Parameter("t", "t", REQUIRED),), experts=(1, 1)),
 }
 

@@ -2,7 +2,8 @@
 
 Installs mergekit into an environment of its own in a temporary directory, makes the small models, runs every
 configuration of `tests/oracle/mergekit/configs`, and writes models and results below DIR (tests/oracle/mergekit).
-Models are Llamas of four layers; `up` and `down` are the base plus and minus the same steps, exactly.
+Models are Llamas of four layers; `up` and `down` are the base plus and minus the same steps, exactly; of the sparse
+ones, a part has changed.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ def write_models(root: Path) -> None:
     shared = drawn(0.03)
     for name in ("kin_1", "kin_2"):
         models[name] = {key: base[key] + shared[key] + noise for key, noise in drawn(0.008).items()}
+    for name in ("sparse_1", "sparse_2", "sparse_3"):
+        noise = drawn(0.03)
+        kept = {key: torch.rand(t.shape, generator=generator) < 0.4 for key, t in noise.items()}
+        models[name] = {key: base[key] + noise[key] * kept[key] for key in base}
     for name, state in models.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         save_file(state, root / name / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Take the expert's changes where they stand out from the rest of their tensor, and leave the others at the base.
+"""Take an expert's changes where they stand out from the rest of their tensor.
 
 Arcee Fusion (mergekit), for one expert. The importance of an entry is its change times the Kullback-Leibler divergence
 of its row, softmax(expert) from softmax(base), each plus 1e-8. Entries are taken whose importance is at least

@@ -1,4 +1,4 @@
-"""Trim both ends of each task vector, the small entries and the outliers, then add up.
+"""Trim both ends of each task vector, small entries and outliers, then add up.
 
 Model Breadcrumbs (Davari and Belilovsky, ECCV 2024). Of each tensor of each task vector (`--scope tensor`, the paper's
 layers) or each row (as in the authors' code), the largest `--gamma` of the entries are taken for outliers and set to

@@ -1,4 +1,4 @@
-"""Sum the task vectors of each linear layer and make all its singular values equal.
+"""Sum the task vectors of each linear layer, with all singular values equal.
 
 Iso-C (Marczak et al., ICML 2025). With `U S V^T` the singular value decomposition of `sum_i w_i tau_i` [m, n], the
 merged task vector is `scale * mean(S) * U V^T`: a few directions that the tasks share no longer drown the others.

@@ -1,4 +1,4 @@
-"""RAM, with what one expert alone changed made larger in each tensor where it shares much.
+"""RAM, with what one expert alone changed made larger where it shares much.
 
 RAM+ (Yuan et al., 2026) makes up for what averaging takes from an expert: its entries that nobody else changed are
 multiplied by `1 + --gain * min(shared / alone, --limit)`, of the numbers of its entries that others changed as well

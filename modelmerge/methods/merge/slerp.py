@@ -1,4 +1,4 @@
-"""Two models, a share of the way along the arc between them rather than the chord.
+"""Two models, a share of the way along the arc between them, not the chord.
 
 Spherical linear interpolation (Shoemake, SIGGRAPH 1985), tensor by tensor: with the angle omega between the two,
 `(sin((1 - t) omega) a + sin(t omega) b) / sin omega`. With two experts, from the first to the second; with one, from

@@ -1,4 +1,4 @@
-"""Trim small entries, elect each entry's sign, add up the task vectors that agree with it.
+"""Trim small entries, elect each entry's sign, add up what agrees with it.
 
 TIES-Merging (Yadav et al., NeurIPS 2023). Each task vector keeps its largest entries (share `--density` of the whole
 task vector, or of each tensor); an entry's elected sign is that of the sum over the experts; the merged entry is the
