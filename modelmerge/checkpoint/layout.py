@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from modelmerge.checkpoint.components import INDEX, SINGLE
 from modelmerge.checkpoint.header import DTYPE_BITS
-from modelmerge.checkpoint.reader import INDEX, SINGLE
 
 Entry = tuple[str, tuple[int, ...], int]  # dtype, shape, bytes
 

@@ -12,6 +12,21 @@ from typing import Any
 
 from modelmerge.checkpoint.adapter_config import CONFIG, WEIGHTS, Adapter, read_adapter
 from modelmerge.checkpoint.adapter_config import PICKLED as PICKLED_ADAPTER
+from modelmerge.checkpoint.components import (
+    INDEX,
+    INDEX_END,
+    MODEL_CONFIG,
+    PICKLED,
+    PICKLED_INDEX,
+    PICKLES,
+    SINGLE,
+    Component,
+    Weights,
+    as_safetensors,
+    find_weights,
+    folders_of,
+    named_folders,
+)
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_json
 from modelmerge.checkpoint.lora_files import refuse_factors
@@ -20,14 +35,9 @@ from modelmerge.checkpoint.reference import Reference
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 from modelmerge.hub.ranges import Ranges
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MANIFEST = "modelmerge.json"
 VECTOR_KIND = "task-vector"  # what a task vector's manifest says it is
 LEFT, RIGHT = ".left", ".right"  # ends of the names of a low-rank task vector's factors [m, r] and [r, n]
-PICKLED = "pytorch_model.bin"  # what a checkpoint is called that has no safetensors weights
-PICKLED_INDEX = "pytorch_model.bin.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FOREIGN = {".gguf": "GGUF", ".onnx": "ONNX", ".h5": "HDF5", ".msgpack": "Flax msgpack", ".ot": "rust-bert"}
 
 
@@ -58,6 +68,8 @@ class Checkpoint:
     adapter: Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
     excluded: frozenset[str] = frozenset()  # keys of an adapter that have no place in its base, and that globs exclude
     lenders: Mapping[Path, Checkpoint] = field(default_factory=dict)  # of tensors in another model's files, that model
+    components: Mapping[str, Component] = field(default_factory=lambda: {"": Component()})  # by folder
+    folders: tuple[str, ...] = ()  # all that it consists of, those without weights too; "" is the directory itself
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -166,14 +178,18 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
         ReferenceNotFound: The path holds no checkpoint, or a kind that cannot be read.
         CheckpointError: A file of it is malformed.
     """
-    path = reference.path if reference.repository is None else reference.repository.outline()
+    path = reference.path if reference.repository is None else reference.repository.outline(named_folders)
     if path.is_dir():
         return _open_directory(reference, path)
     if path.suffix in _FOREIGN:
         raise foreign(path, _FOREIGN[path.suffix])
+    if path.name.endswith(INDEX_END):
+        raise ReferenceNotFound(f"{path} is the index of shards", hint=f"name their folder: {path.parent}")
     tensors, remarks = read_file(path)
     refuse_factors(path, tensors)
-    return Checkpoint(reference, tensors, {path: path.stat()}, None, {}, remarks=remarks)
+    filename = as_safetensors(path.name)
+    component = Component("", filename, f"{filename}.index.json", alone=True)
+    return Checkpoint(reference, tensors, {path: path.stat()}, None, {}, remarks=remarks, components={"": component})
 
 
 def read_file(file: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
@@ -183,31 +199,58 @@ def read_file(file: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
         ReferenceNotFound: It is a kind that cannot be read.
         CheckpointError: It is malformed, or a pickle that would run code.
     """
-    return read_pickle(file) if file.suffix in _PICKLES else (read_header(file), ())
+    return read_pickle(file) if file.suffix in PICKLES else (read_header(file), ())
 
 
 def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
     if (directory / CONFIG).exists():
         return _open_adapter(reference, directory)
-    # Safetensors first, as loaders do: where both kinds lie side by side they hold the same.
-    for single, index in ((directory / SINGLE, directory / INDEX), (directory / PICKLED, directory / PICKLED_INDEX)):
-        if single.exists() or index.exists():
-            tensors, remarks, absent = _read_weights(directory, single, index)
-            break
-    else:
+    tensors: dict[str, TensorInfo] = {}
+    remarks: tuple[str, ...] = ()
+    absent: set[str] = set()
+    files: dict[Path, os.stat_result] = {}
+    components: dict[str, Component] = {}
+    folders = folders_of(directory)
+    for folder in folders:
+        place = directory / folder
+        weights = find_weights(place, known=bool(folder) or (directory / MANIFEST).exists())
+        if weights is None:
+            continue
+        component = Component(folder, *weights.component_names, _read_config(place), weights.alone)
+        content, notes, gone = _read_weights(place, weights)
+        refuse_factors(place, content)
+        read = dict.fromkeys(tensor.file for tensor in content.values()) or (place / weights.single,)
+        files |= {file: file.stat() for file in read}
+        if weights.variant is not None:
+            notes += (f"it has no weights but those of the variant {weights.variant}, which are read",)
+        remarks += tuple(f"{component.prefix}: {note}" if folder else note for note in notes)
+        tensors |= with_prefix(component.prefix, content)
+        absent |= {f"{component.prefix}{name}" for name in gone}
+        components[folder] = component
+    if not components:
         raise _no_weights(directory)
-    refuse_factors(directory, tensors)
-    files = {file: file.stat() for file in dict.fromkeys(tensor.file for tensor in tensors.values()) or (single,)}
     vector = _read_vector(directory)
     if vector is not None:
         tensors = _joined(tensors)
-    return Checkpoint(reference, tensors, files, directory, _read_config(directory), vector, remarks, absent)
+    config = dict(components[""].config) if "" in components else _read_config(directory)
+    return Checkpoint(
+        reference, tensors, files, directory, config, vector, remarks, frozenset(absent), components=components,
+        folders=tuple(folders),
+    )  # fmt: skip
 
 
-Weights = tuple[dict[str, TensorInfo], tuple[str, ...], frozenset[str]]  # tensors, remarks, and what is absent
+def with_prefix(prefix: str, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """A component's tensors by the names that they have in the whole."""
+    if not prefix:
+        return dict(tensors)
+    return {f"{prefix}{name}": replace(info, name=f"{prefix}{info.name}") for name, info in tensors.items()}
 
 
-def _read_weights(directory: Path, single: Path, index: Path) -> Weights:
+Read = tuple[dict[str, TensorInfo], tuple[str, ...], frozenset[str]]  # tensors, remarks, and what is absent
+
+
+def _read_weights(directory: Path, weights: Weights) -> Read:
+    single, index = directory / weights.single, directory / weights.index
     weight_map = _read_index(index) if index.exists() else None
     if weight_map and single.exists() and set(weight_map.values()) != {single.name}:
         raise CheckpointError(
@@ -282,7 +325,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(directory: Path, weight_map: dict[str, str], index: str) -> Weights:
+def _read_shards(directory: Path, weight_map: dict[str, str], index: str) -> Read:
     """The tensors of all shards, as loaders read them: an index that is wrong about some is remarked upon."""
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (directory / shard).is_file()]
@@ -317,7 +360,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    file = directory / "config.json"
+    file = directory / MODEL_CONFIG
     config = read_json(file) if file.exists() else None
     return config if isinstance(config, dict) else {}
 
@@ -325,7 +368,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def _no_weights(directory: Path) -> ReferenceNotFound:
     files = sorted(p for p in directory.iterdir() if p.is_file())
     other = next((p for p in files if p.suffix in _FOREIGN), None)
-    loose = [p.name for p in files if p.suffix == ".safetensors"] or [p.name for p in files if p.suffix in _PICKLES]
+    loose = [p.name for p in files if p.suffix == ".safetensors"] or [p.name for p in files if p.suffix in PICKLES]
     if loose:
         hint = f"it holds {', '.join(loose[:4])}: name one file, or restore the index if they are shards"
         return ReferenceNotFound(f"{directory} has neither {SINGLE} nor {INDEX} nor {PICKLED}", hint=hint)

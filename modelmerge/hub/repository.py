@@ -33,10 +33,15 @@ from modelmerge.progress import Reporter
 _DOWNLOADS = 4  # files at a time
 _REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
-_KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of a checkpoint's files; readers prefer the first
+_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")  # of a checkpoint's files
+# Where one of these is there, readers open no pickle.
+_PLAIN = ("model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
 _ADDRESS = re.compile(r"hf://([^/@]+/[^/@]+)@([^/]+)/(.+)")
 # By readers, to know what a checkpoint is and what lies beside it.
-_LOOKED_INTO = re.compile(r"(.*/)?((adapter_|generation_|tokenizer_)?config|modelmerge|[^/]*\.index)\.json", re.DOTALL)
+_LOOKED_INTO = re.compile(
+    r"(.*/)?((adapter_|generation_|tokenizer_|router_)?config|modelmerge|modules|model_index|[^/]*\.index(\.[^/]+)?)\.json",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +103,32 @@ class Repository:
         remote = self.files[self.place(file)]
         return Ranges(self.name, self.commit, self.place(file), remote.size, remote.sha256 or "", self._chunks)
 
-    def outline(self) -> Path:
+    def outline(self, named_folders: Callable[[Path], Sequence[str]]) -> Path:
         """Make the outline; the directory or file in it that the reference means.
+
+        Args:
+            named_folders: The folders in a directory of the outline that the files there name as a model's.
 
         Raises:
             HubError: The Hub refuses, or cannot be reached.
         """
         inside = PurePosixPath(self.inside)
-        folder = inside.parent if self.inside in self.files else inside
-        beside = [place for place in self.files if PurePosixPath(place).parent == folder]
-        weights = [place for place in beside if place.endswith(_WEIGHTS)]
-        with ThreadPoolExecutor(_REQUESTS) as pool:
-            list(pool.map(self.bring, filter(_LOOKED_INTO.fullmatch, beside)))
-            readable = self._checkpoint(weights, self.directory / folder)
-            list(pool.map(self._draw, weights, (place in readable for place in weights)))
+        whole = self.inside not in self.files
+        waiting = [inside if whole else inside.parent]
+        for folder in waiting:  # which grows on the way
+            beside = [place for place in self.files if PurePosixPath(place).parent == folder]
+            weights = [place for place in beside if place.endswith(_WEIGHTS)]
+            (self.directory / folder).mkdir(parents=True, exist_ok=True)
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                list(pool.map(self.bring, filter(_LOOKED_INTO.fullmatch, beside)))
+                readable = self._readable(weights, self.directory / folder)
+                list(pool.map(self._draw, weights, (place in readable for place in weights)))
+            below = [folder / name for name in named_folders(self.directory / folder)] if whole else []
+            waiting += [place for place in below if place not in waiting and self._has_files(place)]
         return self.directory / inside
+
+    def _has_files(self, folder: PurePosixPath) -> bool:
+        return any(folder in PurePosixPath(place).parents for place in self.files)
 
     def bring(self, place: str, progress: Any = None) -> None:
         """Have a file in the shared cache, and a link to it in the outline.
@@ -133,18 +149,20 @@ class Repository:
         """Whether the shared cache has a file."""
         return isinstance(try_to_load_from_cache(self.name, place, revision=self.commit), str)
 
-    def _checkpoint(self, weights: Sequence[str], folder: Path) -> set[str]:
+    def _readable(self, weights: Sequence[str], folder: Path) -> set[str]:
         """Of weight files side by side, those that a reader may open: not the copies of the model in other kinds."""
         if self.inside in weights:
             return {self.inside}
-        for stem, ending in _KINDS:
-            index = folder / f"{stem}{ending}.index.json"
-            index_text = index.read_text(errors="replace") if index.exists() else ""
-            names = {place: PurePosixPath(place).name for place in weights if place.endswith(ending)}
-            places = {p for p, name in names.items() if name.startswith((stem, "adapter_model")) or name in index_text}
-            if places:
-                return places
-        return set()
+        indices = [*folder.glob("*.index.json"), *folder.glob("*.index.*.json")]
+        listed = " ".join(index.read_text(errors="replace") for index in indices)
+        kinds = [[place for place in weights if place.endswith(end)] for end in (".safetensors", ".bin")]
+        readable: set[str] = set()
+        for places in kinds:
+            names = {place: PurePosixPath(place).name for place in places}
+            readable |= {p for p, name in names.items() if name.startswith(_STEMS) or name in listed or len(names) == 1}
+            if any(name in _PLAIN or name in listed for name in names.values()):
+                break
+        return readable
 
     def _draw(self, place: str, readable: bool) -> None:
         """Put a weight file into the outline: whole if the cache has it or git holds it, else as a sparse copy."""

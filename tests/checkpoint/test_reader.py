@@ -18,9 +18,10 @@ from safetensors.torch import save, save_file
 
 import modelmerge
 from modelmerge.checkpoint import digest
+from modelmerge.checkpoint.components import INDEX
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
-from modelmerge.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_experts
 from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ReferenceNotFound, UsageError

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import modelmerge
 from modelmerge.checkpoint import staging
+from modelmerge.checkpoint.components import INDEX
 from modelmerge.checkpoint.layout import lay_out, together
-from modelmerge.checkpoint.reader import INDEX
 from modelmerge.checkpoint.staging import CARD, MANIFEST
 from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ModelMergeError, OutputError

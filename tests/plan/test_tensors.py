@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from modelmerge.checkpoint import digest
+from modelmerge.checkpoint.components import INDEX
 from modelmerge.checkpoint.header import DTYPE_BITS
-from modelmerge.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import parse
 from modelmerge.errors import PlanError, UsageError
 from modelmerge.plan.overrides import Methods

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from modelmerge.checkpoint.reader import PICKLED_INDEX
+from modelmerge.checkpoint.components import PICKLED_INDEX
 
 State = dict[str, Tensor]
 
