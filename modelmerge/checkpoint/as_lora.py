@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from modelmerge.checkpoint.adapter import CONV1D, stores_conv1d
 from modelmerge.checkpoint.adapter_config import PREFIX, WEIGHTS
+from modelmerge.checkpoint.components import Component
 from modelmerge.checkpoint.header import TensorInfo, is_buffer
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out
 from modelmerge.checkpoint.matching import doubled_tables
@@ -169,7 +170,7 @@ def key(role: Role, tensor: str, part: str) -> str:
 
 def lay_out_adapter(entries: Mapping[str, Entry]) -> Layout:
     """The one file that peft reads, whatever its size."""
-    return lay_out(entries, max(sum(nbytes for _, _, nbytes in entries.values()), 1), filename=WEIGHTS)
+    return lay_out(entries, None, component=Component(filename=WEIGHTS, alone=True))
 
 
 def config(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modelmerge.checkpoint.config_file import Values, token_values, with_values
-from modelmerge.checkpoint.configs import CONFIG, text_parts
+from modelmerge.checkpoint.components import MODEL_CONFIG, folder_of
+from modelmerge.checkpoint.config_file import Values, dtype_values, token_values, with_values
+from modelmerge.checkpoint.configs import text_parts
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
 from modelmerge.errors import PlanError, UsageError, named, suggestion
 
 BASE = "base"  # whose files go with the weights, if no expert's
 # What lies beside weights and is wanted with them. Weights, their indices and what training left are not.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "*.vocab", "*.bpe",
-               "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja", "[0-9]_*/config.json")  # fmt: skip
+               "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")  # fmt: skip
+_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 _NOT_COMPANIONS = (MANIFEST, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 TOKENIZER, TEMPLATE, GENERATION = "tokenizer", "chat template", "generation config"
 GENERATION_CONFIG, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
@@ -28,21 +31,25 @@ _KINDS = {
 }  # fmt: skip
 
 
-def companions(directory: Path | None) -> dict[str, Path]:
-    """The config, tokenizer, processor, code and licence files beside a base's weights, by their place there."""
-    if directory is None:
+def companions(model: Checkpoint) -> dict[str, Path]:
+    """What lies beside a model's weights and goes with them, by its place there: in the folders it consists of, too."""
+    if model.directory is None:
         return {}
-    files = {file for pattern in _COMPANIONS for file in directory.glob(pattern) if file.is_file()}
-    by_place = {str(file.relative_to(directory)): file for file in sorted(files)}
-    return {place: file for place, file in by_place.items() if is_companion(place)}
+    files: dict[str, Path] = {}
+    for folder in ("", *model.folders):
+        inside = model.directory / folder
+        some = {file for pattern in _COMPANIONS for file in inside.glob(pattern) if file.is_file()}
+        files |= {file.relative_to(model.directory).as_posix(): file for file in sorted(some)}
+    return {place: file for place, file in files.items() if is_companion(place, model.folders)}
 
 
-def is_companion(place: str) -> bool:
-    """Whether a file of that place beside a base's weights goes with them."""
+def is_companion(place: str, folders: Sequence[str] = ()) -> bool:
+    """Whether a file of that place beside a base's weights, or in one of its folders, goes with them."""
     path = PurePosixPath(place)
-    if path.name.startswith(".") or path.name.endswith((*_NOT_COMPANIONS, ".index.json")):
+    if path.name.startswith(".") or path.name.endswith(_NOT_COMPANIONS) or _INDEX.search(path.name):
         return False
-    return _matches(path, _COMPANIONS)
+    folder = folder_of(place, folders)
+    return _matches(path.relative_to(folder), _COMPANIONS)
 
 
 def kind_of(place: str) -> str | None:
@@ -52,21 +59,29 @@ def kind_of(place: str) -> str | None:
     return next((kind for kind, patterns in _KINDS.items() if _matches(PurePosixPath(place), patterns)), None)
 
 
-def companions_of_output(base: Checkpoint, giver: Checkpoint, values: Values) -> dict[str, bytes | Path]:
+def companions_of_output(
+    base: Checkpoint, giver: Checkpoint, values: Values, dtype: str | None
+) -> dict[str, bytes | Path]:
     """What goes beside merged weights: the content, or the file to copy.
 
     Args:
         base: The base, whose config, code and licence they are.
         giver: Whose tokenizer, chat template and generation config they are.
         values: What the config must say otherwise.
+        dtype: What the weights are stored as, where that is not as before; the configs of all components say it.
     """
-    files: dict[str, bytes | Path] = dict(companions(base.directory))
+    files: dict[str, bytes | Path] = dict(companions(base))
     if giver is not base:
-        theirs = {place: file for place, file in companions(giver.directory).items() if kind_of(place)}
+        theirs = {place: file for place, file in companions(giver).items() if kind_of(place)}
         replaced = _replaced(theirs)
         files = {**{place: file for place, file in files.items() if kind_of(place) not in replaced}, **theirs}
-    if values and base.directory is not None and CONFIG in files:
-        files[CONFIG] = with_values((base.directory / CONFIG).read_bytes(), values)
+    for folder in {"", *base.components}:
+        component = base.components.get(folder)
+        entries = dtype_values(component.config if component is not None else base.config, dtype)
+        entries |= values if not folder else {}
+        place = f"{folder}/{MODEL_CONFIG}".lstrip("/")
+        if entries and base.directory is not None and place in files:
+            files[place] = with_values((base.directory / place).read_bytes(), entries)
     return files
 
 
@@ -132,7 +147,7 @@ def _remarks_on_giver(base: Checkpoint, giver: Checkpoint) -> list[str]:
         remarks.append(f"'{giver.name}' has no {' and no '.join(stay)}: the base's stays.")
     if values := token_ids(base, giver):
         entries = ", ".join(f"{'.'.join(place)} {json.dumps(value)}" for place, value in values.items())
-        remarks.append(f"{CONFIG} says of tokens what '{giver.name}' says: {entries}.")
+        remarks.append(f"{MODEL_CONFIG} says of tokens what '{giver.name}' says: {entries}.")
     if not _says_tokens(giver):
         remarks.append(f"'{giver.name}' has no config that says which tokens begin and end texts: the base's do.")
     return remarks
@@ -140,7 +155,7 @@ def _remarks_on_giver(base: Checkpoint, giver: Checkpoint) -> list[str]:
 
 def _says_tokens(giver: Checkpoint) -> dict[str, Any]:
     """The config that says which tokens are special; an adapter's directory may have that of generation alone."""
-    return _read(giver, CONFIG) or _read(giver, GENERATION_CONFIG)
+    return _read(giver, MODEL_CONFIG) or _read(giver, GENERATION_CONFIG)
 
 
 def _replaced(theirs: Sequence[str] | dict[str, Path]) -> set[str | None]:
@@ -152,7 +167,7 @@ def _replaced(theirs: Sequence[str] | dict[str, Path]) -> set[str | None]:
 def places_beside(model: Checkpoint) -> list[str]:
     """What lies beside a model's weights, by its places there; of what is on the Hub, all files."""
     remote = model.reference.repository
-    return list(companions(model.directory) if model.directory is None or remote is None else remote.below)
+    return list(companions(model) if model.directory is None or remote is None else remote.below)
 
 
 def _has_template(model: Checkpoint) -> bool:

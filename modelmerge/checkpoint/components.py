@@ -9,7 +9,7 @@ each with a variant in the middle or without (`model.fp16.safetensors`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,7 +37,7 @@ class Component:
 
     `folder` is empty for the model's own. `filename` is what the weights are called as one file, `index` what their
     index is called where they are several. `alone`: a file of its own name, which programs load by that name: they take
-    no shards.
+    no shards. `metadata` is what such a file says of itself.
     """
 
     folder: str = ""
@@ -45,6 +45,7 @@ class Component:
     index: str = INDEX
     config: Mapping[str, Any] = field(default_factory=dict)
     alone: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:
@@ -67,6 +68,11 @@ class Weights:
         name = as_safetensors(self.single)
         front, variant = (name, "") if self.variant is None else (_without(name, self.variant), f"{self.variant}.")
         return name, f"{front}.index.{variant}json"
+
+
+def folder_of(name: str, folders: Iterable[str]) -> str:
+    """The innermost of the folders that a tensor of that name lies in."""
+    return max((folder for folder in folders if name.startswith(f"{folder}/")), key=len, default="")
 
 
 def as_safetensors(filename: str) -> str:

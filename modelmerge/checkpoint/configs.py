@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from modelmerge.checkpoint.components import CLASS, MODEL_CONFIG
+from modelmerge.checkpoint.pairing import config_of
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError
 
 Config = Mapping[str, Any]
 Place = tuple[str, ...]  # the keys that lead to a config inside another; () is the whole
 
-CONFIG = "config.json"
 TEXT = ("text_config", "llm_config", "language_config")  # what the config of a language model is called inside another
 ACTIVATIONS = frozenset({
     "act_fn", "activation", "activation_function", "dense_act_fn", "feed_forward_proj", "hidden_act",
@@ -47,7 +48,7 @@ MEANT = frozenset({
     "attn_logit_softcapping", "final_logit_softcapping", "layer_norm_eps", "layer_norm_epsilon", "layer_types",
     "layernorm_epsilon", "norm_eps", "norm_epsilon", "num_experts_per_tok", "num_experts_per_token",
     "partial_rotary_factor", "rms_norm_eps", "rope_local_base_freq", "rope_scaling", "rope_theta", "sliding_window",
-    "tie_word_embeddings",
+    "tie_word_embeddings", CLASS,
 })  # fmt: skip
 # Names of one and the same function.
 _SAME = {
@@ -85,11 +86,16 @@ def compared(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[Checkpoint
     clashes: list[str] = []
     strangers, remarked = [], []
     for expert in experts:
-        refused, remarks = compare(base.config, expert.config)
-        clashes += [f"'{expert.name}': {clause}" for clause in refused]
-        strangers += [expert] if refused else []
-        said = f"its {CONFIG} differs from the base's, which the output gets: {', '.join(remarks)}"
-        remarked.append(replace(expert, remarks=(*expert.remarks, said)) if remarks else expert)
+        said = list(expert.remarks)
+        for folder in base.components:
+            where = f"{folder}/" if folder else ""
+            refused, remarks = compare(config_of(base, folder), config_of(expert, folder))
+            clashes += [f"'{expert.name}': {where and f'{where}{MODEL_CONFIG}: '}{clause}" for clause in refused]
+            strangers += [expert] if refused else []
+            if remarks:
+                clauses = ", ".join(remarks)
+                said.append(f"its {where}{MODEL_CONFIG} differs from the base's, which the output gets: {clauses}")
+        remarked.append(replace(expert, remarks=tuple(said)))
     if clashes:
         text = "the same weights mean different things, by the models' config.json:\n  " + "\n  ".join(clashes)
         raise PlanError(text, hint=_way_out(strangers[0]))

@@ -146,7 +146,7 @@ def _run(info: TensorInfo, start: int, stop: int) -> TensorInfo:
 
 def is_buffer(info: TensorInfo) -> bool:
     """Whether a tensor holds state, not weights, by its name; of GPT-2's masks, by their shape [1, 1, n, n] too."""
-    *front, last = info.name.split(".")
+    *front, last = info.name.replace("/", ".").split(".")
     mask = last == "bias" and front[-1:] and front[-1].lower().endswith(("attn", "attention"))
     square = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
     return last in BUFFERS or bool(mask and square)
@@ -198,6 +198,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     return _parse(file, size, 8 + length, text)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file, whose header has been read, says of itself in words."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        metadata = json.loads(stream.read(length)).get("__metadata__")
+    entries = metadata.items() if isinstance(metadata, dict) else ()
+    return {key: value for key, value in entries if isinstance(value, str)}
 
 
 def _parse(file: Path, size: int, data_start: int, text: bytes) -> dict[str, TensorInfo]:

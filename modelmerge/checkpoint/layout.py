@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from modelmerge.checkpoint.components import INDEX, SINGLE
+from modelmerge.checkpoint.components import Component, folder_of
 from modelmerge.checkpoint.header import DTYPE_BITS
 
+SHARD_BYTES = 5_000_000_000  # of tensors in a file, where nothing else is said
+_PLAIN = Component()
 Entry = tuple[str, tuple[int, ...], int]  # dtype, shape, bytes
 
 
@@ -41,39 +44,76 @@ class Layout:
     shard_of: dict[str, Shard]  # key -> its shard
 
 
-def lay_out(
+def lay_out_model(
     entries: Mapping[str, Entry],
-    max_shard_size: int,
+    components: Mapping[str, Component],
+    max_shard_size: int | None,
     *,
     parts: Mapping[str, Mapping[str, int]] | None = None,
     folder: str = "",
-    filename: str = SINGLE,
 ) -> Layout:
-    """Files of at most `max_shard_size` bytes of tensors, named and split as transformers does.
+    """Files of every component in its folder, named and split as its library does.
+
+    Args:
+        entries: As for `lay_out`, by the names that tensors have in the whole.
+        components: By folder.
+        max_shard_size: As for `lay_out`.
+        parts: As for `lay_out`.
+        folder: As for `lay_out`.
+    """
+    contents: dict[str, dict[str, Entry]] = {place: {} for place in components}
+    for name, entry in entries.items():
+        contents[folder_of(name, components)][name] = entry
+    layouts = []
+    for place, component in components.items():
+        count = len(component.prefix)
+        inner = {
+            name[count:]: {part[count:]: size for part, size in (parts or {}).get(name, {}).items()}
+            for name in contents[place]
+            if name in (parts or {})
+        }
+        content = {name[count:]: entry for name, entry in contents[place].items()}
+        layouts.append(lay_out(
+            content, max_shard_size, parts=inner, folder=f"{folder}{component.prefix}", component=component
+        ))  # fmt: skip
+    return together(layouts)
+
+
+def lay_out(
+    entries: Mapping[str, Entry],
+    max_shard_size: int | None,
+    *,
+    parts: Mapping[str, Mapping[str, int]] | None = None,
+    folder: str = "",
+    component: Component = _PLAIN,
+) -> Layout:
+    """Files of at most `max_shard_size` bytes of tensors, named and split as the model's library does.
 
     Args:
         entries: Name to dtype, shape and bytes, in the order they shall have.
-        max_shard_size: In bytes.
+        max_shard_size: In bytes; None for the usual one, and one file where programs take no shards.
         parts: By tensor, its parts in their order with their bytes, where they are written one by one.
         folder: Where in the output the checkpoint goes; ends in a slash, or is empty for the output itself.
-        filename: What a single file is called.
+        component: How its files are called.
     """
+    usual = sys.maxsize if component.alone else SHARD_BYTES
+    stem, dot, end = component.filename.replace("{", "{{").replace("}", "}}").rpartition(".")
     split = split_state_dict_into_shards_factory(
         {name: nbytes for name, (_, _, nbytes) in entries.items()},
         get_storage_size=lambda nbytes: nbytes,
-        filename_pattern=filename.replace(".", "{suffix}."),
-        max_shard_size=max_shard_size,
+        filename_pattern=f"{stem}{{suffix}}{dot}{end}",
+        max_shard_size=usual if max_shard_size is None else max_shard_size,
     )
     shards = tuple(
-        _shard(folder, filename, {name: entries[name] for name in names}, parts or {})
-        for filename, names in (split.filename_to_tensors or {filename: []}).items()
+        _shard(folder, filename, {name: entries[name] for name in names}, parts or {}, component.metadata)
+        for filename, names in (split.filename_to_tensors or {component.filename: []}).items()
     )
     shard_of = {key: shard for shard in shards for key in shard.tensors}
     indices = {}
     if split.is_sharded:
         metadata = {"total_size": sum(nbytes for _, _, nbytes in entries.values())}
         index = {"metadata": metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-        indices[f"{folder}{INDEX}"] = (json.dumps(index, indent=2) + "\n").encode()
+        indices[f"{folder}{component.index}"] = (json.dumps(index, indent=2) + "\n").encode()
     return Layout(shards, indices, shard_of)
 
 
@@ -87,10 +127,16 @@ def together(layouts: Iterable[Layout]) -> Layout:
     )
 
 
-def _shard(folder: str, filename: str, entries: Mapping[str, Entry], parts: Mapping[str, Mapping[str, int]]) -> Shard:
+def _shard(
+    folder: str,
+    filename: str,
+    entries: Mapping[str, Entry],
+    parts: Mapping[str, Mapping[str, int]],
+    metadata: Mapping[str, str],
+) -> Shard:
     # Widest dtype first, so that every tensor starts at a multiple of its item size, as readers that map files need.
     names = sorted(entries, key=lambda name: -DTYPE_BITS[entries[name][0]])
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position, relative = 0, {}
     for name in names:
         dtype, shape, nbytes = entries[name]

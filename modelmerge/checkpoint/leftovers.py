@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from modelmerge.checkpoint.components import folder_of
 from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, is_buffer
 from modelmerge.checkpoint.names import layer_type
 from modelmerge.checkpoint.reader import Checkpoint
@@ -34,7 +35,10 @@ def refuse_lookalikes(base: Checkpoint, expert: Checkpoint, merges: Callable[[st
     theirs = [info for name, info in expert.tensors.items() if name not in base.tensors and _counts(info)]
     if not ours or not theirs:
         return
-    pairs = list(_lookalikes(ours, theirs))
+    pairs: list[tuple[TensorInfo, TensorInfo]] = []
+    for folder in base.components:
+        sides = ([info for info in side if folder_of(info.name, base.components) == folder] for side in (ours, theirs))
+        pairs += _lookalikes(*sides)
     if pairs:
         one, other = pairs[0]
         raise PlanError(

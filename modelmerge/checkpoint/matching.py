@@ -9,9 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from modelmerge.checkpoint.components import folder_of
 from modelmerge.checkpoint.header import TensorInfo
 from modelmerge.checkpoint.names import by_base_names
-from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.checkpoint.pairing import component_of
+from modelmerge.checkpoint.reader import Checkpoint, with_prefix
+from modelmerge.errors import PlanError, named
 
 # Ends of the names of tensors that have a row for each token and that models tie to one another.
 _INPUTS = (
@@ -49,10 +52,47 @@ def match(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -
     """
     if expert.vector is not None:
         return _through_adapted_twins(base, expert), []
+    if base.components.keys() == {""} == expert.components.keys():
+        return _match(base, expert, merges)
+    tensors = {n: info for n, info in expert.tensors.items() if folder_of(n, expert.components) not in base.components}
+    remarks, complaints = list(expert.remarks), []
+    for folder, component in base.components.items():
+        ours, theirs = (component_of(model, folder, base.components) for model in (base, expert))
+        mine = {name: info for name, info in theirs.tensors.items() if component.prefix + name not in tensors}
+        if not mine:
+            continue
+
+        def merges_here(name: str, prefix: str = component.prefix) -> bool:
+            return merges(prefix + name)
+
+        try:
+            theirs, unsure = _match(ours, replace(theirs, tensors=mine), merges_here)
+        except PlanError as error:
+            where = f"{component.prefix}: " if folder else ""
+            raise PlanError(f"{where}{error.template}", hint=error.hint_template) from error
+        _refuse_stranger(ours, theirs, component.prefix, merges_here)
+        tensors |= with_prefix(component.prefix, theirs.tensors)
+        remarks += [f"{component.prefix}: {remark}" if folder else remark for remark in theirs.remarks]
+        complaints += [f"'{component.prefix}{clause[1:]}" for clause in unsure]
+    return replace(expert, tensors=tensors, remarks=tuple(remarks)), complaints
+
+
+def _match(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -> tuple[Checkpoint, list[str]]:
+    """`match` for a component of an expert and the base's."""
     tensors, remarks = by_base_names(base, expert)
     expert = replace(expert, tensors=tensors)
     through, complaints = _through_twins(base, expert, merges)
     return replace(expert, remarks=(*expert.remarks, *remarks, *through)), complaints
+
+
+def _refuse_stranger(base: Checkpoint, expert: Checkpoint, prefix: str, merges: Callable[[str], bool]) -> None:
+    """Refuse a component that has nothing in common with the base's, which would be left as it is."""
+    if expert.tensors and not expert.tensors.keys() & base.tensors.keys() and any(map(merges, base.tensors)):
+        ours, theirs = next(iter(base.tensors)), next(iter(expert.tensors))
+        raise PlanError(
+            f"no tensor of the base's '{prefix}*' is in {expert.name}: the base has '{ours}', {expert.name} '{theirs}'",
+            hint=f"are these of one kind? If the base's shall stay: {named('exclude')} '{prefix}*'",
+        )
 
 
 def twins(base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, str]:
@@ -60,6 +100,17 @@ def twins(base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, str]:
 
     To merge one is to merge both: what is counted over a whole model counts them once.
     """
+    if base.components.keys() == {""}:
+        return _twins(base, experts)
+    tables: dict[str, str] = {}
+    for folder, component in base.components.items():
+        parts = [component_of(model, folder, base.components) for model in (base, *experts)]
+        for name, table in _twins(parts[0], parts[1:]).items():
+            tables[component.prefix + name] = component.prefix + table
+    return tables
+
+
+def _twins(base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, str]:
     tables: dict[str, str] = {}
     ties = _Ties(base)
     # The same one whatever the order of the file.
@@ -231,4 +282,4 @@ def _says_tied(model: Checkpoint) -> bool | None:
 
 
 def _ends(name: str, ends: tuple[str, ...]) -> bool:
-    return f".{name}".endswith(ends)
+    return f".{name.replace('/', '.')}".endswith(ends)

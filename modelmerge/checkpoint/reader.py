@@ -28,7 +28,7 @@ from modelmerge.checkpoint.components import (
     named_folders,
 )
 from modelmerge.checkpoint.digest import FileDigest
-from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_json
+from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_json, read_metadata
 from modelmerge.checkpoint.lora_files import refuse_factors
 from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
@@ -188,7 +188,7 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
     tensors, remarks = read_file(path)
     refuse_factors(path, tensors)
     filename = as_safetensors(path.name)
-    component = Component("", filename, f"{filename}.index.json", alone=True)
+    component = Component("", filename, f"{filename}.index.json", alone=True, metadata=_metadata(path))
     return Checkpoint(reference, tensors, {path: path.stat()}, None, {}, remarks=remarks, components={"": component})
 
 
@@ -216,8 +216,9 @@ def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
         weights = find_weights(place, known=bool(folder) or (directory / MANIFEST).exists())
         if weights is None:
             continue
-        component = Component(folder, *weights.component_names, _read_config(place), weights.alone)
         content, notes, gone = _read_weights(place, weights)
+        metadata = _metadata(place / weights.single) if weights.alone else {}
+        component = Component(folder, *weights.component_names, _read_config(place), weights.alone, metadata)
         refuse_factors(place, content)
         read = dict.fromkeys(tensor.file for tensor in content.values()) or (place / weights.single,)
         files |= {file: file.stat() for file in read}
@@ -237,6 +238,10 @@ def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
         reference, tensors, files, directory, config, vector, remarks, frozenset(absent), components=components,
         folders=tuple(folders),
     )  # fmt: skip
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    return {} if file.suffix in PICKLES else read_metadata(file)
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modelmerge.checkpoint.header import read_json
@@ -191,7 +191,9 @@ def _beside(model: Checkpoint) -> dict[str, _File]:
     remote = model.reference.repository
     if remote is None:
         return {path.name: _File(model, path.name) for path in model.directory.iterdir() if path.is_file()}
-    return {name: _File(model, name) for name in remote.below if "/" not in name}
+    folder = PurePosixPath(remote.place(model.directory))
+    places = map(PurePosixPath, remote.files)
+    return {place.name: _File(model, place.name) for place in places if place.parent == folder}
 
 
 # --- the kinds of files ---

@@ -91,7 +91,9 @@ Vocab = Annotated[str | None, _merge_option(
 FilesFrom = Annotated[str | None, _merge_option(
     metavar="NAME", help="Whose tokenizer and chat template: an expert's, or base's.",
 )]  # fmt: skip
-ShardSize = Annotated[str | None, _run_option(help="Largest output file, like 200MB. Default: 5GB.", metavar="SIZE")]
+ShardSize = Annotated[
+    str | None, _run_option(help="Largest output file, like 200MB. Default: 5GB; one file stays one.", metavar="SIZE")
+]
 Seed = Annotated[int | None, _merge_option(help="Seed of methods that draw at random. Default: 0.", metavar="N")]
 AsLora = Annotated[str | None, _merge_option(
     "--as-lora", metavar="RANK",

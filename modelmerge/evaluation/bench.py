@@ -243,7 +243,7 @@ def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Check
 
 def _digest(model: Checkpoint, base: Checkpoint | None) -> str:
     """Digest of everything about a model that a score can depend on: its weights, its other files, and its base's."""
-    beside = {place: sha256(file) for place, file in companions(model.directory).items()}
+    beside = {place: sha256(file) for place, file in companions(model).items()}
     content = [sorted(model.digests().values()), beside, _digest(base, None) if base is not None else None]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -38,7 +38,7 @@ def wanted(plan: Plan, *, beside: Beside, stream: bool = False) -> list[tuple[re
         remote = model.reference.repository
         if remote is not None:
             goes_along: list[Callable[[str], bool]] = [_is_card] * (beside != "nothing")
-            goes_along += [is_companion] * (beside == "all" and model is plan.base)
+            goes_along += [_companion_of(model)] * (beside == "all" and model is plan.base)
             goes_along += [_is_taken] * (beside == "all" and model is plan.giver)
             needed.append((remote, _places(model, remote, goes_along, stream=stream)))
     return needed
@@ -57,6 +57,10 @@ def _places(
     if model.directory is not None:
         places += [place for name, place in remote.below.items() if any(each(name) for each in goes_along)]
     return places
+
+
+def _companion_of(model: Checkpoint) -> Callable[[str], bool]:
+    return lambda place: is_companion(place, model.folders)
 
 
 def _is_card(place: str) -> bool:
@@ -103,6 +107,6 @@ def fetch_whole(models: Iterable[Checkpoint], progress: Reporter) -> None:
         HubError: The disk is too small, the Hub refuses, or cannot be reached.
     """
     remote = [(model, model.reference.repository) for model in models if model.reference.repository is not None]
-    repository.fetch([(there, _places(model, there, [is_companion])) for model, there in remote], progress)
+    repository.fetch([(there, _places(model, there, [_companion_of(model)])) for model, there in remote], progress)
     for model, _ in remote:
         model.look_again()

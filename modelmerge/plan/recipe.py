@@ -32,8 +32,9 @@ class Recipe:
     linear layers leaves, base, or None for the method's choice. `dtype` is float32, float16, bfloat16 or None for the
     base's own. `on_mismatch` is what becomes of tensors whose shapes differ. `vocab` is whose tokens embeddings and
     heads have: base, union, an expert's name, or None for rows that go by their number. `files_from` is whose
-    tokenizer, chat template and generation config the output gets: base, or an expert's name. `as_lora` is the rank of
-    the PEFT adapter to write instead of a checkpoint or, below 1, the share of the squared norm that it keeps.
+    tokenizer, chat template and generation config the output gets: base, or an expert's name. `max_shard_size` is the
+    size of the largest file, or None for what is usual: 5GB, and one file for a base that is one. `as_lora` is the rank
+    of the PEFT adapter to write instead of a checkpoint or, below 1, the share of the squared norm that it keeps.
     `unlabelled` tells the data of a method that finds the experts' weights on them, see
     `modelmerge.verbs.coefficients`; `coefficients` are what it found, by tensor and expert, and with them no data are
     needed.
@@ -53,7 +54,7 @@ class Recipe:
     on_mismatch: str = "error"
     vocab: str | None = None
     files_from: str = BASE
-    max_shard_size: str = "5GB"
+    max_shard_size: str | None = None
     seed: int = 0
     as_lora: int | float | None = None
     unlabelled: Mapping[str, Any] = field(default_factory=dict)
@@ -103,12 +104,16 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | No
     return recipe, digests, old
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str | None) -> int | None:
     """Bytes of a size like 5GB, 200MB or 1.5GiB; units of 1000 as the Hub's tools use, of 1024 with an i.
+
+    None where none is named.
 
     Raises:
         UsageError: It is no size, or nothing.
     """
+    if text is None:
+        return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if size <= 0:

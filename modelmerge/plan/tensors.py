@@ -13,10 +13,11 @@ from typing import Any, Literal, get_args
 
 from modelmerge.checkpoint.configs import compared
 from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo, is_buffer
-from modelmerge.checkpoint.layout import Layout, lay_out
+from modelmerge.checkpoint.layout import Layout, lay_out_model
 from modelmerge.checkpoint.leftovers import refuse_lookalikes
 from modelmerge.checkpoint.matching import match, twins
 from modelmerge.checkpoint.names import matches
+from modelmerge.checkpoint.pairing import config_of, placed
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.plan.overrides import BASE, Methods
@@ -149,7 +150,7 @@ def make_plan(
     dtype: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int | None = None,
     on_mismatch: str = "error",
     vocab: str | None = None,
     files_from: str = BASE,
@@ -165,7 +166,7 @@ def make_plan(
         include: Globs of tensor names to merge; all if empty. Overrides what a method for linear layers leaves out
             by name (embeddings, output heads).
         exclude: Globs of tensor names to copy from the base, whatever the experts hold.
-        max_shard_size: Largest output shard, in bytes.
+        max_shard_size: Largest output shard, in bytes; None for the usual one, and one file for a base that is one.
         on_mismatch: What becomes of tensors whose shapes differ: `error`; `copy` takes the base's; `common-rows`
             merges the rows of embeddings and heads that all have, by token where tokenizers can be read, else the
             first, and keeps the base's others.
@@ -179,6 +180,7 @@ def make_plan(
         UsageError: A glob matches no tensor, or an override changes none.
     """
     _refuse_quantised((base, *experts))
+    experts = [placed(base, expert) for expert in experts]
     experts, complaints = _matched(base, compared(base, experts), include, exclude)
     _refuse_8_bits(base, experts, include, exclude)
     _refuse_idle_globs(base, experts, include, exclude)
@@ -220,7 +222,7 @@ def make_plan(
     )
     base, experts, tensors = unstack(base, experts, tensors)
     stored, parts = entries(tensors.values())
-    layout = lay_out(stored, max_shard_size, parts=parts)
+    layout = lay_out_model(stored, base.components, max_shard_size, parts=parts)
     return Plan(base, tuple(experts), tensors, expert_only, layout, base, vocabulary)
 
 
@@ -305,7 +307,7 @@ def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
         return True
     if len(info.shape) != 2 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
         return False
-    return bool(include) or not matches(info.name.lower(), _NOT_LINEAR)
+    return bool(include) or not matches(info.name.lower().rpartition("/")[2], _NOT_LINEAR)
 
 
 def _other_shapes(info: TensorInfo, have: Sequence[Checkpoint]) -> str:
@@ -341,7 +343,8 @@ def _refuse_disagreement(
 
 def _refuse_quantised(models: Sequence[Checkpoint]) -> None:
     for model in models:
-        quantisation: Any = model.config.get("quantization_config")
+        configs = [config_of(model, folder) for folder in model.components]
+        quantisation: Any = next((c["quantization_config"] for c in configs if c.get("quantization_config")), None)
         kinds = ((name, _quantised_kind(name, info)) for name, info in model.tensors.items())
         signs = [f"{kind}, by its tensor '{name}'" for name, kind in kinds if kind]
         if quantisation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from modelmerge.checkpoint import as_lora
@@ -33,7 +32,7 @@ def size_of(recipe: Recipe) -> as_lora.Size | None:
     """
     if recipe.as_lora is None:
         return None
-    if recipe.max_shard_size != next(f.default for f in dataclasses.fields(Recipe) if f.name == "max_shard_size"):
+    if recipe.max_shard_size is not None:
         raise UsageError(f"has no effect with {named('as_lora')}: peft reads one file", option="max_shard_size")
     if recipe.files_from != BASE:
         why = "the tokenizer is that of the model it is put on"

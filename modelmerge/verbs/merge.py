@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelmerge.checkpoint.companions import BASE, companions_of_output, token_ids
-from modelmerge.checkpoint.config_file import dtype_values
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.scratch import scratches
 from modelmerge.checkpoint.staging import CARD, Staging
@@ -43,7 +42,7 @@ def merge(
     on_mismatch: OnMismatch = "error",
     vocab: str | None = None,
     files_from: str = BASE,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     seed: int = 0,
     as_lora: int | float | None = None,
     unlabelled: Mapping[str, Any] | None = None,
@@ -84,7 +83,7 @@ def merge(
             that number their tokens differently are an error.
         files_from: Name of the expert whose tokenizer, chat template and generation config go with the output; base:
             the base's.
-        max_shard_size: Largest output file, like 5GB.
+        max_shard_size: Largest output file, like 200MB; None: 5GB, and one file for a base that is one.
         seed: Seed of methods that draw at random.
         as_lora: Write a PEFT adapter instead of a checkpoint, of this rank or, below 1, so large that each matrix keeps
             this share of its squared norm.
@@ -226,10 +225,9 @@ def complete(
     refuse_changed(prepared.recorded, job.plan.models, digests)
     if small is None:
         base, giver = job.plan.base, job.plan.giver
-        values, vocabulary = dtype_values(base.config, prepared.recipe.dtype), job.plan.vocabulary
-        if vocabulary is not None:
-            values |= config_values(vocabulary, base, giver)
-        files = companions_of_output(base, giver, values | token_ids(base, giver))
+        vocabulary = job.plan.vocabulary
+        values = config_values(vocabulary, base, giver) if vocabulary is not None else {}
+        files = companions_of_output(base, giver, values | token_ids(base, giver), prepared.recipe.dtype)
         if vocabulary is not None:
             files = with_vocabulary(files, vocabulary, base)
         for name, content in files.items():

@@ -58,7 +58,7 @@ def search(
     on_mismatch: OnMismatch = "error",
     vocab: str | None = None,
     files_from: str = BASE,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     seed: int = 0,
     as_lora: int | float | None = None,
     device: str = "auto",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from modelmerge.checkpoint.companions import companions
-from modelmerge.checkpoint.layout import Entry, Layout, lay_out, together
+from modelmerge.checkpoint.layout import Entry, Layout, lay_out, lay_out_model, together
 from modelmerge.checkpoint.opening import as_references, open_models
 from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT
 from modelmerge.checkpoint.staging import Staging
@@ -75,7 +75,7 @@ class _Frame:
     out: Path
     include: Sequence[str]
     exclude: Sequence[str]
-    max_shard_size: str
+    max_shard_size: str | None
     force: bool
     resume: bool
     stream: bool
@@ -101,7 +101,7 @@ def extract(
     energy: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     device: str = "auto",
     force: bool = False,
     resume: bool = False,
@@ -120,7 +120,7 @@ def extract(
         energy: Write them as factors that keep this share of the squared norm.
         include: Globs of the tensors to extract; all if empty.
         exclude: Globs of the tensors to leave out.
-        max_shard_size: Largest output file.
+        max_shard_size: Largest output file, like 200MB; None: 5GB.
         device: cpu, cuda, cuda:N or auto.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
@@ -173,7 +173,7 @@ def disentangle(
     full_experts: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     device: str = "auto",
     force: bool = False,
     resume: bool = False,
@@ -194,7 +194,7 @@ def disentangle(
         full_experts: Also write base plus transformed task vector, as checkpoints.
         include: Globs of the tensors to take; all if empty.
         exclude: Globs of the tensors to leave out.
-        max_shard_size: Largest output file.
+        max_shard_size: Largest output file, like 200MB; None: 5GB.
         device: cpu, cuda, cuda:N or auto.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
@@ -226,7 +226,10 @@ def disentangle(
             layouts.append(lay_out(shared, size, folder=f"{REDUNDANT}/"))
         if full_experts:
             stored, parts = entries(everything)
-            layouts += [lay_out(stored, size, parts=parts, folder=f"{FULL}/{name}/") for name in names]
+            layouts += [
+                lay_out_model(stored, job.plan.base.components, size, parts=parts, folder=f"{FULL}/{name}/")
+                for name in names
+            ]
         staging.lay_out(together(layouts))
         places = vectors.Places(
             tuple(f"{name}/" for name in names),
@@ -370,7 +373,7 @@ def _ranks(
     return ranks
 
 
-def _layouts(opened: _Opened, measured: Mapping[str, Measured], ranks: Ranks, size: int) -> Iterable[Layout]:
+def _layouts(opened: _Opened, measured: Mapping[str, Measured], ranks: Ranks, size: int | None) -> Iterable[Layout]:
     """The files of each expert's directory: changed tensors, whole or as factors."""
     for i, name in enumerate(opened.names):
         changed: dict[str, Entry] = {}
@@ -387,6 +390,6 @@ def _layouts(opened: _Opened, measured: Mapping[str, Measured], ranks: Ranks, si
 
 
 def _copy_companions(opened: _Opened, staging: Staging) -> None:
-    for place, file in companions(opened.job.plan.base.directory).items():
+    for place, file in companions(opened.job.plan.base).items():
         for name in opened.names:
             staging.write_file(f"{FULL}/{name}/{place}", file)

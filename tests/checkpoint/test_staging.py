@@ -805,6 +805,7 @@ def furnished(models: list[Path]) -> list[Path]:
         # JSON that is read: spaced as no writer would.
         read_too = name in ("config.json", "tokenizer.json", "tokenizer_config.json", MANIFEST)
         (models[0] / name).write_bytes(b'{"a":\t1}\r\n' if read_too else name.encode() + b"\r\n\0\xff")
+    (models[0] / "modules.json").write_bytes(b'[{"path":\t""},\r\n{"path": "1_Pooling"}]')
     return models
 
 
