@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modelmerge.checkpoint.components import MODEL_CONFIG, folder_of
+from modelmerge.checkpoint.components import CLASS, MODEL_CONFIG, MODULES, folder_of
 from modelmerge.checkpoint.config_file import Values, dtype_values, token_values, with_values
 from modelmerge.checkpoint.configs import text_parts
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
@@ -106,6 +106,15 @@ def giver_of(name: str, base: Checkpoint, experts: Sequence[Checkpoint]) -> Chec
             hint="name an expert by the directory that holds them",
         )
     return giver
+
+
+def library_of(base: Checkpoint) -> str | None:
+    """The library that loads a model by what lies beside its weights, as the Hub calls it; None where nothing does."""
+    if MODULES in companions(base):
+        return "sentence-transformers"
+    if any(CLASS in component.config for component in base.components.values()):
+        return "diffusers"
+    return "transformers" if base.config else None
 
 
 def token_ids(base: Checkpoint, giver: Checkpoint) -> dict[tuple[str, ...], Any]:

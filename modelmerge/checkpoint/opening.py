@@ -8,7 +8,8 @@ from pathlib import Path
 
 from modelmerge.checkpoint.adapter import Translation, translate
 from modelmerge.checkpoint.adapter_stacks import in_memory, on_stacks
-from modelmerge.checkpoint.reader import Checkpoint, VectorOf, open_checkpoint
+from modelmerge.checkpoint.pairing import component_of
+from modelmerge.checkpoint.reader import Checkpoint, VectorOf, open_checkpoint, with_prefix
 from modelmerge.checkpoint.reference import Reference, parse, parse_experts
 from modelmerge.errors import PlanError, ReferenceNotFound
 
@@ -71,13 +72,43 @@ def attach(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ()) ->
     """
     if expert.adapter is None:
         return expert
-    translation = _translated(expert, base, exclude)
+    translation = _onto_component(expert, base, exclude)
     vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - translation.changes.keys()))
     remarks = (*expert.remarks, *translation.remarks)
     ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}
     if expert.adapter.base and Path(expert.adapter.base).name not in ours:
         remarks += (f"it says it was trained on '{expert.adapter.base}', and the base here is '{base.name}'",)
     return replace(expert, tensors=translation.changes, vector=vector, remarks=remarks, excluded=translation.excluded)
+
+
+def _onto_component(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str]) -> Translation:
+    """The adapter as changes to the one component of the base that it fits."""
+    if base.components.keys() == {""}:
+        return _translated(expert, base, exclude)
+    fitting: dict[str, Translation] = {}
+    failures: list[PlanError] = []
+    for folder in base.components:
+        part = component_of(base, folder, base.components)
+        try:
+            translation = _translated(expert, part, exclude)
+        except PlanError as failure:
+            failures.append(failure)
+            continue
+        if translation.changes.keys() & part.tensors.keys():
+            fitting[folder] = translation
+    if len(fitting) > 1:
+        raise PlanError(
+            f"'{expert.name}' could be an adapter of the base's {' or '.join(f'{folder}/' for folder in fitting)}; "
+            "which is meant cannot be told",
+            hint=f"name the component as the base: {base.reference.text}/{next(iter(fitting))}",
+        )
+    for folder, translation in fitting.items():
+        remark = (f"it changes the base's '{folder}/'",) if folder else ()
+        changes = with_prefix(base.components[folder].prefix, translation.changes)
+        return replace(translation, changes=changes, remarks=(*translation.remarks, *remark))
+    if failures:
+        raise failures[0]
+    raise PlanError(f"'{expert.name}' is an adapter that changes none of the base's components")
 
 
 def _translated(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str]) -> Translation:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -132,6 +132,17 @@ def tokenizer_of(model: Checkpoint) -> Tokenizer | None:
     return None if main is None else Tokenizer(model, main, more)
 
 
+def with_tokenizer_of(model: Checkpoint, folder: str) -> Checkpoint:
+    """The model with the folder for its own where a component's tokenizer lies: beside it, or as pipelines have it.
+
+    That is `tokenizer_2/` for `text_encoder_2/`; a model without either is as one without a tokenizer.
+    """
+    if model.directory is None:
+        return model
+    own, other = (model.directory / name for name in (folder, folder.replace("text_encoder", "tokenizer")))
+    return replace(model, directory=own if tokenizer_of(replace(model, directory=own)) else other)
+
+
 @dataclass(frozen=True, slots=True)
 class _File:
     """A file beside a model's weights, on the disk or still on the Hub."""
@@ -190,7 +201,8 @@ def _beside(model: Checkpoint) -> dict[str, _File]:
         return {}
     remote = model.reference.repository
     if remote is None:
-        return {path.name: _File(model, path.name) for path in model.directory.iterdir() if path.is_file()}
+        there = model.directory.iterdir() if model.directory.is_dir() else ()
+        return {path.name: _File(model, path.name) for path in there if path.is_file()}
     folder = PurePosixPath(remote.place(model.directory))
     places = map(PurePosixPath, remote.files)
     return {place.name: _File(model, place.name) for place in places if place.parent == folder}

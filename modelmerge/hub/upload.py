@@ -18,8 +18,8 @@ from modelmerge.hub.ranges import Client, explained, patiently
 
 # What loaders take for a model's weights, or for what says where they are: of an older model, it would win or confuse.
 _WEIGHTS = re.compile(
-    r"(model|pytorch_model|adapter_model|consolidated|tf_model|flax_model)[\w.\-]*"
-    r"\.(safetensors|bin|h5|msgpack|index\.json)|adapter_config\.json"
+    r"(model|(diffusion_)?pytorch_model|adapter_model|consolidated|tf_model|flax_model)[\w.\-]*"
+    r"\.(safetensors|bin|h5|msgpack|index(\.[\w\-]+)?\.json)|adapter_config\.json"
 )
 
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modelmerge.checkpoint.components import folder_of
 from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, joined, rows
 from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.checkpoint.tokens import with_tokenizer_of
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.methods import registry
 from modelmerge.plan.overrides import BASE, Setting, layer_of
@@ -181,8 +183,11 @@ def by_token(
     Raises:
         PlanError: The models number their tokens differently, and nothing says what is to become of that.
     """
+    base, *experts = _in_components(base, experts, tensors)
     tokenizers = Tokenizers(base, experts)
-    tables = {name: info for name, info in base.tensors.items() if is_table(info)}
+    tables = {
+        name: info for name, info in base.tensors.items() if is_table(info) and not folder_of(name, base.components)
+    }
     vocabulary = vocabulary_of(vocab, files_from, tokenizers, tables)
     if vocabulary is not None:
         return align(base, experts, tensors, Alignment(tokenizers, vocabulary))
@@ -209,6 +214,35 @@ def by_token(
         for i, model in enumerate((base, *experts))
     ]
     return models[0], models[1:], tensors, None
+
+
+def _in_components(
+    base: Checkpoint, experts: Sequence[Checkpoint], tensors: Mapping[str, TensorPlan]
+) -> list[Checkpoint]:
+    """The models with remarks on tables of components in folders, whose rows are merged as they are.
+
+    Raises:
+        PlanError: Their tokenizers number the tokens differently.
+    """
+    models = [base, *experts]
+    for folder in filter(None, base.components):
+        names = [
+            tensor.name
+            for tensor in tensors.values()
+            if tensor.action == "merge" and folder_of(tensor.name, base.components) == folder
+            and is_table(base.tensors[tensor.name])
+        ]  # fmt: skip
+        places = [i for i, model in enumerate(models) if i and any(name in model.tensors for name in names)]
+        if not places:
+            continue
+        counts = [row_count(model.tensors[name]) for model in models for name in names if name in model.tensors]
+        ours, *theirs = (with_tokenizer_of(model, folder) for model in models)
+        remarks, lines = compare(Tokenizers(ours, theirs), places, min(counts))
+        if lines:
+            raise refuse_other_tokens([f"{folder}/: {line}" for line in lines], merging=False)
+        for i, remark in remarks.items():
+            models[i] = replace(models[i], remarks=(*models[i].remarks, f"{folder}/: {remark}"))
+    return models
 
 
 def _with_rows(tensor: TensorPlan) -> TensorPlan:

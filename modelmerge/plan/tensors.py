@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -227,15 +228,26 @@ def make_plan(
 
 
 def _disagreement(complaints: Sequence[str], *, tables: bool) -> PlanError:
+    some = f"{len(complaints)} tensor{'s' * (len(complaints) > 1)}"
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for complaint in complaints:
+        lacking = _LACKING.fullmatch(complaint)
+        kinds.setdefault((lacking[2], lacking[3]) if lacking else (complaint,), []).append(complaint)
+    complaints = [
+        f"'{key[0]}*': {len(each)} tensors {key[1]}" if len(each) > _MANY else line
+        for key, each in kinds.items()
+        for line in (each[:1] if len(each) > _MANY else each)
+    ]
     hint, option = f"{named('exclude')} GLOB copies a tensor from the base", named("on_mismatch")
     if any(f": {_SHAPE}" in complaint for complaint in complaints):
         hint += f"; so does {option} copy where shapes differ, and {option} common-rows merges what all have"
         if tables:
             hint += f"; {named('vocab')} union, base or NAME aligns embeddings and heads by token"
-    some = f"{len(complaints)} tensor{'s' * (len(complaints) > 1)}"
     return PlanError(f"the models disagree on {some}:\n  " + "\n  ".join(complaints), hint=hint)
 
 
+_LACKING = re.compile(r"'(([^']+/)[^'/]+)': (in .+, but missing in .+)")  # of a component's tensor
+_MANY = 8  # tensors of a component that are named one by one
 ON_MISMATCH: tuple[str, ...] = get_args(OnMismatch)
 _EXCLUDED = "excluded"
 ONLY_IN_BASE = "only in the base"

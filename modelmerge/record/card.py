@@ -79,7 +79,7 @@ def front_matter(directory: Path | None) -> dict[str, Any]:
 
 def render(
     *, title: str, base: Model, experts: Sequence[Model], methods: Sequence[Source], settings: Mapping[str, Any],
-    command: str, notes: Sequence[str], has_config: bool, versions: Mapping[str, str], device: str,
+    command: str, notes: Sequence[str], library: str | None, versions: Mapping[str, str], device: str,
     transforms: Sequence[Source] = (), adapter: bool = False,
 ) -> str:  # fmt: skip
     """The card's text.
@@ -92,7 +92,7 @@ def render(
         settings: What every merge can be set to, and was, as typed.
         command: The shell line that repeats the merge.
         notes: What a reader should know, a sentence each.
-        has_config: There is a config.json beside the weights, so that transformers can load them.
+        library: What can load it by its config, as the Hub calls it; None where there is no config.
         versions: Of the packages that bear on the result.
         device: Where it was computed.
         transforms: What changed the task vectors before, in this order.
@@ -105,8 +105,8 @@ def render(
     data = ModelCardData(
         base_model=on_hub or None,
         base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
-        library_name="peft" if adapter else "transformers" if has_config else None,
-        pipeline_tag=_text(base.front.get("pipeline_tag")) if has_config else None,
+        library_name="peft" if adapter else library,
+        pipeline_tag=_text(base.front.get("pipeline_tag")) if library else None,
         tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(m.name for m in (*methods, *transforms))],
     )
     for key, value in license.items():

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from modelmerge.checkpoint.companions import library_of
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import Findings, Job, Source
@@ -177,7 +178,7 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
         methods=methods, transforms=transforms,
         settings={flag(name): value for name, value in settings.items()},
-        command=command_of(recipe, str(out)), notes=notes, has_config=bool(job.plan.base.config),
+        command=command_of(recipe, str(out)), notes=notes, library=library_of(job.plan.base),
         versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
     ).encode(errors="backslashreplace")  # fmt: skip
 

@@ -250,6 +250,12 @@ def prepare(
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from, strict=strict,
     )  # fmt: skip
+    if recipe.as_lora is not None and len(plan.base.components) > 1:
+        folders = ", ".join(f"{folder or '.'}/" for folder in plan.base.components)
+        raise UsageError(
+            f"writes an adapter of one model, and the base has several components: {folders}", option="as_lora",
+            hint=f"name a component as the base, like {plan.base.reference.text}/{list(plan.base.components)[-1]}",
+        )  # fmt: skip
     if recipe.as_lora is not None or chosen.on_data or recipe.unlabelled or recipe.coefficients:
         refuse_parts(plan.vocabulary, plan.tensors.values(), "an adapter" if recipe.as_lora else "a search on data")
     if recipe.as_lora is None:

@@ -27,7 +27,7 @@ def rendered(base: card.Model, *experts: card.Model, **other: Any) -> str:
     source = card.Source(name="ties", summary="Does it.", paper="https://p", bibtex="@misc{x}", options=options)
     told: dict[str, Any] = {
         "title": "out", "methods": [source], "settings": {}, "command": "modelmerge merge", "notes": [],
-        "has_config": True, "versions": {"modelmerge": "1"}, "device": "cpu", **other,
+        "library": "transformers", "versions": {"modelmerge": "1"}, "device": "cpu", **other,
     }  # fmt: skip
     return card.render(base=base, experts=experts, **told)
 
@@ -47,7 +47,7 @@ def test_base_model_names_what_is_on_the_hub_and_nothing_else() -> None:
     assert data["base_model_relation"] == "merge"
     assert data["tags"] == ["merge", "modelmerge", "ties"]
     assert data["library_name"] == "transformers"
-    local = front(rendered(model("base", None), model("x"), has_config=False))
+    local = front(rendered(model("base", None), model("x"), library=None))
     assert not {"base_model", "base_model_relation", "library_name"} & set(local)
 
 
