@@ -254,7 +254,7 @@ def prepare(
         folders = ", ".join(f"{folder or '.'}/" for folder in plan.base.components)
         raise UsageError(
             f"writes an adapter of one model, and the base has several components: {folders}", option="as_lora",
-            hint=f"name a component as the base, like {plan.base.reference.text}/{list(plan.base.components)[-1]}",
+            hint="name one of them as the base, by its folder",
         )  # fmt: skip
     if recipe.as_lora is not None or chosen.on_data or recipe.unlabelled or recipe.coefficients:
         refuse_parts(plan.vocabulary, plan.tensors.values(), "an adapter" if recipe.as_lora else "a search on data")
