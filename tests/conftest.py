@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _HEAVY = (
     "checkpoint/test_adapter", "checkpoint/test_as_lora", "checkpoint/test_companions", "checkpoint/test_configs",
     "evaluation/test_clip", "evaluation/test_lm", "verbs/test_adamerging", "verbs/test_architectures",
-    "verbs/test_demo", "verbs/test_families", "verbs/test_search",
+    "verbs/test_demo", "verbs/test_families", "verbs/test_pipelines", "verbs/test_search",
 )  # fmt: skip
 
 
