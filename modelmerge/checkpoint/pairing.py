@@ -1,4 +1,4 @@
-"""Which component of an expert goes with which of the base: models of several parts are compared part by part."""
+"""Which component of an expert goes with which of the base: models of several components are compared one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of several parts, and files of one piece: read, matched and written component by component."""
+"""Models of several components, and files of one piece: read, matched and written component by component."""
 
 from __future__ import annotations
 

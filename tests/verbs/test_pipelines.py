@@ -1,4 +1,4 @@
-"""Merges of models of several parts load in the libraries they are of, and compute what a merge in memory does."""
+"""Merges of models of several components load in the libraries they are of, and compute what a merge in memory does."""
 
 from __future__ import annotations
 
