@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from modelmerge.checkpoint.components import CLASS, MODEL_CONFIG
+from modelmerge.checkpoint.header import read_json
 from modelmerge.checkpoint.pairing import config_of
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError
@@ -58,6 +59,7 @@ _SAME = {
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base")
 _PLAIN_ROPE = (None, "default", "mrope")
 _SAID_ELSEWHERE = ("rope_type", "type", "original_max_position_embeddings")
+_SCHEDULER = "scheduler/scheduler_config.json"
 _DEEPEST = 4  # configs inside configs
 _SHOWN = 60  # characters of a value
 
@@ -87,6 +89,11 @@ def compared(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[Checkpoint
     strangers, remarked = [], []
     for expert in experts:
         said = list(expert.remarks)
+        predicted = [_prediction(model) for model in (base, expert)]
+        if all(predicted) and predicted[0] != predicted[1]:
+            clause = f"prediction_type is {_shown(predicted[1])}, in the base {_shown(predicted[0])}"
+            clashes.append(f"'{expert.name}': {_SCHEDULER}: {clause}")
+            strangers.append(expert)
         for folder in base.components:
             where = f"{folder}/" if folder else ""
             refused, remarks = compare(config_of(base, folder), config_of(expert, folder))
@@ -100,6 +107,13 @@ def compared(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[Checkpoint
         text = "the same weights mean different things, by the models' config.json:\n  " + "\n  ".join(clashes)
         raise PlanError(text, hint=_way_out(strangers[0]))
     return remarked
+
+
+def _prediction(model: Checkpoint) -> Any:
+    """What a pipeline's network predicts, noise or velocity, which its scheduler says; None where nothing says it."""
+    file = model.directory and model.directory / _SCHEDULER
+    config = read_json(file) if file is not None and file.exists() else None
+    return config.get("prediction_type") if isinstance(config, dict) else None
 
 
 def compare(base: Config, expert: Config) -> tuple[list[str], list[str]]:

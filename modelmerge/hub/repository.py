@@ -39,7 +39,7 @@ _PLAIN = ("model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_m
 _ADDRESS = re.compile(r"hf://([^/@]+/[^/@]+)@([^/]+)/(.+)")
 # By readers, to know what a checkpoint is and what lies beside it.
 _LOOKED_INTO = re.compile(
-    r"(.*/)?((adapter_|generation_|tokenizer_|router_)?config|modelmerge|modules|model_index|[^/]*\.index(\.[^/]+)?)\.json",
+    r"(.*/)?((adapter_|generation_|tokenizer_|router_|scheduler_)?config|modelmerge|modules|model_index|[^/]*\.index(\.[^/]+)?)\.json",
     re.DOTALL,
 )
 

@@ -137,6 +137,14 @@ def test_configs_are_compared_component_by_component(pipelines: list[Path]) -> N
         plan(*pipelines)
 
 
+def test_what_networks_predict_is_compared(pipelines: list[Path]) -> None:
+    for pipeline, kind in zip(pipelines, ("epsilon", "v_prediction", "epsilon"), strict=True):
+        (pipeline / "scheduler/scheduler_config.json").write_text(json.dumps({"prediction_type": kind}))
+    with pytest.raises(PlanError, match=r"'a': scheduler/scheduler_config.json: prediction_type is \"v_prediction\""):
+        plan(*pipelines)
+    assert plan(pipelines[0], pipelines[2])
+
+
 def test_a_component_that_has_nothing_in_common_is_an_error(pipelines: list[Path]) -> None:
     write = {"other.weight": torch.zeros(3)}
     (pipelines[1] / "vae/diffusion_pytorch_model.safetensors").write_bytes(save(write))

@@ -1,4 +1,4 @@
-"""Models of several components on disk, small: pipelines as diffusers writes them, modules as sentence-transformers does."""
+"""Models of several components, small: pipelines as diffusers writes them, modules as sentence-transformers does."""
 
 from __future__ import annotations
 
