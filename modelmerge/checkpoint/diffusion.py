@@ -190,7 +190,8 @@ def _heights(line: _Line, name: str, tensors: Mapping[str, TensorInfo], single: 
     if weight is None:
         return None
     width, count = weight.shape[-1], len(line.diffusers)  # what is projected is as wide as what it is projected to
-    return [width] * (count - 1) + [shape[0] - width * (count - 1)]
+    rest = shape[0] - width * (count - 1)
+    return [width] * (count - 1) + [rest] if rest > 0 else None
 
 
 @functools.cache

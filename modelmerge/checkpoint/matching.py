@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from modelmerge.checkpoint.header import TensorInfo
+from modelmerge.checkpoint.image_layouts import in_image_layout_of
 from modelmerge.checkpoint.names import by_base_names
 from modelmerge.checkpoint.reader import Checkpoint
 
@@ -44,15 +45,16 @@ def match(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -
         merges: Whether a tensor of that name is to be merged; others cause no complaint.
 
     Raises:
-        PlanError: The names of some layers could be the base's in several ways.
+        PlanError: The names of some layers could be the base's in several ways, or a layer is there in part.
         CheckpointError: A file cannot be read.
     """
     if expert.vector is not None:
         return _through_adapted_twins(base, expert), []
-    tensors, remarks = by_base_names(base, expert)
+    tensors, laid_out = in_image_layout_of(expert.name, base.tensors, expert.tensors)
+    tensors, remarks = by_base_names(base, replace(expert, tensors=tensors))
     expert = replace(expert, tensors=tensors)
     through, complaints = _through_twins(base, expert, merges)
-    return replace(expert, remarks=(*expert.remarks, *remarks, *through)), complaints
+    return replace(expert, remarks=(*expert.remarks, *laid_out, *remarks, *through)), complaints
 
 
 def twins(base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, str]:
