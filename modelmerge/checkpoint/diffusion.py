@@ -184,8 +184,7 @@ def _heights(line: _Line, name: str, tensors: Mapping[str, TensorInfo], single: 
     if len(line.diffusers) == 1:
         return list(shape[:1])
     if not single:
-        parts = [tensors.get(prefix + other) for other in line.diffusers]
-        return None if None in parts else [part.shape[0] for part in parts if part is not None]
+        return [tensors.get(prefix + other, tensors[prefix + name]).shape[0] for other in line.diffusers]
     weight = tensors.get(prefix + re.sub("bias$", "weight", name))
     if weight is None:
         return None

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from modelmerge.checkpoint.diffusion import Network, Piece, networks
 from modelmerge.checkpoint.header import TensorInfo, joined, reshaped, rows, transposed
+from modelmerge.checkpoint.leftovers import is_weight, refusal
 from modelmerge.errors import PlanError
 
 Tensors = Mapping[str, TensorInfo]
 
 
-def in_image_layout_of(name: str, base: Tensors, expert: Tensors) -> tuple[dict[str, TensorInfo], list[str]]:
+def in_image_layout_of(
+    name: str, base: Tensors, expert: Tensors, merges: Callable[[str], bool]
+) -> tuple[dict[str, TensorInfo], list[str]]:
     """The expert's tensors as the base has them, and remarks where that changed anything.
 
     What the base has no place for keeps its own name.
@@ -26,20 +29,27 @@ def in_image_layout_of(name: str, base: Tensors, expert: Tensors) -> tuple[dict[
         name: The expert's.
         base: The base's tensors.
         expert: The expert's tensors.
+        merges: Whether a tensor of that name is to be merged.
 
     Raises:
-        PlanError: A network could be one of several of the base's, or has only some of the rows of a tensor.
+        PlanError: A network could be one of several of the base's, has only some of the rows of a tensor, or has
+            tensors under names that the table lacks.
     """
     tensors = dict(expert)
     if expert.keys() <= base.keys():
         return tensors, []
     ours, theirs = networks(base), networks(expert)
     pairs = [(network, own) for network in theirs for own in _partners(name, network, theirs, ours)]
+    known = {key for network in theirs for key in network.pieces}
+    strangers = {key: info for key, info in expert.items() if key not in known and is_weight(info)}
     counts: dict[str, int] = defaultdict(int)
     for network, own in pairs:
         if network.pieces.keys() <= base.keys():
             continue
         views = _views(name, base, expert, network, own)
+        lacks = [base[key] for key in own.pieces if key not in views and merges(key)]
+        if network.single != own.single:
+            _refuse_unknown(name, lacks, [info for key, info in strangers.items() if key.startswith(network.prefix)])
         placed = {piece.diffusers.partition("/")[2] for each in own.pieces.values() for piece in each}
         for key, pieces in network.pieces.items():
             if all(piece.diffusers.partition("/")[2] in placed for piece in pieces):
@@ -53,17 +63,20 @@ def _partners(name: str, network: Network, theirs: tuple[Network, ...], ours: tu
     """The base's network that an expert's is; none where the base has none of its kind."""
     some = [own for own in ours if own.kind == network.kind]
     others = [other for other in theirs if other.kind == network.kind]
-    same = [own for own in some if own.folder == network.folder]
-    if same and network.folder:
+    if len(some) <= 1 and len(others) == 1:
+        return some
+    # A single file says which of its text encoders is which, and nothing of two denoisers.
+    text = network.kind in _TEXT
+    same = [own for own in some if own.folder == network.folder and (text or not (own.single or network.single))]
+    if same or not some or (text and network.folder):
         return same
-    if len(some) > 1 or (some and len(others) > 1 and network.kind not in _TEXT):
-        places = " or ".join(f"'{each.prefix}'" for each in (some if len(some) > 1 else others))
-        whose = ("the base's", "its") if len(some) > 1 else ("its", "the base's")
-        raise PlanError(
-            f"'{name}': {whose[1]} {network.kind} could be {whose[0]} {places}; which is meant cannot be told",
-            hint="name the folder of the one that is meant, as the base or as the expert",
-        )
-    return some
+    what, places = ("denoiser", sorted(f"'{each.prefix}'" for each in (some if len(some) > 1 else others)))
+    what = {"vae": "autoencoder", "wan-vae": "autoencoder", "clip": "text encoder"}.get(network.kind, what)
+    mine, base = ("its", "the base's") if len(some) > 1 else ("the base's", "its")
+    raise PlanError(
+        f"'{name}': {mine} {what} could be {base} {' or '.join(places)}; which is meant cannot be told",
+        hint="name the folder of the one that is meant",
+    )
 
 
 _TEXT = ("clip", "t5")
@@ -79,7 +92,7 @@ def _change(network: Network, own: Network) -> str:
         return "some of its names are older or newer than the base's"
     if front and other:
         return f"its names are the base's with '{other}' in place of '{front}'"
-    return f"its names are the base's with '{other}' in front" if other else f"its names are the base's without '{front}'"
+    return f"its names are the base's {f'with {other!r} in front' if other else f'without {front!r}'}"
 
 
 Segment = tuple[int, int, TensorInfo]  # first row, the row after the last, and what holds them
@@ -109,6 +122,14 @@ def _views(name: str, base: Tensors, expert: Tensors, network: Network, own: Net
             parts += _between(theirs[part], first, last)
         views[key] = _fitted(key, base[key], [transposed(p) for p in parts] if pieces[0].transposed else parts)
     return views
+
+
+def _refuse_unknown(name: str, lacks: list[TensorInfo], strangers: list[TensorInfo]) -> None:
+    """Refuse tensors by names that the table lacks, where the base has such that nothing came for."""
+    by_shape = {info.shape: info for info in strangers}
+    pairs = [(info, by_shape[info.shape]) for info in lacks if info.shape in by_shape]
+    if pairs:
+        raise refusal(name, pairs)
 
 
 def _rows_of(info: TensorInfo, piece: Piece) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def match(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -
     """
     if expert.vector is not None:
         return _through_adapted_twins(base, expert), []
-    tensors, laid_out = in_image_layout_of(expert.name, base.tensors, expert.tensors)
+    tensors, laid_out = in_image_layout_of(expert.name, base.tensors, expert.tensors, merges)
     tensors, remarks = by_base_names(base, replace(expert, tensors=tensors))
     expert = replace(expert, tensors=tensors)
     through, complaints = _through_twins(base, expert, merges)

@@ -101,7 +101,7 @@ def adapt(
             elif square:
                 dense.add(tensor.name)
                 values = rounded(piece, theta_0.add_(delta))
-                _spool(adapted, key(role, tensor.name, "whole"), tensor.out_dtype, values, tensor.shape, spool)
+                _spool(adapted, key(role, tensor.name, "whole"), tensor.out_dtype, values, tensor.stored_shape, spool)
         progress.advance(piece_bytes(plan, piece), tensor.name)
     _complete(job, adapted, table, dense, dtype, spool)
     return adapted
