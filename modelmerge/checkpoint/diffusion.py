@@ -55,7 +55,7 @@ class Network:
     Args:
         kind: What it is: `unet`, `flux`, `sd3`, `wan`, `qwen-image`; `vae`, `wan-vae`; `clip`, `t5`.
         single: Whether it lies as in a single file.
-        folder: Its folder in a pipeline of diffusers; of a component that was named alone, empty.
+        folder: Its folder in a pipeline of diffusers; empty where the model does not say.
         prefix: What stands in front of its names in this model.
         pieces: By the name in this model of each tensor of it, with the prefix, its pieces.
     """
@@ -115,15 +115,17 @@ class _Table:
     def places(self, folder: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Place]:
         """Where in a folder of a model such a network lies: in diffusers' layout, or behind one of the prefixes."""
         front = f"{folder}/" if folder else ""
-        for side, prefix, name in (
-            *(("single", prefix, name if prefix else "") for prefix, name in self._folders.items() if not folder),
-            ("diffusers", front, folder),
-        ):
-            signs = self._signs.get(side)
-            if signs and all(f"{prefix}{sign}" in tensors for sign in signs):
-                yield self, side == "single", name, prefix
-                if side == "single" and len(set(self._folders.values())) == 1:
+        several = len(set(self._folders.values())) > 1  # text encoders, each of which has its own prefix
+        for words, name in self._folders.items():
+            if self._is_at(f"{front}{words}", "single", tensors):
+                yield self, True, folder or (name if several else ""), f"{front}{words}"
+                if not several:
                     return
+        if self._is_at(front, "diffusers", tensors):
+            yield self, False, folder, front
+
+    def _is_at(self, prefix: str, side: str, tensors: Mapping[str, TensorInfo]) -> bool:
+        return side in self._signs and all(f"{prefix}{sign}" in tensors for sign in self._signs[side])
 
     def pieces(
         self, names: Iterable[str], tensors: Mapping[str, TensorInfo], single: bool, folder: str, prefix: str

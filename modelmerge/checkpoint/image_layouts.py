@@ -65,10 +65,8 @@ def _partners(name: str, network: Network, theirs: tuple[Network, ...], ours: tu
     others = [other for other in theirs if other.kind == network.kind]
     if len(some) <= 1 and len(others) == 1:
         return some
-    # A single file says which of its text encoders is which, and nothing of two denoisers.
-    text = network.kind in _TEXT
-    same = [own for own in some if own.folder == network.folder and (text or not (own.single or network.single))]
-    if same or not some or (text and network.folder):
+    same = [own for own in some if network.folder and own.folder == network.folder]
+    if same or not some or (network.kind in _TEXT and network.folder):
         return same
     what, places = ("denoiser", sorted(f"'{each.prefix}'" for each in (some if len(some) > 1 else others)))
     what = {"vae": "autoencoder", "wan-vae": "autoencoder", "clip": "text encoder"}.get(network.kind, what)

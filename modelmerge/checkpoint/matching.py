@@ -50,11 +50,12 @@ def match(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -
     """
     if expert.vector is not None:
         return _through_adapted_twins(base, expert), []
-    tensors, laid_out = in_image_layout_of(expert.name, base.tensors, expert.tensors, merges)
-    tensors, remarks = by_base_names(base, replace(expert, tensors=tensors))
+    tensors, layout = in_image_layout_of(expert.name, base.tensors, expert.tensors, merges)
+    expert = replace(expert, tensors=tensors, remarks=(*expert.remarks, *layout))
+    tensors, remarks = by_base_names(base, expert)
     expert = replace(expert, tensors=tensors)
     through, complaints = _through_twins(base, expert, merges)
-    return replace(expert, remarks=(*expert.remarks, *laid_out, *remarks, *through)), complaints
+    return replace(expert, remarks=(*expert.remarks, *remarks, *through)), complaints
 
 
 def twins(base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, str]:
