@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -41,7 +40,7 @@ _QUANTISED_ENDS = {
 }  # fmt: skip
 # Two-dimensional weights that are look-up tables or output heads, not linear layers, by the names the field uses.
 _NOT_LINEAR = (
-    "*wte.weight", "*wpe.weight", "shared.weight", "*[./]shared.weight", "*relative_attention_bias*", "*lm_head*",
+    "*wte.weight", "*wpe.weight", "shared.weight", "*.shared.weight", "*relative_attention_bias*", "*lm_head*",
     "*position_encoding*", "*token_type*", "*_bias", "*_bias_table", "*pos_emb*", "*label_emb.weight",
     "*scale_shift_table",
 )  # fmt: skip
@@ -314,13 +313,13 @@ def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
         return True
     if len(info.shape) != 2 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
         return False
-    name = info.name.lower()
+    name = info.name.lower().rpartition("/")[2]
     return bool(include) or not (matches(name, _NOT_LINEAR) or _is_embedding(name))
 
 
 def _is_embedding(name: str) -> bool:
     """Whether a tensor belongs to an embedding by the name of its own module; an embedder is a linear layer."""
-    *front, module = re.split(r"[./]", name.removesuffix(".weight"))
+    *front, module = name.removesuffix(".weight").split(".")
     if module.isdigit() and front:
         return "embed" in front[-1] and not front[-1].endswith((*_EMBEDDERS, "embedder"))
     return "embed" in module and not module.endswith("embedder")
