@@ -122,6 +122,13 @@ def transposed(info: TensorInfo) -> TensorInfo:
     return replace(info, shape=tuple(info.shape[i] for i in order), strides=tuple(strides[i] for i in order))
 
 
+def reshaped(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+    """A stored tensor in another shape that differs by axes of length one alone."""
+    steps = iter([step for n, step in zip(info.shape, info.strides or (), strict=False) if n != 1])
+    strides = None if info.strides is None else tuple(1 if n == 1 else next(steps) for n in shape)
+    return replace(info, shape=shape, strides=strides)
+
+
 def joined(name: str, shape: tuple[int, ...], blocks: Sequence[TensorInfo]) -> TensorInfo:
     """A tensor of that shape out of stored ones, whose elements it has one after the other."""
     first, nbytes = blocks[0], sum(block.nbytes for block in blocks)

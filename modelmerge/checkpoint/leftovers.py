@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from modelmerge.checkpoint.components import folder_of
 from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, is_buffer
@@ -31,8 +31,8 @@ def refuse_lookalikes(base: Checkpoint, expert: Checkpoint, merges: Callable[[st
     """
     if expert.vector is not None or not expert.tensors.keys() & base.tensors.keys():
         return  # who has nothing in common is a stranger, which is said elsewhere
-    ours = [i for name, i in base.tensors.items() if name not in expert.tensors and _counts(i) and merges(name)]
-    theirs = [info for name, info in expert.tensors.items() if name not in base.tensors and _counts(info)]
+    ours = [i for name, i in base.tensors.items() if name not in expert.tensors and is_weight(i) and merges(name)]
+    theirs = [info for name, info in expert.tensors.items() if name not in base.tensors and is_weight(info)]
     if not ours or not theirs:
         return
     pairs: list[tuple[TensorInfo, TensorInfo]] = []
@@ -40,16 +40,22 @@ def refuse_lookalikes(base: Checkpoint, expert: Checkpoint, merges: Callable[[st
         sides = ([info for info in side if folder_of(info.name, base.components) == folder] for side in (ours, theirs))
         pairs += _lookalikes(*sides)
     if pairs:
-        one, other = pairs[0]
-        raise PlanError(
-            f"'{expert.name}' and the base have {len(pairs)} tensor{'s' * (len(pairs) > 1)} that look like one another "
-            f"under other names: the base's '{one.name}' {list(one.shape)}, its '{other.name}' {list(other.shape)}",
-            hint=f"save the expert under the base's names; or copy them from the base: {named('exclude')} "
-            f"'{layer_type(one.name)}'",
-        )
+        raise refusal(expert.name, pairs)
 
 
-def _counts(info: TensorInfo) -> bool:
+def refusal(expert: str, pairs: Sequence[tuple[TensorInfo, TensorInfo]]) -> PlanError:
+    """The error for an expert's tensors that look like the base's, each with the base's in front."""
+    one, other = pairs[0]
+    return PlanError(
+        f"'{expert}' and the base have {len(pairs)} tensor{'s' * (len(pairs) > 1)} that look like one another "
+        f"under other names: the base's '{one.name}' {list(one.shape)}, its '{other.name}' {list(other.shape)}",
+        hint=f"save the expert under the base's names; or copy them from the base: {named('exclude')} "
+        f"'{layer_type(one.name)}'",
+    )
+
+
+def is_weight(info: TensorInfo) -> bool:
+    """Whether it is a weight, of which something would be lost."""
     return info.dtype in MERGEABLE_DTYPES and bool(info.numel) and not is_buffer(info)
 
 

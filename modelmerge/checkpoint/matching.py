@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from modelmerge.checkpoint.components import folder_of
 from modelmerge.checkpoint.header import TensorInfo
+from modelmerge.checkpoint.image_layouts import in_image_layout_of
 from modelmerge.checkpoint.names import by_base_names
 from modelmerge.checkpoint.pairing import component_of
 from modelmerge.checkpoint.reader import Checkpoint, with_prefix
@@ -47,11 +48,13 @@ def match(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -
         merges: Whether a tensor of that name is to be merged; others cause no complaint.
 
     Raises:
-        PlanError: The names of some layers could be the base's in several ways.
+        PlanError: The names of some layers could be the base's in several ways, or a layer is there in part.
         CheckpointError: A file cannot be read.
     """
     if expert.vector is not None:
         return _through_adapted_twins(base, expert), []
+    tensors, layout = in_image_layout_of(expert.name, base.tensors, expert.tensors, merges)
+    expert = replace(expert, tensors=tensors, remarks=(*expert.remarks, *layout))
     if base.components.keys() == {""} == expert.components.keys():
         return _match(base, expert, merges)
     tensors = {n: info for n, info in expert.tensors.items() if folder_of(n, expert.components) not in base.components}

@@ -101,7 +101,8 @@ def adapt(
             elif square:
                 dense.add(tensor.name)
                 values = rounded(piece, theta_0.add_(delta))
-                _spool(adapted, key(role, tensor.name, "whole"), tensor.out_dtype, values, tensor.shape, spool)
+                shape = tensor.stored_shape if tensor.stack is None else tensor.shape
+                _spool(adapted, key(role, tensor.name, "whole"), tensor.out_dtype, values, shape, spool)
         progress.advance(piece_bytes(plan, piece), tensor.name)
     _complete(job, adapted, table, dense, dtype, spool)
     return adapted

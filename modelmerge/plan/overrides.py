@@ -232,6 +232,12 @@ class Methods:
         """The place of the override that decides how the tensor is merged; None where none does."""
         return next((place for place, override in enumerate(self.overrides) if override.matches(tensor)), None)
 
+    def names_matrices(self, tensor: str) -> bool:
+        """Whether the override that decides for a tensor names a method for linear layers."""
+        place = self.place_of(tensor)
+        choice = None if place is None or self.overrides[place].method is None else self._choices[place]
+        return choice is not None and choice.method.matrices
+
     def choose(self, tensor: str, place: int | None, *, linear: bool) -> Choice | None:
         """How the tensor is merged; None: it is copied.
 

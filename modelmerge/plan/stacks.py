@@ -1,7 +1,9 @@
-"""Stacks: the weights of a layer's experts in one tensor [E, m, n], which are merged as E matrices.
+"""Weights that are merged as matrices and are none in files.
 
-A plan has an entry for each matrix, `STACK[INDEX]`, so that a stack is merged as the same matrices are that a model
-stores one by one. Files have the stack.
+Stacks hold the weights of a layer's experts in one tensor [E, m, n]. A plan has an entry for each of the E matrices,
+`STACK[INDEX]`, so that a stack is merged as the same matrices are that a model stores one by one. Kernels of
+convolutions [out, in, *size] are, where an override names a method for matrices for them, merged as one matrix
+[out, in * size] each.
 """
 
 from __future__ import annotations
@@ -28,6 +30,14 @@ def is_stack(info: TensorInfo) -> bool:
     if len(info.shape) != 3 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
         return False
     return matches(info.name.lower(), _STACKS)
+
+
+def is_kernel(info: TensorInfo) -> bool:
+    """Whether it is the kernel of a convolution, over one to three dimensions."""
+    if not 3 <= len(info.shape) <= 5 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
+        return False
+    # A table of positions or of shifts has a front axis of length one, and no `weight` at the end of its name.
+    return info.name.endswith(".weight") and info.shape[0] > 1 and not is_stack(info)
 
 
 def matrix_name(stack: str, index: int) -> str:
@@ -57,21 +67,24 @@ def restack(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
     return replace(expert, tensors=tensors, vector=replace(vector, unchanged=frozenset(unchanged)))
 
 
-def unstack(
+def as_matrices(
     base: Checkpoint, experts: Sequence[Checkpoint], tensors: Mapping[str, TensorPlan]
 ) -> tuple[Checkpoint, tuple[Checkpoint, ...], dict[str, TensorPlan]]:
-    """The models and the plan with a tensor for each matrix of the stacks that are merged as linear layers."""
+    """The models and the plan with matrices in the place of the stacks and kernels that are merged as linear layers."""
     plans: dict[str, TensorPlan] = {}
     for name, plan in tensors.items():
-        if plan.action != "merge" or not plan.linear or len(plan.shape) != 3:
+        if plan.action != "merge" or not plan.linear or len(plan.shape) < 3:
             plans[name] = plan
+            continue
+        if not is_stack(base.tensors[name]):  # the models' bytes lie as the matrix's do
+            plans[name] = replace(plan, shape=(plan.shape[0], plan.row), whole=plan.shape)
             continue
         for index in range(plan.shape[0]):
             part = matrix_name(name, index)
             plans[part] = replace(plan, name=part, shape=plan.shape[1:], stack=name, whole=plan.shape)
     stacks = {plan.stack for plan in plans.values() if plan.stack is not None}
     if not stacks:
-        return base, tuple(experts), dict(tensors)
+        return base, tuple(experts), plans
     models = [replace(model, tensors=_matrices(model.tensors, stacks)) for model in (base, *experts)]
     return models[0], tuple(models[1:]), plans
 
@@ -99,5 +112,5 @@ def entries(tensors: Iterable[TensorPlan]) -> tuple[dict[str, Entry], dict[str, 
         if tensor.stack is not None:
             parts.setdefault(tensor.stack, {})[tensor.name] = size
             size = sum(parts[tensor.stack].values())
-        stored[tensor.stored_name] = (tensor.out_dtype, tensor.whole or tensor.shape, size)
+        stored[tensor.stored_name] = (tensor.out_dtype, tensor.stored_shape, size)
     return stored, parts

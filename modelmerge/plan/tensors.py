@@ -23,7 +23,7 @@ from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.plan.overrides import BASE, Methods
 from modelmerge.plan.recipe import OnMismatch
-from modelmerge.plan.stacks import entries, is_stack, restack, unstack
+from modelmerge.plan.stacks import as_matrices, entries, is_kernel, is_stack, restack
 from modelmerge.plan.tables import by_token
 from modelmerge.plan.vocabulary import Vocabulary, is_table, row_count
 
@@ -42,9 +42,12 @@ _QUANTISED_ENDS = {
 }  # fmt: skip
 # Two-dimensional weights that are look-up tables or output heads, not linear layers, by the names the field uses.
 _NOT_LINEAR = (
-    "*embed*", "*wte.weight", "*wpe.weight", "shared.weight", "*.shared.weight", "*relative_attention_bias*",
-    "*lm_head*", "*position_encoding*", "*token_type*", "*_bias",
+    "*wte.weight", "*wpe.weight", "shared.weight", "*.shared.weight", "*relative_attention_bias*", "*lm_head*",
+    "*position_encoding*", "*token_type*", "*_bias", "*_bias_table", "*pos_emb*", "*label_emb.weight",
+    "*scale_shift_table",
 )  # fmt: skip
+# Modules named for an embedding that hold numbered linear layers: of denoisers, for times and texts.
+_EMBEDDERS = ("time_embed", "time_embedding", "text_embedding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class TensorPlan:
     method: str | None = None  # what merges it, where that is known
     override: int | None = None  # the place of the override that decides
     stack: str | None = None  # the stored tensor that it is a part of: `STACK[INDEX]`, or `TABLE[FIRST:LAST]`
-    whole: tuple[int, ...] | None = None  # the shape of that
+    whole: tuple[int, ...] | None = None  # the shape of that; or of a kernel that is merged as a matrix
     owners: tuple[int, ...] | None = None  # the places of the experts that it is merged from; None: of all
     new: bool = False  # rows that the base lacks: the mean of the owners'
 
@@ -72,6 +75,11 @@ class TensorPlan:
     def stored_name(self) -> str:
         """The name of the tensor in files: its own, or of what it is a part of."""
         return self.stack or self.name
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in files, of the whole where it is a part of a tensor."""
+        return self.whole or self.shape
 
     @property
     def numel(self) -> int:
@@ -187,7 +195,7 @@ def make_plan(
     _refuse_idle_globs(base, experts, include, exclude)
     tensors = {}
     for name, info in base.tensors.items():
-        linear = is_linear(info, include)
+        linear = is_linear(info, include) or (methods is not None and is_kernel(info) and methods.names_matrices(name))
         try:
             rows = _common_rows(info, experts) if on_mismatch == "common-rows" or vocab is not None else None
             method, place, reason = _method_of(methods, name, linear)
@@ -221,7 +229,7 @@ def make_plan(
     base, experts, tensors, vocabulary = by_token(
         base, experts, tensors, vocab, files_from, on_mismatch, merging=methods is not None
     )
-    base, experts, tensors = unstack(base, experts, tensors)
+    base, experts, tensors = as_matrices(base, experts, tensors)
     stored, parts = entries(tensors.values())
     layout = lay_out_model(stored, base.components, max_shard_size, parts=parts)
     return Plan(base, tuple(experts), tensors, expert_only, layout, base, vocabulary)
@@ -319,7 +327,16 @@ def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
         return True
     if len(info.shape) != 2 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
         return False
-    return bool(include) or not matches(info.name.lower().rpartition("/")[2], _NOT_LINEAR)
+    name = info.name.lower().rpartition("/")[2]
+    return bool(include) or not (matches(name, _NOT_LINEAR) or _is_embedding(name))
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether a tensor belongs to an embedding by the name of its own module; an embedder is a linear layer."""
+    *front, module = name.removesuffix(".weight").split(".")
+    if module.isdigit() and front:
+        return "embed" in front[-1] and not front[-1].endswith((*_EMBEDDERS, "embedder"))
+    return "embed" in module and not module.endswith("embedder")
 
 
 def _other_shapes(info: TensorInfo, have: Sequence[Checkpoint]) -> str:

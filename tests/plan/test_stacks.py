@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import modelmerge
+from modelmerge.cli import main
 from modelmerge.methods import registry
 from tests.support.checkpoints import State, read, write
 from tests.support.methods import takes
@@ -99,3 +100,65 @@ def test_figures_of_weights_are_those_of_the_matrices(states: list[State], tmp_p
     modelmerge.merge(models[0], models[1:], tmp_path / "out", method="average")
     report = modelmerge.evaluate([tmp_path / "out"], suite="weights", per_layer=True)
     assert f"{_STACK}[2]" in report["tensors"]
+
+
+# --- kernels of convolutions ---
+
+_KERNELS = {"down.conv1.weight": (6, 4, 3), "down.conv2.weight": (8, 4, 3, 3), "down.conv3.weight": (4, 5, 1, 2, 2)}
+_OTHERS = {"modulation": (1, 6, 4), "conv_norm.weight": (6,), "down.linear.weight": (6, 5)}
+_MATRIX_METHODS = [name for name in registry.names() if registry.load(name).matrices]
+
+
+def kernels() -> list[State]:
+    """A base with kernels over one, two and three dimensions, and three experts of it."""
+    generator = torch.Generator().manual_seed(6)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    base = {name: draw(shape) for name, shape in (_KERNELS | _OTHERS).items()}
+    return [base, *({name: t + 0.1 * draw(tuple(t.shape)) for name, t in base.items()} for _ in range(3))]
+
+
+def flat(state: State) -> State:
+    """The same weights, the kernels stored as matrices [out, in * size]."""
+    return {name: t.flatten(1) if name in _KERNELS else t for name, t in state.items()}
+
+
+@pytest.mark.parametrize("name", _MATRIX_METHODS)
+def test_a_kernel_that_a_method_for_matrices_is_named_for_is_merged_as_a_matrix(name: str, tmp_path: Path) -> None:
+    merged = []
+    for kind, shape in (("kernels", lambda state: state), ("flat", flat)):
+        models = [write(tmp_path / kind / str(i), shape(state)) for i, state in enumerate(kernels())]
+        modelmerge.merge(
+            models[0], models[1 : 1 + takes(name, 3)], tmp_path / kind / "out", method="average", at=[f"*conv*: {name}"]
+        )
+        merged.append(read(tmp_path / kind / "out"))
+    assert {name: tuple(tensor.shape) for name, tensor in merged[0].items()} == _KERNELS | _OTHERS
+    assert all(torch.equal(tensor, merged[1][name]) for name, tensor in flat(merged[0]).items())
+
+
+def test_kernels_go_to_the_rest_where_no_method_is_named_for_them(tmp_path: Path) -> None:
+    models = [write(tmp_path / str(i), state) for i, state in enumerate(kernels())]
+    for at in ([], ["*conv*: scale=0.5"]):
+        plan = modelmerge.merge(models[0], models[1:], method="kron", at=at, dry_run=True)
+        groups = {group["method"]: set(group["tensors"]) for group in plan["groups"]}
+        assert groups["kron"] == {"down.linear.weight"}
+        assert set(_KERNELS) <= groups["average"]
+    plan = modelmerge.merge(models[0], models[1:], method="average", at=["*: tsv-m"], dry_run=True)
+    groups = {group["method"]: set(group["tensors"]) for group in plan["groups"]}
+    assert groups["tsv-m"] == {*_KERNELS, "down.linear.weight"}
+
+
+def test_a_merge_of_kernels_as_matrices_replays_and_takes_task_vectors(tmp_path: Path) -> None:
+    models = [write(tmp_path / str(i), state) for i, state in enumerate(kernels())]
+    out = tmp_path / "out"
+    modelmerge.merge(models[0], models[1:], out, method="average", at=["*conv*: kron"], disentangle=["awd"])
+    assert main(["merge", "--recipe", str(out / "modelmerge.json"), "-o", str(tmp_path / "again")]) == 0
+    assert all(torch.equal(tensor, read(tmp_path / "again")[name]) for name, tensor in read(out).items())
+    modelmerge.extract(models[0], models[1:], tmp_path / "vectors")
+    vectors = [tmp_path / "vectors" / str(i) for i in (1, 2, 3)]
+    modelmerge.merge(models[0], vectors, tmp_path / "from", method="average", at=["*conv*: tsv-m"])
+    modelmerge.merge(models[0], models[1:], tmp_path / "direct", method="average", at=["*conv*: tsv-m"])
+    for name, tensor in read(tmp_path / "direct").items():
+        torch.testing.assert_close(read(tmp_path / "from")[name], tensor, rtol=0, atol=1e-5)

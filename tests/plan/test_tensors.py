@@ -16,13 +16,13 @@ from torch import Tensor
 
 from modelmerge.checkpoint import digest
 from modelmerge.checkpoint.components import INDEX
-from modelmerge.checkpoint.header import DTYPE_BITS
+from modelmerge.checkpoint.header import DTYPE_BITS, TensorInfo
 from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import parse
 from modelmerge.errors import PlanError, UsageError
 from modelmerge.plan.overrides import Methods
 from modelmerge.plan.recipe import Recipe
-from modelmerge.plan.tensors import DTYPES, Plan, make_plan
+from modelmerge.plan.tensors import DTYPES, Plan, is_linear, make_plan
 from modelmerge.verbs.merge import execute
 from modelmerge.verbs.prepare import prepare
 from tests.support.checkpoints import SHAPES, State, base_state, expert_state, read, write
@@ -367,6 +367,40 @@ def test_only_weights_of_linear_layers_are_merged_as_matrices(tmp_path: Path) ->
     assert {name for name, action in actions(made).items() if action == "merge"} == LINEAR
     assert made.tensors["lm_head.weight"].reason == "not the weight of a linear layer"
     assert set(actions(made).values()) == {"merge", "copy"}
+
+
+@pytest.mark.parametrize(
+    ("names", "linear"),
+    [
+        (("unet/time_embedding.linear_1", "unet/add_embedding.linear_2", "model.diffusion_model.time_embed.0",
+          "model.diffusion_model.label_emb.0.2", "transformer/x_embedder", "transformer/context_embedder",
+          "transformer/time_text_embed.guidance_embedder.linear_1", "transformer/norm1.linear",
+          "model.diffusion_model.time_in.in_layer", "model.diffusion_model.vector_in.out_layer",
+          "model.diffusion_model.guidance_in.in_layer", "model.diffusion_model.img_in", "model.diffusion_model.txt_in",
+          "model.diffusion_model.t_embedder.mlp.0", "model.diffusion_model.y_embedder.mlp.2",
+          "model.diffusion_model.double_blocks.0.img_mod.lin", "joint_blocks.0.x_block.adaLN_modulation.1",
+          "text_embedding.0", "time_embedding.2", "time_projection.1", "condition_embedder.time_embedder.linear_1",
+          "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1",
+          "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc", "patch_embed.proj"), True),
+        (("model.diffusion_model.label_emb", "unet/class_embedding", "y_embedder.embedding_table",
+          "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding",
+          "conditioner.embedders.1.model.token_embedding", "text_encoder_2/shared",
+          "text_encoder_2/encoder.embed_tokens",
+          "text_encoder_2/encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+          "decoder.embed_tokens.0", "model.decoder.embed_positions"), False),
+    ],
+    ids=["linear", "tables"],
+)  # fmt: skip
+def test_what_embeds_times_and_texts_is_linear_and_what_looks_up_is_not(names: tuple[str, ...], linear: bool) -> None:
+    infos = [TensorInfo(f"{name}.weight", "F32", (8, 4), Path("x"), 0, 128) for name in names]
+    assert [info.name for info in infos if is_linear(info, []) != linear] == []
+    tables = (
+        "positional_embedding",
+        "attn.relative_position_bias_table",
+        "transformer/scale_shift_table",
+        "pos_embedder.pos_emb_h",
+    )
+    assert not any(is_linear(TensorInfo(name, "F32", (8, 4), Path("x"), 0, 128), []) for name in tables)
 
 
 def test_include_overrides_names_but_not_shapes(tmp_path: Path) -> None:
