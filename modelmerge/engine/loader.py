@@ -280,6 +280,19 @@ def wholes(source: Source, tensors: Sequence[TensorPlan], *, check: bool) -> Ite
             yield piece, theta_0.to(source.device), taus.to(source.device)
 
 
+def expert_values(plan: Plan, piece: Piece, device: torch.device) -> Tensor | None:
+    """The elements of the only expert, flat, float32 or float64; None where it does not store them as such."""
+    expert, tensor = plan.experts[0], piece.tensor
+    info = expert.tensors.get(tensor.name)
+    if info is None or info.change is not None or tensor.rows is not None or tensor.owners is not None:
+        return None
+    size = item_bytes(info.dtype)
+    raw = torch.empty((piece.stop - piece.start) * size, dtype=torch.uint8)
+    expert.read_into(info, piece.start * size, _buffer(raw), follow=False)
+    values = raw.view(TORCH_DTYPES[info.dtype]).to(device)
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def read_tensor(model: Checkpoint, name: str) -> Tensor:
     """A tensor as the model stores it, on the host.
 

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import SMALL, Findings, Job
-from modelmerge.engine.loader import Loader, Piece, as_bytes, item_bytes, loader_of, piece_bytes, pieces, rounded, whole
+from modelmerge.engine.loader import (
+    Loader,
+    Piece,
+    as_bytes,
+    expert_values,
+    item_bytes,
+    loader_of,
+    piece_bytes,
+    pieces,
+    rounded,
+    whole,
+)
 from modelmerge.engine.memory import beyond_device, together
 from modelmerge.engine.parallel import current, in_parallel, prepare_process, side_by_side, threads
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
@@ -242,12 +253,17 @@ def _merged(
 ) -> Iterator[tuple[_Output, Tensor]]:
     """The piece's merged values, flat, as each output will store them; `theta_0` is used up."""
     vector = merged_vector(fitted, piece, theta_0, taus, outputs[0].findings, factors)
+    # The base plus the whole of one task vector is its expert, to the last digit; the sum may miss that.
+    only = len(taus) == 1 and not fitted.job.transforms and torch.equal(vector.flatten(), taus.flatten())
+    alone = expert_values(fitted.job.plan, piece, vector.device) if only else None
     for output in outputs:
         factor, rounding = output.factors.get(piece.tensor.name), output.findings.rounding
         delta = vector if factor is None else vector * factor
         if rounding is not None:
             rounding.squares.append(squared(delta))
         values = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
+        if alone is not None and factor is None:
+            values = alone
         yield output, rounded(piece, values, rounding=rounding)
 
 

@@ -136,6 +136,22 @@ def test_experts_are_never_rounded_to_the_base(tmp_path: Path) -> None:
             assert (merged[key] - tensor - want).norm() <= 2e-3 * want.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("method", "options"), [("average", {}), ("task-arithmetic", {"scale": 1.0}), ("iso-c", {})])
+def test_the_whole_of_one_expert_is_the_expert_to_the_bit(
+    method: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base, expert = base_state(dtype), expert_state(base_state(torch.float32), 1)
+    expert = {key: (t * 7).to(dtype) if t.is_floating_point() else t for key, t in expert.items()}
+    base, out = write(tmp_path / "base", base), tmp_path / "out"
+    modelmerge.merge(base, [write(tmp_path / "a", expert)], out, method=method, **options)
+    merged = read(out)
+    wholes = [key for key in merged if method != "iso-c" or merged[key].ndim != 2 or "embed" in key]
+    assert len(wholes) > 2
+    for key in wholes:
+        assert torch.equal(merged[key], expert[key]), key
+
+
 def test_float64_keeps_its_precision(tmp_path: Path) -> None:
     base = {"w": torch.full((4, 4), 1.0, dtype=torch.float64) + 1e-12}
     expert = {"w": base["w"] + 1e-10}
