@@ -135,7 +135,7 @@ def _largest(old: Path, new: Path) -> tuple[str | None, float]:
     """The tensor that differs most between two files, and how much, as a share of its norm in the first."""
     distances = {}
     with contextlib.suppress(SafetensorError), safe_open(old, "pt") as first, safe_open(new, "pt") as second:
-        for name in first.keys() & second.keys():
+        for name in set(first.keys()) & set(second.keys()):
             a, b = first.get_tensor(name), second.get_tensor(name)
             if a.shape == b.shape:
                 square = sum(float((x.double() - y.double()).square().sum()) for x, y in _runs(a, b))
