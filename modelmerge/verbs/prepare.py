@@ -187,6 +187,8 @@ def prepare_file(
         later = functools.partial(format_1.overrides_of, old) if old is not None else None
         wanted = change(recipe)
         recorded = read_recorded(file, digests, repeated=_is_same(wanted, recipe), lenient=allow_different_bits)
+        if _script_in(wanted) != _script_in(recipe):
+            recorded = dataclasses.replace(recorded, script={})  # those of another one
         refuse_unrecorded(recorded)
         return prepare(wanted, device=device, recorded=recorded, stream=stream, script=script, overrides=later)
     translated = mergekit.read(file).without(changed)
@@ -302,12 +304,16 @@ def prepare(
     return Prepared(complete, job, recorded, remarks, stream, data)
 
 
+def _script_in(recipe: Recipe) -> str:
+    return label_of(str(recipe.unlabelled.get("script", "")))
+
+
 def _is_same(wanted: Recipe, recipe: Recipe) -> bool:
     """Whether both ask for the same weights; a script is the same wherever it lies, its digest is compared apart."""
 
     def content(each: Recipe) -> Recipe:
-        data = {name: label_of(value) if name == "script" else value for name, value in each.unlabelled.items()}
-        return dataclasses.replace(each, unlabelled=data, coefficients={})
+        script = {"script": _script_in(each)} if "script" in each.unlabelled else {}
+        return dataclasses.replace(each, unlabelled={**each.unlabelled, **script}, coefficients={})
 
     return content(wanted) == content(recipe)
 

@@ -221,6 +221,13 @@ def test_a_script_that_has_changed_is_not_run(file: str, scripted: Path, capsys:
     assert not Path("ran").exists()
 
 
+def test_another_script_makes_another_merge(scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other.py").write_text(SCRIPT.replace("manual_seed(1)", "manual_seed(2)"))
+    words = ("merge", "--recipe", scripted, "-o", "again", "--script", "other.py:data", "-q")
+    assert run(capsys, *words)[0] == 0
+    assert Path("again", WEIGHTS).read_bytes() != Path("out", WEIGHTS).read_bytes()
+
+
 def test_a_dry_run_runs_no_script(scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("adamerging", "base.safetensors", "a.safetensors", "b.safetensors", "--script", "script.py:data")
     assert run(capsys, "merge", *words, "-o", "new", "-n")[0] == 0
