@@ -100,7 +100,7 @@ def other_bits(recorded: Recorded, staging: Staging, device: object) -> list[str
     if not names:
         return notes
     folder = recorded.file.parent
-    shown = [_in_words(folder / n, before.get(n), staging.place_of(n), after.get(n)) for n in names[:_SHOWN]]
+    shown = [f"{n} {_in_words(folder / n, before.get(n), staging.place_of(n), after.get(n))}" for n in names[:_SHOWN]]
     files = "; ".join([*shown, *([f"{len(names) - _SHOWN} files more"] if len(names) > _SHOWN else [])])
     there, here = dict(_flat(recorded.circumstances)), dict(_flat(circumstances(device)))
     others = [f"{name} {value}, here {here.get(name)}" for name, value in there.items() if value != here.get(name)]
@@ -123,12 +123,12 @@ def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 def _in_words(old: Path, expected: str | None, new: Path, digest: str | None) -> str:
     """How a file differs from the one that was recorded, each with its sha256, None where there is none."""
     if expected is None or digest is None:
-        return f"{old.name} is {'new' if expected is None else 'not written'}"
+        return "is new" if expected is None else "is not written"
     if old.suffix == ".safetensors" and old.is_file() and sha256(old) == expected:
         tensor, distance = _largest(old, new)
         if tensor is not None:
-            return f"{old.name}, '{tensor}' by {distance:.2g} of its norm"
-    return f"{old.name}, sha256 {digest[:12]} and not {expected[:12]}"
+            return f"('{tensor}' differs by {distance:.2g} of its norm)"
+    return f"(sha256 {digest[:12]} and not {expected[:12]})"
 
 
 def _largest(old: Path, new: Path) -> tuple[str | None, float]:
