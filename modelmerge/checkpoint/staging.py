@@ -103,6 +103,14 @@ def finished(output: Path, fingerprint: str) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
+def fingerprints(output: Path) -> Iterator[str]:
+    """The fingerprints of what a resumed run may take up: the shards of an interrupted one, or the whole output."""
+    target = output.resolve()
+    for file in (target.parent / f".{target.name}.modelmerge" / _JOURNAL, target / MANIFEST):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            yield str(json.loads(file.read_bytes())["fingerprint"])
+
+
 class Staging:
     """The directory in which an output grows, and what has been written there.
 
@@ -241,6 +249,10 @@ class Staging:
                 stream.flush()
                 os.fsync(stream.fileno())
             self.digests[name] = sha256(path)
+
+    def place_of(self, name: str) -> Path:
+        """Where a file lies until the output is published."""
+        return self._directory / name
 
     def listing(self) -> dict[str, dict[str, str | int]]:
         """The sha256 and the size in bytes of every file written so far."""

@@ -103,7 +103,10 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
     file = _recipe_in(words)
     method = _method_of(file) if file is not None else None
 
-    def models(recipe: opt.RecipeFile = None, preset: opt.Preset = None, output: opt.OptionalOutput = None) -> None: ...
+    def models(
+        recipe: opt.RecipeFile = None, preset: opt.Preset = None, output: opt.OptionalOutput = None,
+        allow_different_bits: opt.DifferentBits = False,
+    ) -> None: ...  # fmt: skip
 
     def run(sink: Sink, context: typer.Context, **values: Any) -> None:
         recipe, preset, output = values["recipe"], values["preset"], values["output"]
@@ -111,6 +114,8 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
             return
         if preset and recipe:
             raise UsageError("--recipe and --preset exclude each other", hint="a recipe names its models")
+        if values["allow_different_bits"] and not recipe:
+            raise UsageError("--allow-different-bits has no effect without --recipe FILE")
         if output and preset:
             raise UsageError("no method is named", hint=f"merge METHOD --preset {preset} -o {output}")
         if output and not recipe:
@@ -132,7 +137,8 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
                 return prepare_file(
                     Path(recipe).expanduser(), device=values["device"], stream=values["stream"],
                     change=lambda recipe: _changed(recipe, method, values, names),
-                    changed={*names, *weights} - {"weight"},
+                    changed={*names, *weights} - {"weight"}, script=_script(values, context),
+                    allow_different_bits=values["allow_different_bits"],
                 )  # fmt: skip
 
             carry_out(prepare, execute, values, sink)
@@ -140,8 +146,9 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
     arguments = [opt.argument("context", typer.Context)]
     parameters = [*(_of_method(method) if method else []), *opt.shared(models), *opt.shared(opt.merged)]
     parameters += opt.shared(opt.written)
+    shown = ("recipe", "preset", "output", "allow_different_bits")
     if file is None:  # the page lists the methods, whose pages have the options
-        parameters = [opt.in_help(p, shown=p.name in ("recipe", "preset", "output")) for p in parameters]
+        parameters = [opt.in_help(p, shown=p.name in shown) for p in parameters]
     return opt.command(run, [*arguments, *parameters])
 
 
@@ -194,6 +201,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
 
         recipe = recipe_of(name, method, values, context)
         place = {"device": values["device"], "stream": values["stream"], "look": not values["dry_run"]}
+        place["script"] = _script(values, context)
         carry_out(lambda: prepare(recipe, **place), execute, values, sink)
 
     return opt.command(run, parameters(method, preset=preset))
@@ -255,6 +263,11 @@ def _unlabelled(values: Mapping[str, Any]) -> dict[str, Any]:
     """The unlabelled data that the command line names."""
     words = [parameter.name for parameter in opt.shared(opt.unlabelled)]
     return {opt.PLURALS.get(word, word): values[word] for word in words if values[word] is not None}
+
+
+def _script(values: Mapping[str, Any], context: typer.Context) -> str | None:
+    """The script that the command line itself names."""
+    return values["script"] if "script" in values and opt.typed(context, "script") else None
 
 
 def _of_preset(preset: presets.Preset, name: str, typed: set[str]) -> dict[str, Any]:

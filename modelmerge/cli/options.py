@@ -107,9 +107,12 @@ Preset = Annotated[str | None, _run_option(
     help="A published set with its settings, in place of BASE EXPERT...",
 )]  # fmt: skip
 RecipeFile = Annotated[
-    str | None,
-    _run_option("--recipe", metavar="FILE", help="Repeat the merge of a modelmerge.json, or run a mergekit YAML."),
+    str | None, _run_option("--recipe", metavar="FILE", help="Repeat a modelmerge.json, or run a mergekit YAML.")
 ]
+DifferentBits = Annotated[bool, _run_option(
+    "--allow-different-bits",
+    help="With --recipe: other bits than FILE records will do.",
+)]  # fmt: skip
 At = Annotated[list[str] | None, _merge_option(
     metavar="'GLOB: ...'",
     help="Another method or values for some tensors: '*mlp*: kron scale=0.8 math.weight=0'. Repeatable.",

@@ -19,6 +19,8 @@ from modelmerge.engine.loader import Loader, Piece, pieces
 from modelmerge.errors import DeviceError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
 
+MOST_THREADS = 1024  # that torch is given because a file says so
+
 
 def find_device(name: str) -> torch.device:
     """The device of that name: cpu, cuda, cuda:N, or auto (a CUDA device if there is one).

@@ -6,6 +6,7 @@ Shapes: N items, C classes, H the vision tower's width, D the width that images 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from modelmerge.checkpoint.digest import cache_directory
 from modelmerge.checkpoint.staging import replace_file
 from modelmerge.errors import CheckpointError, ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.image_tasks import Task, match
-from modelmerge.evaluation.model import Model
+from modelmerge.evaluation.model import Model, refuse_kernels
 
 _VISION, _TEXT = "vision_model.", "text_model."
 _PROJECTION, TEXT_PROJECTION, _SCALE = "visual_projection.weight", "text_projection.weight", "logit_scale"
@@ -192,7 +193,11 @@ def make_head(source: Parts, classes: Sequence[str], templates: Sequence[str]) -
         {**config["text_config"], "projection_dim": config.get("projection_dim", 512)}
     )
     tower = _with_weights(transformers.CLIPTextModelWithProjection(text), source, "")
-    tokenizer = _beside(source, ("tokenizer.json", "vocab.json"), transformers.AutoTokenizer.from_pretrained)
+    tokenizer = _beside(
+        source,
+        ("tokenizer.json", "vocab.json"),
+        functools.partial(transformers.AutoTokenizer.from_pretrained, trust_remote_code=False),
+    )
     processor = _beside(source, (_PROCESSOR,), lambda place: json.loads((Path(place) / _PROCESSOR).read_bytes()))
     prompts = [template.replace("{}", name) for name in classes for template in templates]
     ids = tokenizer(prompts)["input_ids"]
@@ -320,6 +325,7 @@ def classifier(tower: Tower, head: Head, device: torch.device) -> Classifier:
 
 def _config(model: Parts) -> Mapping[str, Any]:
     """A model's config as a whole CLIP's."""
+    refuse_kernels(model.config, f"'{model.name}'")
     kind = model.config.get("model_type")
     if kind == "clip" and isinstance(model.config.get("vision_config"), dict):
         return model.config

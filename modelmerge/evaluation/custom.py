@@ -9,7 +9,8 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from modelmerge.errors import ModelMergeError, PlanError, UsageError, suggestion
+from modelmerge.checkpoint.digest import sha256
+from modelmerge.errors import ModelMergeError, PlanError, RecipeError, UsageError, suggestion
 from modelmerge.evaluation.bench import Bench, Models, Running, run
 from modelmerge.evaluation.model import Model
 from modelmerge.evaluation.report import Report
@@ -29,11 +31,15 @@ Metric = Callable[..., Any]  # (model) or (model, task) -> a score, or a mapping
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A function out of a file, its label in errors, and the digest of the file and of what it imports beside it."""
+    """A function out of a file, its label in errors, and the digest of the file and of what it imports beside it.
+
+    `files` has the sha256 of each of these files by its name.
+    """
 
     metric: Metric
     label: str
     digest: str
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -70,31 +76,74 @@ def evaluate(
     return run(bench, models, replace(running, seed=seed))
 
 
-def load_script(text: str) -> Script:
-    """The function that `FILE.py:FUNCTION` or `package.module:FUNCTION` names. The file is run, the module imported.
+def find_script(text: str) -> tuple[str, str, Path | None]:
+    """What `FILE.py:FUNCTION` or `package.module:FUNCTION` names: both sides, and the file, if it is one. None is run.
 
     Raises:
-        UsageError: It is not of that form, or there is no such function.
-        ModelMergeError: There is no such file or module, or running it fails.
+        UsageError: It is not of that form.
+        ModelMergeError: There is no such file.
     """
     where, colon, name = text.rpartition(":")
     if not colon or not where or not name.isidentifier():
         raise UsageError(f"'{text}' is not FILE:FUNCTION", hint="as in metric.py:accuracy")
     path = Path(where).expanduser().resolve()
-    is_module = all(part.isidentifier() for part in where.split(".")) and not where.endswith(".py")
     if path.is_file():
-        module = _run_file(path)
-    elif is_module:
-        module = _import(where)
-    else:
+        return where, name, path
+    if where.endswith(".py") or not all(part.isidentifier() for part in where.split(".")):
         raise ModelMergeError(f"{where}: no such file")
+    return where, name, None
+
+
+def label_of(text: str) -> str:
+    """What a script is called wherever it lies: its file's own name, and the function's."""
+    where, _, name = text.rpartition(":")
+    file = Path(where).name
+    return f"{file if file.endswith('.py') else file.rpartition('.')[2] + '.py'}:{name}"
+
+
+def load_script(text: str, expected: Mapping[str, str] | None = None) -> Script:
+    """The function that `FILE.py:FUNCTION` or `package.module:FUNCTION` names. The file is run, the module imported.
+
+    `expected` has the sha256 that the file, and others beside it, by their names, must have: else nothing is run.
+
+    Raises:
+        UsageError: It is not of that form, or there is no such function.
+        RecipeError: A file has another sha256.
+        ModelMergeError: There is no such file or module, or running it fails.
+    """
+    where, name, path = find_script(text)
+    place = path or _place_of(where)
+    if expected and place is None:
+        raise RecipeError(f"{where}: the module's file cannot be found", hint="name the file: FILE.py:FUNCTION")
+    for beside, digest in (expected or {}).items():
+        assert place is not None, "it has been found"
+        file = place.parent / beside
+        if not file.is_file() or sha256(file) != digest:
+            raise RecipeError(
+                f"{file}: not the script that the recipe was made with (its sha256 differs)",
+                hint="restore the file, or make the merge anew without the recipe",
+            )
+    module = _run_file(path) if path is not None else _import(where)
     metric = getattr(module, name, None)
     if not callable(metric):
         have = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
         hint = suggestion(name, have, f"it has: {', '.join(have) or 'none'}")
         raise UsageError(f"{where} has no function '{name}'", hint=hint)
-    file = Path(str(module.__file__))
-    return Script(metric, f"{file.name}:{name}", _digest(file, name))
+    files = _files(Path(str(module.__file__)))
+    digest = hashlib.sha256(name.encode() + b"".join(bytes.fromhex(each) for each in files.values())).hexdigest()
+    return Script(metric, f"{Path(str(module.__file__)).name}:{name}", digest, files)
+
+
+def _place_of(name: str) -> Path | None:
+    """The file of a module, found without running it or its packages."""
+    package = name.rpartition(".")[0]
+    path = None
+    if package:
+        known = getattr(sys.modules.get(package), "__path__", None)
+        folder = _place_of(package) if known is None else None
+        path = list(known) if known is not None else [str(folder.parent)] if folder is not None else []
+    spec = PathFinder.find_spec(name, path)
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
 
 
 def _import(name: str) -> ModuleType:
@@ -122,14 +171,11 @@ def _run_file(file: Path) -> ModuleType:
     return module
 
 
-def _digest(file: Path, name: str) -> str:
-    """Of the function's name, its file, and every module beside the file that has been imported by now."""
+def _files(file: Path) -> dict[str, str]:
+    """The sha256 of a file, and of every module beside it that has been imported by now, by their names."""
     places = {str(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())}
     beside = {place for place in places if Path(place).parent == file.parent and place.endswith(".py")}
-    digest = hashlib.sha256(name.encode())
-    for place in sorted(beside | {str(file)}):
-        digest.update(hashlib.sha256(Path(place).read_bytes()).digest())
-    return digest.hexdigest()
+    return {Path(place).name: sha256(Path(place)) for place in sorted(beside | {str(file)})}
 
 
 def check_metric(metric: Metric, label: str, *, by_task: bool) -> None:

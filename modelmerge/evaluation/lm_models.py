@@ -14,6 +14,7 @@ from typing import Any
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import CheckpointError, ModelMergeError, ReferenceNotFound, named
 from modelmerge.evaluation.bench import require
+from modelmerge.evaluation.model import refuse_kernels
 from modelmerge.evaluation.scores import listing
 from modelmerge.progress import Reporter
 
@@ -176,6 +177,7 @@ def _automodel(model: Checkpoint) -> Any:
     """The transformers class that loads it: with an encoder, or without.
 
     Raises:
+        CheckpointError: Its config names code to run.
         ReferenceNotFound: It is no language model.
     """
     import transformers
@@ -185,6 +187,7 @@ def _automodel(model: Checkpoint) -> Any:
         "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     }
+    refuse_kernels(model.config, model.directory)
     kind, architectures = model.config.get("model_type"), model.config.get("architectures") or []
     for name, classes in kinds.items():
         if kind in classes:

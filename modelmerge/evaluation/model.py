@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import TORCH_DTYPES, read_tensor, whole
+from modelmerge.errors import CheckpointError
 from modelmerge.plan.stacks import entries
 from modelmerge.plan.tensors import make_plan
 
@@ -82,3 +84,20 @@ class Model(Mapping[str, Tensor]):
     def _names(self) -> list[str]:
         assert self._source is not None, "only a change is read by way of a plan"
         return list(dict.fromkeys(tensor.stored_name for tensor in self._source.plan.tensors.values()))
+
+
+def refuse_kernels(config: Mapping[str, Any], where: object, *, below: bool = False) -> None:
+    """Refuse a config.json that names code on the Hub, `org/name`, as its attention: transformers would run it.
+
+    `below`: all of the config is the value of such an entry.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    for name, value in config.items():
+        inside = below or name.endswith("_implementation")
+        if isinstance(value, Mapping):
+            refuse_kernels(value, where, below=inside)
+        elif inside and isinstance(value, str) and "/" in value:
+            hint = f"where you trust it, take '{name}' out of config.json: the usual attention gives the same"
+            raise CheckpointError(f"{where}: its config.json names code to run, '{value}'", hint=hint)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import re
 from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from modelmerge._version import __version__
 from modelmerge.plan.tensors import Plan
+
+_THREADS = " threads="
 
 
 def versions() -> dict[str, str]:
@@ -24,13 +30,36 @@ def _packages() -> dict[str, str]:
     return {"modelmerge": __version__, **{name: version(name) for name in others}}  # a source tree has no metadata
 
 
-def fingerprint(plan: Plan, *settings: Any) -> str:
-    """Digest of everything that determines the weights' bytes, as far as it can be had without reading tensors."""
+def circumstances(device: object) -> dict[str, Any]:
+    """What bears on the result's bits beside recipe and inputs: device, threads, kind of processor, versions."""
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    machine: dict[str, str | None] = {
+        "processor": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "blas": blas[1] if blas else None,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+    }
+    if str(device).startswith("cuda"):
+        machine["gpu"] = torch.cuda.get_device_name(str(device))
+    return {"device": str(device), "threads": torch.get_num_threads(), "machine": machine, "versions": versions()}
+
+
+def fingerprint(plan: Plan, device: object, *settings: Any) -> str:
+    """Digest of everything that determines the weights' bytes, as far as it can be had without reading tensors.
+
+    The number of torch's threads stands behind it, so that a run that is taken up can be given as many.
+    """
     files = [
         (m.reference.address(file), stat.st_size, stat.st_mtime_ns if m.reference.repository is None else 0)
         for m in plan.models
         for file, stat in m.files.items()
     ]
     names = [model.name for model in plan.models]
-    content = json.dumps([settings, names, files, versions()], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
+    content = json.dumps([settings, names, files, str(device), versions()], sort_keys=True, default=str)
+    return f"{hashlib.sha256(content.encode()).hexdigest()}{_THREADS}{torch.get_num_threads()}"
+
+
+def threads_in(fingerprint: str) -> int | None:
+    """The number of threads that a fingerprint names, if any."""
+    count = fingerprint.partition(_THREADS)[2]
+    return int(count) if re.fullmatch(r"[1-9]\d{0,3}", count) else None

@@ -24,7 +24,7 @@ from modelmerge.plan.tensors import DTYPES, ONLY_IN_BASE, Plan, TensorPlan
 from modelmerge.plan.transforms import parse_transform
 from modelmerge.record import card
 from modelmerge.record.command import command_of, flag, settings_of
-from modelmerge.record.fingerprint import versions
+from modelmerge.record.fingerprint import circumstances, versions
 
 
 def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
@@ -41,12 +41,11 @@ def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
 
 
 def stamp(device: object) -> dict[str, Any]:
-    """What every manifest says of its making: the format, where, when, with which versions."""
+    """What every manifest says of its making: the format, when, where, with which versions."""
     return {
         "format": FORMAT,
-        "device": str(device),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
+        **circumstances(device),
     }
 
 

@@ -22,7 +22,7 @@ from modelmerge.errors import RecipeError, UsageError, named, suggestion
 from modelmerge.evaluation import clip, clip_models, custom, image_data
 from modelmerge.evaluation.bench import entry_name, recall, remember
 from modelmerge.evaluation.clip_models import Parts, Tower
-from modelmerge.evaluation.custom import Script, load_script
+from modelmerge.evaluation.custom import Script, find_script, label_of, load_script
 from modelmerge.evaluation.image_data import Items
 from modelmerge.evaluation.image_tasks import Task, find_tasks
 from modelmerge.evaluation.model import Model
@@ -47,28 +47,37 @@ _TENTH = 10  # share of the steps whose mean is a figure: one step's is that of 
 class Data:
     """Unlabelled data of every expert's task: images for CLIP models, or what a function of the user's gives.
 
-    `tasks` are by the experts' names; `options` are those of the search for coefficients.
+    `tasks` are by the experts' names; `script` is a function, or names one in a file; `options` are those of the search
+    for coefficients.
     """
 
     tasks: Mapping[str, Task]
-    script: Script | None
+    script: Script | str | None
     heads: Path | None
     limit: int | None
     options: Options
 
     def remarks(self) -> list[str]:
         """What a plan says of the data, and what it does not count."""
-        label = self.script.label if self.script is not None else ", ".join(task.name for task in self.tasks.values())
-        return [f"weights are found on unlabelled data first, {label}; batches of them take memory besides"]
+        label = ", ".join(task.name for task in self.tasks.values())
+        if self.script is not None:
+            label = self.script.label if isinstance(self.script, Script) else label_of(self.script)
+        about = [f"weights are found on unlabelled data first, {label}; batches of them take memory besides"]
+        unseen = (
+            f"{label} is not run for a plan: what it gives is not looked at, nor is a change in it since the recipe"
+        )
+        return [*about, unseen] if isinstance(self.script, str) else about
 
-    def read(self, seed: int) -> Read:
-        """Open the data.
+    def read(self, seed: int, expected: Mapping[str, str]) -> Read:
+        """Open the data; a script is run for the first time now, if its files have the sha256 that is `expected`.
 
         Raises:
-            ModelMergeError: A data set cannot be read, or is empty.
+            RecipeError: They have not.
+            ModelMergeError: A data set cannot be read, or is empty; a script cannot be run.
         """
         options: dict[str, Any] = {"limit": self.limit, "seed": seed, "with_labels": False}
-        return Read(self, {name: image_data.load(task, **options) for name, task in self.tasks.items()})
+        items = {name: image_data.load(task, **options) for name, task in self.tasks.items()}
+        return Read(self, items, load_script(self.script, expected) if isinstance(self.script, str) else self.script)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +86,11 @@ class Read:
 
     data: Data
     items: Mapping[str, Items]
+    script: Script | None
 
     def identity(self) -> list[Any]:
         """What the data are known by: when it changes, so may the weights."""
-        script = self.data.script.digest if self.data.script is not None else None
+        script = self.script.digest if self.script is not None else None
         kept = [self.data.heads / f"{task.head}.safetensors" for task in self.data.tasks.values() if self.data.heads]
         heads = [sha256(file) if file.exists() else None for file in kept]
         items = [(name, i.identity, len(i.ids), i.classes, i.task.templates) for name, i in self.items.items()]
@@ -92,8 +102,8 @@ class Read:
 
     def describe(self, expert: str) -> dict[str, Any]:
         """What a manifest says of an expert's data."""
-        if self.data.script is not None:
-            return {"script": self.data.script.label, "sha256": self.data.script.digest or None}
+        if self.script is not None:
+            return {"script": self.script.label, "sha256": self.script.digest or None}
         items = self.items[expert]
         return {"data": items.task.data, "split": items.task.split, "images": len(items.ids),
                 "classes": len(items.classes), "templates": list(items.task.templates)}  # fmt: skip
@@ -104,9 +114,9 @@ class Read:
         Raises:
             ModelMergeError: One cannot be made.
         """
-        if self.data.script is not None:
+        if self.script is not None:
             for expert in job.plan.experts:
-                yield self._of_script(self.data.script, expert, job)
+                yield self._of_script(self.script, expert, job)
             return
         parts, digest, tower = clip_models.open_parts(Model(job.plan.base, None, job.source.device))
         for expert in job.plan.experts:
@@ -134,8 +144,8 @@ class Read:
         return Problem(name, module, clip_models.names_in(module, parts), predict)
 
 
-def to_recipe(unlabelled: Mapping[str, Any]) -> tuple[dict[str, Any], Script | None]:
-    """Unlabelled data as a recipe has them, and the function among them, where there is one.
+def to_recipe(unlabelled: Mapping[str, Any]) -> tuple[dict[str, Any], Script | str | None]:
+    """Unlabelled data as a recipe has them, and the function among them, or what names it, where there is one.
 
     Lists and mappings of references are taken as elsewhere.
     """
@@ -146,22 +156,23 @@ def to_recipe(unlabelled: Mapping[str, Any]) -> tuple[dict[str, Any], Script | N
         data[name] = str(value) if isinstance(value, Path) else value
     function = data.get(SCRIPT)
     if not callable(function):
-        return data, None
+        return data, function
     script = Script(function, getattr(function, "__name__", SCRIPT), "")
     return data | {SCRIPT: script.label}, script
 
 
-def find_data(recipe: Recipe, experts: Sequence[str], script: Script | None = None) -> Data:
-    """The data that a recipe names, paired with the experts; nothing is read but a script.
+def find_data(recipe: Recipe, experts: Sequence[str], script: Script | str | None = None) -> Data:
+    """The data that a recipe names, paired with the experts; nothing is read, and no script is run.
 
     Args:
         recipe: What was asked for.
         experts: The experts' names.
-        script: The function, where it does not come out of a file.
+        script: The function, or what names it, as whoever runs this has given it: what a recipe names is not run.
 
     Raises:
         UsageError: An expert has no data, or data have no expert; an option is wrong.
-        ModelMergeError: The extra for images is not installed; a script cannot be run.
+        RecipeError: The recipe names a script, and nobody else does.
+        ModelMergeError: The extra for images is not installed; there is no such script.
     """
     values = {name: value for name, value in recipe.unlabelled.items() if value not in (None, (), [], {})}
     search = registry.load(SEARCH)
@@ -183,7 +194,14 @@ def find_data(recipe: Recipe, experts: Sequence[str], script: Script | None = No
         if len(values) > 1:
             other = next(name for name in values if name != SCRIPT)
             raise UsageError(f"brings its own data: {named(other)} has no effect with it", option=SCRIPT)
-        return Data({}, script or load_script(str(values[SCRIPT])), None, None, options)
+        if script is None:
+            raise RecipeError(
+                f"the recipe names a script, '{values[SCRIPT]}', and what a file names is not run",
+                hint=f"look into it; where you trust it, name it yourself: {named('script')} {values[SCRIPT]}",
+            )
+        if isinstance(script, str):
+            find_script(script)
+        return Data({}, script, None, None, options)
     clip.require_extra(recipe.method)
     if values.get("limit", 1) < 1:
         raise UsageError(f"must be at least 1, not {values['limit']}", option="limit")
@@ -267,6 +285,7 @@ def find(job: Job, data: Read, key: str, scratch: Room, *, resume: bool, progres
     entry = {
         "coefficients": {t: dict(zip(experts, each, strict=True)) for t, each in table.factors.items()},
         "tasks": tasks,
+        **({"script": dict(data.script.files)} if data.script is not None and data.script.files else {}),
         "averaged_steps": some,
         "entropy": [round(value, 6) for value in steps.mean(1).tolist()],
     }

@@ -15,14 +15,24 @@ from modelmerge.checkpoint.staging import CARD, Staging
 from modelmerge.engine.adapter import Adapted
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run
+from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
 from modelmerge.plan.vocabulary import config_values, with_vocabulary
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import manifest_of, notes_of, refuse_changed, write_card
+from modelmerge.record.recorded import other_bits
 from modelmerge.verbs import adapted, coefficients
-from modelmerge.verbs.prepare import Prepared, digest_of, output_of, prepare, prepare_file, refuse_unknown
+from modelmerge.verbs.prepare import (
+    Prepared,
+    digest_of,
+    output_of,
+    prepare,
+    prepare_file,
+    refuse_unknown,
+    threads_of_leftovers,
+)
 from modelmerge.verbs.tensors import State, merge_tensors, states_of
 
 
@@ -145,15 +155,41 @@ def replay(
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
+    script: Callable[..., Any] | str | None = None,
+    allow_different_bits: bool = False,
     progress: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Repeat the merge that a manifest records, or make the one that a mergekit YAML describes; the new manifest.
 
+    Args:
+        file: The manifest, its directory, or the YAML.
+        out: Where the merged checkpoint shall be.
+        device: As for `merge`.
+        stream: As for `merge`.
+        force: As for `merge`.
+        resume: As for `merge`.
+        script: The script that the recipe names, or another, to find the coefficients anew. A script that only the
+            recipe names is never run.
+        allow_different_bits: Accept a recipe without digests, and results that are not those it records.
+        progress: Hears of the progress.
+
     Raises:
-        RecipeError: The file cannot be read, asks for what there is not, or an input is no longer what it was.
+        RecipeError: The file cannot be read or asks for what there is not, an input or the script is no longer what it
+            was, or the result is not.
         ModelMergeError: As for `merge`.
     """
-    prepared = prepare_file(Path(file), device=device, stream=stream)
+    data, function = coefficients.to_recipe({"script": script} if script is not None else {})
+
+    def change(recipe: Recipe) -> Recipe:
+        if data and not recipe.unlabelled:
+            raise UsageError("has no effect: the recipe has no unlabelled data", option="script")
+        settings = {name: value for name, value in recipe.unlabelled.items() if name not in coefficients.IMAGES}
+        return dataclasses.replace(recipe, unlabelled=settings | data, coefficients={}) if data else recipe
+
+    prepared = prepare_file(
+        Path(file), device=device, stream=stream, change=change, script=function,
+        allow_different_bits=allow_different_bits,
+    )  # fmt: skip
     return execute(prepared, Path(out), force=force, resume=resume, progress=progress)
 
 
@@ -176,11 +212,18 @@ def execute(
     try:
         size = adapted.size_of(prepared.recipe)
         beside: Literal["all", "cards"] = "all" if size is None else "cards"
-        data = prepared.data.read(prepared.recipe.seed) if prepared.data is not None else None
-        digest = digest_of(prepared, data)
-        with output_of(
-            prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=progress
-        ) as output:
+        with contextlib.ExitStack() as stack:
+            recorded = prepared.recorded
+            if recorded is not None and recorded.threads is not None:
+                stack.enter_context(threads(recorded.threads))
+            script = recorded.script if recorded is not None else {}
+            data = prepared.data.read(prepared.recipe.seed, script) if prepared.data is not None else None
+            if resume and (recorded is None or recorded.threads is None):
+                stack.enter_context(threads_of_leftovers(out, digest_of(prepared, data)))
+            digest = digest_of(prepared, data)
+            output = stack.enter_context(output_of(
+                prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=progress
+            ))  # fmt: skip
             if output.complete is not None:
                 return output.complete
             if data is not None:
@@ -216,13 +259,14 @@ def complete(
     `determined_by` is the digest of all that determines them.
 
     Raises:
-        RecipeError: An input is not what the recipe was made with.
+        RecipeError: An input is not what the recipe was made with, or the result is not what it records.
         CheckpointError: An input has changed since it was opened.
         OutputError: A file cannot be written.
     """
-    job = prepared.job
+    job, recorded = prepared.job, prepared.recorded
     digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
-    refuse_changed(prepared.recorded, job.plan.models, digests)
+    if recorded is not None:
+        refuse_changed(recorded.inputs, job.plan.models, digests)
     if small is None:
         base, giver = job.plan.base, job.plan.giver
         vocabulary = job.plan.vocabulary
@@ -232,9 +276,10 @@ def complete(
             files = with_vocabulary(files, vocabulary, base)
         for name, content in files.items():
             staging.write_file(name, content)
-    notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
-    staging.write_file(CARD, write_card(prepared.recipe, job, out, notes))
     staging.write_indices()
+    notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
+    notes += other_bits(recorded, staging, job.source.device) if recorded is not None else []
+    staging.write_file(CARD, write_card(prepared.recipe, job, out, notes))
     manifest = manifest_of(prepared.recipe, job, prepared.adaptation, out, digests, findings, notes, staging, seconds)
     manifest["fingerprint"] = determined_by
     if small is not None:

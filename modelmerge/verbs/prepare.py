@@ -8,22 +8,25 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from modelmerge.checkpoint.companions import giver_of, remarks_on_files
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import Staging, check_output, finished
+from modelmerge.checkpoint.staging import Staging, check_output, fingerprints, finished
 from modelmerge.engine.coefficients import Coefficients
 from modelmerge.engine.job import Group, Job
 from modelmerge.engine.memory import beyond_device, bytes_read, passes, peak_memory, refuse_beyond_memory, scratch_bytes
-from modelmerge.engine.parallel import source_of
+from modelmerge.engine.parallel import source_of, threads
 from modelmerge.engine.transforms import Transform, transform_of
 from modelmerge.errors import UsageError, named, spelled, suggestion
-from modelmerge.evaluation.custom import Script
+from modelmerge.evaluation.custom import Script, label_of
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options, option_types
@@ -37,8 +40,9 @@ from modelmerge.plan.transforms import as_typed, parse_transform
 from modelmerge.plan.vocabulary import remarks_on_tokens
 from modelmerge.progress import Reporter
 from modelmerge.record.command import flag
-from modelmerge.record.fingerprint import fingerprint
+from modelmerge.record.fingerprint import fingerprint, threads_in
 from modelmerge.record.manifest import as_file, groups_of, listing, remarks
+from modelmerge.record.recorded import Recorded, read_recorded, refuse_unrecorded
 from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.auto import AUTO, choose
 
@@ -121,7 +125,7 @@ class Prepared:
 
     recipe: Recipe
     job: Job
-    recorded: Mapping[str, str]  # sha256 by input file that a replay must find again; empty for a new merge
+    recorded: Recorded | None = None  # what a replay must find again
     remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
     stream: bool = False  # read weights on the Hub over ranges, without storing them
     data: coefficients.Data | None = None  # to find the experts' weights on, where that is to be done first
@@ -167,18 +171,26 @@ def prepare_file(
     stream: bool = False,
     change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
     changed: Collection[str] = (),
+    script: Script | str | None = None,
+    allow_different_bits: bool = False,
 ) -> Prepared:
     """Plan the merge that a manifest records or a mergekit YAML describes, `change`d; nothing is written.
 
-    `changed` names the options that are, an expert's weight as `NAME.weight`: a YAML then varies them no more.
+    `changed` names the options that are, an expert's weight as `NAME.weight`: a YAML then varies them no more. `script`
+    is as for `prepare`. What is written must be what the manifest records, unless the change makes it another merge.
 
     Raises:
         ModelMergeError: As for `replay`.
     """
     if file.suffix not in (".yaml", ".yml"):
-        recipe, recorded, old = read_recipe(file)
+        recipe, digests, old = read_recipe(file)
         later = functools.partial(format_1.overrides_of, old) if old is not None else None
-        return prepare(change(recipe), device=device, recorded=recorded, stream=stream, overrides=later)
+        wanted = change(recipe)
+        recorded = read_recorded(file, digests, repeated=_is_same(wanted, recipe), lenient=allow_different_bits)
+        if _script_in(wanted) != _script_in(recipe):
+            recorded = dataclasses.replace(recorded, script={})  # those of another one
+        refuse_unrecorded(recorded)
+        return prepare(wanted, device=device, recorded=recorded, stream=stream, script=script, overrides=later)
     translated = mergekit.read(file).without(changed)
     late = translated.overrides
     recipe = change(translated.recipe)
@@ -195,20 +207,21 @@ def prepare(
     recipe: Recipe,
     *,
     device: str = "auto",
-    recorded: Mapping[str, str] | None = None,
+    recorded: Recorded | None = None,
     remarks: Sequence[str] = (),
     stream: bool = False,
-    script: Script | None = None,
+    script: Script | str | None = None,
     look: bool = True,
     opened: tuple[Checkpoint, tuple[Checkpoint, ...]] | None = None,
     overrides: Callable[[Mapping[str, bool]], Sequence[str]] | None = None,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
-    `script` is a function that gives unlabelled data, where it comes out of no file. With `look`, `auto` may read a few
-    megabytes of weights on the Hub to see of what kind they are. `opened` are the base and the experts, where they have
-    been opened before. `overrides` gives overrides that follow the recipe's, where they follow from the names of the
-    tensors (and from which are weights of linear layers).
+    `script` is a function that gives unlabelled data, or FILE:FUNCTION, as whoever runs this has named it: one that
+    only the recipe names is refused. No script is run. With `look`, `auto` may read a few megabytes of weights on the
+    Hub to see of what kind they are. `opened` are the base and the experts, where they have been opened before.
+    `overrides` gives overrides that follow the recipe's, where they follow from the names of the tensors (and from
+    which are weights of linear layers).
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -288,7 +301,21 @@ def prepare(
         disentangle=tuple(as_typed(transform.name, transform.options) for transform in transforms),
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
-    return Prepared(complete, job, dict(recorded or {}), remarks, stream, data)
+    return Prepared(complete, job, recorded, remarks, stream, data)
+
+
+def _script_in(recipe: Recipe) -> str:
+    return label_of(str(recipe.unlabelled.get("script", "")))
+
+
+def _is_same(wanted: Recipe, recipe: Recipe) -> bool:
+    """Whether both ask for the same weights; a script is the same wherever it lies, its digest is compared apart."""
+
+    def content(each: Recipe) -> Recipe:
+        script = {"script": _script_in(each)} if "script" in each.unlabelled else {}
+        return dataclasses.replace(each, unlabelled={**each.unlabelled, **script}, coefficients={})
+
+    return content(wanted) == content(recipe)
 
 
 def refuse_unknown(verb: Callable[..., Any], method: str, options: Mapping[str, Any]) -> None:
@@ -372,7 +399,16 @@ def _pinned(text: str, model: Checkpoint) -> str:
 def digest_of(prepared: Prepared, read: coefficients.Read | None = None) -> str:
     """The digest of all that determines the weights, as far as it can be had without reading tensors."""
     job = prepared.job
-    return fingerprint(job.plan, dataclasses.asdict(prepared.recipe), str(job.source.device), read and read.identity())
+    return fingerprint(job.plan, job.source.device, dataclasses.asdict(prepared.recipe), read and read.identity())
+
+
+def threads_of_leftovers(out: Path, digest: str) -> AbstractContextManager[None]:
+    """Give torch the threads that an interrupted run had, if it left something that this one can take up.
+
+    The bits of large matrices depend on their number.
+    """
+    same = [text for text in fingerprints(out) if text.split()[:1] == digest.split()[:1]]
+    return threads(next((threads_in(text) for text in same), None) or torch.get_num_threads())
 
 
 def _check_choices(recipe: Recipe) -> None:

@@ -40,7 +40,7 @@ from modelmerge.record.vectors import (
     transform_report,
     vector_manifests,
 )
-from modelmerge.verbs.prepare import output_of
+from modelmerge.verbs.prepare import output_of, threads_of_leftovers
 
 REDUNDANT = "redundant"  # the folder of the vector that disentangling subtracts from all
 FULL = "experts"  # the folder of base + disentangled task vector
@@ -294,10 +294,14 @@ def _run(
     `write` is given what prepares the output with a layout.
     """
     plan, progress = opened.job.plan, frame.progress
-    digest = fingerprint(plan, verb, *settings, frame.include, frame.exclude, frame.max_shard_size)
-    with output_of(
-        plan, frame.out, digest, force=frame.force, resume=frame.resume, ready=frame.ready, progress=progress
-    ) as output:
+    device, asked = opened.job.source.device, [verb, *settings, frame.include, frame.exclude, frame.max_shard_size]
+    with contextlib.ExitStack() as stack:
+        if frame.resume:
+            stack.enter_context(threads_of_leftovers(frame.out, fingerprint(plan, device, *asked)))
+        digest = fingerprint(plan, device, *asked)
+        output = stack.enter_context(output_of(
+            plan, frame.out, digest, force=frame.force, resume=frame.resume, ready=frame.ready, progress=progress
+        ))  # fmt: skip
         if output.complete is not None:
             return output.complete["report"]
         for remark in remarks(plan):
@@ -305,7 +309,7 @@ def _run(
         fetch(plan, progress, beside=beside, stream=frame.stream)
         result = write(output.stage)
         output.staging.write_indices()
-        each, whole = vector_manifests(verb, plan, opened.job.source.device, result.unchanged, result.ranks)
+        each, whole = vector_manifests(verb, plan, device, result.unchanged, result.ranks)
         for name, manifest in each.items():
             output.staging.write_file(f"{name}/{MANIFEST}", as_file(manifest))
         globs = {"include": list(frame.include), "exclude": list(frame.exclude)}
