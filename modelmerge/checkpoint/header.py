@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 
@@ -53,21 +53,31 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+# How two matrices make one: their product; element by element; each element of the first times the whole second; or,
+# of a convolution, the first a kernel [r, s, *kernel] and the second what comes before it, [s, in, 1, 1].
+Product = Literal["product", "elementwise", "kronecker", "kernel"]
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """How stored values tell what a tensor differs by from the base's.
 
     They are the difference divided by `scale`; or, with `factors`, the difference is `scale * left @ right`, the tensor
-    taken as a matrix of its first dimension's rows; or, with `matrices`, each of a stack's matrices has its own.
+    taken as a matrix of its first dimension's rows; or, with `matrices`, each of a stack's matrices has its own; or,
+    with `runs`, each of some runs of rows has its own.
 
     Args:
         scale: A factor on the whole.
-        factors: [m, r] and [r, n], of convolutions [m, r, 1, 1] and [r, *kernel].
+        factors: [m, r] and [r, n], of convolutions [m, r, 1, 1] and [r, *kernel]. A factor with a `change` is not
+            stored but made likewise, out of factors of its own.
         transposed: The factors are stored as [r, m] and [n, r].
         origin: Stands in for the base's tensor [m, n]; the difference is to be seen from there.
         magnitude: Norms [m] (`transposed`: [n]) to which the rows (columns) of the changed tensor are rescaled, as in
             DoRA.
         matrices: Of a stack [E, m, n], how each matrix changes; None where it does not.
+        runs: The first row of a run, and how its rows change; others do not.
+        product: How the factors make the difference, where not by a product of matrices.
+        first: The row of what they make that is the tensor's first.
     """
 
     scale: float = 1.0
@@ -76,20 +86,32 @@ class Change:
     origin: TensorInfo | None = None
     magnitude: TensorInfo | None = None
     matrices: tuple[TensorInfo | None, ...] = ()
+    runs: tuple[tuple[int, TensorInfo], ...] = ()
+    product: Product = "product"
+    first: int = 0
 
     @property
     def low_rank(self) -> bool:
-        """Whether the difference is the product of the factors and nothing else."""
-        return self.factors is not None and self.origin is None and self.magnitude is None
+        """Whether the difference is the product of factors and nothing else, in every run of rows."""
+        if self.runs:
+            return all(run.change is not None and run.change.low_rank for _, run in self.runs)
+        plain = self.origin is None and self.magnitude is None
+        return self.factors is not None and self.product == "product" and plain
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         """Every tensor that takes part in it, as stored."""
-        parts = [part for part in (*(self.factors or ()), self.origin, self.magnitude) if part is not None]
-        for matrix in self.matrices:
-            if matrix is not None:
-                parts += (matrix.change.parts if matrix.change else ()) or (matrix,)
-        return tuple(parts)
+        each = (*(self.factors or ()), self.origin, self.magnitude, *self.matrices, *(run for _, run in self.runs))
+        parts: tuple[TensorInfo, ...] = ()
+        for part in each:
+            if part is not None:
+                parts += (part.change.parts if part.change else ()) or (part,)
+        return parts
+
+    @property
+    def factored(self) -> bool:
+        """Whether factors make it, or a run of its rows."""
+        return self.factors is not None or any(run.change is not None and run.change.factored for _, run in self.runs)
 
 
 def rows(info: TensorInfo, first: int, last: int) -> TensorInfo:

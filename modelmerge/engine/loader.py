@@ -39,6 +39,9 @@ class Piece:
     sampled: bool = False  # others around it are not read: no occasion to hash the file
 
 
+Place = tuple[int, int, int]  # a row of a tensor, and of what begins there the first and last element
+
+
 class Loader:
     """A thread's buffers, and the way from stored bytes to task vectors.
 
@@ -95,84 +98,138 @@ class Loader:
                 tau.copy_(stored.double() - theta_0.double())
             else:
                 tau.copy_(stored).sub_(theta_0)
+        elif info.change.runs:
+            tau.zero_()
+            width = piece.tensor.numel // piece.tensor.shape[0]
+            for row, run in info.change.runs:
+                start, stop = max(piece.start, row * width), min(piece.stop, row * width + run.numel)
+                if start < stop:
+                    part = slice(start - piece.start, stop - piece.start)
+                    place = (row, start - row * width, stop - row * width)
+                    self._load_changed(expert, run, piece.tensor, place, theta_0.flatten()[part], tau.view(-1)[part])
         elif info.change.factors is None:
             tau.copy_(self.stored(expert, piece).view(tau.shape)).mul_(info.change.scale)
         else:
-            self._load_changed(expert, info.change, piece, theta_0.flatten(), tau.flatten())
+            place = (0, piece.start, piece.stop)
+            self._load_changed(expert, info, piece.tensor, place, theta_0.flatten(), tau.view(-1))
 
-    def _load_changed(self, expert: Checkpoint, change: Change, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
+    def _load_changed(
+        self, expert: Checkpoint, info: TensorInfo, tensor: TensorPlan, place: Place, theta_0: Tensor, tau: Tensor
+    ) -> None:
         """A task vector that is stored as factors, flat: `f (origin + product) - theta_0`.
 
         f is DoRA's factor of each row or column. Written so that what is left is not a difference of large numbers.
         """
-        width = piece.tensor.numel // piece.tensor.shape[0]
-        first, last = piece.start // width, -(-piece.stop // width)
-        rows = self.product(expert, change, first, last)
-        inside = slice(piece.start - first * width, piece.stop - first * width)
-        tau.copy_(rows.flatten()[inside])
-        if change.low_rank:
+        change, (row, start, stop) = info.change, place
+        assert change is not None, "what is loaded so is a change"
+        if change.factors is None:
+            tau.copy_(self._rows(expert, info, start, stop)).mul_(change.scale)
             return
-        origin = theta_0 if change.origin is None else self._rows(expert, change.origin, piece.start, piece.stop)
+        width = tensor.numel // tensor.shape[0]
+        first, last = start // width, -(-stop // width)
+        rows = self.product(expert, change, first, last)
+        inside = slice(start - first * width, stop - first * width)
+        tau.copy_(rows.flatten()[inside])
+        origin = theta_0 if change.origin is None else self._rows(expert, change.origin, start, stop)
         if change.magnitude is not None:
-            factors = self._rescaling(expert, change, piece.tensor, first, last)
+            factors = self._rescaling(expert, change, tensor, row, first, last)
             factors = factors[None, :] if change.transposed else factors[:, None]
             spread, beyond = (f.float().expand(last - first, width).flatten()[inside] for f in (factors, factors - 1))
             tau.mul_(spread).addcmul_(origin.to(tau.dtype), beyond)
         if change.origin is not None:
             tau.add_(origin - theta_0)
 
-    def _rescaling(self, expert: Checkpoint, change: Change, tensor: TensorPlan, first: int, last: int) -> Tensor:
-        """DoRA's factors, float64: of the rows from `first` to `last`, or of all columns if it is `transposed`."""
+    def _rescaling(
+        self, expert: Checkpoint, change: Change, tensor: TensorPlan, row: int, first: int, last: int
+    ) -> Tensor:
+        """DoRA's factors, float64: of the rows from `first` to `last`, or of all columns if it is `transposed`.
+
+        Rows are counted from the tensor's `row` on, which is 0 where the change is that of the whole tensor.
+        """
         assert change.magnitude is not None
         if not change.transposed:
             learnt = self._rows(expert, change.magnitude, first, last)
-            return learnt.double() / torch.cat(list(self._changed_norms(expert, change, tensor, first, last, 1)))
+            return learnt.double() / torch.cat(list(self._changed_norms(expert, change, tensor, row, first, last, 1)))
         key = (expert.name, tensor.name)
         if key not in self._source.norms:
             # Several threads may do this at once; they find the same.
-            parts = self._changed_norms(expert, change, tensor, 0, tensor.shape[0], 0)
+            parts = self._changed_norms(expert, change, tensor, row, 0, tensor.shape[0], 0)
             self._source.norms[key] = sum(part.square() for part in parts).sqrt()  # type: ignore[union-attr]
         learnt = self._rows(expert, change.magnitude, 0, tensor.shape[1])
         return learnt.double() / self._source.norms[key]
 
     def _changed_norms(
-        self, expert: Checkpoint, change: Change, tensor: TensorPlan, first: int, last: int, dim: int
+        self, expert: Checkpoint, change: Change, tensor: TensorPlan, row: int, first: int, last: int, dim: int
     ) -> Iterator[Tensor]:
         """Norms over a dimension of the changed tensor's rows from `first` to `last`, some rows at a time, float64."""
         width = tensor.numel // tensor.shape[0]
         model, info = (self._models[0], self._models[0].tensors[tensor.name])
         if change.origin is not None:
-            model, info = expert, change.origin
+            model, info, row = expert, change.origin, 0
         step = max(self._source.block // width, 1)
         for start in range(first, last, step):
             stop = min(start + step, last)
-            rows = self._rows(model, info, start * width, stop * width).view(-1, width)
+            rows = self._rows(model, info, (row + start) * width, (row + stop) * width).view(-1, width)
             rows = rows + self.product(expert, change, start, stop)
             yield torch.linalg.vector_norm(rows, dim=dim, dtype=torch.float64)
 
     def product(self, expert: Checkpoint, change: Change, first: int, last: int) -> Tensor:
-        """The scaled product of the factors, rows from `first` to `last`: [rows, n], float32 or float64."""
-        left, right = self.factors(expert, change, first, last)
-        return left @ right
+        """What the factors make, times the scale, rows from `first` to `last`: [rows, n], float32 or float64."""
+        if change.product == "product":
+            left, right = self.factors(expert, change, first, last)
+            return left @ right
+        assert change.factors is not None
+        left, right = change.factors
+        first, last = first + change.first, last + change.first
+        if change.product == "elementwise":
+            a, b = _alike(self._matrix(expert, left, first, last), self._matrix(expert, right, first, last))
+            return a.mul_(change.scale).mul_(b)
+        if change.product == "kernel":
+            a, b = _alike(self._matrix(expert, left, first, last), self._matrix(expert, right, 0, right.shape[0]))
+            return torch.einsum("rsk,si->rik", a.view(last - first, len(b), -1) * change.scale, b).flatten(1)
+        a, b = _alike(*(self._matrix(expert, factor, 0, factor.shape[0]) for factor in (left, right)))
+        rows = torch.arange(first, last, device=a.device)
+        outer, inner = a[rows // len(b)] * change.scale, b[rows % len(b)]
+        return (outer[:, :, None] * inner[:, None, :]).flatten(1)
+
+    def _matrix(self, expert: Checkpoint, info: TensorInfo, first: int, last: int) -> Tensor:
+        """Rows of a factor, which is stored or made: [rows, n], float32 or float64."""
+        if info.change is not None:
+            return self.product(expert, info.change, first, last)
+        width = info.numel // info.shape[0]
+        return self._rows(expert, info, first * width, last * width).view(-1, width)
 
     def factors(self, expert: Checkpoint, change: Change, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """The factors as [rows, r], times the scale, and [r, n], of the rows from `first` to `last`."""
+        """The factors as [rows, r], times the scale, and [r, n], of the rows from `first` to `last`.
+
+        Of a tensor that changes run by run, they are those of all runs side by side, of all rows.
+        """
+        if change.runs:
+            return self._factors_of_runs(expert, change, last)
         assert change.factors is not None
         left, right = change.factors
         if self._right.get(expert.name, (None,))[0] is not right:  # every piece of a tensor needs the whole of it
-            values = self._rows(expert, right, 0, right.numel)
-            values = values.view(right.shape).T if change.transposed else values.view(right.shape[0], -1)
-            self._right[expert.name] = right, values
+            values = self._matrix(expert, right, 0, right.shape[0])
+            self._right[expert.name] = right, values.T if change.transposed else values
         _, values = self._right[expert.name]
+        first, last = first + change.first, last + change.first
         if change.transposed:
             rank, m = left.shape
             rows = torch.stack([self._rows(expert, left, k * m + first, k * m + last) for k in range(rank)]).T
         else:
             rank = left.shape[1]
             rows = self._rows(expert, left, first * rank, last * rank).view(-1, rank)
-        if rows.dtype != values.dtype:
-            rows, values = rows.double(), values.double()
+        rows, values = _alike(rows, values)
         return rows * change.scale, values
+
+    def _factors_of_runs(self, expert: Checkpoint, change: Change, count: int) -> tuple[Tensor, Tensor]:
+        lefts, rights = [], []
+        for row, run in change.runs:
+            assert run.change is not None, "what has factors is a change"
+            left, right = self.factors(expert, run.change, 0, run.shape[0])
+            lefts.append(torch.nn.functional.pad(left, (0, 0, row, count - row - len(left))))
+            rights.append(right)
+        return torch.cat(lefts, 1), torch.cat(rights)
 
     def _rows(self, model: Checkpoint, info: TensorInfo, start: int, stop: int) -> Tensor:
         """A stored tensor's elements from `start` to `stop`, flat, on the device, float32 or (if stored so) float64."""
@@ -208,11 +265,13 @@ class Loader:
                         hint=f"{named('exclude')} '{piece.tensor.stored_name}' copies it from the base unchecked, "
                         "if that is meant",
                     )
-            if info.change is not None and info.change.magnitude is not None:
-                factors = self._rescaling(model, info.change, piece.tensor, 0, piece.tensor.shape[0])
+            for row, run in (info.change.runs or ((0, info),)) if info.change is not None else ():
+                if run.change is None or run.change.magnitude is None:
+                    continue
+                factors = self._rescaling(model, run.change, piece.tensor, row, 0, run.shape[0])
                 if not bool(factors.isfinite().all()):
                     raise CheckpointError(
-                        f"{info.file}: '{info.change.magnitude.name}' rescales weights that are all zero in the base",
+                        f"{info.file}: '{run.change.magnitude.name}' rescales weights that are all zero in the base",
                         hint=f"{named('exclude')} '{piece.tensor.stored_name}' copies them from the base",
                     )
 
@@ -334,6 +393,11 @@ def factors_of(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor
             left, right = loader.factors(expert, info.change, 0, tensor.shape[0])
             pairs.append((left.float(), right.float()))
     return tuple(pairs) if any(pair is not None for pair in pairs) else None
+
+
+def _alike(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64 where one is."""
+    return (left, right) if left.dtype == right.dtype else (left.double(), right.double())
 
 
 def rounded(piece: Piece, values: Tensor, *, check: bool = True, rounding: Rounding | None = None) -> Tensor:

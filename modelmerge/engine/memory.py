@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from modelmerge.checkpoint.as_lora import Role, Size
-from modelmerge.checkpoint.header import DTYPE_BITS
+from modelmerge.checkpoint.header import DTYPE_BITS, Change
 from modelmerge.engine.job import MODEST, Job, Source
 from modelmerge.errors import UsageError
 from modelmerge.methods import linalg
@@ -343,12 +343,22 @@ def decompose(source: Source, tensors: Tensors) -> Bytes:
 
 def unfolding(plan: Plan, elements: int) -> int:
     """Bytes that making so many elements of a task vector out of factors takes: the factors and their product."""
-    changes = [i.change for e in plan.experts for i in e.tensors.values() if i.change is not None and i.change.factors]
-    factors = max((8 * sum(part.numel for part in change.factors or ()) for change in changes), default=0)
-    factors *= len(plan.experts)
+    infos = [info for expert in plan.experts for info in expert.tensors.values()]
+    changes = [info.change for info in infos if info.change is not None and info.change.factored]
+    factors = max((8 * _factor_elements(change) for change in changes), default=0) * len(plan.experts)
     # DoRA: the product again with the base's rows, for norms; two factors for each element.
-    each = 4 * bool(changes) + 16 * any(change.magnitude is not None for change in changes)
+    runs = [run.change for change in changes for _, run in change.runs if run.change is not None]
+    each = 4 * bool(changes) + 16 * any(change.magnitude is not None for change in (*changes, *runs))
+    each += 8 * any(change.product != "product" for change in (*changes, *runs))
     return factors + each * elements
+
+
+def _factor_elements(change: Change) -> int:
+    """Elements of all factors of a change, of those too that are made of others but for what is made row by row."""
+    parts = [*(change.factors or ()), *(run for _, run in change.runs)]
+    nested = sum(_factor_elements(part.change) for part in parts if part.change is not None)
+    stored = () if change.product == "elementwise" else change.factors or ()
+    return nested + sum(factor.numel for factor in stored)
 
 
 def free_memory(device: torch.device) -> int | None:

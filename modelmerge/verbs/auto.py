@@ -57,4 +57,4 @@ def choose(shared: Plan, *, look: bool) -> Choice:
 
 def _is_adapter(model: Checkpoint) -> bool:
     """Whether factors make it up: a LoRA adapter, or a low-rank task vector."""
-    return any(info.change is not None and info.change.factors is not None for info in model.tensors.values())
+    return any(info.change is not None and info.change.factored for info in model.tensors.values())
