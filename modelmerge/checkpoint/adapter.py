@@ -249,8 +249,8 @@ def matched(adapter: Adapter, what: str, module: str) -> float:
     return float(adapter.config["r" if what == "rank" else "lora_alpha"])
 
 
-def _scale(adapter: Adapter, module: str, parts: Mapping[str, TensorInfo]) -> float:
-    rank = parts["A"].shape[0]
+def scale_of(adapter: Adapter, module: str, rank: int) -> float:
+    """A module's factor s: alpha over the rank, or over its root."""
     return matched(adapter, "alpha", module) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
 
 
@@ -305,7 +305,9 @@ def _changes(
         bias = f"{place.removesuffix('weight')}bias"
         if bias not in base or base[bias].shape != parts["bias"].shape:
             raise PlanError(f"{parts['bias'].file}: '{parts['bias'].name}' has no bias in the base to be added to")
-        changes[bias] = replace(parts["bias"], name=bias, change=Change(scale=_scale(adapter, module, parts)))
+        changes[bias] = replace(
+            parts["bias"], name=bias, change=Change(scale=scale_of(adapter, module, parts["A"].shape[0]))
+        )
     return changes
 
 
@@ -335,6 +337,6 @@ def _change(
         )
     if magnitude is not None and magnitude.numel != target.shape[1 if transposed else 0]:
         raise PlanError(f"{a.file}: '{magnitude.name}' does not fit the base's '{target.name}' {list(target.shape)}")
-    change = Change(_scale(adapter, module, parts), (left, right), transposed, origin, magnitude)
+    change = Change(scale_of(adapter, module, a.shape[0]), (left, right), transposed, origin, magnitude)
     nbytes = sum(part.nbytes for name, part in parts.items() if name != "bias")
     return TensorInfo(target.name, a.dtype, target.shape, a.file, a.start, nbytes, change=change)

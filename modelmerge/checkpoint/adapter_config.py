@@ -43,11 +43,20 @@ MERGE_FIRST = (
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter's config, checked: `base` is the model it says it was trained on, empty if it says none."""
+    """An adapter's config, checked: `base` is the model it says it was trained on, empty if it says none.
+
+    `lone`: a LoRA file of a model of images, without such a config; its entries are those of the file's metadata.
+    """
 
     file: Path
     base: str
     config: dict[str, Any]
+    lone: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What messages call it."""
+        return "a LoRA file" if self.lone else "a PEFT adapter"
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -64,7 +73,11 @@ def read_adapter(file: Path) -> Adapter:
         CheckpointError: The file is malformed.
         ReferenceNotFound: It is of a kind that cannot be merged; the message names it.
     """
-    config = read_json(file)
+    return checked_adapter(file, read_json(file))
+
+
+def checked_adapter(file: Path, config: Any) -> Adapter:
+    """`read_adapter` for a config that has been read from `file`."""
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise CheckpointError(f"{file}: malformed: it does not name its 'peft_type'")
     _refuse_other_kinds(file, config)

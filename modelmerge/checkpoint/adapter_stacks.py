@@ -8,12 +8,11 @@ of the second in the keys, and so on: the shapes tell which is which.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from modelmerge.checkpoint.adapter import matched
+from modelmerge.checkpoint.adapter import matched, scale_of
 from modelmerge.checkpoint.adapter_config import MERGE_FIRST, PREFIX, Adapter
 from modelmerge.checkpoint.adapter_places import Places
 from modelmerge.checkpoint.experts import stack_all
@@ -145,7 +144,7 @@ def _change(adapter: Adapter, parameter: str, a: TensorInfo, b: TensorInfo, stac
         b_e = replace(b, shape=(b.shape[0], rank), start=b.start + number * item, strides=(b.shape[1], count),
                       nbytes=b.nbytes // count)  # fmt: skip
         factors = (b_e, a_e) if straight else (a_e, b_e)
-        change = Change(_scale(adapter, parameter, rank), factors, transposed=not straight)
+        change = Change(scale_of(adapter, parameter, rank), factors, transposed=not straight)
         nbytes = a_e.nbytes + b_e.nbytes
         matrices.append(TensorInfo(stack.name, a.dtype, tuple(shape), a.file, a.start, nbytes, change=change))
     nbytes = a.nbytes + b.nbytes
@@ -157,9 +156,3 @@ def _is_transposed(adapter: Adapter, parameter: str) -> bool:
     """Whether a square stack is kept as [E, in, out], as the families do that peft knows to."""
     kind = str((adapter.config.get("auto_mapping") or {}).get("parent_library", ""))
     return any(f".{family}." in kind for family in ("gpt_oss", "llama4"))
-
-
-def _scale(adapter: Adapter, parameter: str, rank: int) -> float:
-    """S of a parameter."""
-    alpha = matched(adapter, "alpha", parameter)
-    return alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)

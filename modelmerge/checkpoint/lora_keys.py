@@ -6,16 +6,19 @@ diffusers, peft and the programs for FLUX and later models keep the dots. Behind
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modelmerge.checkpoint.adapter_config import CONFIG, PICKLED, PREFIX, WEIGHTS
 from modelmerge.checkpoint.header import TensorInfo
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # what diffusers calls such a file
+METADATA = "lora_adapter_metadata"  # where diffusers keeps what peft has in adapter_config.json
 _KOHYA = re.compile(
     r"^(lora_(unet|te\d?|transformer|prior)|lycoris)_|\.(lora_(down|up|mid)|(hada|lokr)_[wt]\d(_[ab])?)\b|\.dora_scale$"
     r"|^(model\.)?diffusion_model\..*\.diff(_b)?$"
@@ -69,6 +72,15 @@ def is_lora(place: Path, tensors: Mapping[str, TensorInfo]) -> bool:
             raise ReferenceNotFound(message, hint=hint)
         return True
     return False
+
+
+def lora_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file's metadata say in place of an adapter's config: its entries, by component; empty if nothing."""
+    try:
+        config = json.loads(metadata.get(METADATA, "{}"))
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def modules_of(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Module], list[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from modelmerge.checkpoint.adapter import Translation, translate
 from modelmerge.checkpoint.adapter_stacks import in_memory, on_stacks
+from modelmerge.checkpoint.lora_files import translate_file
 from modelmerge.checkpoint.pairing import component_of
 from modelmerge.checkpoint.reader import Checkpoint, VectorOf, open_checkpoint, with_prefix
 from modelmerge.checkpoint.reference import Reference, parse, parse_experts
@@ -43,10 +44,10 @@ def open_references(
     """`open_models` for references that have been parsed."""
     origin = open_checkpoint(reference)
     if origin.adapter is not None:
-        raise ReferenceNotFound(
-            f"{reference.text} is a PEFT adapter, not a base",
-            hint=f"its base was '{origin.adapter.base}'" if origin.adapter.base else "name the model it was trained on",
-        )
+        hint = f"its base was '{origin.adapter.base}'" if origin.adapter.base else "name the model it was trained on"
+        if origin.adapter.lone:
+            hint = "name the model first, then the LoRA files as its experts; what they add to it is merged"
+        raise ReferenceNotFound(f"{reference.text} is {origin.adapter.kind}, not a base", hint=hint)
     if origin.vector is not None:
         raise ReferenceNotFound(
             f"{reference.text} is a task vector, not a base", hint=f"its base was {origin.vector.base}"
@@ -114,6 +115,8 @@ def _onto_component(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str]
 def _translated(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str]) -> Translation:
     """The adapter as changes to the base, whether it speaks of the base's names or of those in memory."""
     assert expert.adapter is not None, "the expert is an adapter"
+    if expert.adapter.lone:
+        return translate_file(expert, base, exclude)
     direct, error = None, None
     if not expert.adapter.config.get("target_parameters"):
         try:

@@ -29,7 +29,7 @@ from modelmerge.checkpoint.components import (
 )
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_json, read_metadata
-from modelmerge.checkpoint.lora_files import refuse_factors
+from modelmerge.checkpoint.lora_keys import LORA_WEIGHTS, is_lora, lora_metadata
 from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
 from modelmerge.errors import CheckpointError, ReferenceNotFound
@@ -65,7 +65,9 @@ class Checkpoint:
     vector: VectorOf | None = None  # set where it tells what changed in a base, not a whole model
     remarks: tuple[str, ...] = ()  # what a person should know of how it was read, a clause each
     absent: frozenset[str] = frozenset()  # what its index lists and no shard holds
-    adapter: Adapter | None = None  # set for a PEFT adapter; until `attach`, its tensors go by its own keys
+    adapter: Adapter | None = (
+        None  # set for a PEFT adapter and a LoRA file; until `attach`, its tensors go by its own keys
+    )
     excluded: frozenset[str] = frozenset()  # keys of an adapter that have no place in its base, and that globs exclude
     lenders: Mapping[Path, Checkpoint] = field(default_factory=dict)  # of tensors in another model's files, that model
     components: Mapping[str, Component] = field(default_factory=lambda: {"": Component()})  # by folder
@@ -186,7 +188,8 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
     if path.name.endswith(INDEX_END):
         raise ReferenceNotFound(f"{path} is the index of shards", hint=f"name their folder: {path.parent}")
     tensors, remarks = read_file(path)
-    refuse_factors(path, tensors)
+    if is_lora(path, tensors):
+        return _lora_file(reference, path, tensors, remarks)
     filename = as_safetensors(path.name)
     component = Component("", filename, f"{filename}.index.json", alone=True, metadata=_metadata(path))
     return Checkpoint(reference, tensors, {path: path.stat()}, None, {}, remarks=remarks, components={"": component})
@@ -219,7 +222,8 @@ def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
         content, notes, gone = _read_weights(place, weights)
         metadata = _metadata(place / weights.single) if weights.alone else {}
         component = Component(folder, *weights.component_names, _read_config(place), weights.alone, metadata)
-        refuse_factors(place, content)
+        if is_lora(place, content):
+            raise ReferenceNotFound(f"{place} holds the factors of a LoRA, no weights", hint="name the file itself")
         read = dict.fromkeys(tensor.file for tensor in content.values()) or (place / weights.single,)
         files |= {file: file.stat() for file in read}
         if weights.variant is not None:
@@ -228,6 +232,8 @@ def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
         tensors |= with_prefix(component.prefix, content)
         absent |= {f"{component.prefix}{name}" for name in gone}
         components[folder] = component
+    if not components and (directory / LORA_WEIGHTS).exists():
+        return _lora_file(reference, directory / LORA_WEIGHTS, *read_file(directory / LORA_WEIGHTS))
     if not components:
         raise _no_weights(directory)
     vector = _read_vector(directory)
@@ -281,6 +287,13 @@ def _open_adapter(reference: Reference, directory: Path) -> Checkpoint:
         remarks += (f"{full[0]} lies beside the adapter and is not read: the adapter is taken",)
     files = {file: file.stat() for file in (weights, config)}
     return Checkpoint(reference, tensors, files, directory, {}, remarks=remarks, adapter=adapter)
+
+
+def _lora_file(
+    reference: Reference, file: Path, tensors: dict[str, TensorInfo], remarks: tuple[str, ...]
+) -> Checkpoint:
+    adapter = Adapter(file, "", lora_metadata(_metadata(file)), lone=True)
+    return Checkpoint(reference, tensors, {file: file.stat()}, None, {}, remarks=remarks, adapter=adapter)
 
 
 def _read_vector(directory: Path) -> VectorOf | None:

@@ -236,7 +236,7 @@ def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Check
     alone = [open_checkpoint(reference) for reference in others]
     for model in alone:
         if model.adapter is not None or model.vector is not None:
-            kind = "a PEFT adapter" if model.adapter is not None else "a task vector"
+            kind = model.adapter.kind if model.adapter is not None else "a task vector"
             raise UsageError(f"'{model.name}' is {kind}: its base must be named", hint=f"{named('base')} REF")
     return alone
 
