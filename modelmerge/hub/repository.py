@@ -33,7 +33,8 @@ from modelmerge.progress import Reporter
 _DOWNLOADS = 4  # files at a time
 _REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
-_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")  # of a checkpoint's files
+# Of a checkpoint's files.
+_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
 # Where one of these is there, readers open no pickle.
 _PLAIN = ("model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
 _ADDRESS = re.compile(r"hf://([^/@]+/[^/@]+)@([^/]+)/(.+)")
