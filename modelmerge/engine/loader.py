@@ -104,9 +104,9 @@ class Loader:
             for row, run in info.change.runs:
                 start, stop = max(piece.start, row * width), min(piece.stop, row * width + run.numel)
                 if start < stop:
-                    part = slice(start - piece.start, stop - piece.start)
+                    here = slice(start - piece.start, stop - piece.start)
                     place = (row, start - row * width, stop - row * width)
-                    self._load_changed(expert, run, piece.tensor, place, theta_0.flatten()[part], tau.view(-1)[part])
+                    self._load_changed(expert, run, piece.tensor, place, theta_0.flatten()[here], tau.view(-1)[here])
         elif info.change.factors is None:
             tau.copy_(self.stored(expert, piece).view(tau.shape)).mul_(info.change.scale)
         else:
@@ -179,15 +179,15 @@ class Loader:
             left, right = self.factors(expert, change, first, last)
             return left @ right
         assert change.factors is not None
-        left, right = change.factors
+        one, other = change.factors
         first, last = first + change.first, last + change.first
         if change.product == "elementwise":
-            a, b = _alike(self._matrix(expert, left, first, last), self._matrix(expert, right, first, last))
+            a, b = _alike(self._matrix(expert, one, first, last), self._matrix(expert, other, first, last))
             return a.mul_(change.scale).mul_(b)
         if change.product == "kernel":
-            a, b = _alike(self._matrix(expert, left, first, last), self._matrix(expert, right, 0, right.shape[0]))
+            a, b = _alike(self._matrix(expert, one, first, last), self._matrix(expert, other, 0, other.shape[0]))
             return torch.einsum("rsk,si->rik", a.view(last - first, len(b), -1) * change.scale, b).flatten(1)
-        a, b = _alike(*(self._matrix(expert, factor, 0, factor.shape[0]) for factor in (left, right)))
+        a, b = _alike(*(self._matrix(expert, factor, 0, factor.shape[0]) for factor in (one, other)))
         rows = torch.arange(first, last, device=a.device)
         outer, inner = a[rows // len(b)] * change.scale, b[rows % len(b)]
         return (outer[:, :, None] * inner[:, None, :]).flatten(1)
