@@ -73,7 +73,8 @@ def attach(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ()) ->
     """
     if expert.adapter is None:
         return expert
-    translation = _onto_component(expert, base, exclude)
+    translate_all = translate_file if expert.adapter.lone else _onto_component
+    translation = translate_all(expert, base, exclude)
     vector = VectorOf(expert.adapter.base, None, frozenset(base.tensors.keys() - translation.changes.keys()))
     remarks = (*expert.remarks, *translation.remarks)
     ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}
@@ -115,8 +116,6 @@ def _onto_component(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str]
 def _translated(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str]) -> Translation:
     """The adapter as changes to the base, whether it speaks of the base's names or of those in memory."""
     assert expert.adapter is not None, "the expert is an adapter"
-    if expert.adapter.lone:
-        return translate_file(expert, base, exclude)
     direct, error = None, None
     if not expert.adapter.config.get("target_parameters"):
         try:
