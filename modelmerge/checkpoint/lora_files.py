@@ -203,7 +203,7 @@ class _Reader:
         buffer = bytearray(info.nbytes)
         if info.numel != 1 or info.dtype not in (*_SCALARS, "BF16"):
             raise CheckpointError(f"{info.file}: '{info.name}' is {info.dtype} {list(info.shape)}, and no number")
-        self._expert.read_into(info, 0, memoryview(buffer))
+        self._expert.read_into(info, 0, memoryview(buffer), follow=self._expert.streamed)
         # The bytes of a bfloat16 are the upper half of a float's.
         raw, kind = (b"\0\0" + buffer, "<f") if info.dtype == "BF16" else (bytes(buffer), _SCALARS[info.dtype])
         (number,) = struct.unpack(kind, raw)

@@ -21,6 +21,7 @@ from modelmerge.methods.contract import Context
 from modelmerge.plan.recipe import Recipe
 from modelmerge.verbs.merge import execute
 from modelmerge.verbs.prepare import prepare
+from tests.support.hub_server import FakeHub
 
 State = dict[str, Tensor]
 TOLERANCE = 1e-6
@@ -554,3 +555,14 @@ def test_a_pickled_lora_file(tmp_path: Path) -> None:
     want = merged(base, tmp_path / "style.safetensors")
     got = merged(base, tmp_path / "style.pt")
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.mark.parametrize("place", ["org/style", "hf://org/style/pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize("stream", [False, True], ids=["stored", "streamed"])
+def test_a_lora_file_on_the_hub(place: str, stream: bool, tmp_path: Path, hub: FakeHub) -> None:
+    """Alpha is read over ranges where the file is not stored."""
+    base, state = base_of(tmp_path, unet(single=True), single=True), load_file(plain(tmp_path))
+    file = file_of(tmp_path, state | {f"lora_unet_{FEED}.alpha": torch.tensor(3.0)}, "pytorch_lora_weights")
+    hub.add("org/style", {file.name: file.read_bytes()})
+    got = merged(base, place, stream=stream)
+    assert_changed(unet(single=True), got, {DENOISER + FEED_NAME: 1.5 * randn(24, 2, seed=1) @ randn(2, 8)})
