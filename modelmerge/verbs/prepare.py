@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from modelmerge.checkpoint.companions import giver_of, remarks_on_files
+from modelmerge.checkpoint.diffusion import networks
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
@@ -263,6 +264,13 @@ def prepare(
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from, strict=strict,
     )  # fmt: skip
+    foreign = (name != piece.diffusers.partition("/")[2] for network in networks(plan.base.tensors) if network.single
+               for name, (piece, *_) in network.pieces.items())  # fmt: skip
+    if recipe.as_lora is not None and any(foreign):
+        raise UsageError(
+            "writes an adapter by the names of diffusers' layout, and the base has those of the original program",
+            option="as_lora", hint="name a folder of diffusers as the base, such as its unet/",
+        )  # fmt: skip
     if recipe.as_lora is not None and len(plan.base.components) > 1:
         folders = ", ".join(f"{folder or '.'}/" for folder in plan.base.components)
         raise UsageError(

@@ -566,3 +566,25 @@ def test_a_lora_file_on_the_hub(place: str, stream: bool, tmp_path: Path, hub: F
     hub.add("org/style", {file.name: file.read_bytes()})
     got = merged(base, place, stream=stream)
     assert_changed(unet(single=True), got, {DENOISER + FEED_NAME: 1.5 * randn(24, 2, seed=1) @ randn(2, 8)})
+
+
+@pytest.mark.parametrize("method", ["tsv-m", "kron", "knots"])
+def test_kernels_that_change_by_factors_are_merged_as_matrices(method: str, tmp_path: Path) -> None:
+    """As the same task vectors are that are stored in full."""
+    base, files = base_of(tmp_path, unet(single=True), single=True), []
+    for kind, name in (("LoCon", "one"), ("LoCon with a kernel", "two"), ("LoHa with kernels", "three")):
+        module, parts, _ = kinds()[kind]
+        files.append(file_of(tmp_path, {f"lora_unet_{module}.{part}": t for part, t in parts.items()}, name))
+    modelmerge.extract(str(base), list(map(str, files)), tmp_path / "vectors")
+    at = [f"*.in_layers.2.weight: {method}"]
+    got = merged(base, *files, at=at)
+    want = merged(base, *(tmp_path / "vectors" / file.stem for file in files), at=at)
+    for name, tensor in want.items():
+        assert torch.allclose(got[name], tensor, rtol=0, atol=1e-5), name
+
+
+def test_an_adapter_of_a_single_file_cannot_be_written(tmp_path: Path) -> None:
+    """Peft's would have names that no program knows."""
+    base, file = base_of(tmp_path, unet(single=True), single=True), plain(tmp_path)
+    with pytest.raises(UsageError, match="the base has those of the original program"):
+        merged(base, file, as_lora=2)
