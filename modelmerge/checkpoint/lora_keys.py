@@ -78,7 +78,7 @@ def lora_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a file's metadata say in place of an adapter's config: its entries, by component; empty if nothing."""
     try:
         config = json.loads(metadata.get(METADATA, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
 
