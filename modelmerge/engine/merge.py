@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import SMALL, Findings, Job
-from modelmerge.engine.loader import Loader, Piece, as_bytes, item_bytes, loader_of, piece_bytes, pieces, rounded, whole
+from modelmerge.engine.loader import Loader, Piece, Pieces, as_bytes, item_bytes, loader_of, piece_bytes, rounded, whole
 from modelmerge.engine.memory import beyond_device, together
 from modelmerge.engine.parallel import current, in_parallel, prepare_process, side_by_side, threads
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
@@ -119,8 +119,7 @@ def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
         progress.advance(piece_bytes(plan, piece), piece.tensor.name)
 
     def merge_cut(tensors: Sequence[TensorPlan]) -> None:
-        cut = [piece for t in tensors for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
-        in_parallel(job.source, cut, merge_piece)
+        in_parallel(job.source, Pieces(tensors, job.source.block, in_rows), merge_piece)
 
     merge_cut(streamed)
     for some in _in_reach(fitted, with_moments):
@@ -246,7 +245,7 @@ def _merged(
         factor, rounding = output.factors.get(piece.tensor.name), output.findings.rounding
         delta = vector if factor is None else vector * factor
         if rounding is not None:
-            rounding.squares.append(squared(delta))
+            rounding.squares.add(squared(delta))
         values = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
         yield output, rounded(piece, values, rounding=rounding)
 
