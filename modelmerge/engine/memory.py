@@ -304,8 +304,8 @@ def merge_into_adapter(job: Job, size: Size) -> Bytes:
     widest = max((model.stored_bytes(t.name) for t in tensors for model in plan.models), default=0)
     # Task vectors, theta_0 and the merged one, the method's own, bytes as stored.
     merging = int(largest * 4 * (tasks + 2 + workspace)) + 2 * widest + unfolding(plan, largest)
-    # The merged one in float64 with its factors, and the eigendecomposition: see `write_factors`. A small rank of a large
-    # matrix needs some vectors of that number.
+    # The merged one in float64 with its factors, and the eigendecomposition: see `write_factors`. A small rank of a
+    # large matrix needs some vectors of that number.
     splitting = 0
     for m, n in (t.shape for t in tensors if len(t.shape) == 2):
         exact = size.rank is None or not linalg.iterates((m, n), size.rank)

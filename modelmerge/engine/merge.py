@@ -258,7 +258,7 @@ def merged_vector(
     group, setting = job.group(piece.tensor), fitted.setting(piece.tensor)
 
     def leave_out(expert: int, reason: str) -> None:
-        findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
+        findings.left_out.append((piece.tensor.name, job.experts[expert], reason))
 
     def tell(figures: Mapping[str, float]) -> None:
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
@@ -268,7 +268,7 @@ def merged_vector(
         measured = group.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
-        experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
+        experts=job.experts, measured=measured,
         base=theta_0 if group.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip
