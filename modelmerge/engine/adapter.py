@@ -82,7 +82,8 @@ def adapt(
     fitted = fit(job, scratch, progress)
     progress.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
     dense: set[str] = set()  # tensors that changed and are not low-rank
-    for tensor in todo:
+
+    def adapt_one(tensor: TensorPlan) -> None:  # whose matrices are gone before the next ones are read
         role = table[tensor.name]
         piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor))
         theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
@@ -104,6 +105,9 @@ def adapt(
                 shape = tensor.stored_shape if tensor.stack is None else tensor.shape
                 _spool(adapted, key(role, tensor.name, "whole"), tensor.out_dtype, values, shape, spool)
         progress.advance(piece_bytes(plan, piece), tensor.name)
+
+    for tensor in todo:
+        adapt_one(tensor)
     _complete(job, adapted, table, dense, dtype, spool)
     return adapted
 

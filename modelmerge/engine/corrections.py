@@ -85,7 +85,7 @@ class CorrectionTransform:
     def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> FittedCorrection:
         """Find the matrices: of modest weights side by side, of large ones in turn."""
         source, tasks = job.source, len(job.plan.experts)
-        experts, survey = tuple(expert.name for expert in job.plan.experts), self.by.survey(self.options)
+        survey = self.by.survey(self.options)
         count, places, end = self.by.matrices(self.options, tasks), {}, 0
         for tensor in tensors:
             places[tensor.name] = end
@@ -100,7 +100,9 @@ class CorrectionTransform:
         def solve(piece: Piece, taus: Tensor) -> None:
             name = piece.tensor.name
             factors = factors_of(source, piece.tensor) if before.keeps_factors and name not in on_host else None
-            context = Context(tensor=name, weights=(1.0,) * tasks, experts=experts, measured=measured, factors=factors)
+            context = Context(
+                tensor=name, weights=(1.0,) * tasks, experts=job.experts, measured=measured, factors=factors
+            )
             solved = self.by.find(taus, self.options, context)
             flat = taus.view(tasks, -1)
             gram, square = _gram(flat), float(_gram(solved.matrices.view(count, -1)).trace()) / count

@@ -122,6 +122,11 @@ class Job:
         return self.source.plan
 
     @cached_property
+    def experts(self) -> tuple[str, ...]:
+        """The experts' names, in their order."""
+        return tuple(expert.name for expert in self.plan.experts)
+
+    @cached_property
     def _takers(self) -> dict[str, Group]:
         return {tensor.name: group for group in self.groups for tensor in group.tensors}
 

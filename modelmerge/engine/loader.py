@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,6 +80,20 @@ class Loader:
         if check and not bool(taus.sum().isfinite()):
             self._refuse_nonfinite(piece)
         return theta_0, taus
+
+    def each(self, tensor: TensorPlan, *, check: bool) -> Iterator[Tensor]:
+        """A whole tensor's task vectors [*shape], one after the other; the next is written over the last.
+
+        Raises:
+            CheckpointError: With `check`, a weight is NaN or Inf.
+        """
+        piece = Piece(tensor, 0, tensor.numel, whole=True)
+        theta_0, tau = self._widened(self._models[0], piece).view(tensor.shape), self._taus[: tensor.numel]
+        for expert in self._models[1:]:
+            self._load_one(expert, piece, theta_0, tau.view(tensor.shape))
+            if check and not bool(tau.sum().isfinite()):
+                self._refuse_nonfinite(piece)
+            yield tau.view(tensor.shape)
 
     def _load_one(self, expert: Checkpoint, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
         common = piece.tensor.common - piece.start
@@ -297,17 +311,40 @@ class Loader:
         return raw
 
 
-def pieces(
-    tensors: Sequence[TensorPlan], block: int, *, sampled: bool = False, by_rows: bool = False
-) -> Iterator[Piece]:
-    """The tensors cut into pieces of about `block` elements, matrices between rows; `by_rows` no row of any is cut."""
-    for tensor in tensors:
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Tensors cut into pieces of about `block` elements, matrices between rows; each is made when it is asked for.
+
+    `by_rows`: no row of such a tensor is cut, whatever its shape. `share`: of the pieces, one in so many.
+    """
+
+    tensors: Sequence[TensorPlan]
+    block: int
+    by_rows: Callable[[TensorPlan], bool] = lambda tensor: False
+    share: int = 1
+
+    def __iter__(self) -> Iterator[Piece]:
+        before = 0
+        for tensor in self.tensors:
+            starts = self._starts(tensor)
+            for start in starts[-before % self.share :: self.share]:
+                yield Piece(tensor, start, min(start + starts.step, starts.stop), sampled=self.share > 1)
+            before += len(starts)
+
+    def __len__(self) -> int:
+        return -(-sum(len(self._starts(tensor)) for tensor in self.tensors) // self.share)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest piece."""
+        cuts = [self._starts(tensor) for tensor in self.tensors]
+        return max((min(starts.step, starts.stop) for starts in cuts), default=0)
+
+    def _starts(self, tensor: TensorPlan) -> range:
         # Kinds that pack several elements into a byte are only ever copied, and are cut by bytes.
         count = tensor.numel * DTYPE_BITS[tensor.dtype] // 8 // item_bytes(tensor.dtype)
-        width = tensor.row if by_rows or len(tensor.shape) == 2 else 1
-        step = max(block // width, 1) * width
-        for start in range(0, count, step):
-            yield Piece(tensor, start, min(start + step, count), sampled=sampled)
+        width = tensor.row if len(tensor.shape) == 2 or self.by_rows(tensor) else 1
+        return range(0, count, max(self.block // width, 1) * width)
 
 
 def loader_of(source: Source, tensors: Sequence[TensorPlan]) -> Loader:
@@ -411,7 +448,7 @@ def rounded(piece: Piece, values: Tensor, *, check: bool = True, rounding: Round
     # As in loading: a sum first, a closer look only where it is not finite. What is lost is NaN wherever a value is.
     if rounding is not None and dtype != values.dtype:
         error = squared(stored.to(values.dtype).sub_(values))
-        rounding.errors.append(error)
+        rounding.errors.add(error)
         finite = math.isfinite(error)
     else:
         finite = bool((stored if dtype == torch.float64 else stored.float()).sum().isfinite())

@@ -72,9 +72,19 @@ def adapter_memory(job: Job, size: Size) -> dict[str, int]:
     return _peak(job, survey(job), merge_into_adapter(job, size))
 
 
-def vector_memory(job: Job, tensors: Tensors, decomposed: Tensors = ()) -> dict[str, int]:
-    """The most anonymous memory that writing task vectors needs, in bytes, as `peak_memory` has it."""
-    return _peak(job, write_vectors(job.source, tensors), decompose(job.source, decomposed))
+def vector_memory(job: Job, tensors: Tensors, ranked: Tensors = (), factored: Tensors = ()) -> dict[str, int]:
+    """The most anonymous memory that writing task vectors needs, in bytes, as `peak_memory` has it.
+
+    Args:
+        job: The models.
+        tensors: Those that are written.
+        ranked: Those whose singular values are found.
+        factored: Those that are written as factors.
+    """
+    spectra = 8 * len(job.plan.experts) * sum(min(tensor.shape) for tensor in ranked)
+    stages = (find_spectra(job.source, ranked), write_factors(job.source, factored))
+    kept = (Bytes(stage.host + spectra, stage.device) for stage in stages)
+    return _peak(job, write_vectors(job.source, tensors), *kept)
 
 
 def _peak(job: Job, *stages: Bytes) -> dict[str, int]:
@@ -294,8 +304,8 @@ def merge_into_adapter(job: Job, size: Size) -> Bytes:
     widest = max((model.stored_bytes(t.name) for t in tensors for model in plan.models), default=0)
     # Task vectors, theta_0 and the merged one, the method's own, bytes as stored.
     merging = int(largest * 4 * (tasks + 2 + workspace)) + 2 * widest + unfolding(plan, largest)
-    # The merged one in float64 with its factors, and the eigendecomposition: see `decompose`. A small rank of a large
-    # matrix needs some vectors of that number.
+    # The merged one in float64 with its factors, and the eigendecomposition: see `write_factors`. A small rank of a
+    # large matrix needs some vectors of that number.
     splitting = 0
     for m, n in (t.shape for t in tensors if len(t.shape) == 2):
         exact = size.rank is None or not linalg.iterates((m, n), size.rank)
@@ -329,16 +339,29 @@ def write_vectors(source: Source, tensors: Tensors) -> Bytes:
     return Bytes(total, total)
 
 
-def decompose(source: Source, tensors: Tensors) -> Bytes:
-    """Singular values or factors of matrices, one after the other."""
+def find_spectra(source: Source, tensors: Tensors) -> Bytes:
+    """Singular values of matrices, one after the other: the Gram matrix, LAPACK's copy of it, and some for its own."""
+    return _decomposed(source, tensors, 8, 3)
+
+
+def write_factors(source: Source, tensors: Tensors) -> Bytes:
+    """Factors of matrices, one after the other: their product in float64 and what it misses.
+
+    And the Gram matrix's eigenvectors with LAPACK's workspace, measured at eight to ten such matrices.
+    """
+    return _decomposed(source, tensors, 8 * 4, 10)
+
+
+def _decomposed(source: Source, tensors: Tensors, wide: int, squares: int) -> Bytes:
+    """One expert's task vector of a matrix at a time, in float64 with what is made of it."""
     if not tensors:
         return _NOTHING
-    tasks, largest = len(source.plan.experts), max(tensor.numel for tensor in tensors)
-    side = max(min(tensor.shape) for tensor in tensors)
-    # All task vectors of one matrix as stored and read, one of them in float64 with its factors and their product;
-    # and the Gram matrix's eigendecomposition with LAPACK's workspace, measured at eight to ten such matrices.
-    total = largest * (4 * (tasks + 3) + 8 * 5) + 8 * 10 * side * side + unfolding(source.plan, largest)
-    return Bytes(total, total)
+    largest, side = max(tensor.numel for tensor in tensors), max(min(tensor.shape) for tensor in tensors)
+    stored = max(model.stored_bytes(tensor.name) for tensor in tensors for model in source.plan.models)
+    # Beside it theta_0, both in float32, and the bytes as stored.
+    reading = largest * 4 * 2 + stored + unfolding(source.plan, largest)
+    working = largest * wide + 8 * squares * side * side
+    return Bytes(reading + working, working + largest * 4)
 
 
 def unfolding(plan: Plan, elements: int) -> int:

@@ -17,12 +17,12 @@ from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import (
     Loader,
     Piece,
+    Pieces,
     as_bytes,
     expert_values,
     item_bytes,
     loader_of,
     piece_bytes,
-    pieces,
     rounded,
     whole,
 )
@@ -130,8 +130,7 @@ def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
         progress.advance(piece_bytes(plan, piece), piece.tensor.name)
 
     def merge_cut(tensors: Sequence[TensorPlan]) -> None:
-        cut = [piece for t in tensors for piece in pieces([t], job.source.block, by_rows=in_rows(t))]
-        in_parallel(job.source, cut, merge_piece)
+        in_parallel(job.source, Pieces(tensors, job.source.block, in_rows), merge_piece)
 
     merge_cut(streamed)
     for some in _in_reach(fitted, with_moments):
@@ -260,7 +259,7 @@ def _merged(
         factor, rounding = output.factors.get(piece.tensor.name), output.findings.rounding
         delta = vector if factor is None else vector * factor
         if rounding is not None:
-            rounding.squares.append(squared(delta))
+            rounding.squares.add(squared(delta))
         values = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
         if alone is not None and factor is None:
             values = alone
@@ -275,7 +274,7 @@ def merged_vector(
     group, setting = job.group(piece.tensor), fitted.setting(piece.tensor)
 
     def leave_out(expert: int, reason: str) -> None:
-        findings.left_out.append((piece.tensor.name, job.plan.experts[expert].name, reason))
+        findings.left_out.append((piece.tensor.name, job.experts[expert], reason))
 
     def tell(figures: Mapping[str, float]) -> None:
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
@@ -285,7 +284,7 @@ def merged_vector(
         measured = group.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
-        experts=tuple(expert.name for expert in job.plan.experts), measured=measured,
+        experts=job.experts, measured=measured,
         base=theta_0 if group.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip

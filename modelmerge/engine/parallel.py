@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import os
+import queue
 import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
 from modelmerge.engine.job import Source
-from modelmerge.engine.loader import Loader, Piece, pieces
+from modelmerge.engine.loader import Loader, Piece, Pieces
 from modelmerge.errors import DeviceError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
 
@@ -91,12 +93,22 @@ def prepare_process() -> None:
 
 
 Result = TypeVar("Result")
+_AHEAD = 8  # pieces that each worker may be ahead of what has been taken up
 
 
-def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, Loader], None]) -> None:
+def in_parallel(source: Source, pieces: Pieces, work: Callable[[Piece, Loader], None]) -> None:
     """Do all pieces, in about the order given, on the source's workers; the first error stops them all."""
-    queue, mutex, stop = iter(pieces), threading.Lock(), threading.Event()
-    capacity = max((piece.stop - piece.start for piece in pieces), default=0)
+    with _serving(source, pieces, iter(pieces), work):
+        pass
+
+
+@contextlib.contextmanager
+def _serving(
+    source: Source, pieces: Pieces, ahead: Iterator[Piece], work: Callable[[Piece, Loader], None]
+) -> Iterator[list[Future[None]]]:
+    """Workers that do the pieces as they come from `ahead`, until none is left or the block ends in an error."""
+    mutex, stop = threading.Lock(), threading.Event()
+    capacity = pieces.largest
 
     def serve() -> None:
         try:
@@ -104,7 +116,7 @@ def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, 
                 loader = Loader(source, capacity, capacity * 8, source.device)  # 8: the widest dtype there is
                 while not stop.is_set():
                     with mutex:
-                        piece = next(queue, None)
+                        piece = next(ahead, None)
                     if piece is None:
                         return
                     work(piece, loader)
@@ -117,6 +129,7 @@ def in_parallel(source: Source, pieces: Sequence[Piece], work: Callable[[Piece, 
     with threads(1), ThreadPoolExecutor(workers, "merge") as pool:
         futures = [pool.submit(serve) for _ in range(workers)]
         try:
+            yield futures
             for future in futures:
                 future.result()
         finally:
@@ -137,23 +150,62 @@ def side_by_side(source: Source, tensors: Sequence[TensorPlan], work: Callable[[
             pool.shutdown(cancel_futures=True)
 
 
-def gathered(
-    source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece, Loader], Result]
-) -> list[tuple[Piece, Result]]:
-    """What `look` gives for each piece, by tensor and position: sums of floats must not depend on the workers."""
-    results: list[tuple[Piece, Result]] = []
-    in_parallel(
-        source, list(pieces(tensors, source.block)), lambda piece, loader: results.append((piece, look(piece, loader)))
-    )
-    return sorted(results, key=lambda entry: (entry[0].tensor.name, entry[0].start))
+def in_order(
+    source: Source,
+    tensors: Sequence[TensorPlan],
+    look: Callable[[Piece, Loader], Result],
+    take: Callable[[Piece, Result], None],
+) -> None:
+    """Hand what `look` gives for each piece to `take`, in their order: sums of floats must not depend on the workers.
+
+    `take` is called on this thread, as soon as the pieces before are there; workers come no further ahead than some
+    pieces. A small result that stays where a worker has made it, amid blocks of memory that are used again and again,
+    keeps them from being joined again: by and by, each block takes memory of its own.
+    """
+    pieces, results, over = Pieces(tensors, source.block), queue.SimpleQueue[Any](), threading.Event()
+    room = threading.Semaphore(_AHEAD * source.workers)
+    early: dict[tuple[str, int], Result] = {}
+
+    def admitted() -> Iterator[Piece]:
+        for piece in pieces:
+            room.acquire()  # before the piece is handed out: the one that all others wait for is always at work
+            if over.is_set():
+                return
+            yield piece
+
+    def work(piece: Piece, loader: Loader) -> None:
+        results.put(((piece.tensor.name, piece.start), look(piece, loader)))
+
+    with _serving(source, pieces, admitted(), work) as futures:
+        for future in futures:
+            future.add_done_callback(results.put)
+        try:
+            for piece in pieces:
+                place = (piece.tensor.name, piece.start)
+                while place not in early:
+                    result = results.get()
+                    if isinstance(result, Future):
+                        result.result()  # the error it ended with, if any
+                    else:
+                        early[result[0]] = result[1]
+                    del result
+                take(piece, early.pop(place))
+                room.release()
+        finally:
+            over.set()
+            room.release()
 
 
 def summed(source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece, Loader], Result]) -> dict[str, Result]:
     """What `look` gives for a tensor's pieces, added up, by tensor."""
     totals: dict[str, Any] = {}
-    for piece, part in gathered(source, tensors, look):
-        totals[piece.tensor.name] = totals[piece.tensor.name] + part if piece.start else part
-    return {tensor.name: totals[tensor.name] for tensor in tensors}
+
+    def add(piece: Piece, part: Any) -> None:
+        # A copy: see `in_order`.
+        totals[piece.tensor.name] = totals[piece.tensor.name] + part if piece.start else copy.deepcopy(part)
+
+    in_order(source, tensors, look, add)
+    return totals
 
 
 def source_of(plan: Plan, device: str) -> Source:

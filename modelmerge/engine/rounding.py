@@ -6,6 +6,7 @@ Fine-tuning moves weights by less than bfloat16 can tell apart: of a merge that 
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -17,20 +18,42 @@ from modelmerge.plan.tensors import Plan
 _RUN = 1 << 18  # so many products are added up in float32 before float64 takes over
 
 
+class ExactSum:
+    """A sum of numbers that are added from any thread and in any order. It is exact, and no larger for more of them."""
+
+    def __init__(self) -> None:
+        self._units = 0  # of the smallest number that float64 has, 2^-1074: every other is a multiple of it
+        self._beyond = 0.0  # NaN and Inf
+        self._mutex = threading.Lock()
+
+    def add(self, value: float) -> None:
+        """Add a number."""
+        with self._mutex:
+            if math.isfinite(value):
+                numerator, denominator = value.as_integer_ratio()
+                self._units += numerator << (1075 - denominator.bit_length())
+            else:
+                self._beyond += value
+
+    def __float__(self) -> float:
+        """The sum, rounded once."""
+        return self._beyond or self._units / (1 << 1074)
+
+
 @dataclass(slots=True)
 class Rounding:
-    """Squares that add up over all merged tensors, from any thread and in any order: their sums are exact.
+    """Squares that add up over all merged tensors.
 
     `errors`: of the distance from the merged values to the stored ones. `squares`: of the merged task vectors.
     """
 
-    errors: list[float] = field(default_factory=list)
-    squares: list[float] = field(default_factory=list)
+    errors: ExactSum = field(default_factory=ExactSum)
+    squares: ExactSum = field(default_factory=ExactSum)
 
     def relative_error(self) -> float | None:
         """`||stored - merged|| / ||merged task vector||`; None where nothing changed or nothing was measured."""
-        whole = math.fsum(self.squares)
-        return math.sqrt(math.fsum(self.errors) / whole) if whole else None
+        whole = float(self.squares)
+        return math.sqrt(float(self.errors) / whole) if whole else None
 
 
 def stored_narrow(plan: Plan) -> list[str]:

@@ -6,6 +6,7 @@ all that is kept between the passes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures, entanglement_of
 from modelmerge.engine.job import Job, Source
 from modelmerge.engine.loader import Loader, Piece, piece_bytes
-from modelmerge.engine.parallel import gathered, summed
+from modelmerge.engine.parallel import in_order, summed
 from modelmerge.methods.contract import SharedVector, Solution, Watch
 from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
@@ -125,12 +126,16 @@ class VectorTransform:
             return solution, entanglement_of(grams, solution)
 
         groups, losses = 0, torch.zeros(())
-        for piece, (solution, part) in gathered(source, tensors, solve):
-            name = piece.tensor.name
+
+        def keep(piece: Piece, solved: tuple[Solution, Entanglement]) -> None:
+            nonlocal groups, losses
+            name, (solution, part) = piece.tensor.name, solved
             fitted.keep(name, solution, source.device)
             groups += len(solution.active)
             losses = losses + solution.losses.cpu()
-            fitted.entanglement[name] = fitted.entanglement[name] + part if piece.start else part
+            fitted.entanglement[name] = fitted.entanglement[name] + part if piece.start else copy.deepcopy(part)
+
+        in_order(source, tensors, solve, keep)
         fitted.losses = (losses / max(groups, 1)).tolist()
 
     def _grams(self, source: Source, tensors: Tensors, before: Chain, progress: Reporter) -> dict[str, Tensor]:

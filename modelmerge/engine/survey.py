@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.engine.job import SAMPLE_RUN, Source
-from modelmerge.engine.loader import Loader, Piece, piece_bytes, pieces
+from modelmerge.engine.loader import Loader, Piece, Pieces, piece_bytes
 from modelmerge.engine.parallel import in_parallel
 from modelmerge.methods.contract import Pass, Survey
 from modelmerge.plan.tensors import TensorPlan
@@ -43,7 +43,7 @@ def _one_pass(
     source: Source, trip: Pass, apply: Apply, tensors: Sequence[TensorPlan], progress: Reporter, *, check: bool
 ) -> Tensor:
     sampled = trip.share > 1
-    runs = list(pieces(tensors, SAMPLE_RUN if sampled else source.block, sampled=sampled))[:: trip.share]
+    runs = Pieces(tensors, SAMPLE_RUN if sampled else source.block, share=trip.share)
     progress.stage("sampling" if sampled else "measuring", sum(piece_bytes(source.plan, run) for run in runs))
     parts: dict[int, Tensor] = {}  # one running total per worker
 

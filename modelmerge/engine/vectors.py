@@ -12,7 +12,7 @@ from torch import Tensor
 from modelmerge.checkpoint.reader import LEFT, RIGHT
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import SMALL, Source
-from modelmerge.engine.loader import Loader, Piece, as_bytes, item_bytes, piece_bytes, pieces, rounded, whole
+from modelmerge.engine.loader import Loader, Piece, Pieces, as_bytes, item_bytes, loader_of, piece_bytes, rounded
 from modelmerge.engine.parallel import in_parallel, summed, threads
 from modelmerge.engine.transforms import Fitted
 from modelmerge.methods import linalg
@@ -68,12 +68,12 @@ def measure(source: Source, tensors: Sequence[TensorPlan], progress: Reporter) -
 def spectra(source: Source, tensors: Sequence[TensorPlan], progress: Reporter) -> dict[str, Tensor]:
     """Singular values of each expert's task vector on whole matrices, float64 [T, min(m, n)], largest first."""
     progress.stage("spectra", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
-    values = {}
+    values, loader = {}, loader_of(source, tensors)
     for tensor in tensors:
-        piece, _, taus = whole(source, tensor, check=False)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
+            taus = loader.each(tensor, check=False)
             values[tensor.name] = torch.stack([linalg.singular_values(tau.to(source.device)).cpu() for tau in taus])
-        progress.advance(piece_bytes(source.plan, piece), tensor.name)
+        progress.advance(source.plan.stored_bytes(tensor, experts=True), tensor.name)
     return values
 
 
@@ -127,15 +127,17 @@ def write(
                 staging.write(f"{folder}{name}", offset, as_bytes(rounded(piece, theta_0 + tau)))
         progress.advance(piece_bytes(plan, piece), name)
 
-    in_parallel(source, list(pieces([t for t in tensors if t.name not in ranks], source.block)), put)
-    errors = {}
-    for tensor in [t for t in tensors if t.name in ranks]:
-        piece, _, taus = whole(source, tensor, check=True)
+    in_parallel(source, Pieces([t for t in tensors if t.name not in ranks], source.block), put)
+    factored = [t for t in tensors if t.name in ranks]
+    errors, loader = {}, loader_of(source, factored)
+    for tensor in factored:
         errors[tensor.name] = tuple(
             _write_factors(staging, f"{folder}{tensor.name}", tau.to(source.device), rank)
-            for folder, tau, rank in zip(places.vectors, taus, ranks[tensor.name], strict=True)
+            for folder, tau, rank in zip(
+                places.vectors, loader.each(tensor, check=True), ranks[tensor.name], strict=True
+            )
         )
-        progress.advance(piece_bytes(plan, piece), tensor.name)
+        progress.advance(plan.stored_bytes(tensor, experts=True), tensor.name)
     return errors
 
 

@@ -26,7 +26,8 @@ from modelmerge.evaluation.model import Model, refuse_kernels
 
 _VISION, _TEXT = "vision_model.", "text_model."
 _PROJECTION, TEXT_PROJECTION, _SCALE = "visual_projection.weight", "text_projection.weight", "logit_scale"
-_PROCESSOR = "preprocessor_config.json"
+# The settings of the image processor: newer versions of transformers keep them with those of the whole processor.
+_PROCESSOR, _WHOLE_PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _BUFFER = "position_ids"  # older files hold it, newer code counts itself
 _PROMPTS = 256  # embedded at once
@@ -121,7 +122,7 @@ def text_digest(source: Parts) -> str:
             tensor = source.tensors[name].contiguous()
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    for file in (*_TOKENIZER, _PROCESSOR):
+    for file in (*_TOKENIZER, _PROCESSOR, _WHOLE_PROCESSOR):
         if source.directory is not None and (source.directory / file).exists():
             digest.update(file.encode() + (source.directory / file).read_bytes())
     return digest.hexdigest()
@@ -198,7 +199,7 @@ def make_head(source: Parts, classes: Sequence[str], templates: Sequence[str]) -
         ("tokenizer.json", "vocab.json"),
         functools.partial(transformers.AutoTokenizer.from_pretrained, trust_remote_code=False),
     )
-    processor = _beside(source, (_PROCESSOR,), lambda place: json.loads((Path(place) / _PROCESSOR).read_bytes()))
+    processor = _beside(source, (_PROCESSOR, _WHOLE_PROCESSOR), _read_processor)
     prompts = [template.replace("{}", name) for name in classes for template in templates]
     ids = tokenizer(prompts)["input_ids"]
     long = next((i for i, tokens in enumerate(ids) if len(tokens) > text.max_position_embeddings), None)
@@ -221,6 +222,15 @@ def make_head(source: Parts, classes: Sequence[str], templates: Sequence[str]) -
         classes=tuple(classes), templates=tuple(templates), weight=weight, projection=_projection(source), scale=scale,
         processor=processor, source=source.name,
     )  # fmt: skip
+
+
+def _read_processor(place: str) -> dict[str, Any]:
+    """The settings of a folder's image processor, out of the file that transformers would take them from."""
+    whole, alone = Path(place, _WHOLE_PROCESSOR), Path(place, _PROCESSOR)
+    settings = json.loads(whole.read_bytes()) if whole.exists() else {}
+    if "image_processor" not in settings and not alone.exists():
+        raise ValueError(f"{_WHOLE_PROCESSOR} has no image processor")
+    return dict(settings["image_processor"] if "image_processor" in settings else json.loads(alone.read_bytes()))
 
 
 def write_head(head: Head, file: Path) -> None:

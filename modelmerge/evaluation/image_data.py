@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,11 @@ from modelmerge.evaluation.scores import listing
 
 # Splits that choices can be made on without spoiling what is reported, the best first.
 _HELD_OUT = ("validation", "val", "valid", "dev", "train", "training")
+_FOLDER = "imagefolder"  # the library's name for folders of images
+_LAYOUTS = (
+    "a folder of images is read as CLASS/IMAGE or SPLIT/CLASS/IMAGE, or with a metadata.csv of file_name and label; a "
+    "split can also be part of the images' names, a class cannot, and lists of files are not read"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,7 @@ def load(task: Task, *, limit: int | None = None, seed: int = 0, with_labels: bo
         raise UsageError(f"must be at least 1, not {limit}", option="limit")
     rows, split, identity = _open(task)
     notes = [_split_note(task, split)] if task.held_out else []
+    notes += _named_splits(task, rows)
     task = replace(task, split=split) if task.held_out else task
     where = f"data set '{task.data}'"
     if not len(rows):
@@ -192,6 +199,22 @@ def _split_note(task: Task, split: str | None) -> str:
     return f"{where}: its split '{split}' is looked at{caution}"
 
 
+def _named_splits(task: Task, rows: Any) -> list[str]:
+    """The note on a folder of images whose splits are told by the names of the files, not of folders."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    path = Path(task.data).expanduser()
+    if not path.is_dir() or rows.info.builder_name != _FOLDER:
+        return []
+    words = {word for folder in path.rglob("*/") for word in re.split("[^a-z]+", folder.name.lower())}
+    total = sum(file.suffix.lower() in ImageFolder.EXTENSIONS for file in path.rglob("*"))
+    if len(rows) == total or words & {*_HELD_OUT, "test", "testing", "eval", "evaluation"}:
+        return []
+    return [
+        f"data set '{task.data}': split by the names of its files: {len(rows)} of its {total} images are '{rows.split}'"
+    ]
+
+
 @contextlib.contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
     """Without the bars of the library, which would stand between ours, and what it logs of errors that it raises."""
@@ -227,7 +250,7 @@ def _label_column(task: Task, rows: Any) -> str:
         name for name, kind in features.items()
         if isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint", "string", "large_string"))
     ]  # fmt: skip
-    return _column(task, "label", task.label, with_names or simple, ("label", "labels"), list(features))
+    return _column(task, "label", task.label, with_names or simple, ("label", "labels"), rows)
 
 
 def _image_column(task: Task, rows: Any) -> tuple[Any, str]:
@@ -244,19 +267,20 @@ def _image_column(task: Task, rows: Any) -> tuple[Any, str]:
         name for name, kind in features.items()
         if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and kind.keys() == {"bytes", "path"})
     ]  # fmt: skip
-    image = _column(task, "image", task.image, pictures, ("image", "img"), list(features))
+    image = _column(task, "image", task.image, pictures, ("image", "img"), rows)
     if not isinstance(features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image())
     return rows, image
 
 
-def _column(
-    task: Task, kind: str, request: str | None, fitting: Sequence[str], usual: Sequence[str], every: Sequence[str]
-) -> str:
+def _column(task: Task, kind: str, request: str | None, fitting: Sequence[str], usual: Sequence[str], rows: Any) -> str:
+    every = list(rows.features)
     names = [request] if request else [name for name in usual if name in fitting] or list(fitting)
     if (request and request not in every) or len(names) != 1:
         what = f"no column '{request}'" if request else f"{'no' if not names else 'more than one'} column of {kind}s"
         hint = f"its columns: {', '.join(every)}; name it: {named(f'{kind}_column')}"
+        if not fitting and rows.info.builder_name in (_FOLDER, "text") and Path(task.data).expanduser().is_dir():
+            hint = _LAYOUTS
         raise ModelMergeError(f"data set '{task.data}': {what}", hint=hint)
     return names[0]
 

@@ -6,8 +6,10 @@ layer and each tensor have the same ones. They explain conflicts; they do not pr
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_e
 from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import TORCH_DTYPES, Loader, Piece, piece_bytes, wholes
-from modelmerge.engine.parallel import gathered, prepare_process, source_of, threads
+from modelmerge.engine.parallel import prepare_process, source_of, summed, threads
 from modelmerge.errors import UsageError, named
 from modelmerge.evaluation import interference
 from modelmerge.evaluation.bench import Models, Running, merge_inputs
@@ -194,9 +196,7 @@ def measure(
         progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
         return part
 
-    sums: dict[str, Sums] = {}
-    for piece, part in gathered(source, cut, look):
-        sums[piece.tensor.name] = sums[piece.tensor.name] + part if piece.start else part
+    sums = summed(source, cut, look)
     for piece, theta_0, taus in wholes(source, whole, check=True):
         with threads(1 if piece.tensor.numel <= SMALL else torch.get_num_threads()):
             # Some rows at a time, as if it were cut: float64 copies of the whole would be the largest thing in memory.
@@ -289,10 +289,7 @@ def describe(
 
 
 def _sum(parts: Iterable[Sums]) -> Sums:
-    first, *rest = parts
-    for part in rest:
-        first = first + part
-    return first
+    return functools.reduce(operator.add, parts)
 
 
 def _figures(sums: Sums, experts: Sequence[str], models: Sequence[str]) -> dict[str, Any]:

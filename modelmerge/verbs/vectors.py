@@ -160,7 +160,8 @@ def extract(
 
     with contextlib.closing(opened.job.plan):
         if dry_run:
-            return _plan(opened, [*decomposed, *(linear if rank is not None else [])], stream=stream)
+            factored = linear if rank is not None or energy is not None else []
+            return _plan(opened, decomposed, factored, stream=stream)
         return _run("extract", opened, frame, [rank, energy], write)
 
 
@@ -258,7 +259,7 @@ def disentangle(
                 hint=f"check {named('include')} and {named('exclude')}",
             )
         if dry_run:
-            return _plan(opened, [], stream=stream)
+            return _plan(opened, stream=stream)
         settings = [method, dataclasses.asdict(transform.options), full_experts]
         return _run("disentangle", opened, frame, settings, write, beside="all" if full_experts else "nothing")
 
@@ -317,11 +318,13 @@ def _run(
         return result.report
 
 
-def _plan(opened: _Opened, decomposed: Sequence[TensorPlan], *, stream: bool) -> dict[str, Any]:
+def _plan(
+    opened: _Opened, ranked: Sequence[TensorPlan] = (), factored: Sequence[TensorPlan] = (), *, stream: bool
+) -> dict[str, Any]:
     """What a run would do; `write` is what it writes at most, for unchanged tensors are known only once read."""
     job, plan = opened.job, opened.job.plan
-    # Once to write, once more to measure; to decompose some another time.
-    times = [*opened.tensors, *([] if job.transforms else [*opened.tensors, *decomposed])]
+    # Once to write, once more to measure; to find the ranks of some another time.
+    times = [*opened.tensors, *([] if job.transforms else [*opened.tensors, *ranked])]
 
     def read(streamed: bool) -> int:
         once = sum(plan.stored_bytes(tensor, experts=True, streamed=streamed) for tensor in times)
@@ -332,7 +335,7 @@ def _plan(opened: _Opened, decomposed: Sequence[TensorPlan], *, stream: bool) ->
     described = {
         **listing(job.source, ((t, "F32", _action(t, job)) for t in plan.tensors.values())),
         "bytes": {"read": read(False), "write": write, "scratch": scratch_bytes(job)},
-        "peak_memory": vector_memory(job, opened.tensors, decomposed),
+        "peak_memory": vector_memory(job, opened.tensors, ranked, factored),
     }
     return {"plan": with_downloads(described, plan, beside="nothing", streamed=read(True) if stream else None)}
 

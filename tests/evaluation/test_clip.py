@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -465,8 +466,6 @@ def test_kept_heads_make_a_tower_enough_and_are_not_taken_for_another_text_tower
 def test_experts_normalise_by_the_task_at_the_end_of_their_names(
     base: Path, worse: Path, images: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     expert = shutil.copytree(base, tmp_path / "clip-vit-tiny_colours")
     report = evaluate([worse], data=[images], experts=[str(expert)], fail_under=["normalized=0.99"])
     row = rows_of(report)["model worse"]
@@ -583,12 +582,69 @@ def test_reports_on_the_same_items_are_paired(base: Path, worse: Path, images: P
 
 
 def test_of_splits_the_one_for_testing_is_taken(base: Path, images: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(images, tmp_path / "data" / "test")
     clip_models.folder(tmp_path / "data" / "train", each=1, seed=9)
     assert evaluate([base], data=[tmp_path / "data"])["data"]["data"]["images"] == 48
     assert evaluate([base], data=[tmp_path / "data"], split="train")["data"]["data"]["images"] == 6
+
+
+@pytest.mark.parametrize("names", [("test_{}.png", "train_{}.png"), ("{}_test.png", "{}_other.png")], ids=str)
+def test_a_folder_that_file_names_split_says_so(names: tuple[str, str], images: Path, tmp_path: Path) -> None:
+    for file in sorted(images.rglob("*.png")):
+        place = tmp_path / "latest" / file.parent.name / names[int(file.stem) > 2].format(file.stem)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(file.read_bytes())
+    items = image_data.load(image_tasks.own_task(str(tmp_path / "latest")))
+    assert items.total == 6 * 3
+    assert any(note.endswith("split by the names of its files: 18 of its 48 images are 'test'") for note in items.notes)
+    assert not image_data.load(image_tasks.own_task(str(images))).notes
+
+
+@pytest.mark.parametrize("extra", ["train_0.png", "test.txt"])
+def test_a_folder_without_folders_of_classes_is_told_how_folders_are_read(
+    extra: str, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / extra).write_bytes(b"red/0.png\n" if extra == "test.txt" else (images / "red" / "0.png").read_bytes())
+    (tmp_path / "test_1.png").write_bytes((images / "red" / "1.png").read_bytes())
+    with pytest.raises(ModelMergeError, match=r"no column of (images|labels)") as caught:
+        image_data.load(image_tasks.own_task(str(tmp_path)))
+    assert "CLASS/IMAGE or SPLIT/CLASS/IMAGE" in str(caught.value.hint)
+
+
+def test_settings_of_the_image_processor_are_found_with_those_of_the_whole(base: Path, tmp_path: Path) -> None:
+    from transformers import CLIPProcessor
+
+    alone = clip.make_head(parts(base), ["red", "blue"], ["a photo of a {}."])
+    newer = shutil.copytree(base, tmp_path / "newer")
+    (newer / "preprocessor_config.json").unlink()
+    CLIPProcessor(clip_models.processor(), clip_models.tokenizer()).save_pretrained(newer)
+    assert not (newer / "preprocessor_config.json").exists()
+    whole = clip.make_head(parts(newer), ["red", "blue"], ["a photo of a {}."])
+    assert whole.processor == alone.processor
+    assert whole.weight.equal(alone.weight)
+    # Where both are there, transformers takes the newer one.
+    (newer / "preprocessor_config.json").write_text('{"crop_size": 99}')
+    assert clip.make_head(parts(newer), ["red"], ["{}"]).processor == alone.processor
+    (newer / "processor_config.json").write_text("{}")
+    assert clip.make_head(parts(newer), ["red"], ["{}"]).processor == {"crop_size": 99}
+    (newer / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelMergeError, match=r"processor_config\.json has no image processor"):
+        clip.make_head(parts(newer), ["red"], ["{}"])
+    (newer / "processor_config.json").unlink()
+    with pytest.raises(ModelMergeError, match=r"no preprocessor_config\.json or processor_config\.json beside"):
+        clip.make_head(parts(newer), ["red"], ["{}"])
+
+
+def test_the_figures_do_not_depend_on_where_the_image_processor_is_kept(
+    base: Path, worse: Path, images: Path, tmp_path: Path
+) -> None:
+    from transformers import CLIPProcessor
+
+    newer = shutil.copytree(base, tmp_path / "newer")
+    (newer / "preprocessor_config.json").unlink()
+    CLIPProcessor(clip_models.processor(), clip_models.tokenizer()).save_pretrained(newer)
+    figures = [evaluate([f"m={place}"], data=[images], cache=False)["models"] for place in (base, newer)]
+    assert [row["scores"] for row in figures[0]] == [row["scores"] for row in figures[1]]
 
 
 def test_a_base_in_another_precision_does_not_round_the_model(base: Path, worse: Path, tmp_path: Path) -> None:
