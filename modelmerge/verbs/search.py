@@ -19,9 +19,9 @@ from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.digest import vouch
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import as_references
-from modelmerge.checkpoint.staging import CARD, Staging
+from modelmerge.checkpoint.output import CARD
+from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.merge import run, run_scaled
-from modelmerge.engine.parallel import prepare_process
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 from modelmerge.evaluation.custom import Metric
 from modelmerge.methods import registry
@@ -141,7 +141,6 @@ def execute_search(
             search.first.job.plan, out, digest_of(search.first), force=force, resume=False, ready=ready,
             progress=progress,
         ) as output:  # fmt: skip
-            prepare_process()
             staging = output.stage()
             with staging.folder() as folder:
                 room = _room(search, folder)
