@@ -637,7 +637,7 @@ def test_a_disk_too_small_for_what_goes_beside_the_weights_is_refused_at_once(
     out = write(small_disk / "out", base_state())
     old = content(out)
     assert main(words(with_large_tokenizer, out, "--force")) == 1
-    assert "the output needs 2,1" in errors(capsys)
+    assert "the output needs 2,2" in errors(capsys)
     assert content(out) == old
     assert leftovers(out) == []
 
