@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 
 from modelmerge import interrupts
 
+_NARROWEST = 20  # columns of a terminal in which words fit
+
 
 def run() -> None:
     """Run the command line and exit with its code."""
-    interrupts.install()  # first of all: importing the rest takes seconds
     _mend_surroundings()
+    interrupts.install()  # before all else: importing it takes seconds
     # Importing torch makes half a million objects that stay: looking through them for garbage every 700 objects, as
     # Python does by default, is an eighth of the start.
     gc.set_threshold(100_000)
@@ -26,29 +27,34 @@ def run() -> None:
         _say(interrupts.MEANINGS[number], 128 + number)
         interrupts.quit_now(number)
     code = main()
-    interrupts.release()
+    interrupts.finish()
     sys.exit(code)
 
 
 def _mend_surroundings() -> None:
     """Make sense of what a shell, a service or a mistake may have left to this process."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(descriptor)
-        except OSError:  # closed: the next file would get its number, and what is printed would go into that
+        if getattr(sys, name) is None:  # closed: the next file would get its number, and what is printed
             os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w"))  # noqa: SIM115
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r"))  # noqa: SIM115
     os.umask(os.umask(0) & 0o077)  # what a run writes it must be able to read
-    for name in ("COLUMNS", "LINES"):
-        if not os.environ.get(name, "1").isdecimal() or int(os.environ.get(name, "1")) < 1:
-            del os.environ[name]  # nothing would fit
+    columns = os.environ.get("COLUMNS", "")
+    if not columns.isdecimal() or int(columns) < _NARROWEST:
+        os.environ.pop("COLUMNS", None)
+    try:
+        os.getcwd()
+    except OSError:
+        _say("the directory that you are in is gone", 1, hint="go to another one")  # torch could not be imported
+        sys.exit(1)
 
 
-def _say(message: str, code: int) -> None:
+def _say(message: str, code: int, hint: str | None = None) -> None:
     """What the command line would say of an end before it is there."""
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
     if "--json" in sys.argv:
-        sys.stdout.write(json.dumps({"error": {"message": message, "hint": None, "exit_code": code}}, indent=2) + "\n")
+        import json
+
+        sys.stdout.write(json.dumps({"error": {"message": message, "hint": hint, "exit_code": code}}, indent=2) + "\n")
     sys.stderr.flush()
     sys.stdout.flush()
 

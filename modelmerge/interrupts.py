@@ -20,7 +20,7 @@ MEANINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.S
 _ECHO = 0.2  # seconds: `timeout`, shells and service managers send one signal, or two of these, twice
 _received: list[int] = []
 _moment = 0.0  # when the first came
-_raised = False
+_raised = _finished = False
 _held = 0
 
 
@@ -30,7 +30,7 @@ def install() -> None:
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
-    os.register_at_fork(after_in_child=release)  # what a worker that loads data is sent is not for its parent
+    os.register_at_fork(after_in_child=_leave_to_parent)
     sys.unraisablehook = _say_unraisable
     for number in MEANINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -52,13 +52,10 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
-def release() -> None:
-    """Let signals end this process as they end any."""
-    signal.set_wakeup_fd(-1)
-    _received.clear()
-    for number in MEANINGS:
-        if signal.getsignal(number) is _handle:
-            signal.signal(number, signal.SIG_DFL)
+def finish() -> None:
+    """From now on a signal ends the process at once: there is nothing to clear up any more."""
+    global _finished
+    _finished = True
 
 
 @contextlib.contextmanager
@@ -86,7 +83,10 @@ def _note(number: int) -> None:
         _moment = time.monotonic()
         _received.append(number)
     elif time.monotonic() - _moment > _ECHO:
+        os.write(2, f"error: {MEANINGS[signal.Signals(number)]}\n".encode())
         quit_now(number)
+    if _finished:
+        quit_now(_received[0])
 
 
 def _watch(reader: int) -> None:
@@ -102,6 +102,15 @@ def _handle(number: int, frame: FrameType | None) -> Any:
     if not _raised and not _held:
         _raised = True
         raise KeyboardInterrupt
+
+
+def _leave_to_parent() -> None:
+    """What a fork is sent, as a worker that loads data is by its end, is its own; the pipe is its parent's."""
+    signal.set_wakeup_fd(-1)
+    _received.clear()
+    for number in MEANINGS:
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _say_unraisable(unraisable: sys.UnraisableHookArgs) -> None:

@@ -265,6 +265,8 @@ class Soak:
             shutil.copytree(self.old, out)
         label = f"{case} {' '.join(flags)} {'exchange' if exchange else 'renames'}"
         for _ in range(self.draw.choice([1, 1, 1, 2, 3]) if what == "kill" else 1):
+            if not flags and self._state(case, out) == "new":
+                break  # the next would be refused
             strike = self._drawn(what, usual, models)
             self.counts[what] += 1
             runs = [Running(words, place, self.root / "log", strike, exchange=exchange)]
@@ -280,8 +282,9 @@ class Soak:
         """The run after all that."""
         before = self._state(case, place / "out")
         end = Running(words, place, self.root / "log", Strike("nothing"), exchange=exchange).end()
-        refused = before == "new" and not flags  # rightly: the killed run had put the whole output in place
-        changed = "was made with" in end.err or (place / "models").exists()
+        changed = (place / "models").exists()
+        # Rightly: the run before had put the whole output in place.
+        refused = before == "new" and (not flags or (changed and "--force" not in flags))
         if refused != (end.code == 1) or end.code not in (0, 1):
             self._blame("broken", f"the run after {label} ends with {end.code}: {end.err}")
         state = self._state(case, place / "out", bits=not changed)

@@ -70,7 +70,9 @@ def _failed(error: Exception, sink: Sink) -> int:
     if isinstance(error, ModelMergeError):
         sink.error(error)
         return error.exit_code
-    sys.stdout.flush()  # where that is what fails, it raises
+    if isinstance(error, OSError) and error.filename is None:  # where stdout is what fails, it does so again
+        sys.stdout.write("\n")
+        sys.stdout.flush()
     traceback.print_exception(error)
     hint = "this is a bug in modelmerge: please report it with the lines above"
     sink.failure(f"{type(error).__name__}: {error}", hint, 1)
