@@ -26,9 +26,7 @@ def run() -> None:
             raise
         _say(interrupts.MEANINGS[number], 128 + number)
         interrupts.quit_now(number)
-    code = main()
-    interrupts.finish()
-    sys.exit(code)
+    interrupts.finish(main())
 
 
 def _mend_surroundings() -> None:

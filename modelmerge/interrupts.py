@@ -6,6 +6,7 @@ deep in a product of matrices; so a thread of its own notes the signal too, and 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 MEANINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 _ECHO = 0.2  # seconds: `timeout`, shells and service managers send one signal, or two of these, twice
@@ -30,7 +31,12 @@ def install() -> None:
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
-    os.register_at_fork(after_in_child=_leave_to_parent)
+    # Between a fork and its own settings a signal would be taken for its parent's.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, MEANINGS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANINGS),
+        after_in_child=_leave_to_parent,
+    )
     sys.unraisablehook = _say_unraisable
     for number in MEANINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -52,10 +58,17 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
-def finish() -> None:
-    """From now on a signal ends the process at once: there is nothing to clear up any more."""
+def finish(code: int) -> NoReturn:
+    """Exit with that code. From now on a signal ends the process at once: nothing is left to be cleared up."""
     global _finished
     _finished = True
+    if not _received:
+        sys.exit(code)
+    # Python would end by SIGINT, whatever the code, if a KeyboardInterrupt has come through any `exec`.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -111,6 +124,7 @@ def _leave_to_parent() -> None:
     for number in MEANINGS:
         if signal.getsignal(number) is _handle:
             signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANINGS)
 
 
 def _say_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
