@@ -136,6 +136,7 @@ class Running:
 
     def __init__(self, words: Sequence[str], place: Path, log: Path, strike: Strike, *, exchange: bool = True) -> None:
         self._log, self._started = log, time.monotonic()
+        log.write_bytes(b"")
         self._pid = os.fork()
         if not self._pid:
             code = 70

@@ -128,6 +128,17 @@ def test_what_is_begun_and_held_is_finished_first() -> None:
     assert done.stderr.endswith("KeyboardInterrupt\n")
 
 
+def test_the_exit_code_is_the_signals_wherever_it_came() -> None:
+    """Through an `exec`, as dataclasses are made, Python would otherwise end by SIGINT."""
+    done = script(
+        PRELUDE + "try:\n"
+        "    exec('os.kill(os.getpid(), signal.SIGTERM)\\nfor _ in range(10**5): pass')\n"
+        "except KeyboardInterrupt:\n"
+        "    interrupts.finish(143)\n"
+    )
+    assert (done.returncode, done.stderr) == (143, "")
+
+
 @pytest.mark.slow
 def test_hundreds_of_kills_leave_no_output_that_is_not_what_it_seems() -> None:
     command = [sys.executable, "-m", "tests.soak", "--kills", "150", "--seconds", "600", "--seed", "1"]
