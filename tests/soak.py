@@ -410,18 +410,21 @@ class Soak:
 
 def soak(kills: int, seconds: float, seed: int) -> int:
     """Strike until there are so many kills or the time is over; 1 if anything was wrong."""
-    with tempfile.TemporaryDirectory(prefix="modelmerge-soak-") as root:
+    root = Path(tempfile.mkdtemp(prefix="modelmerge-soak-"))  # no TemporaryDirectory: forks would clear it at exit
+    try:
         os.environ |= {"MODELMERGE_CACHE": f"{root}/cache", "TMPDIR": f"{root}/tmp"}
-        Path(root, "tmp").mkdir()
+        (root / "tmp").mkdir()
         tempfile.tempdir = None
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-            trials, end = Soak(Path(root), random.Random(seed)), time.monotonic() + seconds
+            trials, end = Soak(root, random.Random(seed)), time.monotonic() + seconds
         while trials.kills < kills and time.monotonic() < end:
             trials.trial()
-        counts = ", ".join(f"{count} {what}" for what, count in sorted(trials.counts.items()))
-        print(f"{trials.trials} trials, seed {seed}: {counts}")
-        print(f"{trials.kills} kills, {trials.broken} broken outputs, {trials.lost} lost, {trials.strays} strays")
-        return int(bool(trials.broken or trials.lost or trials.strays))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    counts = ", ".join(f"{count} {what}" for what, count in sorted(trials.counts.items()))
+    print(f"{trials.trials} trials, seed {seed}: {counts}")
+    print(f"{trials.kills} kills, {trials.broken} broken outputs, {trials.lost} lost, {trials.strays} strays")
+    return int(bool(trials.broken or trials.lost or trials.strays))
 
 
 if __name__ == "__main__":
