@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-MEANINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+MEANINGS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 _ECHO = 0.2  # seconds: `timeout`, shells and service managers send one signal, or two of these, twice
 _received: list[int] = []
 _moment = 0.0  # when the first came
@@ -96,7 +96,7 @@ def _note(number: int) -> None:
         _moment = time.monotonic()
         _received.append(number)
     elif time.monotonic() - _moment > _ECHO:
-        os.write(2, f"error: {MEANINGS[signal.Signals(number)]}\n".encode())
+        os.write(2, f"error: {MEANINGS[number]}\n".encode())
         quit_now(number)
     if _finished:
         quit_now(_received[0])

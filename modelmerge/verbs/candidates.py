@@ -23,7 +23,7 @@ from modelmerge.plan.transforms import parse_transform, with_option
 from modelmerge.verbs import adapted
 from modelmerge.verbs.auto import AUTO
 from modelmerge.verbs.measure import Measure, Scores, check_files, read_measures
-from modelmerge.verbs.prepare import Prepared, beside_bytes, prepare
+from modelmerge.verbs.prepare import Prepared, prepare
 
 Values = Sequence[Any] | str  # of an option: themselves, or as they are typed
 
@@ -70,13 +70,11 @@ class Search:
         return list(groups.values())
 
     def candidate_bytes(self) -> int:
-        """The most bytes that a candidate has."""
-        size, plan = adapted.size_of(self.first.recipe), self.first.job.plan
-        beside = beside_bytes(plan, companions=size is None)
+        """The most bytes of weights that a candidate has."""
+        size = adapted.size_of(self.first.recipe)
         if size is None:
-            return beside + max(each.prepared.job.plan.bytes_written for each in self.candidates)
-        prepared = [each.prepared for each in self.candidates]
-        return beside + max(adapted.most_bytes(each.job, each.recipe, size) for each in prepared)
+            return max(each.prepared.job.plan.bytes_written for each in self.candidates)
+        return max(adapted.most_bytes(each.prepared.job, each.prepared.recipe, size) for each in self.candidates)
 
     def describe(self) -> dict[str, Any]:
         """The plan: that of one merge, and what the search adds; bytes are those of all."""
