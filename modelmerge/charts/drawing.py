@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from modelmerge.charts import colours
 from modelmerge.charts.figures import RADAR, Chart, Heatmap, Scores, Series, ticks
 from modelmerge.charts.names import clean, shorten, wrap
-from modelmerge.checkpoint.staging import replace_file
+from modelmerge.checkpoint.output import replace_file
 from modelmerge.errors import OutputError, UsageError, named
 from modelmerge.evaluation.bench import require
 

@@ -23,7 +23,7 @@ from markupsafe import Markup, escape
 from modelmerge.charts import colours, tables
 from modelmerge.charts.figures import Heatmap, Scores, Series, of_report, ticks
 from modelmerge.charts.names import clean, wrap
-from modelmerge.checkpoint.staging import replace_file
+from modelmerge.checkpoint.output import replace_file
 from modelmerge.evaluation.report import Report
 
 __all__ = ["Incomplete", "render", "write"]  # Incomplete: what render raises of what is no report

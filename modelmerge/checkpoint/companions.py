@@ -43,6 +43,15 @@ def companions(model: Checkpoint) -> dict[str, Path]:
     return {place: file for place, file in files.items() if is_companion(place, model.folders)}
 
 
+def companion_bytes(model: Checkpoint) -> int:
+    """Bytes of a model's companions, whether they are here or on the Hub."""
+    remote = model.reference.repository
+    if model.directory is None or remote is None:
+        return sum(file.stat().st_size for file in companions(model).values())
+    below = remote.below.items()
+    return sum(remote.files[place].size for name, place in below if is_companion(name, model.folders))
+
+
 def is_companion(place: str, folders: Sequence[str] = ()) -> bool:
     """Whether a file of that place beside a base's weights, or in one of its folders, goes with them."""
     path = PurePosixPath(place)

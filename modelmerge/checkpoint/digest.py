@@ -111,9 +111,11 @@ def vouch(file: Path, digest: str) -> None:
 
 def cache_directory() -> Path:
     """Where digests are remembered: `$MODELMERGE_CACHE`, else `modelmerge` under `$XDG_CACHE_HOME` or `~/.cache`."""
-    if "MODELMERGE_CACHE" in os.environ:
-        return Path(os.environ["MODELMERGE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelmerge"
+    if place := os.environ.get("MODELMERGE_CACHE"):
+        return Path(place)
+    home = os.path.expanduser("~")
+    general = f"{home}/.cache" if home != "~" else os.devnull  # nowhere: in containers users may have no home
+    return Path(os.environ.get("XDG_CACHE_HOME") or general) / "modelmerge"
 
 
 def _entry(file: Path) -> Path:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from modelmerge import interrupts
 from modelmerge.checkpoint.adapter_config import CONFIG, WEIGHTS, Adapter, read_adapter
 from modelmerge.checkpoint.adapter_config import PICKLED as PICKLED_ADAPTER
 from modelmerge.checkpoint.components import (
@@ -104,6 +105,7 @@ class Checkpoint:
         Raises:
             CheckpointError: The file ends before that, or cannot be read.
         """
+        interrupts.check()
         if tensor.blocks:
             self._read_blocks(tensor, offset, buffer, follow=follow)
             return

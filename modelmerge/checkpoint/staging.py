@@ -17,90 +17,27 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from modelmerge import interrupts
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.layout import Layout, Shard
+from modelmerge.checkpoint.output import refuse_content
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.checkpoint.scratch import FULL, UNSUPPORTED, Scratch, claim_space, reason, write_all
 from modelmerge.errors import ModelMergeError, OutputError, named
 
-CARD = "README.md"
 _JOURNAL = ".journal.json"
 
 
-def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
-    """Refuse an output that would damage something, before any work is done.
-
-    Raises:
-        OutputError: It is, holds or lies in an input; is no directory; is not empty and `force` is off; or is a place
-            that cannot be replaced as a whole.
-    """
-    target = output.resolve()
-    for path in inputs:
-        source = path.resolve()
-        relation = "is" if target == source else "holds" if target in source.parents else None
-        if source in target.parents:
-            relation = "lies in"
-        if relation:
-            raise OutputError(f"the output {output} {relation} the input {path}", hint="name another directory")
-    if target.is_dir():
-        if target == Path.cwd() or target in Path.cwd().parents or os.path.ismount(target) or target == Path.home():
-            raise OutputError(
-                f"the output {output} cannot be replaced as a whole: it is a mount point, your home, or where you are",
-                hint=f"name a directory inside it: {output / 'merged'}",
-            )
-        _refuse_content(target, force=force)
-    elif target.exists():
-        raise OutputError(f"the output {output} is a file, not a directory", hint="name a directory")
-
-
-def _refuse_content(target: Path, *, force: bool) -> None:
-    if not force and target.is_dir() and any(target.iterdir()):
-        hint = f"name another directory, or replace it: {named('force')}"
-        raise OutputError(f"the output {target} is not empty", hint=hint)
-
-
-def replace_file(output: Path, name: str, content: bytes) -> None:
-    """Put another file in the place of one in a finished output, and its digest into the manifest, if there is one.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    manifest = output / MANIFEST
-    try:
-        record = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
-        _replace(output / name, content)
-        if name in record.get("files", {}):
-            record["files"][name] = {"sha256": sha256(output / name), "bytes": len(content)}
-            _replace(manifest, (json.dumps(record, indent=2) + "\n").encode())
-    except (OSError, ValueError, AttributeError) as error:
-        raise OutputError(f"{output / name} cannot be written: {error}") from error
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        if file.exists():
-            shutil.copymode(file, temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def finished(output: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The manifest of an output that is complete, undamaged and of the job with that fingerprint; None otherwise."""
-    try:
-        manifest: dict[str, Any] = json.loads((output / MANIFEST).read_bytes())
-        if manifest["fingerprint"] != fingerprint:
-            return None
-        whole = all(sha256(output / name) == entry["sha256"] for name, entry in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if whole else None
+def clear_remains(output: Path) -> None:
+    """Remove what a run that was killed after it had replaced the output has left beside it."""
+    staging = Staging(output, Layout((), {}, {}))
+    if staging.has_remains:
+        with contextlib.suppress(OSError, OutputError), interrupts.held():  # another run's, or out of reach
+            staging.clear_remains()
 
 
 def fingerprints(output: Path) -> Iterator[str]:
@@ -122,11 +59,13 @@ class Staging:
         force: Replace what is at `output`, even what appears there during the run.
         resume: Keep finished shards when interrupted, and take up those of a run with the same `fingerprint`.
         fingerprint: Digest of everything that determines the weights' bytes.
+        beside: Bytes of the files beside the weights; they are kept free from the start.
     """
 
     def __init__(
-        self, output: Path, layout: Layout, *, force: bool = False, resume: bool = False, fingerprint: str = ""
-    ) -> None:
+        self, output: Path, layout: Layout, *, force: bool = False, resume: bool = False, fingerprint: str = "",
+        beside: int = 0,
+    ) -> None:  # fmt: skip
         self._target = output.resolve()
         self._directory = self._target.parent / f".{self._target.name}.modelmerge"
         self._retired = self._target.parent / f".{self._target.name}.modelmerge-old"
@@ -134,37 +73,62 @@ class Staging:
         self._force = force
         self._resume = resume
         self._fingerprint = fingerprint
+        self._beside = beside
         self._descriptors: dict[str, int] = {}
         self._missing: dict[str, int] = {}  # bytes still to be written, by file
         self._scratches: list[Scratch] = []
+        self._reserve: Scratch | None = None  # room for the files beside the weights, until they are written
         self._mutex = threading.Lock()
         self._lock = -1
         self.digests: dict[str, str] = {}  # file name -> sha256, of finished files
 
     def __enter__(self) -> Staging:
-        with self._explained("prepare the output"):
+        # A signal meanwhile is heeded between two shards, where it is known what has to go.
+        with self._explained("prepare the output"), interrupts.held():
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _claim(self._directory, self._target)
             try:
                 self._recover()
-                _refuse_content(self._target, force=self._force)
+                refuse_content(self._target, force=self._force)
                 self._clear()
-                self._check_space()
+                self._check_space(self._beside)
+                self._keep_free()
                 self._make_shards()
             except BaseException:
-                self._abandon()
+                self._close(abandon=True)
                 raise
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with interrupts.held():
+            self._close(abandon=error is not None)
+
+    def _close(self, *, abandon: bool) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-        for scratch in self._scratches:
-            scratch.close()
-        if error is not None:
+        for scratch in (*self._scratches, self._reserve):
+            if scratch is not None:
+                scratch.close()
+        if abandon:
             self._abandon()
         os.close(self._lock)
+
+    @property
+    def has_remains(self) -> bool:
+        """Whether something lies beside the output that a run of another process has left or works on."""
+        return self._directory.exists() or self._retired.exists()
+
+    def clear_remains(self) -> None:
+        """Remove that, where no run works on it and the output is there.
+
+        Raises:
+            OutputError: One does.
+        """
+        self._lock = _claim(self._directory, self._target)
+        self._recover()
+        self._resume = False
+        self._close(abandon=True)
 
     def spool(self) -> BinaryIO:
         """A nameless file beside the output, for what cannot be laid out before all of it is known."""
@@ -186,7 +150,7 @@ class Staging:
         """Make the weight files of a layout that was not known when the output was prepared."""
         with self._explained("prepare the output"):
             self._layout = layout
-            self._check_space()
+            self._check_space(0)
             self._make_shards()
 
     @contextlib.contextmanager
@@ -220,6 +184,7 @@ class Staging:
         shard = self._layout.shard_of[tensor]
         if shard.filename not in self._descriptors:
             return
+        interrupts.check()
         with self._explained(f"write tensor '{tensor}'"):
             write_all(self._descriptors[shard.filename], data, shard.tensors[tensor] + offset)
             with self._mutex:
@@ -242,6 +207,8 @@ class Staging:
         """Write a small file, given its content or a file to copy byte for byte."""
         path = self._directory / name
         with self._explained(f"write {name}"):
+            if self._reserve is not None:
+                self._reserve.close()
             path.parent.mkdir(parents=True, exist_ok=True)
             data = content.read_bytes() if isinstance(content, Path) else content
             with path.open("wb") as stream:
@@ -266,8 +233,9 @@ class Staging:
         unfinished = [name for name, missing in self._missing.items() if missing]
         assert not unfinished, f"published with unwritten bytes in {unfinished}"
         self.write_file(MANIFEST, manifest)
-        with self._explained("put the output in place"):
-            _refuse_content(self._target, force=self._force)
+        interrupts.check()
+        with self._explained("put the output in place"), interrupts.held():
+            refuse_content(self._target, force=self._force)
             (self._directory / _JOURNAL).unlink(missing_ok=True)
             _sync_directory(self._directory)
             self._swap()
@@ -286,7 +254,7 @@ class Staging:
             self._target.rename(self._retired)
             try:
                 self._directory.rename(self._target)
-            except OSError:
+            except BaseException:
                 self._retired.rename(self._target)
                 raise
             shutil.rmtree(self._retired, ignore_errors=True)
@@ -318,8 +286,9 @@ class Staging:
                 os.rmdir(folder)
         self._write_journal()
 
-    def _check_space(self) -> None:
-        needed = sum(shard.file_bytes for shard in self._layout.shards if shard.filename not in self.digests)
+    def _check_space(self, beside: int) -> None:
+        weights = sum(shard.file_bytes for shard in self._layout.shards if shard.filename not in self.digests)
+        needed = weights + beside
         free = shutil.disk_usage(self._directory).free
         if needed > free:
             raise OutputError(
@@ -327,9 +296,17 @@ class Staging:
                 hint="free some space or name another place",
             )
 
+    def _keep_free(self) -> None:
+        try:
+            self._reserve = Scratch(self._directory, self._beside)
+        except OSError as error:
+            if error.errno != errno.EFBIG:  # no single file may be so large, and none of them is
+                raise
+
     def _make_shards(self) -> None:
         self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in self._layout.shards}
         for shard in self._layout.shards:
+            interrupts.check()
             if shard.filename in self.digests:
                 self._missing[shard.filename] = 0
                 continue
@@ -368,6 +345,8 @@ class Staging:
             raise
         except OSError as error:
             hint = "nothing was left at the output; name another place or make room" if error.errno in FULL else None
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                hint = f"have fewer and larger shards ({named('max_shard_size')}), or allow more files: ulimit -n"
             raise OutputError(f"cannot {doing} in {self._target.parent}: {reason(error)}", hint=hint) from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,28 +17,33 @@ from typing import Annotated
 import typer
 
 import modelmerge
+from modelmerge import interrupts
 from modelmerge.cli import demo, evaluate, guide, merge, push, search, vectors, verify
 from modelmerge.cli.help import with_examples
-from modelmerge.cli.output import Sink
+from modelmerge.cli.output import Sink, Unprinted
 from modelmerge.errors import ModelMergeError
 from modelmerge.methods import registry
 from modelmerge.verbs.auto import AUTO, SUMMARY
 
 EXAMPLES = ("modelmerge demo", "modelmerge merge ties base math code -o merged")
-_SIGNALS = {130: "interrupted", 143: "terminated", 129: "hung up"}
-_received: list[int] = []  # signals that stop a run, other than Ctrl-C's
-
-
-def stop(number: int, frame: object) -> None:
-    """Handle a signal that shall stop a run as Ctrl-C does."""
-    _received.append(number)
-    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     sink = Sink("json" if "--json" in words else "human")
+    code = 0
+    try:
+        code = _run(words, sink)
+        sys.stdout.flush()
+        return code
+    except (OSError, Unprinted) as error:  # what was to be written is there, and what there is to say of it is lost
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain at exit
+        sink.failed(f"stdout cannot be written: {error.args[-1]}")
+        return code or 1
+
+
+def _run(words: list[str], sink: Sink) -> int:
     try:
         code = build(words)(args=words or ["--help"], prog_name="modelmerge", standalone_mode=False) or 0
     except SystemExit as stop:
@@ -45,26 +51,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         sink.failure(error.format_message(), _where_to_look(error, words), error.exit_code)
         return error.exit_code
-    except ModelMergeError as error:
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Unprinted:
+        raise
+    except Exception as error:
+        if interrupts.received() is None:
+            return _failed(error, sink)
+        code = 1  # a library has made an error of the interrupt, or what it broke off is one
+    number = interrupts.received() or signal.SIGINT
+    if code == 128 + signal.SIGINT or (code and interrupts.received()):
+        code = 128 + number
+        sink.failure(interrupts.MEANINGS[number], None, code)
+    return code
+
+
+def _failed(error: Exception, sink: Sink) -> int:
+    if isinstance(error, ModelMergeError):
         sink.error(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        # The reader of stdout went away, as `| head` does; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        traceback.print_exc()
-        sink.failure(
-            f"{type(error).__name__}: {error}", "this is a bug in modelmerge: please report it with the lines above", 1
-        )
-        return 1
-    if code == 130 and _received:
-        code = 128 + _received[-1]
-    if code in _SIGNALS:
-        sink.failure(_SIGNALS[code], "nothing was left at the output", code)
-    return code
+    if isinstance(error, OSError) and error.filename is None:  # where stdout is what fails, it does so again
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    traceback.print_exception(error)
+    hint = "this is a bug in modelmerge: please report it with the lines above"
+    sink.failure(f"{type(error).__name__}: {error}", hint, 1)
+    return 1
 
 
 def build(words: Sequence[str]) -> typer.Typer:

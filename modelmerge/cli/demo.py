@@ -37,7 +37,7 @@ def _demo(sink: Sink, output: str | None, device: str, force: bool) -> None:
     import shutil
     import tempfile
 
-    from modelmerge.checkpoint.staging import check_output
+    from modelmerge.checkpoint.output import check_output
     from modelmerge.verbs.demo import demo as run
     from modelmerge.verbs.demo import to_json
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from modelmerge import interrupts
 from modelmerge.errors import ModelMergeError, spelled
 
 Format = Literal["human", "json", "quiet"]
@@ -28,6 +30,19 @@ _FLAGS = {
 def flag(option: str) -> str:
     """An option as it is typed, by its Python name."""
     return "--" + _FLAGS.get(option, option).replace("_", "-")
+
+
+class Unprinted(Exception):
+    """A result could not be written to stdout: its disk is full, or its reader has gone away."""
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        raise Unprinted(error.strerror) from error
 
 
 class Sink:
@@ -46,22 +61,23 @@ class Sink:
 
     def result(self, data: Mapping[str, Any], *, quiet: str, human: Sequence[str | Table | Text]) -> None:
         """Print a command's result: `data` as JSON, `quiet` alone, or the lines and tables for people."""
-        if self.form == "json":
-            sys.stdout.write(json.dumps(data, indent=2) + "\n")
-        elif self.form == "quiet":
-            sys.stdout.write(quiet + "\n")
-        else:
-            for part in human:
-                self.screen.print(part)
+        with _printing():
+            if self.form == "json":
+                sys.stdout.write(json.dumps(data, indent=2) + "\n")
+            elif self.form == "quiet":
+                sys.stdout.write(quiet + "\n")
+            else:
+                for part in human:
+                    self.screen.print(part)
 
     def note(self, message: str) -> None:
         """Say something a person should know; nothing in quiet form."""
         if self.form != "quiet":
-            self.margin.print(f"[yellow]note:[/] {escape(message)}")
+            self._say(f"[yellow]note:[/] {escape(message)}")
 
     def failed(self, message: str) -> None:
         """Say on stderr that a result is not what was asked for; the result itself has been printed."""
-        self.margin.print(f"[bold red]error:[/] {escape(message)}")
+        self._say(f"[bold red]error:[/] {escape(message)}")
 
     def error(self, error: ModelMergeError) -> None:
         """Say what went wrong and what to do, with options as they are typed."""
@@ -72,10 +88,15 @@ class Sink:
         """Say what went wrong and what to do, on stderr; with JSON, also as the one object on stdout."""
         self.failed(message)
         if hint:
-            self.margin.print(f"[bold cyan]hint:[/] {escape(hint)}")
+            self._say(f"[bold cyan]hint:[/] {escape(hint)}")
         if self.form == "json":
             outcome = {"error": {"message": message, "hint": hint, "exit_code": exit_code}}
-            sys.stdout.write(json.dumps(outcome, indent=2) + "\n")
+            with _printing():
+                sys.stdout.write(json.dumps(outcome, indent=2) + "\n")
+
+    def _say(self, markup: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk under a log of stderr is no reason to lose a merge
+            self.margin.print(markup)
 
 
 class Bars:
@@ -107,6 +128,7 @@ class Bars:
 
     def advance(self, amount: int, item: str) -> None:
         """Move the bar on."""
+        interrupts.check()
         if self._progress.disable:
             return
         with self._mutex:

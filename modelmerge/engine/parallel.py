@@ -18,7 +18,7 @@ import torch
 
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import Loader, Piece, Pieces
-from modelmerge.errors import DeviceError, named
+from modelmerge.errors import DeviceError, OutputError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
 
 MOST_THREADS = 1024  # that torch is given because a file says so
@@ -73,24 +73,38 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def prepare_process() -> None:
-    """Set this process's limits for streaming.
+def prepare_process(files: int = 0) -> None:
+    """Set this process's limits for streaming, which opens so many files at once.
 
-    Open files: nine models of 200 shards are more than the usual 1024. Memory: glibc by and by stops giving freed
-    matrices back to the system, and gives blocks back only to fault them in again; fixed thresholds keep the peak to
-    what is in use.
+    Open files: nine models of 200 shards are more than the usual 1024, and macOS has 256. Memory: glibc by and by
+    stops giving freed matrices back to the system, and gives blocks back only to fault them in again; fixed thresholds
+    keep the peak to what is in use.
+
+    Raises:
+        OutputError: The system does not allow so many open files.
     """
+    needed = files + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = hard if hard != resource.RLIM_INFINITY else 65536
-    if soft < most:
+    # Without end only if it is needed: there are programs that go through all descriptors that could be.
+    most = max(needed, _MANY_FILES) if hard == resource.RLIM_INFINITY else min(max(needed, _MANY_FILES), hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    if files and soft != resource.RLIM_INFINITY and needed > soft:
+        raise OutputError(
+            f"{needed:,} files have to be open at once, and this system allows {soft:,}",
+            hint=f"allow more: ulimit -n {needed}; or have fewer and larger shards: {named('max_shard_size')}",
+        )
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and sys.platform == "linux":
         trim_threshold, mmap_threshold = -1, -3
         mallopt(mmap_threshold, 4 << 20)
         mallopt(trim_threshold, 64 << 20)
 
+
+_MANY_FILES = 1 << 16
+_OTHER_FILES = 32  # of Python, libraries, and what is written beside the weights
 
 Result = TypeVar("Result")
 _AHEAD = 8  # pieces that each worker may be ahead of what has been taken up

@@ -16,9 +16,9 @@ from typing import Any, cast
 from modelmerge.checkpoint.companions import companions
 from modelmerge.checkpoint.digest import cache_directory, sha256
 from modelmerge.checkpoint.opening import as_references, open_references
+from modelmerge.checkpoint.output import CARD, replace_file
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all
-from modelmerge.checkpoint.staging import CARD, replace_file
 from modelmerge.engine.parallel import find_device
 from modelmerge.errors import ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.model import Model

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modelmerge.checkpoint.digest import cache_directory
-from modelmerge.checkpoint.staging import replace_file
+from modelmerge.checkpoint.output import replace_file
 from modelmerge.errors import CheckpointError, ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.image_tasks import Task, match
 from modelmerge.evaluation.model import Model, refuse_kernels

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, ModelInfo, constants, errors, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
+from modelmerge import interrupts
 from modelmerge._version import __version__
 from modelmerge.errors import HubError, ModelMergeError, ReferenceNotFound
 
@@ -108,6 +109,7 @@ class Ranges:
         done = failures = 0
         while done < len(buffer):
             before = done
+            interrupts.check()
             try:
                 done = self._receive(buffer, done, position)
                 error: Exception | None = None
@@ -145,6 +147,7 @@ class Ranges:
                 if response.history:
                     self._location = str(response.url)
                 for part in response.iter_raw():
+                    interrupts.check()
                     buffer[received : received + len(part)] = part
                     received += len(part)
         except errors.HTTPError:

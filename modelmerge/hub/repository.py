@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -25,12 +25,14 @@ from typing import Any
 from huggingface_hub import close_session, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from modelmerge import interrupts
 from modelmerge.errors import OUTLINES, HubError, ReferenceNotFound, named
 from modelmerge.hub import sparse
 from modelmerge.hub.ranges import LIBRARY, Chunks, Client, Ranges, explained
 from modelmerge.progress import Reporter
 
 _DOWNLOADS = 4  # files at a time
+_LOOK = 0.5  # seconds between looks at whether a signal has come
 _REQUESTS = 8  # for headers and the like, at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 # Of a checkpoint's files.
@@ -248,8 +250,12 @@ def fetch(downloads: Sequence[tuple[Repository, Sequence[str]]], progress: Repor
     try:
         for thread in threads:
             thread.start()
-        for future in futures:
-            future.result()
+        under_way = set(futures)
+        while under_way:
+            done, under_way = wait(under_way, _LOOK, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            interrupts.check()
     except BaseException:
         stop.set()
         close_session()  # breaks off what is under way

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelmerge.checkpoint.companions import is_companion, kind_of
+from modelmerge.checkpoint.output import CARD
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import CARD
 from modelmerge.hub import repository
 from modelmerge.hub.ranges import STREAM_BYTES
 from modelmerge.plan.tensors import Plan

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modelmerge.checkpoint.staging import CARD
+from modelmerge.checkpoint.output import CARD
 from modelmerge.record.command import REPLAY
 
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s", re.DOTALL)

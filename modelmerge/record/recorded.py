@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from modelmerge.checkpoint.adapter_config import CONFIG
 from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.output import CARD
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.checkpoint.staging import CARD, Staging
+from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.parallel import MOST_THREADS
 from modelmerge.errors import RecipeError, named
 from modelmerge.plan.recipe import FORMAT

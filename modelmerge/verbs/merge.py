@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from modelmerge.checkpoint.companions import BASE, companions_of_output, token_ids
 from modelmerge.checkpoint.opening import as_references
+from modelmerge.checkpoint.output import CARD
 from modelmerge.checkpoint.scratch import scratches
-from modelmerge.checkpoint.staging import CARD, Staging
+from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.adapter import Adapted
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run
@@ -232,7 +233,10 @@ def execute(
             job = prepared.job
             # Shards of other coefficients are not taken up.
             staging = output.stage(
-                job.plan.layout if size is None else None, digest=digest_of(prepared, data), resume=size is None
+                job.plan.layout if size is None else None,
+                digest=digest_of(prepared, data),
+                resume=size is None,
+                companions=size is None,
             )
             fetch(job.plan, progress, beside=beside, stream=prepared.stream)
             small = None if size is None else adapted.run(job, prepared.recipe, size, staging, progress)

@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
-from modelmerge.checkpoint.companions import giver_of, remarks_on_files
+from modelmerge import interrupts
+from modelmerge.checkpoint.companions import companion_bytes, giver_of, remarks_on_files
 from modelmerge.checkpoint.diffusion import networks
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
+from modelmerge.checkpoint.output import check_output, finished
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import Staging, check_output, fingerprints, finished
+from modelmerge.checkpoint.staging import Staging, clear_remains, fingerprints
 from modelmerge.engine.coefficients import Coefficients
 from modelmerge.engine.job import Group, Job
 from modelmerge.engine.memory import beyond_device, bytes_read, passes, peak_memory, refuse_beyond_memory, scratch_bytes
-from modelmerge.engine.parallel import source_of, threads
+from modelmerge.engine.parallel import prepare_process, source_of, threads
 from modelmerge.engine.transforms import Transform, transform_of
 from modelmerge.errors import UsageError, named, spelled, suggestion
 from modelmerge.evaluation.custom import Script, label_of
@@ -47,29 +49,38 @@ from modelmerge.record.recorded import Recorded, read_recorded, refuse_unrecorde
 from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.auto import AUTO, choose
 
+_RECORD = 512  # bytes of a tensor in a manifest, as a rule
+
 
 class Output:
     """An output that may be written: `complete` is its manifest, where a resumed run finds it complete already."""
 
-    def __init__(self, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool) -> None:
+    def __init__(
+        self, plan: Plan, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool
+    ) -> None:
         self.complete = complete
-        self._out, self._digest, self._force, self._resume = out, digest, force, resume
+        self._plan, self._out, self._digest, self._force, self._resume = plan, out, digest, force, resume
         self._started = time.monotonic()
         self._stack = contextlib.ExitStack()
 
-    def stage(self, layout: Layout | None = None, *, digest: str | None = None, resume: bool = True) -> Staging:
+    def stage(
+        self, layout: Layout | None = None, *, digest: str | None = None, resume: bool = True, companions: int = 0
+    ) -> Staging:
         """Begin to write, into files of that layout.
 
         Args:
             layout: The weight files, where they are known already; else `Staging.lay_out` makes them.
             digest: Of all that determines their bytes, where that has become known since.
             resume: Take up shards of an interrupted run, where that was asked for.
+            companions: How many times companions go beside the weights.
         """
         staging = Staging(
             self._out, layout or Layout((), {}, {}), force=self._force, resume=self._resume and resume,
-            fingerprint=digest or self._digest,
+            fingerprint=digest or self._digest, beside=beside_bytes(self._plan, companions),
         )  # fmt: skip
-        self.staging = self._stack.enter_context(staging)
+        with interrupts.held():  # once it is made, it is known to be cleared
+            self.staging = self._stack.enter_context(staging)
+        interrupts.check()
         return self.staging
 
     @property
@@ -82,6 +93,13 @@ class Output:
         whole = {**manifest, "seconds": self.seconds, "files": self.staging.listing()}
         self.staging.publish(as_file(whole))
         return whole
+
+
+def beside_bytes(plan: Plan, companions: int) -> int:
+    """About how many bytes go beside the weights: card and manifests, and the companions so many times."""
+    models = {id(model): model for model in (plan.base, plan.giver)}.values()
+    records = _RECORD * (1 + len(plan.experts)) * (100 + len(plan.tensors))
+    return records + companions * sum(map(companion_bytes, models))
 
 
 @contextlib.contextmanager
@@ -114,8 +132,10 @@ def output_of(
     if ready is not None:
         ready()
     if complete is not None:
+        clear_remains(out)
         progress.note(f"{out} is complete already")
-    output = Output(out, digest, complete, force, resume)
+    prepare_process(sum(len(model.files) for model in plan.models) + len(plan.layout.shards))
+    output = Output(plan, out, digest, complete, force, resume)
     with output._stack:
         yield output
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.adapter_config import CONFIG as ADAPTER
+from modelmerge.checkpoint.output import CARD
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.checkpoint.staging import CARD
 from modelmerge.errors import HubError, OutputError
 from modelmerge.hub.upload import Pushed, Target, check, parse_target, upload
 from modelmerge.record import card

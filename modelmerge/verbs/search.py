@@ -19,9 +19,9 @@ from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.digest import vouch
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import as_references
-from modelmerge.checkpoint.staging import CARD, Staging
+from modelmerge.checkpoint.output import CARD
+from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.merge import run, run_scaled
-from modelmerge.engine.parallel import prepare_process
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 from modelmerge.evaluation.custom import Metric
 from modelmerge.methods import registry
@@ -33,7 +33,7 @@ from modelmerge.record.redaction import placeless
 from modelmerge.verbs import adapted, measure
 from modelmerge.verbs.candidates import Candidate, Search, Values, label_of, prepare_search
 from modelmerge.verbs.merge import complete
-from modelmerge.verbs.prepare import digest_of, output_of, refuse_unknown
+from modelmerge.verbs.prepare import beside_bytes, digest_of, output_of, refuse_unknown
 
 Report = Mapping[str, Any]
 _FREE = 0.95  # share of a disk's free bytes that candidates may take
@@ -141,7 +141,6 @@ def execute_search(
             search.first.job.plan, out, digest_of(search.first), force=force, resume=False, ready=ready,
             progress=progress,
         ) as output:  # fmt: skip
-            prepare_process()
             staging = output.stage()
             with staging.folder() as folder:
                 room = _room(search, folder)
@@ -166,7 +165,8 @@ def _room(search: Search, folder: Path) -> int:
     Raises:
         OutputError: Not even two, of which one can be the best so far.
     """
-    each, free = search.candidate_bytes(), shutil.disk_usage(folder).free
+    plan, adapter = search.first.job.plan, search.first.recipe.as_lora is not None
+    each, free = search.candidate_bytes() + beside_bytes(plan, companions=not adapter), shutil.disk_usage(folder).free
     room = int(_FREE * free) // max(each, 1)
     least = min(2, len(search.candidates))
     if room < least:

@@ -215,7 +215,7 @@ def disentangle(
     job, names = opened.job, opened.names
 
     def write(stage: Callable[..., Staging]) -> _Result:
-        staging = stage()  # what there is to write shows once the vectors are there
+        staging = stage(companions=full_experts * len(names))  # what there is to write shows once the vectors are there
         fitted = transform.fit(job, opened.linear, Chain(), staging.scratch, progress)
         figures = fitted.figures()
         measured = _changes(figures.entanglement)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.output import is_recorded
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.errors import OutputError
 from modelmerge.hub.repository import cached
@@ -46,8 +46,7 @@ def verify(directory: str | Path, *, progress: Reporter = SILENT) -> dict[str, A
 def _is_same(file: Path, entry: Mapping[str, Any], missing: bool | None) -> bool | None:
     """Whether the file's bytes, read now, have the digest of the manifest; `missing` where there is no such file."""
     try:
-        size = file.stat().st_size
-        return size == entry["bytes"] and sha256(file) == entry["sha256"]
+        return is_recorded(file, entry)
     except FileNotFoundError:
         return missing
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -23,9 +24,11 @@ from modelmerge.evaluation import digits
 from modelmerge.evaluation.custom import Model
 from modelmerge.methods import registry
 from modelmerge.methods.options import is_linear, option_types, read_values
+from modelmerge.plan.recipe import Recipe
 from modelmerge.record.redaction import published
 from modelmerge.verbs import measure
 from modelmerge.verbs.merge import merge
+from modelmerge.verbs.prepare import beside_bytes, prepare
 from modelmerge.verbs.search import search
 from tests.support import clip_models
 from tests.support import digits as digit_experts
@@ -285,7 +288,9 @@ def test_auto_is_searched_as_the_method_that_it_takes(models: list[Path]) -> Non
 
 
 def test_a_small_disk_holds_two_candidates_at_a_time(models: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    size = (models[0] / "model.safetensors").stat().st_size
+    recipe = Recipe(method="task-arithmetic", base=str(models[0]), experts=tuple(map(str, models[1:])))
+    with contextlib.closing(prepare(recipe)) as prepared:
+        size = prepared.job.plan.bytes_written + beside_bytes(prepared.job.plan, 1)
     usage, free, most = shutil.disk_usage, [2.5 * size], [0]
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(place)._replace(free=int(free[0])))
 

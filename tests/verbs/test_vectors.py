@@ -288,10 +288,14 @@ def test_matrices_that_wait_take_the_room_that_was_said(
         )  # fmt: skip
         assert seen.pop() == 4 * entries * count
 
-    def full(descriptor: int, nbytes: int) -> None:
+    def full(staging: Staging, nbytes: int) -> None:
+        monkeypatch.setattr(Scratch, "__init__", fail)
+        scratch(staging, nbytes)
+
+    def fail(made: Scratch, directory: Path, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(Scratch, "__init__", lambda self, directory, nbytes: full(0, nbytes))
+    monkeypatch.setattr(Staging, "scratch", full)
     with pytest.raises(OutputError, match=r"cannot keep [\d,]+ bytes beside the output in .*: no space left"):
         modelmerge.merge(models[0], models[1:], tmp_path / "x", method="ties", disentangle="apgd")
     assert not [path for path in tmp_path.iterdir() if "x" in path.name]

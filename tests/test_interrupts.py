@@ -1,0 +1,147 @@
+"""Signals: they come through at once and quietly, wherever they come, and none is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import script
+from tests.support.processes import running
+
+PRELUDE = "import os, signal\nfrom modelmerge import interrupts\ninterrupts.install()\n"
+
+
+@pytest.mark.parametrize("words", [["merge"], ["merge", "--json"]], ids=["text", "json"])
+@pytest.mark.parametrize(("number", "code", "meaning"), [("SIGINT", 130, "interrupted"), ("SIGHUP", 129, "hung up")])
+def test_a_signal_while_libraries_are_imported_is_quiet(words: list[str], number: str, code: int, meaning: str) -> None:
+    done = script(
+        "import os, runpy, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(name, *more):\n"
+        "        if name == 'typer':\n"
+        f"            os.kill(os.getpid(), signal.{number})\n"
+        "sys.meta_path.insert(0, Interrupting)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.argv = {['modelmerge', *words]}\n"
+        "runpy.run_module('modelmerge', run_name='__main__')\n"
+    )
+    assert (done.returncode, done.stderr) == (code, f"error: {meaning}\n")
+    if "--json" in words:
+        assert json.loads(done.stdout)["error"] == {"message": meaning, "hint": None, "exit_code": code}
+    else:
+        assert done.stdout == ""
+
+
+def test_an_interrupt_that_is_swallowed_stops_the_work_all_the_same(models: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "metric.py"
+    file.write_text(
+        "import os, signal, time\n"
+        "def f(model, task):\n"
+        "    print(task)\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(1)\n"
+        "    except BaseException:\n"
+        "        return 1.0\n"
+    )
+    tasks = ["--task", "first", "--task", "second"]
+    with running(["eval", "custom", str(models[0]), "--script", f"{file}:f", *tasks]) as run:
+        assert run.end() == 130
+        assert run.err() == "first\nerror: interrupted\n"
+
+
+def test_a_second_interrupt_ends_what_the_first_cannot(models: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "metric.py"
+    file.write_text(
+        "import os, signal\n"
+        "def f(model):\n"
+        "    while True:\n"
+        "        try:\n"
+        "            os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "            signal.pause()\n"
+        "        except BaseException:\n"
+        "            pass\n"
+    )
+    with running(["eval", "custom", str(models[0]), "--script", f"{file}:f"]) as run:
+        run.until_stopped()
+        run.send(signal.SIGINT)
+        run.until_stopped()
+        time.sleep(0.3)
+        run.send(signal.SIGINT)
+        assert run.end() == 130
+        assert run.err() == "error: interrupted\n"
+
+
+def test_an_interrupt_while_an_object_is_cleared_away_is_neither_shown_nor_lost() -> None:
+    done = script(
+        PRELUDE + "class Thing:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        for _ in range(10**6): pass\n"
+        "Thing()\n"
+        "assert interrupts.received() == signal.SIGINT\n"
+        "try:\n"
+        "    interrupts.check()\n"
+        "except KeyboardInterrupt:\n"
+        "    print('comes again')\n"
+    )
+    assert (done.stdout, done.stderr) == ("comes again\n", "")
+
+
+def test_what_a_fork_is_sent_stays_with_it() -> None:
+    done = script(
+        PRELUDE + "child = os.fork()\n"
+        "if not child:\n"
+        "    signal.pause()\n"
+        "os.kill(child, signal.SIGTERM)\n"
+        "assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM\n"
+        "interrupts.check()\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_ignored_as_under_nohup_stays_ignored() -> None:
+    done = script(
+        "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + PRELUDE + "\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "interrupts.check()\n"
+        "assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_begun_and_held_is_finished_first() -> None:
+    done = script(
+        PRELUDE + "with interrupts.held():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    for _ in range(10**5): pass\n"
+        "    print('finished')\n"
+        "interrupts.check()\n"
+    )
+    assert done.stdout == "finished\n"
+    assert done.stderr.endswith("KeyboardInterrupt\n")
+
+
+def test_the_exit_code_is_the_signals_wherever_it_came() -> None:
+    """Through an `exec`, as dataclasses are made, Python would otherwise end by SIGINT."""
+    done = script(
+        PRELUDE + "try:\n"
+        "    exec('os.kill(os.getpid(), signal.SIGTERM)\\nfor _ in range(10**5): pass')\n"
+        "except KeyboardInterrupt:\n"
+        "    interrupts.finish(143)\n"
+    )
+    assert (done.returncode, done.stderr) == (143, "")
+
+
+@pytest.mark.slow
+def test_hundreds_of_kills_leave_no_output_that_is_not_what_it_seems() -> None:
+    command = [sys.executable, "-m", "tests.soak", "--kills", "150", "--seconds", "600", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("0 broken outputs, 0 lost, 0 strays\n")
