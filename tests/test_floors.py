@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "modelmerge"
 # From the ground up; a name is a module or a package of modelmerge.
 FLOORS = (
-    "errors", "progress", "interrupts", "_version", "guides", "methods", "hub", "checkpoint", "plan", "engine",
+    "errors", "progress", "interrupts", "text", "_version", "guides", "methods", "hub", "checkpoint", "plan", "engine",
     "record", "evaluation", "charts", "verbs", "cli", "__main__",
 )  # fmt: skip
 # What the mathematics may import besides the contract: no files, no devices, no command line.

@@ -25,6 +25,7 @@ from modelmerge.charts.figures import Heatmap, Scores, Series, of_report, ticks
 from modelmerge.charts.names import clean, wrap
 from modelmerge.checkpoint.output import replace_file
 from modelmerge.evaluation.report import Report
+from modelmerge.text import visible_lines
 
 __all__ = ["Incomplete", "render", "write"]  # Incomplete: what render raises of what is no report
 _HERE = Path(__file__).parent
@@ -52,8 +53,9 @@ def write(report: Report, file: Path) -> None:
 def render(report: Report) -> str:
     """A report's page."""
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=_as_text,
+    )  # fmt: skip
     environment.filters["breakable"] = _breakable
     environment.tests["best"] = lambda cell: isinstance(cell, tables.Best)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
@@ -71,9 +73,15 @@ def render(report: Report) -> str:
     )  # fmt: skip
 
 
+def _as_text(value: Any) -> Any:
+    """What the template shows, whoever it is from: jinja escapes the marks, and this what steers and does not show."""
+    return visible_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _breakable(name: str) -> Markup:
     """A name that a line may end in, after a sign."""
-    return Markup("<wbr>").join(escape(part) for part in re.findall(r".*?[_/.:-]+(?=\w)|.+", name, flags=re.DOTALL))
+    parts = re.findall(r".*?[_/.:-]+(?=\w)|.+", visible_lines(name), flags=re.DOTALL)
+    return Markup("<wbr>").join(map(escape, parts))
 
 
 def _scores(chart: Scores) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _failed(error: Exception, sink: Sink) -> int:
     if isinstance(error, OSError) and error.filename is None:  # where stdout is what fails, it does so again
         sys.stdout.write("\n")
         sys.stdout.flush()
-    traceback.print_exception(error)
+    sink.trace("".join(traceback.format_exception(error)))
     hint = "this is a bug in modelmerge: please report it with the lines above"
     sink.failure(f"{type(error).__name__}: {error}", hint, 1)
     return 1

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from modelmerge.cli import options as opt
-from modelmerge.cli.output import Bars, Sink, table
+from modelmerge.cli.output import Bars, Sink, line, table
 
 SUMMARY = (
     "Train six small experts, merge them by every method, and see what each merge is worth. Offline, under a minute. "
@@ -60,7 +60,7 @@ def _demo(sink: Sink, output: str | None, device: str, force: bool) -> None:
     ]
     reach = list(next(iter(story.scales.values())))
     head, *tail = best.model.split(" + ")
-    line = (
+    words = (
         f"{tail[0]} BASE EXPERT EXPERT -o merged --disentangle {head}"
         if tail
         else f"{head} BASE EXPERT EXPERT -o merged"
@@ -77,10 +77,11 @@ def _demo(sink: Sink, output: str | None, device: str, force: bool) -> None:
                 [[label, *(f"{100 * means[label]:.1f}" for means in story.scales.values())] for label in reach],
             ),
             "\nAn expert masters its own task; a merge has to hold all six. Every method ran at its defaults.",
-            f"\nThe models are in [bold]{out}[/]. This made the best merge:\n  {story.commands[best.model]}",
+            line("\nThe models are in ", (str(out), "bold"), ". This made the best merge:"),
+            f"  {story.commands[best.model]}",
             f"\nHow a merge stands to the experts, by its weights, and what all merges score:\n"
             f"  modelmerge eval weights {out}/merged/{best.model.replace(' ', '')}\n"
             f"  modelmerge eval custom {out}/merged/* --script modelmerge.evaluation.digits:scores",
-            f"\nWith your own models, look before you merge:\n  modelmerge merge {line} --dry-run",
+            f"\nWith your own models, look before you merge:\n  modelmerge merge {words} --dry-run",
         ],
     )

@@ -13,7 +13,7 @@ import typer
 
 from modelmerge.cli import options as opt
 from modelmerge.cli.help import with_examples
-from modelmerge.cli.output import Bars, Sink, flag, table
+from modelmerge.cli.output import Bars, Sink, flag, line, table
 from modelmerge.cli.plan import head, plan_lines, result_lines
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.methods import registry
@@ -25,6 +25,7 @@ from modelmerge.verbs.auto import AUTO, SUMMARY
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from modelmerge.hub.upload import Target
     from modelmerge.verbs.prepare import Prepared
@@ -292,7 +293,7 @@ def destination(values: Mapping[str, Any]) -> Target | None:
     return parse_target(values["push"], private=values["private"])
 
 
-def finish(sink: Sink, target: Target | None, out: Path, data: dict[str, Any], human: list[str | Table]) -> None:
+def finish(sink: Sink, target: Target | None, out: Path, data: dict[str, Any], human: list[str | Text | Table]) -> None:
     """Push the finished output, where that is asked for, and print the result."""
     quiet = str(out)
     if target is not None:
@@ -300,7 +301,7 @@ def finish(sink: Sink, target: Target | None, out: Path, data: dict[str, Any], h
 
         done = push_to(target, out, progress=sink.form == "human" and sink.margin.is_terminal)
         quiet, data = done.url, {**data, "url": done.url, "commit": done.commit}
-        human = [*human, f"[bold green]pushed[/] to [bold]{done.url}[/]"]
+        human = [*human, line(("pushed", "bold green"), " to ", (done.url, "bold"))]
     sink.result(data, quiet=quiet, human=human)
 
 
@@ -318,7 +319,7 @@ def carry_out(
     execute: Callable[..., dict[str, Any]],
     values: Mapping[str, Any],
     sink: Sink,
-    more: Callable[[Mapping[str, Any]], list[str | Table]] = lambda manifest: [],
+    more: Callable[[Mapping[str, Any]], list[str | Text | Table]] = lambda manifest: [],
 ) -> None:
     """Prepare a merge or a search, and print its plan or do it; `more` goes above what is printed of the result."""
     from modelmerge.charts import drawing
@@ -343,5 +344,5 @@ def carry_out(
     data = {"output": str(out), "manifest": manifest}
     if plot is not None:
         drawing.save([of_coefficients(manifest["recipe"]["coefficients"])], plot)
-        data, lines = {**data, "plot": str(plot)}, [*lines, f"[bold]{plot}[/]"]
+        data, lines = {**data, "plot": str(plot)}, [*lines, line((str(plot), "bold"))]
     finish(sink, target, out, data, lines)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from modelmerge import interrupts
 from modelmerge.errors import ModelMergeError, spelled
+from modelmerge.text import visible, visible_lines
 
 Format = Literal["human", "json", "quiet"]
 
@@ -45,6 +47,18 @@ def _printing() -> Iterator[None]:
         raise Unprinted(error.strerror) from error
 
 
+class Screen(Console):
+    """A console that shows text as text, whoever it is from: no markup, and no control codes but Rich's own."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **settings)
+
+    def render(self, *renderable: Any, **settings: Any) -> Iterator[Segment]:
+        """What is printed, in pieces. All of it comes by here, progress bars too."""
+        for piece in super().render(*renderable, **settings):
+            yield piece if piece.control else piece._replace(text=visible_lines(piece.text))
+
+
 class Sink:
     """Renders results in one of three formats.
 
@@ -56,28 +70,33 @@ class Sink:
         self.verbose = verbose
         # A table that goes to a file or a pipe is as wide as it needs to be.
         width = None if sys.stdout.isatty() else 1000
-        self.screen = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
-        self.margin = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.screen = Screen(file=sys.stdout, width=width)
+        self.margin = Screen(file=sys.stderr)
 
     def result(self, data: Mapping[str, Any], *, quiet: str, human: Sequence[str | Table | Text]) -> None:
         """Print a command's result: `data` as JSON, `quiet` alone, or the lines and tables for people."""
         with _printing():
             if self.form == "json":
-                sys.stdout.write(json.dumps(data, indent=2) + "\n")
+                _write(json.dumps(data, indent=2))
             elif self.form == "quiet":
-                sys.stdout.write(quiet + "\n")
+                # A script gets the very letters, and bytes, of a path.
+                _write(visible_lines(quiet) if self.screen.is_terminal else quiet)
             else:
                 for part in human:
-                    self.screen.print(part)
+                    self.screen.print(visible_lines(part) if isinstance(part, str) else part)
 
     def note(self, message: str) -> None:
         """Say something a person should know; nothing in quiet form."""
         if self.form != "quiet":
-            self._say(f"[yellow]note:[/] {escape(message)}")
+            self._say(line(("note:", "yellow"), f" {visible(message)}"))
+
+    def trace(self, lines: str) -> None:
+        """Show on stderr where a bug is."""
+        self._say(line(lines.rstrip()))
 
     def failed(self, message: str) -> None:
         """Say on stderr that a result is not what was asked for; the result itself has been printed."""
-        self._say(f"[bold red]error:[/] {escape(message)}")
+        self._say(line(("error:", "bold red"), f" {message}"))
 
     def error(self, error: ModelMergeError) -> None:
         """Say what went wrong and what to do, with options as they are typed."""
@@ -88,15 +107,24 @@ class Sink:
         """Say what went wrong and what to do, on stderr; with JSON, also as the one object on stdout."""
         self.failed(message)
         if hint:
-            self._say(f"[bold cyan]hint:[/] {escape(hint)}")
+            self._say(line(("hint:", "bold cyan"), f" {hint}"))
         if self.form == "json":
             outcome = {"error": {"message": message, "hint": hint, "exit_code": exit_code}}
             with _printing():
-                sys.stdout.write(json.dumps(outcome, indent=2) + "\n")
+                _write(json.dumps(outcome, indent=2))
 
-    def _say(self, markup: str) -> None:
+    def _say(self, text: Text) -> None:
         with contextlib.suppress(OSError):  # a full disk under a log of stderr is no reason to lose a merge
-            self.margin.print(markup)
+            self.margin.print(text)
+
+
+def _write(text: str) -> None:
+    """A line on stdout."""
+    try:
+        sys.stdout.write(f"{text}\n")
+    except UnicodeEncodeError:  # bytes of a path that are no text
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(f"{text}\n"))
 
 
 class Bars:
@@ -108,8 +136,9 @@ class Bars:
         self._task: TaskID | None = None
         self._done, self._total, self._unit = 0, 0, "bytes"
         self._progress = Progress(
-            TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.fields[amount]}"),
-            TimeRemainingColumn(), TextColumn("[dim]{task.fields[item]}"),
+            TextColumn("{task.description:<14}", markup=False), BarColumn(),
+            TextColumn("{task.fields[amount]}", markup=False), TimeRemainingColumn(),
+            TextColumn("{task.fields[item]}", style="dim", markup=False),
             console=sink.margin, disable=not sink.margin.is_terminal or sink.form != "human",
         )  # fmt: skip
 
@@ -134,7 +163,7 @@ class Bars:
         with self._mutex:
             if self._task is not None:
                 self._done += amount
-                self._progress.update(self._task, completed=self._done, item=item, amount=self._amount())
+                self._progress.update(self._task, completed=self._done, item=visible(item), amount=self._amount())
 
     def _amount(self) -> str:
         if self._unit == "bytes":
@@ -156,11 +185,25 @@ def size(count: int) -> str:
     raise AssertionError("unreachable")
 
 
+def line(*parts: str | tuple[str, str]) -> Text:
+    """A line of parts, each a text or a text and its style."""
+    return Text.assemble(
+        *((visible_lines(each), "") if isinstance(each, str) else (visible_lines(each[0]), each[1]) for each in parts)
+    )
+
+
 def table(title: str | None, columns: list[str], rows: Sequence[Sequence[str | Text]], *, words: int = 1) -> Table:
     """A plain table; the first `words` columns are words, the others numbers. A cell may have a style of its own."""
-    grid = Table(title=title, box=None, pad_edge=False, padding=(0, 1), header_style="bold", title_justify="left")
+    grid = Table(
+        title=title and visible(title),
+        box=None,
+        pad_edge=False,
+        padding=(0, 1),
+        header_style="bold",
+        title_justify="left",
+    )
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i < words else "right", no_wrap=True)
+        grid.add_column(visible(column), justify="left" if i < words else "right", no_wrap=True)
     for row in rows:
-        grid.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
+        grid.add_row(*(visible(cell) if isinstance(cell, str) else cell for cell in row))
     return grid

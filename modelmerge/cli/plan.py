@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
-from modelmerge.cli.output import size, table
+from modelmerge.cli.output import line, size, table
+from modelmerge.text import visible
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.table import Table
+    from rich.text import Text
 
 
 def head(method: str, transforms: str | Sequence[str] | None) -> str:
@@ -21,7 +21,7 @@ def head(method: str, transforms: str | Sequence[str] | None) -> str:
     return " + ".join([*(text.split()[0] for text in names), method])
 
 
-def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> list[str | Table]:
+def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> list[str | Text | Table]:
     """What a merge did, for people."""
     recipe, counts = manifest["recipe"], manifest["tensors"]
     weights = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors"))
@@ -29,10 +29,15 @@ def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> li
     counted = [f"{counts['merged']} tensors merged" + (f" ({', '.join(groups)})" if len(groups) > 1 else "")]
     counted += [f"{len(counts['copied'])} copied from the base"] if counts["copied"] else []
     experts = len(manifest["inputs"]["experts"])
-    lines: list[str | Table] = [
-        f"[bold green]merged[/] {experts} expert{'s' * (experts != 1)} with "
-        f"{head(recipe['method'], recipe['disentangle'])}: {', '.join(counted)}",
-        f"[bold]{out}[/]  {size(weights)} of weights in {manifest['seconds']:.1f} s on {manifest['device']}",
+    lines: list[str | Text | Table] = [
+        line(
+            ("merged", "bold green"),
+            f" {experts} expert{'s' * (experts != 1)} with "
+            f"{head(recipe['method'], recipe['disentangle'])}: {', '.join(counted)}",
+        ),
+        line(
+            (str(out), "bold"), f"  {size(weights)} of weights in {manifest['seconds']:.1f} s on {manifest['device']}"
+        ),
     ]
     rounding = manifest["rounding"]
     if rounding and rounding["relative_error"] is not None:
@@ -45,7 +50,7 @@ def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> li
     return lines
 
 
-def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str | Table]:
+def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str | Text | Table]:
     """The coefficients that were found on data: of each expert over the tensors, and, if verbose, of each tensor."""
     tasks, coefficients = manifest["adaptation"]["tasks"], manifest["recipe"]["coefficients"]
     rows = []
@@ -54,7 +59,7 @@ def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str |
         mean = sum(values) / len(values)
         figures = (mean, min(values), max(values), entropy["entropy_before"], entropy["entropy_after"])
         rows.append([expert, *(f"{figure:.3f}" for figure in figures)])
-    lines: list[str | Table] = [
+    lines: list[str | Text | Table] = [
         "",
         table(
             f"Coefficients over {len(coefficients)} tensors; entropy of the predictions in the first and the last "
@@ -69,7 +74,7 @@ def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str |
     return lines
 
 
-def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Table]:
+def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Text | Table]:
     """A plan for people: what happens to how many tensors and why, bytes, peak memory."""
     groups: dict[tuple[str, str], int] = {}
     for tensor in plan["tensors"]:
@@ -77,14 +82,14 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Ta
     rows = [[action, str(count), reason] for (action, reason), count in sorted(groups.items(), reverse=True)]
     counted = table(None, ["action", "tensors", "why"], rows, words=3)
     sizes, memory = plan["bytes"], plan["peak_memory"]
-    lines: list[str | Table] = [
-        f"[bold]{title}[/] of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}",
+    lines: list[str | Text | Table] = [
+        line((title, "bold"), f" of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}"),
         counted,
     ]
     if plan["expert_only"]:
         rows = [[name, ", ".join(experts)] for name, experts in plan["expert_only"].items()]
         lines.append(table(None, ["not in the base, left out", "in"], rows, words=2))
-    lines += [f"note: {escape(remark)}" for remark in plan["remarks"]]
+    lines += [f"note: {visible(remark)}" for remark in plan["remarks"]]
     if verbose:
         rows = [
             [
@@ -104,8 +109,9 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Ta
         peak += f", on the device {size(memory['device'])}"
     if plan["cache"] and sizes["download"]:
         cache = plan["cache"]
-        held = "which holds it" if cache["enough"] else "[bold red]too little[/]: --stream stores no weights"
-        lines.append(f"{size(cache['free'])} free in {cache['directory']}, {held}")
+        free = f"{size(cache['free'])} free in {cache['directory']}, "
+        held = ["which holds it"] if cache["enough"] else [("too little", "bold red"), ": --stream stores no weights"]
+        lines.append(line(free, *held))
     lines.append(
         f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
         f"write {size(sizes['write'])}{files}; {peak}"
@@ -116,7 +122,7 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Ta
         search, disk = plan["search"], plan["search"]["disk"]
         lines.append(
             f"{search['candidates']} candidates in {search['merges']} merge{'s' * (search['merges'] != 1)}, each "
-            f"measured on {escape(', '.join(search['on']))}; on the disk {size(disk['all'])} at once, where there is "
+            f"measured on {', '.join(search['on'])}; on the disk {size(disk['all'])} at once, where there is "
             f"less {size(disk['least'])} at least"
         )
     if plan["push"]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from modelmerge.cli import options as opt
-from modelmerge.cli.output import Sink
+from modelmerge.cli.output import Sink, line
 
 SUMMARY = "Push what a verb wrote to a repository on the Hugging Face Hub; paths of this machine stay here."
 EXAMPLES = ("modelmerge push merged org/name --private", "modelmerge push merged org/name --create-pr")
@@ -32,7 +32,7 @@ def command() -> Callable[..., None]:
         from modelmerge.verbs.push import push
 
         done = push(directory, to, progress=sink.form == "human" and sink.margin.is_terminal, **values)
-        human: list[Any] = [f"[bold green]pushed[/] to [bold]{done['url']}[/]"]
-        sink.result({"output": directory, **done}, quiet=done["url"], human=human)
+        human = line(("pushed", "bold green"), " to ", (done["url"], "bold"))
+        sink.result({"output": directory, **done}, quiet=done["url"], human=[human])
 
     return opt.command(run, opt.shared(declared))

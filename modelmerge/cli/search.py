@@ -11,7 +11,7 @@ from rich.text import Text
 from modelmerge.cli import merge
 from modelmerge.cli import options as opt
 from modelmerge.cli.help import with_examples
-from modelmerge.cli.output import Sink, flag, table
+from modelmerge.cli.output import Sink, flag, line, table
 from modelmerge.errors import UsageError
 from modelmerge.methods import registry
 from modelmerge.verbs.auto import AUTO
@@ -86,7 +86,7 @@ def parse_tries(texts: Sequence[str]) -> dict[str, str]:
 _SHOWN = 8  # tasks: more do not fit a terminal, and are in the JSON
 
 
-def results(search: dict[str, Any]) -> list[str | Table]:
+def results(search: dict[str, Any]) -> list[str | Text | Table]:
     """A row for the base and each candidate, the chosen one in bold, and which that is."""
     options = list(search["options"])
     tasks = list(search["results"][0]["scores"])
@@ -106,7 +106,7 @@ def results(search: dict[str, Any]) -> list[str | Table]:
     columns = [*(name.replace("_", "-") for name in options), *tasks, "mean"]
     chosen = ", ".join(f"{name.replace('_', '-')}={_word(value)}" for name, value in search["chosen"].items())
     equal = f", the first of {1 + len(search['equal'])} equal ones" if search["equal"] else ""
-    best = f"[bold green]best[/] [bold]{chosen}[/] of {len(search['results'])} candidates{equal}"
+    best = line(("best", "bold green"), " ", (chosen, "bold"), f" of {len(search['results'])} candidates{equal}")
     return [table(title[0].upper() + title[1:], columns, rows, words=0), best]
 
 

@@ -13,12 +13,13 @@ import typer
 from modelmerge.cli import options as opt
 from modelmerge.cli.help import with_examples
 from modelmerge.cli.merge import checked, destination, finish
-from modelmerge.cli.output import Bars, Sink, table
+from modelmerge.cli.output import Bars, Sink, line, table
 from modelmerge.cli.plan import plan_lines
 from modelmerge.methods import registry
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 EXTRACT = (
     "Write each expert's task vector (expert minus base, float32). "
@@ -64,7 +65,7 @@ def _write(
     verb: Callable[..., dict[str, Any]],
     values: Mapping[str, Any],
     head: str,
-    lines: Callable[[dict[str, Any]], list[str | Table]],
+    lines: Callable[[dict[str, Any]], list[str | Text | Table]],
     sink: Sink,
 ) -> None:
     """Run a verb that writes task vectors with the options that all such verbs have, and print its report."""
@@ -81,10 +82,10 @@ def _write(
         sink.result(report, quiet=str(out), human=plan_lines(head, report["plan"], sink.verbose))
         return
     data = {"output": str(out), "manifest": json.loads((out / "modelmerge.json").read_bytes())}
-    finish(sink, target, out, data, [*lines(report), f"\n[bold]{out}[/]"])
+    finish(sink, target, out, data, [*lines(report), "", line((str(out), "bold"))])
 
 
-def _extracted(report: dict[str, Any]) -> list[str | Table]:
+def _extracted(report: dict[str, Any]) -> list[str | Text | Table]:
     low = report["low_rank"]
     rows = []
     for expert in report["experts"]:
@@ -92,7 +93,7 @@ def _extracted(report: dict[str, Any]) -> list[str | Table]:
                str(len(expert["unchanged_tensors"])), str(expert["entries_not_restored"])]  # fmt: skip
         rows.append([*row, _percent(low[expert["name"]]["relative_error"])] if low else row)
     columns = ["task vector", "norm", "of the base's", "changed", "tensors left out", "entries not restored"]
-    lines: list[str | Table] = [table(None, [*columns, "low-rank error"] if low else columns, rows)]
+    lines: list[str | Text | Table] = [table(None, [*columns, "low-rank error"] if low else columns, rows)]
     names = [expert["name"] for expert in report["experts"]]
     if 1 < len(names) <= _SHOWN_COSINES:
         matrix = [[name, *map(_cosine, row)] for name, row in zip(names, report["cosines"]["model"], strict=True)]
@@ -139,7 +140,7 @@ def command(name: str) -> Callable[..., None]:
     return opt.command(run, parameters)
 
 
-def _disentangled(report: dict[str, Any]) -> list[str | Table]:
+def _disentangled(report: dict[str, Any]) -> list[str | Text | Table]:
     model, loss = report["model"], report["loss"]
     kinds = [
         ["whole model", *_change(model)],
@@ -154,7 +155,7 @@ def _disentangled(report: dict[str, Any]) -> list[str | Table]:
         what = f" by {options['granularity']}: {losses} in {report['steps']} steps"
     size = "redundant" if report["steps"] is not None else "correction"
     columns = ["", "mean |cos|", "after", "largest |cos|", "after", size]
-    return [f"[bold]{report['method']}[/]{what}", table(None, columns, kinds)]
+    return [line((report["method"], "bold"), what), table(None, columns, kinds)]
 
 
 def _change(figures: dict[str, Any]) -> list[str]:

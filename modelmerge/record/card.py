@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modelmerge.checkpoint.output import CARD
 from modelmerge.record.command import REPLAY
+from modelmerge.record.markdown import block, code, shell, table, words
+from modelmerge.text import visible
 
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s", re.DOTALL)
 _LICENSE = ("license", "license_name", "license_link")
@@ -111,14 +113,14 @@ def render(
     )
     for key, value in license.items():
         data[key] = value
-    names = " and ".join(f"`{method.name}`" for method in methods) + "".join(
-        f" after `{transform.name}`" for transform in reversed(transforms)
+    names = " and ".join(code(method.name) for method in methods) + "".join(
+        f" after {code(transform.name)}" for transform in reversed(transforms)
     )
     options = [*(item for method in (*transforms, *methods) for item in method.options.items()), *settings.items()]
     citations = list(dict.fromkeys(method.bibtex for method in (*methods, *transforms) if method.bibtex))
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {title}",
+        f"# {words(title)}",
         f"A merge of {len(experts)} fine-tuned model{'s' * (len(experts) != 1)} onto their base {_link(base)}, made "
         f"by {names} with modelmerge {versions['modelmerge']}."
         + (" It is a PEFT adapter: `PeftModel.from_pretrained(base, DIR)` puts it on the base." if adapter else ""),
@@ -126,14 +128,14 @@ def render(
         _models(base, experts),
         license_said,
         "## Method",
-        *(f"[`{method.name}`]({method.paper}): {method.summary}" for method in (*transforms, *methods)),
-        *([_table(("option", "value"), [(_code(name), _value(value)) for name, value in options])] if options else []),
+        *(f"[{code(method.name)}]({method.paper}): {words(method.summary)}" for method in (*transforms, *methods)),
+        *([table(("option", "value"), [(code(name), _value(value)) for name, value in options])] if options else []),
         "## Repeat it",
-        f"```sh\n{_wrapped(command)}\n```",
+        block(_wrapped(command), "sh"),
         "`modelmerge.json` holds the complete recipe with the sha256 of every input and output file; "
         f"`{REPLAY}` replays it. Made with {', '.join(map(' '.join, versions.items()))}; computed on {device}.",
-        *(["## Notes", "\n".join(f"- {note}" for note in notes)] if notes else []),
-        *(["## Citation", "```bibtex\n" + "\n\n".join(citations) + "\n```"] if citations else []),
+        *(["## Notes", "\n".join(f"- {words(note)}" for note in notes)] if notes else []),
+        *(["## Citation", block("\n\n".join(citations), "bibtex")] if citations else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -148,22 +150,25 @@ def with_results(text: str, results: Sequence[Result], *, name: str) -> str:
     """
     card = ModelCard(text, ignore_metadata_errors=True)
     data: Any = card.data
-    data.model_name = name if results else None
+    data.model_name = visible(name) if results else None
     data.eval_results = [
         EvalResult(
-            task_type=result.task, dataset_type=result.dataset_id or result.dataset, dataset_name=result.dataset,
-            dataset_split=result.split, metric_type=result.metric, metric_value=result.value,
+            task_type=visible(result.task), dataset_type=visible(result.dataset_id or result.dataset),
+            dataset_name=visible(result.dataset), dataset_split=result.split and visible(result.split),
+            metric_type=visible(result.metric), metric_value=result.value,
         )
         for result in results
     ] or None  # fmt: skip
     body = re.sub(rf"{re.escape(_START)}.*?{re.escape(_END)}\n+", "", card.text, flags=re.DOTALL)
-    rows = [(result.dataset, result.split or "", result.metric, f"{result.value:.4g}", result.detail)
-            for result in results]  # fmt: skip
+    rows = [
+        [*map(words, (result.dataset, result.split or "", result.metric, f"{result.value:.4g}", result.detail))]
+        for result in results
+    ]
     if results:
-        table = _table(("data", "split", "metric", "value", ""), rows, right=(3,))
-        block = f"{_START}\n## Evaluation\n\n{table}\n{_END}\n\n"
+        scores = table(("data", "split", "metric", "value", ""), rows, right=(3,))
+        section = f"{_START}\n## Evaluation\n\n{scores}\n{_END}\n\n"
         before, repeat, after = body.partition("## Repeat it\n")
-        body = f"{before}{block}{repeat}{after}" if repeat else f"{body.rstrip()}\n\n{block}".rstrip("\n") + "\n"
+        body = f"{before}{section}{repeat}{after}" if repeat else f"{body.rstrip()}\n\n{section}".rstrip("\n") + "\n"
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
 
@@ -173,17 +178,17 @@ def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
     if licenses[0]["license"] and all(license == licenses[0] for license in licenses):
         entries = {key: value for key, value in licenses[0].items() if value}
         name = entries.get("license_name") or entries["license"]
-        return entries, f"License: {name}, which is that of the base and of every expert."
+        return entries, f"License: {words(name)}, which is that of the base and of every expert."
     base, *experts = (license["license_name"] or license["license"] for license in licenses)
     names: dict[str | None, list[str]] = {}
     for model, license in zip(models[1:], experts, strict=True):
-        names.setdefault(license, []).append(f"`{model.name}`")
-    words = [f"{base or 'not stated'} for the base"]
+        names.setdefault(license, []).append(code(model.name))
+    parts = [f"{words(base or 'not stated')} for the base"]
     for license, which in names.items():
-        words.append(f"{license or 'not stated'} for {'every expert' if len(names) == 1 else ', '.join(which)}")
+        parts.append(f"{words(license or 'not stated')} for {'every expert' if len(names) == 1 else ', '.join(which)}")
     if not base and names.keys() == {None}:
         return {}, "License: none of the models states one here. It is for you to choose, within what theirs allow."
-    return {}, f"License: {'; '.join(words)}. It is for you to choose, within what these allow."
+    return {}, f"License: {'; '.join(parts)}. It is for you to choose, within what these allow."
 
 
 def published(text: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -191,7 +196,7 @@ def published(text: str, before: Mapping[str, Any], after: Mapping[str, Any]) ->
     text = text.replace(_wrapped(before["command"]), _wrapped(after["command"]))
     models = [(manifest["inputs"]["base"], *manifest["inputs"]["experts"]) for manifest in (before, after)]
     for ours, theirs in zip(*models, strict=True):
-        text = text.replace(_code(ours["reference"]), _code(theirs["reference"]))
+        text = text.replace(code(ours["reference"]), code(theirs["reference"]))
     return text
 
 
@@ -199,55 +204,45 @@ def _models(base: Model, experts: Sequence[Model]) -> str:
     """A table of the models, with the columns that say something."""
     models = (base, *experts)
     columns: list[tuple[str, list[str]]] = [
-        ("", ["base", *(_code(expert.name) for expert in experts)]),
+        ("", ["base", *(code(expert.name) for expert in experts)]),
         ("model", [_link(model) for model in models]),
     ]
     if any(model.commit for model in models):
         columns.append(("commit", [_commit(model) for model in models]))
     if len({expert.weight for expert in experts}) > 1 or experts[0].weight != 1.0:
         columns.append(("weight", ["" if model.weight is None else f"{model.weight:g}" for model in models]))
-    return _table([name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
+    return table([name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
 
 
 def _link(model: Model) -> str:
     if model.repository is None:
-        return _code(model.reference)
+        return code(model.reference)
     return f"[{model.repository}](https://huggingface.co/{model.repository})"
 
 
 def _commit(model: Model) -> str:
     if model.commit is None:
         return ""
-    return f"[{_code(model.commit[:12])}](https://huggingface.co/{model.repository}/tree/{model.commit})"
+    return f"[{code(model.commit[:12])}](https://huggingface.co/{model.repository}/tree/{model.commit})"
 
 
 def _wrapped(command: str) -> str:
     """A shell line, broken where it is long: between arguments, and not between an option and its value."""
-    words = shlex.split(command)
-    groups = [words[:3]]
-    for before, token in itertools.pairwise(words[2:]):
+    tokens = shlex.split(command)
+    groups = [tokens[:3]]
+    for before, token in itertools.pairwise(tokens[2:]):
         if before.startswith("-"):
             groups[-1].append(token)
         else:
             groups.append([token])
-    lines = [shlex.join(groups[0])]
+    lines = [shell(groups[0])]
     for group in groups[1:]:
-        more = shlex.join(group)
+        more = shell(group)
         if len(lines[-1]) + len(more) < _WIDTH:
             lines[-1] += f" {more}"
         else:
             lines.append(f"  {more}")
     return " \\\n".join(lines)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    lines = [head, ["---:" if i in right else "---" for i in range(len(head))], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
-
-
-def _code(text: str) -> str:
-    ticks = "``" if "`" in text else "`"
-    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
 
 
 def _value(value: Any) -> str:
@@ -256,10 +251,10 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, list)):
-        return ", ".join(_code(str(each)) for each in value)
-    return str(value)
+        return ", ".join(code(str(each)) for each in value)
+    return words(str(value))
 
 
 def _text(value: Any) -> str | None:
-    """A string of somebody's front matter; None for what is none."""
-    return value if isinstance(value, str) and value else None
+    """A string of somebody's front matter, on one line; None for what is none."""
+    return visible(value) if isinstance(value, str) and value else None

@@ -107,7 +107,7 @@ def notes_of(job: Job, findings: Findings) -> list[str]:
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
     if len(notes) > _SHOWN:
-        notes = [f"{len(notes)} tensors that the base lacks were left out; `modelmerge.json` names them."]
+        notes = [f"{len(notes)} tensors that the base lacks were left out; modelmerge.json names them."]
     lone = [tensor.name for tensor in job.plan.tensors.values() if tensor.reason == ONLY_IN_BASE]
     if lone:
         some = ", ".join(f"'{name}'" for name in lone[:_SHOWN]) + (" and others" if len(lone) > _SHOWN else "")
@@ -167,7 +167,7 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
             methods.append(_applied(group.name, "merge", group.method, {}))
     if recipe.coefficients:
         note = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
-        notes = [*notes, f"{note}; `modelmerge.json` has them."]
+        notes = [*notes, f"{note}; modelmerge.json has them."]
         if not registry.load(recipe.method).on_data:
             transforms.append(_applied("adamerging", "merge", registry.load("adamerging"), {}))
     names = ("at", "rest", "dtype", "include", "exclude", "vocab", "files_from", "seed", "as_lora")
@@ -179,7 +179,7 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         settings={flag(name): value for name, value in settings.items()},
         command=command_of(recipe, str(out)), notes=notes, library=library_of(job.plan.base),
         versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
-    ).encode(errors="backslashreplace")  # fmt: skip
+    ).encode()  # fmt: skip
 
 
 def _applied(
