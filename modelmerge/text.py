@@ -6,6 +6,7 @@ What steers a terminal or turns a line around is shown by its number: ESC as `\x
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 _STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's categories of control and format, halves of pairs, ends of lines
@@ -19,8 +20,8 @@ def visible(text: str) -> str:
 
 
 def visible_lines(text: str) -> str:
-    """`visible` of each line."""
-    return "\n".join(map(visible, text.split("\n")))
+    """`visible` of each line; tabs stay, too."""
+    return "".join(part if part in "\n\t" else visible(part) for part in re.split(r"([\n\t])", text))
 
 
 def _shown(letter: str) -> str:

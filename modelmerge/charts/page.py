@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2 import UndefinedError as Incomplete
@@ -25,6 +25,7 @@ from modelmerge.charts.figures import Heatmap, Scores, Series, of_report, ticks
 from modelmerge.charts.names import clean, wrap
 from modelmerge.checkpoint.output import replace_file
 from modelmerge.evaluation.report import Report
+from modelmerge.record.redaction import published_report
 from modelmerge.text import visible_lines
 
 __all__ = ["Incomplete", "render", "write"]  # Incomplete: what render raises of what is no report
@@ -51,10 +52,11 @@ def write(report: Report, file: Path) -> None:
 
 
 def render(report: Report) -> str:
-    """A report's page."""
+    """A report's page: to be shown to others, and so without the folders that files lie in here."""
+    report = cast(Report, published_report(report))
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        finalize=_as_text,
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=_as_text,
     )  # fmt: skip
     environment.filters["breakable"] = _breakable
     environment.tests["best"] = lambda cell: isinstance(cell, tables.Best)

@@ -12,6 +12,7 @@ from typing import Any
 from modelmerge.checkpoint.components import CLASS, MODEL_CONFIG, MODULES, folder_of
 from modelmerge.checkpoint.config_file import Values, dtype_values, token_values, with_values
 from modelmerge.checkpoint.configs import text_parts
+from modelmerge.checkpoint.portable import leads_out
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
 from modelmerge.errors import PlanError, UsageError, named, suggestion
 
@@ -35,8 +36,13 @@ def companions(model: Checkpoint) -> dict[str, Path]:
     """What lies beside a model's weights and goes with them, by its place there: in the folders it consists of, too."""
     if model.directory is None:
         return {}
+    beside, local = _beside(model), model.reference.repository is None
+    return {place: file for place, file in beside.items() if not (local and leads_out(file, model.directory))}
+
+
+def _beside(model: Checkpoint) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for folder in ("", *model.folders):
+    for folder in ("", *model.folders) if model.directory is not None else ():
         inside = model.directory / folder
         some = {file for pattern in _COMPANIONS for file in inside.glob(pattern) if file.is_file()}
         files |= {file.relative_to(model.directory).as_posix(): file for file in sorted(some)}
@@ -134,8 +140,8 @@ def token_ids(base: Checkpoint, giver: Checkpoint) -> dict[tuple[str, ...], Any]
 def remarks_on_files(base: Checkpoint, experts: Sequence[Checkpoint], giver: Checkpoint) -> list[str]:
     """Sentences on what comes from the giver, or on what experts have and the output does not get."""
     if giver is not base:
-        return _remarks_on_giver(base, giver)
-    option, remarks = named("files_from"), []
+        return [*_remarks_on_giver(base, giver), *remarks_on_origin(base), *_remarks_on_links(giver, tuple(_KINDS))]
+    option, remarks = named("files_from"), remarks_on_origin(base)
     templated = [expert.name for expert in experts if _has_template(expert)]
     if templated and not _has_template(base):
         remarks.append(
@@ -156,6 +162,22 @@ def remarks_on_files(base: Checkpoint, experts: Sequence[Checkpoint], giver: Che
     if more and GENERATION_CONFIG not in places_beside(base):
         remarks.append(f"{_list(more)} a {GENERATION_CONFIG}, and the base has none: {option} {more[0]} takes it over.")
     return remarks
+
+
+def remarks_on_origin(base: Checkpoint) -> list[str]:
+    """Sentences on files beside the base's weights that need a look: code that goes along, and links that do not."""
+    code = sorted(place for place in places_beside(base) if place.endswith(".py") and is_companion(place, base.folders))
+    along = f"Code of '{base.name}' goes along, which runs only with trust_remote_code: {', '.join(code)}."
+    return [*([along] if code else []), *_remarks_on_links(base)]
+
+
+def _remarks_on_links(model: Checkpoint, kinds: Sequence[str] | None = None) -> list[str]:
+    beside = _beside(model)
+    links = [place for place in beside.keys() - companions(model).keys() if not kinds or kind_of(place) in kinds]
+    what = (
+        f"Of '{model.name}', these are links out of its directory, which are not followed: {', '.join(sorted(links))}."
+    )
+    return [what] if links else []
 
 
 def _remarks_on_giver(base: Checkpoint, giver: Checkpoint) -> list[str]:

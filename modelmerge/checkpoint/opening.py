@@ -10,20 +10,21 @@ from modelmerge.checkpoint.adapter import Translation, translate
 from modelmerge.checkpoint.adapter_stacks import in_memory, on_stacks
 from modelmerge.checkpoint.lora_files import translate_file
 from modelmerge.checkpoint.pairing import component_of
+from modelmerge.checkpoint.portable import model_name
 from modelmerge.checkpoint.reader import Checkpoint, VectorOf, open_checkpoint, with_prefix
-from modelmerge.checkpoint.reference import Reference, parse, parse_experts
+from modelmerge.checkpoint.reference import Named, Reference, parse, parse_experts
 from modelmerge.errors import PlanError, ReferenceNotFound
 
 
-def as_references(experts: Sequence[str | Path] | Mapping[str, str | Path]) -> tuple[str, ...]:
+def as_references(experts: Sequence[str | Path | Named] | Mapping[str, str | Path]) -> tuple[str | Named, ...]:
     """`[NAME=]REF` of each expert, given so or as a mapping of name to reference."""
     if isinstance(experts, Mapping):
-        return tuple(f"{name}={reference}" for name, reference in experts.items())
-    return tuple(map(str, experts))
+        return tuple(Named(name, str(reference)) for name, reference in experts.items())
+    return tuple(each if isinstance(each, Named) else str(each) for each in experts)
 
 
 def open_models(
-    base: str, experts: Sequence[str], exclude: Sequence[str] = ()
+    base: str | Named, experts: Sequence[str | Named], exclude: Sequence[str] = ()
 ) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """The base and the experts, every header read; task vectors and adapters among them must be of this base.
 
@@ -79,7 +80,7 @@ def attach(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ()) ->
     remarks = (*expert.remarks, *translation.remarks)
     ours = {base.name, Path(base.reference.title).name, Path(str(base.config.get("_name_or_path"))).name}
     if expert.adapter.base and Path(expert.adapter.base).name not in ours:
-        remarks += (f"it says it was trained on '{expert.adapter.base}', and the base here is '{base.name}'",)
+        remarks += (f"it says it was trained on '{model_name(expert.adapter.base)}', and the base is '{base.name}'",)
     return replace(expert, tensors=translation.changes, vector=vector, remarks=remarks, excluded=translation.excluded)
 
 

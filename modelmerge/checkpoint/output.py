@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from modelmerge import interrupts
 from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.reader import MANIFEST
+from modelmerge.checkpoint.scratch import hidden_beside
 from modelmerge.errors import OutputError, named
 
 CARD = "README.md"
@@ -94,7 +95,7 @@ def _as_json(record: Mapping[str, Any]) -> bytes:
 
 def _replace(file: Path, content: bytes) -> None:
     # What a killed run has left under that name goes too; a run that lives keeps it to itself by a lock.
-    temporary = file.with_name(f".{file.name}.new")
+    temporary = hidden_beside(file, "new")
     with _opened_alone(temporary) as stream:
         stream.truncate(0)
         stream.write(content)

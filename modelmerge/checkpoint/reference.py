@@ -6,7 +6,7 @@ is pinned to its commit here, before anything is read. What starts with `./`, `/
 nothing is there, so that a misspelt path never turns into a request to the Hub.
 
 NAME is whatever a directory can be called, in any script and with any marks: of several `=`, the first that leaves a
-REF behind it ends the name.
+REF behind it ends the name. `Named` has the two apart, for readers and writers of files.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -29,6 +30,16 @@ _HUB = re.compile(r"(?:(?P<scheme>hf://))?(?P<repo>[\w.\-]+/[\w.\-]+)(?P<inside>
 _FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|json|ya?ml)")
 _PATHS = ("./", "../", "/", "~")  # what is a path begins so, even if nothing is there
 _GENERIC_STEMS = ("model", "pytorch_model", "adapter_model")
+
+
+class Named(NamedTuple):
+    """A reference and its name, apart: either may hold any mark."""
+
+    name: str
+    reference: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.reference}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,11 @@ class Reference:
         return str(self.path) if self.repository is None else self.text
 
     @property
+    def named(self) -> Named:
+        """The reference that leads here from any directory, with the name."""
+        return Named(self.name, self.location)
+
+    @property
     def title(self) -> str:
         """What it is called where it lies: its path, or its repository's name."""
         return self.text if self.repository is None else self.repository.name
@@ -58,14 +74,17 @@ class Reference:
         return str(file) if self.repository is None else self.repository.address(file)
 
 
-def parse(text: str) -> Reference:
+def parse(text: str | Named) -> Reference:
     """The checkpoint that `[NAME=]REF` names.
 
     Raises:
+        UsageError: No directory could be called so.
         ReferenceNotFound: Nothing is there, or it is a kind that cannot be read.
         HubError: The Hub refuses, or cannot be reached.
     """
-    name, ref = _split(text)
+    name, ref = text if isinstance(text, Named) else _split(text)
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name):
+        raise UsageError(f"'{name}' cannot be the name of a model", hint="a name is what a directory can be called")
     try:
         path = Path(ref).expanduser()
         exists = path.exists()
@@ -102,19 +121,19 @@ def _is_there(ref: str) -> bool:
         return False
 
 
-def parse_experts(texts: Iterable[str] | Mapping[str, str]) -> tuple[Reference, ...]:
+def parse_experts(texts: Iterable[str | Named]) -> tuple[Reference, ...]:
     """The experts, in the order given; each name once.
 
     Raises:
         UsageError: There is no expert, or two have one name.
     """
-    items = [f"{name}={ref}" for name, ref in texts.items()] if isinstance(texts, Mapping) else list(texts)
+    items = list(texts)
     if not items:
         raise UsageError("no expert is named", hint="give at least one expert after the base: BASE EXPERT...")
     return parse_all(items, "expert")
 
 
-def parse_all(texts: Iterable[str], kind: str) -> tuple[Reference, ...]:
+def parse_all(texts: Iterable[str | Named], kind: str) -> tuple[Reference, ...]:
     """The references, in the order given; each name once. `kind` is what errors call them.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +14,17 @@ from modelmerge.errors import OutputError
 
 FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up",
          errno.EFBIG: "the file is larger than this system allows"}  # fmt: skip
+_LONGEST = 255  # bytes of a name in most file systems
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of calls that a file system lacks
+
+
+def hidden_beside(target: Path, ending: str) -> Path:
+    """A hidden place beside a file or directory, `.NAME.ending`; of a name as long as names can be, without its end."""
+    start = os.fsencode(target.name)
+    if len(start) + len(ending) + 2 > _LONGEST:
+        digest = hashlib.sha256(start).hexdigest()[:16]
+        start = start[: _LONGEST - len(ending) - 20] + b"-" + digest.encode()
+    return target.with_name(f".{os.fsdecode(start)}.{ending}")
 
 
 def reason(error: OSError) -> str:

@@ -26,7 +26,7 @@ from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.layout import Layout, Shard
 from modelmerge.checkpoint.output import refuse_content
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.checkpoint.scratch import FULL, UNSUPPORTED, Scratch, claim_space, reason, write_all
+from modelmerge.checkpoint.scratch import FULL, UNSUPPORTED, Scratch, claim_space, hidden_beside, reason, write_all
 from modelmerge.errors import ModelMergeError, OutputError, named
 
 _JOURNAL = ".journal.json"
@@ -43,7 +43,7 @@ def clear_remains(output: Path) -> None:
 def fingerprints(output: Path) -> Iterator[str]:
     """The fingerprints of what a resumed run may take up: the shards of an interrupted one, or the whole output."""
     target = output.resolve()
-    for file in (target.parent / f".{target.name}.modelmerge" / _JOURNAL, target / MANIFEST):
+    for file in (hidden_beside(target, "modelmerge") / _JOURNAL, target / MANIFEST):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             yield str(json.loads(file.read_bytes())["fingerprint"])
 
@@ -67,8 +67,8 @@ class Staging:
         beside: int = 0,
     ) -> None:  # fmt: skip
         self._target = output.resolve()
-        self._directory = self._target.parent / f".{self._target.name}.modelmerge"
-        self._retired = self._target.parent / f".{self._target.name}.modelmerge-old"
+        self._directory = hidden_beside(self._target, "modelmerge")
+        self._retired = hidden_beside(self._target, "modelmerge-old")
         self._layout = layout
         self._force = force
         self._resume = resume

@@ -102,9 +102,10 @@ def evaluate(
     if batch_size < 1:
         raise UsageError(f"must be at least 1, not {batch_size}", option="batch_size")
     columns = {"config": config, "split": split, "image": image_column, "label": label_column}
-    files = as_references([classes] if isinstance(classes, str | Path) else classes)
+    files = map(str, as_references([classes] if isinstance(classes, str | Path) else classes))
+    places = map(str, as_references(data))
     choice = find_tasks(
-        tasks, as_references(data), files, templates, {k: v for k, v in columns.items() if v is not None}, held_out
+        tasks, [*places], [*files], templates, {k: v for k, v in columns.items() if v is not None}, held_out
     )
     seed, base = running.seed or 0, running.base
     items = {task.name: image_data.load(task, limit=limit, seed=seed) for task in choice}

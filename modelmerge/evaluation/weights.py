@@ -22,7 +22,7 @@ from modelmerge.checkpoint.header import HALF_DTYPES
 from modelmerge.checkpoint.names import layer_type
 from modelmerge.checkpoint.opening import as_references, open_references
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
-from modelmerge.checkpoint.reference import Reference, parse, parse_all, parse_experts
+from modelmerge.checkpoint.reference import Named, Reference, parse, parse_all, parse_experts
 from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import TORCH_DTYPES, Loader, Piece, piece_bytes, wholes
@@ -104,8 +104,8 @@ def evaluate(
 
 
 def _origins(
-    models: Sequence[Reference], base: str | Path | None, experts: tuple[str, ...]
-) -> tuple[str | Path, tuple[str, ...]]:
+    models: Sequence[Reference], base: str | Path | None, experts: tuple[str | Named, ...]
+) -> tuple[str | Path, tuple[str | Named, ...]]:
     """The base and the experts, from the models' manifests where they are not named.
 
     Raises:
@@ -125,7 +125,7 @@ def _origins(
         hint = f"name those to compare with: {named('base')}, {named('experts')}"
         raise UsageError("the models are merges of different experts", hint=hint)
     pairs = zip(origins[0]["experts"], origins[0]["paths"], strict=True)
-    return base if base is not None else origins[0]["base"], experts or tuple(f"{name}={path}" for name, path in pairs)
+    return base if base is not None else origins[0]["base"], experts or tuple(Named(name, path) for name, path in pairs)
 
 
 def _measured_rounding(model: Checkpoint) -> float | None:

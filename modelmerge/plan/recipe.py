@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelmerge.checkpoint.companions import BASE
+from modelmerge.checkpoint.reference import Named
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.plan import format_1
 
@@ -26,23 +27,23 @@ OnMismatch = Literal["error", "copy", "common-rows"]
 class Recipe:
     """Everything that determines the merged weights, and nothing else.
 
-    `experts` are `[NAME=]REF` in their order; `options` are the method's, and the method for the rest runs at its
-    defaults. `at` are overrides, in the order in which they are asked: `modelmerge.plan.overrides`. `disentangle` are
-    the transforms before the method, in order, `NAME [OPTION=V ...]` each. `rest` is the method for what a method for
-    linear layers leaves, base, or None for the method's choice. `dtype` is float32, float16, bfloat16 or None for the
-    base's own. `on_mismatch` is what becomes of tensors whose shapes differ. `vocab` is whose tokens embeddings and
-    heads have: base, union, an expert's name, or None for rows that go by their number. `files_from` is whose
-    tokenizer, chat template and generation config the output gets: base, or an expert's name. `max_shard_size` is the
-    size of the largest file, or None for what is usual: 5GB, and one file for a base that is one. `as_lora` is the rank
-    of the PEFT adapter to write instead of a checkpoint or, below 1, the share of the squared norm that it keeps.
-    `unlabelled` tells the data of a method that finds the experts' weights on them, see
-    `modelmerge.verbs.coefficients`; `coefficients` are what it found, by tensor and expert, and with them no data are
-    needed.
+    `base` and `experts`, in their order, are `[NAME=]REF` each, or name and reference apart; `options` are the
+    method's, and the method for the rest runs at its defaults. `at` are overrides, in the order in which they are
+    asked: `modelmerge.plan.overrides`. `disentangle` are the transforms before the method, in order, `NAME [OPTION=V
+    ...]` each. `rest` is the method for what a method for linear layers leaves, base, or None for the method's choice.
+    `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors whose
+    shapes differ. `vocab` is whose tokens embeddings and heads have: base, union, an expert's name, or None for rows
+    that go by their number. `files_from` is whose tokenizer, chat template and generation config the output gets: base,
+    or an expert's name. `max_shard_size` is the size of the largest file, or None for what is usual: 5GB, and one file
+    for a base that is one. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
+    share of the squared norm that it keeps. `unlabelled` tells the data of a method that finds the experts' weights on
+    them, see `modelmerge.verbs.coefficients`; `coefficients` are what it found, by tensor and expert, and with them no
+    data are needed.
     """
 
     method: str
-    base: str
-    experts: tuple[str, ...]
+    base: str | Named
+    experts: tuple[str | Named, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     disentangle: tuple[str, ...] = ()
@@ -62,7 +63,17 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return fields | {"base": _as_json(self.base), "experts": [*map(_as_json, self.experts)]}
+
+
+def _as_json(model: str | Named) -> Any:
+    return model._asdict() if isinstance(model, Named) else model
+
+
+def _from_json(model: Any) -> Any:
+    """A reference: format 1, and format 2 at first, had name and reference in one text."""
+    return Named(**model) if isinstance(model, dict) else model
 
 
 def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | None]:
@@ -90,6 +101,7 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | No
             stored["options"] = format_1.options_of(stored.get("method", ""), stored.get("options", {}))
         if unknown := stored.keys() - {spec.name for spec in dataclasses.fields(Recipe)}:
             raise RecipeError(f"{file}: the recipe has the unknown entry '{sorted(unknown)[0]}'")
+        stored |= {"base": _from_json(stored["base"]), "experts": [*map(_from_json, stored["experts"])]}
         entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         recipe = Recipe(**entries)
         inputs = [manifest["inputs"]["base"], *manifest["inputs"]["experts"]]

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from modelmerge.checkpoint.output import CARD
 from modelmerge.record.command import REPLAY
 from modelmerge.record.markdown import block, code, shell, table, words
+from modelmerge.record.redaction import unquoted
 from modelmerge.text import visible
 
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s", re.DOTALL)
@@ -197,7 +198,7 @@ def published(text: str, before: Mapping[str, Any], after: Mapping[str, Any]) ->
     models = [(manifest["inputs"]["base"], *manifest["inputs"]["experts"]) for manifest in (before, after)]
     for ours, theirs in zip(*models, strict=True):
         text = text.replace(code(ours["reference"]), code(theirs["reference"]))
-    return text
+    return unquoted(text)
 
 
 def _models(base: Model, experts: Sequence[Model]) -> str:

@@ -25,7 +25,7 @@ def settings_of(recipe: Recipe, *names: str) -> dict[str, Any]:
 
 def command_of(recipe: Recipe, output: str) -> str:
     """The shell line that repeats a merge: modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR."""
-    words = ["modelmerge", "merge", recipe.method, recipe.base, *recipe.experts]
+    words = ["modelmerge", "merge", recipe.method, *map(str, (recipe.base, *recipe.experts))]
     names = ("rest", "dtype", "on_mismatch", "vocab", "files_from", "max_shard_size", "seed", "as_lora", "include",
              "exclude")  # fmt: skip
     options = [

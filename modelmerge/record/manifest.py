@@ -211,8 +211,8 @@ def manifest_of(
     """The manifest of a merge; `coefficients` is what there is to say of coefficients that were found on data."""
     tensors = job.plan.tensors.values()
     # Absolute paths and commits, so that the recipe can be replayed from anywhere.
-    experts = tuple(f"{e.name}={e.reference.location}" for e in job.plan.experts)
-    replayable = dataclasses.replace(recipe, base=job.plan.base.reference.location, experts=experts)
+    base, *experts = (model.reference.named for model in job.plan.models)
+    replayable = dataclasses.replace(recipe, base=base, experts=tuple(experts))
     return {
         **stamp(job.source.device),
         "recipe": replayable.to_dict(),

@@ -1,4 +1,4 @@
-"""Manifests as others may see them: without paths of this machine."""
+"""Manifests and reports as others may see them: without paths of this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_FOLDERS = re.compile(r"(?:^|(?<=[:=' ]))[/~][^,:=]*/")  # in front of a file's name
+_FOLDERS = re.compile(r"(?:^|(?<=[=' ])|(?<=(?<!hf|ps|tp):))(?:/|~/|\.{1,2}/)[^,:=]*/")  # in front of a file's name
+_QUOTED = re.compile(r"'(?:/|~/|[A-Za-z]:\\)[^'\n]*[/\\]([^'/\\\n]+)'")
 
 
 def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +27,25 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
         for place, model in enumerate((inputs["base"], *inputs["experts"]), start=3):
             words[place] = model["name"] if model["path"] in local else words[place]
         copy["command"] = shlex.join([*words[:-1], Path(words[-1]).name])
+    return copy | {key: [*map(unquoted, copy[key])] for key in ("notes", "remarks") if key in copy}
+
+
+def published_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report of `evaluate` as others may see it."""
+    copy: dict[str, Any] = placeless(dict(report))
+    for row in (row for key in ("models", "experts", "base") for row in _rows(copy.get(key))):
+        row["files"] = {placeless(name): entry for name, entry in row["files"].items()}
     return copy
+
+
+def _rows(models: Any) -> list[dict[str, Any]]:
+    rows = models if isinstance(models, list) else [models]
+    return [row for row in rows if isinstance(row, dict) and "files" in row]
+
+
+def unquoted(sentences: str) -> str:
+    """Sentences in which paths are told by the last of their parts."""
+    return _QUOTED.sub(r"'\1'", sentences)
 
 
 def placeless(content: Any) -> Any:
@@ -35,7 +54,9 @@ def placeless(content: Any) -> Any:
         return {key: placeless(value) for key, value in content.items()}
     if isinstance(content, list):
         return [placeless(value) for value in content]
-    return _FOLDERS.sub("", content) if isinstance(content, str) else content
+    if isinstance(content, str):
+        return Path(content).name if content.startswith("/") else _FOLDERS.sub("", content)
+    return content
 
 
 def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -51,16 +72,18 @@ def _local_data(manifest: Mapping[str, Any]) -> dict[str, str]:
     places = [each.partition("=")[2] or each for key in ("data", "classes") for each in data.get(key, ())]
     places += [data["heads"]] if "heads" in data else []
     places += [data["script"].rpartition(":")[0]] if "script" in data else []
-    return {place: Path(place).name for place in places if Path(place).is_absolute()}
+    return {place: Path(place).name for place in places if place.startswith(("/", "./", "../", "~"))}
 
 
 def renamed(content: Any, names: Mapping[str, str]) -> Any:
-    """JSON with names in the place of paths, in keys and values alike."""
+    """JSON with names in the place of whole paths, and of the beginnings of others, in keys and values alike."""
     if isinstance(content, dict):
         return {renamed(key, names): renamed(value, names) for key, value in content.items()}
     if isinstance(content, list):
         return [renamed(value, names) for value in content]
     if isinstance(content, str):
         for path in sorted(names, key=len, reverse=True):
-            content = content.replace(path, names[path])
+            if path in content:
+                whole = rf"(?<![\w.~]){re.escape(path)}(?![\w\-])"
+                content = names[path].join(re.split(whole, content))
     return content

@@ -152,7 +152,7 @@ def to_recipe(unlabelled: Mapping[str, Any]) -> tuple[dict[str, Any], Script | s
     data: dict[str, Any] = {}
     for name, value in unlabelled.items():
         if name in ("tasks", "data", "classes", "templates"):
-            value = list(as_references([value] if isinstance(value, str | Path) else value))
+            value = [*map(str, as_references([value] if isinstance(value, str | Path) else value))]
         data[name] = str(value) if isinstance(value, Path) else value
     function = data.get(SCRIPT)
     if not callable(function):

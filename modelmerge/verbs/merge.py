@@ -11,6 +11,8 @@ from typing import Any, Literal
 from modelmerge.checkpoint.companions import BASE, companions_of_output, token_ids
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.output import CARD
+from modelmerge.checkpoint.portable import portable
+from modelmerge.checkpoint.reference import Named
 from modelmerge.checkpoint.scratch import scratches
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.adapter import Adapted
@@ -123,7 +125,7 @@ def merge(
     refuse_unknown(merge, method, options)
     data, script = coefficients.to_recipe(unlabelled or {})
 
-    def make(base: str, experts: Sequence[str], place: Path) -> dict[str, Any]:
+    def make(base: str, experts: Sequence[str | Named], place: Path) -> dict[str, Any]:
         recipe = Recipe(
             method=method, base=base, experts=tuple(experts), options=options, weights=dict(weights or {}),
             disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
@@ -279,7 +281,7 @@ def complete(
         if vocabulary is not None:
             files = with_vocabulary(files, vocabulary, base)
         for name, content in files.items():
-            staging.write_file(name, content)
+            staging.write_file(name, portable(name, content))
     staging.write_indices()
     notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
     notes += other_bits(recorded, staging, job.source.device) if recorded is not None else []

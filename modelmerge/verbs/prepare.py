@@ -22,6 +22,7 @@ from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.output import check_output, finished
 from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.checkpoint.reference import Named
 from modelmerge.checkpoint.staging import Staging, clear_remains, fingerprints
 from modelmerge.engine.coefficients import Coefficients
 from modelmerge.engine.job import Group, Job
@@ -419,7 +420,7 @@ def _refuse_many_experts(names: Sequence[str], experts: int) -> None:
             )
 
 
-def _pinned(text: str, model: Checkpoint) -> str:
+def _pinned(text: str | Named, model: Checkpoint) -> str | Named:
     """A reference as the card tells it: as it was written, with the commit where the model is on the Hub."""
     return text if model.reference.repository is None else f"{model.name}={model.reference.text}"
 

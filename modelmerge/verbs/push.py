@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.adapter_config import CONFIG as ADAPTER
 from modelmerge.checkpoint.output import CARD
+from modelmerge.checkpoint.portable import leads_out, portable
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.errors import HubError, OutputError
 from modelmerge.hub.upload import Pushed, Target, check, parse_target, upload
 from modelmerge.record import card
-from modelmerge.record.redaction import local_models, published, renamed
+from modelmerge.record.manifest import as_file
+from modelmerge.record.redaction import local_models, published, published_report, renamed
+
+_WEIGHTS = (".safetensors", ".bin")  # which people keep on other disks
+_LONGEST = 1 << 24  # bytes of a file of JSON that may hold paths; lists of tokens are longer
 
 
 def push(
@@ -55,14 +61,17 @@ def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
         OutputError: The directory is no finished output.
         HubError: The Hub refuses, or cannot be reached.
     """
-    instead, whole = {}, read_manifest(directory / MANIFEST)
-    for file in directory.rglob(MANIFEST):
-        instead[file.relative_to(directory).as_posix()] = _text(published(read_manifest(file)))
-    if (config := directory / ADAPTER).exists():
-        instead[ADAPTER] = _text(renamed(json.loads(config.read_bytes()), local_models(whole)))  # its base's path
-    if (directory / CARD).exists():
-        text = (directory / CARD).read_text(encoding="utf-8")
-        instead[CARD] = card.published(text, whole, published(whole)).encode()
+    whole = read_manifest(directory / MANIFEST)
+    instead = {
+        place: content
+        for place, file in _files(directory)
+        if (content := _as_published(place, file, whole)) is not None
+    }
+    shown = published(whole)
+    for place, content in instead.items():
+        if place in shown["files"]:
+            shown["files"][place] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    instead[MANIFEST] = as_file(shown)
     try:
         return upload(target, directory, instead, target.message or _message(whole), progress=progress)
     except HubError as error:
@@ -83,8 +92,38 @@ def read_manifest(file: Path) -> dict[str, Any]:
         raise OutputError(what, hint="name what merge, extract or disentangle wrote") from error
 
 
-def _text(manifest: Mapping[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=2) + "\n").encode()
+def _files(directory: Path) -> Iterator[tuple[str, Path]]:
+    """The files of an output, by their places.
+
+    Raises:
+        OutputError: One is a link to elsewhere, whose content nobody expects there.
+    """
+    for file in sorted(file for file in directory.rglob("*") if file.is_file()):
+        place = file.relative_to(directory).as_posix()
+        if leads_out(file, directory) and file.suffix not in _WEIGHTS:
+            hint = "put the file itself in its place, or remove the link"
+            raise OutputError(f"{directory / place} is a link that leads out of {directory}", hint=hint)
+        yield place, file
+
+
+def _as_published(place: str, file: Path, whole: Mapping[str, Any]) -> bytes | None:
+    """A file's content as others may see it; None where that is its own."""
+    if file.name == MANIFEST:
+        return as_file(published(read_manifest(file)))
+    if place == CARD:
+        text = file.read_text(encoding="utf-8", errors="backslashreplace")
+        return card.published(text, whole, published(whole)).encode()
+    if file.suffix != ".json" or file.stat().st_size > _LONGEST:
+        return None
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(content, dict) and {"suite", "models", "versions"} <= content.keys():
+        return as_file(published_report(content))
+    named_so = as_file(renamed(content, local_models(whole))) if place == ADAPTER else file.read_bytes()
+    changed = portable(place, named_so)
+    return changed if isinstance(changed, bytes) and changed != file.read_bytes() else None
 
 
 def _message(manifest: Mapping[str, Any]) -> str:

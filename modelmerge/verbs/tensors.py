@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modelmerge.checkpoint.reference import Named
 from modelmerge.errors import UsageError
 
 State = Mapping[str, Tensor]
@@ -42,7 +43,7 @@ def states_of(base: object, experts: object) -> tuple[State, dict[str, State]] |
 
 
 def merge_tensors(
-    base: State, experts: Mapping[str, State], make: Callable[[str, list[str], Path], dict[str, Any]]
+    base: State, experts: Mapping[str, State], make: Callable[[str, list[Named], Path], dict[str, Any]]
 ) -> dict[str, Any]:
     """The merged tensors, on the devices of the base's; `make` merges a base and experts into a directory.
 
@@ -53,9 +54,9 @@ def merge_tensors(
         for state, place in zip((base, *experts.values()), places.values(), strict=True):
             # Views and tied tensors share memory, which a file cannot say.
             save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, place)
-        files = [f"{name}={place}" if name else str(place) for name, place in places.items()]
+        files = [Named(name, str(place)) for name, place in places.items() if name]
         out = Path(folder, "merged")
-        result = make(files[0], files[1:], out)
+        result = make(str(places[""]), files, out)
         if not out.exists():
             return result  # a plan
         merged: dict[str, Tensor] = {}

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from modelmerge.checkpoint.companions import companions
+from modelmerge.checkpoint.companions import companions, remarks_on_origin
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out, lay_out_model, together
 from modelmerge.checkpoint.opening import as_references, open_models
+from modelmerge.checkpoint.portable import portable
 from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine import vectors
@@ -159,6 +160,7 @@ def extract(
         return _Result(report, {name: opened.unchanged(measured, i) for i, name in enumerate(names)}, ranks)
 
     with contextlib.closing(opened.job.plan):
+        _refuse_names(names)
         if dry_run:
             factored = linear if rank is not None or energy is not None else []
             return _plan(opened, decomposed, factored, stream=stream)
@@ -250,18 +252,25 @@ def disentangle(
     with contextlib.closing(job.plan):
         if len(names) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
-        for name in names:
-            if name in (REDUNDANT, FULL):
-                raise UsageError(f"an expert cannot be called '{name}' here", hint=f"rename it: other={name}")
+        _refuse_names(names, REDUNDANT, FULL)
         if not opened.linear:
             raise UsageError(
                 "no weight of a linear layer is left to disentangle",
                 hint=f"check {named('include')} and {named('exclude')}",
             )
         if dry_run:
-            return _plan(opened, stream=stream)
+            plan = _plan(opened, stream=stream)
+            plan["plan"]["remarks"] += remarks_on_origin(job.plan.base) if full_experts else []
+            return plan
         settings = [method, dataclasses.asdict(transform.options), full_experts]
         return _run("disentangle", opened, frame, settings, write, beside="all" if full_experts else "nothing")
+
+
+def _refuse_names(names: Sequence[str], *others: str) -> None:
+    """Refuse experts whose task vectors could not have directories of their names."""
+    for name in names:
+        if name in (MANIFEST, *others):
+            raise UsageError(f"an expert cannot be called '{name}' here", hint=f"rename it: other={name}")
 
 
 def _open(
@@ -305,7 +314,7 @@ def _run(
         ))  # fmt: skip
         if output.complete is not None:
             return output.complete["report"]
-        for remark in remarks(plan):
+        for remark in [*remarks(plan), *(remarks_on_origin(plan.base) if beside == "all" else [])]:
             progress.note(remark)
         fetch(plan, progress, beside=beside, stream=frame.stream)
         result = write(output.stage)
@@ -398,5 +407,6 @@ def _layouts(opened: _Opened, measured: Mapping[str, Measured], ranks: Ranks, si
 
 def _copy_companions(opened: _Opened, staging: Staging) -> None:
     for place, file in companions(opened.job.plan.base).items():
+        content = portable(place, file)
         for name in opened.names:
-            staging.write_file(f"{FULL}/{name}/{place}", file)
+            staging.write_file(f"{FULL}/{name}/{place}", content)

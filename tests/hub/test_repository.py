@@ -152,7 +152,7 @@ def test_every_form_of_a_reference_is_pinned(
     expected = pull_sha if "refs/pr/3" in form else main_sha
     told = merge(capsys, [names[0], form.format(names[1], sha=main_sha), names[2]], tmp_path / "out")["manifest"]
     name = "math" if form.startswith("math") else "expert_0"
-    assert told["recipe"]["experts"][0] == f"{name}={names[1]}@{expected}"
+    assert told["recipe"]["experts"][0] == {"name": name, "reference": f"{names[1]}@{expected}"}
     assert [*told["inputs"]["experts"][0]["files"]] == [f"hf://{names[1]}@{expected}/model.safetensors"]
     card = (tmp_path / "out" / "README.md").read_text()
     page = f"https://huggingface.co/{names[1]}"
@@ -169,7 +169,7 @@ def test_a_folder_or_a_file_of_a_repository(place: str, hub: FakeHub, local: lis
     told = modelmerge.merge(local[0], [f"hf://org/runs/{place}@main"], tmp_path / "there", method="ties")
     assert same(tmp_path / "here", tmp_path / "there")
     name = {"sub/final/odd-name.safetensors": "odd-name"}.get(place, "final")
-    assert told["recipe"]["experts"] == [f"{name}=hf://org/runs/{place}@{sha}"]
+    assert told["recipe"]["experts"] == [{"name": name, "reference": f"hf://org/runs/{place}@{sha}"}]
 
 
 def test_a_recipe_is_replayed_from_its_commits(

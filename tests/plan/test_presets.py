@@ -118,8 +118,11 @@ def test_a_preset_is_fetched_from_the_hub(
         commits.append(hub.add(reference, {"model.safetensors": save(tower), "README.md": b"---\nlicense: mit\n---\n"}))
     manifest = merge(capsys, "apgd", "--steps", "2")
     told = [manifest["recipe"]["base"], *manifest["recipe"]["experts"]]
-    assert told[0] == f"{preset.base}@{commits[0]}"
-    assert told[1:] == [f"{n}={r}@{c}" for (n, r), c in zip(preset.experts.items(), commits[1:], strict=True)]
+    references = {"": preset.base, **preset.experts}
+    assert [each["reference"] for each in told] == [
+        f"{r}@{c}" for r, c in zip(references.values(), commits, strict=True)
+    ]
+    assert [each["name"] for each in told[1:]] == list(preset.experts)
     merged = read(Path("out"))
     assert {name for name in names if torch.equal(merged[name], base[name])} == set(names[:2])
     svhn = preset.experts["svhn"]

@@ -47,7 +47,7 @@ def test_a_merge_is_pushed_and_its_url_is_what_a_script_gets(
     assert not repo.private
     # And it is a model like any other there.
     told = modelmerge.merge("org/merged", local[1:2], tmp_path / "again", method="average")
-    assert told["recipe"]["base"] == f"org/merged@{repo.refs['main']}"
+    assert told["recipe"]["base"] == {"name": "merged", "reference": f"org/merged@{repo.refs['main']}"}
 
 
 def test_what_is_said_of_a_push(
@@ -99,8 +99,9 @@ def test_nothing_pushed_tells_of_this_machine(
             for place in (str(tmp_path), "local/", "hf-cache", "modelmerge-hub-"):
                 assert place.encode() not in content, (repo, name)
     manifest = json.loads(hub.files("org/merged")["modelmerge.json"])
-    assert manifest["recipe"]["base"] == "base"
-    assert manifest["recipe"]["experts"] == [f"expert=org/expert@{sha}", "secret=secret"]
+    assert manifest["recipe"]["base"] == {"name": "base", "reference": "base"}
+    assert manifest["recipe"]["experts"] == [
+        {"name": "expert", "reference": f"org/expert@{sha}"}, {"name": "secret", "reference": "secret"}]  # fmt: skip
     assert f" base expert=org/expert@{sha} secret --" in manifest["command"]
     assert manifest["command"].endswith(" -o out")
     digest = json.loads((tmp_path / "out" / "modelmerge.json").read_bytes())["inputs"]["base"]["files"]
@@ -307,7 +308,8 @@ def test_pushed_task_vectors_stand_for_their_experts(
     modelmerge.merge(local[0], local[1:], tmp_path / "here", method="task-arithmetic")
     assert (tmp_path / "there/model.safetensors").read_bytes() == (tmp_path / "here/model.safetensors").read_bytes()
     sha = hub.repos["org/vectors"].refs["main"]
-    assert told["recipe"]["experts"] == [f"expert_{i}=hf://org/vectors/expert_{i}@{sha}" for i in range(2)]
+    references = [expert["reference"] for expert in told["recipe"]["experts"]]
+    assert references == [f"hf://org/vectors/expert_{i}@{sha}" for i in range(2)]
 
 
 def test_transformers_loads_what_was_pushed(hub: FakeHub, tmp_path: Path) -> None:
