@@ -10,7 +10,7 @@ from typing import Any
 # By its beginning: a path from the root, the home or here, of a network, of Windows, or as an address.
 _PATH = re.compile(r"(?:/|~/|\.{1,2}/|\\\\|[A-Za-z]:[\\/]|file:/)[^\n]*", re.IGNORECASE)
 _NAMES = "name_or_path"  # ends the keys that say where a model came from
-_TEXTS = re.compile(r"token|template|content|prompt|text|pattern|regex")  # keys of what only looks like a path
+_TEXTS = re.compile(r"(token|template|content|prompt|text|pattern|regex)s?$")  # keys of what only looks like a path
 _CONFIG = re.compile(r"(?!tokenizer\.json|vocab|added_tokens|special_tokens).*\.json")
 
 

@@ -153,7 +153,7 @@ class Bars:
         """Begin a new bar."""
         with self._mutex:
             self._done, self._total, self._unit = 0, total, unit
-            self._task = self._progress.add_task(label, total=total, item="", amount=self._amount())
+            self._task = self._progress.add_task(visible(label), total=total, item="", amount=self._amount())
 
     def advance(self, amount: int, item: str) -> None:
         """Move the bar on."""

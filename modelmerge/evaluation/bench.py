@@ -318,7 +318,7 @@ def _refuse_cardless(models: Sequence[Reference]) -> None:
 def _write_card(reference: Reference, row: ModelRow) -> None:
     """Put a model's scores into its card."""
     place = reference.path / CARD
-    text = place.read_text(encoding="utf-8") if place.exists() else f"# {reference.name}\n"
+    text = place.read_text(encoding="utf-8") if place.exists() else card.titled(reference.name)
     kind = card.front_matter(reference.path).get("pipeline_tag")
     results = []
     for task, score in row["scores"].items():

@@ -141,6 +141,11 @@ def render(
     return "\n\n".join(parts) + "\n"
 
 
+def titled(name: str) -> str:
+    """A card that says nothing but a model's name."""
+    return f"# {words(name)}\n"
+
+
 def with_results(text: str, results: Sequence[Result], *, name: str) -> str:
     """The card with an evaluation's results, in place of those it had: a table, and `model-index` for the Hub.
 

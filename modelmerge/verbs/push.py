@@ -17,6 +17,7 @@ from modelmerge.hub.upload import Pushed, Target, check, parse_target, upload
 from modelmerge.record import card
 from modelmerge.record.manifest import as_file
 from modelmerge.record.redaction import local_models, published, published_report, renamed
+from modelmerge.text import visible
 
 _WEIGHTS = (".safetensors", ".bin")  # which people keep on other disks
 _LONGEST = 1 << 24  # bytes of a file of JSON that may hold paths; lists of tokens are longer
@@ -48,9 +49,9 @@ def push(
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
     target = parse_target(to, private=private, create_pr=create_pr, message=commit_message)
-    read_manifest(Path(directory, MANIFEST))  # before a repository is made for nothing
+    content = _content(Path(directory))  # before a repository is made for nothing
     check(target)
-    done = push_to(target, Path(directory), progress=progress)
+    done = _upload(target, Path(directory), content, progress=progress)
     return {"url": done.url, "commit": done.commit}
 
 
@@ -60,6 +61,15 @@ def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
     Raises:
         OutputError: The directory is no finished output.
         HubError: The Hub refuses, or cannot be reached.
+    """
+    return _upload(target, directory, _content(directory), progress=progress)
+
+
+def _content(directory: Path) -> dict[str, bytes]:
+    """By place, the content of those files of an output whose copy for others is another.
+
+    Raises:
+        OutputError: The directory is no finished output, or holds what cannot be published.
     """
     whole = read_manifest(directory / MANIFEST)
     instead = {
@@ -71,9 +81,13 @@ def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
     for place, content in instead.items():
         if place in shown["files"]:
             shown["files"][place] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    instead[MANIFEST] = as_file(shown)
+    return instead | {MANIFEST: as_file(shown)}
+
+
+def _upload(target: Target, directory: Path, content: Mapping[str, bytes], *, progress: bool) -> Pushed:
+    message = target.message or _message(json.loads(content[MANIFEST]))
     try:
-        return upload(target, directory, instead, target.message or _message(whole), progress=progress)
+        return upload(target, directory, content, message, progress=progress)
     except HubError as error:
         again = f"`modelmerge push {directory} {target.name}` goes on from here"
         raise HubError(error.template, hint=f"{directory} is complete: {again}") from error
@@ -103,6 +117,10 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
         if leads_out(file, directory) and file.suffix not in _WEIGHTS:
             hint = "put the file itself in its place, or remove the link"
             raise OutputError(f"{directory / place} is a link that leads out of {directory}", hint=hint)
+        if not place.isprintable():
+            raise OutputError(
+                f"{directory}: on the Hub no file can be called '{place}'", hint="name its expert otherwise"
+            )
         yield place, file
 
 

@@ -825,12 +825,44 @@ def test_the_output_holds_no_hidden_file(furnished: list[Path], tmp_path: Path) 
     assert [p.name for p in (tmp_path / "out").rglob(".*")] == []
 
 
-def test_a_companion_behind_a_symlink_becomes_a_file(models: list[Path], tmp_path: Path) -> None:
-    (models[0] / "config.json").rename(tmp_path / "blob")
-    (models[0] / "config.json").symlink_to(tmp_path / "blob")
-    execute(ready(models), tmp_path / "out")
+def test_companions_in_the_hubs_cache_become_files(models: list[Path], tmp_path: Path) -> None:
+    """A snapshot there is a directory of links to blobs beside it."""
+    blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in models[0].iterdir():
+        file.rename(blobs / f"{file.name}-digest")
+        (snapshot / file.name).symlink_to(Path("../../blobs", f"{file.name}-digest"))
+    execute(ready([snapshot, *models[1:]]), tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").is_symlink()
-    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "blob").read_bytes()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (blobs / "config.json-digest").read_bytes()
+
+
+def test_links_out_of_a_model_are_not_followed_and_that_is_said(models: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "id_rsa").write_text("secret")
+    (models[0] / "notes.txt").symlink_to(Path("..", "..", "id_rsa"))
+    (models[0] / "LICENSE").symlink_to(tmp_path / "id_rsa")
+    (models[0] / "more.txt").symlink_to("tokenizer.json")  # stays inside
+    weights = models[0] / "model.safetensors"
+    weights.rename(tmp_path / "another-disk.safetensors")
+    weights.symlink_to(tmp_path / "another-disk.safetensors")  # read, not copied
+    manifest = execute(ready(models), tmp_path / "out")
+    names = content(tmp_path / "out")
+    assert "more.txt" in names
+    assert not {"notes.txt", "LICENSE"} & set(names)
+    assert not any(b"secret" in file.read_bytes() for file in (tmp_path / "out").iterdir())
+    assert any("LICENSE, notes.txt" in note and "not followed" in note for note in manifest["notes"])
+
+
+def test_code_that_goes_along_is_named(models: list[Path], tmp_path: Path) -> None:
+    (models[0] / "modeling_odd.py").write_text("raise SystemExit('it ran')\n")
+    prepared = ready(models)
+    along = "goes along, which runs only with trust_remote_code: modeling_odd.py"
+    assert any(along in remark for remark in prepared.describe()["remarks"])
+    manifest = execute(prepared, tmp_path / "out")
+    assert any(along in note for note in manifest["notes"])
+    assert (tmp_path / "out" / "modeling_odd.py").exists()
+    assert along in (tmp_path / "out" / CARD).read_text()
 
 
 def test_a_lone_file_as_base_has_no_companions(models: list[Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import modelmerge
 from modelmerge.errors import HubError, OutputError
@@ -112,6 +113,124 @@ def test_nothing_pushed_tells_of_this_machine(
     # At home all is as it was, so that the merge can be replayed.
     assert str(local[0]) in (tmp_path / "out" / "modelmerge.json").read_text()
     assert modelmerge.replay(tmp_path / "out", tmp_path / "again")
+
+
+PLACES = ("/home/alice", "C:\\\\Users", "/mnt/data", "../alice", "alice")
+CONFIG = {
+    "_name_or_path": "/home/alice/runs/first", "model_type": "tiny", "auto_map": {"AutoModel": "org/code--m.Model"},
+    "text_config": {"_name_or_path": "C:\\Users\\alice\\second", "hidden_size": 16}, "tied": None,
+    "vision_config": {"_name_or_path": "openai/clip-vit-base-patch32", "data": ["/mnt/data/alice.json", "x/y"]},
+}  # fmt: skip
+TOKENIZER = {
+    "name_or_path": "../alice/third", "tokenizer_file": "/home/alice/.cache/tokenizer.json", "bos_token": "<s>",
+    "added_tokens_decoder": {"1": {"content": "/usr/bin/env"}}, "chat_template": "/{{ x }}/y/z", "unk": "/",
+}  # fmt: skip
+
+
+def configured(directory: Path) -> None:
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
+    (directory / "preprocessor_config.json").write_text('{"image_processor_type":  "x"}')
+
+
+def tells_nothing(files: dict[str, bytes], *places: str) -> None:
+    for name, content in files.items():
+        for place in (*PLACES, *places):
+            assert place.encode() not in content, (name, place)
+
+
+def test_no_config_tells_where_models_lay(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured(local[0])
+    adapter = write_adapter(tmp_path / "lora", "/home/alice/other_base")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "score.py").write_text("def score(model):\n    return 0.5\n")
+    models = [local[0], local[1], adapter]
+    merge, script = ("merge", "average", *models), f"{tmp_path}/score.py:score"
+    for words, repo in (
+        ((*merge, "-o", "out"), "org/merged"),
+        ((*merge, "--as-lora", "4", "-o", "adapter", "--include", "*q_proj*"), "org/adapter"),
+        (("extract", *models, "-o", "vectors"), "org/vectors"),
+        (("disentangle", "awd", *models, "-o", "apart", "--experts"), "org/apart"),
+        (("search", "ties", *models, "-o", "best", "--try", "scale=0.1,0.2", "--on", f"custom:{script}"), "org/best"),
+    ):  # fmt: skip
+        code, _, err = run(capsys, *words)
+        assert code == 0, err
+        out = words[words.index("-o") + 1]
+        if out == "out":  # what an earlier version left, and what people put beside it
+            (tmp_path / out / "config.json").write_text(json.dumps(CONFIG))
+            code, said, _ = run(capsys, "eval", "custom", tmp_path / out, "--base", local[0], "--script", script,
+                                "--json", "--update-card", "--report", f"{out}/today.html")  # fmt: skip
+            (tmp_path / out / "today.json").write_text(said)
+        assert run(capsys, "push", out, repo)[0] == 0
+        tells_nothing(hub.files(repo), str(tmp_path), tmp_path.name)
+        there = tmp_path / "there" / repo
+        for name, content in hub.files(repo).items():
+            (there / name).parent.mkdir(parents=True, exist_ok=True)
+            (there / name).write_bytes(content)
+        code, said, err = run(capsys, "verify", there, "--json")
+        assert code == 0, "what was pushed is what its manifest says"
+        assert any(file["same"] for file in json.loads(said)["files"])
+    pushed = hub.files("org/merged")
+    config = json.loads(pushed["config.json"])
+    assert config["_name_or_path"] == "first"
+    assert config["text_config"] == {"_name_or_path": "second", "hidden_size": 16}
+    assert config["vision_config"] == {"_name_or_path": "openai/clip-vit-base-patch32", "data": ["x/y"]}
+    assert (config["auto_map"], config["tied"]) == (CONFIG["auto_map"], None)
+    tokenizer = json.loads(pushed["tokenizer_config.json"])
+    assert tokenizer == {key: value for key, value in TOKENIZER.items() if key != "tokenizer_file"} | {
+        "name_or_path": "third"}  # fmt: skip
+    assert pushed["preprocessor_config.json"] == (local[0] / "preprocessor_config.json").read_bytes()
+    assert b"it says it was trained on 'other_base'" in pushed["modelmerge.json"]
+    # At home, too, nothing tells paths but what a replay needs.
+    tells_nothing({file.name: file.read_bytes() for file in (tmp_path / "best").iterdir() if "config" in file.name})
+
+
+def write_adapter(directory: Path, base: str) -> Path:
+    directory.mkdir()
+    key = "base_model.model.model.layers.0.q_proj"
+    save_file({f"{key}.lora_A.weight": torch.ones(2, 16), f"{key}.lora_B.weight": torch.ones(16, 2) / 99},
+              directory / "adapter_model.safetensors")  # fmt: skip
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "base_model_name_or_path": base,
+        "target_modules": ["q_proj"],
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("name", ["my out=1", "a\n# h", "\x1b[31m\u202e", "b\udcff", "x" * 255], ids=ascii)
+def test_outputs_of_any_name_are_pushed(
+    name: str, hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expert = local[1].rename(tmp_path / name)
+    code, _, err = run(
+        capsys, "merge", "average", local[0], expert, "-o", tmp_path / "o" / name, "--push", "org/merged"
+    )
+    assert code == 0, err
+    manifest = json.loads(hub.files("org/merged")["modelmerge.json"])
+    assert manifest["recipe"]["experts"] == [{"name": name, "reference": name}]
+    hub.files("org/merged")["README.md"].decode()
+    if name.isprintable():
+        return
+    assert run(capsys, "extract", local[0], expert, "-o", tmp_path / "v")[0] == 0
+    assert "no file can be called" in refused(capsys, "push", tmp_path / "v", "org/vectors")[0]
+    assert "org/vectors" not in hub.repos
+
+
+def test_a_link_out_of_an_output_is_not_pushed(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modelmerge.merge(local[0], local[1:], tmp_path / "out", method="average")
+    (tmp_path / "id_rsa").write_text("secret")
+    (tmp_path / "out" / "notes.txt").symlink_to("../id_rsa")
+    error, hint = refused(capsys, "push", tmp_path / "out", "org/merged")
+    assert "notes.txt is a link that leads out of" in error
+    assert hint == "put the file itself in its place, or remove the link"
 
 
 def test_a_pushed_recipe_is_replayed_by_who_has_the_models(

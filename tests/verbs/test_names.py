@@ -1,0 +1,170 @@
+"""Whatever a directory is called: it is merged, replayed, evaluated, extracted, verified, and told as text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import modelmerge
+from modelmerge.checkpoint.reference import Named, parse
+from modelmerge.checkpoint.staging import CARD
+from modelmerge.cli import main
+from modelmerge.errors import UsageError
+from tests.support.checkpoints import read, same_bits
+from tests.support.commands import run
+from tests.test_text import steers
+
+NAMES = [
+    "my expert", "run (1)", "epoch=3-step=100", "=", "==", "a=", "=a", "e=one", "x@y", "a:b", "a,b", "a[1]", "*", "?x",
+    "[a-z]*", "[red]x[bold]", ".hidden", "..x", "-x", "--force", "_x", "a\nb", "a\n```\n# h", "q'u\"o`te",
+    "\x1b[31mred", "\u202eevil", "b\udcff\udcfe", "é", "e\u0301", "x" * 255, "ü" * 127, "~", "~root", "$HOME", "a|b",
+    "<script>", "a\\b", "a#b", "100%", "{x}", " ", "x.", "\r", "\x07", "\x9b31m", "null", "--", "README.md", "hf:",
+    "modelmerge-hub-x",
+]  # fmt: skip
+SOME = ["epoch=3-step=100", "[red]x[bold]", "a\n```\n# h", "\x1b[31m\u202e", "b\udcff", "x" * 255, "-x", "~root"]
+
+
+def model(place: Path, seed: int) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    place.mkdir(parents=True)
+    state = {"m.0.w.weight": torch.randn(4, 4, generator=generator), "b": torch.randn(2, generator=generator)}
+    file = place.parent / "new.safetensors"  # which the longest names leave no room for
+    save_file(state, file)
+    os.rename(file, place / "model.safetensors")
+    (place / "config.json").write_text('{"model_type": "x"}')
+    return place
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    model(tmp_path / "base", 0)
+    model(tmp_path / "one", 1)
+    Path("score.py").write_text("def score(model):\n    return 0.5\n")
+    return tmp_path
+
+
+def as_text(*places: str) -> None:
+    """All that was written there for readers is UTF-8 without codes; JSON is plain letters."""
+    files = [
+        file
+        for place in places
+        for file in Path(place).rglob("*")
+        if file.is_file() and file.suffix in (".json", ".md", ".html")
+    ]
+    assert files
+    for file in files:
+        content = file.read_bytes().decode()
+        assert not steers(content), file
+        assert file.suffix != ".json" or content.isascii()
+
+
+def test_experts_of_any_name_go_through_every_verb(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i, name in enumerate(NAMES):
+        model(here / "d" / name, i)
+    experts = [f"./d/{name}" for name in NAMES]
+    weight = [f"--weight={name}={1 + i}" for i, name in enumerate(NAMES)]
+    lines = {
+        "merge": ("merge", "task-arithmetic", "base", *experts, "-o", "k", *weight),
+        "replay": ("merge", "--recipe", "k/modelmerge.json", "-o", "again"),
+        "plan": ("merge", "ties", "base", *experts, "-o", "p", "--dry-run", "-v"),
+        "verify": ("verify", "k"),
+        "weights": ("eval", "weights", "k", "--no-decompose", "--report", "weights.html"),
+        "custom": ("eval", "custom", *experts, "k", "--script", "score.py:score", "--no-cache", "--update-card",
+                   "--report", "custom.html", "--plot", "bars.svg"),
+        "extract": ("extract", "base", *experts, "-o", "v"),
+        "verify vectors": ("verify", "v", "-v"),
+        "vectors": ("merge", "task-arithmetic", "base", *(f"./v/{name}" for name in NAMES), "-o", "kv", *weight),
+        "disentangle": ("disentangle", "awd", "base", *experts, "-o", "t", "--experts"),
+    }  # fmt: skip
+    for label, line in lines.items():
+        code, out, err = run(capsys, *line)
+        assert code == 0, (label, err)
+        assert not steers(out + err), label
+    assert same_bits(read(Path("k")), read(Path("again")))
+    for place in ("k", "again"):
+        manifest = json.loads(Path(place, "modelmerge.json").read_bytes())
+        assert [expert["name"] for expert in manifest["inputs"]["experts"]] == NAMES
+        assert [expert["name"] for expert in manifest["recipe"]["experts"]] == NAMES
+        assert manifest["recipe"]["experts"][0]["reference"] == str(here / "d" / NAMES[0])
+    as_text(".")
+
+
+@pytest.mark.parametrize("name", SOME, ids=ascii)
+def test_bases_and_outputs_of_any_name(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model(here / "d" / name, 2)
+    for line in (
+        ("merge", "average", f"./d/{name}", "one", "-o", f"./o/{name}"),
+        ("merge", "--recipe", f"./o/{name}", "-o", f"./o/{name}", "--force"),
+        ("verify", f"./o/{name}"),
+        ("eval", "weights", f"./o/{name}"),
+        ("eval", "custom", f"./o/{name}", "--script", "score.py:score", "--no-cache", "--update-card", "--json"),
+        ("extract", f"./o/{name}", "one", "-o", f"./v/{name}"),
+    ):
+        code, out, err = run(capsys, *line)
+        assert code == 0, (line, err)
+        assert not steers(out + err), line
+    assert json.loads(Path("o", name, "modelmerge.json").read_bytes())["recipe"]["base"]["name"] == name
+    as_text("o", "v")
+    assert sorted(os.listdir("o")) == [name], "nothing is left beside it"
+
+
+def test_a_process_of_its_own_takes_any_name(here: Path) -> None:
+    name = "b\udcff\udcfe=\n\x1b[31m"
+    model(here / name, 2)
+    program = [sys.executable, "-m", "modelmerge"]
+    merged = subprocess.run([*program, "merge", "average", "base", "one", f"./{name}", "-o", f"o/{name}", "-q"],
+                            capture_output=True, check=True)  # fmt: skip
+    assert merged.stdout == os.fsencode(f"o/{name}\n")
+    recipe = os.fsdecode(merged.stdout.removesuffix(b"\n"))
+    again = subprocess.run([*program, "merge", "--recipe", recipe, "-o", "again"], capture_output=True, check=True)
+    again.stdout.decode()
+    assert Path(recipe, "model.safetensors").read_bytes() == Path("again", "model.safetensors").read_bytes()
+
+
+def test_a_name_that_was_typed_stays_with_base_and_experts(here: Path) -> None:
+    modelmerge.merge("my base=base", {"a=b": "one", "=": "base"}, "k", method="average")
+    again = modelmerge.replay("k", "again")
+    assert [again["inputs"]["base"]["name"], *(e["name"] for e in again["inputs"]["experts"])] == [
+        "my base",
+        "a=b",
+        "=",
+    ]
+
+
+def test_manifests_that_had_name_and_location_in_one_text_are_replayed(here: Path) -> None:
+    model(here / "my expert", 4)
+    manifest = modelmerge.merge("base", ["one", "./my expert"], "k", method="ties")
+    recipe = manifest["recipe"]
+    recipe["base"] = recipe["base"]["reference"]
+    recipe["experts"] = [f"{expert['name']}={expert['reference']}" for expert in recipe["experts"]]
+    Path("k", "modelmerge.json").write_text(json.dumps(manifest))
+    again = modelmerge.replay("k", "again")
+    assert [expert["name"] for expert in again["recipe"]["experts"]] == ["one", "my expert"]
+    assert same_bits(read(Path("k")), read(Path("again")))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../x", "a\0b"])
+def test_what_no_directory_is_called_is_no_name(name: str, here: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be the name of a model"):
+        parse(Named(name, "one"))
+    with pytest.raises(UsageError, match="cannot be the name of a model"):
+        modelmerge.extract("base", {name: "one"}, "v")
+    assert not Path("v").exists()
+
+
+def test_an_expert_cannot_take_the_manifests_place(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("one", "modelmerge.json")
+    code, _, err = run(capsys, "extract", "base", "./modelmerge.json", "-o", "v")
+    assert (code, "cannot be called 'modelmerge.json' here" in err) == (2, True)
+    assert main(["extract", "base", "other=./modelmerge.json", "-o", "v"]) == 0
+    assert Path("v/other", "model.safetensors").exists()
+    assert not Path("v", CARD).exists()
