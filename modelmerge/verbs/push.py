@@ -118,9 +118,8 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
             hint = "put the file itself in its place, or remove the link"
             raise OutputError(f"{directory / place} is a link that leads out of {directory}", hint=hint)
         if not place.isprintable():
-            raise OutputError(
-                f"{directory}: on the Hub no file can be called '{place}'", hint="name its expert otherwise"
-            )
+            hint = "name its expert otherwise: NAME=REF"
+            raise OutputError(f"{directory}: on the Hub no file can be called '{visible(place)}'", hint=hint)
         yield place, file
 
 
