@@ -20,7 +20,7 @@ from modelmerge.cli import main
 from modelmerge.errors import UsageError
 from tests.support.checkpoints import read, same_bits
 from tests.support.commands import run
-from tests.test_text import steers
+from tests.test_text import HOSTILE, steers, tokens
 
 PROGRAM = (sys.executable, "-m", "modelmerge")
 NAMES = [
@@ -100,6 +100,37 @@ def test_experts_of_any_name_go_through_every_verb(
         assert [expert["name"] for expert in manifest["recipe"]["experts"]] == names
         assert manifest["recipe"]["experts"][0]["reference"] == str(here / "d" / names[0])
     as_text(".")
+
+
+def test_what_strangers_wrote_into_files_is_text_everywhere(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tensors' and tasks' names, a licence, an adapter's base, an index: through merge, eval, cards and pages."""
+    hostile = HOSTILE.replace("\x00", "").replace("\udcff", "")  # which no JSON of safetensors can hold
+    for i, name in enumerate(("base", "one")):
+        state = {"m.0.w.weight": torch.randn(4, 4), f"{name}.{hostile}": torch.randn(3), hostile: torch.randn(2)}
+        save_file(state, Path(name, "model.safetensors"))
+        Path(name, "README.md").write_text(f"---\nlicense: {json.dumps(hostile + str(i))}\n---\n")
+    Path("score.py").write_text(f"def score(model):\n    return {{{hostile!a}: 0.5}}\n")
+    card = ("score.py:score", "--no-cache", "--update-card", "--report", "k/custom.html", "--plot", "bars.svg")
+    for line in (
+        ("merge", "ties", "base", "one", "-o", "k", "--dry-run", "-v"),
+        ("merge", "ties", "base", "one", "-o", "k", "-v"),
+        ("eval", "weights", "k", "--exclude", "base*", "--per-layer", "--report", "k/weights.html"),
+        ("eval", "custom", "k", "one", "--script", *card),
+        ("eval", "custom", "k", "--script", "score.py:score", "--fail-under", "avg=0.1"),
+        ("extract", "base", "one", "-o", "v", "-v"),
+        ("merge", "average", "base", "one", "-o", "e", "--at", f"{hostile} nonsense"),
+    ):
+        code, out, err = run(capsys, *line)
+        assert code == (2 if "e" in line else 0), (line, err)
+        assert "Traceback" not in err
+        assert not steers(out + err), line
+        assert "extract" in line or "[red]x[/red]" in out + err
+    as_text("k", "v")
+    body = Path("k", CARD).read_text().split("---\n", 2)[2]
+    kinds = [token for token in tokens(body) if token.type in ("heading_open", "html_inline", "link_open")]
+    titles = [line for line in body.splitlines() if line.startswith("#")]
+    assert len(kinds) - len(titles) == 1, "the method's link"
+    assert "heading" not in " ".join(titles)
 
 
 @pytest.mark.parametrize("name", SOME, ids=ascii)

@@ -215,6 +215,7 @@ def test_outputs_of_any_name_are_pushed(
     manifest = json.loads(hub.files("org/merged")["modelmerge.json"])
     assert manifest["recipe"]["experts"] == [{"name": name, "reference": name}]
     hub.files("org/merged")["README.md"].decode()
+    assert not any(str(tmp_path).encode() in content for content in hub.files("org/merged").values())
     if name.isprintable():
         return
     assert run(capsys, "extract", local[0], expert, "-o", tmp_path / "v")[0] == 0
