@@ -34,15 +34,16 @@ _KINDS = {
 
 def companions(model: Checkpoint) -> dict[str, Path]:
     """What lies beside a model's weights and goes with them, by its place there: in the folders it consists of, too."""
-    if model.directory is None:
-        return {}
-    beside, local = _beside(model), model.reference.repository is None
-    return {place: file for place, file in beside.items() if not (local and leads_out(file, model.directory))}
+    if model.directory is None or model.reference.repository is not None:  # an outline is made of links
+        return _beside(model)
+    return {place: file for place, file in _beside(model).items() if not leads_out(file, model.directory)}
 
 
 def _beside(model: Checkpoint) -> dict[str, Path]:
+    if model.directory is None:
+        return {}
     files: dict[str, Path] = {}
-    for folder in ("", *model.folders) if model.directory is not None else ():
+    for folder in ("", *model.folders):
         inside = model.directory / folder
         some = {file for pattern in _COMPANIONS for file in inside.glob(pattern) if file.is_file()}
         files |= {file.relative_to(model.directory).as_posix(): file for file in sorted(some)}

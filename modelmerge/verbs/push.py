@@ -138,7 +138,7 @@ def _as_published(place: str, file: Path, whole: Mapping[str, Any]) -> bytes | N
         return None
     if isinstance(content, dict) and {"suite", "models", "versions"} <= content.keys():
         return as_file(published_report(content))
-    named_so = as_file(renamed(content, local_models(whole))) if place == ADAPTER else file.read_bytes()
+    named_so = as_file(renamed(content, local_models(whole))) if file.name == ADAPTER else file.read_bytes()
     changed = portable(place, named_so)
     return changed if isinstance(changed, bytes) and changed != file.read_bytes() else None
 
