@@ -20,7 +20,7 @@ from modelmerge.cli import main
 from modelmerge.errors import UsageError
 from tests.support.checkpoints import read, same_bits
 from tests.support.commands import run
-from tests.test_text import HOSTILE, steers, tokens
+from tests.support.strangers import HOSTILE, steers, tokens
 
 PROGRAM = (sys.executable, "-m", "modelmerge")
 NAMES = [
