@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import modelmerge
+from modelmerge.checkpoint.output import CARD
 from modelmerge.checkpoint.reference import Named, parse
-from modelmerge.checkpoint.staging import CARD
 from modelmerge.cli import main
 from modelmerge.errors import UsageError
 from tests.support.checkpoints import read, same_bits
