@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.adapter_config import CONFIG as ADAPTER
+from modelmerge.checkpoint.documents import read_json
+from modelmerge.checkpoint.manifest_file import Made, Output
 from modelmerge.checkpoint.output import CARD
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.errors import HubError, OutputError
@@ -42,7 +44,7 @@ def push(
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
     target = parse_target(to, private=private, create_pr=create_pr, message=commit_message)
-    read_manifest(Path(directory, MANIFEST))  # before a repository is made for nothing
+    read_manifest(Path(directory, MANIFEST), Made)  # before a repository is made for nothing
     check(target)
     done = push_to(target, Path(directory), progress=progress)
     return {"url": done.url, "commit": done.commit}
@@ -55,11 +57,11 @@ def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
         OutputError: The directory is no finished output.
         HubError: The Hub refuses, or cannot be reached.
     """
-    instead, whole = {}, read_manifest(directory / MANIFEST)
+    instead, whole = {}, read_manifest(directory / MANIFEST, Made)
     for file in directory.rglob(MANIFEST):
         instead[file.relative_to(directory).as_posix()] = _text(published(read_manifest(file)))
     if (config := directory / ADAPTER).exists():
-        instead[ADAPTER] = _text(renamed(json.loads(config.read_bytes()), local_models(whole)))  # its base's path
+        instead[ADAPTER] = _text(renamed(read_json(config), local_models(whole)))  # its base's path
     if (directory / CARD).exists():
         text = (directory / CARD).read_text(encoding="utf-8")
         instead[CARD] = card.published(text, whole, published(whole)).encode()
@@ -70,17 +72,19 @@ def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
         raise HubError(error.template, hint=f"{directory} is complete: {again}") from error
 
 
-def read_manifest(file: Path) -> dict[str, Any]:
+def read_manifest(file: Path, kind: Any = Output) -> dict[str, Any]:
     """The manifest of a finished output.
 
     Raises:
-        OutputError: There is none.
+        OutputError: There is none, or it is malformed.
     """
+    hint = "name what merge, extract or disentangle wrote"
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        what = f"{file.parent} holds no finished output: {MANIFEST} is missing or malformed"
-        raise OutputError(what, hint="name what merge, extract or disentangle wrote") from error
+        return read_json(file, kind, error=OutputError, hint=hint)
+    except OutputError as error:
+        if file.exists():
+            raise
+        raise OutputError(f"{file.parent} holds no finished output: {MANIFEST} is missing", hint=hint) from error
 
 
 def _text(manifest: Mapping[str, Any]) -> bytes:
