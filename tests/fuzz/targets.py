@@ -86,7 +86,10 @@ TARGETS: dict[str, Target] = {
     "legacy": Target({"legacy.pt": of_pickle}, _merge("legacy.pt", "two")),
     "adapter": Target({"lora/adapter_config.json": of_json}, _merge("lora", "two")),
     "adapter-weights": Target({"lora/adapter_model.safetensors": of_safetensors}, _merge("lora", "two")),
-    "lora-file": Target({"kohya.safetensors": of_safetensors}, _merge("kohya.safetensors", "two")),
+    "lora-file": Target(
+        {"kohya.safetensors": of_safetensors},
+        _merge("kohya.safetensors", "kin.safetensors", base="image.safetensors"),
+    ),
     "recipe": Target({"made/modelmerge.json": of_json}, _replay("made")),
     "recipe-1": Target({"old.json": of_json}, _replay("old.json")),
     "mergekit": Target({"ties.yml": of_yaml}, _replay("ties.yml")),
@@ -199,15 +202,7 @@ def _build_others() -> None:
     Path("lora").mkdir()
     save_file({**lora, "base_model.model.lm_head.weight": torch.randn(5, 4)}, "lora/adapter_model.safetensors")
     _write("lora/adapter_config.json", ADAPTER)
-    kohya = "lora_unet_down_blocks_0_attentions_0"
-    save_file(
-        {
-            f"{kohya}.lora_down.weight": torch.randn(2, 4),
-            f"{kohya}.lora_up.weight": torch.randn(4, 2),
-            f"{kohya}.alpha": torch.ones(()),
-        },
-        "kohya.safetensors",
-    )
+    _build_images()
     _write("ties.yml", MERGEKIT)
     _write("linear.yml", LINEAR)
     modelmerge.merge(
@@ -238,3 +233,27 @@ def _build_others() -> None:
             },
         },
     )
+
+
+def _build_images() -> None:
+    """A model of images in a single file, a relative, and a LoRA file of three kinds."""
+    block = "input_blocks.1.1.transformer_blocks.0"
+    shapes = {
+        "input_blocks.1.0.in_layers.2": (4, 4, 3, 3),
+        f"{block}.attn1.to_q": (4, 4),
+        f"{block}.ff.net.0.proj": (8, 4),
+    }
+    shapes |= {"input_blocks.0.0": (4, 4, 3, 3), "time_embed.0": (8, 4), f"{block}.attn1.to_out.0": (4, 4)}
+    for name in ("image", "kin"):
+        state = {f"model.diffusion_model.{key}.weight": torch.randn(shape) for key, shape in shapes.items()}
+        save_file(state, f"{name}.safetensors")
+    conv, query, feed = (f"lora_unet_{name.replace('.', '_')}" for name in list(shapes)[:3])
+    factors = {
+        f"{query}.lora_up.weight": (4, 2), f"{query}.lora_down.weight": (2, 4), f"{query}.alpha": (),
+        f"{conv}.lora_up.weight": (4, 2, 1, 1), f"{conv}.lora_down.weight": (2, 4, 1, 1),
+        f"{conv}.lora_mid.weight": (2, 2, 3, 3),
+        f"{feed}.hada_w1_a": (8, 2), f"{feed}.hada_w1_b": (2, 4),
+        f"{feed}.hada_w2_a": (8, 2), f"{feed}.hada_w2_b": (2, 4),
+    }  # fmt: skip
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": ADAPTER[key] for key in ("r", "lora_alpha")})}
+    save_file({key: torch.ones(shape) for key, shape in factors.items()}, "kohya.safetensors", metadata)
