@@ -46,7 +46,7 @@ def write(report: Report, file: Path) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    replace_file(file.parent, file.name, render(report).encode())
+    replace_file(file.parent, file.name, render(report).encode(errors="backslashreplace"))
 
 
 def render(report: Report) -> str:

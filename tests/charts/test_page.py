@@ -397,3 +397,8 @@ def test_pages_of_reports_with_everything(tmp_path: Path) -> None:
     for words in ("Differences to old.json", "0.620", "f1", "0.25", "Failed", "normalised_by_published", "null"):
         assert words in text
     assert page.render(report) == text
+
+
+def test_names_that_are_no_unicode_are_written(tmp_path: Path) -> None:
+    render(scores(("a", "b"), ("\udcff",)), page=tmp_path / "x.html")
+    assert "\\udcff" in (tmp_path / "x.html").read_text()
