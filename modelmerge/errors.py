@@ -18,17 +18,19 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 OUTLINES = "modelmerge-hub-"  # how the temporary directories begin in which repositories of the Hub are shown
-_OUTLINE = re.compile(rf"\S*/{OUTLINES}[^/]+/")
+_OUTLINE = re.compile(rf"(?<!\S)\S*/{OUTLINES}[^/]+/")  # from where a word begins: elsewhere it is tried in vain
+_LONGEST = 20_000  # letters of a message: what a stranger's file says can be of any length
 
-
-_NAMED = re.compile("\N{LEFT WHITE SQUARE BRACKET}([^\N{RIGHT WHITE SQUARE BRACKET}]*)\N{RIGHT WHITE SQUARE BRACKET}")
+_LONGEST_NAME = 200  # letters of a name that may be meant for another
+_LEFT, _RIGHT = "\N{LEFT WHITE SQUARE BRACKET}", "\N{RIGHT WHITE SQUARE BRACKET}"
+_NAMED = re.compile(f"{_LEFT}([^{_LEFT}{_RIGHT}]*){_RIGHT}")
 
 Speller = Callable[[str], str]  # an option's Python name -> how the reader types it
 
 
 def named(option: str) -> str:
     """An option in a message, by its Python name; whoever shows the message spells it as its reader types it."""
-    return f"\N{LEFT WHITE SQUARE BRACKET}{option}\N{RIGHT WHITE SQUARE BRACKET}"
+    return f"{_LEFT}{option}{_RIGHT}"
 
 
 def spelled(text: str, spell: Speller = str) -> str:
@@ -43,7 +45,7 @@ def suggestion(
 
     `show` makes the name as the reader types it.
     """
-    near = get_close_matches(name, names, n=1)
+    near = get_close_matches(name, names, n=1) if len(name) <= _LONGEST_NAME else []
     hint = f"did you mean '{show(near[0])}'?" if near else otherwise
     return f"{hint} {also}".strip() or None
 
@@ -59,6 +61,8 @@ class ModelMergeError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         # A sparse copy of a repository is shown by the name that the repository has for everybody.
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
         self.template = _OUTLINE.sub("hf://", message)
         self.hint_template = hint
         super().__init__(spelled(self.template))

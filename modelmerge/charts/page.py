@@ -48,7 +48,7 @@ def write(report: Report, file: Path) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    replace_file(file.parent, file.name, render(report).encode())
+    replace_file(file.parent, file.name, render(report).encode(errors="backslashreplace"))
 
 
 def render(report: Report) -> str:

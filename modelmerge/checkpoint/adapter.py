@@ -12,7 +12,6 @@ to the base. For a module with rank r and scale s = alpha / r (or alpha / sqrt(r
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -233,7 +232,7 @@ def _refuse_incomplete(adapter: Adapter, name: str, parts: Mapping[str, TensorIn
                 f"{info.file}: '{info.name}' has the shape {list(info.shape)}: no factor of a LoRA",
                 hint="were the shards of DeepSpeed or FSDP gathered before it was saved?",
             )
-    rank = int(matched(adapter, "rank", name))
+    rank = int(adapter.value_of("rank", name))
     if a.shape[0] != rank or b.shape[1] != rank or math.prod(b.shape[2:]) != 1:
         raise CheckpointError(
             f"{a.file}: '{a.name}' {list(a.shape)} and '{b.name}' {list(b.shape)} are not of rank {rank}, "
@@ -241,17 +240,9 @@ def _refuse_incomplete(adapter: Adapter, name: str, parts: Mapping[str, TensorIn
         )
 
 
-def matched(adapter: Adapter, what: str, module: str) -> float:
-    """A module's rank or alpha: the first pattern that matches the end of its name, as peft does it."""
-    for pattern, value in (adapter.config.get(f"{what}_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(value)
-    return float(adapter.config["r" if what == "rank" else "lora_alpha"])
-
-
 def scale_of(adapter: Adapter, module: str, rank: int) -> float:
     """A module's factor s: alpha over the rank, or over its root."""
-    return matched(adapter, "alpha", module) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    return adapter.value_of("alpha", module) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
 
 
 def _shapes(parts: Mapping[str, TensorInfo]) -> tuple[tuple[int, ...], ...]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from modelmerge.checkpoint.header import read_json
+from modelmerge.checkpoint.documents import Malformed, check, read_json
+from modelmerge.checkpoint.patterns import Patterns
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 CONFIG = "adapter_config.json"
@@ -41,6 +40,25 @@ MERGE_FIRST = (
 )
 
 
+class _Kind(TypedDict):
+    peft_type: str
+
+
+class Entries(_Kind, total=False):
+    """What is used of adapter_config.json."""
+
+    r: float
+    lora_alpha: float
+    rank_pattern: dict[str, float] | None
+    alpha_pattern: dict[str, float] | None
+    auto_mapping: dict[str, Any] | None
+    base_model_name_or_path: str | None
+    bias: str | None
+    modules_to_save: list[str] | None
+    target_parameters: list[str] | None
+    task_type: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter's config, checked: `base` is the model it says it was trained on, empty if it says none.
@@ -51,12 +69,25 @@ class Adapter:
     file: Path
     base: str
     config: dict[str, Any]
+    patterns: Mapping[str, Patterns] = field(default_factory=dict)  # of rank and alpha
     lone: bool = False
 
     @property
     def kind(self) -> str:
         """What messages call it."""
         return "a LoRA file" if self.lone else "a PEFT adapter"
+
+    def value_of(self, what: str, module: str) -> float:
+        """A module's rank or alpha.
+
+        Raises:
+            CheckpointError: A pattern cannot be matched.
+        """
+        try:
+            value = self.patterns[what].value_of(module) if what in self.patterns else None
+        except ValueError as error:
+            raise CheckpointError(f"{self.file}: {what}_pattern: {error}", hint=MERGE_FIRST) from error
+        return float(self.config["r" if what == "rank" else "lora_alpha"] if value is None else value)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -78,22 +109,16 @@ def read_adapter(file: Path) -> Adapter:
 
 def checked_adapter(file: Path, config: Any) -> Adapter:
     """`read_adapter` for a config that has been read from `file`."""
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise CheckpointError(f"{file}: malformed: it does not name its 'peft_type'")
+    try:
+        check(config, Entries)
+    except Malformed as error:
+        raise CheckpointError(f"{file}: malformed: {error}") from error
     _refuse_other_kinds(file, config)
-    numbers = [config.get("r"), config.get("lora_alpha")]
-    patterns = [config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}]
-    if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise CheckpointError(f"{file}: malformed: rank_pattern and alpha_pattern must be objects")
-    numbers += [value for pattern in patterns for value in pattern.values()]
-    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or numbers[0] < 1:  # type: ignore[operator]
-        raise CheckpointError(f"{file}: malformed: r, lora_alpha and their patterns must be numbers, r at least 1")
-    for key in (key for pattern in patterns for key in pattern):
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise CheckpointError(f"{file}: the pattern '{key}' is no regular expression: {error}") from error
-    return Adapter(file, str(config.get("base_model_name_or_path") or ""), config)
+    ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
+    if min(ranks) < 1 or "lora_alpha" not in config:
+        raise CheckpointError(f"{file}: malformed: r and lora_alpha must be numbers, every rank at least 1")
+    patterns = {what: Patterns(config.get(f"{what}_pattern") or {}) for what in ("rank", "alpha")}
+    return Adapter(file, config.get("base_model_name_or_path") or "", config, patterns)
 
 
 def unmergeable(message: str) -> ReferenceNotFound:

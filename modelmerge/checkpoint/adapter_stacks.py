@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from modelmerge.checkpoint.adapter import matched, scale_of
+from modelmerge.checkpoint.adapter import scale_of
 from modelmerge.checkpoint.adapter_config import MERGE_FIRST, PREFIX, Adapter
 from modelmerge.checkpoint.adapter_places import Places
 from modelmerge.checkpoint.experts import stack_all
@@ -89,7 +89,7 @@ def on_stacks(expert: Checkpoint, base: Checkpoint) -> tuple[dict[str, TensorInf
     """
     adapter = expert.adapter
     assert adapter is not None, "the expert is an adapter"
-    words = [str(word) for word in adapter.config.get("target_parameters") or ()]
+    words: list[str] = adapter.config.get("target_parameters") or []
     modules: dict[str, dict[str, dict[str, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
     for key, info in expert.tensors.items():
         name = key.removeprefix(PREFIX)
@@ -102,7 +102,7 @@ def on_stacks(expert: Checkpoint, base: Checkpoint) -> tuple[dict[str, TensorInf
     for module, levels in modules.items():
         for word in dict.fromkeys(word.rpartition(".")[2] for word in words):
             parameter = f"{module}.{word}"
-            rank = int(matched(adapter, "rank", parameter))
+            rank = int(adapter.value_of("rank", parameter))
             for parts in levels.values():
                 if word == "weight" or len(parts) < 2 or parts[_A].shape[0] % rank or parts[_A].shape[0] == rank:
                     continue

@@ -12,6 +12,7 @@ from typing import Any
 from modelmerge.checkpoint.components import CLASS, MODEL_CONFIG, MODULES, folder_of
 from modelmerge.checkpoint.config_file import Values, dtype_values, token_values, with_values
 from modelmerge.checkpoint.configs import text_parts
+from modelmerge.checkpoint.documents import read_entries
 from modelmerge.checkpoint.portable import leads_out
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
 from modelmerge.errors import PlanError, UsageError, named, suggestion
@@ -224,12 +225,7 @@ def _ends(model: Checkpoint) -> set[int]:
 
 
 def _read(model: Checkpoint, name: str) -> dict[str, Any]:
-    """A file of JSON beside a model; empty where there is none that can be read, for it is only looked at."""
-    try:
-        content = json.loads((model.directory / name).read_bytes()) if model.directory is not None else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_entries(model.directory / name) if model.directory is not None else {}
 
 
 def _list(names: Sequence[str]) -> str:

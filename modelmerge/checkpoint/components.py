@@ -8,13 +8,14 @@ each with a variant in the middle or without (`model.fp16.safetensors`).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modelmerge.checkpoint.header import read_json
+from modelmerge.checkpoint.documents import read_bytes, read_json, shown
 from modelmerge.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -93,14 +94,10 @@ def named_folders(directory: Path) -> list[str]:
     """
     names: list[str] = []
     if (file := directory / MODULES).exists():
-        modules = read_json(file)
-        if not isinstance(modules, list) or not all(isinstance(each, dict) for each in modules):
-            raise CheckpointError(f"{file}: malformed: it is no list of modules")
+        modules = read_json(file, list[dict[str, Any]])
         names += [_checked(file, each.get("path", "")) for each in modules]
     if (file := directory / PIPELINE).exists():
-        entries = read_json(file)
-        if not isinstance(entries, dict):
-            raise CheckpointError(f"{file}: malformed: it is no object of components")
+        entries = read_json(file, dict[str, Any])
         names += [_checked(file, name) for name, value in entries.items() if _is_component(name, value)]
     if (file := directory / _ROUTER).exists():
         router = read_json(file)
@@ -122,7 +119,7 @@ def folders_of(directory: Path) -> list[str]:
 def _below(directory: Path, front: str, depth: int) -> Iterator[str]:
     for name in named_folders(directory):
         folder = f"{front}/{name}".strip("/")
-        if (directory / name).is_dir():
+        if os.path.isdir(directory / name):
             yield folder
             if name and depth:
                 yield from _below(directory / name, folder, depth - 1)
@@ -136,7 +133,7 @@ def _is_component(name: str, value: Any) -> bool:
 def _checked(file: Path, name: Any) -> str:
     path = PurePosixPath(name) if isinstance(name, str) else None
     if path is None or path.is_absolute() or ".." in path.parts or "\\" in str(name) or "\0" in str(name):
-        raise CheckpointError(f"{file}: names a folder outside the directory: {name!r}")
+        raise CheckpointError(f"{file}: names a folder outside the directory: {shown(name)}")
     return "" if str(path) == "." else path.as_posix()
 
 
@@ -155,7 +152,7 @@ def find_weights(directory: Path, *, known: bool) -> Weights | None:
     """
     names = sorted(file.name for file in directory.iterdir() if file.is_file())
     config = directory / MODEL_CONFIG
-    diffusers = config.is_file() and f'"{CLASS}"'.encode() in config.read_bytes()
+    diffusers = config.is_file() and f'"{CLASS}"'.encode() in read_bytes(config)
     stems = (_DIFFUSERS, _OURS) if diffusers else (_OURS, _DIFFUSERS)
     kinds = [(stem, ".safetensors") for stem, _ in stems] + [(stem, ".bin") for _, stem in stems]
     for stem, end in kinds:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from modelmerge.checkpoint.components import CLASS, MODEL_CONFIG
-from modelmerge.checkpoint.header import read_json
+from modelmerge.checkpoint.documents import read_json
 from modelmerge.checkpoint.pairing import config_of
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError

@@ -10,12 +10,14 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from modelmerge.checkpoint.documents import open_plain, shown
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 # Bits per element of every dtype the format knows. The 4- and 6-bit kinds pack several elements into bytes.
@@ -30,6 +32,8 @@ HALF_DTYPES = ("F16", "BF16")
 QUANTISED_DTYPES = tuple(d for d in DTYPE_BITS if d.startswith(("F8_", "F6_", "F4")))
 # Tensors that hold state, not weights, in the names frameworks give them: a difference of theirs means nothing.
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
+MOST_AXES = 64  # torch has no tensors of more
+MOST_LETTERS = 2000  # of a name
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a longer header is an attack or not safetensors at all
 
 
@@ -191,18 +195,6 @@ def foreign(file: Path, kind: str) -> ReferenceNotFound:
     return ReferenceNotFound(f"{file} is {kind}, which cannot be merged", hint="use the model's safetensors weights")
 
 
-def read_json(file: Path) -> Any:
-    """What a file of JSON holds.
-
-    Raises:
-        CheckpointError: It is none.
-    """
-    try:
-        return json.loads(file.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from error
-
-
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, in the order of their bytes.
 
@@ -210,7 +202,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         CheckpointError: The file is no safetensors file, is truncated, or its header contradicts itself.
     """
     try:
-        with file.open("rb") as stream:
+        with open_plain(file) as stream:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             if len(prefix) < 8:
@@ -266,21 +258,23 @@ def _entry(file: Path, data_start: int, name: str, entry: Any) -> TensorInfo:
     def lie(what: str) -> CheckpointError:
         return CheckpointError(f"{file}: the header lies: tensor '{name}' {what}")
 
+    if fault := fault_of(name):
+        raise CheckpointError(f"{file}: the header lies: {fault}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise lie("lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise lie(f"has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise lie(f"has the shape {shape!r}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise lie(f"has the data_offsets {offsets!r}")
+        raise lie(f"has the unknown dtype {shown(dtype)}")
+    if not isinstance(shape, list) or not can_be_shape(shape):
+        raise lie(f"has the shape {shown(shape)}")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int and 0 <= n < 2**63 for n in offsets)
+    ):
+        raise lie(f"has the data_offsets {shown(offsets)}")
     begin, end = offsets
-    if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise CheckpointError(f"{file}: the header lies: the tensor name {name!r} is no Unicode")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits > 2**63:
-        raise lie("needs more bytes than any file can hold")
     if bits % 8:
         raise lie(f"is {dtype} {shape}, which ends within a byte")
     needed = bits // 8
@@ -289,10 +283,25 @@ def _entry(file: Path, data_start: int, name: str, entry: Any) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, needed)
 
 
+def can_be_shape(shape: Sequence[Any]) -> bool:
+    """Whether these are the axes of a tensor that any file could hold."""
+    if len(shape) > MOST_AXES or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        return False
+    return math.prod(n for n in shape if n) < 2**56  # the others count where one is 0, too: steps are made of them
+
+
+def fault_of(name: str) -> str | None:
+    """Why a text cannot be a tensor's name; None where it can."""
+    if len(name) > MOST_LETTERS:
+        return f"the tensor name {shown(name)} has {len(name):,} letters"
+    if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        return f"the tensor name {shown(name)} is no Unicode"
+    return None
+
+
 def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise CheckpointError(f"{file}: the header lies: '{twice}' stands in it twice")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise CheckpointError(f"{file}: the header lies: '{twice[:MOST_LETTERS]}' stands in it twice")
     return content

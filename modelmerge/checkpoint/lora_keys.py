@@ -6,7 +6,6 @@ diffusers, peft and the programs for FLUX and later models keep the dots. Behind
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.adapter_config import CONFIG, PICKLED, PREFIX, WEIGHTS
+from modelmerge.checkpoint.documents import parse_json
 from modelmerge.checkpoint.header import TensorInfo
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 
@@ -77,8 +77,8 @@ def is_lora(place: Path, tensors: Mapping[str, TensorInfo]) -> bool:
 def lora_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a file's metadata say in place of an adapter's config: its entries, by component; empty if nothing."""
     try:
-        config = json.loads(metadata.get(METADATA, "{}"))
-    except (ValueError, RecursionError):
+        config = parse_json(metadata.get(METADATA, "{}").encode())
+    except ValueError:
         return {}
     return config if isinstance(config, dict) else {}
 

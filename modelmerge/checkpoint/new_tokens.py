@@ -109,4 +109,4 @@ def _read(file: bytes | Path) -> dict[str, Any]:
 
 
 def _written(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

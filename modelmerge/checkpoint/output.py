@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,10 +11,12 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 from modelmerge import interrupts
 from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.documents import read_json
+from modelmerge.checkpoint.manifest_file import FileEntry
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.checkpoint.scratch import hidden_beside
 from modelmerge.errors import OutputError, named
@@ -59,6 +62,10 @@ def refuse_content(target: Path, *, force: bool) -> None:
         raise OutputError(f"the output {target} is not empty", hint=hint)
 
 
+class _Listing(TypedDict, total=False):
+    files: dict[str, FileEntry]
+
+
 def replace_file(output: Path, name: str, content: bytes) -> None:
     """Put another file in the place of one in a finished output, and its digest into the manifest, if there is one.
 
@@ -68,7 +75,7 @@ def replace_file(output: Path, name: str, content: bytes) -> None:
     manifest = output / MANIFEST
     try:
         with interrupts.held():
-            record = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
+            record = read_json(manifest, _Listing, error=OutputError) if manifest.is_file() else {}
             entry = record.get("files", {}).get(name)
             if entry is not None:  # a kill between the two must not make the output look damaged: either is right
                 after = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -78,12 +85,18 @@ def replace_file(output: Path, name: str, content: bytes) -> None:
             if entry is not None:
                 record["files"][name] = after
                 _replace(manifest, _as_json(record))
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
         raise OutputError(f"{output / name} cannot be written: {error}") from error
 
 
 def is_recorded(file: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether the file's bytes, read now, are those of its entry in a manifest."""
+    """Whether the file's bytes, read now, are those of its entry in a manifest.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+    """
+    if not file.is_file():  # a pipe or a device has no end
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(file))
     size, entries = file.stat().st_size, (entry, entry.get("instead", entry))
     digests = [each["sha256"] for each in entries if each["bytes"] == size]
     return bool(digests) and sha256(file) in digests

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypedDict
 
 from modelmerge import interrupts
+from modelmerge.checkpoint import manifest_file
 from modelmerge.checkpoint.adapter_config import CONFIG, WEIGHTS, Adapter, read_adapter
 from modelmerge.checkpoint.adapter_config import PICKLED as PICKLED_ADAPTER
 from modelmerge.checkpoint.components import (
@@ -29,7 +29,8 @@ from modelmerge.checkpoint.components import (
     named_folders,
 )
 from modelmerge.checkpoint.digest import FileDigest
-from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_json, read_metadata
+from modelmerge.checkpoint.documents import read_json, shown
+from modelmerge.checkpoint.header import Change, TensorInfo, foreign, read_header, read_metadata
 from modelmerge.checkpoint.lora_keys import LORA_WEIGHTS, is_lora, lora_metadata
 from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
@@ -39,6 +40,7 @@ from modelmerge.hub.ranges import Ranges
 MANIFEST = "modelmerge.json"
 VECTOR_KIND = "task-vector"  # what a task vector's manifest says it is
 LEFT, RIGHT = ".left", ".right"  # ends of the names of a low-rank task vector's factors [m, r] and [r, n]
+_MOST_ABSENT = 10_000  # tensors that an index may list and no shard holds, beside those that are there
 _FOREIGN = {".gguf": "GGUF", ".onnx": "ONNX", ".h5": "HDF5", ".msgpack": "Flax msgpack", ".ot": "rust-bert"}
 
 
@@ -302,15 +304,12 @@ def _read_vector(directory: Path) -> VectorOf | None:
     file = directory / MANIFEST
     if not file.exists():
         return None
-    try:
-        manifest = json.loads(file.read_bytes())
-        if manifest.get("kind") != VECTOR_KIND:
-            return None
-        base = manifest["inputs"]["base"]
-        digests = sorted(entry["sha256"] for entry in base["files"].values())
-        return VectorOf(str(base["name"]), tuple(digests), frozenset(manifest["unchanged"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: malformed: it does not say what its task vector belongs to") from error
+    if read_json(file, dict[str, Any]).get("kind") != VECTOR_KIND:
+        return None
+    manifest = read_json(file, manifest_file.Vector)
+    base = manifest["inputs"]["base"]
+    digests = sorted(entry["sha256"] for entry in base["files"].values())
+    return VectorOf(base["name"], tuple(digests), frozenset(manifest["unchanged"]))
 
 
 def _joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -328,30 +327,30 @@ def _joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     return products
 
 
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(f, str) for f in weight_map.values())):
-            raise TypeError
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{index}: malformed: it has no 'weight_map' of tensor names to file names") from error
-    except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read: {error.strerror}") from error
-    for name, file in weight_map.items():
+    weight_map: dict[str, str] = read_json(index, _Index)["weight_map"]
+    if not weight_map:
+        raise CheckpointError(f"{index}: malformed: its weight_map is empty")
+    for file, name in {file: name for name, file in weight_map.items()}.items():
         # Lexically: the Hub's cache is made of symlinks that do leave the directory, and may.
         parts = PurePosixPath(file)
         if parts.is_absolute() or ".." in parts.parts or "\\" in file or not file:
-            raise CheckpointError(f"{index}: tensor '{name}' points outside the directory: '{file}'")
+            raise CheckpointError(f"{index}: tensor {shown(name)} points outside the directory: {shown(file)}")
     return weight_map
 
 
 def _read_shards(directory: Path, weight_map: dict[str, str], index: str) -> Read:
     """The tensors of all shards, as loaders read them: an index that is wrong about some is remarked upon."""
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    missing = [shard for shard in shards if not os.path.isfile(directory / shard)]
     if missing:
         raise CheckpointError(
-            f"{directory}: missing {len(missing)} of {len(shards)} shards that {index} names: {', '.join(missing)}",
+            f"{directory}: missing {len(missing)} of {len(shards)} shards that {index} names: {', '.join(missing[:20])}"
+            + ", ..." * (len(missing) > 20),
             hint="copy or download them again",
         )
     tensors: dict[str, TensorInfo] = {}
@@ -370,6 +369,8 @@ def _read_shards(directory: Path, weight_map: dict[str, str], index: str) -> Rea
     absent = [name for name in weight_map if name not in tensors]
     if elsewhere:
         remarks += (f"{index} does not list {_some(elsewhere)} where it lies; all shards are read, as by loaders",)
+    if len(absent) > _MOST_ABSENT + len(tensors):
+        raise CheckpointError(f"{directory / index}: lists {len(absent):,} tensors that no shard holds")
     if absent:
         remarks += (f"{index} lists {_some(absent)}, which no shard holds",)
     return tensors, remarks, frozenset(absent)

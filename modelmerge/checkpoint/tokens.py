@@ -9,7 +9,6 @@ import base64
 import binascii
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modelmerge.checkpoint.header import read_json
+from modelmerge.checkpoint.documents import parse_json, read_bytes, read_json
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import CheckpointError
 from modelmerge.hub.repository import RemoteFile
@@ -32,6 +31,7 @@ _OTHERS = ("sentencepiece.bpe.model", "source.spm", "sentencepiece.model", "voca
 _RANKED = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n?")  # a line of a tiktoken file
 _MERGES, _LAST = re.compile(rb'"merges"\s*:\s*\['), re.compile(rb"\]\s*\}\s*\}\s*\Z")
 _BLOCK = 1 << 20
+_IDS = 1 << 31  # no id is so large
 
 
 class Tokenizer:
@@ -72,7 +72,8 @@ class Tokenizer:
         entries: dict[str, tuple[int, dict[str, bool]]] = {}
         if self.main.name == TOKENIZER_JSON:
             file = self.main.here()
-            for entry in _object(file, _json(file)).get("added_tokens") or []:
+            entries_there = _object(file, _json(file)).get("added_tokens") or []
+            for entry in entries_there if isinstance(entries_there, list) else [None]:
                 if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
                     raise _malformed(file, "an entry of added_tokens has no content")
                 entries[entry["content"]] = _id(file, entry.get("id")), _flags(entry)
@@ -92,7 +93,7 @@ class Tokenizer:
                     entry = {"content": entry}
                 if not place.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
                     raise _malformed(file, f"an entry of {DECODER} is no token")
-                entries[entry["content"]] = int(place), _flags(entry)
+                entries[entry["content"]] = _id(file, int(place[:20])), _flags(entry)
         return entries
 
     @property
@@ -243,9 +244,9 @@ def _of_tekken(file: Path) -> dict[str, int]:
         for entry in content["vocab"]:
             if entry["rank"] < room:
                 ids.setdefault(_as_text(base64.b64decode(entry["token_bytes"])), special + int(entry["rank"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _malformed(file, f"not as tekken.json is ({type(error).__name__}: {error})") from error
-    return ids
+    return _ids(file, ids)
 
 
 def _of_model(file: Path) -> dict[str, int]:
@@ -254,7 +255,8 @@ def _of_model(file: Path) -> dict[str, int]:
         content = file.read_bytes()
         if _RANKED.match(content):
             pairs = [line.split() for line in content.splitlines() if line.strip()]
-            return {_as_text(base64.b64decode(token, validate=True)): int(rank) for token, rank in pairs}
+            ranks = {_as_text(base64.b64decode(token, validate=True)): int(rank) for token, rank in pairs}
+            return _ids(file, ranks)
         # ModelProto has repeated SentencePiece pieces = 1, of which piece = 1 is the text.
         pieces = [value for field, value in _fields(memoryview(content)) if field == 1]
         texts = [next(text for field, text in _fields(piece) if field == 1) for piece in pieces]  # type: ignore[arg-type]
@@ -320,8 +322,8 @@ def _as_text(token: bytes) -> str:
 
 def _ids(file: Path, content: Any) -> dict[str, int]:
     ids = _object(file, content)
-    if not all(type(place) is int for place in ids.values()) or min(ids.values(), default=0) < 0:
-        raise _malformed(file, "an id in its vocabulary is no number from 0 on")
+    if not all(type(place) is int and 0 <= place < _IDS for place in ids.values()):
+        raise _malformed(file, f"an id in its vocabulary is no number from 0 to {_IDS - 1}")
     return dict(ids)
 
 
@@ -347,11 +349,11 @@ def _json(file: Path) -> Any:
 
 def _without_merges(file: Path) -> Any:
     """A tokenizer.json, without the half of it that tells how tokens are put together, where that comes last."""
-    content = file.read_bytes()
+    content = read_bytes(file)
     merges = _MERGES.search(content)
     if merges and _LAST.search(content, len(content) - 100) and b'"added_tokens"' in content[: merges.start()]:
         with contextlib.suppress(ValueError):
-            return json.loads(content[: merges.start()] + b'"merges": []}}')
+            return parse_json(content[: merges.start()] + b'"merges": []}}')
     return read_json(file)
 
 

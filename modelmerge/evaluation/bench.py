@@ -15,12 +15,14 @@ from typing import Any, cast
 
 from modelmerge.checkpoint.companions import companions
 from modelmerge.checkpoint.digest import cache_directory, sha256
+from modelmerge.checkpoint.documents import read_json
+from modelmerge.checkpoint.manifest_file import Made
 from modelmerge.checkpoint.opening import as_references, open_references
 from modelmerge.checkpoint.output import CARD, replace_file
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all
 from modelmerge.engine.parallel import find_device
-from modelmerge.errors import ModelMergeError, OutputError, UsageError, named
+from modelmerge.errors import CheckpointError, ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.model import Model
 from modelmerge.evaluation.report import ModelRow, Report, ScoreEntry
 from modelmerge.evaluation.scores import Score, check_gates, differences, mean, parse_gate, summarise
@@ -180,11 +182,11 @@ def run(bench: Bench, models: Models, running: Running) -> Report:
 def merge_inputs(directory: str | Path) -> dict[str, Any]:
     """A merge's `base`, its `experts` by name, and their `paths`, as its manifest has them; empty for what is none."""
     try:
-        inputs = json.loads((Path(directory) / MANIFEST).read_bytes())["inputs"]
-        names, paths = ([str(each[key]) for each in inputs["experts"]] for key in ("name", "path"))
-        return {"base": str(inputs["base"]["path"]), "experts": names, "paths": paths}
-    except (OSError, ValueError, KeyError, TypeError):
+        inputs = read_json(Path(directory) / MANIFEST, Made)["inputs"]
+    except CheckpointError:
         return {}
+    names, paths = ([str(each[key]) for each in inputs["experts"]] for key in ("name", "path"))
+    return {"base": str(inputs["base"]["path"]), "experts": names, "paths": paths}
 
 
 def normalise_by_published(
@@ -294,14 +296,9 @@ def _read_report(file: Path) -> Report:
     Raises:
         ModelMergeError: It cannot be read, or is none with scores.
     """
-    try:
-        report: Report = json.loads(file.expanduser().read_bytes())
-        if not report["tasks"] or not all(model["scores"] for model in report["models"]):
-            raise ValueError
-    except OSError as error:
-        raise ModelMergeError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelMergeError(f"{file}: no report of scores", hint=SAVE) from error
+    report: Report = read_json(file.expanduser(), Report, error=ModelMergeError, hint=SAVE)
+    if not report.get("tasks") or not all(model.get("scores") for model in report.get("models", [])):
+        raise ModelMergeError(f"{file}: no report of scores", hint=SAVE)
     return report
 
 
@@ -318,8 +315,8 @@ def _refuse_cardless(models: Sequence[Reference]) -> None:
 def _write_card(reference: Reference, row: ModelRow) -> None:
     """Put a model's scores into its card."""
     place = reference.path / CARD
-    text = place.read_text(encoding="utf-8") if place.exists() else card.titled(reference.name)
-    kind = card.front_matter(reference.path).get("pipeline_tag")
+    text = card.read(place) if place.exists() else card.titled(reference.name)
+    kind = card.front_matter(reference.path)[0].get("pipeline_tag")
     results = []
     for task, score in row["scores"].items():
         if score["score"] is None:
@@ -329,7 +326,7 @@ def _write_card(reference: Reference, row: ModelRow) -> None:
         detail += [f"{score['normalised']:.1%} of the expert's" if score["normalised"] is not None else ""]
         results.append(
             card.Result(
-                task=kind if isinstance(kind, str) else "other", dataset=task, metric=score["metric"],
+                task=kind or "other", dataset=task, metric=score["metric"],
                 value=score["score"], detail=", ".join(part for part in detail if part),
             )
         )  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modelmerge.checkpoint.digest import cache_directory
+from modelmerge.checkpoint.documents import read_json
 from modelmerge.checkpoint.output import replace_file
 from modelmerge.errors import CheckpointError, ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.image_tasks import Task, match
@@ -60,7 +61,7 @@ def parts_of(model: Model) -> Parts:
     """A model, and what lies beside it; beside the base, where it is seen by the base's names."""
     place = model.path if model.base_path is None else model.base_path
     file = place / "config.json"
-    config = json.loads(file.read_bytes()) if file.exists() else {}
+    config = read_json(file, dict[str, Any]) if file.exists() else {}
     return Parts(name=model.name, tensors=model, config=config, directory=place if place.is_dir() else None)
 
 
@@ -227,10 +228,10 @@ def make_head(source: Parts, classes: Sequence[str], templates: Sequence[str]) -
 def _read_processor(place: str) -> dict[str, Any]:
     """The settings of a folder's image processor, out of the file that transformers would take them from."""
     whole, alone = Path(place, _WHOLE_PROCESSOR), Path(place, _PROCESSOR)
-    settings = json.loads(whole.read_bytes()) if whole.exists() else {}
+    settings = read_json(whole, dict[str, Any]) if whole.exists() else {}
     if "image_processor" not in settings and not alone.exists():
         raise ValueError(f"{_WHOLE_PROCESSOR} has no image processor")
-    return dict(settings["image_processor"] if "image_processor" in settings else json.loads(alone.read_bytes()))
+    return dict(settings["image_processor"] if "image_processor" in settings else read_json(alone, dict[str, Any]))
 
 
 def write_head(head: Head, file: Path) -> None:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from modelmerge.checkpoint.documents import parse_json, read_bytes
 from modelmerge.errors import ModelMergeError, UsageError, named, suggestion
 from modelmerge.evaluation.scores import listing, plain
 
@@ -169,7 +170,7 @@ def read_classes(file: Path) -> tuple[str, ...] | dict[str, str]:
         ModelMergeError: It cannot be read, or holds something else.
     """
     try:
-        text = file.expanduser().read_text(encoding="utf-8")
+        text = read_bytes(file.expanduser()).decode()
     except (OSError, ValueError) as error:
         raise ModelMergeError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from error
     classes: Any = [line.strip() for line in text.splitlines() if line.strip()]
@@ -180,7 +181,7 @@ def read_classes(file: Path) -> tuple[str, ...] | dict[str, str]:
             raise ModelMergeError(f"{file}: a label is named twice")
     if text.lstrip().startswith(("[", "{")):
         try:
-            classes = json.loads(text)
+            classes = parse_json(text.encode())
         except ValueError as error:
             raise ModelMergeError(f"{file}: not valid JSON: {error}") from error
     names = list(classes.values()) if isinstance(classes, dict) else classes

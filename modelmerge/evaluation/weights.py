@@ -7,7 +7,6 @@ layer and each tensor have the same ones. They explain conflicts; they do not pr
 from __future__ import annotations
 
 import functools
-import json
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.documents import read_entries
 from modelmerge.checkpoint.header import HALF_DTYPES
 from modelmerge.checkpoint.names import layer_type
 from modelmerge.checkpoint.opening import as_references, open_references
@@ -130,11 +130,9 @@ def _origins(
 
 def _measured_rounding(model: Checkpoint) -> float | None:
     """What storing lost of the merged task vector, as the merge itself measured it."""
-    try:
-        assert model.directory is not None
-        return json.loads((model.directory / MANIFEST).read_bytes())["rounding"]["relative_error"]
-    except (AssertionError, OSError, ValueError, KeyError, TypeError):
-        return None
+    rounding = read_entries(model.directory / MANIFEST).get("rounding") if model.directory is not None else None
+    error = rounding.get("relative_error") if isinstance(rounding, dict) else None
+    return error if isinstance(error, float) else None
 
 
 @dataclass(frozen=True, slots=True)

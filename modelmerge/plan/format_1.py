@@ -8,16 +8,31 @@ rules, and tensors of the same setting are named together.
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
+from modelmerge.checkpoint.documents import check, parse_json, shown
 from modelmerge.checkpoint.names import layer_type
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.options import as_text, option_types
 from modelmerge.plan.overrides import BASE, WEIGHT, Override, curve_text, layer_of
+
+
+class Entries(TypedDict, total=False):
+    """What this version does not have, or has otherwise."""
+
+    method: str
+    options: dict[str, Any]
+    vary: list[str]
+    rule: list[str]
+    rest: str | None
+    layer_scale: str | None
+    task_lambda: str | float | None
+    disentangle: str | None
+    disentangle_options: dict[str, Any]
+
 
 OLD = ("vary", "rule", "layer_scale", "task_lambda", "disentangle", "disentangle_options")
 # Methods whose result is the same when weights are multiplied instead of task vectors.
@@ -46,7 +61,7 @@ def read_variation(text: str) -> Variation:
     head, _, tensors = text.partition("@")
     target, _, numbers = head.partition("=")
     expert, _, option = target.rpartition(":")
-    values = tuple(float(number) for number in numbers.split(","))
+    values = _numbers("vary", numbers)
     return Variation(option.replace("-", "_"), values, expert or None, tensors or None)
 
 
@@ -177,7 +192,11 @@ def _layer_scale(text: str | None, method: str, tensors: Sequence[str]) -> list[
         return []
     if text == "larv" or method not in _SCALED_BY_WEIGHT:
         raise _gone("layer_scale")
-    entries = json.loads(text) if text.lstrip().startswith("{") else {"*": [float(word) for word in text.split(",")]}
+    entries: Any = {"*": list(_numbers("layer_scale", text))} if not text.lstrip().startswith("{") else None
+    try:
+        entries = entries or check(parse_json(text.encode()), dict[str, float | list[float]])
+    except ValueError as error:
+        raise RecipeError(f"the recipe's layer_scale is malformed: {error}") from error
     variations: list[Variation] = []
     for glob, values in reversed(list(entries.items())):  # there the first glob that matched counted
         numbers = tuple(float(value) for value in (values if isinstance(values, list) else [values]))
@@ -186,6 +205,13 @@ def _layer_scale(text: str | None, method: str, tensors: Sequence[str]) -> list[
         if len(numbers) > 1:  # a list left what lies outside all layers as it was
             variations += [Variation(WEIGHT, (1.0,), None, tensor) for tensor in outside]
     return variations
+
+
+def _numbers(entry: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(check(float(word), float) for word in text.split(","))
+    except ValueError as error:
+        raise RecipeError(f"the recipe's {entry} has what are no numbers: {shown(text)}") from error
 
 
 def _gone(entry: str) -> RecipeError:

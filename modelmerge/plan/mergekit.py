@@ -17,8 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from modelmerge.checkpoint.documents import check, parse_yaml, read_bytes, shown
 from modelmerge.errors import RecipeError, UsageError, suggestion
 from modelmerge.methods import registry
 from modelmerge.methods.options import check_option
@@ -97,29 +96,19 @@ def read(file: Path) -> Translated:
         RecipeError: It is none, or asks for what modelmerge does not do: all of that, in one error.
     """
     try:
-        config = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        config = parse_yaml(read_bytes(file).decode())
     except FileNotFoundError as error:
         raise RecipeError(f"{file}: no such file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        raise RecipeError(f"{file}: cannot be read as YAML: {said}") from error
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RecipeError(f"{file}: cannot be read as YAML: {error}") from error
     if not isinstance(config, dict) or "merge_method" not in config:
         raise RecipeError(
             f"{file}: no mergekit configuration: it has no 'merge_method'",
             hint="a YAML recipe is mergekit's; modelmerge's own is the modelmerge.json of a merged checkpoint",
         )
     return _Translation(file).translate(config)
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """The safe loader, which also refuses a key that comes twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = [key for key, count in Counter(keys).items() if count > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice[0]}' comes twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +154,10 @@ class _Translation:
         return Translated(recipe, tuple(self.variations), tuple(self.remarks), self.layers)
 
     def _row(self, name: Any) -> Row | None:
-        if name in METHODS:
+        if isinstance(name, str) and name in METHODS:
             return METHODS[name]
-        near = _near(str(name), METHODS) or f"; there are: {', '.join(METHODS)}"
-        self.complain("merge_method", f"modelmerge has no counterpart of '{name}'{near}")
+        near = (isinstance(name, str) and _near(name, METHODS)) or f"; there are: {', '.join(METHODS)}"
+        self.complain("merge_method", f"modelmerge has no counterpart of {shown(name)}{near}")
         return None
 
     # ---- models
@@ -219,6 +208,7 @@ class _Translation:
                 self.complain(f"slices[0].{key}", "cannot be honoured")
         mine = self._parameters(slices[0].get("parameters"), "slices[0].parameters")
         sources = slices[0].get("sources")
+        sources = sources if isinstance(sources, list) else []
         ranges = [source.get("layer_range") for source in sources or () if isinstance(source, dict)]
         span = ranges[0] if ranges and all(each == ranges[0] for each in ranges) else None
         if isinstance(span, list) and len(span) == 2 and span[0] == 0 and isinstance(span[1], int):
@@ -245,7 +235,7 @@ class _Translation:
         if isinstance(entry, dict) and "path" in entry and set(entry) <= {"path", "revision"}:
             entry = f"{entry['path']}@{entry['revision']}" if entry.get("revision") else entry["path"]
         if not isinstance(entry, str) or not entry:
-            self.complain(path, f"only a path or a name on the Hub can be honoured, not {entry!r}")
+            self.complain(path, f"only a path or a name on the Hub can be honoured, not {shown(entry)}")
             return ""
         model, plus, adapter = entry.partition("+")
         if not plus:
@@ -262,7 +252,7 @@ class _Translation:
             value = config.get(key)
             names[key] = value.removeprefix("torch.") if isinstance(value, str) else None
             if value is not None and names[key] not in DTYPES:
-                self.complain(key, f"{value!r}: only {', '.join(DTYPES)} can be honoured")
+                self.complain(key, f"{shown(value)}: only {', '.join(DTYPES)} can be honoured")
         if names["dtype"] in _HALVES:
             self.remarks.append(
                 f"dtype {names['dtype']}: mergekit rounds every model to it before it subtracts and computes in it; "
@@ -271,10 +261,10 @@ class _Translation:
         return names["out_dtype"] or names["dtype"]
 
     def _tokenizer(self, config: Mapping[str, Any], base: str | None) -> None:
-        honoured = {"base", base}
+        honoured = ["base", base]
         why = "only the base's own tokenizer can be honoured: vocabularies are not merged"
         if config.get("tokenizer_source") is not None and config["tokenizer_source"] not in honoured:
-            self.complain("tokenizer_source", f"'{config['tokenizer_source']}': {why}")
+            self.complain("tokenizer_source", f"{shown(config['tokenizer_source'])}: {why}")
         tokenizer = config.get("tokenizer")
         if isinstance(tokenizer, dict):
             for key, value in tokenizer.items():
@@ -417,14 +407,14 @@ class _Translation:
         if isinstance(parameter.default, bool):
             if values and all(isinstance(each, bool) for each in values):
                 return tuple(values)
-            self.complain(path, f"must be true or false, not {value!r}")
+            self.complain(path, f"must be true or false, not {shown(value)}")
             return None
         try:
             if not values or any(isinstance(each, bool) for each in values):
                 raise TypeError
-            numbers = tuple(float(each) for each in values)
-        except (TypeError, ValueError):
-            self.complain(path, f"must be a number or a list of numbers, not {value!r}")
+            numbers = tuple(check(float(each), float) for each in values)
+        except (TypeError, ValueError):  # no infinity and no nan: no weight of a model is
+            self.complain(path, f"must be a number or a list of numbers, not {shown(value)}")
             return None
         if self.row is not None and parameter.option not in (None, WEIGHT):
             try:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, get_type_hints
 
+from modelmerge.checkpoint import manifest_file
 from modelmerge.checkpoint.companions import BASE
+from modelmerge.checkpoint.documents import Malformed, check, read_json, shown
 from modelmerge.checkpoint.reference import Named
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.plan import format_1
@@ -19,6 +20,7 @@ FORMAT = 2  # of modelmerge.json; counts up when a reader of the old form would 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
+_GIVE = "give the modelmerge.json of a merged checkpoint"
 Dtype = Literal["float32", "float16", "bfloat16"]
 OnMismatch = Literal["error", "copy", "common-rows"]
 
@@ -71,9 +73,16 @@ def _as_json(model: str | Named) -> Any:
     return model._asdict() if isinstance(model, Named) else model
 
 
+class _Named(TypedDict):
+    """A reference as JSON has it."""
+
+    name: str
+    reference: str
+
+
 def _from_json(model: Any) -> Any:
     """A reference: format 1, and format 2 at first, had name and reference in one text."""
-    return Named(**model) if isinstance(model, dict) else model
+    return Named(model["name"], model["reference"]) if isinstance(model, dict) else model
 
 
 def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | None]:
@@ -86,33 +95,37 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | No
     """
     if file.is_dir():
         file = file / "modelmerge.json"
+    whole = read_json(file, dict[str, Any], error=RecipeError, hint=_GIVE)
+    if (form := whole.get("format", FORMAT)) not in (1, FORMAT):
+        versions = whole.get("versions")
+        made = shown(versions.get("modelmerge")) if isinstance(versions, dict) else "of another version"
+        raise RecipeError(
+            f"{file}: written in format {shown(form)}, and this version reads format {FORMAT}",
+            hint=f"use modelmerge {made}",
+        )
+    manifest = read_json(file, manifest_file.Merge, error=RecipeError, hint=_GIVE)
     try:
-        manifest = json.loads(file.read_bytes())
-        if manifest["format"] not in (1, FORMAT):
-            raise RecipeError(
-                f"{file}: written in format {manifest['format']}, and this version reads format {FORMAT}",
-                hint=f"use modelmerge {manifest['versions']['modelmerge']}",
-            )
         stored = dict(manifest["recipe"])
-        old = dict(stored) if manifest["format"] == 1 else None
+        old = check(dict(stored), format_1.Entries, "recipe") if form == 1 else None
         if old is not None:
             stored = {key: value for key, value in stored.items() if key not in format_1.OLD}
             stored["disentangle"] = format_1.transforms_of(old)
             stored["options"] = format_1.options_of(stored.get("method", ""), stored.get("options", {}))
         if unknown := stored.keys() - {spec.name for spec in dataclasses.fields(Recipe)}:
             raise RecipeError(f"{file}: the recipe has the unknown entry '{sorted(unknown)[0]}'")
+        hints = get_type_hints(Recipe) | {"base": str | _Named, "experts": list[str | _Named]}
+        needed = {spec.name for spec in dataclasses.fields(Recipe) if spec.default is spec.default_factory}
+        for key in sorted(needed | stored.keys()):
+            if key not in stored:
+                raise Malformed(f"recipe.{key} is missing")
+            check(stored[key], hints[key], f"recipe.{key}")
         stored |= {"base": _from_json(stored["base"]), "experts": [*map(_from_json, stored["experts"])]}
         entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         recipe = Recipe(**entries)
-        inputs = [manifest["inputs"]["base"], *manifest["inputs"]["experts"]]
-        digests = {name: entry["sha256"] for model in inputs for name, entry in model["files"].items()}
-    except FileNotFoundError as error:
-        raise RecipeError(f"{file}: no such file") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"{file}: not a manifest that merge wrote ({type(error).__name__}: {error})",
-            hint="give the modelmerge.json of a merged checkpoint",
-        ) from error
+    except ValueError as error:
+        raise RecipeError(f"{file}: malformed: {error}", hint=_GIVE) from error
+    inputs = [manifest["inputs"]["base"], *manifest["inputs"]["experts"]]
+    digests = {name: entry["sha256"] for model in inputs for name, entry in model["files"].items()}
     return recipe, digests, old
 
 
@@ -126,7 +139,7 @@ def parse_size(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?I?)B?\s*", text.upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if size <= 0:
         raise UsageError(f"'{text}' is no size", option="max_shard_size", hint="write it like 5GB, 200MB or 1GiB")

@@ -15,7 +15,8 @@ from typing import Any
 
 from modelmerge.checkpoint.companions import GENERATION_CONFIG
 from modelmerge.checkpoint.config_file import with_values
-from modelmerge.checkpoint.header import TensorInfo, read_json
+from modelmerge.checkpoint.documents import read_entries
+from modelmerge.checkpoint.header import TensorInfo
 from modelmerge.checkpoint.matching import is_vocabulary
 from modelmerge.checkpoint.new_tokens import moved_ids, moved_sizes, with_tokens
 from modelmerge.checkpoint.reader import Checkpoint
@@ -280,6 +281,6 @@ def with_vocabulary(
     changed = with_tokens(files, vocabulary.new)
     file = files.get(GENERATION_CONFIG)
     if isinstance(file, Path) and file.parent == base.directory:  # another's has the giver's ids
-        values = moved_ids(read_json(file), vocabulary.moved)
+        values = moved_ids(read_entries(file), vocabulary.moved)
         changed[GENERATION_CONFIG] = with_values(file.read_bytes(), values) if values else file
     return changed

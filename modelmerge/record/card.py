@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modelmerge.checkpoint.documents import parse_yaml, read_bytes, top_entries
 from modelmerge.checkpoint.output import CARD
+from modelmerge.errors import ModelMergeError
 from modelmerge.record.command import REPLAY
 from modelmerge.record.markdown import block, code, shell, table, words
 from modelmerge.record.redaction import unquoted
@@ -38,7 +39,7 @@ class Model:
     weight: float | None = None
     repository: str | None = None
     commit: str | None = None
-    front: Mapping[str, Any]
+    front: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +71,37 @@ class Result:
     detail: str = ""
 
 
-def front_matter(directory: Path | None) -> dict[str, Any]:
-    """The front matter of the card beside a model; empty if there is none that can be read."""
+def front_matter(directory: Path | None) -> tuple[dict[str, str], str | None]:
+    """The words in the front matter of the card beside a model, and why it cannot be read, if it cannot.
+
+    A stranger wrote it: it never fails a merge.
+    """
+    if directory is None or not (directory / CARD).exists():
+        return {}, None
     try:
-        match = _FRONT.match((directory / CARD).read_text(encoding="utf-8")) if directory is not None else None
-        front = yaml.safe_load(match[1]) if match else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        return {}
-    return {str(key): value for key, value in front.items()} if isinstance(front, dict) else {}
+        match = _FRONT.match(read_bytes(directory / CARD).decode())
+        return {key: visible(word) for key, word in (top_entries(match[1]) if match else {}).items()}, None
+    except OSError as error:
+        return {}, error.strerror
+    except ValueError as error:
+        return {}, str(error)
+
+
+def read(file: Path) -> str:
+    """A card that results are to be put into.
+
+    Raises:
+        ModelMergeError: It cannot be read, or its front matter cannot.
+    """
+    try:
+        text = read_bytes(file).decode()
+        match = _FRONT.match(text)
+        front = parse_yaml(match[1]) if match else {}
+    except (OSError, ValueError) as error:
+        raise ModelMergeError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from error
+    if not isinstance(front, dict):
+        raise ModelMergeError(f"{file}: its front matter is no mapping")
+    return text
 
 
 def render(
@@ -109,7 +133,7 @@ def render(
         base_model=on_hub or None,
         base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
         library_name="peft" if adapter else library,
-        pipeline_tag=_text(base.front.get("pipeline_tag")) if library else None,
+        pipeline_tag=base.front.get("pipeline_tag") if library else None,
         tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(m.name for m in (*methods, *transforms))],
     )
     for key, value in license.items():
@@ -180,7 +204,7 @@ def with_results(text: str, results: Sequence[Result], *, name: str) -> str:
 
 def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
     """The licence for the front matter, and a sentence about it: inherited where all models have the same."""
-    licenses = [{key: _text(model.front.get(key)) for key in _LICENSE} for model in models]
+    licenses = [{key: model.front.get(key) for key in _LICENSE} for model in models]
     if licenses[0]["license"] and all(license == licenses[0] for license in licenses):
         entries = {key: value for key, value in licenses[0].items() if value}
         name = entries.get("license_name") or entries["license"]
@@ -259,8 +283,3 @@ def _value(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return ", ".join(code(str(each)) for each in value)
     return words(str(value))
-
-
-def _text(value: Any) -> str | None:
-    """A string of somebody's front matter, on one line; None for what is none."""
-    return visible(value) if isinstance(value, str) and value else None

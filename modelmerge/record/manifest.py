@@ -103,6 +103,9 @@ def refuse_changed(
 def notes_of(job: Job, findings: Findings) -> list[str]:
     """What a reader of the result should know: one sentence each."""
     read = remarks(job.plan)
+    for model in job.plan.models:
+        if fault := card.front_matter(model.directory)[1]:
+            read.append(f"'{model.name}': the front matter of its card cannot be read and is left out: {fault}.")
     notes = []
     for name, experts in job.plan.expert_only.items():
         notes.append(f"'{name}' is not in the base and was left out; it is in {', '.join(experts)}.")
@@ -199,7 +202,7 @@ def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
     """A model as the card tells it."""
     remote = model.reference.repository
     return card.Model(
-        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory),
+        name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory)[0],
         repository=remote.name if remote else None, commit=remote.commit if remote else None,
     )  # fmt: skip
 

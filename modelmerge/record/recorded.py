@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from modelmerge.checkpoint.adapter_config import CONFIG
 from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.documents import read_json
+from modelmerge.checkpoint.manifest_file import FileEntry
 from modelmerge.checkpoint.output import CARD
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.checkpoint.staging import Staging
@@ -51,6 +52,17 @@ class Recorded:
     lenient: bool = False
 
 
+class _Adaptation(TypedDict, total=False):
+    script: dict[str, str]
+
+
+class _Entries(TypedDict, total=False):
+    format: int
+    files: dict[str, FileEntry]
+    adaptation: _Adaptation
+    threads: int | None
+
+
 def read_recorded(file: Path, inputs: Mapping[str, str], *, repeated: bool, lenient: bool) -> Recorded:
     """What the manifest records; `inputs` has the sha256 of the input files. The merge is `repeated`, or changed.
 
@@ -58,20 +70,16 @@ def read_recorded(file: Path, inputs: Mapping[str, str], *, repeated: bool, leni
         RecipeError: It is not a manifest that merge wrote.
     """
     file = file / MANIFEST if file.is_dir() else file
-    try:
-        manifest = json.loads(file.read_bytes())
-        files = {str(name): str(entry["sha256"]) for name, entry in manifest.get("files", {}).items()}
-        script = {str(name): str(digest) for name, digest in manifest.get("adaptation", {}).get("script", {}).items()}
-        threads = manifest.get("threads")
-        made = {name: manifest[name] for name in circumstances("") if name in manifest}
-        # Format 1 is what a version without some of today's results wrote, on a number of threads that it does not say.
-        compared = repeated and manifest["format"] == FORMAT
-        recorded = Recorded(file, inputs, files if compared else None, threads, script, made, lenient)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{file}: not a manifest that merge wrote ({type(error).__name__}: {error})") from error
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
-        raise RecipeError(f"{file}: records {threads!r} threads")
-    return recorded
+    manifest: _Entries = read_json(file, _Entries, error=RecipeError)
+    threads = manifest.get("threads")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise RecipeError(f"{file}: records {threads} threads")
+    files = {name: entry["sha256"] for name, entry in manifest.get("files", {}).items()}
+    script = manifest.get("adaptation", {}).get("script", {})
+    made = {name: manifest[name] for name in circumstances("") if name in manifest}  # type: ignore[literal-required]
+    # Format 1 is what a version without some of today's results wrote, on a number of threads that it does not say.
+    compared = repeated and manifest.get("format") == FORMAT
+    return Recorded(file, inputs, files if compared else None, threads, script, made, lenient)
 
 
 def refuse_unrecorded(recorded: Recorded) -> None:

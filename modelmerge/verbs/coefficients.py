@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.documents import Malformed, check
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.scratch import Room
@@ -31,6 +32,23 @@ from modelmerge.methods.coefficients import Options
 from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import Reporter
+
+
+class Entries(TypedDict, total=False):
+    """What unlabelled data may say, as recipes have it; besides, the options of the search."""
+
+    tasks: list[str]
+    data: list[str]
+    classes: list[str]
+    templates: list[str]
+    config: str
+    split: str
+    image_column: str
+    label_column: str
+    heads: str
+    limit: int
+    script: str
+
 
 # What names images, as in suite `clip`.
 IMAGES = (
@@ -175,6 +193,10 @@ def find_data(recipe: Recipe, experts: Sequence[str], script: Script | str | Non
         ModelMergeError: The extra for images is not installed; there is no such script.
     """
     values = {name: value for name, value in recipe.unlabelled.items() if value not in (None, (), [], {})}
+    try:
+        check(values, Entries, "unlabelled")
+    except Malformed as error:
+        raise UsageError(str(error)) from error
     search = registry.load(SEARCH)
     if registry.load(recipe.method).on_data:
         options = make_options(search, recipe.method, recipe.options)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.adapter_config import CONFIG as ADAPTER
+from modelmerge.checkpoint.documents import read_json
+from modelmerge.checkpoint.manifest_file import Made, Output
 from modelmerge.checkpoint.output import CARD
 from modelmerge.checkpoint.portable import leads_out, portable
 from modelmerge.checkpoint.reader import MANIFEST
@@ -71,7 +73,7 @@ def _content(directory: Path) -> dict[str, bytes]:
     Raises:
         OutputError: The directory is no finished output, or holds what cannot be published.
     """
-    whole = read_manifest(directory / MANIFEST)
+    whole = read_manifest(directory / MANIFEST, Made)
     instead = {
         place: content
         for place, file in _files(directory)
@@ -93,17 +95,19 @@ def _upload(target: Target, directory: Path, content: Mapping[str, bytes], *, pr
         raise HubError(error.template, hint=f"{directory} is complete: {again}") from error
 
 
-def read_manifest(file: Path) -> dict[str, Any]:
+def read_manifest(file: Path, kind: Any = Output) -> dict[str, Any]:
     """The manifest of a finished output.
 
     Raises:
-        OutputError: There is none.
+        OutputError: There is none, or it is malformed.
     """
+    hint = "name what merge, extract or disentangle wrote"
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        what = f"{file.parent} holds no finished output: {MANIFEST} is missing or malformed"
-        raise OutputError(what, hint="name what merge, extract or disentangle wrote") from error
+        return read_json(file, kind, error=OutputError, hint=hint)
+    except OutputError as error:
+        if file.exists():
+            raise
+        raise OutputError(f"{file.parent} holds no finished output: {MANIFEST} is missing", hint=hint) from error
 
 
 def _files(directory: Path) -> Iterator[tuple[str, Path]]:

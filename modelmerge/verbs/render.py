@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from modelmerge.charts import drawing, page
 from modelmerge.charts.figures import of_report
+from modelmerge.checkpoint.documents import read_json
 from modelmerge.errors import ModelMergeError, UsageError, named
 from modelmerge.evaluation.bench import SAVE
 from modelmerge.evaluation.report import Report
@@ -93,11 +93,9 @@ def read(file: str | Path) -> Report:
     Raises:
         ModelMergeError: It cannot be read, or is none.
     """
+    report: Report = read_json(Path(file).expanduser(), Report, error=ModelMergeError, hint=SAVE)
     try:
-        report: Report = json.loads(Path(file).expanduser().read_bytes())
         page.render(report)  # what a page can show is a report
-    except OSError as error:
-        raise ModelMergeError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, page.Incomplete) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, page.Incomplete) as error:
         raise ModelMergeError(f"{file}: no report of modelmerge eval", hint=SAVE) from error
     return report

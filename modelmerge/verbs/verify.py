@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from modelmerge.checkpoint.manifest_file import Listed
 from modelmerge.checkpoint.output import is_recorded
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.errors import OutputError
@@ -28,10 +29,7 @@ def verify(directory: str | Path, *, progress: Reporter = SILENT) -> dict[str, A
         OutputError: The directory holds no manifest.
     """
     output = Path(directory).expanduser()
-    manifest = read_manifest(output / MANIFEST)
-    if "inputs" not in manifest or "files" not in manifest:
-        hint = "name the directory that merge, extract or disentangle wrote"
-        raise OutputError(f"{output / MANIFEST} lists no files of an output", hint=hint)
+    manifest = read_manifest(output / MANIFEST, Listed)
     expected = {name: (output / name, entry) for name, entry in manifest["files"].items()}
     inputs = {name: (_place_of(name), entry) for model in _inputs(manifest) for name, entry in model["files"].items()}
     progress.stage("verifying", sum(entry["bytes"] for _, entry in (*expected.values(), *inputs.values())))

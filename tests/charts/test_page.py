@@ -359,13 +359,18 @@ def test_without_matplotlib_a_chart_is_one_error_and_a_page_needs_none(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"suite": "clip", "models": [{}]}', '{"suite": "weights", "models": [1]}', "\x80"]
-)
-def test_what_is_no_report_is_one_error(text: str, tmp_path: Path) -> None:
+    ("text", "says"),
+    [
+        ("", "not valid JSON"), ("\x80", "not valid JSON"), ("[]", "it must be an object"),
+        ("{}", "no report of modelmerge eval"), ('{"suite": "clip", "models": [{}]}', "no report of modelmerge eval"),
+        ('{"suite": "weights", "models": [1]}', r"models\[0\] must be an object, not 1"),
+    ],
+)  # fmt: skip
+def test_what_is_no_report_is_one_error(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ModelMergeError, match=r"x\.json: no report of modelmerge eval"):
+    with pytest.raises(ModelMergeError, match=rf"x\.json: (malformed: )?{says}"):
         render(tmp_path / "x.json", page=tmp_path / "x.html")
-    with pytest.raises(ModelMergeError, match="cannot be read"):
+    with pytest.raises(ModelMergeError, match="no such file"):
         render(tmp_path / "gone.json")
     assert not (tmp_path / "x.html").exists()
 
@@ -392,3 +397,8 @@ def test_pages_of_reports_with_everything(tmp_path: Path) -> None:
     for words in ("Differences to old.json", "0.620", "f1", "0.25", "Failed", "normalised_by_published", "null"):
         assert words in text
     assert page.render(report) == text
+
+
+def test_names_that_are_no_unicode_are_written(tmp_path: Path) -> None:
+    render(scores(("a", "b"), ("\udcff",)), page=tmp_path / "x.html")
+    assert "\\udcff" in (tmp_path / "x.html").read_text()

@@ -364,7 +364,7 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any], type[ModelMergeError], s
     "a whole tensor from nowhere": ({"base_model.model.model.extra.weight": (3,)}, {}, PlanError,
                                     "no tensor for its key 'base_model.model.model.extra.weight'"),
     "a broken pattern": ({}, {"rank_pattern": {"(q_proj": 2}}, CheckpointError, "is no regular expression"),
-    "no rank": ({}, {"r": None}, CheckpointError, "must be numbers"),
+    "no rank": ({}, {"r": None}, CheckpointError, "r must be a number"),
 }  # fmt: skip
 
 

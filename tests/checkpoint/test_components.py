@@ -305,8 +305,8 @@ def _two_variants(base: Path) -> None:
     ("spoil", "words"),
     [
         (_two_variants, "fp16.safetensors, .*non_ema.safetensors: which is meant cannot be told"),
-        (lambda base: (base / "model_index.json").write_text("[]"), "no object of components"),
-        (lambda base: (base / "modules.json").write_text("{}"), "no list of modules"),
+        (lambda base: (base / "model_index.json").write_text("[]"), "json: malformed: it must be an object, not"),
+        (lambda base: (base / "modules.json").write_text("{}"), "json: malformed: it must be a list, not"),
         (lambda base: (base / "modules.json").write_text('[{"path": "../x"}]'), "outside the directory"),
         (lambda base: (base / "modules.json").write_text('[{"path": 7}]'), "outside the directory"),
         (lambda base: next((base / "unet").glob("*-00001-*")).unlink(), "missing 1 of 2 shards"),

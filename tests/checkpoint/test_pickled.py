@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import struct
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -256,7 +257,7 @@ def state_pickle(shape: object = (2,), strides: object = (1,), offset: object = 
         ({"shape": (3,)}, "reaches to byte 12"),
         ({"offset": 1}, "reaches to byte 12"),
         ({"strides": (2,)}, "reaches to byte 12"),
-        ({"shape": (2**62,), "strides": (0,)}, "reaches"),
+        ({"shape": (2**62,), "strides": (0,)}, "shape"),
         ({"shape": (-1,)}, "shape (-1,)"),
         ({"strides": (-1,)}, "strides (-1,)"),
         ({"offset": -1}, "shape"),
@@ -450,3 +451,51 @@ def test_nan_in_a_pickle_is_refused_with_file_and_tensor(tmp_path: Path) -> None
     torch.save(expert, tmp_path / "e.pt")
     with pytest.raises(CheckpointError, match=r"e\.pt: tensor 'model\.layers\.0\.q_proj\.weight' of 'e' holds NaN"):
         modelmerge.merge(base, [tmp_path / "e.pt"], tmp_path / "out", method="average")
+
+
+def nested(operations: bytes) -> bytes:
+    """Operations, with forty-five pairs of pairs in the place of NEST: 2^45 items, in 270 bytes."""
+    pairs = b"(" + b")q\x00" + b"h\x00h\x00\x86q\x00" * 45 + b"t"
+    lists = b"]q\x00" + b"".join(b"]q%c(h%ch%ce" % (i, i - 1, i - 1) for i in range(1, 45))
+    return b"\x80\x02" + operations.replace(b"NEST", pairs).replace(b"LISTS", lists) + b"."
+
+
+def tensor_in(shape: bytes, key: bytes = b"U\x010") -> bytes:
+    """The operations that make a dict of a tensor with that shape and that key of its storage."""
+    storage = b"(U\x07storagectorch\nFloatStorage\n" + key + b"U\x03cpuK\x01tQ"
+    rest = b"K\x00" + shape + b"K\x00\x85\x89ccollections\nOrderedDict\n)R"
+    return b"}U\x01wctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + b"tRs"
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [b"}NESTNs", b"}LISTSNs", tensor_in(b"NEST"), tensor_in(b"LISTS"), tensor_in(b"K\x01\x85", b"NEST"), b"NEST",
+     b"LISTS", b"}U\x01wLISTSs", b"c__builtin__\nset\nNEST\x85R", b"ccollections\nOrderedDict\nNEST\x85R",
+     b"\x85" * 500_000, b"N" + b"r\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"c" + b"a" * 500_000,
+     b"}(" + b"".join(b"\x8a\x10" + (i * (2**61 - 1)).to_bytes(16, "little") + b"N" for i in range(1, 20_000)) + b"u"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["archive", "legacy"])
+def test_a_few_bytes_cost_no_more_than_themselves(kind: str, operations: bytes, tmp_path: Path) -> None:
+    file, content, start = tmp_path / "m.pt", nested(operations), time.process_time()
+    if kind == "archive":
+        archive(file, {"data.pkl": content, "data/0": bytes(4)})
+    else:
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_pickle(file)
+    assert len(caught.value.message) < 3000
+    assert time.process_time() - start < 5
+
+
+def test_a_tensor_that_a_kilobyte_stands_for_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1).expand(10**9), "v": torch.zeros(8)}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"its tensors repeat what it stores: 1,.* bytes stand for 4,000,000,032"):
+        read_pickle(tmp_path / "m.pt")
+    torch.save({"w": torch.arange(4.0)[:, None].expand(4, 1000)}, tmp_path / "m.pt")
+    assert_read_as_torch_does(tmp_path / "m.pt")
+
+
+def test_a_state_dict_under_two_names_is_one(tmp_path: Path) -> None:
+    state = {"w": torch.zeros(8)}
+    torch.save({"model": state, "again": state}, tmp_path / "m.pt")
+    assert set(read_pickle(tmp_path / "m.pt")[0]) == {"w"}

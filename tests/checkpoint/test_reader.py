@@ -79,7 +79,7 @@ MALFORMED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     ),
     "too few bytes for the shape": (raw({"w": entry(0, 4)}, b"\0" * 4), ("'w'", "4 bytes", "needs 8")),
     "too many bytes for the shape": (raw({"w": entry(0, 12)}, b"\0" * 12), ("'w'", "12 bytes", "needs 8")),
-    "shape whose bytes overflow 64 bits": (raw({"w": entry(0, 8, (2**62, 2**62))}, b"\0" * 8), ("'w'", "needs")),
+    "shape whose bytes overflow 64 bits": (raw({"w": entry(0, 8, (2**62, 2**62))}, b"\0" * 8), ("'w'", "the shape")),
     "shape whose bytes have 5000 digits": (raw({"w": entry(0, 8, (10**18,) * 300)}, b"\0" * 8), ("'w'",)),
     "half a byte of a packed dtype": (raw({"w": entry(0, 2, (3,), "F4")}, b"\0" * 2), ("'w'",)),
     "overlap": (raw({"v": entry(0, 8), "w": entry(4, 12)}, b"\0" * 12), ("'w'", "overlaps")),

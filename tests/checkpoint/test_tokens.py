@@ -17,6 +17,7 @@ from modelmerge.checkpoint.tokens import Tokenizer, tokenizer_of
 from modelmerge.errors import CheckpointError
 from tests.support.checkpoints import write
 
+_PIECE = {"rank": 0, "token_bytes": "YQ=="}
 _TEXTS = ["the sun is over the sea", "a ship on the sea", "the ships are over there"] * 4
 
 
@@ -94,6 +95,9 @@ def test_other_kinds_of_files(tmp_path: Path) -> None:
         ("tokenizer.json", {"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}), ("vocab.json", ["a"]),
         ("tokenizer.model", b"\x0a\xff\xff"), ("tokenizer.model", b""), ("tokenizer.model", b"<html>not found</html>"),
         ("vocab.txt", b"\xff\xfe\x00"), ("tekken.json", {"vocab": []}),
+        ("tokenizer.json", {"model": {"vocab": {"a": 2**31}}}),
+        ("tokenizer.json", {"added_tokens": 5, "model": {"vocab": {}}}),
+        ("tekken.json", {"config": {"default_vocab_size": 5, "default_num_special_tokens": -5}, "vocab": [_PIECE]}),
     ],
 )  # fmt: skip
 def test_what_is_malformed_is_named(name: str, content: Any, tmp_path: Path) -> None:

@@ -91,7 +91,6 @@ LLAMA = {"license": "other", "license_name": "llama3.1", "license_link": "LICENS
         ([{"license": "mit"}, {}], {}, "License: mit for the base; not stated for every expert. It is"),
         ([{}, {"license": "mit"}], {}, "License: not stated for the base; mit for every expert. It is"),
         ([{}, {}], {}, "License: none of the models states one here. It is for you to choose"),
-        ([{"license": ["mit"]}, {"license": 3}], {}, "License: none of the models states one here."),
     ],
 )  # fmt: skip
 def test_a_license_is_inherited_where_all_agree(
@@ -122,11 +121,30 @@ def test_the_front_matter_of_the_models_is_read_from_their_cards(models: list[Pa
     assert f"modelmerge {modelmerge.__version__}" in text
 
 
-@pytest.mark.parametrize("text", [b"no front matter", b"---\n: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe---\n", b""])
-def test_a_card_that_cannot_be_read_says_nothing(text: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [b"no front matter", b"", b"---\nlicense: [mit]\n? [a]\n: b\n---\n"])
+def test_a_card_without_words_says_nothing(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(text)
-    assert card.front_matter(tmp_path) == {}
-    assert card.front_matter(None) == card.front_matter(tmp_path / "nowhere") == {}
+    assert card.front_matter(tmp_path) == ({}, None)
+    assert card.front_matter(None) == card.front_matter(tmp_path / "nowhere") == ({}, None)
+
+
+@pytest.mark.parametrize(
+    "text", [b"---\n: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe---\n", b"---\n" + b"[" * 20_000 + b"\n---\n"]
+)
+def test_why_a_card_cannot_be_read_is_said(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(text)
+    front, fault = card.front_matter(tmp_path)
+    assert front == {}
+    assert fault
+
+
+def test_what_a_card_says_besides_is_passed_over(tmp_path: Path) -> None:
+    front = (
+        "date: 2024-13-45\na: 0b_\nb: !!bool x\nlicense: mit\nn: " + "9" * 5000 + "\nt: &t [x]\nu: *t\nlicense_name:\n"
+    )
+    (tmp_path / "README.md").write_text(f"---\n{front}---\n")
+    assert card.front_matter(tmp_path)[0]["license"] == "mit"
+    assert "license_name" not in card.front_matter(tmp_path)[0]
 
 
 def test_notes_and_disentangling_are_told(models: list[Path], tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""`modelmerge.json` as its readers need it: the entries that they rely on, and the types of these."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class _Entry(TypedDict):
+    sha256: str
+    bytes: int
+
+
+class FileEntry(_Entry, total=False):
+    """A file of an output or an input; `instead` is what may be there after a kill while it was replaced."""
+
+    instead: _Entry
+
+
+class Input(TypedDict):
+    """A base or an expert."""
+
+    name: str
+    reference: str
+    path: str | None  # None where it was published from another machine
+    files: dict[str, FileEntry]
+
+
+class _Base(TypedDict):
+    base: Input
+
+
+class _Models(_Base):
+    experts: list[Input]
+
+
+class Output(TypedDict):
+    """The manifest of any finished output, or of one of the task vectors in it."""
+
+    inputs: dict[str, Input | list[Input]]
+
+
+class Listed(Output):
+    """The manifest that lists all files of a finished output."""
+
+    files: dict[str, FileEntry]
+
+
+class Made(TypedDict):
+    """The manifest of what was made of a base and experts: a merge, or task vectors."""
+
+    inputs: _Models
+
+
+class Vector(TypedDict):
+    """The manifest of a task vector."""
+
+    inputs: _Base
+    unchanged: list[str]
+
+
+class Merge(Made):
+    """The manifest of a merge, which can be replayed."""
+
+    format: int
+    recipe: dict[str, Any]
