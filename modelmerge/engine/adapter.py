@@ -13,10 +13,11 @@ from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_ch
 from modelmerge.checkpoint.layout import Entry
 from modelmerge.checkpoint.scratch import Scratch
 from modelmerge.engine.job import SMALL, Findings, Job
-from modelmerge.engine.loader import TORCH_DTYPES, as_bytes, loaded, piece_bytes, rounded, whole
+from modelmerge.engine.loader import TORCH_DTYPES, as_bytes, loaded, rounded, whole
 from modelmerge.engine.memory import PRODUCT_RUN
 from modelmerge.engine.merge import merged_vector
 from modelmerge.engine.parallel import prepare_process, threads
+from modelmerge.engine.pieces import piece_bytes
 from modelmerge.engine.rounding import squared
 from modelmerge.engine.transforms import fit
 from modelmerge.methods import linalg

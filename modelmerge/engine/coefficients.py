@@ -16,8 +16,9 @@ from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
-from modelmerge.engine.loader import Piece, piece_bytes, wholes
+from modelmerge.engine.loader import wholes
 from modelmerge.engine.parallel import current, prepare_process
+from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.engine.transforms import Chain, FittedJob
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, named
 from modelmerge.methods.coefficients import Mixture, Options

@@ -17,8 +17,9 @@ from modelmerge.checkpoint.scratch import Room, Scratch
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures
 from modelmerge.engine.job import SMALL, Job
-from modelmerge.engine.loader import Piece, as_bytes, factors_of, piece_bytes, whole, wholes
+from modelmerge.engine.loader import as_bytes, factors_of, whole, wholes
 from modelmerge.engine.parallel import current, side_by_side, threads
+from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.engine.survey import run_survey
 from modelmerge.methods.contract import Context, Correction
 from modelmerge.plan.tensors import TensorPlan, Tensors

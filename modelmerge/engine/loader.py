@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.header import DTYPE_BITS, Change, TensorInfo
+from modelmerge.checkpoint.header import Change, TensorInfo
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source
+from modelmerge.engine.pieces import Piece, item_bytes
 from modelmerge.engine.rounding import Rounding, squared
 from modelmerge.errors import CheckpointError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
@@ -26,17 +27,6 @@ _OTHER_DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of a tensor's elements."""
-
-    tensor: TensorPlan
-    start: int
-    stop: int
-    whole: bool = False  # keep the tensor's shape; otherwise the run is flat
-    sampled: bool = False  # others around it are not read: no occasion to hash the file
 
 
 Place = tuple[int, int, int]  # a row of a tensor, and of what begins there the first and last element
@@ -311,42 +301,6 @@ class Loader:
         return raw
 
 
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """Tensors cut into pieces of about `block` elements, matrices between rows; each is made when it is asked for.
-
-    `by_rows`: no row of such a tensor is cut, whatever its shape. `share`: of the pieces, one in so many.
-    """
-
-    tensors: Sequence[TensorPlan]
-    block: int
-    by_rows: Callable[[TensorPlan], bool] = lambda tensor: False
-    share: int = 1
-
-    def __iter__(self) -> Iterator[Piece]:
-        before = 0
-        for tensor in self.tensors:
-            starts = self._starts(tensor)
-            for start in starts[-before % self.share :: self.share]:
-                yield Piece(tensor, start, min(start + starts.step, starts.stop), sampled=self.share > 1)
-            before += len(starts)
-
-    def __len__(self) -> int:
-        return -(-sum(len(self._starts(tensor)) for tensor in self.tensors) // self.share)
-
-    @property
-    def largest(self) -> int:
-        """Elements of the largest piece."""
-        cuts = [self._starts(tensor) for tensor in self.tensors]
-        return max((min(starts.step, starts.stop) for starts in cuts), default=0)
-
-    def _starts(self, tensor: TensorPlan) -> range:
-        # Kinds that pack several elements into a byte are only ever copied, and are cut by bytes.
-        count = tensor.numel * DTYPE_BITS[tensor.dtype] // 8 // item_bytes(tensor.dtype)
-        width = tensor.row if len(tensor.shape) == 2 or self.by_rows(tensor) else 1
-        return range(0, count, max(self.block // width, 1) * width)
-
-
 def loader_of(source: Source, tensors: Sequence[TensorPlan]) -> Loader:
     """A loader of whole tensors, on the host, that has room for each of these.
 
@@ -470,14 +424,3 @@ def as_bytes(data: Tensor) -> memoryview:
 def _buffer(data: Tensor) -> memoryview:
     array: Any = data.numpy()  # shares the tensor's memory
     return memoryview(array)
-
-
-def item_bytes(dtype: str) -> int:
-    """Bytes of what a piece counts: an element, or a byte where elements are smaller."""
-    return max(DTYPE_BITS[dtype] // 8, 1)
-
-
-def piece_bytes(plan: Plan, piece: Piece) -> int:
-    """Bytes that a piece takes in all the files it is read from."""
-    stored = plan.stored_bytes(piece.tensor, experts=piece.tensor.action != "copy")
-    return stored * (piece.stop - piece.start) // max(piece.tensor.numel, 1)

@@ -16,8 +16,9 @@ from torch import Tensor
 from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.checkpoint.names import layer_type
 from modelmerge.engine.job import Source
-from modelmerge.engine.loader import Loader, Piece
+from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import threads
+from modelmerge.engine.pieces import Piece
 from modelmerge.methods import linalg
 from modelmerge.plan.tensors import Plan, TensorPlan
 

@@ -14,20 +14,10 @@ from torch import Tensor
 
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import SMALL, Findings, Job
-from modelmerge.engine.loader import (
-    Loader,
-    Piece,
-    Pieces,
-    as_bytes,
-    expert_values,
-    item_bytes,
-    loader_of,
-    piece_bytes,
-    rounded,
-    whole,
-)
+from modelmerge.engine.loader import Loader, as_bytes, expert_values, loader_of, rounded, whole
 from modelmerge.engine.memory import beyond_device, together
 from modelmerge.engine.parallel import current, in_parallel, prepare_process, side_by_side, threads
+from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.transforms import Factors, FittedJob, fit
 from modelmerge.methods.contract import Context

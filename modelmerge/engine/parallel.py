@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from modelmerge.engine.job import Source
-from modelmerge.engine.loader import Loader, Piece, Pieces
+from modelmerge.engine.loader import Loader
+from modelmerge.engine.pieces import Piece, Pieces
 from modelmerge.errors import DeviceError, OutputError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
 

@@ -18,8 +18,9 @@ from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures, entanglement_of
 from modelmerge.engine.job import Job, Source
-from modelmerge.engine.loader import Loader, Piece, piece_bytes
+from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import in_order, summed
+from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.methods.contract import SharedVector, Solution, Watch
 from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter

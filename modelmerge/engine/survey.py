@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from modelmerge.engine.job import SAMPLE_RUN, Source
-from modelmerge.engine.loader import Loader, Piece, Pieces, piece_bytes
+from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import in_parallel
+from modelmerge.engine.pieces import Piece, Pieces, piece_bytes
 from modelmerge.methods.contract import Pass, Survey
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter

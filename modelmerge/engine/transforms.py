@@ -17,9 +17,10 @@ from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine.corrections import CorrectionTransform
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
-from modelmerge.engine.loader import Loader, Piece, factors_of, piece_bytes
+from modelmerge.engine.loader import Loader, factors_of
 from modelmerge.engine.memory import Needs
 from modelmerge.engine.parallel import summed
+from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.engine.shared_vector import VectorTransform
 from modelmerge.engine.survey import run_survey
 from modelmerge.methods.contract import Correction, SharedVector, TransformSpec

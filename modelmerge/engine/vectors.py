@@ -12,8 +12,9 @@ from torch import Tensor
 from modelmerge.checkpoint.reader import LEFT, RIGHT
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import SMALL, Source
-from modelmerge.engine.loader import Loader, Piece, Pieces, as_bytes, item_bytes, loader_of, piece_bytes, rounded
+from modelmerge.engine.loader import Loader, as_bytes, loader_of, rounded
 from modelmerge.engine.parallel import in_parallel, summed, threads
+from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes
 from modelmerge.engine.transforms import Fitted
 from modelmerge.methods import linalg
 from modelmerge.plan.tensors import TensorPlan

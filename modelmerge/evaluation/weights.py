@@ -25,8 +25,9 @@ from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
 from modelmerge.checkpoint.reference import Named, Reference, parse, parse_all, parse_experts
 from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
-from modelmerge.engine.loader import TORCH_DTYPES, Loader, Piece, piece_bytes, wholes
+from modelmerge.engine.loader import TORCH_DTYPES, Loader, wholes
 from modelmerge.engine.parallel import prepare_process, source_of, summed, threads
+from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.errors import UsageError, named
 from modelmerge.evaluation import interference
 from modelmerge.evaluation.bench import Models, Running, merge_inputs

@@ -21,9 +21,10 @@ from modelmerge.checkpoint.names import matches
 from modelmerge.checkpoint.pairing import config_of, placed
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
+from modelmerge.plan.linear import is_linear
 from modelmerge.plan.overrides import BASE, Methods
 from modelmerge.plan.recipe import OnMismatch
-from modelmerge.plan.stacks import as_matrices, entries, is_kernel, is_stack, restack
+from modelmerge.plan.stacks import as_matrices, entries, is_kernel, restack
 from modelmerge.plan.tables import by_token
 from modelmerge.plan.vocabulary import Vocabulary, is_table, row_count
 
@@ -40,14 +41,6 @@ _QUANTISED_ENDS = {
     "scaled_fp8": "fp8, as ComfyUI stores it", ".scale_weight": "fp8, as ComfyUI stores it",
     ".comfy_quant": "as ComfyUI stores it",
 }  # fmt: skip
-# Two-dimensional weights that are look-up tables or output heads, not linear layers, by the names the field uses.
-_NOT_LINEAR = (
-    "*wte.weight", "*wpe.weight", "shared.weight", "*.shared.weight", "*relative_attention_bias*", "*lm_head*",
-    "*position_encoding*", "*token_type*", "*_bias", "*_bias_table", "*pos_emb*", "*label_emb.weight",
-    "*scale_shift_table",
-)  # fmt: skip
-# Modules named for an embedding that hold numbered linear layers: of denoisers, for times and texts.
-_EMBEDDERS = ("time_embed", "time_embedding", "text_embedding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,27 +309,6 @@ def _method_of(methods: Methods | None, name: str, linear: bool) -> tuple[str, i
     elif place is None:
         why = "the weight of a linear layer" if choice.method.matrices else "shared by all"
     return choice.name, place, where + why
-
-
-def is_linear(info: TensorInfo, include: Sequence[str]) -> bool:
-    """Whether it is the weight of a linear layer, or a stack of such: two-dimensional, and no table or head by name.
-
-    Who includes tensors by name knows them: then the name does not count.
-    """
-    if is_stack(info):
-        return True
-    if len(info.shape) != 2 or not min(info.shape) or info.dtype not in MERGEABLE_DTYPES:
-        return False
-    name = info.name.lower().rpartition("/")[2]
-    return bool(include) or not (matches(name, _NOT_LINEAR) or _is_embedding(name))
-
-
-def _is_embedding(name: str) -> bool:
-    """Whether a tensor belongs to an embedding by the name of its own module; an embedder is a linear layer."""
-    *front, module = name.removesuffix(".weight").split(".")
-    if module.isdigit() and front:
-        return "embed" in front[-1] and not front[-1].endswith((*_EMBEDDERS, "embedder"))
-    return "embed" in module and not module.endswith("embedder")
 
 
 def _other_shapes(info: TensorInfo, have: Sequence[Checkpoint]) -> str:

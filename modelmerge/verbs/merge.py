@@ -27,15 +27,8 @@ from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import manifest_of, notes_of, refuse_changed, write_card
 from modelmerge.record.recorded import other_bits
 from modelmerge.verbs import adapted, coefficients
-from modelmerge.verbs.prepare import (
-    Prepared,
-    digest_of,
-    output_of,
-    prepare,
-    prepare_file,
-    refuse_unknown,
-    threads_of_leftovers,
-)
+from modelmerge.verbs.output import output_of
+from modelmerge.verbs.prepare import Prepared, digest_of, prepare, prepare_file, refuse_unknown, threads_of_leftovers
 from modelmerge.verbs.tensors import State, merge_tensors, states_of
 
 

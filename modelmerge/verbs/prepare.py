@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +13,16 @@ from typing import Any
 
 import torch
 
-from modelmerge import interrupts
-from modelmerge.checkpoint.companions import companion_bytes, giver_of, remarks_on_files
+from modelmerge.checkpoint.companions import giver_of, remarks_on_files
 from modelmerge.checkpoint.diffusion import networks
-from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.opening import open_models
-from modelmerge.checkpoint.output import check_output, finished
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.reference import Named
-from modelmerge.checkpoint.staging import Staging, clear_remains, fingerprints
+from modelmerge.checkpoint.staging import fingerprints
 from modelmerge.engine.coefficients import Coefficients
 from modelmerge.engine.job import Group, Job
 from modelmerge.engine.memory import beyond_device, bytes_read, passes, peak_memory, refuse_beyond_memory, scratch_bytes
-from modelmerge.engine.parallel import prepare_process, source_of, threads
+from modelmerge.engine.parallel import source_of, threads
 from modelmerge.engine.transforms import Transform, transform_of
 from modelmerge.errors import UsageError, named, spelled, suggestion
 from modelmerge.evaluation.custom import Script, label_of
@@ -35,110 +30,20 @@ from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan import format_1, mergekit
-from modelmerge.plan.downloads import input_paths, with_downloads
+from modelmerge.plan.downloads import with_downloads
+from modelmerge.plan.linear import is_linear
 from modelmerge.plan.overrides import BASE, Methods, Override, group_key, parse
 from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
 from modelmerge.plan.tables import of_owners, refuse_parts
-from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, is_linear, make_plan
+from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, make_plan
 from modelmerge.plan.transforms import as_typed, parse_transform
 from modelmerge.plan.vocabulary import remarks_on_tokens
-from modelmerge.progress import Reporter
 from modelmerge.record.command import flag
 from modelmerge.record.fingerprint import fingerprint, threads_in
-from modelmerge.record.manifest import as_file, groups_of, listing, remarks
+from modelmerge.record.manifest import groups_of, listing, remarks
 from modelmerge.record.recorded import Recorded, read_recorded, refuse_unrecorded
 from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.auto import AUTO, choose
-
-_RECORD = 512  # bytes of a tensor in a manifest, as a rule
-
-
-class Output:
-    """An output that may be written: `complete` is its manifest, where a resumed run finds it complete already."""
-
-    def __init__(
-        self, plan: Plan, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool
-    ) -> None:
-        self.complete = complete
-        self._plan, self._out, self._digest, self._force, self._resume = plan, out, digest, force, resume
-        self._started = time.monotonic()
-        self._stack = contextlib.ExitStack()
-
-    def stage(
-        self, layout: Layout | None = None, *, digest: str | None = None, resume: bool = True, companions: int = 0
-    ) -> Staging:
-        """Begin to write, into files of that layout.
-
-        Args:
-            layout: The weight files, where they are known already; else `Staging.lay_out` makes them.
-            digest: Of all that determines their bytes, where that has become known since.
-            resume: Take up shards of an interrupted run, where that was asked for.
-            companions: How many times companions go beside the weights.
-        """
-        staging = Staging(
-            self._out, layout or Layout((), {}, {}), force=self._force, resume=self._resume and resume,
-            fingerprint=digest or self._digest, beside=beside_bytes(self._plan, companions),
-        )  # fmt: skip
-        with interrupts.held():  # once it is made, it is known to be cleared
-            self.staging = self._stack.enter_context(staging)
-        interrupts.check()
-        return self.staging
-
-    @property
-    def seconds(self) -> float:
-        """How long the work has taken so far."""
-        return round(time.monotonic() - self._started, 3)
-
-    def publish(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """Put the output in place; its manifest, with the time it took and its files."""
-        whole = {**manifest, "seconds": self.seconds, "files": self.staging.listing()}
-        self.staging.publish(as_file(whole))
-        return whole
-
-
-def beside_bytes(plan: Plan, companions: int) -> int:
-    """About how many bytes go beside the weights: card and manifests, and the companions so many times."""
-    models = {id(model): model for model in (plan.base, plan.giver)}.values()
-    records = _RECORD * (1 + len(plan.experts)) * (100 + len(plan.tensors))
-    return records + companions * sum(map(companion_bytes, models))
-
-
-@contextlib.contextmanager
-def output_of(
-    plan: Plan,
-    out: Path,
-    digest: str,
-    *,
-    force: bool,
-    resume: bool,
-    ready: Callable[[], object] | None,
-    progress: Reporter,
-) -> Iterator[Output]:
-    """Make the last checks before the work, and leave nothing half-written behind.
-
-    Args:
-        plan: The models, none of which the output may damage.
-        out: Where the output goes.
-        digest: Of all that determines it.
-        force: Replace what is there.
-        resume: Take up what an interrupted run has finished.
-        ready: Called once all else is known to be well.
-        progress: Shows the progress.
-
-    Raises:
-        OutputError: The output would damage something.
-    """
-    complete = finished(out, digest) if resume else None
-    check_output(out, input_paths(plan), force=force or complete is not None)
-    if ready is not None:
-        ready()
-    if complete is not None:
-        clear_remains(out)
-        progress.note(f"{out} is complete already")
-    prepare_process(sum(len(model.files) for model in plan.models) + len(plan.layout.shards))
-    output = Output(plan, out, digest, complete, force, resume)
-    with output._stack:
-        yield output
 
 
 @dataclass(frozen=True, slots=True)

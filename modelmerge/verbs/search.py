@@ -33,7 +33,8 @@ from modelmerge.record.redaction import placeless
 from modelmerge.verbs import adapted, measure
 from modelmerge.verbs.candidates import Candidate, Search, Values, label_of, prepare_search
 from modelmerge.verbs.merge import complete
-from modelmerge.verbs.prepare import beside_bytes, digest_of, output_of, refuse_unknown
+from modelmerge.verbs.output import beside_bytes, output_of
+from modelmerge.verbs.prepare import digest_of, refuse_unknown
 
 Report = Mapping[str, Any]
 _FREE = 0.95  # share of a disk's free bytes that candidates may take

@@ -41,7 +41,8 @@ from modelmerge.record.vectors import (
     transform_report,
     vector_manifests,
 )
-from modelmerge.verbs.prepare import output_of, threads_of_leftovers
+from modelmerge.verbs.output import output_of
+from modelmerge.verbs.prepare import threads_of_leftovers
 
 REDUNDANT = "redundant"  # the folder of the vector that disentangling subtracts from all
 FULL = "experts"  # the folder of base + disentangled task vector

@@ -26,7 +26,7 @@ from modelmerge.checkpoint.header import TensorInfo
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Context, Correction, SharedVector
 from modelmerge.methods.options import make_options
-from modelmerge.plan.tensors import is_linear
+from modelmerge.plan.linear import is_linear
 from tests.benchmarks.experts import SETS, ExpertSet, build
 from tests.support.methods import surveyed
 

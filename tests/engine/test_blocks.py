@@ -17,9 +17,9 @@ from torch import Tensor
 from modelmerge.checkpoint.opening import as_references, open_models
 from modelmerge.engine import job, parallel, vectors
 from modelmerge.engine.job import Source
-from modelmerge.engine.loader import Pieces
 from modelmerge.engine.merge import run
 from modelmerge.engine.parallel import in_order, source_of
+from modelmerge.engine.pieces import Pieces
 from modelmerge.engine.rounding import ExactSum
 from modelmerge.errors import CheckpointError
 from modelmerge.plan.recipe import Recipe

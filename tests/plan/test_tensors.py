@@ -20,9 +20,10 @@ from modelmerge.checkpoint.header import DTYPE_BITS, TensorInfo
 from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import parse
 from modelmerge.errors import PlanError, UsageError
+from modelmerge.plan.linear import is_linear
 from modelmerge.plan.overrides import Methods
 from modelmerge.plan.recipe import Recipe
-from modelmerge.plan.tensors import DTYPES, Plan, is_linear, make_plan
+from modelmerge.plan.tensors import DTYPES, Plan, make_plan
 from modelmerge.verbs.merge import execute
 from modelmerge.verbs.prepare import prepare
 from tests.support.checkpoints import SHAPES, State, base_state, expert_state, read, write

@@ -28,7 +28,8 @@ from modelmerge.plan.recipe import Recipe
 from modelmerge.record.redaction import published
 from modelmerge.verbs import measure
 from modelmerge.verbs.merge import merge
-from modelmerge.verbs.prepare import beside_bytes, prepare
+from modelmerge.verbs.output import beside_bytes
+from modelmerge.verbs.prepare import prepare
 from modelmerge.verbs.search import search
 from tests.support import clip_models
 from tests.support import digits as digit_experts

@@ -1,0 +1,67 @@
+"""Runs of a tensor's elements, which are read and merged one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from modelmerge.checkpoint.header import DTYPE_BITS
+from modelmerge.plan.tensors import Plan, TensorPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of a tensor's elements."""
+
+    tensor: TensorPlan
+    start: int
+    stop: int
+    whole: bool = False  # keep the tensor's shape; otherwise the run is flat
+    sampled: bool = False  # others around it are not read: no occasion to hash the file
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Tensors cut into pieces of about `block` elements, matrices between rows; each is made when it is asked for.
+
+    `by_rows`: no row of such a tensor is cut, whatever its shape. `share`: of the pieces, one in so many.
+    """
+
+    tensors: Sequence[TensorPlan]
+    block: int
+    by_rows: Callable[[TensorPlan], bool] = lambda tensor: False
+    share: int = 1
+
+    def __iter__(self) -> Iterator[Piece]:
+        before = 0
+        for tensor in self.tensors:
+            starts = self._starts(tensor)
+            for start in starts[-before % self.share :: self.share]:
+                yield Piece(tensor, start, min(start + starts.step, starts.stop), sampled=self.share > 1)
+            before += len(starts)
+
+    def __len__(self) -> int:
+        return -(-sum(len(self._starts(tensor)) for tensor in self.tensors) // self.share)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest piece."""
+        cuts = [self._starts(tensor) for tensor in self.tensors]
+        return max((min(starts.step, starts.stop) for starts in cuts), default=0)
+
+    def _starts(self, tensor: TensorPlan) -> range:
+        # Kinds that pack several elements into a byte are only ever copied, and are cut by bytes.
+        count = tensor.numel * DTYPE_BITS[tensor.dtype] // 8 // item_bytes(tensor.dtype)
+        width = tensor.row if len(tensor.shape) == 2 or self.by_rows(tensor) else 1
+        return range(0, count, max(self.block // width, 1) * width)
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of what a piece counts: an element, or a byte where elements are smaller."""
+    return max(DTYPE_BITS[dtype] // 8, 1)
+
+
+def piece_bytes(plan: Plan, piece: Piece) -> int:
+    """Bytes that a piece takes in all the files it is read from."""
+    stored = plan.stored_bytes(piece.tensor, experts=piece.tensor.action != "copy")
+    return stored * (piece.stop - piece.start) // max(piece.tensor.numel, 1)

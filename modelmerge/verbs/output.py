@@ -1,0 +1,110 @@
+"""An output: the last checks before the work, and its place once it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from modelmerge import interrupts
+from modelmerge.checkpoint.companions import companion_bytes
+from modelmerge.checkpoint.layout import Layout
+from modelmerge.checkpoint.output import check_output, finished
+from modelmerge.checkpoint.staging import Staging, clear_remains
+from modelmerge.engine.parallel import prepare_process
+from modelmerge.plan.downloads import input_paths
+from modelmerge.plan.tensors import Plan
+from modelmerge.progress import Reporter
+from modelmerge.record.manifest import as_file
+
+_RECORD = 512  # bytes of a tensor in a manifest, as a rule
+
+
+class Output:
+    """An output that may be written: `complete` is its manifest, where a resumed run finds it complete already."""
+
+    def __init__(
+        self, plan: Plan, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool
+    ) -> None:
+        self.complete = complete
+        self._plan, self._out, self._digest, self._force, self._resume = plan, out, digest, force, resume
+        self._started = time.monotonic()
+        self._stack = contextlib.ExitStack()
+
+    def stage(
+        self, layout: Layout | None = None, *, digest: str | None = None, resume: bool = True, companions: int = 0
+    ) -> Staging:
+        """Begin to write, into files of that layout.
+
+        Args:
+            layout: The weight files, where they are known already; else `Staging.lay_out` makes them.
+            digest: Of all that determines their bytes, where that has become known since.
+            resume: Take up shards of an interrupted run, where that was asked for.
+            companions: How many times companions go beside the weights.
+        """
+        staging = Staging(
+            self._out, layout or Layout((), {}, {}), force=self._force, resume=self._resume and resume,
+            fingerprint=digest or self._digest, beside=beside_bytes(self._plan, companions),
+        )  # fmt: skip
+        with interrupts.held():  # once it is made, it is known to be cleared
+            self.staging = self._stack.enter_context(staging)
+        interrupts.check()
+        return self.staging
+
+    @property
+    def seconds(self) -> float:
+        """How long the work has taken so far."""
+        return round(time.monotonic() - self._started, 3)
+
+    def publish(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the output in place; its manifest, with the time it took and its files."""
+        whole = {**manifest, "seconds": self.seconds, "files": self.staging.listing()}
+        self.staging.publish(as_file(whole))
+        return whole
+
+
+def beside_bytes(plan: Plan, companions: int) -> int:
+    """About how many bytes go beside the weights: card and manifests, and the companions so many times."""
+    models = {id(model): model for model in (plan.base, plan.giver)}.values()
+    records = _RECORD * (1 + len(plan.experts)) * (100 + len(plan.tensors))
+    return records + companions * sum(map(companion_bytes, models))
+
+
+@contextlib.contextmanager
+def output_of(
+    plan: Plan,
+    out: Path,
+    digest: str,
+    *,
+    force: bool,
+    resume: bool,
+    ready: Callable[[], object] | None,
+    progress: Reporter,
+) -> Iterator[Output]:
+    """Make the last checks before the work, and leave nothing half-written behind.
+
+    Args:
+        plan: The models, none of which the output may damage.
+        out: Where the output goes.
+        digest: Of all that determines it.
+        force: Replace what is there.
+        resume: Take up what an interrupted run has finished.
+        ready: Called once all else is known to be well.
+        progress: Shows the progress.
+
+    Raises:
+        OutputError: The output would damage something.
+    """
+    complete = finished(out, digest) if resume else None
+    check_output(out, input_paths(plan), force=force or complete is not None)
+    if ready is not None:
+        ready()
+    if complete is not None:
+        clear_remains(out)
+        progress.note(f"{out} is complete already")
+    prepare_process(sum(len(model.files) for model in plan.models) + len(plan.layout.shards))
+    output = Output(plan, out, digest, complete, force, resume)
+    with output._stack:
+        yield output
