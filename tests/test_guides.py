@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 from modelmerge.cli import main
 from modelmerge.methods import registry
 from tests.support.checkpoints import expert_state, write
-from tests.support.guides import BLOCKS, GUIDES, README, ROOT, renewed
+from tests.support.guides import BLOCKS, GUIDES, README, ROOT, blocks, commands, renewed
 
 TEXTS = {"README": README.read_text(), **{topic: file.read_text() for topic, file in GUIDES.items()}}
 # Programs whose options are not ours.
@@ -40,20 +39,6 @@ SHAPES = {
     },
     "lm_head.weight": (24, 16),
 }
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """The contents of a page's fenced blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands(text: str) -> Iterator[str]:
-    """Every command line of a page: in its blocks for a shell, and in the steps of its jobs, up to a redirection."""
-    for block in blocks(text, "sh"):
-        yield from re.findall(r"^modelmerge.*$", block, flags=re.MULTILINE)
-    for block in blocks(text, "yaml"):
-        steps = re.findall(r"^ *- run: (modelmerge.*)$", block, flags=re.MULTILINE)
-        yield from (step.partition(" > ")[0] for step in steps)
 
 
 COMMANDS = {line: topic for topic, text in TEXTS.items() for line in commands(text)}

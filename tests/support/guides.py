@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +84,20 @@ def renewed(topic: str, text: str) -> str:
             raise ValueError(f"the guide '{topic}' has no block '{name}'")
         text = f"{before}{start}\n{make()}\n{end}{after}"
     return text
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The contents of a page's fenced blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> Iterator[str]:
+    """Every command line of a page: in its blocks for a shell, and in the steps of its jobs, up to a redirection."""
+    for block in blocks(text, "sh"):
+        yield from re.findall(r"^modelmerge.*$", block, flags=re.MULTILINE)
+    for block in blocks(text, "yaml"):
+        steps = re.findall(r"^ *- run: (modelmerge.*)$", block, flags=re.MULTILINE)
+        yield from (step.partition(" > ")[0] for step in steps)
 
 
 if __name__ == "__main__":

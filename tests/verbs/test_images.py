@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modelmerge.cli import main
-from tests.support.guides import GUIDES
+from tests.support.guides import GUIDES, commands
 from tests.support.image_models import in_other_layout, state
-from tests.test_guides import commands
 
 State = dict[str, Tensor]
 LINES = list(commands(GUIDES["images"].read_text()))
