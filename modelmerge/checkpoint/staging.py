@@ -255,9 +255,18 @@ class Staging:
             try:
                 self._directory.rename(self._target)
             except BaseException:
-                self._retired.rename(self._target)
+                self._bring_back()
                 raise
             shutil.rmtree(self._retired, ignore_errors=True)
+
+    def _bring_back(self) -> None:
+        try:
+            self._retired.rename(self._target)
+        except OSError as error:
+            where = f"the old content of {self._target} is in {self._retired}"
+            raise OutputError(
+                f"{where} and cannot be moved back: {reason(error)}", hint="move it back, or let the next run do it"
+            ) from error
 
     def _recover(self) -> None:
         if self._retired.exists():

@@ -552,6 +552,28 @@ def test_the_old_content_comes_back_if_the_new_cannot_take_its_place(
     assert leftovers(out) == []
 
 
+@pytest.mark.usefixtures("no_exchange")
+def test_old_content_that_cannot_come_back_is_named_and_the_next_run_brings_it(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write(tmp_path / "out", base_state())
+    old, rename = content(out), Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if target == out:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(OutputError, match=r"old content of .*out is in .*\.out\.modelmerge-old"):
+            execute(ready(models), out, force=True)
+    assert content(tmp_path / ".out.modelmerge-old") == old
+    execute(ready(models), out, force=True)
+    assert same(read(out), merge_of(models))
+    assert leftovers(out) == []
+
+
 def test_the_next_run_puts_back_what_a_kill_between_two_renames_left(models: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(tmp_path / ".out.modelmerge-old", base_state())
