@@ -109,3 +109,17 @@ def test_a_directory_without_a_manifest_is_refused(text: str | None, tmp_path: P
         (tmp_path / "modelmerge.json").write_text(text)
     with pytest.raises(OutputError):
         modelmerge.verify(tmp_path)
+
+
+def test_a_device_that_a_manifest_names_is_no_file(models: list[Path], tmp_path: Path) -> None:
+    modelmerge.merge(models[0], models[1:], tmp_path / "out", method="average")
+    manifest = json.loads((tmp_path / "out" / "modelmerge.json").read_bytes())
+    manifest["files"]["/dev/zero"] = {"sha256": "0" * 64, "bytes": 0}
+    manifest["files"]["a\0b"] = manifest["files"]["x" * 5000] = {"sha256": "0" * 64, "bytes": 0}
+    (tmp_path / "out" / "modelmerge.json").write_text(json.dumps(manifest))
+    with pytest.raises(OutputError, match="cannot be read: File name too long"):
+        modelmerge.verify(tmp_path / "out")
+    del manifest["files"]["x" * 5000]
+    (tmp_path / "out" / "modelmerge.json").write_text(json.dumps(manifest))
+    same = {entry["name"]: entry["same"] for entry in modelmerge.verify(tmp_path / "out")["files"]}
+    assert (same["/dev/zero"], same["a\0b"]) == (False, False)
