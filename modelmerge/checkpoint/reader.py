@@ -23,7 +23,6 @@ from modelmerge.checkpoint.components import (
     SINGLE,
     Component,
     Weights,
-    as_safetensors,
     find_weights,
     folders_of,
     named_folders,
@@ -194,8 +193,7 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
     tensors, remarks = read_file(path)
     if is_lora(path, tensors):
         return _lora_file(reference, path, tensors, remarks)
-    filename = as_safetensors(path.name)
-    component = Component("", filename, f"{filename}.index.json", alone=True, metadata=_metadata(path))
+    component = Component("", SINGLE, INDEX, alone=True, metadata=_metadata(path))
     return Checkpoint(reference, tensors, {path: path.stat()}, None, {}, remarks=remarks, components={"": component})
 
 
@@ -224,8 +222,10 @@ def _open_directory(reference: Reference, directory: Path) -> Checkpoint:
         if weights is None:
             continue
         content, notes, gone = _read_weights(place, weights)
-        metadata = _metadata(place / weights.single) if weights.alone else {}
-        component = Component(folder, *weights.component_names, _read_config(place), weights.alone, metadata)
+        # Without a config it is what a lone file is, as a merge of lone files writes it.
+        alone = weights.alone or not ((place / "config.json").exists() or (place / weights.index).exists())
+        metadata = _metadata(place / weights.single) if alone else {}
+        component = Component(folder, *weights.component_names, _read_config(place), alone, metadata)
         if is_lora(place, content):
             raise ReferenceNotFound(f"{place} holds the factors of a LoRA, no weights", hint="name the file itself")
         read = dict.fromkeys(tensor.file for tensor in content.values()) or (place / weights.single,)

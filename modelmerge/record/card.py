@@ -80,7 +80,7 @@ def front_matter(directory: Path | None) -> tuple[dict[str, str], str | None]:
         return {}, None
     try:
         match = _FRONT.match(read_bytes(directory / CARD).decode())
-        return {key: visible(word) for key, word in (top_entries(match[1]) if match else {}).items()}, None
+        return top_entries(match[1]) if match else {}, None
     except OSError as error:
         return {}, error.strerror
     except ValueError as error:
@@ -133,7 +133,7 @@ def render(
         base_model=on_hub or None,
         base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
         library_name="peft" if adapter else library,
-        pipeline_tag=base.front.get("pipeline_tag") if library else None,
+        pipeline_tag=_line(base.front.get("pipeline_tag")) if library else None,
         tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(m.name for m in (*methods, *transforms))],
     )
     for key, value in license.items():
@@ -204,7 +204,7 @@ def with_results(text: str, results: Sequence[Result], *, name: str) -> str:
 
 def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
     """The licence for the front matter, and a sentence about it: inherited where all models have the same."""
-    licenses = [{key: model.front.get(key) for key in _LICENSE} for model in models]
+    licenses = [{key: _line(model.front.get(key)) for key in _LICENSE} for model in models]
     if licenses[0]["license"] and all(license == licenses[0] for license in licenses):
         entries = {key: value for key, value in licenses[0].items() if value}
         name = entries.get("license_name") or entries["license"]
@@ -283,3 +283,8 @@ def _value(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return ", ".join(code(str(each)) for each in value)
     return words(str(value))
+
+
+def _line(text: str | None) -> str | None:
+    """A word of somebody's front matter, on one line; None for an empty one."""
+    return visible(text) if text else None

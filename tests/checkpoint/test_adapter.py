@@ -286,7 +286,7 @@ def test_a_base_of_another_name_is_said(tmp_path: Path) -> None:
     merged_here(base, [adapter], tmp_path / "other")
     notes = [json.loads((tmp_path / out / "modelmerge.json").read_bytes())["notes"] for out in ("same", "other")]
     assert not notes[0]
-    assert any("it says it was trained on 'org/Other-7B', and the base here is 'base'" in note for note in notes[1])
+    assert any("it says it was trained on 'org/Other-7B', and the base is 'base'" in note for note in notes[1])
 
 
 def test_pickled_adapters(tmp_path: Path) -> None:

@@ -340,29 +340,29 @@ def metadata(file: Path) -> dict[str, str]:
         return stream.metadata()
 
 
-def test_a_lone_file_stays_one_with_its_name_and_what_it_says_of_itself(lone: list[Path], tmp_path: Path) -> None:
+def test_a_lone_file_stays_one_with_what_it_says_of_itself(lone: list[Path], tmp_path: Path) -> None:
     modelmerge.merge(lone[0], [lone[1]], tmp_path / "out", method="average")
-    assert files(tmp_path / "out") == {"sd_{xl}.v1.safetensors", "README.md", "modelmerge.json"}
-    assert metadata(tmp_path / "out" / lone[0].name) == METADATA
+    assert files(tmp_path / "out") == {"model.safetensors", "README.md", "modelmerge.json"}
+    assert metadata(tmp_path / "out" / "model.safetensors") == METADATA
     # The output is a model again, and one that stays in one piece.
     modelmerge.merge(tmp_path / "out", [lone[1]], tmp_path / "again", method="average")
-    assert metadata(tmp_path / "again" / lone[0].name) == METADATA
-    assert same(load_file(tmp_path / "again" / lone[0].name), load_file(tmp_path / "out" / lone[0].name))
+    assert metadata(tmp_path / "again" / "model.safetensors") == METADATA
+    assert same(load_file(tmp_path / "again" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors"))
 
 
 def test_a_lone_file_is_split_where_a_size_is_named(lone: list[Path], tmp_path: Path) -> None:
     modelmerge.merge(lone[0], [lone[1]], tmp_path / "out", method="average", max_shard_size="2KB")
     names = files(tmp_path / "out")
-    assert "sd_{xl}.v1.safetensors.index.json" in names
-    assert any(name.startswith("sd_{xl}.v1-00001-of-") for name in names)
+    assert "model.safetensors.index.json" in names
+    assert any(name.startswith("model-00001-of-") for name in names)
     modelmerge.replay(tmp_path / "out", tmp_path / "again")
     assert files(tmp_path / "again") == names
 
 
-def test_a_pickled_lone_file_becomes_a_safetensors_file_of_the_same_stem(lone: list[Path], tmp_path: Path) -> None:
+def test_a_pickled_lone_file_becomes_a_safetensors_file(lone: list[Path], tmp_path: Path) -> None:
     torch.save(base_state(), tmp_path / "old.ckpt")
     modelmerge.merge(tmp_path / "old.ckpt", [lone[1]], tmp_path / "out", method="average")
-    assert files(tmp_path / "out") == {"old.safetensors", "README.md", "modelmerge.json"}
+    assert files(tmp_path / "out") == {"model.safetensors", "README.md", "modelmerge.json"}
 
 
 def test_a_lone_file_of_many_gigabytes_is_planned_as_one(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_a_lone_file_of_many_gigabytes_is_planned_as_one(tmp_path: Path) -> None
         with names[-1].open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.truncate(8 + len(text) + 7_000_000_000)
-    assert plan(*names)["shards"] == ["base.safetensors"]
+    assert plan(*names)["shards"] == ["model.safetensors"]
     assert len(plan(*names, max_shard_size="5GB")["shards"]) == 1  # its one tensor is larger
 
 

@@ -21,6 +21,7 @@ from modelmerge.checkpoint import digest
 from modelmerge.checkpoint.components import INDEX
 from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
+from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_experts
 from modelmerge.cli import main
@@ -351,7 +352,7 @@ def test_experts_keep_their_order(tmp_path: Path) -> None:
 
 def test_a_mapping_names_the_experts(tmp_path: Path) -> None:
     directory = write(tmp_path / "final", base_state())
-    experts = parse_experts({"math": str(directory), "code": str(directory)})
+    experts = parse_experts(as_references({"math": str(directory), "code": str(directory)}))
     assert [(e.name, e.path) for e in experts] == [("math", directory), ("code", directory)]
 
 

@@ -226,9 +226,9 @@ def test_a_recipe_whose_input_changed_is_refused(models: list[Path], tmp_path: P
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("nonsense", "not a manifest"), ("[]", "not a manifest"), ("{}", "not a manifest"),
+        ("nonsense", "not valid JSON"), ("[]", "must be an object"), ("{}", "inputs is missing"),
         ('{"format": 99, "versions": {"modelmerge": "9.0"}}', "format 99"),
-        ('{"format": 1, "recipe": {"colour": 1}}', "unknown entry 'colour'"),
+        ('{"format": 1, "inputs": {"base": {"files": {}}, "experts": []}, "recipe": {"colour": 1}}', "colour|missing"),
     ],
 )  # fmt: skip
 def test_a_broken_recipe_is_refused(content: str, says: str, tmp_path: Path) -> None:

@@ -89,9 +89,9 @@ def test_the_artists_merge_is_the_sum_by_hand_in_one_file(studio: Path, models: 
             want = want + weight * 2.0 / 4 * up @ down
         assert (got[name] - want).abs().max() <= 2e-6, name
     assert sorted(path.name for path in (studio / "merged").iterdir() if path.suffix == ".safetensors") == [
-        "sd15.safetensors"
+        "model.safetensors"
     ]
-    with safe_open(studio / "merged" / "sd15.safetensors", "pt") as opened:
+    with safe_open(studio / "merged" / "model.safetensors", "pt") as opened:
         assert opened.metadata()["modelspec.title"] == "sd15"
 
 
