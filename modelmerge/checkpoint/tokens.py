@@ -322,6 +322,8 @@ def _as_text(token: bytes) -> str:
 
 def _ids(file: Path, content: Any) -> dict[str, int]:
     ids = _object(file, content)
+    if not set(map(type, ids)) <= {str}:
+        raise _malformed(file, "a token in its vocabulary is no text")
     if not all(type(place) is int and 0 <= place < _IDS for place in ids.values()):
         raise _malformed(file, f"an id in its vocabulary is no number from 0 to {_IDS - 1}")
     return dict(ids)

@@ -98,6 +98,8 @@ def test_other_kinds_of_files(tmp_path: Path) -> None:
         ("tokenizer.json", {"model": {"vocab": {"a": 2**31}}}),
         ("tokenizer.json", {"added_tokens": 5, "model": {"vocab": {}}}),
         ("tekken.json", {"config": {"default_vocab_size": 5, "default_num_special_tokens": -5}, "vocab": [_PIECE]}),
+        ("tekken.json", {"config": {"default_vocab_size": 5, "default_num_special_tokens": 1}, "vocab": [_PIECE],
+                         "special_tokens": [{"rank": 0, "token_str": None}]}),
     ],
 )  # fmt: skip
 def test_what_is_malformed_is_named(name: str, content: Any, tmp_path: Path) -> None:
