@@ -149,7 +149,7 @@ def _largest(old: Path, new: Path) -> tuple[str | None, float]:
             if a.shape == b.shape:
                 square = sum(float((x.double() - y.double()).square().sum()) for x, y in _runs(a, b))
                 norm = sum(float(x.double().square().sum()) for x, _ in _runs(a, a))
-                distances[name] = math.sqrt(square / norm) if norm else math.inf * bool(square)
+                distances[name] = math.sqrt(square / norm) if norm else (math.inf if square else 0.0)
     largest = max(distances, key=lambda name: distances[name], default=None)
     return largest, distances.get(largest, 0.0) if largest is not None else 0.0
 

@@ -25,7 +25,7 @@ from tests.support.methods import takes
 
 METHODS = [name for name in registry.names() if not registry.load(name).on_data]
 WEIGHTS = "model.safetensors"
-LONE = "base.safetensors"  # what a lone base becomes
+LONE = "model.safetensors"
 SCRIPT = """
 import torch
 import pathlib
