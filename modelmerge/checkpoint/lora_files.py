@@ -23,7 +23,7 @@ from modelmerge.checkpoint.adapter import Translation, scale_of
 from modelmerge.checkpoint.adapter_config import Adapter, checked_adapter
 from modelmerge.checkpoint.header import Change, Product, TensorInfo, rows, transposed
 from modelmerge.checkpoint.lora_keys import Module, modules_of
-from modelmerge.checkpoint.lora_places import Places, Spot, front_of
+from modelmerge.checkpoint.lora_places import Places, Spot, known_front
 from modelmerge.checkpoint.names import matches
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import CheckpointError, PlanError, ReferenceNotFound, named
@@ -42,7 +42,7 @@ def translate_file(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] 
     assert expert.adapter is not None, "the expert is a LoRA file"
     places, file = Places(base), expert.adapter.file
     modules, strangers = modules_of(expert.tensors)
-    if not places.of_images and not all(front_of(name) for name in modules):
+    if not places.of_images and not all(known_front(name) for name in modules):
         raise ReferenceNotFound(
             f"{file} is a LoRA file, by its key '{next(iter(expert.tensors))}', and {base.reference.text} no model of "
             "images: what it changes cannot be told",
@@ -301,7 +301,7 @@ def _unplaced(expert: Checkpoint, lost: Sequence[Module], places: Places) -> Pla
     first, count = lost[0], len(lost)
     key = next((info.name for info in first.parts.values()), first.name)
     near = places.near(first)
-    globs = dict.fromkeys(f"{front_of(module.name) or module.name}*" for module in lost)
+    globs = dict.fromkeys(f"{known_front(module.name) or module.name}*" for module in lost)
     ways = " ".join(f"{named('exclude')} '{glob}'" for glob in list(globs)[:3])
     return PlanError(
         f"{expert.adapter.file}: the base has no place for {count} of its modules, such as that of its key '{key}'",

@@ -112,7 +112,7 @@ class Places:
         modules.setdefault(module, {}).setdefault(end, []).append(spot)
 
 
-def front_of(name: str) -> str:
+def known_front(name: str) -> str:
     """What stands before a module's name, such as `lora_te1_`; empty where nothing is known to."""
     return max((front for front in _FRONTS if name.startswith(front)), key=len, default="")
 
@@ -125,7 +125,7 @@ def _component(folder: str, kind: str) -> str:
 
 def _without_front(name: str) -> tuple[str, str]:
     """The component that a name's first words mean, and the rest of it."""
-    front = front_of(name)
+    front = known_front(name)
     return _FRONTS.get(front, ANY), name[len(front) :]
 
 

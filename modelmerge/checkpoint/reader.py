@@ -193,7 +193,7 @@ def open_checkpoint(reference: Reference) -> Checkpoint:
     tensors, remarks = read_file(path)
     if is_lora(path, tensors):
         return _lora_file(reference, path, tensors, remarks)
-    component = Component("", SINGLE, INDEX, alone=True, metadata=_metadata(path))
+    component = Component(alone=True, metadata=_metadata(path))
     return Checkpoint(reference, tensors, {path: path.stat()}, None, {}, remarks=remarks, components={"": component})
 
 

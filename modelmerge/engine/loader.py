@@ -236,12 +236,7 @@ class Loader:
         return torch.cat(lefts, 1), torch.cat(rights)
 
     def _rows(self, model: Checkpoint, info: TensorInfo, start: int, stop: int) -> Tensor:
-        """A stored tensor's elements from `start` to `stop`, flat, on the device, float32 or (if stored so) float64."""
-        size = item_bytes(info.dtype)
-        raw = torch.empty((stop - start) * size, dtype=torch.uint8)
-        model.read_into(info, start * size, _buffer(raw))
-        values = raw.view(TORCH_DTYPES[info.dtype]).to(self._device)
-        return values if values.dtype == torch.float64 else values.float()
+        return _elements(model, info, start, stop, self._device)
 
     def copy(self, piece: Piece) -> Tensor:
         """The base's own elements, flat, in the output's dtype (raw bytes where it stays the same)."""
@@ -336,9 +331,14 @@ def expert_values(plan: Plan, piece: Piece, device: torch.device) -> Tensor | No
     info = expert.tensors.get(tensor.name)
     if info is None or info.change is not None or tensor.rows is not None or tensor.owners is not None:
         return None
+    return _elements(expert, info, piece.start, piece.stop, device)
+
+
+def _elements(model: Checkpoint, info: TensorInfo, start: int, stop: int, device: torch.device) -> Tensor:
+    """A stored tensor's elements from `start` to `stop`, flat, on the device, float32 or (if stored so) float64."""
     size = item_bytes(info.dtype)
-    raw = torch.empty((piece.stop - piece.start) * size, dtype=torch.uint8)
-    expert.read_into(info, piece.start * size, _buffer(raw), follow=False)
+    raw = torch.empty((stop - start) * size, dtype=torch.uint8)
+    model.read_into(info, start * size, _buffer(raw))
     values = raw.view(TORCH_DTYPES[info.dtype]).to(device)
     return values if values.dtype == torch.float64 else values.float()
 

@@ -200,7 +200,7 @@ def _split_note(task: Task, split: str | None) -> str:
 
 
 def _named_splits(task: Task, rows: Any) -> list[str]:
-    """The note on a folder of images whose splits are told by the names of the files, not of folders."""
+    """The note on a folder of images whose splits follow from the names of files, not of folders."""
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     path = Path(task.data).expanduser()

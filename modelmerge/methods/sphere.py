@@ -8,12 +8,13 @@ products of the points themselves would, which are all nearly the same.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from modelmerge.methods.contract import Tensor
+from modelmerge.methods.contract import Context, Tensor
 from modelmerge.methods.sums import gram, weighted_sum
 
 # Below this angle a great circle is a straight line, to float64's rounding.
@@ -35,6 +36,24 @@ def inner_products(moments: Tensor, *, weights: bool) -> Tensor:
     products = moments.view(count, count)
     taus, cross = products[1:, 1:], products[0, 1:]
     return taus + cross[:, None] + cross + products[0, 0] if weights else taus
+
+
+Mean = Callable[[Tensor, Sequence[float]], tuple[float, ...]]  # of inner products and weights that add up to one
+
+
+def merged(taus: Tensor, context: Context, points: str, coefficients: Sequence[float]) -> Tensor:
+    """The task vector of a combination of weights, or of task vectors, [T, *shape] -> [*shape]."""
+    return combined(taus, context.base if points == "weights" else None, coefficients)
+
+
+@functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
+def mean_of(moments: tuple[float, ...], weights: tuple[float, ...], points: str, mean: Mean) -> tuple[float, ...]:
+    """Coefficients of a mean of weights, or of task vectors; the plain one where nothing changed, to the last digit."""
+    sums = torch.tensor(moments, dtype=torch.float64)
+    shares = [weight / sum(weights) for weight in weights]
+    if not bool(inner_products(sums, weights=False).any()):
+        return tuple(shares)
+    return mean(inner_products(sums, weights=points == "weights"), shares)
 
 
 def combined(taus: Tensor, base: Tensor | None, coefficients: Sequence[float]) -> Tensor:

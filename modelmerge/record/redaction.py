@@ -44,7 +44,7 @@ def _rows(models: Any) -> list[dict[str, Any]]:
 
 
 def unquoted(sentences: str) -> str:
-    """Sentences in which paths are told by the last of their parts."""
+    """Sentences in which paths are given by the last of their parts."""
     return _QUOTED.sub(r"'\1'", sentences)
 
 

@@ -533,19 +533,25 @@ def test_force_replaces_without_exchange(models: list[Path], tmp_path: Path) -> 
     assert leftovers(out) == []
 
 
+def rename_failing(number: int, fails: Callable[[Path, Path], bool]) -> Callable[[Path, Path], Path]:
+    """`Path.rename`, with an error of that number for some paths and targets."""
+    rename = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        if fails(path, target):
+            raise OSError(number, os.strerror(number))
+        return rename(path, target)
+
+    return renamed
+
+
 @pytest.mark.usefixtures("no_exchange")
 def test_the_old_content_comes_back_if_the_new_cannot_take_its_place(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = write(tmp_path / "out", base_state())
-    old, rename = content(out), Path.rename
-
-    def fail(path: Path, target: Path) -> Path:
-        if path == staging_of(out):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
+    old = content(out)
+    monkeypatch.setattr(Path, "rename", rename_failing(errno.EACCES, lambda path, target: path == staging_of(out)))
     with pytest.raises(OutputError, match=r"cannot put the output in place in .*: Permission denied"):
         execute(ready(models), out, force=True)
     assert content(out) == old
@@ -557,15 +563,9 @@ def test_old_content_that_cannot_come_back_is_named_and_the_next_run_brings_it(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = write(tmp_path / "out", base_state())
-    old, rename = content(out), Path.rename
-
-    def fail(path: Path, target: Path) -> Path:
-        if target == out:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return rename(path, target)
-
+    old = content(out)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
+        patch.setattr(Path, "rename", rename_failing(errno.ENOSPC, lambda path, target: target == out))
         with pytest.raises(OutputError, match=r"old content of .*out is in .*\.out\.modelmerge-old"):
             execute(ready(models), out, force=True)
     assert content(tmp_path / ".out.modelmerge-old") == old

@@ -25,6 +25,7 @@ from tests.support.checkpoints import State, base_state, expert_state, family, r
 from tests.support.methods import surveyed, takes
 
 NAMES = registry.data_free()
+NOTHING = {"name": "base", "reference": "base", "path": None, "files": {}}  # an input, as a manifest has it
 
 
 def in_memory(name: str, base: State, experts: list[State], **values: Any) -> State:
@@ -228,7 +229,8 @@ def test_a_recipe_whose_input_changed_is_refused(models: list[Path], tmp_path: P
     [
         ("nonsense", "not valid JSON"), ("[]", "must be an object"), ("{}", "inputs is missing"),
         ('{"format": 99, "versions": {"modelmerge": "9.0"}}', "format 99"),
-        ('{"format": 1, "inputs": {"base": {"files": {}}, "experts": []}, "recipe": {"colour": 1}}', "colour|missing"),
+        (json.dumps({"format": 1, "inputs": {"base": NOTHING, "experts": []}, "recipe": {"colour": 1}}),
+         "unknown entry 'colour'"),
     ],
 )  # fmt: skip
 def test_a_broken_recipe_is_refused(content: str, says: str, tmp_path: Path) -> None:

@@ -8,11 +8,8 @@ inner products of the models until it stands still: two passes over the tensor h
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
 
 from modelmerge.methods import sphere
 from modelmerge.methods.contract import Citation, Context, Method, Tensor
@@ -29,18 +26,9 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the task vector of the mean."""
     assert context.measured is not None
-    base = context.base if options.points == "weights" else None
-    coefficients = _coefficients(tuple(context.measured.tolist()), context.weights, options.points)
-    return sphere.combined(taus, base, coefficients)
-
-
-@functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
-def _coefficients(moments: tuple[float, ...], weights: tuple[float, ...], points: str) -> tuple[float, ...]:
-    sums = torch.tensor(moments, dtype=torch.float64)
-    alphas = [weight / sum(weights) for weight in weights]
-    if not bool(sphere.inner_products(sums, weights=False).any()):  # nothing changed, to the last digit
-        return tuple(alphas)
-    return sphere.centre(sphere.inner_products(sums, weights=points == "weights"), alphas)
+    moments = tuple(context.measured.tolist())
+    coefficients = sphere.mean_of(moments, context.weights, options.points, sphere.centre)
+    return sphere.merged(taus, context, options.points, coefficients)
 
 
 METHOD = Method(

@@ -11,11 +11,8 @@ cancel, mergekit ends in an error for more than two models; here the result is t
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
 
 from modelmerge.methods import sphere
 from modelmerge.methods.contract import Citation, Context, Method, Tensor
@@ -33,20 +30,10 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the task vector of the mean."""
     assert context.measured is not None
-    base = context.base if options.points == "weights" else None
-    coefficients = _coefficients(tuple(context.measured.tolist()), context.weights, options)
-    return sphere.combined(taus, base, coefficients)
-
-
-@functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
-def _coefficients(moments: tuple[float, ...], weights: tuple[float, ...], options: Options) -> tuple[float, ...]:
-    sums = torch.tensor(moments, dtype=torch.float64)
-    shares = [weight / sum(weights) for weight in weights]
-    if not bool(sphere.inner_products(sums, weights=False).any()):  # nothing changed, to the last digit
-        return tuple(shares)
-    products = sphere.inner_products(sums, weights=options.points == "weights")
-    factor = 1.0 if options.reduce == "mean" else sum(weights)
-    return tuple(factor * each for each in sphere.direction(products, shares))
+    moments = tuple(context.measured.tolist())
+    mean = sphere.mean_of(moments, context.weights, options.points, sphere.direction)
+    factor = 1.0 if options.reduce == "mean" else sum(context.weights)
+    return sphere.merged(taus, context, options.points, [factor * each for each in mean])
 
 
 METHOD = Method(

@@ -3,8 +3,8 @@
 Reinforced Agent Merging (Yuan et al., 2026), for experts whose task vectors are sparse, as reinforcement learning makes
 them. An expert has changed an entry where its task vector is larger than `--threshold` there. Entries that one expert
 changed are taken as they are; entries that several changed are the mean over those; all others stay at the base. The
-result is multiplied by `--scale`. With --weight a task vector is multiplied by its expert's weight; who changed what is
-told by the task vectors as they are.
+result is multiplied by `--scale`. With --weight a task vector is multiplied by its expert's weight; who changed what
+follows from the task vectors as they are.
 
 mergekit's ram has no weights and no scale. Experts that were trained in 16 bits change each entry by at least a step
 of that format, or not at all: the threshold then only has to be below that step.

@@ -35,9 +35,8 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[2, *shape] or [1, *shape] -> [*shape]: the task vector of the model on the way."""
     assert context.measured is not None
-    base = context.base if options.points == "weights" else None
     coefficients = _coefficients(tuple(context.measured.tolist()), context.weights, options)
-    return sphere.combined(taus, base, coefficients)
+    return sphere.merged(taus, context, options.points, coefficients)
 
 
 @functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
