@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ _received: list[int] = []
 _moment = 0.0  # when the first came
 _raised = _finished = False
 _held = 0
+_acknowledge: Callable[[], None] | None = None
 
 
 def install() -> None:
@@ -41,6 +42,12 @@ def install() -> None:
     for number in MEANINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
+
+
+def on_first(acknowledge: Callable[[], None] | None) -> None:
+    """Call this when the first signal comes, from the thread that notes it; None: nothing."""
+    global _acknowledge
+    _acknowledge = acknowledge
 
 
 def received() -> int | None:
@@ -95,6 +102,8 @@ def _note(number: int) -> None:
     if not _received:
         _moment = time.monotonic()
         _received.append(number)
+        if _acknowledge is not None:
+            _acknowledge()
     elif time.monotonic() - _moment > _ECHO:
         os.write(2, f"error: {MEANINGS[number]}\n".encode())
         quit_now(number)

@@ -11,6 +11,9 @@ class Reporter(Protocol):
     def stage(self, label: str, total: int, unit: str = "bytes") -> None:
         """A stage begins that will process `total` bytes, or steps, or whatever `unit` is."""
 
+    def begin(self, item: str) -> None:
+        """Work on an item begins that may take long."""
+
     def advance(self, amount: int, item: str) -> None:
         """So much more of the stage is done; `item` is the tensor or file at hand, or how far the loss has come."""
 
@@ -22,6 +25,9 @@ class Silent:
     """A progress that says nothing."""
 
     def stage(self, label: str, total: int, unit: str = "bytes") -> None:
+        """Ignore it."""
+
+    def begin(self, item: str) -> None:
         """Ignore it."""
 
     def advance(self, amount: int, item: str) -> None:

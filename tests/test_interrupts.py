@@ -53,7 +53,7 @@ def test_an_interrupt_that_is_swallowed_stops_the_work_all_the_same(models: list
     tasks = ["--task", "first", "--task", "second"]
     with running(["eval", "custom", str(models[0]), "--script", f"{file}:f", *tasks]) as run:
         assert run.end() == 130
-        assert run.err() == "first\nerror: interrupted\n"
+        assert run.err() == "first\nstopping\nerror: interrupted\n"
 
 
 def test_a_second_interrupt_ends_what_the_first_cannot(models: list[Path], tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_second_interrupt_ends_what_the_first_cannot(models: list[Path], tmp_p
         time.sleep(0.3)
         run.send(signal.SIGINT)
         assert run.end() == 130
-        assert run.err() == "error: interrupted\n"
+        assert run.err() == "stopping\nerror: interrupted\n"
 
 
 def test_an_interrupt_while_an_object_is_cleared_away_is_neither_shown_nor_lost() -> None:

@@ -16,7 +16,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from modelmerge.charts import page
-from modelmerge.cli.output import Bars, Sink, line, table
+from modelmerge.cli.bars import Bars
+from modelmerge.cli.output import Sink, line, table
 from modelmerge.record import card, markdown
 from modelmerge.text import visible, visible_lines
 from tests.support.strangers import HOSTILE, MARKS, steers, tokens

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from modelmerge import interrupts
 from modelmerge.checkpoint import manifest_file
@@ -34,7 +34,9 @@ from modelmerge.checkpoint.lora_keys import LORA_WEIGHTS, is_lora, lora_metadata
 from modelmerge.checkpoint.pickled import gather, read_pickle
 from modelmerge.checkpoint.reference import Reference
 from modelmerge.errors import CheckpointError, ReferenceNotFound
-from modelmerge.hub.ranges import Ranges
+
+if TYPE_CHECKING:
+    from modelmerge.hub.ranges import Ranges
 
 MANIFEST = "modelmerge.json"
 VECTOR_KIND = "task-vector"  # what a task vector's manifest says it is

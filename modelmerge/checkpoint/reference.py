@@ -18,13 +18,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from modelmerge.errors import ReferenceNotFound, UsageError, suggestion
 
-from modelmerge.errors import ReferenceNotFound, UsageError
-from modelmerge.hub import repository
+if TYPE_CHECKING:
+    from modelmerge.hub import repository
 
 _HUB = re.compile(r"(?:(?P<scheme>hf://))?(?P<repo>[\w.\-]+/[\w.\-]+)(?P<inside>/[^@]+)?(?:@(?P<revision>.+))?")
 _FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|json|ya?ml)")
@@ -99,6 +98,17 @@ def parse(text: str | Named) -> Reference:
     return Reference(name or _default_name(path, folder=path.is_dir()), ref, path)
 
 
+def parse_here(text: str | Named) -> Reference | None:
+    """The checkpoint that `[NAME=]REF` names, where that is a path; None where it may be a name on the Hub.
+
+    Raises:
+        UsageError: As for `parse`.
+        ReferenceNotFound: It is neither.
+    """
+    ref = text.reference if isinstance(text, Named) else _split(text)[1]
+    return None if _on_hub(ref) and not _is_there(ref) else parse(text)
+
+
 def _split(text: str) -> tuple[str | None, str]:
     """The name, if there is one, and the reference behind it."""
     with contextlib.suppress(ValueError):  # a zero byte
@@ -155,6 +165,12 @@ def _default_name(path: Path, *, folder: bool) -> str:
     return path.parent.name if path.stem in _GENERIC_STEMS else path.stem
 
 
+def _on_hub(ref: str) -> re.Match[str] | None:
+    """The parts of a reference that may name a repository."""
+    match = None if ref.startswith(_PATHS) else _HUB.fullmatch(ref)
+    return None if match and not match["scheme"] and (match["inside"] or _FILE.fullmatch(ref)) else match
+
+
 def _on_the_hub(ref: str, path: Path) -> repository.Repository:
     """The repository that a reference names which is no path.
 
@@ -162,9 +178,15 @@ def _on_the_hub(ref: str, path: Path) -> repository.Repository:
         ReferenceNotFound: It cannot name one, or there is none.
         HubError: The Hub refuses, or cannot be reached.
     """
-    match = None if ref.startswith(_PATHS) else _HUB.fullmatch(ref)
-    if match is None or (not match["scheme"] and (match["inside"] or _FILE.fullmatch(ref))):
+    match = _on_hub(ref)
+    if match is None:
         raise _missing(ref, path)
+    # The Hub's client takes a fifth of a second to import, and most models are here.
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from modelmerge.hub import repository
+
     try:
         validate_repo_id(match["repo"])
     except HFValidationError:
@@ -185,5 +207,6 @@ def _missing(ref: str, path: Path) -> ReferenceNotFound:
 def _beside(path: Path) -> str | None:
     """What lies where the path should."""
     near = path.parent
-    beside = sorted(p.name for p in near.iterdir() if not p.name.startswith("."))[:8] if near.is_dir() else []
-    return f"{near} holds: {', '.join(beside)}" if beside else None
+    beside = sorted(p.name for p in near.iterdir() if not p.name.startswith(".")) if near.is_dir() else []
+    some = f"{near} holds: {', '.join(beside[:8])}{', ...' if beside[8:] else ''}" if beside else ""
+    return suggestion(path.name, beside, some, show=lambda name: str(path.with_name(name)))

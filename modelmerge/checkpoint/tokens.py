@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelmerge.checkpoint.documents import parse_json, read_bytes, read_json
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import CheckpointError
-from modelmerge.hub.repository import RemoteFile
+
+if TYPE_CHECKING:
+    from modelmerge.hub.repository import RemoteFile
 
 TOKENIZER_JSON, CONFIG, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 DECODER = "added_tokens_decoder"  # the entry of tokenizer_config.json

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from modelmerge.cli import options as opt
-from modelmerge.cli.output import Bars, Sink, line, table
+from modelmerge.cli.bars import Bars
+from modelmerge.cli.output import Sink, line, table
 
 SUMMARY = (
     "Train six small experts, merge them by every method, and see what each merge is worth. Offline, under a minute. "

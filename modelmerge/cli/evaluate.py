@@ -11,8 +11,9 @@ import typer
 
 from modelmerge import evaluation
 from modelmerge.cli import options as opt
+from modelmerge.cli.bars import Bars
 from modelmerge.cli.help import with_examples
-from modelmerge.cli.output import Bars, Sink, table
+from modelmerge.cli.output import Sink, table
 
 if TYPE_CHECKING:
     from rich.table import Table

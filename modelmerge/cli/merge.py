@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from modelmerge.cli import options as opt
+from modelmerge.cli.bars import Bars
 from modelmerge.cli.help import with_examples
-from modelmerge.cli.output import Bars, Sink, flag, line, table
+from modelmerge.cli.output import Sink, flag, line, table
 from modelmerge.cli.plan import head, plan_lines, result_lines
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.methods import registry
@@ -128,13 +129,12 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
         elif not output:
             raise UsageError("--recipe needs an output directory", hint="give -o DIR")
         else:
-            from modelmerge.verbs.merge import execute
-            from modelmerge.verbs.prepare import prepare_file
-
             names = {name for name in values if opt.typed(context, name)}
             weights = {f"{name}.weight" for name in parse_weights(values["weight"] or ())}
 
-            def prepare() -> Prepared:
+            def prepared() -> Prepared:
+                from modelmerge.verbs.prepare import prepare_file
+
                 return prepare_file(
                     Path(recipe).expanduser(), device=values["device"], stream=values["stream"],
                     change=lambda recipe: _changed(recipe, method, values, names),
@@ -142,7 +142,7 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
                     allow_different_bits=values["allow_different_bits"],
                 )  # fmt: skip
 
-            carry_out(prepare, execute, values, sink)
+            carry_out(prepared, executed, values, sink)
 
     arguments = [opt.argument("context", typer.Context)]
     parameters = [*(_of_method(method) if method else []), *opt.shared(models), *opt.shared(opt.merged)]
@@ -197,13 +197,17 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
     method = None if name == AUTO else registry.load(name)
 
     def run(sink: Sink, context: typer.Context, **values: Any) -> None:
-        from modelmerge.verbs.merge import execute
-        from modelmerge.verbs.prepare import prepare
-
         recipe = recipe_of(name, method, values, context)
+        refuse_early(recipe, values)
         place = {"device": values["device"], "stream": values["stream"], "look": not values["dry_run"]}
         place["script"] = _script(values, context)
-        carry_out(lambda: prepare(recipe, **place), execute, values, sink)
+
+        def prepared() -> Prepared:
+            from modelmerge.verbs.prepare import prepare
+
+            return prepare(recipe, **place)
+
+        carry_out(prepared, executed, values, sink)
 
     return opt.command(run, parameters(method, preset=preset))
 
@@ -245,8 +249,6 @@ def recipe_of(name: str, method: Method | None, values: dict[str, Any], context:
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """What the shared options say of a recipe, as far as they were typed."""
-    from modelmerge.checkpoint.as_lora import parse_size
-
     fields: dict[str, Any] = {
         name: tuple(values[name]) for name in ("at", "disentangle", "include", "exclude") if values[name]
     }
@@ -255,6 +257,8 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     if values["weight"]:
         fields["weights"] = parse_weights(values["weight"])
     if values["as_lora"] is not None:
+        from modelmerge.checkpoint.as_lora import parse_size
+
         small = parse_size(values["as_lora"])
         fields["as_lora"] = small.rank or small.energy
     return fields
@@ -280,6 +284,24 @@ def _of_preset(preset: presets.Preset, name: str, typed: set[str]) -> dict[str, 
         if not rivals & typed:
             values[option] = value
     return values
+
+
+def executed(prepared: Prepared, out: Path, **how: Any) -> dict[str, Any]:
+    """Do a merge that is prepared; its manifest."""
+    from modelmerge.verbs.merge import execute
+
+    return execute(prepared, out, **how)
+
+
+def refuse_early(recipe: Recipe, values: Mapping[str, Any]) -> None:
+    """Refuse what can be known to be wrong without torch, whose import takes seconds."""
+    from modelmerge.checkpoint.output import check_output
+    from modelmerge.plan.checks import check_recipe
+
+    paths = [reference.path for reference in check_recipe(recipe)]
+    if not values["dry_run"]:
+        force = bool(values["force"] or values.get("resume"))
+        check_output(Path(values["output"]).expanduser(), paths, force=force)
 
 
 def destination(values: Mapping[str, Any]) -> Target | None:
@@ -322,27 +344,32 @@ def carry_out(
     more: Callable[[Mapping[str, Any]], list[str | Text | Table]] = lambda manifest: [],
 ) -> None:
     """Prepare a merge or a search, and print its plan or do it; `more` goes above what is printed of the result."""
-    from modelmerge.charts import drawing
-    from modelmerge.charts.figures import of_coefficients
-
     target, out = destination(values), Path(values["output"]).expanduser()
     plot = Path(values["plot"]).expanduser() if values.get("plot") else None
     if plot is not None:
+        from modelmerge.charts import drawing
+
         drawing.check(plot)
-    with contextlib.redirect_stdout(sys.stderr):  # what a function of the user's prints is no result
-        prepared = prepare()
+    resume = {"resume": values["resume"]} if "resume" in values else {}
+    # What a function of the user's prints is no result.
+    with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
+        with bars.waiting("planning"):
+            prepared = prepare()
+        if not values["dry_run"]:
+            manifest = execute(
+                prepared, out, force=values["force"], **resume, ready=lambda: checked(target), progress=bars
+            )
     if values["dry_run"]:
         plan = {**prepared.describe(), "push": checked(target, create=False)}
         prepared.close()
         title = head(plan["method"], plan["disentangle"])
         sink.result({"plan": plan}, quiet=str(out), human=plan_lines(title, plan, sink.verbose))
         return
-    resume = {"resume": values["resume"]} if "resume" in values else {}
-    with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
-        manifest = execute(prepared, out, force=values["force"], **resume, ready=lambda: checked(target), progress=bars)
     lines = [*more(manifest), *result_lines(manifest, out, verbose=sink.verbose)]
     data = {"output": str(out), "manifest": manifest}
     if plot is not None:
+        from modelmerge.charts.figures import of_coefficients
+
         drawing.save([of_coefficients(manifest["recipe"]["coefficients"])], plot)
         data, lines = {**data, "plot": str(plot)}, [*lines, line((str(plot), "bold"))]
     finish(sink, target, out, data, lines)

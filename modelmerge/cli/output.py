@@ -6,17 +6,15 @@ import contextlib
 import json
 import os
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from modelmerge import interrupts
 from modelmerge.errors import ModelMergeError, spelled
 from modelmerge.text import visible, visible_lines
 
@@ -32,6 +30,9 @@ _FLAGS = {
 def flag(option: str) -> str:
     """An option as it is typed, by its Python name."""
     return "--" + _FLAGS.get(option, option).replace("_", "-")
+
+
+_FOLDED = 24  # cells of a column of words that is folded
 
 
 class Unprinted(Exception):
@@ -90,6 +91,11 @@ class Sink:
         if self.form != "quiet":
             self._say(line(("note:", "yellow"), f" {visible(message)}"))
 
+    def say(self, message: str) -> None:
+        """Say how far the work is; nothing in quiet form."""
+        if self.form != "quiet":
+            self._say(line(visible(message)))
+
     def trace(self, lines: str) -> None:
         """Show on stderr where a bug is."""
         self._say(line(lines.rstrip()))
@@ -127,54 +133,6 @@ def _write(text: str) -> None:
         sys.stdout.buffer.write(os.fsencode(f"{text}\n"))
 
 
-class Bars:
-    """Draws the progress on stderr where that is a terminal, and passes notes to the sink."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-        self._mutex = threading.Lock()
-        self._task: TaskID | None = None
-        self._done, self._total, self._unit = 0, 0, "bytes"
-        self._progress = Progress(
-            TextColumn("{task.description:<14}", markup=False), BarColumn(),
-            TextColumn("{task.fields[amount]}", markup=False), TimeRemainingColumn(),
-            TextColumn("{task.fields[item]}", style="dim", markup=False),
-            console=sink.margin, disable=not sink.margin.is_terminal or sink.form != "human",
-        )  # fmt: skip
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def stage(self, label: str, total: int, unit: str = "bytes") -> None:
-        """Begin a new bar."""
-        with self._mutex:
-            self._done, self._total, self._unit = 0, total, unit
-            self._task = self._progress.add_task(visible(label), total=total, item="", amount=self._amount())
-
-    def advance(self, amount: int, item: str) -> None:
-        """Move the bar on."""
-        interrupts.check()
-        if self._progress.disable:
-            return
-        with self._mutex:
-            if self._task is not None:
-                self._done += amount
-                self._progress.update(self._task, completed=self._done, item=visible(item), amount=self._amount())
-
-    def _amount(self) -> str:
-        if self._unit == "bytes":
-            return f"{size(self._done)} of {size(self._total)}"
-        return f"{self._done} of {self._total} {self._unit}"
-
-    def note(self, message: str) -> None:
-        """Say it above the bars."""
-        self._sink.note(message)
-
-
 def size(count: int) -> str:
     """A number of bytes for people, in units of 1000."""
     value, units = float(count), ("bytes", "kB", "MB", "GB", "TB")
@@ -192,18 +150,58 @@ def line(*parts: str | tuple[str, str]) -> Text:
     )
 
 
+class Grid(Table):
+    """A plain table in which no word that one must type, and no number, is ever cut.
+
+    Where the terminal is too narrow, the last of the columns that are words is folded; where that is not enough, each
+    row becomes a paragraph.
+    """
+
+    def __init__(self, title: str | None, columns: Sequence[str], words: int) -> None:
+        super().__init__(
+            title=title and visible(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1),
+            header_style="bold",
+        )  # fmt: skip
+        self._cells: list[list[Text]] = []
+        self._headers = [visible(column) for column in columns]
+        for i, column in enumerate(self._headers):
+            folds = 0 < i == words - 1
+            self.add_column(column, justify="left" if i < words else "right", no_wrap=not folds, overflow="fold")
+
+    def add_cells(self, cells: Sequence[str | Text]) -> None:
+        """Add a row; a cell may have a style of its own."""
+        texts = [Text(visible(cell)) if isinstance(cell, str) else cell for cell in cells]
+        self._cells.append(texts)
+        self.add_row(*texts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._least() <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        if self.title:
+            yield Text(str(self.title), "italic")
+        for cells in self._cells:
+            yield Text.assemble((cells[0].plain, "bold"), overflow="fold")
+            width = max(map(len, self._headers[1:]), default=0)
+            for header, cell in zip(self._headers[1:], cells[1:], strict=True):
+                yield Text.assemble(f"  {header:<{width}}  " if width else "  ", cell, overflow="fold")
+
+    def _least(self) -> int:
+        """Cells that the table needs: each column its widest, one that is folded some."""
+        widths = [max(map(cell_len, column)) for column in self._columns_of_text()]
+        folded = [
+            _FOLDED if column.no_wrap is False else width for column, width in zip(self.columns, widths, strict=True)
+        ]
+        return sum(map(min, folded, widths)) + 2 * len(widths) - 1
+
+    def _columns_of_text(self) -> list[list[str]]:
+        rows = [self._headers, *([cell.plain for cell in cells] for cells in self._cells)]
+        return [list(column) for column in zip(*rows, strict=True)]
+
+
 def table(title: str | None, columns: list[str], rows: Sequence[Sequence[str | Text]], *, words: int = 1) -> Table:
     """A plain table; the first `words` columns are words, the others numbers. A cell may have a style of its own."""
-    grid = Table(
-        title=title and visible(title),
-        box=None,
-        pad_edge=False,
-        padding=(0, 1),
-        header_style="bold",
-        title_justify="left",
-    )
-    for i, column in enumerate(columns):
-        grid.add_column(visible(column), justify="left" if i < words else "right", no_wrap=True)
+    grid = Grid(title, columns, words)
     for row in rows:
-        grid.add_row(*(visible(cell) if isinstance(cell, str) else cell for cell in row))
+        grid.add_cells(row)
     return grid

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modelmerge.cli import options as opt
+from modelmerge.cli.bars import Bars
 from modelmerge.cli.help import with_examples
 from modelmerge.cli.merge import checked, destination, finish
-from modelmerge.cli.output import Bars, Sink, line, table
+from modelmerge.cli.output import Sink, line, table
 from modelmerge.cli.plan import plan_lines
 from modelmerge.methods import registry
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from modelmerge.cli import options as opt
-from modelmerge.cli.output import Bars, Sink, table
+from modelmerge.cli.bars import Bars
+from modelmerge.cli.output import Sink, table
 
 SUMMARY = "Are the files of an output, and its inputs, what the manifest says? Exit code 1 if one is not."
 EXAMPLES = ("modelmerge verify merged", "modelmerge verify merged --json")

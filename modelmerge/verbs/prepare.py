@@ -30,12 +30,13 @@ from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan import format_1, mergekit
+from modelmerge.plan.checks import check_choices, check_weights, refuse_many_experts, rest_of
 from modelmerge.plan.downloads import with_downloads
 from modelmerge.plan.linear import is_linear
-from modelmerge.plan.overrides import BASE, Methods, Override, group_key, parse
+from modelmerge.plan.overrides import Methods, Override, group_key, parse
 from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
 from modelmerge.plan.tables import of_owners, refuse_parts
-from modelmerge.plan.tensors import DTYPES, ON_MISMATCH, Plan, TensorPlan, make_plan
+from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan, make_plan
 from modelmerge.plan.transforms import as_typed, parse_transform
 from modelmerge.plan.vocabulary import remarks_on_tokens
 from modelmerge.record.command import flag
@@ -156,7 +157,7 @@ def prepare(
     if recipe.method == AUTO:
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
-        _check_choices(recipe)
+        check_choices(recipe)
         opened = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
         shared = make_plan(
             *opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch,
@@ -170,18 +171,19 @@ def prepare(
     chosen = registry.load(recipe.method)
     options = make_options(chosen, recipe.method, recipe.options)
     transforms = tuple(transform_of(*parse_transform(text)) for text in recipe.disentangle)
-    _check_choices(recipe)
+    check_choices(recipe)
     adapted.size_of(recipe)
     overrides_read = [parse(text) for text in recipe.at]
     _refuse_idle_data(recipe, chosen, overrides_read)
-    _refuse_many_experts([recipe.method, *(o.method for o in overrides_read if o.method)], len(recipe.experts))
+    refuse_many_experts(recipe, overrides_read)
     base, experts = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
     names = [expert.name for expert in experts]
-    weights = _weights(recipe, names)
+    check_weights(recipe, names)
+    weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
     if overrides is not None:
         linear = {tensor.name: is_linear(tensor, recipe.include) for tensor in base.tensors.values()}
         overrides_read += [parse(text) for text in overrides(linear)]
-    methods = Methods(recipe.method, recipe.options, overrides_read, _rest(recipe), names)
+    methods = Methods(recipe.method, recipe.options, overrides_read, rest_of(recipe), names)
     strict = len(recipe.at) if overrides is not None else None
     recipe = dataclasses.replace(recipe, at=methods.recorded())
     plan = make_plan(
@@ -275,16 +277,6 @@ def _refuse_idle_data(recipe: Recipe, chosen: Method, overrides: Sequence[Overri
         )
 
 
-def _rest(recipe: Recipe) -> str | None:
-    """The method for what methods for linear layers leave, checked."""
-    if recipe.rest not in (None, BASE) and registry.load(recipe.rest).matrices:
-        raise UsageError(
-            f"must be a method for all tensors or {BASE}, and '{recipe.rest}' is for linear layers only", option="rest",
-            hint="average, task-arithmetic and base are the usual ones",
-        )  # fmt: skip
-    return recipe.rest
-
-
 def job_of(
     recipe: Recipe,
     plan: Plan,
@@ -314,17 +306,6 @@ def job_of(
     return Job(source_of(plan, device), tuple(groups), weights, transforms, recipe.seed, settings)
 
 
-def _refuse_many_experts(names: Sequence[str], experts: int) -> None:
-    for name in names:
-        most = registry.load(name).most_experts if name != BASE else None
-        if most is not None and experts > most:
-            many = "one expert" if most == 1 else f"{most} experts at most"
-            raise UsageError(
-                f"'{name}' takes {many}, and {experts} are named",
-                hint="`modelmerge merge` lists the methods that take any number",
-            )
-
-
 def _pinned(text: str | Named, model: Checkpoint) -> str | Named:
     """A reference as the card tells it: as it was written, with the commit where the model is on the Hub."""
     return text if model.reference.repository is None else f"{model.name}={model.reference.text}"
@@ -343,22 +324,3 @@ def threads_of_leftovers(out: Path, digest: str) -> AbstractContextManager[None]
     """
     same = [text for text in fingerprints(out) if text.split()[:1] == digest.split()[:1]]
     return threads(next((threads_in(text) for text in same), None) or torch.get_num_threads())
-
-
-def _check_choices(recipe: Recipe) -> None:
-    for option, value, choices in (
-        ("dtype", recipe.dtype or "float32", tuple(DTYPES)),
-        ("on_mismatch", recipe.on_mismatch, ON_MISMATCH),
-    ):
-        if value not in choices:
-            raise UsageError(
-                f"must be one of {', '.join(choices)}, not '{value}'", option=option, hint=suggestion(value, choices)
-            )
-
-
-def _weights(recipe: Recipe, names: Sequence[str]) -> tuple[float, ...]:
-    for name in recipe.weights:
-        if name not in names:
-            hint = suggestion(name, names, f"the experts are: {', '.join(names)}")
-            raise UsageError(f"names '{name}', which is no expert", option="weights", hint=hint)
-    return tuple(float(recipe.weights.get(name, 1.0)) for name in names)

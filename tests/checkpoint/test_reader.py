@@ -392,10 +392,14 @@ def test_a_hub_reference_is_told_apart_from_a_path(ref: str, tmp_path: Path, mon
 
 
 def test_a_missing_path_is_told_what_lies_beside_it(tmp_path: Path) -> None:
-    write(tmp_path / "math", base_state())
+    for name in ("ada", "again", "code", "cars", "dogs", "eyes", "feet", "girl", "math"):
+        write(tmp_path / name, base_state())
     with pytest.raises(ReferenceNotFound) as caught:
         parse(str(tmp_path / "maths"))
-    assert caught.value.hint == f"{tmp_path} holds: math"
+    assert caught.value.hint == f"did you mean '{tmp_path / 'math'}'?"
+    with pytest.raises(ReferenceNotFound) as caught:
+        parse(str(tmp_path / "zebra"))
+    assert caught.value.hint == f"{tmp_path} holds: ada, again, cars, code, dogs, eyes, feet, girl, ..."
 
 
 @pytest.mark.parametrize("ref", ["~nobody-of-that-name/model", "x" * 300, "a\0b"], ids=["user", "long", "nul"])

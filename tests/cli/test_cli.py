@@ -447,7 +447,7 @@ def test_a_terminal_sees_bytes_and_tensor_names(models: list[Path], tmp_path: Pa
     assert "measuring" in text
     assert "merging" in text
     assert "kB" in text
-    assert any(name in text for name in read(models[0]))
+    assert any(name[-8:] in text for name in read(models[0]))  # the terminal is narrow: a name's end is what tells
 
 
 def test_no_color_is_respected(

@@ -1,0 +1,98 @@
+"""What can be known to be wrong with a recipe before a model is opened. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from modelmerge.checkpoint.reference import Reference, parse_all, parse_here
+from modelmerge.errors import UsageError, suggestion
+from modelmerge.methods import registry
+from modelmerge.methods.options import make_options
+from modelmerge.plan.overrides import BASE, Methods, Override, parse
+from modelmerge.plan.recipe import Recipe, parse_size
+from modelmerge.plan.tensors import DTYPES, ON_MISMATCH
+from modelmerge.plan.transforms import parse_transform
+
+
+def check_recipe(recipe: Recipe) -> list[Reference]:
+    """Refuse what no models could make right; the models that are on this machine.
+
+    Raises:
+        UsageError: An option or its value is wrong, or names no expert.
+        ReferenceNotFound: A path leads nowhere.
+    """
+    check_choices(recipe)
+    if recipe.method in registry.names():
+        make_options(registry.load(recipe.method), recipe.method, recipe.options)
+    for text in recipe.disentangle:
+        parse_transform(text)
+    overrides = [parse(text) for text in recipe.at]
+    refuse_many_experts(recipe, overrides)
+    parse_size(recipe.max_shard_size)
+    references = [parse_here(text) for text in (recipe.base, *recipe.experts)]
+    if None not in references[1:]:
+        experts = parse_all(recipe.experts, "expert")
+        names = [expert.name for expert in experts]
+        check_weights(recipe, names)
+        if recipe.method in registry.names():
+            Methods(recipe.method, recipe.options, overrides, rest_of(recipe), names)
+    return [reference for reference in references if reference is not None]
+
+
+def check_choices(recipe: Recipe) -> None:
+    """Refuse a value that an option of a few values does not have.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for option, value, choices in (
+        ("dtype", recipe.dtype or "float32", tuple(DTYPES)),
+        ("on_mismatch", recipe.on_mismatch, ON_MISMATCH),
+    ):
+        if value not in choices:
+            raise UsageError(
+                f"must be one of {', '.join(choices)}, not '{value}'", option=option, hint=suggestion(value, choices)
+            )
+
+
+def check_weights(recipe: Recipe, names: Sequence[str]) -> None:
+    """Refuse a weight of an expert that is none of these.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for name in recipe.weights:
+        if name not in names:
+            hint = suggestion(name, names, f"the experts are: {', '.join(names)}")
+            raise UsageError(f"names '{name}', which is no expert", option="weights", hint=hint)
+
+
+def rest_of(recipe: Recipe) -> str | None:
+    """The method for what methods for linear layers leave.
+
+    Raises:
+        UsageError: It is one for linear layers itself.
+    """
+    if recipe.rest not in (None, BASE) and registry.load(recipe.rest).matrices:
+        raise UsageError(
+            f"must be a method for all tensors or {BASE}, and '{recipe.rest}' is for linear layers only", option="rest",
+            hint="average, task-arithmetic and base are the usual ones",
+        )  # fmt: skip
+    return recipe.rest
+
+
+def refuse_many_experts(recipe: Recipe, overrides: Sequence[Override]) -> None:
+    """Refuse more experts than a method takes.
+
+    Raises:
+        UsageError: There are.
+    """
+    experts = len(recipe.experts)
+    for name in [recipe.method, *(override.method for override in overrides if override.method)]:
+        most = registry.load(name).most_experts if name in registry.names() else None
+        if most is not None and experts > most:
+            many = "one expert" if most == 1 else f"{most} experts at most"
+            raise UsageError(
+                f"'{name}' takes {many}, and {experts} are named",
+                hint="`modelmerge merge` lists the methods that take any number",
+            )

@@ -1,0 +1,143 @@
+"""What the command line shows: tables that lose nothing, progress with and without a terminal, errors in no time."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from modelmerge.cli import bars as bars_module
+from modelmerge.cli.bars import Bars, clock
+from modelmerge.cli.merge import list_methods
+from modelmerge.cli.output import Screen, Sink, table
+from modelmerge.methods import registry
+from tests.support.checkpoints import base_state, write
+
+
+def printed(part: object, width: int) -> str:
+    stream = io.StringIO()
+    Screen(file=stream, width=width).print(part)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_never_cut_a_name_or_a_number(width: int) -> None:
+    names = [f"a-model-of-some-length-{i}" for i in range(3)]
+    figures = [[f"{i + j}.{j:04}" for j in range(9)] for i in range(3)]
+    rows = [[name, *numbers] for name, numbers in zip(names, figures, strict=True)]
+    text = printed(table("Scores", ["model", *(f"column {i}" for i in range(9))], rows), width)
+    for row in rows:
+        assert all(re.search(rf"(?<!\S){re.escape(cell)}(?!\S)", text) for cell in row)
+    assert all(f"column {i}" in text for i in range(9))
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_methods_are_listed_by_their_whole_names(width: int) -> None:
+    sink = Sink("human")
+    sink.screen = Screen(file=io.StringIO(), width=width)
+    list_methods("merge", "merge", sink)
+    text = sink.screen.file.getvalue()  # type: ignore[attr-defined]
+    assert set(registry.names()) <= {line.split()[0] for line in text.splitlines() if line and line[0] != " "}
+    assert " ".join(registry.summary("ties").split()) in " ".join(text.split())
+
+
+def drawn(width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    sink = Sink("human")
+    stream = io.StringIO()
+    sink.margin = Screen(file=stream, width=width, force_terminal=True, color_system=None)
+    with Bars(sink) as bars:
+        bars.stage("merging", 7_400_000_000)
+        bars.begin("model.language_model.layers.31.self_attn.q_proj.weight")
+        bars.advance(1_200_000_000, "model.language_model.layers.31.self_attn.q_proj.weight")
+        bars._progress.refresh()
+        return stream.getvalue()
+
+
+def test_the_bar_keeps_twenty_cells_and_the_name_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = [line for line in re.split(r"[\r\n]", drawn(80, monkeypatch)) if "1.2 GB of 7.4 GB" in line][-1]
+    assert narrow.index("1.2 GB") == narrow.index("merging") + len("merging ") + 20 + 1
+    assert "proj.weight" in narrow
+    assert "self_attn.q_proj.weight" not in narrow
+    wide = [line for line in re.split(r"[\r\n]", drawn(160, monkeypatch)) if "1.2 GB of 7.4 GB" in line][-1]
+    assert wide.index("1.2 GB") == wide.index("merging") + len("merging ") + 40 + 1
+    assert "model.language_model.layers.31.self_attn.q_proj.weight" in wide
+
+
+def test_without_a_terminal_a_line_says_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each tenth, and when nothing has moved for long; not ten lines of a merge that takes a second."""
+    monkeypatch.setattr(bars_module, "_EVERY", 0.2)
+    sink = Sink("human")
+    stream = io.StringIO()
+    sink.margin = Screen(file=stream, width=100)
+    with Bars(sink) as bars:
+        bars.stage("merging", 100)
+        for _ in range(50):
+            bars.advance(1, "some.weight")
+        assert stream.getvalue() == ""
+        bars.begin("large.weight")
+        time.sleep(0.5)
+    lines = stream.getvalue().splitlines()
+    assert 1 <= len(lines) <= 3
+    assert re.fullmatch(r"merging: 50%, 50 bytes of 100 bytes, 0:0\d so far, 0:0\d left, large.weight", lines[0])
+    monkeypatch.setattr(bars_module, "_SOON", 0.0)
+    with Bars(sink) as bars:
+        bars.stage("merging", 100, "steps")
+        for _ in range(100):
+            bars.advance(1, "")
+    tenths = [line for line in stream.getvalue().splitlines() if "steps" in line]
+    assert [line.split(",")[0] for line in tenths] == [f"merging: {10 * i}%" for i in range(1, 11)]
+
+
+def test_quiet_says_nothing_of_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bars_module, "_SOON", 0.0)
+    sink = Sink("quiet")
+    stream = io.StringIO()
+    sink.margin = Screen(file=stream, width=100)
+    with Bars(sink) as bars:
+        bars.stage("merging", 10)
+        bars.advance(10, "x")
+    assert stream.getvalue() == ""
+
+
+def test_a_clock_shows_hours_where_there_are_some() -> None:
+    assert [clock(7), clock(760), clock(11_100)] == ["0:07", "12:40", "3:05:00"]
+
+
+CHEAP = [
+    (["merge", "ties", "base", "mth", "-o", "out"], 1, "did you mean 'math'?"),
+    (["merge", "ties", "base", "math", "-o", "base"], 1, "is the input"),
+    (["merge", "ties", "base", "math", "-o", "full"], 1, "is not empty"),
+    (["merge", "ties", "base", "math", "-o", "out", "--density", "0"], 2, "--density must be above 0"),
+    (["merge", "ties", "base", "math", "-o", "out", "--weight", "mth=2"], 2, "did you mean 'math'?"),
+    (["merge", "ties", "base", "math", "-o", "out", "--at", "*: scale"], 2, "there is no merge method 'scale'"),
+    (["merge", "ties", "base", "math", "-o", "out", "--disentangle", "awdd"], 2, "did you mean 'awd'?"),
+    (["merge", "tise", "base", "math", "-o", "out"], 2, "ties"),
+]
+RUN = """
+import contextlib, io, json, sys
+from modelmerge.cli import main
+for words in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(words)
+    print(json.dumps([code, said.getvalue(), "torch" in sys.modules]))
+"""
+
+
+def test_errors_that_need_no_torch_do_not_wait_for_it(tmp_path: Path) -> None:
+    for name in ("base", "math", "full"):
+        write(tmp_path / name, base_state())
+    command = [sys.executable, "-c", RUN, json.dumps([words for words, _, _ in CHEAP])]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    outcomes = [json.loads(line) for line in ran.stdout.splitlines()]
+    for (words, code, part), (got, said, with_torch) in zip(CHEAP, outcomes, strict=True):
+        assert (got, with_torch) == (code, False), (words, said)
+        assert part in said, (words, said)
