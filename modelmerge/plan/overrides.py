@@ -20,6 +20,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from modelmerge.errors import UsageError, named, suggestion
@@ -321,7 +322,7 @@ class Methods:
             if not matched:
                 raise UsageError(
                     f"'{override}' matches no tensor of the base", option="at",
-                    hint=f"its names are like: {', '.join(list(tensors)[:3])}",
+                    hint=glob_hint(override.tensors, tensors),
                 )  # fmt: skip
             choice = self._choices[place]
             if not mine:
@@ -396,3 +397,16 @@ def depths(names: Sequence[str]) -> dict[str, float]:
         return number / (count[prefix] - 1) if count[prefix] > 1 else 1.0
 
     return {name: depth(name) for name in names}
+
+
+def glob_hint(glob: str, names: Iterable[str]) -> str | None:
+    """The hint for a glob that matches none of these names: one with a part as names spell it, or some of them."""
+    names = list(names)
+    words = sorted({word for name in names for word in re.split(r"[./]", name)})
+    some = f"its names are like: {', '.join(names[:3])}"
+    for part in re.findall(r"[^./*?\[\]]+", glob):
+        near = get_close_matches(part, words, n=1, cutoff=0.7)
+        other = glob.replace(part, near[0]) if near else glob
+        if other != glob and any(fnmatch.fnmatchcase(name, other) for name in names):
+            return f"did you mean '{other}'?"
+    return some

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -21,8 +20,9 @@ from modelmerge.checkpoint.names import matches
 from modelmerge.checkpoint.pairing import config_of, placed
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
+from modelmerge.plan.disagreements import SHAPE, disagreement
 from modelmerge.plan.linear import is_linear
-from modelmerge.plan.overrides import BASE, Methods
+from modelmerge.plan.overrides import BASE, Methods, glob_hint
 from modelmerge.plan.recipe import OnMismatch
 from modelmerge.plan.stacks import as_matrices, entries, is_kernel, restack
 from modelmerge.plan.tables import by_token
@@ -92,7 +92,7 @@ class TensorPlan:
     @property
     def mismatched(self) -> bool:
         """Whether its shape differs among the models, which `--on-mismatch` allowed."""
-        return self.rows is not None or self.reason.startswith(_SHAPE)
+        return self.rows is not None or self.reason.startswith(SHAPE)
 
     @property
     def common(self) -> int:
@@ -208,7 +208,7 @@ def make_plan(
     complaints += [f"'{name}': missing in the base, whose index lists it" for name in lost]
     if complaints:
         grown = any(_common_rows(info, experts) for info in base.tensors.values())
-        raise _disagreement(complaints, tables=grown and methods is not None)
+        raise disagreement(complaints, tables=grown and methods is not None)
     for name, twin in twins(base, experts).items():
         one, other = tensors[name], tensors[twin]
         alike = (one.action, one.override, one.method) == (other.action, other.override, other.method)
@@ -228,31 +228,9 @@ def make_plan(
     return Plan(base, tuple(experts), tensors, expert_only, layout, base, vocabulary)
 
 
-def _disagreement(complaints: Sequence[str], *, tables: bool) -> PlanError:
-    some = f"{len(complaints)} tensor{'s' * (len(complaints) > 1)}"
-    kinds: dict[tuple[str, ...], list[str]] = {}
-    for complaint in complaints:
-        lacking = _LACKING.fullmatch(complaint)
-        kinds.setdefault((lacking[2], lacking[3]) if lacking else (complaint,), []).append(complaint)
-    complaints = [
-        f"'{key[0]}*': {len(each)} tensors {key[1]}" if len(each) > _MANY else line
-        for key, each in kinds.items()
-        for line in (each[:1] if len(each) > _MANY else each)
-    ]
-    hint, option = f"{named('exclude')} GLOB copies a tensor from the base", named("on_mismatch")
-    if any(f": {_SHAPE}" in complaint for complaint in complaints):
-        hint += f"; so does {option} copy where shapes differ, and {option} common-rows merges what all have"
-        if tables:
-            hint += f"; {named('vocab')} union, base or NAME aligns embeddings and heads by token"
-    return PlanError(f"the models disagree on {some}:\n  " + "\n  ".join(complaints), hint=hint)
-
-
-_LACKING = re.compile(r"'(([^']+/)[^'/]+)': (in .+, but missing in .+)")  # of a component's tensor
-_MANY = 8  # tensors of a component that are named one by one
 ON_MISMATCH: tuple[str, ...] = get_args(OnMismatch)
 _EXCLUDED = "excluded"
 ONLY_IN_BASE = "only in the base"
-_SHAPE = "shape "  # begins whatever is said of shapes that differ
 
 
 def _decide(
@@ -288,7 +266,7 @@ def _decide(
         raise PlanError(f"'{info.name}': missing in {', '.join(lost)}, whose index lists it")
     shapes = "" if rows is not None else _other_shapes(info, have)
     if shapes and on_mismatch == "copy" and len(have) == len(experts):
-        return "copy", f"{_SHAPE}{list(info.shape)} in the base, but {shapes}"
+        return "copy", f"{SHAPE}{list(info.shape)} in the base, but {shapes}"
     _refuse_disagreement(info, experts, have, shapes)
     return ("copy" if method == BASE else "merge"), why
 
@@ -334,7 +312,7 @@ def _refuse_disagreement(
         holders = ", ".join(expert.name for expert in have)
         raise PlanError(f"'{info.name}': in {holders}, but missing in {', '.join(lacking)}")
     if shapes:
-        raise PlanError(f"'{info.name}': {_SHAPE}{list(info.shape)} in the base, but {shapes}")
+        raise PlanError(f"'{info.name}': {SHAPE}{list(info.shape)} in the base, but {shapes}")
     kinds = [(e.name, e.tensors[info.name].dtype) for e in have if info.name in e.tensors]
     odd = [f"{dtype} in {name}" for name, dtype in [("the base", info.dtype), *kinds] if dtype not in MERGEABLE_DTYPES]
     if odd:
@@ -404,9 +382,8 @@ def _refuse_idle_globs(
     for option, globs, names in (("include", include, base.tensors.keys()), ("exclude", exclude, excludable)):
         for glob in globs:
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
-                some = ", ".join(list(base.tensors)[:3])
                 raise UsageError(
-                    f"'{glob}' matches no tensor of the base", option=option, hint=f"its names are like: {some}"
+                    f"'{glob}' matches no tensor of the base", option=option, hint=glob_hint(glob, base.tensors)
                 )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from modelmerge.cli import bars as bars_module
+from modelmerge.cli import main
 from modelmerge.cli.bars import Bars, clock
 from modelmerge.cli.merge import list_methods
 from modelmerge.cli.output import Screen, Sink, table
@@ -109,6 +110,29 @@ def test_quiet_says_nothing_of_the_progress(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_clock_shows_hours_where_there_are_some() -> None:
     assert [clock(7), clock(760), clock(11_100)] == ["0:07", "12:40", "3:05:00"]
+
+
+def test_globs_and_strangers_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = base_state()
+    base |= {
+        f"model.layers.{i}.self_attn.q_proj.weight": base["model.layers.0.q_proj.weight"].clone() for i in range(2, 14)
+    }
+    shared = {name: tensor for name, tensor in base.items() if "layers" not in name}
+    for name, state in (("base", base), ("math", base), ("strange", shared)):
+        write(tmp_path / name, state)
+    models = [str(tmp_path / name) for name in ("base", "math")]
+    assert main(["merge", "average", *models, "-o", str(tmp_path / "out"), "--exclude", "*q_prj*"]) == 2
+    assert "hint: did you mean '*q_proj*'?" in capsys.readouterr().err
+    assert main(["merge", "average", *models, "-o", str(tmp_path / "out"), "--at", "*.layer.3.*: base"]) == 2
+    assert "hint: did you mean '*.layers.3.*'?" in capsys.readouterr().err
+    assert main(["merge", "average", *models, str(tmp_path / "strange"), "-o", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "  'model.layers.*': 17 tensors in math, but missing in strange\n" in error
+    assert "hint: --exclude 'model.layers.*' copies them from the base" in error
+    assert len(error.splitlines()) == 3
+    code = main(["merge", "average", *models, str(tmp_path / "strange"), "-o", str(tmp_path / "out"),
+                 "--exclude", "model.layers.*"])  # fmt: skip
+    assert code == 0
 
 
 CHEAP = [
