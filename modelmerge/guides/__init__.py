@@ -7,11 +7,12 @@ from pathlib import Path
 from modelmerge.errors import UsageError, suggestion
 
 _FOLDER = Path(__file__).parent
+_FIRST = "start"
 
 
 def names() -> tuple[str, ...]:
-    """The guides there are, by their files."""
-    return tuple(sorted(file.stem for file in _FOLDER.glob("*.md")))
+    """The guides there are, by their files: the one for newcomers, then the others by their names."""
+    return tuple(sorted((file.stem for file in _FOLDER.glob("*.md")), key=lambda stem: (stem != _FIRST, stem)))
 
 
 def read(name: str) -> str:
