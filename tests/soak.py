@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.__main__ import run as run_program
-from modelmerge.checkpoint import staging
+from modelmerge.checkpoint import publication
 from modelmerge.checkpoint.output import is_recorded
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.cli import main
@@ -95,7 +95,7 @@ class Operations:
         sys.addaudithook(self._hear)
         for name in ("pwrite", "fsync", "posix_fallocate", "ftruncate"):
             setattr(os, name, self._counted(getattr(os, name)))
-        staging._exchange = self._counted(staging._exchange)
+        publication._exchange = self._counted(publication._exchange)
 
     def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*words: Any) -> Any:
@@ -159,7 +159,7 @@ class Running:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if not exchange:
-            staging._exchange = lambda *paths: False
+            publication._exchange = lambda *paths: False
         operations = Operations(place, strike)
         operations.watch()
         sys.argv = ["modelmerge", *words]

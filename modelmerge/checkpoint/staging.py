@@ -8,13 +8,11 @@ and is cleared, or taken up again on request.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
 import os
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,11 +21,13 @@ from typing import BinaryIO
 
 from modelmerge import interrupts
 from modelmerge.checkpoint.digest import sha256
-from modelmerge.checkpoint.layout import Layout, Shard
+from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.output import refuse_content
+from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.checkpoint.scratch import FULL, UNSUPPORTED, Scratch, claim_space, hidden_beside, reason, write_all
-from modelmerge.errors import ModelMergeError, OutputError, named
+from modelmerge.checkpoint.scratch import Scratch, hidden_beside, reason
+from modelmerge.checkpoint.shard_file import ShardFile
+from modelmerge.errors import OutputError
 
 _JOURNAL = ".journal.json"
 
@@ -48,7 +48,7 @@ def fingerprints(output: Path) -> Iterator[str]:
             yield str(json.loads(file.read_bytes())["fingerprint"])
 
 
-class Staging:
+class Staging(Publication):
     """The directory in which an output grows, and what has been written there.
 
     Use as a context manager: on an error nothing is left behind (or, with `resume`, finished shards are).
@@ -66,21 +66,15 @@ class Staging:
         self, output: Path, layout: Layout, *, force: bool = False, resume: bool = False, fingerprint: str = "",
         beside: int = 0,
     ) -> None:  # fmt: skip
-        self._target = output.resolve()
-        self._directory = hidden_beside(self._target, "modelmerge")
-        self._retired = hidden_beside(self._target, "modelmerge-old")
-        self._layout = layout
-        self._force = force
+        super().__init__(output, hidden_beside(output.resolve(), "modelmerge"), layout, force=force)
         self._resume = resume
         self._fingerprint = fingerprint
         self._beside = beside
-        self._descriptors: dict[str, int] = {}
-        self._missing: dict[str, int] = {}  # bytes still to be written, by file
+        self._files: dict[str, ShardFile] = {}  # by name, those that this run writes
         self._scratches: list[Scratch] = []
         self._reserve: Scratch | None = None  # room for the files beside the weights, until they are written
         self._mutex = threading.Lock()
         self._lock = -1
-        self.digests: dict[str, str] = {}  # file name -> sha256, of finished files
 
     def __enter__(self) -> Staging:
         # A signal meanwhile is heeded between two shards, where it is known what has to go.
@@ -104,9 +98,8 @@ class Staging:
             self._close(abandon=error is not None)
 
     def _close(self, *, abandon: bool) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._files.values():
+            file.close()
         for scratch in (*self._scratches, self._reserve):
             if scratch is not None:
                 scratch.close()
@@ -181,99 +174,33 @@ class Staging:
 
         What an interrupted run has finished is left as it is.
         """
-        shard = self._layout.shard_of[tensor]
-        if shard.filename not in self._descriptors:
+        file = self._files.get(self._layout.shard_of[tensor].filename)
+        if file is None:
             return
         interrupts.check()
         with self._explained(f"write tensor '{tensor}'"):
-            write_all(self._descriptors[shard.filename], data, shard.tensors[tensor] + offset)
-            with self._mutex:
-                self._missing[shard.filename] -= len(data)
-                complete = self._missing[shard.filename] == 0
-            if complete:
-                self._finish(shard)
+            if file.write(tensor, offset, data):
+                self._finish(file)
 
     def write_if_wanted(self, tensor: str, offset: int, data: memoryview) -> None:
         """`write`, where the layout has a place for the tensor."""
         if tensor in self._layout.shard_of:
             self.write(tensor, offset, data)
 
-    def write_indices(self) -> None:
-        """Write the index of every checkpoint that has more than one shard."""
-        for name, content in self._layout.indices.items():
-            self.write_file(name, content)
-
     def write_file(self, name: str, content: bytes | Path) -> None:
-        """Write a small file, given its content or a file to copy byte for byte."""
-        path = self._directory / name
-        with self._explained(f"write {name}"):
-            if self._reserve is not None:
-                self._reserve.close()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data = content.read_bytes() if isinstance(content, Path) else content
-            with path.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            self.digests[name] = sha256(path)
-
-    def place_of(self, name: str) -> Path:
-        """Where a file lies until the output is published."""
-        return self._directory / name
-
-    def listing(self) -> dict[str, dict[str, str | int]]:
-        """The sha256 and the size in bytes of every file written so far."""
-        return {
-            name: {"sha256": digest, "bytes": (self._directory / name).stat().st_size}
-            for name, digest in sorted(self.digests.items())
-        }
+        """As a publication does, in the room that was kept for it."""
+        if self._reserve is not None:
+            self._reserve.close()
+        super().write_file(name, content)
 
     def publish(self, manifest: bytes) -> None:
-        """Write the manifest, the last file, and put the whole in place of the output in one rename."""
-        unfinished = [name for name, missing in self._missing.items() if missing]
+        """As a publication does."""
+        unfinished = [name for name, file in self._files.items() if file.missing]
         assert not unfinished, f"published with unwritten bytes in {unfinished}"
-        self.write_file(MANIFEST, manifest)
-        interrupts.check()
-        with self._explained("put the output in place"), interrupts.held():
-            refuse_content(self._target, force=self._force)
-            (self._directory / _JOURNAL).unlink(missing_ok=True)
-            _sync_directory(self._directory)
-            self._swap()
-            _sync_directory(self._target.parent)
+        super().publish(manifest)
 
-    def _swap(self) -> None:
-        if not self._target.exists():
-            self._directory.rename(self._target)
-        elif _exchange(self._directory, self._target):
-            # Under its own name the old content could be taken for a dead run's; nobody takes up a retired one.
-            self._directory.rename(self._retired)
-            shutil.rmtree(self._retired, ignore_errors=True)
-        else:
-            # No atomic exchange here: between the two renames a killed run leaves the old content under another
-            # name, and _recover puts it back.
-            self._target.rename(self._retired)
-            try:
-                self._directory.rename(self._target)
-            except BaseException:
-                self._bring_back()
-                raise
-            shutil.rmtree(self._retired, ignore_errors=True)
-
-    def _bring_back(self) -> None:
-        try:
-            self._retired.rename(self._target)
-        except OSError as error:
-            where = f"the old content of {self._target} is in {self._retired}"
-            raise OutputError(
-                f"{where} and cannot be moved back: {reason(error)}", hint="move it back, or let the next run do it"
-            ) from error
-
-    def _recover(self) -> None:
-        if self._retired.exists():
-            if self._target.exists():
-                shutil.rmtree(self._retired)
-            else:
-                self._retired.rename(self._target)
+    def _tidy(self) -> None:
+        (self._directory / _JOURNAL).unlink(missing_ok=True)
 
     def _clear(self) -> None:
         """Take up the finished shards of the same job, where that is wanted; remove all else."""
@@ -313,26 +240,19 @@ class Staging:
                 raise
 
     def _make_shards(self) -> None:
-        self._missing = {shard.filename: shard.file_bytes - len(shard.header) for shard in self._layout.shards}
         for shard in self._layout.shards:
             interrupts.check()
             if shard.filename in self.digests:
-                self._missing[shard.filename] = 0
                 continue
-            # 0o666 and not more: the umask decides, as for any file a user makes.
-            (self._directory / shard.filename).parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._directory / shard.filename, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-            self._descriptors[shard.filename] = descriptor
-            claim_space(descriptor, shard.file_bytes)
-            write_all(descriptor, memoryview(shard.header), 0)
-            if not self._missing[shard.filename]:
-                self._finish(shard)
+            file = self._files[shard.filename] = ShardFile(self._directory / shard.filename, shard)
+            file.claim_space()
+            if not file.missing:
+                self._finish(file)
 
-    def _finish(self, shard: Shard) -> None:
-        os.fsync(self._descriptors[shard.filename])
-        digest = sha256(self._directory / shard.filename)
+    def _finish(self, file: ShardFile) -> None:
+        digest = file.finish()
         with self._mutex:
-            self.digests[shard.filename] = digest
+            self.digests[file.shard.filename] = digest
             self._write_journal()
 
     def _write_journal(self) -> None:
@@ -345,18 +265,6 @@ class Staging:
     def _abandon(self) -> None:
         if not (self._resume and self.digests):
             shutil.rmtree(self._directory, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def _explained(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except ModelMergeError:
-            raise
-        except OSError as error:
-            hint = "nothing was left at the output; name another place or make room" if error.errno in FULL else None
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                hint = f"have fewer and larger shards ({named('max_shard_size')}), or allow more files: ulimit -n"
-            raise OutputError(f"cannot {doing} in {self._target.parent}: {reason(error)}", hint=hint) from error
 
 
 def _claim(directory: Path, target: Path) -> int:
@@ -386,28 +294,3 @@ def _claim(directory: Path, target: Path) -> int:
             if os.path.samestat(os.fstat(descriptor), directory.stat()):
                 return descriptor
         os.close(descriptor)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Have a directory's entries on the disk, where the file system can: the files in it are there already."""
-    # WSL has EIO for directories, and a parent may be one to write into and not to read.
-    harmless = {*UNSUPPORTED, errno.EIO, errno.EACCES}
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in harmless:
-            raise
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories in one step (Linux renameat2 with RENAME_EXCHANGE); False where that cannot be had."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    if renameat2 is None:
-        return False
-    at_cwd, rename_exchange = -100, 2
-    status: int = renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange)
-    return status == 0

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 import modelmerge
-from modelmerge.checkpoint import staging
+from modelmerge.checkpoint import publication, staging
 from modelmerge.checkpoint.components import INDEX
 from modelmerge.checkpoint.layout import lay_out, together
 from modelmerge.checkpoint.output import CARD
-from modelmerge.checkpoint.staging import MANIFEST
+from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ModelMergeError, OutputError
 from modelmerge.plan.recipe import Recipe
@@ -520,7 +520,7 @@ def test_a_symlink_as_output_is_followed_and_kept(models: list[Path], tmp_path: 
 
 @pytest.fixture
 def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_exchange", lambda *paths: False)
+    monkeypatch.setattr(publication, "_exchange", lambda *paths: False)
 
 
 @pytest.mark.usefixtures("no_exchange")

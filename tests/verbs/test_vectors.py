@@ -437,11 +437,11 @@ def test_what_an_interrupted_run_finished_is_taken_up(
     run(tmp_path / "whole")
     finish, done = Staging._finish, []
 
-    def interrupted(self: Staging, shard: Any) -> None:
+    def interrupted(self: Staging, file: Any) -> None:
         if len(done) >= 4:
             raise KeyboardInterrupt
-        finish(self, shard)
-        done.append(shard.filename)
+        finish(self, file)
+        done.append(file.shard.filename)
 
     monkeypatch.setattr(Staging, "_finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
