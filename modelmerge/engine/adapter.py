@@ -20,6 +20,7 @@ from modelmerge.engine.parallel import prepare_process, threads
 from modelmerge.engine.pieces import piece_bytes
 from modelmerge.engine.rounding import squared
 from modelmerge.engine.transforms import fit
+from modelmerge.engine.units import Alone
 from modelmerge.methods import linalg
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
@@ -80,7 +81,7 @@ def adapt(
     # What has no place is found out first: not at the end of a long merge.
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
-    fitted = fit(job, scratch, progress)
+    fitted = fit(job, Alone(scratch), progress)
     progress.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
     dense: set[str] = set()  # tensors that changed and are not low-rank
 

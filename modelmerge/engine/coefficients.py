@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
@@ -20,6 +19,7 @@ from modelmerge.engine.loader import wholes
 from modelmerge.engine.parallel import current, prepare_process
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.engine.transforms import Chain, FittedJob
+from modelmerge.engine.units import Crew
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, named
 from modelmerge.methods.coefficients import Mixture, Options
 from modelmerge.methods.signs import times
@@ -99,7 +99,7 @@ class Coefficients:
         before = [t.needs(job, job.taken(t)) for t in job.transforms if t is not self]
         return memory.fit_coefficients(job, tensors, before)
 
-    def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> CoefficientTable:
+    def fit(self, job: Job, tensors: Tensors, before: Chain, crew: Crew, progress: Reporter) -> CoefficientTable:
         """Find the coefficients.
 
         Raises:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.scratch import Room, Scratch
+from modelmerge.checkpoint.scratch import Scratch
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures
 from modelmerge.engine.job import SMALL, Job
@@ -21,6 +21,7 @@ from modelmerge.engine.loader import as_bytes, factors_of, whole, wholes
 from modelmerge.engine.parallel import current, side_by_side, threads
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.engine.survey import run_survey
+from modelmerge.engine.units import Crew, Unit, survey_units
 from modelmerge.methods.contract import Context, Correction
 from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
@@ -33,15 +34,15 @@ _RUN = 1 << 16  # entries of each vector that are widened at a time
 
 @dataclass(slots=True)
 class FittedCorrection:
-    """Matrices in a file.
+    """Matrices in files.
 
-    `places`: where those of each tensor begin there, one after the other, float32. `numbers` as `find` gave them.
+    `places`: in which file those of each tensor are, and where they begin there, one after the other, float32.
+    `numbers` as `find` gave them.
     """
 
     by: Correction
-    scratch: Scratch
     matrices: int
-    places: dict[str, int]
+    places: dict[str, tuple[Scratch, int]] = field(default_factory=dict)
     keeps_factors = False
     numbers: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     entanglement: dict[str, Entanglement] = field(default_factory=dict)
@@ -52,9 +53,9 @@ class FittedCorrection:
         if piece.tensor.name not in self.places:
             return
         matrices = torch.empty(self.matrices, piece.stop - piece.start)
+        scratch, start = self.places[piece.tensor.name]
         for i, matrix in enumerate(matrices):
-            place = self.places[piece.tensor.name] + 4 * (i * piece.tensor.numel + piece.start)
-            self.scratch.read_into(place, as_bytes(matrix))
+            scratch.read_into(start + 4 * (i * piece.tensor.numel + piece.start), as_bytes(matrix))
         self.by.correct(taus.view(len(taus), -1), matrices.to(taus.device), self.numbers[piece.tensor.name])
 
     def weights(self, tensor: str, weights: tuple[float, ...]) -> tuple[float, ...]:
@@ -83,20 +84,43 @@ class CorrectionTransform:
         """What fitting takes."""
         return memory.fit_correction(job.source, tensors, self.by, self.options)
 
-    def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> FittedCorrection:
+    def fit(self, job: Job, tensors: Tensors, before: Chain, crew: Crew, progress: Reporter) -> FittedCorrection:
         """Find the matrices: of modest weights side by side, of large ones in turn."""
-        source, tasks = job.source, len(job.plan.experts)
+        source, name = job.source, f"{self.name}-{len(before.links)}"
         survey = self.by.survey(self.options)
-        count, places, end = self.by.matrices(self.options, tasks), {}, 0
+        measured = None
+        if survey:
+            counted = [tensor for tensor in tensors if tensor.twin is None]
+            measured = run_survey(source, survey, name, before.apply, counted, crew, progress)
+        progress.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+        count = self.by.matrices(self.options, len(job.plan.experts))
+        fitted, losses = FittedCorrection(self.by, count), []
+
+        def solve(unit: Unit) -> dict[str, Any]:
+            return self._solve(job, unit, before, count, measured, crew, progress)
+
+        for unit, found in crew.share(survey_units(f"fit:{name}", source.plan, tensors), solve):
+            end = 0
+            for tensor in unit.tensors:
+                fitted.numbers[tensor.name], each, entanglement = found[tensor.name]
+                fitted.entanglement[tensor.name] = Entanglement(*entanglement)
+                fitted.places[tensor.name] = crew.kept(unit), end
+                end += memory.matrix_bytes(tensor, count)
+                losses.append(each)
+        fitted.losses = [math.fsum(each) for each in zip(*losses, strict=True)]
+        return fitted
+
+    def _solve(
+        self, job: Job, unit: Unit, before: Chain, count: int, measured: Tensor | None, crew: Crew, progress: Reporter
+    ) -> dict[str, Any]:
+        """Numbers, losses and inner products by tensor; the matrices go into what the unit keeps."""
+        source, tasks, tensors = job.source, len(job.plan.experts), unit.tensors
+        on_host = memory.correction_beyond_device(source, unit.stage, self.by, self.options)
+        places, end, found = {}, 0, {}
         for tensor in tensors:
             places[tensor.name] = end
             end += memory.matrix_bytes(tensor, count)
-        fitted = FittedCorrection(self.by, scratch(end), count, places)
-        counted = [tensor for tensor in tensors if tensor.twin is None]
-        measured = run_survey(source, survey, before.apply, counted, progress) if survey else None
-        progress.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
-        losses: dict[str, tuple[float, float]] = {}
-        on_host = memory.correction_beyond_device(source, tensors, self.by, self.options)
+        scratch = crew.keep(unit, end)
 
         def solve(piece: Piece, taus: Tensor) -> None:
             name = piece.tensor.name
@@ -107,27 +131,24 @@ class CorrectionTransform:
             solved = self.by.find(taus, self.options, context)
             flat = taus.view(tasks, -1)
             gram, square = _gram(flat), float(_gram(solved.matrices.view(count, -1)).trace()) / count
-            fitted.scratch.write(places[name], as_bytes(solved.matrices.flatten().cpu()))
+            scratch.write(places[name], as_bytes(solved.matrices.flatten().cpu()))
             self.by.correct(flat, solved.matrices.view(count, -1), solved.numbers)
-            fitted.numbers[name], losses[name] = solved.numbers, solved.losses
-            fitted.entanglement[name] = Entanglement(gram, _gram(flat), square)
+            found[name] = (solved.numbers, solved.losses, (gram, _gram(flat), square))
             progress.advance(piece_bytes(source.plan, piece), name)
 
         def solve_alone(tensor: TensorPlan) -> None:
-            piece, _, taus = whole(source, tensor, check=survey is None)
+            piece, _, taus = whole(source, tensor, check=measured is None)
             before.apply(piece, taus)
             solve(piece, taus)
 
         side_by_side(source, [tensor for tensor in tensors if memory.together(source, tensor)], solve_alone)
         large = [tensor for tensor in tensors if not memory.together(source, tensor)]
         with current(source.device):
-            for piece, _, taus in wholes(source, large, check=survey is None):
+            for piece, _, taus in wholes(source, large, check=measured is None):
                 with threads(1 if piece.tensor.numel <= SMALL else torch.get_num_threads()):
                     before.apply(piece, taus)
                     solve(piece, taus.cpu() if piece.tensor.name in on_host else taus)
-        fitted.entanglement = {tensor.name: fitted.entanglement[tensor.name] for tensor in tensors}
-        fitted.losses = [math.fsum(each) for each in zip(*losses.values(), strict=True)]
-        return fitted
+        return found
 
 
 def _gram(vectors: Tensor) -> Tensor:

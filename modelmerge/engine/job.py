@@ -160,3 +160,16 @@ class Findings:
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     rounding: Rounding | None = None
     merged: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for another process."""
+        rounding = self.rounding.to_list() if self.rounding else None
+        return {"left_out": self.left_out, "figures": self.figures, "rounding": rounding, "merged": self.merged}
+
+    def add(self, part: Mapping[str, Any]) -> None:
+        """Add what a run of other tensors noticed, as plain data."""
+        self.left_out += part["left_out"]
+        self.figures |= part["figures"]
+        self.merged += part["merged"]
+        if self.rounding is not None:
+            self.rounding.add(part["rounding"])

@@ -6,8 +6,9 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from modelmerge.engine.parallel import current, in_parallel, prepare_process, si
 from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.transforms import Factors, FittedJob, fit
+from modelmerge.engine.units import Alone, Crew, Unit, shard_units
 from modelmerge.methods.contract import Context
 from modelmerge.methods.options import is_linear
 from modelmerge.plan.tensors import TensorPlan
@@ -28,11 +30,18 @@ from modelmerge.progress import Reporter
 _REACH = 1 << 30  # bytes: little beside the memory that systems give to files
 
 
+class Written(Protocol):
+    """What a merge writes into."""
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> object:
+        """Write a piece of a tensor, `offset` bytes from its start; from any thread, in any order, each byte once."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Output:
     """Where a merge goes, the findings of it, and by tensor a factor on its merged task vector."""
 
-    staging: Staging
+    staging: Written
     findings: Findings
     factors: Mapping[str, float]
 
@@ -49,9 +58,45 @@ def run(job: Job, staging: Staging, progress: Reporter) -> Findings:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         OutputError: The output cannot be written.
     """
-    output = _Output(staging, Findings(rounding=Rounding() if stored_narrow(job.plan) else None), {})
-    _run(job, (output,), progress)
+    output = _Output(staging, _nothing_found(job), {})
+    _run(job, (output,), staging, progress)
     return output.findings
+
+
+def run_shared(
+    job: Job, crew: Crew, shard: Callable[[Unit], AbstractContextManager[Written]], progress: Reporter
+) -> Findings:
+    """Merge every tensor of the plan together with others.
+
+    Args:
+        job: The merge.
+        crew: Who does its units.
+        shard: The weight file of a unit, which is finished when the block ends.
+        progress: Shows the progress.
+
+    Raises:
+        CheckpointError: As for `run`.
+        OutputError: As for `run`.
+    """
+    prepare_process()
+    todo = [tensor for tensor in job.plan.in_order() if tensor.numel]
+    units, fitted = shard_units(job, todo), fit(job, crew, progress)
+
+    def merge_shard(unit: Unit) -> dict[str, Any]:
+        findings = _nothing_found(job)
+        with shard(unit) as file:
+            _merge(fitted, unit.tensors, (_Output(file, findings, {}),), progress)
+        return findings.to_dict()
+
+    findings = _nothing_found(job)
+    _begin(job, todo, progress)
+    for _, part in crew.share(units, merge_shard):
+        findings.add(part)
+    return findings
+
+
+def _nothing_found(job: Job) -> Findings:
+    return Findings(rounding=Rounding() if stored_narrow(job.plan) else None)
 
 
 def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], progress: Reporter) -> list[Findings]:
@@ -78,29 +123,44 @@ def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], pr
     # The methods notice the same whatever the factor.
     shared, outputs = Findings(), []
     for job, staging in zip(jobs, stagings, strict=True):
-        rounding = Rounding() if stored_narrow(job.plan) else None
+        rounding = _nothing_found(job).rounding
         factors = {name: float(getattr(job.settings[name].options, option)) for name in names}
         outputs.append(_Output(staging, dataclasses.replace(shared, rounding=rounding), factors))
-    _run(dataclasses.replace(jobs[0], groups=groups, settings=settings), outputs, progress)
+    _run(dataclasses.replace(jobs[0], groups=groups, settings=settings), outputs, stagings[0], progress)
     return [output.findings for output in outputs]
 
 
-def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
-    """Merge into each of the outputs, without the tensors that the first has already."""
+def _run(job: Job, outputs: Sequence[_Output], staging: Staging, progress: Reporter) -> None:
+    """Merge into each of the outputs, without the tensors that the first one's staging has already."""
     prepare_process()
-    plan = job.plan
-    todo = [t for t in plan.in_order() if t.numel and not outputs[0].staging.is_finished(t.name)]
-    for output in outputs:
-        output.findings.merged = sum(t.action != "copy" for t in todo)
+    todo = [t for t in job.plan.in_order() if t.numel and not staging.is_finished(t.name)]
     if not todo:
         return
-    fitted = fit(job, outputs[0].staging.scratch, progress)
+    crew = Alone(staging.scratch)
+    fitted = fit(job, crew, progress)
+    _begin(job, todo, progress)
+    for _ in crew.share(shard_units(job, todo), lambda unit: _merge(fitted, unit.tensors, outputs, progress)):
+        pass
 
+
+def _begin(job: Job, tensors: Sequence[TensorPlan], progress: Reporter) -> None:
+    reads = [*tensors, *(t for t in tensors if _is_measured(job, t))]  # the latter twice
+    progress.stage("merging", sum(job.plan.stored_bytes(t, experts=t.action != "copy") for t in reads))
+
+
+def _is_measured(job: Job, tensor: TensorPlan) -> bool:
+    """Whether a pass over the tensor comes before its merge."""
+    return tensor.action != "copy" and job.group(tensor).blockwise and job.group(tensor).moments is not None
+
+
+def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Output], progress: Reporter) -> None:
+    """Merge these tensors into each of the outputs."""
+    job = fitted.job
+    for output in outputs:
+        output.findings.merged = sum(t.action != "copy" for t in todo)
     wholes = [t for t in todo if t.action != "copy" and not job.group(t).blockwise]
-    with_moments = [t for t in todo if t.action != "copy" and job.group(t).blockwise and job.group(t).moments]
+    with_moments = [t for t in todo if _is_measured(job, t)]
     streamed = [t for t in todo if t.action == "copy" or (job.group(t).blockwise and not job.group(t).moments)]
-    reads = [*todo, *with_moments]  # the latter twice
-    progress.stage("merging", sum(plan.stored_bytes(t, experts=t.action != "copy") for t in reads))
 
     def in_rows(tensor: TensorPlan) -> bool:
         return tensor.action != "copy" and job.group(tensor).by_rows
@@ -117,7 +177,7 @@ def _run(job: Job, outputs: Sequence[_Output], progress: Reporter) -> None:
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
             for output, data in _merged(fitted, piece, theta_0, taus, outputs):
                 output.write(piece, data)
-        progress.advance(piece_bytes(plan, piece), piece.tensor.name)
+        progress.advance(piece_bytes(job.plan, piece), piece.tensor.name)
 
     def merge_cut(tensors: Sequence[TensorPlan]) -> None:
         in_parallel(job.source, Pieces(tensors, job.source.block, in_rows), merge_piece)

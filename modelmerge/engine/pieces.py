@@ -24,16 +24,18 @@ class Piece:
 class Pieces:
     """Tensors cut into pieces of about `block` elements, matrices between rows; each is made when it is asked for.
 
-    `by_rows`: no row of such a tensor is cut, whatever its shape. `share`: of the pieces, one in so many.
+    `by_rows`: no row of such a tensor is cut, whatever its shape. `share`: of the pieces, one in so many. `before`: so
+    many pieces, uncounted, come before these.
     """
 
     tensors: Sequence[TensorPlan]
     block: int
     by_rows: Callable[[TensorPlan], bool] = lambda tensor: False
     share: int = 1
+    before: int = 0
 
     def __iter__(self) -> Iterator[Piece]:
-        before = 0
+        before = self.before
         for tensor in self.tensors:
             starts = self._starts(tensor)
             for start in starts[-before % self.share :: self.share]:
@@ -41,7 +43,8 @@ class Pieces:
             before += len(starts)
 
     def __len__(self) -> int:
-        return -(-sum(len(self._starts(tensor)) for tensor in self.tensors) // self.share)
+        stop = self.before + sum(len(self._starts(tensor)) for tensor in self.tensors)
+        return -(-stop // self.share) - -(-self.before // self.share)
 
     @property
     def largest(self) -> int:

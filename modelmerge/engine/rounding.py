@@ -35,6 +35,17 @@ class ExactSum:
             else:
                 self._beyond += value
 
+    def __str__(self) -> str:
+        """The sum itself, as `join` takes it."""
+        return f"{self._units:x} {self._beyond!r}"
+
+    def join(self, text: str) -> None:
+        """Add the sum of other numbers."""
+        units, beyond = text.split()
+        with self._mutex:
+            self._units += int(units, 16)
+            self._beyond += float(beyond)
+
     def __float__(self) -> float:
         """The sum, rounded once."""
         return self._beyond or self._units / (1 << 1074)
@@ -54,6 +65,15 @@ class Rounding:
         """`||stored - merged|| / ||merged task vector||`; None where nothing changed or nothing was measured."""
         whole = float(self.squares)
         return math.sqrt(float(self.errors) / whole) if whole else None
+
+    def to_list(self) -> list[str]:
+        """Both sums as text."""
+        return [str(self.errors), str(self.squares)]
+
+    def add(self, sums: list[str]) -> None:
+        """Add those of other tensors."""
+        for each, text in zip((self.errors, self.squares), sums, strict=True):
+            each.join(text)
 
 
 def stored_narrow(plan: Plan) -> list[str]:

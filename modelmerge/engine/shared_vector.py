@@ -7,20 +7,20 @@ all that is kept between the passes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures, entanglement_of
 from modelmerge.engine.job import Job, Source
 from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import in_order, summed
 from modelmerge.engine.pieces import Piece, piece_bytes
+from modelmerge.engine.units import Crew, Unit, survey_units
 from modelmerge.methods.contract import SharedVector, Solution, Watch
 from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
@@ -97,15 +97,18 @@ class VectorTransform:
         """What fitting takes."""
         return memory.fit_shared_vector(job.source, tensors, self.options.granularity)
 
-    def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> FittedVector:
+    def fit(self, job: Job, tensors: Tensors, before: Chain, crew: Crew, progress: Reporter) -> FittedVector:
         """Find the vectors in one pass."""
         source, granularity = job.source, self.options.granularity
         fitted = FittedVector(by_row=granularity == "row")
         progress.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+        units = survey_units(f"fit:{self.name}-{len(before.links)}", source.plan, tensors)
         if fitted.by_row:
-            self._fit_rows(source, tensors, before, fitted, progress)
+            self._fit_rows(source, units, before, fitted, crew, progress)
             return fitted
-        grams = self._grams(source, tensors, before, progress)
+        grams: dict[str, Tensor] = {}
+        for _, part in crew.share(units, lambda unit: self._grams(source, unit.tensors, before, progress)):
+            grams |= part
         stacked = torch.stack(list(grams.values()))
         groups = stacked if granularity == "tensor" else stacked.sum(0, keepdim=True)
         progress.stage("descending", self.options.steps + 1, "steps")
@@ -114,7 +117,7 @@ class VectorTransform:
         return fitted
 
     def _fit_rows(
-        self, source: Source, tensors: Tensors, before: Chain, fitted: FittedVector, progress: Reporter
+        self, source: Source, units: Sequence[Unit], before: Chain, fitted: FittedVector, crew: Crew, progress: Reporter
     ) -> None:
 
         def solve(piece: Piece, loader: Loader) -> tuple[Solution, Entanglement]:
@@ -126,17 +129,29 @@ class VectorTransform:
             progress.advance(piece_bytes(source.plan, piece), f"{piece.tensor.name}  loss {loss:.4f}")
             return solution, entanglement_of(grams, solution)
 
+        def fit_unit(unit: Unit) -> dict[str, Any]:
+            groups, losses, found = 0, torch.zeros(()), FittedVector(by_row=True)
+
+            def keep(piece: Piece, solved: tuple[Solution, Entanglement]) -> None:
+                nonlocal groups, losses
+                name, (solution, part) = piece.tensor.name, solved
+                found.keep(name, solution, source.device)
+                groups += len(solution.active)
+                losses = losses + solution.losses.cpu()
+                entanglement = found.entanglement
+                entanglement[name] = entanglement[name] + part if piece.start else copy.deepcopy(part)
+
+            in_order(source, unit.tensors, solve, keep)
+            parts = {name: (part.before, part.after, part.change) for name, part in found.entanglement.items()}
+            return {"coefficients": found.coefficients, "active": found.active, "entanglement": parts,
+                    "losses": losses, "groups": groups}  # fmt: skip
+
         groups, losses = 0, torch.zeros(())
-
-        def keep(piece: Piece, solved: tuple[Solution, Entanglement]) -> None:
-            nonlocal groups, losses
-            name, (solution, part) = piece.tensor.name, solved
-            fitted.keep(name, solution, source.device)
-            groups += len(solution.active)
-            losses = losses + solution.losses.cpu()
-            fitted.entanglement[name] = fitted.entanglement[name] + part if piece.start else copy.deepcopy(part)
-
-        in_order(source, tensors, solve, keep)
+        for _, found in crew.share(units, fit_unit):
+            groups, losses = groups + found["groups"], losses + found["losses"]
+            fitted.coefficients |= found["coefficients"]
+            fitted.active |= found["active"]
+            fitted.entanglement |= {name: Entanglement(*part) for name, part in found["entanglement"].items()}
         fitted.losses = (losses / max(groups, 1)).tolist()
 
     def _grams(self, source: Source, tensors: Tensors, before: Chain, progress: Reporter) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 
@@ -12,50 +13,59 @@ from modelmerge.engine.job import SAMPLE_RUN, Source
 from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import in_parallel
 from modelmerge.engine.pieces import Piece, Pieces, piece_bytes
+from modelmerge.engine.units import Crew, Unit, survey_units
 from modelmerge.methods.contract import Pass, Survey
-from modelmerge.plan.tensors import TensorPlan
+from modelmerge.plan.tensors import Tensors
 from modelmerge.progress import Reporter
 
 Apply = Callable[[Piece, Tensor], None]
 
 
 def run_survey(
-    source: Source, survey: Survey, apply: Apply, tensors: Sequence[TensorPlan], progress: Reporter
+    source: Source, survey: Survey, name: str, apply: Apply, tensors: Tensors, crew: Crew, progress: Reporter
 ) -> Tensor:
-    """What a survey concludes from the tensors' task vectors, which `apply` changes in place before.
+    """What a survey of that name concludes from the tensors' task vectors, which `apply` changes in place before.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
     """
     search = survey.find(sum(tensor.numel for tensor in tensors))
     trip, checked = next(search), False
-    while True:
+    for number in itertools.count():
         full = trip.share == 1
-        total = _one_pass(source, trip, apply, tensors, progress, check=full and not checked)
+        units = survey_units(f"survey:{name}:{number}", source.plan, tensors, trip.share)
+        total = _one_pass(source, trip, apply, units, crew, progress, check=full and not checked)
         checked = checked or full
         try:
             trip = search.send(total)
         except StopIteration as end:
             measured: Tensor = end.value
             return measured
+    raise AssertionError("a survey comes to an end")
 
 
 def _one_pass(
-    source: Source, trip: Pass, apply: Apply, tensors: Sequence[TensorPlan], progress: Reporter, *, check: bool
+    source: Source, trip: Pass, apply: Apply, units: Sequence[Unit], crew: Crew, progress: Reporter, *, check: bool
 ) -> Tensor:
     sampled = trip.share > 1
-    runs = Pieces(tensors, SAMPLE_RUN if sampled else source.block, share=trip.share)
-    progress.stage("sampling" if sampled else "measuring", sum(piece_bytes(source.plan, run) for run in runs))
-    parts: dict[int, Tensor] = {}  # one running total per worker
+    block = SAMPLE_RUN if sampled else source.block
+    progress.stage("sampling" if sampled else "measuring", sum(unit.nbytes for unit in units))
 
-    def add(piece: Piece, loader: Loader) -> None:
-        _, taus = loader.load(piece, check=check)
-        apply(piece, taus)
-        thread = threading.get_ident()
-        if thread not in parts:
-            parts[thread] = taus.new_zeros((len(taus), trip.counters), dtype=torch.int64)
-        trip.measure(taus, parts[thread])
-        progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+    def measure(unit: Unit) -> Tensor:
+        parts: dict[int, Tensor] = {}  # one running total per worker
 
-    in_parallel(source, runs, add)
-    return torch.stack(list(parts.values())).sum(0)
+        def add(piece: Piece, loader: Loader) -> None:
+            _, taus = loader.load(piece, check=check)
+            apply(piece, taus)
+            thread = threading.get_ident()
+            if thread not in parts:
+                parts[thread] = zeros.clone()
+            trip.measure(taus, parts[thread])
+            progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
+
+        in_parallel(source, Pieces(unit.tensors, block, share=trip.share, before=len(Pieces(unit.before, block))), add)
+        return sum(parts.values(), zeros)
+
+    zeros = torch.zeros((len(source.plan.experts), trip.counters), dtype=torch.int64, device=source.device)
+    total: Tensor = sum((each.to(source.device) for _, each in crew.share(units, measure)), zeros)
+    return total

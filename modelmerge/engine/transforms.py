@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from modelmerge.checkpoint.scratch import Room
 from modelmerge.engine.corrections import CorrectionTransform
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
@@ -23,6 +22,7 @@ from modelmerge.engine.parallel import summed
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.engine.shared_vector import VectorTransform
 from modelmerge.engine.survey import run_survey
+from modelmerge.engine.units import Crew
 from modelmerge.methods.contract import Correction, SharedVector, TransformSpec
 from modelmerge.plan.overrides import Setting
 from modelmerge.plan.tensors import TensorPlan, Tensors
@@ -73,19 +73,19 @@ class Transform(Protocol):
     def needs(self, job: Job, tensors: Tensors) -> Needs:
         """What fitting on the tensors takes."""
 
-    def fit(self, job: Job, tensors: Tensors, before: Chain, scratch: Room, progress: Reporter) -> Fitted:
+    def fit(self, job: Job, tensors: Tensors, before: Chain, crew: Crew, progress: Reporter) -> Fitted:
         """Fit it on the tensors.
 
         Args:
             job: The merge.
             tensors: Those that it takes.
             before: The transforms before it, fitted.
-            scratch: Gives room of so many bytes on the disk.
+            crew: Does the work.
             progress: Shows the progress.
 
         Raises:
             CheckpointError: A weight is NaN or Inf, or a file cannot be read.
-            OutputError: There is no such room.
+            OutputError: There is no room on the disk.
         """
 
 
@@ -124,7 +124,7 @@ def transform_of(name: str, spec: TransformSpec, options: Any) -> Transform:
     return _KINDS[type(spec.by)](name, spec.by, options)
 
 
-def fit_chain(job: Job, scratch: Room, progress: Reporter) -> Chain:
+def fit_chain(job: Job, crew: Crew, progress: Reporter) -> Chain:
     """Fit the job's transforms, one after the other.
 
     Raises:
@@ -133,7 +133,7 @@ def fit_chain(job: Job, scratch: Room, progress: Reporter) -> Chain:
     """
     chain = Chain()
     for transform in job.transforms:
-        chain = Chain((*chain.links, transform.fit(job, job.taken(transform), chain, scratch, progress)))
+        chain = Chain((*chain.links, transform.fit(job, job.taken(transform), chain, crew, progress)))
     return chain
 
 
@@ -184,16 +184,17 @@ class FittedJob:
         self.measured.update(summed(source, tensors, look))
 
 
-def fit(job: Job, scratch: Room, progress: Reporter) -> FittedJob:
+def fit(job: Job, crew: Crew, progress: Reporter) -> FittedJob:
     """Make the passes over the task vectors that come before the merge: transforms, then surveys.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         OutputError: There is no room on the disk.
     """
-    fitted = FittedJob(job, fit_chain(job, scratch, progress))
-    for group in job.groups:
+    fitted = FittedJob(job, fit_chain(job, crew, progress))
+    for i, group in enumerate(job.groups):
         if group.survey is not None:
-            measured = run_survey(job.source, group.survey, fitted.chain.apply, group.surveyed(), progress)
+            name, apply = f"{group.name}-{i}", fitted.chain.apply
+            measured = run_survey(job.source, group.survey, name, apply, group.surveyed(), crew, progress)
             fitted.measured.update(dict.fromkeys((tensor.name for tensor in group.tensors), measured))
     return fitted

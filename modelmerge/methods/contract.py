@@ -122,6 +122,8 @@ class Method:
         moments: Given the options, what each tensor has to be measured by first, if anything: `(taus [T, n], base [n])
             -> [k]`, float64, of a block; what it gives for a tensor's blocks, added up, is `context.measured` there.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
+        flops: Given m, n and T, about how many operations `apply` takes on [T, m, n]: whoever shares work out has the
+            dearest done first.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
         on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
             `modelmerge.methods.coefficients`.
@@ -141,14 +143,16 @@ class Method:
     survey: Callable[[Any, Mapping[str, tuple[float, ...]]], Survey | None] = lambda options, each: None
     moments: Callable[[Any], Callable[[Tensor, Tensor], Tensor] | None] = lambda options: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
+    flops: Callable[[int, int, int], float] = lambda m, n, tasks: 4.0 * tasks * m * n
     squares: float = 0.0
     on_data: bool = False
 
 
 # A method for the weights of linear layers: they come whole, and the rest is averaged.
 matrix_method = functools.partial(
-    Method, matrices=True, rest=lambda options: "average", blockwise=lambda options: False
-)
+    Method, matrices=True, rest=lambda options: "average", blockwise=lambda options: False,
+    flops=lambda m, n, tasks: 10.0 * tasks * m * n * min(m, n),
+)  # fmt: skip
 
 Watch = Callable[[float], None]  # hears a solver's loss as it goes
 

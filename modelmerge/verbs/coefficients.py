@@ -19,6 +19,7 @@ from modelmerge.engine.coefficients import Coefficients, CoefficientTable, Probl
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import refuse_beyond_memory
 from modelmerge.engine.transforms import Transform, fit_chain
+from modelmerge.engine.units import Alone
 from modelmerge.errors import RecipeError, UsageError, named, suggestion
 from modelmerge.evaluation import clip, clip_models, custom, image_data
 from modelmerge.evaluation.bench import entry_name, recall, remember
@@ -297,8 +298,9 @@ def find(job: Job, data: Read, key: str, scratch: Room, *, resume: bool, progres
     refuse_beyond_memory(job)
     experts = [expert.name for expert in job.plan.experts]
     search = Coefficients(data.data.options, lambda: data.problems(job))
-    before = fit_chain(dataclasses.replace(job, transforms=_before(job)), scratch, progress)
-    table = search.fit(job, job.taken(search), before, scratch, progress)
+    alone = Alone(scratch)
+    before = fit_chain(dataclasses.replace(job, transforms=_before(job)), alone, progress)
+    table = search.fit(job, job.taken(search), before, alone, progress)
     steps = torch.tensor(table.losses, dtype=torch.float64)
     some = max(len(steps) // _TENTH, 1)
     first, last = steps[:some].mean(0).tolist(), steps[-some:].mean(0).tolist()

@@ -22,6 +22,7 @@ from modelmerge.engine.job import Job
 from modelmerge.engine.memory import fitting_bytes, scratch_bytes, vector_memory
 from modelmerge.engine.parallel import prepare_process, source_of
 from modelmerge.engine.transforms import Chain, Transform, transform_of
+from modelmerge.engine.units import Alone
 from modelmerge.engine.vectors import Measured
 from modelmerge.errors import UsageError, named
 from modelmerge.methods import registry
@@ -219,7 +220,7 @@ def disentangle(
 
     def write(stage: Callable[..., Staging]) -> _Result:
         staging = stage(companions=full_experts * len(names))  # what there is to write shows once the vectors are there
-        fitted = transform.fit(job, opened.linear, Chain(), staging.scratch, progress)
+        fitted = transform.fit(job, opened.linear, Chain(), Alone(staging.scratch), progress)
         figures = fitted.figures()
         measured = _changes(figures.entanglement)
         measured |= vectors.measure(job.source, [t for t in opened.tensors if not t.linear], progress)

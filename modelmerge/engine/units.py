@@ -1,0 +1,147 @@
+"""Units: the pieces of a merge that any process can do, and who does them.
+
+A stage of a merge is cut into units of consecutive tensors, the same in every process. A crew has each of them done
+once, by whom it pleases, and hands out what they gave in their order: sums of floats must not depend on who did what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+from modelmerge.checkpoint.scratch import Room, Scratch
+from modelmerge.engine.job import Job
+from modelmerge.plan.tensors import Plan, TensorPlan, Tensors
+
+_PARTS = 64  # units of a survey, if they are not too small: what each gives is read by everybody
+_LEAST = 1 << 28  # bytes that a unit reads, unless it is the last
+_FLOPS = 32.0  # what a byte costs that is read, hashed or written, in FLOP
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of work: some consecutive tensors of a stage.
+
+    Args:
+        name: `survey:GROUP:PASS:i`, `fit:TRANSFORM:i`, `shard:FILE` or `hash:MODEL:FILE`.
+        stage: All tensors of the stage.
+        first: The first of the unit's own.
+        stop: The first after them.
+        nbytes: Bytes that are read.
+        flops: The work on them.
+    """
+
+    name: str
+    stage: Tensors = ()
+    first: int = 0
+    stop: int = 0
+    nbytes: int = 0
+    flops: float = 0.0
+
+    @property
+    def tensors(self) -> Tensors:
+        """The tensors of this unit."""
+        return self.stage[self.first : self.stop]
+
+    @property
+    def before(self) -> Tensors:
+        """The tensors of the stage that come before."""
+        return self.stage[: self.first]
+
+    @property
+    def cost(self) -> float:
+        """How long it takes beside others, in FLOP."""
+        return self.flops + _FLOPS * self.nbytes
+
+
+class Crew(Protocol):
+    """Who does the units of a job."""
+
+    def share(self, units: Sequence[Unit], work: Callable[[Unit], Result]) -> Iterator[tuple[Unit, Result]]:
+        """Have all units done; each with what it gave, in their order. Neighbours may be done as one.
+
+        Args:
+            units: All units of a stage.
+            work: Does one. What it gives is plain data and tensors.
+        """
+
+    def keep(self, unit: Unit, nbytes: int) -> Scratch:
+        """Room of so many bytes on the disk for what a unit gives besides; for the one who does it.
+
+        Raises:
+            OutputError: There is not so much.
+        """
+
+    def kept(self, unit: Unit) -> Scratch:
+        """What a unit that is done keeps there."""
+
+
+class Alone:
+    """A crew of one, which does a stage in one go."""
+
+    def __init__(self, room: Room) -> None:
+        """`room` gives room of so many bytes on the disk."""
+        self._room = room
+        self._rooms: dict[str, Scratch] = {}
+
+    def share(self, units: Sequence[Unit], work: Callable[[Unit], Result]) -> Iterator[tuple[Unit, Result]]:
+        """Do them as one unit."""
+        if units:
+            whole = replace(units[0], stop=units[-1].stop)
+            yield whole, work(whole)
+
+    def keep(self, unit: Unit, nbytes: int) -> Scratch:
+        """Room that goes with this process."""
+        self._rooms[unit.name] = self._room(nbytes)
+        return self._rooms[unit.name]
+
+    def kept(self, unit: Unit) -> Scratch:
+        """What the unit has written there."""
+        return self._rooms[unit.name]
+
+
+def survey_units(name: str, plan: Plan, tensors: Tensors, share: int = 1) -> list[Unit]:
+    """A pass over the tensors' task vectors, cut into units; of the entries, one in `share` is read."""
+    sizes = [plan.stored_bytes(tensor, experts=True) // share for tensor in tensors]
+    most = max(sum(sizes) // _PARTS, _LEAST)
+    units: list[Unit] = []
+    first = size = 0
+    for i, nbytes in enumerate(sizes):
+        size += nbytes
+        if size >= most or i == len(sizes) - 1:
+            units.append(Unit(f"{name}:{len(units)}", tensors, first, i + 1, size))
+            first, size = i + 1, 0
+    return units
+
+
+def shard_units(job: Job, tensors: Tensors) -> list[Unit]:
+    """The merge of these tensors: a unit for each weight file of the output, those with none of them too."""
+    plan, todo = job.plan, {tensor.name for tensor in tensors}
+    stage: list[TensorPlan] = []
+    units = []
+    for shard in plan.layout.shards:
+        mine = [plan.tensors[name] for name in shard.tensors if name in todo]
+        first, stop = len(stage), len(stage) + len(mine)
+        stage += mine
+        nbytes = sum(plan.stored_bytes(tensor, experts=tensor.action != "copy") for tensor in mine)
+        flops = sum(_flops(job, tensor) for tensor in mine if tensor.action != "copy")
+        units.append(Unit(f"shard:{shard.filename}", stage, first, stop, nbytes, flops))
+    return units
+
+
+def _flops(job: Job, tensor: TensorPlan) -> float:
+    """What the tensor's method does on it."""
+    rows = max(tensor.numel // max(tensor.row, 1), 1)
+    return job.group(tensor).method.flops(rows, tensor.row, len(job.plan.experts))
+
+
+def hash_units(plan: Plan) -> list[Unit]:
+    """The sha256 of every weight file of the inputs."""
+    return [
+        Unit(f"hash:{i}:{model.reference.address(file)}", nbytes=stat.st_size)
+        for i, model in enumerate(plan.models)
+        for file, stat in model.files.items()
+    ]
