@@ -89,7 +89,7 @@ class Publication:
             shutil.rmtree(self._retired, ignore_errors=True)
         else:
             # No atomic exchange here: between the two renames a killed run leaves the old content under another
-            # name, and _recover puts it back.
+            # name, and `recover` puts it back.
             self._target.rename(self._retired)
             try:
                 self._directory.rename(self._target)
@@ -107,7 +107,8 @@ class Publication:
                 f"{where} and cannot be moved back: {reason(error)}", hint="move it back, or let the next run do it"
             ) from error
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
+        """Put back the content of DIR that a run which was killed has moved away, or remove it if it is replaced."""
         if self._retired.exists():
             if self._target.exists():
                 shutil.rmtree(self._retired)

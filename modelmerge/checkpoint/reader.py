@@ -75,6 +75,7 @@ class Checkpoint:
     excluded: frozenset[str] = frozenset()  # keys of an adapter that have no place in its base, and that globs exclude
     lenders: Mapping[Path, Checkpoint] = field(default_factory=dict)  # of tensors in another model's files, that model
     components: Mapping[str, Component] = field(default_factory=lambda: {"": Component()})  # by folder
+    hashes_along: bool = True  # its files' digests follow the reads; else whoever wants them has them read apart
     folders: tuple[str, ...] = ()  # all that it consists of, those without weights too; "" is the directory itself
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -109,6 +110,7 @@ class Checkpoint:
             CheckpointError: The file ends before that, or cannot be read.
         """
         interrupts.check()
+        follow = follow and self.hashes_along
         if tensor.blocks:
             self._read_blocks(tensor, offset, buffer, follow=follow)
             return
@@ -142,7 +144,18 @@ class Checkpoint:
         Raises:
             CheckpointError: A file from the Hub is not what the Hub has.
         """
-        return {file: self._digest(file) for file in self.files}
+        return {file: self.digest(file) for file in self.files}
+
+    def digest(self, file: Path) -> str:
+        """The sha256 of one weight file, as `digests` has it."""
+        digest = self._open(file).finish()
+        remote = self.reference.repository
+        if remote is not None and digest != (remote.sha256(file) or digest):
+            raise CheckpointError(
+                f"{file}: not what the Hub has: its copy in the cache is damaged (the sha256 differs)",
+                hint=f"remove {file.resolve()} and run the command again",
+            )
+        return digest
 
     def close(self) -> None:
         """Let go of the files."""
@@ -166,16 +179,6 @@ class Checkpoint:
                 else:
                     self._sources[file] = FileDigest(file, self.files[file])
             return self._sources[file]
-
-    def _digest(self, file: Path) -> str:
-        digest = self._open(file).finish()
-        remote = self.reference.repository
-        if remote is not None and digest != (remote.sha256(file) or digest):
-            raise CheckpointError(
-                f"{file}: not what the Hub has: its copy in the cache is damaged (the sha256 differs)",
-                hint=f"remove {file.resolve()} and run the command again",
-            )
-        return digest
 
 
 def open_checkpoint(reference: Reference) -> Checkpoint:

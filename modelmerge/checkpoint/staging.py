@@ -82,7 +82,7 @@ class Staging(Publication):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _claim(self._directory, self._target)
             try:
-                self._recover()
+                self.recover()
                 refuse_content(self._target, force=self._force)
                 self._clear()
                 self._check_space(self._beside)
@@ -119,7 +119,7 @@ class Staging(Publication):
             OutputError: One does.
         """
         self._lock = _claim(self._directory, self._target)
-        self._recover()
+        self.recover()
         self._resume = False
         self._close(abandon=True)
 

@@ -107,7 +107,7 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
 
     def models(
         recipe: opt.RecipeFile = None, preset: opt.Preset = None, output: opt.OptionalOutput = None,
-        allow_different_bits: opt.DifferentBits = False,
+        allow_different_bits: opt.DifferentBits = False, cluster: opt.Cluster = None,
     ) -> None: ...  # fmt: skip
 
     def run(sink: Sink, context: typer.Context, **values: Any) -> None:
@@ -217,7 +217,7 @@ def parameters(method: Method | None, *, preset: bool = False) -> list[Any]:
     first = [opt.argument("context", typer.Context)]
     first += [] if preset else [opt.argument("base", opt.Base), opt.argument("experts", opt.Experts)]
 
-    def output(output: opt.Output, preset: opt.Preset = None) -> None: ...
+    def output(output: opt.Output, preset: opt.Preset = None, cluster: opt.Cluster = None) -> None: ...
 
     return [
         *first, *(_of_method(method) if method else []), *opt.shared(output), *opt.shared(opt.merged),
@@ -350,14 +350,16 @@ def carry_out(
         from modelmerge.charts import drawing
 
         drawing.check(plot)
-    resume = {"resume": values["resume"]} if "resume" in values else {}
+    if values.get("cluster") and target is not None:
+        raise UsageError("--push has no place beside --cluster", hint=f"push once it is done: modelmerge push {out}")
+    shared = {name: values[name] for name in ("resume", "cluster") if name in values}
     # What a function of the user's prints is no result.
     with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
         with bars.waiting("planning"):
             prepared = prepare()
         if not values["dry_run"]:
             manifest = execute(
-                prepared, out, force=values["force"], **resume, ready=lambda: checked(target), progress=bars
+                prepared, out, force=values["force"], **shared, ready=lambda: checked(target), progress=bars
             )
     if values["dry_run"]:
         plan = {**prepared.describe(), "push": checked(target, create=False)}

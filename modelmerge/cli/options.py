@@ -104,11 +104,14 @@ Weight = Annotated[
 ]
 Preset = Annotated[str | None, _run_option(
     metavar="NAME", autocompletion=lambda: list(presets.names()), show_default=False,
-    help="A published set with its settings, in place of BASE EXPERT...",
+    help="A published set with its settings, for BASE EXPERT...",
 )]  # fmt: skip
 RecipeFile = Annotated[
     str | None, _run_option("--recipe", metavar="FILE", help="Repeat a modelmerge.json, or run a mergekit YAML.")
 ]
+Cluster = Annotated[Literal["files"] | None, _run_option(
+    "--cluster", metavar="files", help="Share the work with all who are started by this command.",
+)]  # fmt: skip
 DifferentBits = Annotated[bool, _run_option(
     "--allow-different-bits",
     help="With --recipe: other bits than FILE records will do.",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelmerge.checkpoint.companions import library_of
+from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import Findings, Job, Source
 from modelmerge.engine.rounding import stored_narrow
 from modelmerge.errors import RecipeError
@@ -209,7 +209,7 @@ def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
 
 def manifest_of(
     recipe: Recipe, job: Job, coefficients: Mapping[str, Any] | None, out: Path, digests: Sequence[Mapping[Path, str]],
-    findings: Findings, notes: Sequence[str], staging: Staging, seconds: float,
+    findings: Findings, notes: Sequence[str], staging: Publication, seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest of a merge; `coefficients` is what there is to say of coefficients that were found on data."""
     tensors = job.plan.tensors.values()

@@ -17,8 +17,8 @@ from modelmerge.checkpoint.digest import sha256
 from modelmerge.checkpoint.documents import read_json
 from modelmerge.checkpoint.manifest_file import FileEntry
 from modelmerge.checkpoint.output import CARD
+from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.parallel import MOST_THREADS
 from modelmerge.errors import RecipeError, named
 from modelmerge.plan.recipe import FORMAT
@@ -96,7 +96,7 @@ def refuse_unrecorded(recorded: Recorded) -> None:
         )
 
 
-def other_bits(recorded: Recorded, staging: Staging, device: object) -> list[str]:
+def other_bits(recorded: Recorded, staging: Publication, device: object) -> list[str]:
     """Notes on what was written and is not what the manifest records, if anything is not and that is allowed.
 
     Raises:

@@ -8,27 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from modelmerge.checkpoint.companions import BASE, companions_of_output, token_ids
+from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.opening import as_references
-from modelmerge.checkpoint.output import CARD
-from modelmerge.checkpoint.portable import portable
 from modelmerge.checkpoint.reference import Named
 from modelmerge.checkpoint.scratch import scratches
-from modelmerge.checkpoint.staging import Staging
-from modelmerge.engine.adapter import Adapted
-from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
-from modelmerge.plan.vocabulary import config_values, with_vocabulary
 from modelmerge.progress import SILENT, Reporter
-from modelmerge.record.manifest import manifest_of, notes_of, refuse_changed, write_card
-from modelmerge.record.recorded import other_bits
 from modelmerge.verbs import adapted, coefficients
-from modelmerge.verbs.output import output_of
-from modelmerge.verbs.prepare import Prepared, digest_of, prepare, prepare_file, refuse_unknown, threads_of_leftovers
+from modelmerge.verbs.output import complete, output_of
+from modelmerge.verbs.prepare import (
+    Prepared,
+    digest_of,
+    prepare,
+    prepare_file,
+    refuse_unknown,
+    threads_of_leftovers,
+    with_coefficients,
+)
+from modelmerge.verbs.shared import Cluster, refuse_cluster, share_out
 from modelmerge.verbs.tensors import State, merge_tensors, states_of
 
 
@@ -56,6 +57,7 @@ def merge(
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
+    cluster: Cluster | None = None,
     dry_run: bool = False,
     progress: Reporter = SILENT,
     **options: Any,
@@ -108,6 +110,9 @@ def merge(
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
+        cluster: files: share the work with every process that is called like this one, here or wherever the same
+            files are; each returns when the output is complete. MODELMERGE_LEASE is after how many seconds without a
+            sign of life others take over what a process was at, 30 by default.
         dry_run: Write nothing, and return the plan: tensors and why, bytes, peak memory.
         progress: Hears of the progress.
         **options: The method's options.
@@ -130,7 +135,7 @@ def merge(
         if dry_run:
             with contextlib.closing(prepared):
                 return prepared.describe()
-        return execute(prepared, place, force=force, resume=resume, progress=progress)
+        return execute(prepared, place, force=force, resume=resume, cluster=cluster, progress=progress)
 
     if (states := states_of(base, experts)) is not None:
         if out is not None or as_lora is not None:
@@ -151,6 +156,7 @@ def replay(
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
+    cluster: Cluster | None = None,
     script: Callable[..., Any] | str | None = None,
     allow_different_bits: bool = False,
     progress: Reporter = SILENT,
@@ -164,6 +170,7 @@ def replay(
         stream: As for `merge`.
         force: As for `merge`.
         resume: As for `merge`.
+        cluster: As for `merge`.
         script: The script that the recipe names, or another, to find the coefficients anew. A script that only the
             recipe names is never run.
         allow_different_bits: Accept a recipe without digests, and results that are not those it records.
@@ -186,7 +193,7 @@ def replay(
         Path(file), device=device, stream=stream, change=change, script=function,
         allow_different_bits=allow_different_bits,
     )  # fmt: skip
-    return execute(prepared, Path(out), force=force, resume=resume, progress=progress)
+    return execute(prepared, Path(out), force=force, resume=resume, cluster=cluster, progress=progress)
 
 
 def execute(
@@ -195,10 +202,11 @@ def execute(
     *,
     force: bool = False,
     resume: bool = False,
+    cluster: Cluster | None = None,
     ready: Callable[[], object] | None = None,
     progress: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Run a prepared merge into `out`; the manifest. The inputs are closed afterwards.
+    """Run a prepared merge into `out`, with others if it is a `cluster`'s; the manifest. The inputs are closed then.
 
     `ready` is called once it is known that the work can begin.
 
@@ -207,6 +215,8 @@ def execute(
     """
     try:
         size = adapted.size_of(prepared.recipe)
+        if cluster is not None:
+            refuse_cluster(cluster, prepared.recipe)
         beside: Literal["all", "cards"] = "all" if size is None else "cards"
         with contextlib.ExitStack() as stack:
             recorded = prepared.recorded
@@ -214,6 +224,8 @@ def execute(
                 stack.enter_context(threads(recorded.threads))
             script = recorded.script if recorded is not None else {}
             data = prepared.data.read(prepared.recipe.seed, script) if prepared.data is not None else None
+            if cluster is not None:
+                return share_out(prepared, data, out, force=force, ready=ready, progress=progress)
             if resume and (recorded is None or recorded.threads is None):
                 stack.enter_context(threads_of_leftovers(out, digest_of(prepared, data)))
             digest = digest_of(prepared, data)
@@ -224,7 +236,9 @@ def execute(
                 return output.complete
             if data is not None:
                 fetch(prepared.job.plan, progress, beside=beside, stream=prepared.stream)
-                prepared = _with_coefficients(prepared, data, digest, out, resume=resume, progress=progress)
+                with scratches(out) as scratch:
+                    found = coefficients.find(prepared.job, data, digest, scratch, resume=resume, progress=progress)
+                prepared = with_coefficients(prepared, data, found)
             job = prepared.job
             # Shards of other coefficients are not taken up.
             staging = output.stage(
@@ -236,65 +250,10 @@ def execute(
             fetch(job.plan, progress, beside=beside, stream=prepared.stream)
             small = None if size is None else adapted.run(job, prepared.recipe, size, staging, progress)
             findings = run(job, staging, progress) if small is None else small.findings
-            manifest = complete(prepared, out, staging, findings, small, output.seconds, digest)
+            digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
+            manifest = complete(prepared, out, staging, findings, small, output.seconds, digest, digests)
             for note in manifest["notes"]:
                 progress.note(note)
             return output.publish(manifest)
     finally:
         prepared.close()
-
-
-def complete(
-    prepared: Prepared,
-    out: Path,
-    staging: Staging,
-    findings: Findings,
-    small: Adapted | None,
-    seconds: float,
-    determined_by: str,
-) -> dict[str, Any]:
-    """Write what goes beside the weights that a merge has written, but for the manifest, which is returned.
-
-    `determined_by` is the digest of all that determines them.
-
-    Raises:
-        RecipeError: An input is not what the recipe was made with, or the result is not what it records.
-        CheckpointError: An input has changed since it was opened.
-        OutputError: A file cannot be written.
-    """
-    job, recorded = prepared.job, prepared.recorded
-    digests = [model.digests() for model in job.plan.models]  # base first, then the experts in order
-    if recorded is not None:
-        refuse_changed(recorded.inputs, job.plan.models, digests)
-    if small is None:
-        base, giver = job.plan.base, job.plan.giver
-        vocabulary = job.plan.vocabulary
-        values = config_values(vocabulary, base, giver) if vocabulary is not None else {}
-        files = companions_of_output(base, giver, values | token_ids(base, giver), prepared.recipe.dtype)
-        if vocabulary is not None:
-            files = with_vocabulary(files, vocabulary, base)
-        for name, content in files.items():
-            staging.write_file(name, portable(name, content))
-    staging.write_indices()
-    notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
-    notes += other_bits(recorded, staging, job.source.device) if recorded is not None else []
-    staging.write_file(CARD, write_card(prepared.recipe, job, out, notes))
-    manifest = manifest_of(prepared.recipe, job, prepared.adaptation, out, digests, findings, notes, staging, seconds)
-    manifest["fingerprint"] = determined_by
-    if small is not None:
-        manifest["adapter"] = adapted.report(small)
-    return manifest
-
-
-def _with_coefficients(
-    prepared: Prepared, data: coefficients.Read, key: str, out: Path, *, resume: bool, progress: Reporter
-) -> Prepared:
-    """The merge with the coefficients that are found on its data; `key` is the digest of all they depend on."""
-    with scratches(out) as scratch:
-        search = coefficients.find(prepared.job, data, key, scratch, resume=resume, progress=progress)
-    recipe = dataclasses.replace(prepared.recipe, coefficients=search["coefficients"])
-    about = {name: value for name, value in search.items() if name != "coefficients"}
-    return dataclasses.replace(
-        prepared, recipe=recipe, job=coefficients.with_coefficients(prepared.job, recipe.coefficients),
-        remarks=[*prepared.remarks, *data.notes()], adaptation=about,
-    )  # fmt: skip

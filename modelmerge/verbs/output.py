@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modelmerge import interrupts
-from modelmerge.checkpoint.companions import companion_bytes
+from modelmerge.checkpoint.companions import companion_bytes, companions_of_output, token_ids
 from modelmerge.checkpoint.layout import Layout
-from modelmerge.checkpoint.output import check_output, finished
+from modelmerge.checkpoint.output import CARD, check_output, finished
+from modelmerge.checkpoint.portable import portable
+from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.staging import Staging, clear_remains
+from modelmerge.engine.adapter import Adapted
+from modelmerge.engine.job import Findings
 from modelmerge.engine.parallel import prepare_process
 from modelmerge.plan.downloads import input_paths
 from modelmerge.plan.tensors import Plan
+from modelmerge.plan.vocabulary import config_values, with_vocabulary
 from modelmerge.progress import Reporter
-from modelmerge.record.manifest import as_file
+from modelmerge.record.manifest import as_file, manifest_of, notes_of, refuse_changed, write_card
+from modelmerge.record.recorded import other_bits
+from modelmerge.verbs import adapted
+from modelmerge.verbs.prepare import Prepared
 
 _RECORD = 512  # bytes of a tensor in a manifest, as a rule
 
@@ -108,3 +116,45 @@ def output_of(
     output = Output(plan, out, digest, complete, force, resume)
     with output._stack:
         yield output
+
+
+def complete(
+    prepared: Prepared,
+    out: Path,
+    staging: Publication,
+    findings: Findings,
+    small: Adapted | None,
+    seconds: float,
+    determined_by: str,
+    digests: Sequence[Mapping[Path, str]],
+) -> dict[str, Any]:
+    """Write what goes beside the weights that a merge has written, but for the manifest, which is returned.
+
+    `determined_by` is the digest of all that determines them, `digests` are those of each model's files.
+
+    Raises:
+        RecipeError: An input is not what the recipe was made with, or the result is not what it records.
+        CheckpointError: An input has changed since it was opened.
+        OutputError: A file cannot be written.
+    """
+    job, recorded = prepared.job, prepared.recorded
+    if recorded is not None:
+        refuse_changed(recorded.inputs, job.plan.models, digests)
+    if small is None:
+        base, giver = job.plan.base, job.plan.giver
+        vocabulary = job.plan.vocabulary
+        values = config_values(vocabulary, base, giver) if vocabulary is not None else {}
+        files = companions_of_output(base, giver, values | token_ids(base, giver), prepared.recipe.dtype)
+        if vocabulary is not None:
+            files = with_vocabulary(files, vocabulary, base)
+        for name, content in files.items():
+            staging.write_file(name, portable(name, content))
+    staging.write_indices()
+    notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
+    notes += other_bits(recorded, staging, job.source.device) if recorded is not None else []
+    staging.write_file(CARD, write_card(prepared.recipe, job, out, notes))
+    manifest = manifest_of(prepared.recipe, job, prepared.adaptation, out, digests, findings, notes, staging, seconds)
+    manifest["fingerprint"] = determined_by
+    if small is not None:
+        manifest["adapter"] = adapted.report(small)
+    return manifest

@@ -317,6 +317,16 @@ def digest_of(prepared: Prepared, read: coefficients.Read | None = None) -> str:
     return fingerprint(job.plan, job.source.device, dataclasses.asdict(prepared.recipe), read and read.identity())
 
 
+def with_coefficients(prepared: Prepared, data: coefficients.Read, search: Mapping[str, Any]) -> Prepared:
+    """The merge with the coefficients that a search has found on its data."""
+    recipe = dataclasses.replace(prepared.recipe, coefficients=search["coefficients"])
+    about = {name: value for name, value in search.items() if name != "coefficients"}
+    return dataclasses.replace(
+        prepared, recipe=recipe, job=coefficients.with_coefficients(prepared.job, recipe.coefficients),
+        remarks=[*prepared.remarks, *data.notes()], adaptation=about,
+    )  # fmt: skip
+
+
 def threads_of_leftovers(out: Path, digest: str) -> AbstractContextManager[None]:
     """Give torch the threads that an interrupted run had, if it left something that this one can take up.
 

@@ -32,8 +32,7 @@ from modelmerge.record.manifest import as_file, write_card
 from modelmerge.record.redaction import placeless
 from modelmerge.verbs import adapted, measure
 from modelmerge.verbs.candidates import Candidate, Search, Values, label_of, prepare_search
-from modelmerge.verbs.merge import complete
-from modelmerge.verbs.output import beside_bytes, output_of
+from modelmerge.verbs.output import beside_bytes, complete, output_of
 from modelmerge.verbs.prepare import digest_of, refuse_unknown
 
 Report = Mapping[str, Any]
@@ -240,7 +239,9 @@ def _merge_group(search: Search, group: Sequence[Candidate], folder: Path, out: 
             assert search.linear is not None, "others are merged one by one"
             findings = run_scaled([each.job for each in prepared], search.linear, stagings, progress)
         for each, ready, staging, noticed in zip(group, prepared, stagings, findings, strict=True):
-            each.manifest = complete(ready, out, staging, noticed, small, time.monotonic() - started, digest_of(ready))
+            digests = [model.digests() for model in ready.job.plan.models]
+            seconds = time.monotonic() - started
+            each.manifest = complete(ready, out, staging, noticed, small, seconds, digest_of(ready), digests)
             staging.publish(as_file(each.manifest))
             assert each.place is not None, "it has just been given one"
             for name, entry in each.manifest["files"].items():

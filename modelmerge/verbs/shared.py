@@ -1,0 +1,210 @@
+"""merge --cluster: one merge among processes that see the same files, each started by the same command line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from modelmerge.checkpoint.output import check_output, finished
+from modelmerge.checkpoint.publication import Publication
+from modelmerge.checkpoint.scratch import reason, scratches
+from modelmerge.checkpoint.work import Gone, WorkFolder, job_at, lease, remove_work
+from modelmerge.engine.cluster import Shared
+from modelmerge.engine.job import Findings
+from modelmerge.engine.merge import run_shared
+from modelmerge.engine.parallel import prepare_process
+from modelmerge.engine.units import Unit
+from modelmerge.errors import OutputError, UsageError, named
+from modelmerge.plan.downloads import fetch, input_paths
+from modelmerge.plan.recipe import Recipe
+from modelmerge.progress import Reporter
+from modelmerge.record.fingerprint import circumstances
+from modelmerge.record.manifest import as_file
+from modelmerge.verbs import coefficients
+from modelmerge.verbs.output import complete
+from modelmerge.verbs.prepare import Prepared, digest_of, with_coefficients
+
+Cluster = Literal["files"]
+
+
+def refuse_cluster(cluster: str, recipe: Recipe) -> None:
+    """Refuse a cluster of an unknown kind, and a merge that cannot be shared out.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if cluster != "files":
+        raise UsageError(f"must be files, not '{cluster}'", option="cluster")
+    if recipe.as_lora is not None:
+        why = "an adapter is one file, whose layout shows at the end"
+        raise UsageError(f"cannot share out what {named('as_lora')} writes: {why}", option="cluster")
+
+
+def share_out(
+    prepared: Prepared,
+    data: coefficients.Read | None,
+    out: Path,
+    *,
+    force: bool,
+    ready: Callable[[], object] | None,
+    progress: Reporter,
+) -> dict[str, Any]:
+    """Take part in a merge until its output is complete; the manifest.
+
+    Raises:
+        ModelMergeError: As for `merge`; or the processes are not alike.
+    """
+    plan, digest = prepared.job.plan, digest_of(prepared, data)
+    manifest = _complete(out, digest)
+    if manifest is not None:
+        progress.note(f"{out} is complete already")
+        return manifest
+    begun = job_at(out)
+    check_output(out, input_paths(plan), force=force if begun is None else bool(begun["force"]))
+    if ready is not None:
+        ready()
+    fetch(plan, progress, beside="all", stream=prepared.stream)
+    about = {
+        "digest": digest, "force": force, "lease": lease(), "host": socket.gethostname(), "process": os.getpid(),
+        "circumstances": circumstances(prepared.job.source.device),
+        "inputs": {f"{model.name}: {model.reference.address(file)}": [stat.st_size, stat.st_mtime_ns]
+                   for model in plan.models for file, stat in model.files.items()},
+    }  # fmt: skip
+    with _joined(out, about, progress) as folder, _explained(folder, out, digest):
+        manifest = _complete(out, digest)  # while the folder was looked for
+        return manifest if manifest is not None else _take_part(prepared, data, out, digest, folder, progress)
+    manifest = _complete(out, digest)
+    assert manifest is not None, "an error that was explained away had a manifest"
+    return manifest
+
+
+def _complete(out: Path, digest: str) -> dict[str, Any] | None:
+    """The manifest of the output if it is this merge's; what is left of the work on it goes."""
+    manifest = finished(out, digest, hashed=False)
+    if manifest is not None and (job_at(out) or {}).get("digest") == digest:
+        remove_work(out, uuid.uuid4().hex)
+    return manifest
+
+
+@contextlib.contextmanager
+def _joined(out: Path, about: Mapping[str, Any], progress: Reporter) -> Iterator[WorkFolder]:
+    """The work folder of the merge. What dead processes have left of another is removed."""
+    try:
+        while True:
+            folder = WorkFolder(out, about)
+            if folder.job["digest"] == about["digest"]:
+                break
+            try:
+                if folder.has_others():
+                    raise _refusal(folder, about, out)
+                progress.note(f"what another merge has left in {folder.path} is removed")
+                folder.remove()
+            finally:
+                folder.leave()
+    except OSError as error:
+        raise OutputError(f"cannot prepare the output in {out.resolve().parent}: {reason(error)}") from error
+    if not folder.is_new:
+        progress.note(f"takes part in the merge that {folder.job['host']} began")
+    with folder:
+        yield folder
+
+
+def _refusal(folder: WorkFolder, about: Mapping[str, Any], out: Path) -> OutputError:
+    """Why a process cannot take part: the first thing in which it differs."""
+    host = folder.job["host"]
+    theirs, mine = (dict(_flat(job["circumstances"])) for job in (folder.job, about))
+    for name in theirs.keys() | mine.keys() if theirs != mine else ():
+        if theirs.get(name) != mine.get(name):
+            hint = f"OMP_NUM_THREADS={theirs[name]}" if name == "threads" else "all processes must be alike"
+            words = f"{name} {theirs.get(name)}, and here it is {mine.get(name)}"
+            return OutputError(f"the merge that {host} began into {out} has {words}", hint=hint)
+    there, here = folder.job["inputs"], about["inputs"]
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            return OutputError(
+                f"the merge that {host} began into {out} has another input: {name}",
+                hint="all processes must see the same files, of the same time",
+            )
+    return OutputError(f"{host} is making another merge into {out}", hint="wait for it, or name another directory")
+
+
+def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What bears on the bits, by name; the variable of the threads shows in their number."""
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        elif name != "OMP_NUM_THREADS":
+            yield name, value
+
+
+@contextlib.contextmanager
+def _explained(folder: WorkFolder, out: Path, digest: str) -> Iterator[None]:
+    """Let an error pass that comes of the output's being complete: somebody has finished it meanwhile."""
+    try:
+        yield
+    except Exception as error:
+        if finished(out, digest, hashed=False) is not None:
+            return
+        if isinstance(error, Gone):
+            raise OutputError(f"{folder.path} has been removed: the merge into {out} is off") from error
+        raise
+
+
+def _take_part(
+    prepared: Prepared, data: coefficients.Read | None, out: Path, digest: str, folder: WorkFolder, progress: Reporter
+) -> dict[str, Any]:
+    plan = prepared.job.plan
+    prepare_process(sum(len(model.files) for model in plan.models))
+    for model in plan.models:
+        model.hashes_along = False
+    with contextlib.closing(Shared(folder, prepared.job, progress)) as crew:
+        if data is not None:
+            prepared = _with_coefficients(prepared, data, digest, out, crew, progress)
+        findings = run_shared(prepared.job, crew, crew.shard, progress)
+        digests = crew.digests()
+        while (manifest := finished(out, digest, hashed=False)) is None:
+            claim = folder.claim("publish")
+            if claim is None:
+                folder.wait()
+                continue
+            with claim:
+                _publish(prepared, out, digest, digests, findings, folder, crew, progress)
+        folder.remove()
+        return manifest
+
+
+def _with_coefficients(
+    prepared: Prepared, data: coefficients.Read, digest: str, out: Path, crew: Shared, progress: Reporter
+) -> Prepared:
+    """The merge with the coefficients that one of the processes finds."""
+
+    def find(unit: Unit) -> dict[str, Any]:
+        with scratches(out) as scratch:
+            return coefficients.find(prepared.job, data, digest, scratch, resume=False, progress=progress)
+
+    ((_, search),) = crew.share([Unit("fit:coefficients")], find)
+    return with_coefficients(prepared, data, search)
+
+
+def _publish(
+    prepared: Prepared, out: Path, digest: str, digests: list[dict[Path, str]], findings: Findings,
+    folder: WorkFolder, crew: Shared, progress: Reporter,
+) -> None:  # fmt: skip
+    """Put the output in place."""
+    layout = prepared.job.plan.layout
+    publication = Publication(out, folder.take_files(), layout, force=bool(folder.job["force"]))
+    if finished(out, digest, hashed=False) is not None:  # by somebody who has no hold of the files any more
+        return
+    publication.recover()
+    publication.digests |= crew.shards()
+    manifest = complete(prepared, out, publication, findings, None, 0.0, digest, digests)
+    for note in manifest["notes"]:
+        progress.note(note)
+    seconds = round(folder.seconds, 3)
+    whole = {**manifest, "workers": crew.workers(), "seconds": seconds, "files": publication.listing()}
+    publication.publish(as_file(whole))
