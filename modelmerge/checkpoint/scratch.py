@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,20 @@ def claim_space(descriptor: int, nbytes: int) -> None:
             if error.errno not in UNSUPPORTED:
                 raise
     os.ftruncate(descriptor, nbytes)
+
+
+def check_room(directory: Path, nbytes: int) -> None:
+    """Refuse a place on a disk that has not so many bytes free.
+
+    Raises:
+        OutputError: It has not.
+    """
+    free = shutil.disk_usage(directory).free
+    if nbytes > free:
+        raise OutputError(
+            f"the output needs {nbytes:,} bytes and {directory} has {free:,} free",
+            hint="free some space or name another place",
+        )
 
 
 def write_all(descriptor: int, data: memoryview, position: int) -> None:

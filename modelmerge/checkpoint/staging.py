@@ -25,9 +25,10 @@ from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.output import refuse_content
 from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.checkpoint.scratch import Scratch, hidden_beside, reason
+from modelmerge.checkpoint.scratch import Scratch, check_room, hidden_beside, reason
 from modelmerge.checkpoint.shard_file import ShardFile
-from modelmerge.errors import OutputError
+from modelmerge.checkpoint.work import work_folder
+from modelmerge.errors import OutputError, named
 
 _JOURNAL = ".journal.json"
 
@@ -80,6 +81,9 @@ class Staging(Publication):
         # A signal meanwhile is heeded between two shards, where it is known what has to go.
         with self._explained("prepare the output"), interrupts.held():
             self._target.parent.mkdir(parents=True, exist_ok=True)
+            if (shared := work_folder(self._target)).exists():
+                hint = f"finish it with {named('cluster')} files, or remove that folder"
+                raise OutputError(f"{shared} has the work of a merge that is shared out", hint=hint)
             self._lock = _claim(self._directory, self._target)
             try:
                 self.recover()
@@ -224,13 +228,7 @@ class Staging(Publication):
 
     def _check_space(self, beside: int) -> None:
         weights = sum(shard.file_bytes for shard in self._layout.shards if shard.filename not in self.digests)
-        needed = weights + beside
-        free = shutil.disk_usage(self._directory).free
-        if needed > free:
-            raise OutputError(
-                f"the output needs {needed:,} bytes and {self._target.parent} has {free:,} free",
-                hint="free some space or name another place",
-            )
+        check_room(self._target.parent, weights + beside)
 
     def _keep_free(self) -> None:
         try:

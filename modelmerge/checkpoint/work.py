@@ -62,10 +62,10 @@ def job_at(output: Path) -> dict[str, Any] | None:
 
 def remove_work(output: Path, identity: str) -> None:
     """Remove the work folder, and what dead processes have left of others; nobody finds half of it."""
-    path = work_folder(output)
+    path, old = work_folder(output), hidden_beside(output.resolve(), f"modelmerge-work-{identity}-old")
     with contextlib.suppress(OSError):
-        path.rename(hidden_beside(output.resolve(), f"modelmerge-work-{identity}-old"))
-    for rest in path.parent.glob(f"{escape(path.name)}-*"):
+        path.rename(old)
+    for rest in (old, *path.parent.glob(f"{escape(path.name)}-*")):
         shutil.rmtree(rest, ignore_errors=True)
 
 

@@ -21,7 +21,7 @@ from modelmerge.engine.loader import as_bytes, factors_of, whole, wholes
 from modelmerge.engine.parallel import current, side_by_side, threads
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.engine.survey import run_survey
-from modelmerge.engine.units import Crew, Unit, survey_units
+from modelmerge.engine.units import LITTLE, Crew, Unit, cut
 from modelmerge.methods.contract import Context, Correction
 from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
@@ -99,7 +99,7 @@ class CorrectionTransform:
         def solve(unit: Unit) -> dict[str, Any]:
             return self._solve(job, unit, before, count, measured, crew, progress)
 
-        for unit, found in crew.share(survey_units(f"fit:{name}", source.plan, tensors), solve):
+        for unit, found in crew.share(cut(f"fit:{name}", source.plan, tensors, LITTLE), solve):
             end = 0
             for tensor in unit.tensors:
                 fitted.numbers[tensor.name], each, entanglement = found[tensor.name]

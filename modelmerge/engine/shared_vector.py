@@ -20,7 +20,7 @@ from modelmerge.engine.job import Job, Source
 from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import in_order, summed
 from modelmerge.engine.pieces import Piece, piece_bytes
-from modelmerge.engine.units import Crew, Unit, survey_units
+from modelmerge.engine.units import LITTLE, Crew, Unit, cut
 from modelmerge.methods.contract import SharedVector, Solution, Watch
 from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
@@ -102,7 +102,7 @@ class VectorTransform:
         source, granularity = job.source, self.options.granularity
         fitted = FittedVector(by_row=granularity == "row")
         progress.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
-        units = survey_units(f"fit:{self.name}-{len(before.links)}", source.plan, tensors)
+        units = cut(f"fit:{self.name}-{len(before.links)}", source.plan, tensors, LITTLE)
         if fitted.by_row:
             self._fit_rows(source, units, before, fitted, crew, progress)
             return fitted

@@ -13,7 +13,7 @@ from modelmerge.engine.job import SAMPLE_RUN, Source
 from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import in_parallel
 from modelmerge.engine.pieces import Piece, Pieces, piece_bytes
-from modelmerge.engine.units import Crew, Unit, survey_units
+from modelmerge.engine.units import MUCH, Crew, Unit, cut
 from modelmerge.methods.contract import Pass, Survey
 from modelmerge.plan.tensors import Tensors
 from modelmerge.progress import Reporter
@@ -33,7 +33,7 @@ def run_survey(
     trip, checked = next(search), False
     for number in itertools.count():
         full = trip.share == 1
-        units = survey_units(f"survey:{name}:{number}", source.plan, tensors, trip.share)
+        units = cut(f"survey:{name}:{number}", source.plan, tensors, MUCH, share=trip.share)
         total = _one_pass(source, trip, apply, units, crew, progress, check=full and not checked)
         checked = checked or full
         try:

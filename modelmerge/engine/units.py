@@ -14,8 +14,9 @@ from modelmerge.checkpoint.scratch import Room, Scratch
 from modelmerge.engine.job import Job
 from modelmerge.plan.tensors import Plan, TensorPlan, Tensors
 
-_PARTS = 64  # units of a survey, if they are not too small: what each gives is read by everybody
-_LEAST = 1 << 28  # bytes that a unit reads, unless it is the last
+_PARTS = 64  # units of a stage before the merge, if they are not too small
+LITTLE = 1 << 24  # bytes that a unit reads at least, unless it is the last
+MUCH = 1 << 28  # the same where everybody reads megabytes of each unit's result
 _FLOPS = 32.0  # what a byte costs that is read, hashed or written, in FLOP
 
 Result = TypeVar("Result")
@@ -103,10 +104,10 @@ class Alone:
         return self._rooms[unit.name]
 
 
-def survey_units(name: str, plan: Plan, tensors: Tensors, share: int = 1) -> list[Unit]:
-    """A pass over the tensors' task vectors, cut into units; of the entries, one in `share` is read."""
+def cut(name: str, plan: Plan, tensors: Tensors, least: int, *, share: int = 1) -> list[Unit]:
+    """A pass over the tensors' task vectors, cut into units of some bytes; of the entries, one in `share` is read."""
     sizes = [plan.stored_bytes(tensor, experts=True) // share for tensor in tensors]
-    most = max(sum(sizes) // _PARTS, _LEAST)
+    most = max(sum(sizes) // _PARTS, least)
     units: list[Unit] = []
     first = size = 0
     for i, nbytes in enumerate(sizes):

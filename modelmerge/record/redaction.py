@@ -21,6 +21,8 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
             model |= {"reference": model["name"], "path": None}
     if "searched" in copy:
         copy["searched"]["on"] = placeless(copy["searched"]["on"])
+    if "workers" in copy:
+        copy["workers"] = [{**worker, "host": None} for worker in copy["workers"]]
     if "command" in copy:
         # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see `command_of`
         words = renamed(shlex.split(manifest["command"]), data)

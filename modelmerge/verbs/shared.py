@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from modelmerge.checkpoint.output import check_output, finished
 from modelmerge.checkpoint.publication import Publication
-from modelmerge.checkpoint.scratch import reason, scratches
-from modelmerge.checkpoint.work import Gone, WorkFolder, job_at, lease, remove_work
+from modelmerge.checkpoint.scratch import check_room, reason, scratches
+from modelmerge.checkpoint.work import Gone, WorkFolder, job_at, lease, remove_work, work_folder
 from modelmerge.engine.cluster import Shared
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run_shared
@@ -26,7 +26,7 @@ from modelmerge.progress import Reporter
 from modelmerge.record.fingerprint import circumstances
 from modelmerge.record.manifest import as_file
 from modelmerge.verbs import coefficients
-from modelmerge.verbs.output import complete
+from modelmerge.verbs.output import beside_bytes, complete
 from modelmerge.verbs.prepare import Prepared, digest_of, with_coefficients
 
 Cluster = Literal["files"]
@@ -75,9 +75,18 @@ def share_out(
         "inputs": {f"{model.name}: {model.reference.address(file)}": [stat.st_size, stat.st_mtime_ns]
                    for model in plan.models for file, stat in model.files.items()},
     }  # fmt: skip
-    with _joined(out, about, progress) as folder, _explained(folder, out, digest):
-        manifest = _complete(out, digest)  # while the folder was looked for
-        return manifest if manifest is not None else _take_part(prepared, data, out, digest, folder, progress)
+    try:
+        with _joined(out, about, progress) as folder, _explained(folder, out, digest):
+            manifest = _complete(out, digest)  # while the folder was looked for
+            if manifest is not None:
+                return manifest
+            if folder.is_new:
+                check_room(folder.path.parent, plan.bytes_written + beside_bytes(plan, 1))
+            return _take_part(prepared, data, out, digest, folder, progress)
+    except BaseException:
+        if (job_at(out) or {}).get("digest") == digest:
+            progress.note(f"what is finished is kept in {work_folder(out)}: the same command takes it up")
+        raise
     manifest = _complete(out, digest)
     assert manifest is not None, "an error that was explained away had a manifest"
     return manifest

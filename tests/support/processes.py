@@ -45,6 +45,7 @@ class Run:
         terminal: The terminal that stderr is, where it is one.
         environment: Variables beside those of this process.
         hub: Whether the run has to do with the Hub.
+        beside: The number of a run among those that run at the same time.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class Run:
         terminal: str | None = None,
         environment: Mapping[str, str] | None = None,
         hub: bool = False,
+        beside: int = 0,
     ) -> None:
         with tempfile.NamedTemporaryFile(delete=False) as out, tempfile.NamedTemporaryFile(delete=False) as err:
             self._out, self._err = Path(out.name), Path(err.name)
         self.code: int | None = None
-        self._parent = _parent(hub)
+        self._parent = _parent(hub, beside)
         request = {
             "words": list(words), "stop": stop, "call": call, "limits": dict(limits or {}), "out": out.name,
             "err": terminal or err.name, "directory": os.getcwd(), "environment": {**os.environ, **(environment or {})},
@@ -144,7 +146,7 @@ class _Parent:
 
 
 @functools.cache
-def _parent(hub: bool) -> _Parent:
+def _parent(hub: bool, beside: int) -> _Parent:
     made = _Parent(hub)
     atexit.register(made.close)
     return made
