@@ -37,6 +37,7 @@ from modelmerge.checkpoint.scratch import hidden_beside
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 
 LEASE = "MODELMERGE_LEASE"  # the variable: seconds
+FORMAT = 1  # of the folder
 _ATTEMPTS = 3  # what has ended so many processes will end the next one
 _TRIES = 100  # of a folder that comes and goes
 _LONGEST = 150  # letters of a unit's name in a file's
@@ -55,9 +56,9 @@ def job_at(output: Path) -> dict[str, Any] | None:
     """The job of the work folder, if there is one."""
     try:
         job: dict[str, Any] = json.loads((work_folder(output) / "job.json").read_bytes())
-    except (OSError, ValueError):
+        return job if job["format"] == FORMAT and float(job["lease"]) > 0.0 else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return job
 
 
 def remove_work(output: Path, identity: str) -> None:
@@ -106,16 +107,19 @@ class WorkFolder:
         self._thread: threading.Thread | None = None
         for _ in range(_TRIES):
             interrupts.check()
-            try:
+            with contextlib.suppress(FileNotFoundError):  # it has just been removed
                 self.is_new = self._make(job)
-                self.job: dict[str, Any] = json.loads((self.path / "job.json").read_bytes())
                 self._me = os.open(self.path / "workers" / self.identity, os.O_RDWR | os.O_CREAT, 0o666)
-                break
-            except FileNotFoundError:  # it has just been removed
-                time.sleep(0.02)
+                there = job_at(output)
+                if there is not None:
+                    break
+                os.close(self._me)
+            time.sleep(0.02)
         else:
-            raise OutputError(f"{self.path} is none of modelmerge's folders", hint="move it away, or remove it")
-        self._lease = float(self.job["lease"])
+            what = f"{self.path} is no folder of a merge that this version shares out"
+            raise OutputError(what, hint="move it away, or remove it")
+        self.job: dict[str, Any] = there
+        self._lease = float(there["lease"])
         self._touched.add(self._me)
 
     def _make(self, job: Mapping[str, Any]) -> bool:
@@ -126,7 +130,7 @@ class WorkFolder:
         for name in ("units", "workers", "files", "growing", "kept"):
             (new / name).mkdir(parents=True, exist_ok=True)
         (new / "workers" / self.identity).touch()
-        (new / "job.json").write_text(json.dumps(job))
+        (new / "job.json").write_text(json.dumps({"format": FORMAT, **job}))
         try:
             new.rename(self.path)
         except OSError as error:

@@ -133,7 +133,7 @@ class Shared:
 
     def _result(self, unit: Unit) -> Any:
         with self._folder.there():
-            return torch.load(self._folder.result(unit.name), map_location="cpu", weights_only=True)
+            return torch.load(self._folder.result(unit.name), weights_only=True)
 
     def workers(self) -> list[dict[str, Any]]:
         """Who did how many units, in how many seconds; the order is that of the processes' names."""

@@ -67,5 +67,5 @@ def _one_pass(
         return sum(parts.values(), zeros)
 
     zeros = torch.zeros((len(source.plan.experts), trip.counters), dtype=torch.int64, device=source.device)
-    total: Tensor = sum((each.to(source.device) for _, each in crew.share(units, measure)), zeros)
+    total: Tensor = sum((each for _, each in crew.share(units, measure)), zeros)
     return total

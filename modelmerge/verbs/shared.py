@@ -64,8 +64,9 @@ def share_out(
     if manifest is not None:
         progress.note(f"{out} is complete already")
         return manifest
-    begun = job_at(out)
-    check_output(out, input_paths(plan), force=force if begun is None else bool(begun["force"]))
+    begun = job_at(out) or {}
+    mine = begun.get("digest") != digest  # else `force` is for whoever began to say
+    check_output(out, input_paths(plan), force=force if mine else bool(begun["force"]))
     if ready is not None:
         ready()
     fetch(plan, progress, beside="all", stream=prepared.stream)

@@ -12,7 +12,7 @@ from modelmerge.checkpoint import work
 from modelmerge.checkpoint.work import Claim, Gone, WorkFolder, key, work_folder
 from modelmerge.errors import CheckpointError, OutputError
 
-JOB: dict[str, Any] = {"digest": "d", "lease": 1000.0}
+JOB: dict[str, Any] = {"format": 1, "digest": "d", "lease": 1000.0}
 UNIT = "shard:unet/model-00001-of-00002.safetensors"
 
 
@@ -141,9 +141,12 @@ def test_a_folder_that_is_removed_is_gone_for_all(out: Path) -> None:
 
 def test_a_strangers_folder_is_left_alone(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "_TRIES", 2)
-    work_folder(out).mkdir(parents=True)
-    with pytest.raises(OutputError, match="is none of modelmerge's folders"):
-        WorkFolder(out, JOB)
+    (work_folder(out) / "workers").mkdir(parents=True)
+    for content in (None, "[]", "{}", '{"format": 2, "lease": 30}', '{"format": 1, "lease": "soon"}', "no JSON"):
+        if content is not None:
+            (work_folder(out) / "job.json").write_text(content)
+        with pytest.raises(OutputError, match="is no folder of a merge that this version shares out"):
+            WorkFolder(out, JOB)
 
 
 def test_an_output_of_the_longest_name_has_a_work_folder(tmp_path: Path) -> None:

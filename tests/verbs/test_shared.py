@@ -131,6 +131,39 @@ def test_every_transform_works_in_units(text: str, method: str, models: list[Pat
     merged_by_units(models, tmp_path, method=method, disentangle=[text])
 
 
+def test_coefficients_are_found_by_one_process_for_all(tmp_path: Path) -> None:
+    base = {"weight": torch.eye(3), "bias": torch.zeros(3)}
+    states = [base, *({"weight": torch.eye(3) * i, "bias": torch.ones(3)} for i in (2, 3))]
+    paths = [write(tmp_path / f"m{i}", state) for i, state in enumerate(states)]
+    script = tmp_path / "script.py"
+    made = "torch.nn.Linear(3, 3), torch.arange(12.0).view(4, 3) / 12"
+    script.write_text(f"import torch\n\n\ndef unlabelled(expert):\n    return {made}\n")
+    words = ["merge", "adamerging", *map(str, paths), "--script", f"{script}:unlabelled", "--steps", "3"]
+    assert main([*words, "-o", str(tmp_path / "alone"), "-q"]) == 0
+    with started([*words, "-o", str(tmp_path / "out"), "--cluster", "files"], 2) as runs:
+        finish(runs)
+    one, shared = json.loads((tmp_path / "alone" / MANIFEST).read_text()), manifest_at(tmp_path / "out")
+    assert weights(shared) == weights(one)
+    assert shared["recipe"]["coefficients"] == one["recipe"]["coefficients"]
+    assert shared["adaptation"] == one["adaptation"]
+
+
+def test_a_recipe_is_repeated_by_several(models: list[Path], tmp_path: Path) -> None:
+    want = alone(models, tmp_path / "alone", "kron", at=["*mlp*: ties density=0.5", "*q_proj*: base"])
+    command = [
+        "merge",
+        "--recipe",
+        str(tmp_path / "alone" / MANIFEST),
+        "-o",
+        str(tmp_path / "out"),
+        "--cluster",
+        "files",
+    ]
+    with started(command, 2) as runs:
+        finish(runs)
+    assert weights(manifest_at(tmp_path / "out")) == want
+
+
 @pytest.mark.usefixtures("small_units")
 def test_a_sample_is_the_same_in_units(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threshold, "SAMPLED", 1)
@@ -227,6 +260,20 @@ def test_an_interrupted_process_gives_its_unit_back(models: list[Path], tmp_path
     assert not list((work_folder(out) / "units").glob("*claim*"))
     with running(words(models, out), environment={"MODELMERGE_LEASE": "1000"}) as again:
         finish([again])  # with nobody to wait for
+    assert weights(manifest_at(out)) == want
+
+
+def test_a_process_whose_disk_is_full_leaves_its_unit_to_the_others(models: list[Path], tmp_path: Path) -> None:
+    want, out = alone(models, tmp_path / "alone", "average"), tmp_path / "out"
+    command = words(models, out, "average")
+    with running(command, stop=WRITE, environment={"MODELMERGE_LEASE": "1000"}) as first:
+        first.until_stopped()
+        with running(command, beside=1, limits={"RLIMIT_FSIZE": 1000}) as small:
+            assert small.end() == 1
+            assert "the file is larger than this system allows" in small.err()
+            assert f"what is finished is kept in {work_folder(out)}" in small.err()
+        first.send(signal.SIGCONT)
+        finish([first])
     assert weights(manifest_at(out)) == want
 
 
