@@ -23,6 +23,7 @@ from modelmerge.engine import units
 from modelmerge.errors import CheckpointError, ModelMergeError, OutputError, UsageError
 from modelmerge.methods import registry, threshold
 from modelmerge.record import fingerprint
+from modelmerge.record.redaction import published
 from tests.support.checkpoints import base_state, expert_state, family, read, same_bits, write
 from tests.support.processes import Run, running
 
@@ -105,6 +106,11 @@ def test_three_processes_write_what_one_writes(
     assert weights(manifest) == want
     assert 1 <= len(manifest["workers"]) <= 3
     assert all(worker["units"] and worker["threads"] == 1 for worker in manifest["workers"])
+    assert [worker["host"] for worker in published(manifest)["workers"]] == [None] * len(manifest["workers"])
+    assert main(["verify", str(out), "-q"]) == 0
+    again = modelmerge.replay(out / MANIFEST, tmp_path / "again")
+    assert weights(again) == want
+    assert "workers" not in again
 
 
 def merged_by_units(models: list[Path], tmp_path: Path, **options: Any) -> None:
