@@ -300,7 +300,7 @@ def refuse_early(recipe: Recipe, values: Mapping[str, Any]) -> None:
 
     paths = [reference.path for reference in check_recipe(recipe)]
     if not values["dry_run"]:
-        force = bool(values["force"] or values.get("resume"))
+        force = any(values.get(name) for name in ("force", "resume", "cluster"))
         check_output(Path(values["output"]).expanduser(), paths, force=force)
 
 

@@ -52,7 +52,7 @@ class Shared:
             interrupts.check()
             for name in self._folder.done() & waiting.keys():
                 unit = waiting.pop(name)
-                self._progress.advance(unit.nbytes, f"{unit.name}, by another")
+                self._progress.advance(unit.nbytes, f"{unit.name} is done")
             taken = next((unit for unit in waiting.values() if self._do(unit, work)), None)
             if taken is not None:
                 del waiting[key(taken.name)]
@@ -94,7 +94,13 @@ class Shared:
     def digests(self) -> list[dict[Path, str]]:
         """The sha256 of every weight file, by model."""
         self._progress.stage("hashing", sum(unit.nbytes for unit in self._hashes))
-        found = {unit.name: digest for unit, digest in self.share(self._hashes, self._hash)}
+
+        def hash_one(unit: Unit) -> str:
+            digest = self._hash(unit)
+            self._progress.advance(unit.nbytes, unit.name)
+            return digest
+
+        found = {unit.name: digest for unit, digest in self.share(self._hashes, hash_one)}
         names = iter(self._hashes)
         return [{file: found[next(names).name] for file in model.files} for model in self._plan.models]
 

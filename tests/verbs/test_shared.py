@@ -286,12 +286,16 @@ def test_a_process_whose_disk_is_full_leaves_its_unit_to_the_others(models: list
 # --- who may take part ---
 
 
-def test_a_process_that_comes_late_says_that_all_is_done(models: list[Path], tmp_path: Path) -> None:
+def test_a_process_that_comes_late_says_that_all_is_done(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     merge = lambda **more: modelmerge.merge(models[0], models[1:], out, method="ties", cluster="files", **more)  # noqa: E731
     first = merge()
     inode = out.stat().st_ino
     assert merge() == merge(force=True) == first
+    assert main(["merge", "ties", *map(str, models), "-o", str(out), "--cluster", "files"]) == 0
+    assert f"{out} is complete already" in capsys.readouterr().err.replace("\n", "")
     assert out.stat().st_ino == inode
     with pytest.raises(OutputError, match="is not empty"):
         merge(seed=1)
