@@ -360,9 +360,9 @@ class Claim:
         if self.is_lost:
             self._let_go()
             return True
-        told = error if isinstance(error, ModelMergeError) else OutputError(f"{type(error).__name__}: {error}")
+        failure = error if isinstance(error, ModelMergeError) else OutputError(f"{type(error).__name__}: {error}")
         content = {
-            "kind": type(told).__name__, "message": told.template, "hint": told.hint_template,
+            "kind": type(failure).__name__, "message": told.template, "hint": told.hint_template,
             "host": socket.gethostname(),
         }  # fmt: skip
         with contextlib.suppress(OSError):
