@@ -97,7 +97,7 @@ class NamedScratch(Scratch):
     """A scratch file that others find by its name; it takes its bytes as they come."""
 
     def __init__(self, path: Path, *, new: bool) -> None:
-        self._file = path.open("x+b" if new else "rb")  # type: ignore[assignment]
+        self._file = path.open("w+b" if new else "rb")  # type: ignore[assignment]
 
     def finish(self) -> None:
         """Have what was written on the disk, and let go of the file."""
