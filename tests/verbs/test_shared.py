@@ -28,7 +28,6 @@ from tests.support.checkpoints import base_state, expert_state, family, read, sa
 from tests.support.processes import Run, running
 
 LEASE = "1.5"  # seconds
-SHARDS = 6
 SURVEY = "modelmerge.engine.survey:in_parallel"
 WRITE = "modelmerge.checkpoint.shard_file:ShardFile.write"
 DONE = "modelmerge.checkpoint.work:Claim.finish"
@@ -198,10 +197,13 @@ def test_each_input_is_hashed_once(models: list[Path], tmp_path: Path, monkeypat
 # --- workers that die or sleep ---
 
 
-@pytest.mark.parametrize(
-    ("stop", "call"), [(SURVEY, 2), (WRITE, 4), (DONE, 5), (SWAP, 1), (REMOVE, 1)],
-    ids=["in a survey", "in a shard", "before the marker", "in publishing", "after publishing"],
-)  # fmt: skip
+@pytest.mark.parametrize(("stop", "call"), [
+    pytest.param(SURVEY, 2, id="in a survey"),
+    pytest.param(WRITE, 4, id="in a shard", marks=pytest.mark.slow),
+    pytest.param(DONE, 5, id="before the marker"),
+    pytest.param(SWAP, 1, id="in publishing"),
+    pytest.param(REMOVE, 1, id="after publishing", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_what_a_killed_process_was_at_is_taken_over(stop: str, call: int, models: list[Path], tmp_path: Path) -> None:
     want, out = alone(models, tmp_path / "alone"), tmp_path / "out"
     with running(words(models, out), stop=stop, call=call) as first:
@@ -213,10 +215,12 @@ def test_what_a_killed_process_was_at_is_taken_over(stop: str, call: int, models
     assert weights(manifest_at(out)) == want
 
 
-@pytest.mark.parametrize(
-    ("stop", "call"), [(SURVEY, 2), (WRITE, 4), (DONE, 5), (SWAP, 1)],
-    ids=["in a survey", "in a shard", "before the marker", "in publishing"],
-)  # fmt: skip
+@pytest.mark.parametrize(("stop", "call"), [
+    pytest.param(SURVEY, 2, id="in a survey", marks=pytest.mark.slow),
+    pytest.param(WRITE, 4, id="in a shard"),
+    pytest.param(DONE, 5, id="before the marker", marks=pytest.mark.slow),
+    pytest.param(SWAP, 1, id="in publishing"),
+])  # fmt: skip
 def test_who_sleeps_beyond_the_lease_does_no_damage(stop: str, call: int, models: list[Path], tmp_path: Path) -> None:
     want, out = alone(models, tmp_path / "alone"), tmp_path / "out"
     with running(words(models, out), stop=stop, call=call) as first:
