@@ -362,7 +362,7 @@ class Claim:
             return True
         failure = error if isinstance(error, ModelMergeError) else OutputError(f"{type(error).__name__}: {error}")
         content = {
-            "kind": type(failure).__name__, "message": told.template, "hint": told.hint_template,
+            "kind": type(failure).__name__, "message": failure.template, "hint": failure.hint_template,
             "host": socket.gethostname(),
         }  # fmt: skip
         with contextlib.suppress(OSError):
