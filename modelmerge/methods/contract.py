@@ -111,7 +111,7 @@ class Method:
         matrices: It takes the weights of linear layers only; what happens to the rest is `--rest`.
         rest: Given the options, what happens to the rest where `--rest` does not say: base, average, task-arithmetic.
         most_experts: The most experts it takes, where that is part of its definition.
-        normalises: It divides by the sum of the weights, which then must not be zero.
+        normalises: Given the options, whether it divides by the sum of the weights, which then must not be zero.
         wants_base: It looks at `context.base`.
         blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
             as blocks [T, n]. Otherwise a tensor comes whole.
@@ -136,7 +136,7 @@ class Method:
     matrices: bool = False
     rest: Callable[[Any], str] = lambda options: "base"
     most_experts: int | None = None
-    normalises: bool = False
+    normalises: Callable[[Any], bool] = lambda options: False
     wants_base: bool = False
     blockwise: Callable[[Any], bool] = lambda options: True
     by_rows: Callable[[Any], bool] = lambda options: False

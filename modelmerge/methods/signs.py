@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from modelmerge.methods.contract import Tensor
+from modelmerge.methods.sums import divisor
 
 
 def consensus(
@@ -17,13 +18,13 @@ def consensus(
     kind: Literal["linear", "ties"],
     reduce: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
-    """All parts [*shape] added up, or with `ties` what `elect` makes of them; each has its weight in it."""
+    """Sum or mean of all parts [*shape], or with `ties` what `elect` makes of them; each has its weight in it."""
     if kind == "ties":
         return elect(parts, weights, like, reduce)
     total = torch.zeros_like(like)
     for part in parts:
         total.add_(part)
-    return total
+    return total.div_(divisor(weights)) if reduce == "mean" else total
 
 
 def elect(parts: Iterable[Tensor], weights: Sequence[float], like: Tensor, reduce: Literal["sum", "mean"]) -> Tensor:

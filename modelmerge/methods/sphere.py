@@ -15,14 +15,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from modelmerge.methods.contract import Context, Tensor
-from modelmerge.methods.sums import gram, weighted_sum
+from modelmerge.methods.sums import combined, gram
 
 # Below this angle a great circle is a straight line, to float64's rounding.
 _STRAIGHT = 1e-7
 # Directions whose mean is shorter than this cancel, to the rounding of inner products of float32.
 _CANCELLED = 1e-3
-# The iteration ends at steps of this angle, or after so many of them.
-_STILL, _STEPS = 1e-12, 100
 
 
 def moments(taus: Tensor, base: Tensor) -> Tensor:
@@ -31,14 +29,14 @@ def moments(taus: Tensor, base: Tensor) -> Tensor:
 
 
 def inner_products(moments: Tensor, *, weights: bool) -> Tensor:
-    """Inner products of the points `base + tau_i` (`weights`), or `tau_i`: float64 [T, T]."""
-    count = math.isqrt(len(moments))
-    products = moments.view(count, count)
-    taus, cross = products[1:, 1:], products[0, 1:]
-    return taus + cross[:, None] + cross + products[0, 0] if weights else taus
+    """Inner products of the points `base + tau_i` (`weights`), or `tau_i`, of moments [..., k]: float64 [..., T, T]."""
+    count = math.isqrt(moments.shape[-1])
+    products = moments.view(*moments.shape[:-1], count, count)
+    taus, cross = products[..., 1:, 1:], products[..., 0, 1:]
+    return taus + cross[..., :, None] + cross[..., None, :] + products[..., :1, :1] if weights else taus
 
 
-Mean = Callable[[Tensor, Sequence[float]], tuple[float, ...]]  # of inner products and weights that add up to one
+Mean = Callable[..., tuple[float, ...]]  # of inner products, the points' weights, and what else it takes
 
 
 def merged(taus: Tensor, context: Context, points: str, coefficients: Sequence[float]) -> Tensor:
@@ -47,59 +45,52 @@ def merged(taus: Tensor, context: Context, points: str, coefficients: Sequence[f
 
 
 @functools.lru_cache(maxsize=64)  # every block of a tensor asks for the same
-def mean_of(moments: tuple[float, ...], weights: tuple[float, ...], points: str, mean: Mean) -> tuple[float, ...]:
+def mean_of(
+    moments: tuple[float, ...], weights: tuple[float, ...], points: str, mean: Mean, *more: float
+) -> tuple[float, ...]:
     """Coefficients of a mean of weights, or of task vectors; the plain one where nothing changed, to the last digit."""
     sums = torch.tensor(moments, dtype=torch.float64)
-    shares = [weight / sum(weights) for weight in weights]
     if not bool(inner_products(sums, weights=False).any()):
-        return tuple(shares)
-    return mean(inner_products(sums, weights=points == "weights"), shares)
+        return weights
+    return mean(inner_products(sums, weights=points == "weights"), weights, *more)
 
 
-def combined(taus: Tensor, base: Tensor | None, coefficients: Sequence[float]) -> Tensor:
-    """The task vector of `sum_i c_i p_i` of the points p_i, [T, *shape] -> [*shape].
+def between(products: Tensor, t: float, straight_above: float = 1.0, *, upright: bool = False) -> Tensor:
+    """Coefficients [..., 2] of two points, of inner products [..., 2, 2], for the share t of the way between them.
 
-    Coefficients beyond T come first and are of the base itself.
+    Along a straight line where the points lie in one line with zero, or the size of their angle's cosine is above
+    `straight_above`. A point of no length lies in one line with any other, or at a right angle to it (`upright`).
     """
-    merged = weighted_sum(taus, coefficients[-len(taus) :])
-    excess = math.fsum(coefficients) - 1.0
-    # What is left of the base; not as a difference of weights, in which a small task vector would drown.
-    return merged if base is None or abs(excess) < 1e-15 else merged.add_((base * excess).to(merged.dtype))
-
-
-def between(products: Tensor, t: float) -> tuple[float, float]:
-    """Coefficients of two points, of inner products [2, 2], for the share t of the way from the first to the second.
-
-    Along a straight line where one of the points is zero, or they lie in one line with it.
-    """
-    norms = products.diagonal().sqrt()
-    if not bool(norms.all()):
-        return 1.0 - t, t
-    angle = torch.arccos((products[0, 1] / norms.prod()).clamp(-1.0, 1.0))
-    if float(angle.sin()) < _STRAIGHT:
-        return 1.0 - t, t
-    return float(((1.0 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin())
+    lengths = products.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt().prod(-1)
+    nothing = lengths == 0
+    cosines = (products[..., 0, 1] / torch.where(nothing, 1.0, lengths)).clamp(-1.0, 1.0)
+    angles = torch.arccos(torch.where(nothing, 0.0 if upright else 1.0, cosines))
+    straight = (angles.sin() < _STRAIGHT) | ((cosines.abs() > straight_above) & ~nothing)
+    ways = torch.tensor([1.0 - t, t], dtype=products.dtype, device=products.device)
+    arcs = (ways * angles[..., None]).sin() / torch.where(straight, 1.0, angles.sin())[..., None]
+    return torch.where(straight[..., None], ways, arcs)
 
 
 def direction(products: Tensor, weights: Sequence[float]) -> tuple[float, ...]:
-    """Coefficients of the points' weighted mean direction with their weighted mean length; `weights` add up to one.
+    """Coefficients of the direction of the points' weighted directions, as long as the weighted sum of their lengths.
 
-    Their weighted mean where the directions cancel.
+    Their weighted sum where the directions cancel.
     """
     norms = products.diagonal().sqrt()
     alphas = torch.tensor(weights, dtype=torch.float64)
     units = torch.where(norms > 0, alphas / torch.where(norms > 0, norms, 1.0), 0.0)
     square = float(units @ products @ units)
-    if square <= _CANCELLED**2:
+    if square <= (_CANCELLED * float(alphas.abs().sum())) ** 2:
         return tuple(weights)
     return tuple((float((alphas * norms).sum()) / square**0.5 * units).tolist())
 
 
-def centre(products: Tensor, weights: Sequence[float]) -> tuple[float, ...]:
+def centre(products: Tensor, weights: Sequence[float], steps: int, tolerance: float) -> tuple[float, ...]:
     """Coefficients of the points' Karcher mean with the points' mean length; `weights` add up to one.
 
     The direction is that from which the weighted logarithms of the points' directions add up to zero. A point of no
-    length has no direction, but counts in the mean length.
+    length has no direction, but counts in the mean length. It is sought in so many steps at most; one of an angle
+    within the tolerance is the last, and a direction within it pulls no more.
     """
     norms = products.diagonal().sqrt()
     alphas = torch.tensor(weights, dtype=torch.float64)
@@ -113,13 +104,13 @@ def centre(products: Tensor, weights: Sequence[float]) -> tuple[float, ...]:
     at = _unit(alphas, cosines)
     if at is None:  # the directions cancel: any is as good
         at = torch.nn.functional.one_hot(alphas.argmax(), len(alphas)).double()
-    for _ in range(_STEPS):
+    for _ in range(steps):
         dots = (cosines @ at).clamp(-1.0, 1.0)
         angles = torch.arccos(dots)
-        stretch = torch.where(angles.sin() > _STRAIGHT, angles / angles.sin(), 1.0) * alphas
+        stretch = torch.where(angles.sin() > _STRAIGHT, angles / angles.sin(), 1.0) * alphas * (angles >= tolerance)
         tangent = stretch - (stretch * dots).sum() * at
         step = float((tangent @ cosines @ tangent).clamp(min=0.0).sqrt())
-        if step < _STILL:
+        if step <= tolerance:
             break
         at = _unit(math.cos(step) * at + math.sin(step) / step * tangent, cosines)
         assert at is not None, "a point of a great circle has length one"

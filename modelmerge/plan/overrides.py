@@ -288,7 +288,7 @@ class Methods:
                     option="at",
                 )
             settings[tensor] = self._setting(choice, weights, depth[tensor])
-            if choice.method.normalises and abs(sum(settings[tensor].weights)) < 1e-8:
+            if choice.method.normalises(settings[tensor].options) and abs(sum(settings[tensor].weights)) < 1e-8:
                 raise UsageError(
                     f"in '{tensor}' the weights add up to zero: their average does not exist",
                     hint=f"check {named('weights')}",

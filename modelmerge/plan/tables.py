@@ -403,7 +403,7 @@ def of_owners(plan: TensorPlan, setting: Setting | None, experts: int) -> Settin
     if method.most_experts is not None and len(plan.owners) < experts:
         setting = Setting(NEW, registry.load(NEW).options(), setting.weights)  # it merges that many or none
     weights = tuple(weight * (i in plan.owners) for i, weight in enumerate(setting.weights))
-    if registry.load(setting.method).normalises and abs(sum(weights)) < 1e-8:
+    if registry.load(setting.method).normalises(setting.options) and abs(sum(weights)) < 1e-8:
         raise UsageError(
             f"in '{plan.name}' the weights add up to zero: their average does not exist",
             hint=f"check {named('weights')}",

@@ -21,15 +21,24 @@ def reference(rows: Tensor, density: float, gamma: float) -> Tensor:
 
 @pytest.mark.parametrize("consensus", ["linear", "ties"])
 @pytest.mark.parametrize("scope", ["tensor", "row"])
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("rescale", ["none", "norm"])
 @pytest.mark.parametrize(("density", "gamma"), [(0.15, 0.006), (0.5, 0.2), (0.9, 0.5), (1.0, 0.1), (0.001, 0.0)])
-def test_agrees_with_float64(density: float, gamma: float, scope: str, consensus: str) -> None:
+def test_agrees_with_float64(
+    density: float, gamma: float, rescale: str, reduce: str, scope: str, consensus: str
+) -> None:
     taus, weights = taus_of(5), (1.0, 0.5, 2.0, 1.0, 1.0)
     told = {"density": density, "gamma": gamma, "scope": scope, "consensus": consensus}
-    got = merged("breadcrumbs", taus, weights, scale=0.7, **told)
+    got = merged("breadcrumbs", taus, weights, scale=0.7, reduce=reduce, rescale=rescale, **told)
     rows = [tau.double() if scope == "row" else tau.double().reshape(1, -1) for tau in taus]
-    kept = torch.stack([w * reference(r, density, gamma).view_as(taus[0]) for r, w in zip(rows, weights, strict=True)])
+    kept = torch.stack([reference(row, density, gamma).view_as(taus[0]) for row in rows])
+    if rescale == "norm":
+        kept *= (taus.double().abs().sum((1, 2)) / kept.abs().sum((1, 2)))[:, None, None]
+    wide = torch.tensor(weights).double()[:, None, None]
+    kept *= wide
     agreeing = torch.where(kept.sign() == kept.sum(0).sign(), kept, 0.0) if consensus == "ties" else kept
-    want = 0.7 * agreeing.sum(0)
+    share = (wide * (agreeing != 0)).sum(0) if consensus == "ties" else wide.sum()
+    want = 0.7 * agreeing.sum(0) / (torch.where(share == 0, 1.0, share) if reduce == "mean" else 1)
     assert (got.double() - want).norm() <= 1e-6 * want.norm()
 
 

@@ -14,7 +14,7 @@ from tests.support.methods import SHAPE, merged, taus_of
 def reference(taus: Tensor, masks: Tensor, weights: Tensor, density: float, consensus: str, reduce: str) -> Tensor:
     kept = taus.double() * masks * weights[:, None, None] / density
     if consensus == "linear":
-        return kept.sum(0)
+        return kept.sum(0) / (weights.sum() if reduce == "mean" else 1)
     agreeing = torch.where(kept.sign() == kept.sum(0).sign(), kept, 0.0)
     share = ((agreeing != 0) * weights[:, None, None]).sum(0)
     return agreeing.sum(0) / (torch.where(share == 0, 1.0, share) if reduce == "mean" else 1)
@@ -23,14 +23,15 @@ def reference(taus: Tensor, masks: Tensor, weights: Tensor, density: float, cons
 @pytest.mark.parametrize("consensus", ["linear", "ties"])
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
-def test_agrees_with_float64(density: float, reduce: str, consensus: str) -> None:
+@pytest.mark.parametrize("rescale", ["chance", "none"])
+def test_agrees_with_float64(rescale: str, density: float, reduce: str, consensus: str) -> None:
     taus, weights = taus_of(5), (0.5, 1.0, 2.0, 1.0, 1.0)
-    got = merged("dare", taus, weights, seed=3, density=density, scale=0.7, reduce=reduce, consensus=consensus)
+    told = {"density": density, "reduce": reduce, "consensus": consensus, "rescale": rescale}
+    got = merged("dare", taus, weights, seed=3, scale=0.7, **told)
     context = Context(tensor="w", weights=weights, experts=tuple(f"e{i}" for i in range(5)), seed=3)
     masks = [random.keep(context, i, density, torch.empty(SHAPE)) for i in range(5)]
-    want = 0.7 * reference(
-        taus, torch.stack(masks), torch.tensor(weights), random.share(density), consensus, reduce
-    )  # fmt: skip
+    chance = random.share(density) if rescale == "chance" else 1.0
+    want = 0.7 * reference(taus, torch.stack(masks), torch.tensor(weights), chance, consensus, reduce)
     assert (got.double() - want).norm() <= 1e-6 * want.norm()
 
 

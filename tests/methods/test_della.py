@@ -12,27 +12,31 @@ from modelmerge.methods.merge import della
 from tests.support.methods import SHAPE, merged, taus_of
 
 
-def pruned(tau: Tensor, drawn: Tensor, density: float, epsilon: float) -> Tensor:
+def pruned(tau: Tensor, drawn: Tensor, density: float, epsilon: float, rescale: str) -> Tensor:
     rows = tau.double()
     rank = rows.abs().argsort(dim=1, stable=True).argsort(dim=1)
     chance = density - epsilon + 2 * epsilon * rank / (rows.shape[1] - 1)
     chance = (chance * 2**16).round() / 2**16
-    return torch.where((drawn.double() + 2**15) / 2**16 < chance, rows / chance, 0.0)
+    kept = torch.where((drawn.double() + 2**15) / 2**16 < chance, rows, 0.0)
+    if rescale == "norm":
+        return kept * rows.abs().sum() / kept.abs().sum()
+    return kept / chance if rescale == "chance" else kept
 
 
 @pytest.mark.parametrize("consensus", ["linear", "ties"])
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("rescale", ["chance", "norm", "none"])
 @pytest.mark.parametrize(("density", "epsilon"), [(0.7, 0.07), (0.3, 0.25), (0.5, 0.0)])
-def test_agrees_with_float64(density: float, epsilon: float, reduce: str, consensus: str) -> None:
+def test_agrees_with_float64(density: float, epsilon: float, rescale: str, reduce: str, consensus: str) -> None:
     taus, weights = taus_of(5), (0.5, 1.0, 2.0, 1.0, 1.0)
-    told = {"density": density, "epsilon": epsilon, "reduce": reduce, "consensus": consensus}
+    told = {"density": density, "epsilon": epsilon, "reduce": reduce, "consensus": consensus, "rescale": rescale}
     got = merged("della", taus, weights, seed=3, scale=0.7, **told)
     context = Context(tensor="w", weights=weights, experts=tuple(f"e{i}" for i in range(5)), seed=3)
     draws = [random.draws(context, i, taus[0].numel(), taus.device).view(SHAPE) for i in range(5)]
-    each = torch.stack([pruned(tau, drawn, density, epsilon) for tau, drawn in zip(taus, draws, strict=True)])
+    each = torch.stack([pruned(tau, drawn, density, epsilon, rescale) for tau, drawn in zip(taus, draws, strict=True)])
     wide = torch.tensor(weights).double()[:, None, None]
     kept = each * wide
-    want = kept.sum(0)
+    want = kept.sum(0) / (wide.sum() if reduce == "mean" else 1)
     if consensus == "ties":
         agrees = (kept.sign() == kept.sum(0).sign()) & (kept != 0)
         shares = (wide * agrees).sum(0)
@@ -65,6 +69,13 @@ def test_what_is_kept_is_unbiased_and_favours_the_large() -> None:
     assert share[-1] == pytest.approx(0.9, abs=0.02)
     assert torch.allclose(got.mean(0), tau[0], rtol=0.2)
     assert got.mean() == pytest.approx(1.5, rel=0.01)
+
+
+def test_the_defaults_follow_the_consensus() -> None:
+    taus = taus_of(3)
+    for consensus, reduce in (("ties", "mean"), ("linear", "sum")):
+        named = merged("della", taus, consensus=consensus, reduce=reduce)
+        assert torch.equal(merged("della", taus, consensus=consensus), named)
 
 
 def test_everything_is_kept_at_density_one() -> None:

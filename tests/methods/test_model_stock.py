@@ -35,6 +35,19 @@ def test_experts_that_disagree_leave_the_base() -> None:
     assert not merged("model-stock", taus).any()
 
 
+def test_the_formula_goes_on_beyond_the_base() -> None:
+    """Of task vectors at the cosine -1/2, t is 2 cos / (1 + cos) = -2."""
+    first, second = torch.tensor([[1.0, 0.0]]), torch.tensor([[-0.5, 0.75**0.5]])
+    taus = torch.stack([first, second])
+    assert torch.allclose(merged("model-stock", taus, unbounded=True), -2 * taus.mean(0))
+    assert not merged("model-stock", taus).any()
+    taus = torch.stack([first, -first])
+    assert not merged("model-stock", taus, unbounded=True).any()  # the denominator is zero
+    still = torch.stack([first, first, 0 * first])
+    assert torch.allclose(merged("model-stock", still, unbounded=True), 3 / 3 / (1 + 2 / 3) * still.mean(0))
+    assert torch.equal(merged("model-stock", still), first)
+
+
 def test_an_expert_without_a_change_is_left_out_and_named() -> None:
     chosen, told = load("model-stock"), []
     taus = taus_of(3) + 1e-2

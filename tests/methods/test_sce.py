@@ -25,6 +25,18 @@ def test_agrees_with_float64(density: float, size: float) -> None:
     assert int((got != 0).sum()) == int(density * variance.numel())
 
 
+def test_experts_count_alike_where_their_task_vectors_are_small() -> None:
+    taus = taus_of(2)
+    taus[1] *= 2
+    total = float(taus.double().square().mean((1, 2)).sum())
+    weighed = merged("sce", taus, density=1.0)
+    assert torch.equal(merged("sce", taus, density=1.0, equal_below=0.99 * total), weighed)
+    alike = merged("sce", taus, density=1.0, equal_below=1.01 * total)
+    agree = taus[0].sign() == taus[1].sign()
+    assert torch.allclose(alike[agree], taus.mean(0)[agree])
+    assert not torch.allclose(alike, weighed, rtol=0.1)
+
+
 def test_a_single_expert_keeps_its_task_vector() -> None:
     taus = taus_of(1)
     assert torch.allclose(merged("sce", taus), taus[0])

@@ -4,13 +4,13 @@ DELLA (Deep et al., 2024). In each row of each task vector the entries are ranke
 rises evenly with the rank, from `--density - --epsilon` for the smallest to `--density + --epsilon` for the largest,
 and an entry that is kept is divided by its own chance (MagPrune). What is left is merged by TIES's sign election and
 the mean of what agrees (`--consensus ties`, the paper's), or by task arithmetic (`--consensus linear`), times
-`--scale`. With --weight a task vector is multiplied by its expert's weight before, and the mean is one by those
-weights. The defaults are those of the authors' example: drop rate 0.3, window 0.14, lambda 1.1.
+`--scale`. With --weight a task vector is multiplied by its expert's weight before, and a mean is one by those weights.
+The defaults are those of the authors' example: drop rate 0.3, window 0.14, lambda 1.1.
 
 Rows are those of a weight [out, in]; a vector is one row, and a convolution [out, in, h, w] has rows of in h w entries.
 Equal magnitudes rank by their place. Where density +- epsilon would leave 0 to 1, epsilon is smaller; a row of one
-entry has nothing to rank. Draws are those of `dare`, and a chance is a multiple of 2^-16. Deviation of mergekit: it
-divides nothing, but scales what is kept of each tensor to the L1 norm it had before.
+entry has nothing to rank. Draws are those of `dare`, and a chance is a multiple of 2^-16. mergekit divides nothing, but
+scales what is kept of each tensor to the L1 norm it had before (`--rescale norm`), which favours large entries.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Literal
 
 import torch
 
-from modelmerge.methods import random, signs
+from modelmerge.methods import norms, random, signs
 from modelmerge.methods.contract import Citation, Context, Method, Tensor
-from modelmerge.methods.options import option
+from modelmerge.methods.options import follow, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,27 +35,41 @@ class Options:
     )
     scale: float = option(1.1, "Factor on the merged task vector.", varies="tensor", linear=True)
     consensus: Literal["ties", "linear"] = option("ties", "Add up only what agrees in sign, or everything.")
-    reduce: Literal["mean", "sum"] = option("mean", "With consensus ties: what becomes of the entries that agree.")
+    reduce: Literal["sum", "mean"] | None = option(
+        None, "Take the mean of what is left by the weights, or add it up. Default: mean; sum with consensus linear."
+    )
+    rescale: Literal["chance", "norm", "none"] = option(
+        "chance", "Make up for what is dropped: by each entry's chance to be kept, by each tensor's L1 norm, or not."
+    )
+
+    def __post_init__(self) -> None:
+        follow(self, reduce="mean" if self.consensus == "ties" else "sum")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the pruned and rescaled task vectors, merged and scaled."""
     each = zip(context.each("density", options.density), context.each("epsilon", options.epsilon), strict=True)
     pruned = (
-        signs.times(pruned_by_rank(taus[i], i, density, epsilon, context), context.weights[i])
+        signs.times(pruned_by_rank(taus[i], i, density, epsilon, context, options.rescale), context.weights[i])
         for i, (density, epsilon) in enumerate(each)
     )
+    assert options.reduce is not None, "it follows from the consensus"
     merged = signs.consensus(pruned, context.weights, taus[0], options.consensus, options.reduce)
-    return merged.mul_(options.scale * random.LEVELS)
+    return merged.mul_(options.scale * (random.LEVELS if options.rescale == "chance" else 1.0))
 
 
-def pruned_by_rank(tau: Tensor, expert: int, density: float, epsilon: float, context: Context) -> Tensor:
-    """MagPrune of one task vector [*shape], kept entries divided by their chance in units of 2^-16."""
+def pruned_by_rank(
+    tau: Tensor, expert: int, density: float, epsilon: float, context: Context, rescale: str = "chance"
+) -> Tensor:
+    """MagPrune of one task vector [*shape], kept entries divided by their chance in units of 2^-16, or by nothing."""
     rows = tau.flatten(1) if tau.ndim > 1 else tau.reshape(1, -1)
     level = by_rank(rows, chances(rows.shape[1], density, epsilon).to(tau.device))
     drawn = random.uniform(context, expert, torch.empty_like(rows))
     mask = torch.gt(level, drawn, out=drawn)
-    return torch.div(rows, level, out=level).mul_(mask).view_as(tau)
+    if rescale == "chance":
+        return torch.div(rows, level, out=level).mul_(mask).view_as(tau)
+    kept = mask.mul_(rows)
+    return (kept if rescale == "none" else kept.mul_(norms.ratio(norms.norm(rows), norms.norm(kept)))).view_as(tau)
 
 
 def chances(count: int, density: float, epsilon: float) -> Tensor:
@@ -93,6 +107,6 @@ METHOD = Method(
         "arXiv 2024",
     ),
     blockwise=lambda options: False,
-    by_rows=lambda options: True,
+    by_rows=lambda options: options.rescale != "norm",
     workspace=lambda tasks: 14.0,
 )

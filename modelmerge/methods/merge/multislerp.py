@@ -24,16 +24,17 @@ class Options:
     """Options of Multi-SLERP."""
 
     points: Literal["weights", "task-vectors"] = option("task-vectors", "What is averaged.")
-    reduce: Literal["sum", "mean"] = option("mean", "What becomes of the lengths.")
+    reduce: Literal["sum", "mean"] = option("mean", "Take the mean of the lengths by the weights, or add them up.")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the task vector of the mean."""
     assert context.measured is not None
     moments = tuple(context.measured.tolist())
-    mean = sphere.mean_of(moments, context.weights, options.points, sphere.direction)
-    factor = 1.0 if options.reduce == "mean" else sum(context.weights)
-    return sphere.merged(taus, context, options.points, [factor * each for each in mean])
+    total = sum(context.weights) if options.reduce == "mean" else 1.0
+    weights = tuple(weight / total for weight in context.weights)
+    coefficients = sphere.mean_of(moments, weights, options.points, sphere.direction)
+    return sphere.merged(taus, context, options.points, coefficients)
 
 
 METHOD = Method(
@@ -41,7 +42,7 @@ METHOD = Method(
     apply=apply,
     paper="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
     citation=Citation("Multi-SLERP", "Charles Goddard", "goddard.blog 2025"),
-    normalises=True,
+    normalises=lambda options: options.reduce == "mean",
     wants_base=True,
     moments=lambda options: sphere.moments,
     workspace=lambda tasks: tasks + 4.0,

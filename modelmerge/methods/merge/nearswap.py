@@ -16,7 +16,7 @@ from modelmerge.methods.options import option
 class Options:
     """Options of NearSwap."""
 
-    t: float = option(1e-4, "The most that a weight changes, in units of the weights.", above=0.0, varies="tensor")
+    t: float = option(1e-4, "The most that a weight changes, in units of the weights.", minimum=0.0, varies="tensor")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

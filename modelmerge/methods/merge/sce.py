@@ -5,10 +5,10 @@ whose variance over the experts is largest; weigh each expert by the mean square
 leave out the experts whose sign is not that of the sum; the merged entry is the weighted mean of the others, times
 `--scale`. --weight multiplies an expert's weight.
 
-Of the entries that changed at all, int(density * count) are kept, and those equal to the smallest of them. Deviations
-of mergekit: it takes all experts for equal where their mean squares sum to less than 1e-6, which small task vectors do
-always, and divides by at least 1e-6. The authors' code selects only for the weights and merges all entries; the paper
-merges the selected ones.
+Of the entries that changed at all, int(density * count) are kept, and those equal to the smallest of them. mergekit
+takes experts for equal where their mean squares add up to less than 1e-6, as those of small task vectors always do
+(`--equal-below`), and divides by at least 1e-6. The authors' code selects only for the weights and merges all entries;
+the paper merges the selected ones.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ class Options:
     """Options of SCE."""
 
     density: float = option(
-        0.1, "Share of each tensor's entries that is selected.", above=0.0, maximum=1.0, varies="tensor"
+        0.1, "Share of each tensor's entries that is selected.", minimum=0.0, maximum=1.0, varies="tensor"
     )
     scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
+    equal_below: float = option(
+        0.0, "Experts count alike in a tensor where their mean squares add up to less; in mergekit 1e-6.", minimum=0.0
+    )
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
@@ -44,6 +47,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         for i, tau in enumerate(flat[:, block]):
             kept = tau.double() if mask is None else torch.mul(tau, mask[block]).double()
             squares[i] += float(torch.dot(kept, kept))
+    if sum(squares) < options.equal_below * flat.shape[1]:
+        squares = [1.0] * len(squares)
     # The share of the largest, so that no weight underflows however small the task vectors are.
     most = max(squares)
     shares = [w * square / most if most else 0.0 for w, square in zip(context.weights, squares, strict=True)]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import option
-from modelmerge.methods.sums import weighted_sum
+from modelmerge.methods.sums import divisor, weighted_sum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the scaled sum or mean of the task vectors."""
     total = weighted_sum(taus, context.weights)
     if options.reduce == "mean":
-        total.div_(share if abs(share := sum(context.weights)) > 1e-8 else 1.0)
+        total.div_(divisor(context.weights))
     return total.mul_(options.scale)
 
 

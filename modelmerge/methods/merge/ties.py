@@ -4,7 +4,8 @@ TIES-Merging (Yadav et al., NeurIPS 2023). Each task vector keeps its largest en
 task vector, or of each tensor); an entry's elected sign is that of the sum over the experts; the merged entry is the
 sum (or mean) of the trimmed entries that have that sign, times `--scale`. With --weight a trimmed task vector is
 multiplied by its expert's weight before the election, and the mean is one by those weights. With
-`--trim-scope tensor --reduce mean --scale 1` this is mergekit's.
+`--trim-scope tensor --reduce mean --scale 1` this is mergekit's. `--rescale norm` multiplies what is left of each
+tensor of a task vector by what gives it the L1 norm that it had.
 
 Deviation: where the sum is exactly zero the paper's sgn(0) = 0 elects no sign and the entry stays at the base; the
 authors' code gives such entries the sign that won most elections in the whole model.
@@ -12,10 +13,11 @@ authors' code gives such entries the sign that won most elections in the whole m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from modelmerge.methods import signs, threshold
+from modelmerge.methods import norms, signs, threshold
 from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import option
@@ -31,20 +33,27 @@ class Options:
     trim_scope: Literal["model", "tensor"] = option(
         "model", "Where the share is counted: over the whole task vector, or in each tensor."
     )
+    rescale: Literal["none", "norm"] = option("none", "Make up for what is trimmed: not, or by each tensor's L1 norm.")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the trimmed entries that agree with the elected sign, reduced and scaled."""
-    if options.trim_scope == "model":
-        return _merged(taus, context.measured, options, context)
-    thresholds = threshold.per_tensor(taus, context.each("density", options.density))
-    return in_blocks(taus, lambda block: _merged(block, thresholds, options, context))
+    if options.trim_scope == "model" and options.rescale == "none":
+        return _merged(taus, context.measured, context.weights, options, context)
+    thresholds, factors = context.measured, context.weights
+    if options.trim_scope == "tensor":
+        thresholds = threshold.per_tensor(taus, context.each("density", options.density))
+    if options.rescale == "norm" and thresholds is not None:
+        factors = norms.restored(taus, factors, lambda i, block: threshold.trim(block, thresholds[i]))
+    return in_blocks(taus, lambda block: _merged(block, thresholds, factors, options, context))
 
 
-def _merged(taus: Tensor, thresholds: Tensor | None, options: Options, context: Context) -> Tensor:
+def _merged(
+    taus: Tensor, thresholds: Tensor | None, factors: Sequence[float], options: Options, context: Context
+) -> Tensor:
     trimmed = (
-        signs.times(threshold.trim(taus[i], None if thresholds is None else thresholds[i]), weight)
-        for i, weight in enumerate(context.weights)
+        signs.times(threshold.trim(taus[i], None if thresholds is None else thresholds[i]), factor)
+        for i, factor in enumerate(factors)
     )
     return signs.elect(trimmed, context.weights, taus[0], options.reduce).mul_(options.scale)
 
@@ -56,7 +65,7 @@ METHOD = Method(
     citation=Citation(
         "TIES-Merging: Resolving Interference When Merging Models", "Prateek Yadav and others", "NeurIPS 2023"
     ),
-    blockwise=lambda options: options.trim_scope == "model",
+    blockwise=lambda options: options.trim_scope == "model" and options.rescale == "none",
     survey=lambda options, each: (
         threshold.survey(each.get("density", options.density)) if options.trim_scope == "model" else None
     ),
