@@ -8,6 +8,7 @@ rules, and tensors of the same setting are named together.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -17,7 +18,7 @@ from modelmerge.checkpoint.names import layer_type
 from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.options import as_text, option_types
-from modelmerge.plan.overrides import BASE, WEIGHT, Override, curve_text, layer_of
+from modelmerge.plan.overrides import BASE, WEIGHT, Curve, Override, curve_text, depths, layer_of
 
 
 class Entries(TypedDict, total=False):
@@ -44,16 +45,29 @@ _APGD_ONLY = {"inner": "row", "trim_scope": "model", "task_rank": "None", "relat
 
 @dataclass(frozen=True, slots=True)
 class Variation:
-    """Another value of an option or weight, for one expert or all, tensors of such names or all, over the layers."""
+    """Another value of an option or weight, for one expert or all, tensors of such names or all, over the layers.
+
+    With `steps` a tensor has one value: words go from one to the next, numbers lie on straight lines within `ends`.
+    """
 
     option: str
-    values: tuple[float, ...]
+    values: tuple[Any, ...]
     expert: str | None = None
     tensors: str | None = None
+    steps: bool = False
+    ends: tuple[float, float] = (-math.inf, math.inf)
 
     def matches(self, tensor: str) -> bool:
         """Is it for the tensor of that name?"""
         return self.tensors is None or fnmatch.fnmatchcase(tensor, self.tensors)
+
+    def at(self, depth: float) -> tuple[Any, ...]:
+        """What a tensor at that depth is given: all values over the layers, or its own."""
+        if not self.steps:
+            return self.values
+        if isinstance(self.values[0], str):
+            return (self.values[int(depth * (len(self.values) - 1))],)
+        return (min(max(Curve(self.values).at(depth), self.ends[0]), self.ends[1]),)
 
 
 def read_variation(text: str) -> Variation:
@@ -79,15 +93,18 @@ def merged_overrides(
         method_of: The method of a tensor with its options, as an override says them; None for the merge's own.
         has_option: Does the method of a tensor have an option? Variations of others do not concern the tensor.
     """
+    depth = depths(tensors)
     settings = {
-        tensor: _setting(tensor, [v for v in variations if has_option(tensor, v.option)], method_of(tensor))
+        tensor: _setting(tensor, depth[tensor], [v for v in variations if has_option(tensor, v.option)],
+                         method_of(tensor))
         for tensor in tensors
-    }
+    }  # fmt: skip
     overrides: list[Override] = []
     open_tensors = dict.fromkeys(tensors)
     globs = dict.fromkeys(v.tensors for v in reversed(variations) if v.tensors is not None)
-    # What globs do not tell apart is named, but for the numbers of layers; at last with them.
-    for glob in [*globs, "*", *(each for tensor in tensors for each in (layer_type(tensor), tensor))]:
+    # What globs do not tell apart is named, but for the numbers of layers; then by them; at last in full.
+    places = dict.fromkeys(f"{place[0]}.{place[1]}.*" for tensor in tensors if (place := layer_of(tensor)))
+    for glob in dict.fromkeys([*globs, "*", *map(layer_type, tensors), *places, *tensors]):
         here = [tensor for tensor in open_tensors if tensor == glob or fnmatch.fnmatchcase(tensor, glob)]
         if here and all(settings[tensor] == settings[here[0]] for tensor in here):
             overrides.append(_override(glob, settings[here[0]]))
@@ -97,16 +114,16 @@ def merged_overrides(
     return overrides
 
 
-_Setting = tuple[str | None, tuple[tuple[str | None, str, tuple[float, ...]], ...]]
+_Setting = tuple[str | None, tuple[tuple[str | None, str, tuple[Any, ...]], ...]]
 
 
-def _setting(tensor: str, variations: Sequence[Variation], method: str | None) -> _Setting:
-    values: dict[tuple[str | None, str], tuple[float, ...]] = {}
+def _setting(tensor: str, depth: float, variations: Sequence[Variation], method: str | None) -> _Setting:
+    values: dict[tuple[str | None, str], tuple[Any, ...]] = {}
     for variation in variations:
         if variation.matches(tensor):
             if variation.expert is None:
                 values = {key: each for key, each in values.items() if key[1] != variation.option}
-            values[variation.expert, variation.option] = variation.values
+            values[variation.expert, variation.option] = variation.at(depth)
     return method, tuple((expert, option, each) for (expert, option), each in sorted(values.items(), key=str))
 
 
@@ -116,7 +133,7 @@ def _override(glob: str, setting: _Setting) -> Override:
     words = dict(word.partition("=")[::2] for word in options.split())
     plain = options_of(name, {option.replace("-", "_"): value for option, value in words.items()})
     plain = {option: as_text(value) for option, value in plain.items()}
-    plain |= {option: curve_text(each) for expert, option, each in values if expert is None}
+    plain |= {option: ",".join(map(as_text, each)) for expert, option, each in values if expert is None}
     experts = {(expert, option): curve_text(each) for expert, option, each in values if expert is not None}
     return Override(glob, name or None, plain, experts)
 

@@ -9,27 +9,24 @@ compares).
 
 from __future__ import annotations
 
-import glob
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from modelmerge.checkpoint.documents import check, parse_yaml, read_bytes, shown
-from modelmerge.errors import RecipeError, UsageError, suggestion
-from modelmerge.methods import registry
-from modelmerge.methods.options import check_option
+from modelmerge.checkpoint.documents import parse_yaml, read_bytes, shown
+from modelmerge.errors import RecipeError, suggestion
 from modelmerge.plan.format_1 import Variation, merged_overrides
-from modelmerge.plan.mergekit_methods import KEYS, KNOWN, METHODS, REQUIRED, Parameter, Row
-from modelmerge.plan.overrides import WEIGHT, layers
+from modelmerge.plan.mergekit_methods import KEYS, KNOWN, METHODS, Row
+from modelmerge.plan.mergekit_parameters import Scopes, read_options, strays
+from modelmerge.plan.overrides import layers
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HALVES = ("float16", "bfloat16")
-Scopes = Sequence[tuple[str, Mapping[str, Any]]]  # paths in the file and the parameters there, from near to far
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,33 +292,16 @@ class _Translation:
             self.complain("models", f"this method takes {takes} besides the base, and there are {len(models)}")
         if not models:
             return None
-        self._refuse_strays(row, shared, models)
-        options = {**row.fixed, **(row.alone if base is None else {})}
-        vary: list[Variation] = []
-        weights: dict[str, float] = {}
-        for parameter in row.parameters:
-            takers = [(m.scopes, m.name) for m in models] if parameter.per_model else [(shared, None)]
-            for scopes, expert in takers:
-                plain, variations = self._settle(parameter, scopes, expert)
-                vary += variations
-                if parameter.option is None or plain is None:
-                    continue
-                if expert is None:
-                    options[parameter.option] = plain
-                elif parameter.option == WEIGHT:
-                    weights[expert] = plain
-                elif options.setdefault(parameter.option, plain) != plain:
-                    vary.insert(0, Variation(parameter.option, (plain,), expert))
-        normalize = next((values["normalize"] for _, values in shared if "normalize" in values), None)
-        if row.method == "average" and normalize is False:
-            self._refuse_sum(weights, vary)
+        nearest = [model.scopes[0] for model in models if model.scopes[0] not in shared]
+        self.remarks += strays(row, shared, nearest, self.complain)
+        experts = {model.name: model.scopes for model in models}
+        options, weights, self.variations = read_options(row, shared, experts, self.complain)
         if row.remark:
             self.remarks.append(row.remark)
-        self.variations = vary
         return Recipe(
             method=row.method, base=base if base is not None else models[0].reference,
-            experts=tuple(f"{model.name}={model.reference}" for model in models), options=options, weights=weights,
-            dtype=dtype,
+            experts=tuple(f"{model.name}={model.reference}" for model in models),
+            options={**row.fixed, **(row.alone if base is None else {}), **options}, weights=weights, dtype=dtype,
         )  # fmt: skip
 
     def _is_base(self, model: _Model, base: str | None) -> bool:
@@ -331,99 +311,6 @@ class _Translation:
         if mine:
             self.remarks.append(f"{path}: parameters of the base itself have no effect in mergekit, nor here.")
         return True
-
-    def _refuse_strays(self, row: Row, shared: Scopes, models: Sequence[_Model]) -> None:
-        """Complain of parameters in the wrong place; remark on those that the method does not have."""
-        has = {parameter.key: parameter for parameter in row.parameters}
-        nearest = [model.scopes[0] for model in models if model.scopes[0] not in shared]
-        for path, parameters in [*shared, *nearest]:
-            for key in parameters:
-                if key in KNOWN and key not in has:
-                    self.remarks.append(f"{path}.{key} has no effect on this method in mergekit, nor here.")
-                elif key in has and not has[key].per_model and path in (place for place, _ in nearest):
-                    self.complain(f"{path}.{key}", "mergekit ignores it here; it belongs into the parameters for all")
-
-    def _refuse_sum(self, weights: Mapping[str, float], vary: Sequence[Variation]) -> None:
-        varies = any(variation.option == WEIGHT for variation in vary)
-        if varies or abs(sum(weights.values()) - 1.0) > 1e-6:
-            total = "weights that vary" if varies else f"weights that add up to {sum(weights.values()):g}"
-            why = f"false with {total}: a sum of models whose weights are not 1 together cannot be honoured"
-            self.complain("parameters.normalize", why)
-
-    def _settle(self, parameter: Parameter, scopes: Scopes, expert: str | None) -> tuple[Any, list[Variation]]:
-        """What a parameter is, by mergekit's rules: the nearest scope that has a value for a tensor decides.
-
-        The value for all tensors, None if there is none or it was complained of, and those for some.
-        Here the last variation that applies decides, so they come from far to near and from the last filter to the
-        first.
-        """
-        plain = parameter.default
-        variations: list[Variation] = []
-        for place, parameters in reversed(scopes):
-            path, setting = f"{place}.{parameter.key}", parameters.get(parameter.key, REQUIRED)
-            for only, value in [] if setting is REQUIRED else reversed(self._conditions(setting, path)):
-                values = self._values(parameter, value, path)
-                if values is None:
-                    plain = None  # complained of
-                elif only is None and len(values) == 1:
-                    plain, variations = values[0], []
-                elif parameter.words is not None or parameter.option is None:
-                    if parameter.option is not None or parameter.only is not None:
-                        self.complain(path, "can be honoured only as one value for all tensors")
-                elif only is None:
-                    plain, variations = None, [Variation(parameter.option, values, expert)]
-                else:
-                    variations.append(Variation(parameter.option, values, expert, f"*{glob.escape(only)}*"))
-        if plain is REQUIRED:
-            for_some = " for tensors that no filter matches" if variations else ""
-            self.complain(f"{scopes[0][0]}.{parameter.key}", f"is missing{for_some}: mergekit insists on it")
-            plain = None
-        if plain is not None and parameter.only is not None and plain != parameter.only:
-            mine, theirs = (str(value).lower() for value in (parameter.only, plain))
-            self.complain(parameter.key, f"{theirs} cannot be honoured with this method, only {mine}")
-        if plain is not None and parameter.words is not None:
-            plain = parameter.words[plain]
-        return plain, variations
-
-    def _conditions(self, setting: Any, path: str) -> list[tuple[str | None, Any]]:
-        """(filter, value) of each part of a setting, in order; those after one without a filter never count."""
-        listed = setting if isinstance(setting, list) and setting and isinstance(setting[0], dict) else [setting]
-        conditions: list[tuple[str | None, Any]] = []
-        for part in listed:
-            only = None
-            if isinstance(part, dict):
-                if "value" not in part or not set(part) <= {"value", "filter"}:
-                    self.complain(path, "a condition has a 'value' and a 'filter' and nothing else")
-                    continue
-                only, part = part.get("filter"), part["value"]
-            conditions.append((None if only in (None, "*") else str(only), part))
-            if conditions[-1][0] is None:
-                break
-        return conditions
-
-    def _values(self, parameter: Parameter, value: Any, path: str) -> tuple[Any, ...] | None:
-        """The value, or the several of a gradient; None if it is neither."""
-        values = value if isinstance(value, list) else [value]
-        if isinstance(parameter.default, bool):
-            if values and all(isinstance(each, bool) for each in values):
-                return tuple(values)
-            self.complain(path, f"must be true or false, not {shown(value)}")
-            return None
-        try:
-            if not values or any(isinstance(each, bool) for each in values):
-                raise TypeError
-            numbers = tuple(check(float(each), float) for each in values)
-        except (TypeError, ValueError):  # no infinity and no nan: no weight of a model is
-            self.complain(path, f"must be a number or a list of numbers, not {shown(value)}")
-            return None
-        if self.row is not None and parameter.option not in (None, WEIGHT):
-            try:
-                for number in numbers:
-                    check_option(registry.load(self.row.method), parameter.option, number)
-            except UsageError as error:
-                self.complain(path, error.message)
-                return None
-        return numbers
 
 
 def _name(reference: str) -> str:

@@ -16,6 +16,7 @@ What becomes of a key is for the guide, with options by `errors.named`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,10 +34,11 @@ class Parameter:
     Args:
         key: Its name there.
         option: The option here, `weight` for the experts' weights, None for one that changes no number.
-        default: What it is there when it is not given; REQUIRED where mergekit insists.
+        default: What it is there when it is not given, of its type; REQUIRED where mergekit insists on a number.
         per_model: It is one value for each model, not one for all.
         words: The option's value for each of the parameter's, where it is no number.
-        only: The one value that can be honoured, where there is no option.
+        ends: Numbers beyond these are as good as these.
+        most: The largest that changes no number.
         outcome: What becomes of it, where the above does not say it.
     """
 
@@ -45,8 +47,13 @@ class Parameter:
     default: Any
     per_model: bool = False
     words: Mapping[Any, Any] | None = None
-    only: Any = None
+    ends: tuple[float, float] = (-math.inf, math.inf)
+    most: float | None = None
     outcome: str | None = None
+
+    def bounded(self, value: Any) -> Any:
+        """The value, or the end that it lies beyond."""
+        return value if self.words is not None else type(value)(min(max(value, self.ends[0]), self.ends[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,71 +75,92 @@ class Row:
 
 
 _WEIGHT = Parameter("weight", WEIGHT, REQUIRED, per_model=True)
-_DENSITY = Parameter("density", "density", 1.0, per_model=True)
+_DENSITY = Parameter("density", "density", 1.0, per_model=True, ends=(-math.inf, 1.0))
 _LAMBDA = Parameter("lambda", "scale", 1.0)
 _INT8_MASK = Parameter("int8_mask", None, False)
 _MEANS: Mapping[Any, Any] = {True: "mean", False: "sum"}
-_GAMMA = Parameter("gamma", "gamma", 0.01, per_model=True)
+_GAMMA = Parameter("gamma", "gamma", 0.01, per_model=True, ends=(-math.inf, 1.0))
 _EPSILON = Parameter("epsilon", "epsilon", 0.15, per_model=True)
 _CHANGE = Parameter("epsilon", "threshold", 1e-5)
-_SUM_ONLY = Parameter("normalize", None, False, only=False)
-_RESCALED = Parameter("rescale", None, True, only=True)
-_AS_IT_IS = Parameter("rescale", None, False, only=False)
-_BANDS = (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _SUM_ONLY, _INT8_MASK, _AS_IT_IS)
-_DRAWN = (
-    "mergekit draws other entries, others in every process; it scales what is kept of a tensor to the L1 norm it had, "
-    "and here every entry is divided by its chance to be kept."
+_DRAWS = "mergekit draws other entries, others in every process."
+_CHANCE = (
+    f"{_DRAWS} With rescale it brings what is kept of a tensor to the L1 norm it had; here every entry is divided by "
+    "its chance to be kept, which comes to the same but in tensors of few entries."
 )
-_TO_THE_END = "has no effect: it iterates until it stands still"
+_POSITIVE = (0.0, math.inf)
+# nuslerp's two parameters are one option: `nuslerp_row_wise` has an effect only without `nuslerp_flatten`.
+FLATTEN = Parameter("nuslerp_flatten", "scope", True, words={True: "tensor", False: "row"})
+ROW_WISE = Parameter(
+    "nuslerp_row_wise", "scope", False, words={True: "column", False: "row"},
+    outcome="without nuslerp_flatten, true is `--scope column`",
+)  # fmt: skip
 
 
 def _normalize(default: bool) -> Parameter:
     return Parameter("normalize", "reduce", default, words=_MEANS)
 
 
-def _drawn(method: str, consensus: str, normalize: Parameter, *more: Parameter) -> Row:
-    parameters = (_WEIGHT, _DENSITY, *more, _LAMBDA, normalize, _INT8_MASK, _RESCALED)
-    return Row(method, parameters, {"consensus": consensus}, remark=_DRAWN)
+def _rescale(true: str, default: bool) -> Parameter:
+    return Parameter("rescale", "rescale", default, words={True: true, False: "none"})
+
+
+def _trimmed(*more: Parameter, mean: bool, rescale: str = "norm", rescaled: bool = False) -> tuple[Parameter, ...]:
+    """The parameters of a method that trims task vectors."""
+    return (_WEIGHT, _DENSITY, *more, _LAMBDA, _normalize(mean), _INT8_MASK, _rescale(rescale, rescaled))
 
 
 METHODS: Mapping[str, Row] = {
-    "linear": Row(
-        "average",
-        (_WEIGHT, Parameter("normalize", None, True, outcome="true, or false with weights that add up to 1")),
-        inputs="members",
+    "linear": Row("average", (_WEIGHT, _normalize(True)), inputs="members"),
+    "task_arithmetic": Row(
+        "task-arithmetic",
+        (
+            _WEIGHT,
+            Parameter("density", None, 1.0, per_model=True),
+            _LAMBDA,
+            _normalize(False),
+            _INT8_MASK,
+            Parameter("rescale", None, False),
+        ),
     ),
-    "task_arithmetic": Row("task-arithmetic", (_WEIGHT, _LAMBDA, _normalize(False), _INT8_MASK)),
-    "ties": Row(
-        "ties", (_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _INT8_MASK, _AS_IT_IS), fixed={"trim_scope": "tensor"}
+    "ties": Row("ties", _trimmed(mean=True), {"trim_scope": "tensor"}),
+    "dare_linear": Row(
+        "dare", _trimmed(mean=False, rescale="chance", rescaled=True), {"consensus": "linear"}, remark=_CHANCE
     ),
-    "dare_linear": _drawn("dare", "linear", _SUM_ONLY),
-    "dare_ties": _drawn("dare", "ties", _normalize(False)),
-    "della": _drawn("della", "ties", _normalize(True), _EPSILON),
-    "della_linear": _drawn("della", "linear", _SUM_ONLY, _EPSILON),
-    "breadcrumbs": Row("breadcrumbs", _BANDS, {"consensus": "linear", "scope": "tensor"}),
-    "breadcrumbs_ties": Row("breadcrumbs", _BANDS, {"consensus": "ties", "scope": "tensor"}),
-    "sce": Row("sce", (Parameter("select_topk", "density", 1.0), _INT8_MASK), {"scale": 1.0}),
+    "dare_ties": Row(
+        "dare", _trimmed(mean=False, rescale="chance", rescaled=True), {"consensus": "ties"}, remark=_CHANCE
+    ),
+    "della": Row("della", _trimmed(_EPSILON, mean=True, rescaled=True), {"consensus": "ties"}, remark=_DRAWS),
+    "della_linear": Row("della", _trimmed(_EPSILON, mean=False, rescaled=True), {"consensus": "linear"}, remark=_DRAWS),
+    "breadcrumbs": Row("breadcrumbs", _trimmed(_GAMMA, mean=False), {"consensus": "linear", "scope": "tensor"}),
+    "breadcrumbs_ties": Row("breadcrumbs", _trimmed(_GAMMA, mean=False), {"consensus": "ties", "scope": "tensor"}),
+    "sce": Row(
+        "sce",
+        (Parameter("select_topk", "density", 1.0, ends=(0.0, 1.0)), _INT8_MASK),
+        {"scale": 1.0, "equal_below": 1e-6},
+    ),
     "model_stock": Row(
         "model-stock",
         (Parameter("filter_wise", "scope", False, words={True: "row", False: "tensor"}),),
+        {"unbounded": True},
         experts=(2, None),
     ),
-    "slerp": Row("slerp", (Parameter("t", "t", REQUIRED),), {"points": "weights"}, experts=(1, 1)),
+    "slerp": Row(
+        "slerp",
+        (Parameter("t", "t", REQUIRED),),
+        {"points": "weights", "straight_above": 0.9995, "zeros": "right-angle"},
+        experts=(1, 1),
+    ),
     "nuslerp": Row(
         "slerp",
-        (
-            _WEIGHT,
-            Parameter("nuslerp_flatten", None, True, only=True),
-            Parameter("nuslerp_row_wise", None, False, outcome="has no effect with nuslerp_flatten"),
-        ),
-        {"t": 0.5, "points": "task-vectors"},
+        (_WEIGHT, FLATTEN, ROW_WISE),
+        {"t": 0.5, "points": "task-vectors", "zeros": "right-angle"},
         inputs="either",
         alone={"points": "weights"},
         experts=(2, 2),
     ),
     "karcher": Row(
         "karcher",
-        (Parameter("max_iter", None, 10.0, outcome=_TO_THE_END), Parameter("tol", None, 1e-5, outcome=_TO_THE_END)),
+        (Parameter("max_iter", "steps", 10, ends=_POSITIVE), Parameter("tol", "tolerance", 1e-5, ends=_POSITIVE)),
         {"points": "weights"},
         inputs="members",
     ),
@@ -141,7 +169,7 @@ METHODS: Mapping[str, Row] = {
         (
             _WEIGHT,
             Parameter("normalize_weights", "reduce", True, words=_MEANS),
-            Parameter("eps", None, 1e-8, outcome="has no effect: nothing is divided by zero here"),
+            Parameter("eps", None, 1e-8, most=1e-6, outcome="nothing is divided by zero here"),
         ),
         inputs="either",
         alone={"points": "weights"},
@@ -149,16 +177,12 @@ METHODS: Mapping[str, Row] = {
     "arcee_fusion": Row("arcee-fusion", (), experts=(1, 1)),
     "ram": Row("ram", (_CHANGE,)),
     "ramplus_tl": Row("ramplus-tl", (Parameter("r", "gain", 0.1), Parameter("alpha", "limit", 0.2), _CHANGE)),
-    "nearswap": Row("nearswap", (Parameter("t", "t", REQUIRED),), experts=(1, 1)),
+    "nearswap": Row("nearswap", (Parameter("t", "t", REQUIRED, ends=_POSITIVE),), experts=(1, 1)),
 }
 
 # Every parameter of any method there: those of another method have no effect, which is worth a remark; any other is
 # a slip of the pen.
-KNOWN = {
-    "weight", "density", "lambda", "normalize", "rescale", "int8_mask", "gamma", "epsilon", "t", "select_topk",
-    "filter_wise", "max_iter", "tol", "eps", "normalize_weights", "nuslerp_row_wise", "nuslerp_flatten", "scale", "r",
-    "alpha",
-}  # fmt: skip
+KNOWN = frozenset(parameter.key for row in METHODS.values() for parameter in row.parameters) | {"scale"}
 # What becomes of the keys of the file itself.
 KEYS: Mapping[str, str] = {
     "merge_method": "METHOD, see below",

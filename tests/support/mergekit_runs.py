@@ -54,7 +54,10 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_models(root: Path) -> None:
-    """base, math, code, chat; fine, whose task vector is small; up and down; kin_1 and kin_2, which agree."""
+    """base, math, code, chat; fine, whose task vector is small; up and down; kin_1 and kin_2, which agree; and so on.
+
+    near and opposite lie in one line with the base, almost; of partial, a part is zero and a part as in the base.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def drawn(scale: float, step: float | None = None) -> dict[str, torch.Tensor]:
@@ -75,6 +78,16 @@ def write_models(root: Path) -> None:
         noise = drawn(0.03)
         kept = {key: torch.rand(t.shape, generator=generator) < 0.4 for key, t in noise.items()}
         models[name] = {key: base[key] + noise[key] * kept[key] for key in base}
+    for name, sign in (("near", 1.02), ("opposite", -0.9)):
+        models[name] = {key: base[key] * sign + noise for key, noise in drawn(0.0028).items()}
+    models["partial"] = {key: base[key] + noise for key, noise in drawn(0.02).items()}
+    for key, tensor in models["partial"].items():
+        if "layers.1." in key:
+            tensor.copy_(base[key])
+        elif "layernorm" in key:
+            tensor.zero_()
+        elif tensor.ndim == 2:
+            tensor[0], tensor[1], tensor[:, 2] = base[key][0], 0, base[key][:, 2]
     for name, state in models.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         save_file(state, root / name / "model.safetensors", metadata={"format": "pt"})
