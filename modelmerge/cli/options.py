@@ -71,8 +71,8 @@ Stream = Annotated[
 Push = Annotated[str | None, _hub_option(help="Push the result to org/name or org/name@branch.", metavar="REPO")]
 Private = Annotated[bool, _hub_option("--private", help="With --push: a private repository.")]
 Dtype = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None,
-    _merge_option(help="Store floats as float32, float16 or bfloat16, not as the base does.", metavar="TYPE"),
+    Literal["float64", "float32", "float16", "bfloat16"] | None,
+    _merge_option(help="Store floats as float64, float32, float16 or bfloat16, not as the base does.", metavar="TYPE"),
 ]
 Include = Annotated[
     list[str] | None, _merge_option(help="Take only tensors of such names. Repeatable.", metavar="GLOB")

@@ -250,6 +250,8 @@ class _Translation:
             names[key] = value.removeprefix("torch.") if isinstance(value, str) else None
             if value is not None and names[key] not in DTYPES:
                 self.complain(key, f"{shown(value)}: only {', '.join(DTYPES)} can be honoured")
+        if names["dtype"] == "float64":
+            self.remarks.append("dtype float64: mergekit computes in it; here the arithmetic is float32.")
         if names["dtype"] in _HALVES:
             self.remarks.append(
                 f"dtype {names['dtype']}: mergekit rounds every model to it before it subtracts and computes in it; "

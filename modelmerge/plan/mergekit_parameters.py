@@ -40,8 +40,8 @@ def read_options(
     weights: dict[str, float] = {}
     variations: list[Variation] = []
     for parameter in _of_scope(row, shared, complain) if FLATTEN in row.parameters else row.parameters:
-        takers: dict[str | None, Scopes] = {**experts} if parameter.per_model else {None: shared}
-        for expert, scopes in takers.items():
+        takers = [*experts.items()] if parameter.per_model else [(None, shared)]
+        for expert, scopes in takers:
             plain, some = _settle(row, parameter, scopes, expert, complain)
             variations += some
             if parameter.option is None or plain is None:

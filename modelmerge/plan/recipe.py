@@ -21,7 +21,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
 _GIVE = "give the modelmerge.json of a merged checkpoint"
-Dtype = Literal["float32", "float16", "bfloat16"]
+Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 OnMismatch = Literal["error", "copy", "common-rows"]
 
 

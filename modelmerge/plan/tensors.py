@@ -407,4 +407,4 @@ def _is_merged(name: str, include: Sequence[str], exclude: Sequence[str]) -> boo
     return not matches(name, exclude) and (not include or matches(name, include))
 
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what `--dtype` takes, in safetensors' names
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what `--dtype` takes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,8 +48,53 @@ def test_the_result_is_mergekits(config: str, beside_models: Path) -> None:
         assert tensor.dtype == got[name].dtype == torch.float32
         assert (got[name] - tensor).abs().max() <= 1e-6, name
     base = read(ORACLE / "models" / "base")
-    moved = [name for name in base if (want[name] - base[name]).abs().max() > 1e-3]
-    assert len(moved) > 0.8 * len(base)
+    moved = [name for name in base if (want[name] - base[name]).abs().max() > 1e-4]
+    assert len(moved) > 0.5 * len(base)
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "far"),
+    [("slerp-near", "straight_above", 1e-5), ("slerp-partial", "zeros", 1e-2), ("nuslerp-rows", "zeros", 1e-2),
+     ("sce-slight", "equal_below", 1e-4), ("model-stock-disagrees", "unbounded", 1e-3)],
+)  # fmt: skip
+def test_what_a_configuration_sets_apart_from_our_defaults_makes_its_numbers(
+    config: str, option: str, far: float
+) -> None:
+    translated = mergekit.read(mergekit_runs.CONFIGS / f"{config}.yml")
+    defaults = {key: value for key, value in translated.recipe.options.items() if key != option}
+    theirs = load_file(ORACLE / "merged" / f"{config}.safetensors")
+    own = in_memory(translated, defaults)
+    assert far < max(float((own[name] - tensor).abs().max()) for name, tensor in theirs.items()) < 0.5
+
+
+def in_memory(translated: mergekit.Translated, options: Mapping[str, Any], seed: int = 0) -> State:
+    """What a translated configuration makes with these options."""
+    recipe = translated.recipe
+    experts = dict(expert.split("=models/") for expert in recipe.experts)
+    states = {name: read(ORACLE / "models" / model) for name, model in experts.items()}
+    return modelmerge.merge(
+        read(ORACLE / "models" / "base"), states, method=recipe.method, weights=recipe.weights, seed=seed,
+        at=translated.overrides(states[next(iter(states))]), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rounds", [6, pytest.param(mergekit_runs.ROUNDS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", sorted(file.stem for file in (mergekit_runs.CONFIGS / "drawn").glob("*.yml")))
+def test_where_entries_are_drawn_the_mean_and_the_share_of_what_is_kept_are_mergekits(config: str, rounds: int) -> None:
+    """Means of many draws differ by what is left of their spread, and by no more."""
+    translated = mergekit.read(mergekit_runs.CONFIGS / "drawn" / f"{config}.yml")
+    base, theirs = read(ORACLE / "models" / "base"), load_file(ORACLE / "merged" / "drawn" / f"{config}.safetensors")
+    runs = [in_memory(translated, translated.recipe.options, seed) for seed in range(rounds)]
+    off = spread = 0.0
+    for name, tensor in base.items():
+        if tensor.ndim < 2:
+            continue  # of few entries: a norm given back to what is left of them is not the same on average
+        drawn = torch.stack([run[name] for run in runs]).double()
+        kept, want = (drawn != tensor).double().mean(), float(theirs[f"kept.{name}"])
+        assert abs(kept - want) <= 5 * (0.25 * (1 / rounds + 1 / mergekit_runs.ROUNDS) / tensor.numel()) ** 0.5, name
+        off += float((drawn.mean(0) - theirs[f"mean.{name}"].double()).square().sum())
+        spread += float(drawn.var(0).sum()) * (1 / rounds + 1 / mergekit_runs.ROUNDS)
+    assert 0.75 < off / spread < 1.25
 
 
 def test_mergekit_computes_in_the_dtype_it_stores(beside_models: Path) -> None:
@@ -109,7 +156,7 @@ base_model: models/base
         (TIES + "tokenizer: {source: base, tokens: {}}\n", ["tokenizer.tokens: only the base's own tokenizer"]),
         (TIES + "tokenizer: {}\n", ["tokenizer: its source is 'union' where none is given"]),
         (TIES + "chat_template: auto\n", ["chat_template: the base's files are copied as they are"]),
-        (TIES + "dtype: float64\n", ["dtype: 'float64': only float32, float16, bfloat16"]),
+        (TIES + "dtype: int64\n", ["dtype: 'int64': only float64, float32, float16, bfloat16"]),
         (TIES + "parameters: {normalize: 2}\n", ["parameters.normalize: must be true or false, not 2"]),
         (TIES + "parameters: {rescale: [true, maybe]}\n", ["parameters.rescale: must be true or false, not 'maybe'"]),
         (TIES + "parameters: {int8_mask: 8}\n", ["parameters.int8_mask: must be true or false, not 8"]),

@@ -27,14 +27,35 @@ CONFIG = {
     "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
     "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
 }  # fmt: skip
+ROUNDS = 60  # of configurations with random draws, of which means are kept
 RUN = """
-import pathlib, sys, yaml
+import logging, pathlib, shutil, sys, yaml
+from safetensors.torch import load_file, save_file
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-for file in map(pathlib.Path, sys.argv[1:]):
-    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=0)
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(file.read_text())), f"out/{file.stem}", options=options)
+def run(file, out, seed):
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed)
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(file.read_text())), out, options=options)
+    return load_file(f"{out}/model.safetensors")
+logging.disable(logging.WARNING)
+base = load_file("models/base/model.safetensors")
+for file in map(pathlib.Path, sys.argv[2:]):
+    out, rounds = f"out/{file.stem}", int(sys.argv[1])
+    if file.parent.name != "drawn":
+        run(file, out, 0)
+        continue
+    total = {name: 0.0 for name in base}
+    kept = dict(total)
+    for seed in range(rounds):
+        merged = run(file, out, seed)
+        for name, tensor in merged.items():
+            total[name] = total[name] + tensor.double() / rounds
+            kept[name] = kept[name] + (tensor != base[name]).double().mean() / rounds
+        shutil.rmtree(out)
+    pathlib.Path(out).mkdir()
+    means = {f"mean.{name}": mean.float() for name, mean in total.items()}
+    save_file(means | {f"kept.{name}": share.float() for name, share in kept.items()}, f"{out}/model.safetensors")
 """
 
 
@@ -56,7 +77,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
 def write_models(root: Path) -> None:
     """base, math, code, chat; fine, whose task vector is small; up and down; kin_1 and kin_2, which agree; and so on.
 
-    near and opposite lie in one line with the base, almost; of partial, a part is zero and a part as in the base.
+    near and opposite lie in one line with the base, almost; the task vector of slight is small, too; of partial, a part
+    is zero and a part as in the base.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -78,8 +100,8 @@ def write_models(root: Path) -> None:
         noise = drawn(0.03)
         kept = {key: torch.rand(t.shape, generator=generator) < 0.4 for key, t in noise.items()}
         models[name] = {key: base[key] + noise[key] * kept[key] for key in base}
-    for name, sign in (("near", 1.02), ("opposite", -0.9)):
-        models[name] = {key: base[key] * sign + noise for key, noise in drawn(0.0028).items()}
+    for name, sign, scale in (("near", 1.02, 0.0028), ("opposite", -0.9, 0.001), ("slight", 1.0, 4e-4)):
+        models[name] = {key: base[key] * sign + noise for key, noise in drawn(scale).items()}
     models["partial"] = {key: base[key] + noise for key, noise in drawn(0.02).items()}
     for key, tensor in models["partial"].items():
         if "layers.1." in key:
@@ -96,20 +118,24 @@ def write_models(root: Path) -> None:
 
 
 def make(target: Path, python: str | None = None) -> None:
-    """Everything anew, below `target`: models/NAME and merged/CONFIG.safetensors; `python` is one that has mergekit."""
+    """Everything anew, below `target`: models/NAME and merged/CONFIG.safetensors; `python` is one that has mergekit.
+
+    Of a configuration in `drawn`, the mean over many seeds and the share of entries that are not the base's.
+    """
     write_models(target / "models")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         python = python or installed(place / "venv")
         (place / "models").symlink_to((target / "models").resolve())
-        configs = sorted(CONFIGS.glob("*.yml"))
+        configs = sorted(CONFIGS.glob("**/*.yml"))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        command = [python, "-c", RUN, *map(str, configs)]
+        command = [python, "-c", RUN, str(ROUNDS), *map(str, configs)]
         subprocess.run(command, check=True, cwd=place, env=environment)
-        (target / "merged").mkdir(exist_ok=True)
         for config in configs:
             written = place / "out" / config.stem / "model.safetensors"
-            (target / "merged" / f"{config.stem}.safetensors").write_bytes(written.read_bytes())
+            kept = target / "merged" / config.relative_to(CONFIGS).with_suffix(".safetensors")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(written.read_bytes())
 
 
 def installed(environment: Path) -> str:

@@ -36,7 +36,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the mean, times the ratio t of each group."""
     count, by_row = len(taus), options.scope == "row" and taus.ndim > 2
     grouped = taus.flatten(2) if by_row else taus.reshape(count, 1, -1)
-    products = grams(grouped) if context.measured is None else context.measured.view(1, count, count)
+    products = grams([*grouped]) if context.measured is None else context.measured.view(1, count, count)
     moved = [i for i in range(count) if options.unbounded or bool(products[:, i, i].any())]
     for i in range(count):
         if i not in moved and context.start == 0:
