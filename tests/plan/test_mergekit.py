@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import modelmerge
@@ -262,10 +264,70 @@ def test_every_row_names_options_that_there_are(name: str) -> None:
     make_options(chosen, row.method, row.fixed)
 
 
+def test_every_parameter_of_mergekit_has_its_row_with_its_default() -> None:
+    specs = json.loads((ORACLE / "parameters.json").read_text())
+    assert set(mergekit_methods.METHODS) <= set(specs)
+    assert set(specs) - set(mergekit_methods.METHODS) <= {"passthrough"}
+    assert mergekit_methods.KNOWN == {key for parameters in specs.values() for key in parameters}
+    for name, row in mergekit_methods.METHODS.items():
+        ours = {parameter.key: parameter for parameter in row.parameters}
+        assert ours.keys() == specs[name].keys(), name
+        for key, spec in specs[name].items():
+            want = mergekit_methods.REQUIRED if spec["required"] else spec["default"]
+            assert ours[key].default == want, (name, key)
+            assert type(ours[key].default) is type(want)
+            assert ours[key].per_model == spec["per_model"], (name, key)
+
+
+def test_a_vector_has_every_parameter_off_its_default() -> None:
+    texts = [yaml.safe_load(file.read_text()) for file in mergekit_runs.CONFIGS.glob("**/*.yml")]
+    for name, row in mergekit_methods.METHODS.items():
+        mine = [config for config in texts if config["merge_method"] == name]
+        places = [config.get("parameters", {}) for config in mine]
+        places += [model.get("parameters", {}) for config in mine for model in config.get("models", ())]
+        for parameter in row.parameters:
+            given = [place[parameter.key] for place in places if parameter.key in place]
+            assert any(value != parameter.default for value in given), (name, parameter.key)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("1e-3", 1e-3), ("true", 1.0), ('"0.25"', 0.25), ("3", 3.0), ('" 2 "', 2.0), ("off", 0.0)]
+)
+def test_numbers_are_taken_as_mergekit_takes_them(written: str, value: float, tmp_path: Path) -> None:
+    (tmp_path / "c.yml").write_text(TIES + f"parameters: {{lambda: {written}}}\n")
+    assert mergekit.read(tmp_path / "c.yml").recipe.options["scale"] == value
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("1", "mean"), ("0.0", "sum"), ("'Yes'", "mean"), ("'f'", "sum"), ("[]", "mean")]
+)
+def test_words_for_true_and_false_are_taken_as_mergekit_takes_them(written: str, value: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yml").write_text(TIES + f"parameters: {{normalize: {written}}}\n")
+    assert mergekit.read(tmp_path / "c.yml").recipe.options["reduce"] == value
+
+
+def test_what_steps_from_layer_to_layer_becomes_one_override_for_each(beside_models: Path) -> None:
+    translated = mergekit.read(mergekit_runs.CONFIGS / "task-arithmetic-normalize-by-layer.yml")
+    overrides = translated.overrides(read(ORACLE / "models" / "base"))
+    assert overrides[-4:] == tuple(f"model.layers.{i}.*: reduce={'sum' if i == 2 else 'mean'}" for i in range(4))
+    assert all(override.endswith(".weight: reduce=mean") for override in overrides[:-4])
+
+
+def test_float64_is_stored_with_a_remark(beside_models: Path) -> None:
+    text = (mergekit_runs.CONFIGS / "linear.yml").read_text().replace("float32", "float64")
+    Path("c.yml").write_text(text)
+    manifest = modelmerge.replay("c.yml", "out")
+    assert any(note.startswith("dtype float64: mergekit computes in it") for note in manifest["notes"])
+    want = load_file(ORACLE / "merged" / "linear.safetensors")
+    for name, tensor in read(Path("out")).items():
+        assert tensor.dtype == torch.float64
+        assert (tensor - want[name]).abs().max() <= 1e-6
+
+
 @pytest.mark.slow
 def test_mergekit_still_makes_what_is_kept(tmp_path: Path) -> None:
     mergekit_runs.make(tmp_path)
-    for kept in (ORACLE / "merged").glob("*.safetensors"):
-        new, old = load_file(tmp_path / "merged" / kept.name), load_file(kept)
+    for kept in (ORACLE / "merged").glob("**/*.safetensors"):
+        new, old = load_file(tmp_path / kept.relative_to(ORACLE)), load_file(kept)
         assert new.keys() == old.keys()
         assert all((new[name] - old[name]).abs().max() <= 1e-6 for name in old), kept.name

@@ -67,14 +67,14 @@ def test_a_preset_stands_for_references_and_settings(
 def test_the_command_line_wins(hub_here: presets.Preset, capsys: pytest.CaptureFixture[str]) -> None:
     assert merge(capsys, "iso-c", "--scale", "1")["recipe"]["options"]["scale"] == 1.0
     told = merge(capsys, "ties", "--density", "0.5", "--weight", "svhn=2")["recipe"]
-    assert told["options"] == {"density": 0.5, "scale": 0.3, "reduce": "sum", "trim_scope": "model"}
+    assert told["options"] == {"density": 0.5, "scale": 0.3, "reduce": "sum", "trim_scope": "model", "rescale": "none"}
     assert told["weights"]["svhn"] == 2.0
 
 
 def test_a_method_that_a_preset_does_not_mention_runs_at_its_defaults(
     hub_here: presets.Preset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert merge(capsys, "average")["recipe"]["options"] == {}
+    assert merge(capsys, "average")["recipe"]["options"] == {"reduce": "mean"}
 
 
 def test_a_preset_names_the_unlabelled_data(hub_here: presets.Preset, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,15 +50,15 @@ def flag(option: str) -> str:
 
 
 def typed(options: Mapping[str, Any]) -> str:
-    return "".join(f" {flag(option)} {value}" for option, value in options.items())
+    return "".join(f" {flag(option)}" + ("" if value is True else f" {value}") for option, value in options.items())
 
 
 def becomes(parameter: mergekit_methods.Parameter) -> str:
     """What a parameter of mergekit is here."""
+    if parameter.option is None:
+        return "has no effect" if parameter.outcome is None else f"has no effect: {parameter.outcome}"
     if parameter.outcome is not None:
         return parameter.outcome
-    if parameter.option is None:
-        return f"only {str(parameter.only).lower()}" if parameter.only is not None else "has no effect"
     typed = flag(parameter.option)
     if parameter.words:
         return ", ".join(f"{str(value).lower()} is `{typed} {word}`" for value, word in parameter.words.items())

@@ -29,16 +29,21 @@ CONFIG = {
 }  # fmt: skip
 ROUNDS = 60  # of configurations with random draws, of which means are kept
 RUN = """
-import logging, pathlib, shutil, sys, yaml
+import json, logging, pathlib, shutil, sys, yaml
 from safetensors.torch import load_file, save_file
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
+from mergekit.merge_methods.registry import registered_methods
 from mergekit.options import MergeOptions
 def run(file, out, seed):
     options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed)
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(file.read_text())), out, options=options)
     return load_file(f"{out}/model.safetensors")
 logging.disable(logging.WARNING)
+specs = {method.spec.name: {each.name: {"per_model": each.scope.value != "shared", "required": each.required,
+    "default": None if each.required else each.default} for each in method.spec.parameters}
+    for method in registered_methods()}
+pathlib.Path("parameters.json").write_text(json.dumps(specs, indent=1, sort_keys=True))
 base = load_file("models/base/model.safetensors")
 for file in map(pathlib.Path, sys.argv[2:]):
     out, rounds = f"out/{file.stem}", int(sys.argv[1])
@@ -120,7 +125,8 @@ def write_models(root: Path) -> None:
 def make(target: Path, python: str | None = None) -> None:
     """Everything anew, below `target`: models/NAME and merged/CONFIG.safetensors; `python` is one that has mergekit.
 
-    Of a configuration in `drawn`, the mean over many seeds and the share of entries that are not the base's.
+    Of a configuration in `drawn`, the mean over many seeds and the share of entries that are not the base's. All
+    parameters of all methods are in parameters.json.
     """
     write_models(target / "models")
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,6 +137,7 @@ def make(target: Path, python: str | None = None) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [python, "-c", RUN, str(ROUNDS), *map(str, configs)]
         subprocess.run(command, check=True, cwd=place, env=environment)
+        (target / "parameters.json").write_bytes((place / "parameters.json").read_bytes())
         for config in configs:
             written = place / "out" / config.stem / "model.safetensors"
             kept = target / "merged" / config.relative_to(CONFIGS).with_suffix(".safetensors")
