@@ -92,7 +92,7 @@ _POSITIVE = (0.0, math.inf)
 FLATTEN = Parameter("nuslerp_flatten", "scope", True, words={True: "tensor", False: "row"})
 ROW_WISE = Parameter(
     "nuslerp_row_wise", "scope", False, words={True: "column", False: "row"},
-    outcome="without nuslerp_flatten, true is `--scope column`",
+    outcome=f"without nuslerp_flatten, true is `{named('scope')} column`",
 )  # fmt: skip
 
 

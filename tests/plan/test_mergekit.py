@@ -268,7 +268,7 @@ def test_every_parameter_of_mergekit_has_its_row_with_its_default() -> None:
     specs = json.loads((ORACLE / "parameters.json").read_text())
     assert set(mergekit_methods.METHODS) <= set(specs)
     assert set(specs) - set(mergekit_methods.METHODS) <= {"passthrough"}
-    assert mergekit_methods.KNOWN == {key for parameters in specs.values() for key in parameters}
+    assert {key for parameters in specs.values() for key in parameters} == mergekit_methods.KNOWN
     for name, row in mergekit_methods.METHODS.items():
         ours = {parameter.key: parameter for parameter in row.parameters}
         assert ours.keys() == specs[name].keys(), name

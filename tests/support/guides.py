@@ -58,7 +58,7 @@ def becomes(parameter: mergekit_methods.Parameter) -> str:
     if parameter.option is None:
         return "has no effect" if parameter.outcome is None else f"has no effect: {parameter.outcome}"
     if parameter.outcome is not None:
-        return parameter.outcome
+        return spelled(parameter.outcome, flag)
     typed = flag(parameter.option)
     if parameter.words:
         return ", ".join(f"{str(value).lower()} is `{typed} {word}`" for value, word in parameter.words.items())

@@ -38,7 +38,7 @@ class Options:
     consensus: Literal["linear", "ties"] = option("linear", "Add everything up, or only what agrees in sign.")
     scope: Literal["tensor", "row"] = option("tensor", "Where the shares are counted: in each tensor, or each row.")
     reduce: Literal["sum", "mean"] = option("sum", "Add what is left up, or take its mean by the weights.")
-    rescale: Literal["none", "norm"] = option("none", "Make up for what is dropped: not, or by each tensor's L1 norm.")
+    rescale: Literal["none", "norm"] = option("none", "Give each tensor its L1 norm back.")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:

@@ -33,7 +33,7 @@ class Options:
     trim_scope: Literal["model", "tensor"] = option(
         "model", "Where the share is counted: over the whole task vector, or in each tensor."
     )
-    rescale: Literal["none", "norm"] = option("none", "Make up for what is trimmed: not, or by each tensor's L1 norm.")
+    rescale: Literal["none", "norm"] = option("none", "Give each tensor its L1 norm back.")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
