@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -25,11 +26,12 @@ def accuracy(model, task=None):
 
 validation = accuracy
 """
+LAYERS = 8
 SHAPES = {
     "model.embed_tokens.weight": (24, 16),
     **{
         f"model.layers.{layer}.{name}": shape
-        for layer in range(2)
+        for layer in range(LAYERS)
         for name, shape in {
             "self_attn.q_proj.weight": (16, 16),
             "mlp.up_proj.weight": (40, 16),
@@ -55,9 +57,12 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("shelf")
     base = base_state()
     write(directory / "base", base)
+    config = json.dumps({"model_type": "tiny", "num_hidden_layers": LAYERS})
+    (directory / "base" / "config.json").write_text(config)
     for seed, names in enumerate((("math", "7"), ("code", "9"))):
         for name in names:
             write(directory / name, expert_state(base, seed))
+            (directory / name / "config.json").write_text(config)
     return directory
 
 

@@ -39,6 +39,11 @@ def is_vocabulary(name: str) -> bool:
     return _ends(name, (*_INPUTS, *_HEADS, *_BIASES))
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to an output head, by its name."""
+    return _ends(name, (*_HEADS, *_BIASES))
+
+
 def match(base: Checkpoint, expert: Checkpoint, merges: Callable[[str], bool]) -> tuple[Checkpoint, list[str]]:
     """The expert with its tensors by the base's names, and complaints about ties that are not sure.
 

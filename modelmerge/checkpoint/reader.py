@@ -99,6 +99,11 @@ class Checkpoint:
         """Whether its index lists a tensor that no shard holds, by this name or by one with words in front."""
         return any(f".{tensor}".endswith(f".{name}") or name.endswith(f".{tensor}") for name in self.absent)
 
+    def owner(self, tensor: str) -> Checkpoint:
+        """The model whose tensor it is: itself, or another that lends it."""
+        info = self.tensors.get(tensor)
+        return self if info is None or info.file in self.files else self.lenders.get(info.file, self)
+
     def stored_bytes(self, tensor: str) -> int:
         """Bytes that a tensor takes in its files."""
         return self.tensors[tensor].nbytes if tensor in self.tensors else 0

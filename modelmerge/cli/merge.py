@@ -215,7 +215,11 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
 def parameters(method: Method | None, *, preset: bool = False) -> list[Any]:
     """What a command takes that merges by a method: its own options first, then those of every merge."""
     first = [opt.argument("context", typer.Context)]
-    first += [] if preset else [opt.argument("base", opt.Base), opt.argument("experts", opt.Experts)]
+    # A method that takes a model's weights as they are may have none but the base's.
+    experts = (
+        opt.Layered if method and method.most_experts == 1 and method.on_weights(method.options()) else opt.Experts
+    )
+    first += [] if preset else [opt.argument("base", opt.Base), opt.argument("experts", experts)]
 
     def output(output: opt.Output, preset: opt.Preset = None, cluster: opt.Cluster = None) -> None: ...
 
@@ -250,7 +254,7 @@ def recipe_of(name: str, method: Method | None, values: dict[str, Any], context:
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """What the shared options say of a recipe, as far as they were typed."""
     fields: dict[str, Any] = {
-        name: tuple(values[name]) for name in ("at", "disentangle", "include", "exclude") if values[name]
+        name: tuple(values[name]) for name in ("at", "layers", "disentangle", "include", "exclude") if values[name]
     }
     plain = ("rest", "dtype", "on_mismatch", "vocab", "files_from", "max_shard_size", "seed")
     fields |= {name: values[name] for name in plain if values[name] is not None}

@@ -45,6 +45,10 @@ Base = Annotated[str, typer.Argument(
 Experts = Annotated[
     list[str], typer.Argument(metavar="EXPERT", help="The fine-tuned models, [NAME=]REF each.", show_default=False)
 ]
+Layered = Annotated[list[str], typer.Argument(
+    metavar="EXPERT", default_factory=list, show_default=False,
+    help="Models, [NAME=]REF each; none where all layers are the base's.",
+)]  # fmt: skip
 Output = Annotated[str, _run_option("-o", "--output", help="Directory for the result.", metavar="DIR")]
 
 
@@ -72,7 +76,7 @@ Push = Annotated[str | None, _hub_option(help="Push the result to org/name or or
 Private = Annotated[bool, _hub_option("--private", help="With --push: a private repository.")]
 Dtype = Annotated[
     Literal["float64", "float32", "float16", "bfloat16"] | None,
-    _merge_option(help="Store floats as float64, float32, float16 or bfloat16, not as the base does.", metavar="TYPE"),
+    _merge_option(help="Store floats as float64, float32, float16 or bfloat16.", metavar="TYPE"),
 ]
 Include = Annotated[
     list[str] | None, _merge_option(help="Take only tensors of such names. Repeatable.", metavar="GLOB")
@@ -118,15 +122,17 @@ DifferentBits = Annotated[bool, _run_option(
 )]  # fmt: skip
 At = Annotated[list[str] | None, _merge_option(
     metavar="'GLOB: ...'",
-    help="Another method or values for some tensors: '*mlp*: kron scale=0.8 math.weight=0'. Repeatable.",
+    help="Another method or values: '*mlp*: kron scale=0.8'. Repeatable.",
+)]  # fmt: skip
+Layers = Annotated[list[str] | None, _merge_option(
+    metavar="NAME:A-B", help="Layers, in order: math:0-8, or merged 'math:0-8 code:2-10'.",
 )]  # fmt: skip
 Disentangle = Annotated[list[str] | None, _merge_option(
     metavar="'METHOD ...'",
-    help="A transform of the task vectors first: awd, or 'awd alpha=0.2'. Repeatable, in order.",
+    help="A transform first, such as 'awd alpha=0.2'. Repeatable, in order.",
 )]  # fmt: skip
 Rest = Annotated[
-    str | None,
-    _merge_option(help="The method for what a method for linear layers leaves; base copies.", metavar="METHOD"),
+    str | None, _merge_option(help="What merges the rest of a method for linear layers; base copies.", metavar="METHOD")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, whatever happens.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the path, URL, names or figures.")]
@@ -203,6 +209,7 @@ def drawn(
 def merged(
     weight: Weight = None,
     at: At = None,
+    layers: Layers = None,
     rest: Rest = None,
     disentangle: Disentangle = None,
     include: Include = None,

@@ -61,13 +61,14 @@ class Loader:
             CheckpointError: With `check`, a weight is NaN or Inf.
         """
         shape = piece.tensor.shape if piece.whole else (piece.stop - piece.start,)
-        taus = self._taus[: len(self._models[1:]) * (piece.stop - piece.start)].view(len(self._models) - 1, *shape)
+        experts = self._source.plan.experts_of(piece.tensor)
+        taus = self._taus[: len(experts) * (piece.stop - piece.start)].view(len(experts), *shape)
         theta_0 = self._widened(self._models[0], piece).view(shape)
-        for tau, expert in zip(taus, self._models[1:], strict=True):
+        for tau, expert in zip(taus, experts, strict=True):
             self._load_one(expert, piece, theta_0, tau)
         # One sum finds any NaN or Inf of base and experts, for both stay in a difference and in a sum. A sum that is
         # not finite may also be an overflow of finite numbers: look again, one model at a time.
-        if check and not bool(taus.sum().isfinite()):
+        if check and not bool((taus if len(taus) else theta_0).sum().isfinite()):
             self._refuse_nonfinite(piece)
         return theta_0, taus
 
@@ -79,7 +80,7 @@ class Loader:
         """
         piece = Piece(tensor, 0, tensor.numel, whole=True)
         theta_0, tau = self._widened(self._models[0], piece).view(tensor.shape), self._taus[: tensor.numel]
-        for expert in self._models[1:]:
+        for expert in self._source.plan.experts_of(tensor):
             self._load_one(expert, piece, theta_0, tau.view(tensor.shape))
             if check and not bool(tau.sum().isfinite()):
                 self._refuse_nonfinite(piece)
@@ -327,7 +328,8 @@ def wholes(source: Source, tensors: Sequence[TensorPlan], *, check: bool) -> Ite
 
 def expert_values(plan: Plan, piece: Piece, device: torch.device) -> Tensor | None:
     """The elements of the only expert, flat, float32 or float64; None where it does not store them as such."""
-    expert, tensor = plan.experts[0], piece.tensor
+    tensor = piece.tensor
+    expert = plan.experts_of(tensor)[0]
     info = expert.tensors.get(tensor.name)
     if info is None or info.change is not None or tensor.rows is not None or tensor.owners is not None:
         return None
@@ -373,7 +375,7 @@ def factors_of(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor
         return None
     pairs: list[tuple[Tensor, Tensor] | None] = []
     loader = Loader(source, 0, 0, source.device)
-    for expert in source.plan.experts:
+    for expert in source.plan.experts_of(tensor):
         info = expert.tensors.get(tensor.name)
         if len(tensor.shape) != 2 or (info is not None and (info.change is None or not info.change.low_rank)):
             pairs.append(None)

@@ -305,14 +305,17 @@ def _merged(
     # The base plus the whole of one task vector is its expert, to the last digit; the sum may miss that.
     only = len(taus) == 1 and not fitted.job.transforms and torch.equal(vector.flatten(), taus.flatten())
     alone = expert_values(fitted.job.plan, piece, vector.device) if only else None
+    if not len(taus) and not bool(vector.any()):
+        alone = theta_0  # nothing added would still turn -0 into 0
     for output in outputs:
         factor, rounding = output.factors.get(piece.tensor.name), output.findings.rounding
         delta = vector if factor is None else vector * factor
         if rounding is not None:
             rounding.squares.add(squared(delta))
-        values = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
         if alone is not None and factor is None:
             values = alone
+        else:
+            values = theta_0.add_(delta) if output is outputs[-1] else theta_0 + delta
         yield output, rounded(piece, values, rounding=rounding)
 
 
@@ -323,8 +326,10 @@ def merged_vector(
     job = fitted.job
     group, setting = job.group(piece.tensor), fitted.setting(piece.tensor)
 
+    experts = tuple(expert.name for expert in job.plan.experts_of(piece.tensor))
+
     def leave_out(expert: int, reason: str) -> None:
-        findings.left_out.append((piece.tensor.name, job.experts[expert], reason))
+        findings.left_out.append((piece.tensor.name, experts[expert], reason))
 
     def tell(figures: Mapping[str, float]) -> None:
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
@@ -334,7 +339,7 @@ def merged_vector(
         measured = group.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
-        experts=job.experts, measured=measured,
+        experts=experts, measured=measured,
         base=theta_0 if group.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip

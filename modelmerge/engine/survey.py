@@ -66,6 +66,7 @@ def _one_pass(
         in_parallel(source, Pieces(unit.tensors, block, share=trip.share, before=len(Pieces(unit.before, block))), add)
         return sum(parts.values(), zeros)
 
-    zeros = torch.zeros((len(source.plan.experts), trip.counters), dtype=torch.int64, device=source.device)
+    experts = source.plan.experts_of(units[0].tensors[0]) if units else ()  # the same of all that are surveyed together
+    zeros = torch.zeros((len(experts), trip.counters), dtype=torch.int64, device=source.device)
     total: Tensor = sum((each for _, each in crew.share(units, measure)), zeros)
     return total

@@ -136,7 +136,7 @@ def shard_units(job: Job, tensors: Tensors) -> list[Unit]:
 def _flops(job: Job, tensor: TensorPlan) -> float:
     """What the tensor's method does on it."""
     rows = max(tensor.numel // max(tensor.row, 1), 1)
-    return job.group(tensor).method.flops(rows, tensor.row, len(job.plan.experts))
+    return job.group(tensor).method.flops(rows, tensor.row, len(job.plan.experts_of(tensor)))
 
 
 def hash_units(plan: Plan) -> list[Unit]:

@@ -113,6 +113,8 @@ class Method:
         most_experts: The most experts it takes, where that is part of its definition.
         normalises: Given the options, whether it divides by the sum of the weights, which then must not be zero.
         wants_base: It looks at `context.base`.
+        on_weights: Given the options, whether it merges the models' weights, so that the result is the same wherever
+            their task vectors are seen from.
         blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
             as blocks [T, n]. Otherwise a tensor comes whole.
         by_rows: Given the options, whether `apply` works row by row, so that a tensor that may not be cut anywhere may
@@ -138,6 +140,7 @@ class Method:
     most_experts: int | None = None
     normalises: Callable[[Any], bool] = lambda options: False
     wants_base: bool = False
+    on_weights: Callable[[Any], bool] = lambda options: False
     blockwise: Callable[[Any], bool] = lambda options: True
     by_rows: Callable[[Any], bool] = lambda options: False
     survey: Callable[[Any, Mapping[str, tuple[float, ...]]], Survey | None] = lambda options, each: None

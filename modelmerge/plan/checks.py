@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modelmerge.checkpoint.reference import Reference, parse_all, parse_here
-from modelmerge.errors import UsageError, suggestion
+from modelmerge.errors import UsageError, named, suggestion
 from modelmerge.methods import registry
 from modelmerge.methods.options import make_options
 from modelmerge.plan.overrides import BASE, Methods, Override, parse
@@ -28,6 +28,7 @@ def check_recipe(recipe: Recipe) -> list[Reference]:
         parse_transform(text)
     overrides = [parse(text) for text in recipe.at]
     refuse_many_experts(recipe, overrides)
+    refuse_beside_layers(recipe)
     parse_size(recipe.max_shard_size)
     references = [parse_here(text) for text in (recipe.base, *recipe.experts)]
     if None not in references[1:]:
@@ -81,8 +82,26 @@ def rest_of(recipe: Recipe) -> str | None:
     return recipe.rest
 
 
+def refuse_beside_layers(recipe: Recipe) -> None:
+    """Refuse what takes a model whose layers are the base's.
+
+    Raises:
+        UsageError: It is asked for, and so are other layers.
+    """
+    if not recipe.layers:
+        return
+    for option, is_asked in (("as_lora", recipe.as_lora is not None), ("disentangle", bool(recipe.disentangle))):
+        if is_asked:
+            raise UsageError("needs the base's own layers", option=option, hint=f"leave out {named('layers')}")
+    on_data = recipe.method in registry.names() and registry.load(recipe.method).on_data
+    if on_data or recipe.unlabelled or recipe.coefficients:
+        raise UsageError(
+            "a search on data needs the base's own layers", option="layers", hint="stack the layers of its result"
+        )
+
+
 def refuse_many_experts(recipe: Recipe, overrides: Sequence[Override]) -> None:
-    """Refuse more experts than a method takes.
+    """Refuse more experts than a method takes; of layers, any number may be named.
 
     Raises:
         UsageError: There are.
@@ -90,7 +109,7 @@ def refuse_many_experts(recipe: Recipe, overrides: Sequence[Override]) -> None:
     experts = len(recipe.experts)
     for name in [recipe.method, *(override.method for override in overrides if override.method)]:
         most = registry.load(name).most_experts if name in registry.names() else None
-        if most is not None and experts > most:
+        if most is not None and experts > most and not recipe.layers:
             many = "one expert" if most == 1 else f"{most} experts at most"
             raise UsageError(
                 f"'{name}' takes {many}, and {experts} are named",

@@ -99,7 +99,7 @@ def merged_overrides(
                          method_of(tensor))
         for tensor in tensors
     }  # fmt: skip
-    overrides: list[Override] = []
+    overrides: list[tuple[Override, list[str]]] = []
     open_tensors = dict.fromkeys(tensors)
     globs = dict.fromkeys(v.tensors for v in reversed(variations) if v.tensors is not None)
     # What globs do not tell apart is named, but for the numbers of layers; then by them; at last in full.
@@ -107,11 +107,13 @@ def merged_overrides(
     for glob in dict.fromkeys([*globs, "*", *map(layer_type, tensors), *places, *tensors]):
         here = [tensor for tensor in open_tensors if tensor == glob or fnmatch.fnmatchcase(tensor, glob)]
         if here and all(settings[tensor] == settings[here[0]] for tensor in here):
-            overrides.append(_override(glob, settings[here[0]]))
+            overrides.append((_override(glob, settings[here[0]]), here))
             open_tensors = {tensor: None for tensor in open_tensors if tensor not in here}
-    while overrides and overrides[-1] == Override(overrides[-1].tensors):
-        overrides.pop()  # what says nothing, with nothing behind it
-    return overrides
+    needed: list[Override] = []
+    for override, here in reversed(overrides):  # what says nothing is for tensors that others behind it would take
+        if override != Override(override.tensors) or any(o.matches(tensor) for o in needed for tensor in here):
+            needed.insert(0, override)
+    return needed
 
 
 _Setting = tuple[str | None, tuple[tuple[str | None, str, tuple[Any, ...]], ...]]

@@ -9,19 +9,29 @@ compares).
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.documents import parse_yaml, read_bytes, shown
-from modelmerge.errors import RecipeError, suggestion
+from modelmerge.errors import RecipeError
 from modelmerge.plan.format_1 import Variation, merged_overrides
-from modelmerge.plan.mergekit_methods import KEYS, KNOWN, METHODS, Row
+from modelmerge.plan.mergekit_methods import KEYS, METHODS, Row
+from modelmerge.plan.mergekit_models import (
+    InSlice,
+    Read,
+    Reader,
+    Slice,
+    Source,
+    names_of,
+    near,
+    runs_of,
+    spread,
+    together,
+)
 from modelmerge.plan.mergekit_parameters import Scopes, read_options, strays
-from modelmerge.plan.overrides import layers
+from modelmerge.plan.overrides import BASE
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 
@@ -31,37 +41,25 @@ _HALVES = ("float16", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """A configuration as a recipe, what should be known of it, and how many layers its slices go over, if any.
+    """A configuration as a recipe, what should be known of it, and the number of layers of its slices.
 
     The recipe lacks its overrides: they follow from the `variations` and the tensors' names.
     """
 
     recipe: Recipe
-    variations: tuple[Variation, ...]
+    variations: tuple[Variation | InSlice, ...]
     remarks: tuple[str, ...]
-    layers: int | None
+    layers: int = 0
 
     def overrides(self, tensors: Iterable[str]) -> tuple[str, ...]:
         """The overrides of the recipe, for a base with tensors of these names."""
-        return tuple(map(str, merged_overrides(list(tensors), self.variations)))
+        names = list(tensors)
+        return tuple(map(str, merged_overrides(names, spread(self.variations, names, self.layers))))
 
     def without(self, options: Collection[str]) -> Translated:
         """The same, less what it varies of these options (`scale`, or of one expert `NAME.weight`)."""
         kept = [v for v in self.variations if not {v.option, f"{v.expert}.{v.option}"} & set(options)]
         return replace(self, variations=tuple(kept))
-
-    def refuse_part_of_the_layers(self, file: Path, tensors: Iterable[str]) -> None:
-        """Refuse slices that leave layers out.
-
-        Raises:
-            RecipeError: The models have another number of layers.
-        """
-        have = max(layers(tensors).values(), default=0)
-        if self.layers is not None and self.layers != have:
-            raise RecipeError(
-                f"{file}: slices[0] goes over {self.layers} layers of models that have {have}",
-                hint="modelmerge merges whole models; models with layers taken out or repeated need mergekit",
-            )
 
     def stored_as_mergekit_does(self, plan: Plan) -> Translated:
         """The same where the file says no dtype: mergekit then stores the widest that a tensor has in any model."""
@@ -108,15 +106,6 @@ def read(file: Path) -> Translated:
     return _Translation(file).translate(config)
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model of the configuration: the reference, a name of its own, and its settings from near to far."""
-
-    reference: str
-    name: str
-    scopes: Scopes
-
-
 class _Translation:
     """One configuration on its way; collects what cannot be honoured."""
 
@@ -124,9 +113,8 @@ class _Translation:
         self.file = file
         self.complaints: list[str] = []
         self.remarks: list[str] = []
-        self.variations: list[Variation] = []
-        self.layers: int | None = None
-        self.row: Row | None = None
+        self.variations: Sequence[Variation | InSlice] = ()
+        self.layers = 0
 
     def complain(self, path: str, why: str) -> None:
         self.complaints.append(f"{path}: {why}")
@@ -134,13 +122,15 @@ class _Translation:
     def translate(self, config: Mapping[str, Any]) -> Translated:
         for key in config:
             if key not in KEYS:
-                self.complain(str(key), "mergekit has no such key" + _near(str(key), KEYS))
-        row = self.row = self._row(config.get("merge_method"))
+                self.complain(str(key), "mergekit has no such key" + near(str(key), KEYS))
+        row = self._row(config.get("merge_method"))
         base = self._reference(config["base_model"], "base_model") if config.get("base_model") is not None else None
-        shared, models = self._models(config, base)
+        reader = Reader(self.complain, lambda entry, path: self._reference(entry, path, base))
+        slices = reader.read(config)
+        self.remarks += reader.remarks
         dtype = self._dtype(config)
         self._tokenizer(config, base)
-        recipe = self._recipe(row, base, shared, models, dtype) if row else None
+        recipe = self._recipe(row, base, slices, dtype) if row else None
         if self.complaints or recipe is None:
             count = len(self.complaints)
             raise RecipeError(
@@ -153,75 +143,9 @@ class _Translation:
     def _row(self, name: Any) -> Row | None:
         if isinstance(name, str) and name in METHODS:
             return METHODS[name]
-        near = (isinstance(name, str) and _near(name, METHODS)) or f"; there are: {', '.join(METHODS)}"
-        self.complain("merge_method", f"modelmerge has no counterpart of {shown(name)}{near}")
+        meant = (isinstance(name, str) and near(name, METHODS)) or f"; there are: {', '.join(METHODS)}"
+        self.complain("merge_method", f"modelmerge has no counterpart of {shown(name)}{meant}")
         return None
-
-    # ---- models
-
-    def _models(self, config: Mapping[str, Any], base: str | None) -> tuple[Scopes, list[_Model]]:
-        """The settings for all models, from near to far, and the models."""
-        shared: Scopes = [("parameters", self._parameters(config.get("parameters"), "parameters"))]
-        kinds = [key for key in ("models", "slices", "modules") if config.get(key)]
-        entries, path = config.get("models"), "models"
-        if kinds == ["slices"]:
-            shared, entries, path = self._only_slice(config["slices"], shared)
-        elif kinds == ["modules"]:
-            self.complain("modules", "parts of a model with settings of their own cannot be honoured")
-            return shared, []
-        elif kinds != ["models"]:
-            self.complain(" and ".join(kinds) or "models", "mergekit takes exactly one of models, slices, modules")
-            return shared, []
-        if not isinstance(entries, list):
-            self.complain(path, "is no list")
-            return shared, []
-        models: list[_Model] = []
-        seen: Counter[str] = Counter()
-        keys = {"model", "parameters"} | ({"layer_range"} if path != "models" else set())
-        for i, entry in enumerate(entries):
-            here = f"{path}[{i}]"
-            if not isinstance(entry, dict) or "model" not in entry:
-                self.complain(here, "has no 'model'")
-                continue
-            for key in entry:
-                if key not in keys:
-                    self.complain(f"{here}.{key}", "mergekit has no such key" + _near(str(key), keys))
-            reference = self._reference(entry["model"], f"{here}.model", base)
-            mine = self._parameters(entry.get("parameters"), f"{here}.parameters")
-            if reference in (model.reference for model in models):
-                self.complain(f"{here}.model", f"'{reference}' is listed twice")
-            name = _name(reference)
-            seen[name] += 1
-            name = name if seen[name] == 1 else f"{name}-{seen[name]}"
-            models.append(_Model(reference, name, ((f"{here}.parameters", mine), *shared)))
-        return shared, models
-
-    def _only_slice(self, slices: Any, shared: Scopes) -> tuple[Scopes, Any, str]:
-        if not isinstance(slices, list) or len(slices) != 1 or not isinstance(slices[0], dict):
-            self.complain("slices", "several slices stack layers anew, and modelmerge merges whole models")
-            return shared, [], "slices"
-        for key in slices[0]:
-            if key not in ("sources", "parameters"):
-                self.complain(f"slices[0].{key}", "cannot be honoured")
-        mine = self._parameters(slices[0].get("parameters"), "slices[0].parameters")
-        sources = slices[0].get("sources")
-        sources = sources if isinstance(sources, list) else []
-        ranges = [source.get("layer_range") for source in sources or () if isinstance(source, dict)]
-        span = ranges[0] if ranges and all(each == ranges[0] for each in ranges) else None
-        if isinstance(span, list) and len(span) == 2 and span[0] == 0 and isinstance(span[1], int):
-            self.layers = span[1]
-        else:
-            self.complain("slices[0].sources", "each needs the layer_range [0, N] with all N layers of the models")
-        return [("slices[0].parameters", mine), *shared], sources, "slices[0].sources"
-
-    def _parameters(self, entry: Any, path: str) -> Mapping[str, Any]:
-        if entry is not None and not isinstance(entry, dict):
-            self.complain(path, "is no mapping")
-            return {}
-        for key in entry or ():
-            if key not in KNOWN:
-                self.complain(f"{path}.{key}", "no method of mergekit has such a parameter" + _near(str(key), KNOWN))
-        return entry or {}
 
     def _reference(self, entry: Any, path: str, base: str | None = None) -> str:
         """The reference; an adapter on the base (`base+adapter`) is the adapter."""
@@ -278,49 +202,89 @@ class _Translation:
 
     # ---- parameters
 
-    def _recipe(
-        self, row: Row, base: str | None, shared: Scopes, models: list[_Model], dtype: str | None
-    ) -> Recipe | None:
+    def _recipe(self, row: Row, base: str | None, slices: Sequence[Slice], dtype: str | None) -> Recipe | None:
+        slices = [self._with_base(row, base, each) for each in slices]
+        base = base if base is not None or row.inputs != "deltas" else next(iter(self._bases(slices)), None)
         if row.inputs == "deltas" and base is None:
             self.complain("base_model", "is missing: mergekit's method needs it")
-        if row.inputs == "deltas" or (row.inputs == "either" and base is not None):
-            models = [model for model in models if not self._is_base(model, base)]
-        elif base is not None and base not in (model.reference for model in models):
-            # As mergekit does: a base that is named but not listed is one more model, with the settings for all.
-            models = [*models, _Model(base, _name(base), shared)]
-        fewest, most = row.experts
-        if not fewest <= len(models) <= (most or len(models)):
-            takes = f"{fewest}" if most == fewest else f"at least {fewest}"
-            self.complain("models", f"this method takes {takes} besides the base, and there are {len(models)}")
-        if not models:
+        references = [source.reference for each in slices for source in each.sources]
+        first = base if base is not None else next(iter(references), None)
+        if first is None or not slices:
             return None
-        nearest = [model.scopes[0] for model in models if model.scopes[0] not in shared]
-        self.remarks += strays(row, shared, nearest, self.complain)
-        experts = {model.name: model.scopes for model in models}
-        options, weights, self.variations = read_options(row, shared, experts, self.complain)
-        if row.remark:
-            self.remarks.append(row.remark)
+        seen = base if row.inputs != "members" else None  # from where task vectors are seen
+        if row.inputs == "one" and any(source.span for each in slices for source in each.sources):
+            seen = first  # layers of it are taken by its own name
+        others = [reference for reference in references if reference != seen]
+        names = names_of(others, sliced=any(source.span for each in slices for source in each.sources))
+        read = [self._read(row, each, seen, names) for each in slices]
+        if seen is not None:
+            names[seen] = BASE
+        if len(slices) > 1:
+            options, weights, self.variations = together(slices, read, names)
+        else:
+            options, weights, self.variations = read[0]
+        self.layers = sum(next((source.span[1] - source.span[0] for source in each.sources if source.span), 0)
+                          for each in slices)  # fmt: skip
+        self.remarks = list(dict.fromkeys([*self.remarks, *([row.remark] if row.remark else [])]))
         return Recipe(
-            method=row.method, base=base if base is not None else models[0].reference,
-            experts=tuple(f"{model.name}={model.reference}" for model in models),
+            method=row.method, base=first,
+            experts=tuple(f"{name}={reference}" for reference, name in names.items() if reference != seen),
             options={**row.fixed, **(row.alone if base is None else {}), **options}, weights=weights, dtype=dtype,
+            layers=runs_of(slices, names),
         )  # fmt: skip
 
-    def _is_base(self, model: _Model, base: str | None) -> bool:
+    def _with_base(self, row: Row, base: str | None, each: Slice) -> Slice:
+        """A slice as mergekit completes it: a base that is named but not listed is one more model where all stand."""
+        if each.base not in (None, base) and (base is not None or row.inputs != "deltas"):
+            self.complain(f"{each.path}.base_model", "only the base_model of the whole can be honoured")
+        sided = all(source.span is None for source in each.sources)
+        if base is None or base in (source.reference for source in each.sources):
+            return each
+        if sided:
+            return replace(each, sources=(*each.sources, Source(base, each.shared)))
+        if row.inputs in ("deltas", "either"):
+            self.complain(f"{each.path}.sources", f"'{base}' is missing: mergekit needs the base_model in each slice")
+        return each
+
+    def _bases(self, slices: Sequence[Slice]) -> list[str]:
+        """The one base that all slices have for themselves."""
+        own = dict.fromkeys(each.base for each in slices)
+        if len(own) > 1:
+            self.complain("slices", "their base_models differ, and only one for all can be honoured")
+        return [each for each in own if each is not None]
+
+    def _read(self, row: Row, each: Slice, base: str | None, names: Mapping[str, str]) -> Read:
+        """The parameters of a slice."""
+        models = [
+            source for source in each.sources if row.inputs == "one" or not self._is_base(source, base, each.shared)
+        ]
+        fewest, most = row.experts
+        lone = len(each.sources) == 1 and each.sources[0].span is not None and (fewest, most) == (1, None)
+        if not fewest <= len(models) <= (most or len(models)) and not lone:
+            takes = f"{fewest}" if most == fewest else f"at least {fewest}"
+            besides = "" if row.inputs == "one" else " besides the base"
+            self.complain(each.path, f"this method takes {takes}{besides}, and there are {len(models)}")
+        shared = each.shared
+        if row.inputs == "one" and len(models) == 1:
+            shared = models[0].scopes  # what is said of the only model is said of all
+        nearest = [model.scopes[0] for model in models if model.scopes[0] not in shared]
+        self.remarks += strays(row, shared, nearest, self.complain)
+        experts = {names[model.reference]: model.scopes for model in models if model.reference in names}
+        options, weights, variations = read_options(row, shared, experts, self.complain)
+        if not lone or row.inputs == "one":
+            return options, weights, variations
+        if (
+            options.get("reduce") == "sum"
+            and row.inputs == "members"
+            and (variations or set(weights.values()) != {1.0})
+        ):
+            self.complain(f"{each.path}", "one model with normalize false and another weight than 1 cannot be honoured")
+        return {}, {}, ()  # the layers as they are
+
+    def _is_base(self, model: Source, base: str | None, shared: Scopes) -> bool:
         if model.reference != base:
             return False
         path, mine = model.scopes[0]
-        if mine:
+        if mine and model.scopes[0] not in shared:
             self.remarks.append(f"{path}: parameters of the base itself have no effect in mergekit, nor here.")
         return True
-
-
-def _name(reference: str) -> str:
-    """A name for a model: the last part of its path or repository, in the letters that a name may have."""
-    last = reference.removeprefix("hf://").partition("@")[0].rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^\w.\-]", "-", last.removesuffix(".safetensors")).lstrip("_.-") or "model"
-
-
-def _near(word: str, words: Iterable[str]) -> str:
-    hint = suggestion(word, sorted(words))
-    return f"; {hint}" if hint else ""

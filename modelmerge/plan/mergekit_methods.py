@@ -62,13 +62,14 @@ class Row:
 
     `inputs`: the models are experts of `base_model` (deltas), or stand side by side, the base among them if it is
     listed (members), or the former if there is a base and the latter with the options `alone` if there is none
-    (either). `experts`: the fewest and the most that mergekit takes. `remark` says where the numbers differ.
+    (either), or there is one in each slice (one). `experts`: the fewest and the most that mergekit takes. `remark` says
+    where the numbers differ.
     """
 
     method: str
     parameters: tuple[Parameter, ...]
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Literal["deltas", "members", "either"] = "deltas"
+    inputs: Literal["deltas", "members", "either", "one"] = "deltas"
     alone: Mapping[str, Any] = field(default_factory=dict)
     experts: tuple[int, int | None] = (1, None)
     remark: str | None = None
@@ -177,23 +178,24 @@ METHODS: Mapping[str, Row] = {
     "arcee_fusion": Row("arcee-fusion", (), experts=(1, 1)),
     "ram": Row("ram", (_CHANGE,)),
     "ramplus_tl": Row("ramplus-tl", (Parameter("r", "gain", 0.1), Parameter("alpha", "limit", 0.2), _CHANGE)),
+    "passthrough": Row("passthrough", (Parameter("scale", "factor", 1.0),), inputs="one", experts=(1, 1)),
     "nearswap": Row("nearswap", (Parameter("t", "t", REQUIRED, ends=_POSITIVE),), experts=(1, 1)),
 }
 
 # Every parameter of any method there: those of another method have no effect, which is worth a remark; any other is
 # a slip of the pen.
-KNOWN = frozenset(parameter.key for row in METHODS.values() for parameter in row.parameters) | {"scale"}
+KNOWN = frozenset(parameter.key for row in METHODS.values() for parameter in row.parameters)
 # What becomes of the keys of the file itself.
 KEYS: Mapping[str, str] = {
     "merge_method": "METHOD, see below",
     "base_model": "BASE; where a method needs none, the first model",
     "models": "EXPERT...; an adapter on the base, `base+adapter`, is the adapter",
-    "slices": "one, over all layers: as `models`",
+    "slices": f"`{named('layers')}`; their parameters become `{named('at')}`",
     "parameters": f"see below; a list over the layers or a `filter` becomes `{named('at')}`",
     "dtype": f"`{named('dtype')}`; the arithmetic is float32 whatever it says",
     "out_dtype": f"`{named('dtype')}`",
     "tokenizer_source": "`base` only: the base's files are copied",
     "tokenizer": "`source: base` only",
     "chat_template": "cannot be honoured",
-    "modules": "cannot be honoured",
+    "modules": "`default` alone, as what is in it",
 }

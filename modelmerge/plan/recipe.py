@@ -31,7 +31,8 @@ class Recipe:
 
     `base` and `experts`, in their order, are `[NAME=]REF` each, or name and reference apart; `options` are the
     method's, and the method for the rest runs at its defaults. `at` are overrides, in the order in which they are
-    asked: `modelmerge.plan.overrides`. `disentangle` are the transforms before the method, in order, `NAME [OPTION=V
+    asked: `modelmerge.plan.overrides`. `layers` are the runs of layers that the output has, in order, or none for the
+    base's own: `modelmerge.plan.layers`. `disentangle` are the transforms before the method, in order, `NAME [OPTION=V
     ...]` each. `rest` is the method for what a method for linear layers leaves, base, or None for the method's choice.
     `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors whose
     shapes differ. `vocab` is whose tokens embeddings and heads have: base, union, an expert's name, or None for rows
@@ -50,6 +51,7 @@ class Recipe:
     weights: Mapping[str, float] = field(default_factory=dict)
     disentangle: tuple[str, ...] = ()
     at: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
     rest: str | None = None
     dtype: str | None = None
     include: tuple[str, ...] = ()

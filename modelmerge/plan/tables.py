@@ -310,7 +310,7 @@ def align(
                 new = replace(new, twin=twin if twin in aligned else None)
             aligned[part] = _of_run(new, has, [experts[i].name for i in owners], len(experts))
     _refuse_hidden_tables(base, plans, sizes)
-    base = replace(base, tensors=models[0], lenders=lenders)
+    base = replace(base, tensors=models[0], lenders={**base.lenders, **lenders})
     others = tuple(replace(expert, tensors=own) for expert, own in zip(experts, models[1:], strict=True))
     return base, others, aligned, replace(alignment.vocabulary, sizes=sizes)
 

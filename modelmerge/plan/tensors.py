@@ -8,39 +8,30 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
+from modelmerge.checkpoint.config_file import Values
 from modelmerge.checkpoint.configs import compared
 from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, QUANTISED_DTYPES, TensorInfo, is_buffer
 from modelmerge.checkpoint.layout import Layout, lay_out_model
 from modelmerge.checkpoint.leftovers import refuse_lookalikes
 from modelmerge.checkpoint.matching import match, twins
 from modelmerge.checkpoint.names import matches
-from modelmerge.checkpoint.pairing import config_of, placed
+from modelmerge.checkpoint.pairing import placed
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.plan.disagreements import SHAPE, disagreement
+from modelmerge.plan.layers import Stack
 from modelmerge.plan.linear import is_linear
 from modelmerge.plan.overrides import BASE, Methods, glob_hint
+from modelmerge.plan.quantised import refuse_8_bits, refuse_quantised
 from modelmerge.plan.recipe import OnMismatch
 from modelmerge.plan.stacks import as_matrices, entries, is_kernel, restack
 from modelmerge.plan.tables import by_token
 from modelmerge.plan.vocabulary import Vocabulary, is_table, row_count
 
 Action = Literal["merge", "copy"]
-
-# Ends of the names of what quantised weights consist of.
-_QUANTISED_ENDS = {
-    ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".g_idx": "GPTQ",
-    ".weight.absmax": "bitsandbytes, 4 bits", ".weight.quant_map": "bitsandbytes, 4 bits",
-    ".quant_state.bitsandbytes__nf4": "bitsandbytes, 4 bits", ".quant_state.bitsandbytes__fp4": "bitsandbytes, 4 bits",
-    ".SCB": "bitsandbytes, 8 bits", ".weight_format": "bitsandbytes, 8 bits",
-    ".weight_scale": "fp8 or int8", ".weight_scale_inv": "fp8", ".weight_scale_2": "fp4", ".weight_packed": "packed",
-    ".W_q": "HQQ", "_proj_blocks": "MXFP4",
-    "scaled_fp8": "fp8, as ComfyUI stores it", ".scale_weight": "fp8, as ComfyUI stores it",
-    ".comfy_quant": "as ComfyUI stores it",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +54,7 @@ class TensorPlan:
     whole: tuple[int, ...] | None = None  # the shape of that; or of a kernel that is merged as a matrix
     owners: tuple[int, ...] | None = None  # the places of the experts that it is merged from; None: of all
     new: bool = False  # rows that the base lacks: the mean of the owners'
+    sources: tuple[int, ...] | None = None  # the places of the experts that its method sees; None: all
 
     @property
     def stored_name(self) -> str:
@@ -114,6 +106,11 @@ class Plan:
     layout: Layout
     giver: Checkpoint  # whose tokenizer, chat template and generation config the output gets
     vocabulary: Vocabulary | None = None  # the tokens of its tables, where they are aligned by token
+    config: Values = field(default_factory=dict)  # what the base's config.json must say otherwise of its layers
+
+    def experts_of(self, tensor: TensorPlan) -> tuple[Checkpoint, ...]:
+        """The experts that a tensor's method sees, in their order."""
+        return self.experts if tensor.sources is None else tuple(self.experts[i] for i in tensor.sources)
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -135,8 +132,9 @@ class Plan:
 
     def stored_bytes(self, tensor: TensorPlan, *, experts: bool, streamed: bool = False) -> int:
         """Bytes of a tensor in the base and, with `experts`, in every expert; or only in models that are streamed."""
-        models = self.models if experts else self.models[:1]
-        return sum(model.stored_bytes(tensor.name) for model in models if model.streamed or not streamed)
+        models = (self.base, *(self.experts_of(tensor) if experts else ()))
+        owners = [(model, model.owner(tensor.name)) for model in models]
+        return sum(model.stored_bytes(tensor.name) for model, owner in owners if owner.streamed or not streamed)
 
     @property
     def bytes_written(self) -> int:
@@ -157,6 +155,7 @@ def make_plan(
     vocab: str | None = None,
     files_from: str = BASE,
     strict: int | None = None,
+    stack: Stack | None = None,
 ) -> Plan:
     """The plan for merging `experts` onto `base`.
 
@@ -176,23 +175,35 @@ def make_plan(
             rows go by their number, and tokenizers that number them differently are an error.
         files_from: Whose tokenizer goes with the output: `base` or an expert's name.
         strict: How many of the overrides, from the first on, are refused if they change nothing; all if None.
+        stack: How layers from several places are put together; `base` and `experts` are its.
 
     Raises:
         PlanError: The models disagree, or there is nothing to merge.
         UsageError: A glob matches no tensor, or an override changes none.
     """
-    _refuse_quantised((base, *experts))
-    experts = [placed(base, expert) for expert in experts]
-    experts, complaints = _matched(base, compared(base, experts), include, exclude)
-    _refuse_8_bits(base, experts, include, exclude)
+    refuse_quantised((base, *experts))
+    complaints: list[str] = []
+    if stack is not None:
+        stack.refuse_tables(vocab, files_from)
+    else:
+        experts = [placed(base, expert) for expert in experts]
+        experts, complaints = _matched(base, compared(base, experts), include, exclude)
+    refuse_8_bits(base, experts, lambda name: _is_merged(name, include, exclude))
     _refuse_idle_globs(base, experts, include, exclude)
     tensors = {}
     for name, info in base.tensors.items():
         linear = is_linear(info, include) or (methods is not None and is_kernel(info) and methods.names_matrices(name))
         try:
-            rows = _common_rows(info, experts) if on_mismatch == "common-rows" or vocab is not None else None
+            here = experts if stack is None else stack.takers(name)
+            rows = _common_rows(info, here) if on_mismatch == "common-rows" or vocab is not None else None
             method, place, reason = _method_of(methods, name, linear)
-            action, reason = _decide(info, experts, method, reason, include, exclude, on_mismatch, rows)
+            if stack is not None and methods is not None:
+                choice = methods.choose(name, place, linear=linear)
+                overridden = place is not None and methods.overrides[place].method is not None
+                method, reason = stack.method_of(name, choice, method, reason, overridden=overridden)
+            action, reason = _decide(info, here, method, reason, include, exclude, on_mismatch, rows)
+            if stack is not None and action == "copy" and reason == ONLY_IN_BASE and not stack.origins[name].experts:
+                action, reason = stack.of_lone(info, method)
         except PlanError as complaint:
             complaints.append(complaint.message)
             continue
@@ -202,6 +213,7 @@ def make_plan(
         tensors[name] = TensorPlan(
             name, info.shape, info.dtype, out_dtype, action, reason, linear, checked,
             rows=rows if action == "merge" else None, method=method if action == "merge" else None, override=place,
+            sources=None if stack is None else stack.origins[name].experts,
         )  # fmt: skip
     beyond = sorted({name for expert in experts for name in expert.tensors} - base.tensors.keys())
     lost = [name for name in beyond if base.lost(name) and _is_merged(name, include, exclude)]
@@ -209,12 +221,13 @@ def make_plan(
     if complaints:
         grown = any(_common_rows(info, experts) for info in base.tensors.values())
         raise disagreement(complaints, tables=grown and methods is not None)
-    for name, twin in twins(base, experts).items():
+    tied = experts if stack is None else stack.tied()
+    for name, twin in (twins(base, tied) if tied is not None else {}).items():
         one, other = tensors[name], tensors[twin]
         alike = (one.action, one.override, one.method) == (other.action, other.override, other.method)
         if one.action == "merge" and alike:
             tensors[name] = replace(one, twin=twin)
-    if not any(tensor.action == "merge" for tensor in tensors.values()):
+    if stack is None and not any(tensor.action == "merge" for tensor in tensors.values()):
         raise _nothing_to_merge(base, experts, tensors)
     if methods is not None:
         methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()}, strict)
@@ -225,7 +238,8 @@ def make_plan(
     base, experts, tensors = as_matrices(base, experts, tensors)
     stored, parts = entries(tensors.values())
     layout = lay_out_model(stored, base.components, max_shard_size, parts=parts)
-    return Plan(base, tuple(experts), tensors, expert_only, layout, base, vocabulary)
+    config = {} if stack is None else stack.config
+    return Plan(base, tuple(experts), tensors, expert_only, layout, base, vocabulary, config)
 
 
 ON_MISMATCH: tuple[str, ...] = get_args(OnMismatch)
@@ -318,46 +332,6 @@ def _refuse_disagreement(
     if odd:
         can = "only float64, float32, float16, bfloat16 can be merged"
         raise PlanError(f"'{info.name}': dtype {', '.join(odd)}: {can}")
-
-
-def _refuse_quantised(models: Sequence[Checkpoint]) -> None:
-    for model in models:
-        configs = [config_of(model, folder) for folder in model.components]
-        quantisation: Any = next((c["quantization_config"] for c in configs if c.get("quantization_config")), None)
-        kinds = ((name, _quantised_kind(name, info)) for name, info in model.tensors.items())
-        signs = [f"{kind}, by its tensor '{name}'" for name, kind in kinds if kind]
-        if quantisation:
-            method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-            signs = [f"{method}, says its config.json"]
-        if signs:
-            message = f"{model.reference.text}: its weights are quantised ({signs[0]})"
-            raise PlanError(message, hint="use the unquantised weights, of 16 bits or more")
-
-
-def _refuse_8_bits(
-    base: Checkpoint, experts: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
-) -> None:
-    """Refuse models with weights of 8 bits or fewer that are to be merged: one error, not one for each tensor."""
-    names = [n for n in base.tensors if _is_merged(n, include, exclude) and any(n in e.tensors for e in experts)]
-    signs = []
-    for model in (base, *experts):
-        narrow = [n for n in names if n in model.tensors and model.tensors[n].dtype in QUANTISED_DTYPES]
-        if narrow:
-            more = f" and {len(narrow) - 1} more" if narrow[1:] else ""
-            kind = model.tensors[narrow[0]].dtype
-            signs.append(f"{model.reference.text}: its weights are quantised ({kind}: '{narrow[0]}'{more})")
-    if signs:
-        hint = f"use the 16-bit weights, or convert these to 16 bits; {named('exclude')} GLOB copies the base's"
-        raise PlanError("; ".join(signs), hint=hint)
-
-
-def _quantised_kind(name: str, info: TensorInfo) -> str | None:
-    """How weights are quantised that a tensor of this name or dtype belongs to, if they are."""
-    if name.endswith(tuple(_QUANTISED_ENDS)):
-        return next(kind for end, kind in _QUANTISED_ENDS.items() if name.endswith(end))
-    if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in ("I8", "U8", "I32"):
-        return f"{info.dtype} weights"
-    return None
 
 
 def _matched(

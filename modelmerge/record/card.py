@@ -107,7 +107,7 @@ def read(file: Path) -> str:
 def render(
     *, title: str, base: Model, experts: Sequence[Model], methods: Sequence[Source], settings: Mapping[str, Any],
     command: str, notes: Sequence[str], library: str | None, versions: Mapping[str, str], device: str,
-    transforms: Sequence[Source] = (), adapter: bool = False,
+    transforms: Sequence[Source] = (), adapter: bool = False, stacked: bool = False,
 ) -> str:  # fmt: skip
     """The card's text.
 
@@ -124,6 +124,7 @@ def render(
         device: Where it was computed.
         transforms: What changed the task vectors before, in this order.
         adapter: What lies beside the card is a PEFT adapter, not a whole model.
+        stacked: Its layers are not the base's own but come from several places.
     """
     models = [base, *experts]
     license, license_said = _license(models)
@@ -146,8 +147,12 @@ def render(
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {words(title)}",
-        f"A merge of {len(experts)} fine-tuned model{'s' * (len(experts) != 1)} onto their base {_link(base)}, made "
-        f"by {names} with modelmerge {versions['modelmerge']}."
+        (
+            f"Layers of {_link(base)}" + (f" and {_count(experts)}" if experts else "") + ", put together anew"
+            if stacked
+            else f"A merge of {_count(experts)} onto their base {_link(base)}"
+        )
+        + f", made by {names} with modelmerge {versions['modelmerge']}."
         + (" It is a PEFT adapter: `PeftModel.from_pretrained(base, DIR)` puts it on the base." if adapter else ""),
         "## Models",
         _models(base, experts),
@@ -239,9 +244,13 @@ def _models(base: Model, experts: Sequence[Model]) -> str:
     ]
     if any(model.commit for model in models):
         columns.append(("commit", [_commit(model) for model in models]))
-    if len({expert.weight for expert in experts}) > 1 or experts[0].weight != 1.0:
+    if {expert.weight for expert in experts} - {1.0}:
         columns.append(("weight", ["" if model.weight is None else f"{model.weight:g}" for model in models]))
     return table([name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
+
+
+def _count(experts: Sequence[Model]) -> str:
+    return f"{len(experts)} fine-tuned model{'s' * (len(experts) != 1)}"
 
 
 def _link(model: Model) -> str:

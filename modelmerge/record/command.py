@@ -33,6 +33,7 @@ def command_of(recipe: Recipe, output: str) -> str:
         ("disentangle", recipe.disentangle),
         ("weight", [f"{name}={written(weight)}" for name, weight in recipe.weights.items()]),
         ("at", recipe.at),
+        ("layers", recipe.layers),
         *settings_of(recipe, *names).items(),
         *recipe.unlabelled.items(),
     ]

@@ -173,7 +173,7 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         notes = [*notes, f"{note}; modelmerge.json has them."]
         if not registry.load(recipe.method).on_data:
             transforms.append(_applied("adamerging", "merge", registry.load("adamerging"), {}))
-    names = ("at", "rest", "dtype", "include", "exclude", "vocab", "files_from", "seed", "as_lora")
+    names = ("at", "layers", "rest", "dtype", "include", "exclude", "vocab", "files_from", "seed", "as_lora")
     settings = settings_of(recipe, *names)
     return card.render(
         title=out.resolve().name, base=_as_told(job.plan.base, None),
@@ -182,6 +182,7 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
         settings={flag(name): value for name, value in settings.items()},
         command=command_of(recipe, str(out)), notes=notes, library=library_of(job.plan.base),
         versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
+        stacked=bool(recipe.layers),
     ).encode()  # fmt: skip
 
 

@@ -42,6 +42,7 @@ def merge(
     weights: Mapping[str, float] | None = None,
     disentangle: str | Sequence[str] = (),
     at: Sequence[str] = (),
+    layers: Sequence[str] = (),
     rest: str | None = None,
     dtype: Dtype | None = None,
     include: Sequence[str] = (),
@@ -78,6 +79,10 @@ def merge(
             as in "awd alpha=0.2".
         at: Overrides, `GLOB: [METHOD] [OPTION=V[,V...]] [EXPERT.OPTION=V[,V...]]` each: another method or other values
             for tensors of such names. The first that matches a tensor decides.
+        layers: The layers of the output, in order, where they are not the base's: `NAME:FIRST-LAST` (LAST is not part
+            of it) takes one model's as they are, NAME being base or an expert's; several in one text are merged by the
+            method from these alone, and `FIRST-LAST` from all. What comes before the layers is made as the first, what
+            comes after them as the last of these.
         rest: What becomes of the tensors that a method for linear layers leaves: base, average or task-arithmetic;
             the method's own choice if None.
         dtype: float32, float16 or bfloat16 to store floating tensors in; the base's own if None.
@@ -127,9 +132,9 @@ def merge(
         recipe = Recipe(
             method=method, base=base, experts=tuple(experts), options=options, weights=dict(weights or {}),
             disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
-            rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
-            vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,
-            unlabelled=data,
+            layers=tuple(layers), rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude),
+            on_mismatch=on_mismatch, vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed,
+            as_lora=as_lora, unlabelled=data,
         )  # fmt: skip
         prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
         if dry_run:

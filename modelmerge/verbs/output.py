@@ -144,7 +144,8 @@ def complete(
         base, giver = job.plan.base, job.plan.giver
         vocabulary = job.plan.vocabulary
         values = config_values(vocabulary, base, giver) if vocabulary is not None else {}
-        files = companions_of_output(base, giver, values | token_ids(base, giver), prepared.recipe.dtype)
+        values |= {**token_ids(base, giver), **job.plan.config}
+        files = companions_of_output(base, giver, values, prepared.recipe.dtype)
         if vocabulary is not None:
             files = with_vocabulary(files, vocabulary, base)
         for name, content in files.items():

@@ -15,9 +15,10 @@ import torch
 
 from modelmerge.checkpoint.companions import giver_of, remarks_on_files
 from modelmerge.checkpoint.diffusion import networks
-from modelmerge.checkpoint.opening import open_models
+from modelmerge.checkpoint.opening import open_models, open_references
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.reference import Named
+from modelmerge.checkpoint.reference import parse as parse_reference
 from modelmerge.checkpoint.staging import fingerprints
 from modelmerge.engine.coefficients import Coefficients
 from modelmerge.engine.job import Group, Job
@@ -30,8 +31,9 @@ from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan import format_1, mergekit
-from modelmerge.plan.checks import check_choices, check_weights, refuse_many_experts, rest_of
+from modelmerge.plan.checks import check_choices, check_weights, refuse_beside_layers, refuse_many_experts, rest_of
 from modelmerge.plan.downloads import with_downloads
+from modelmerge.plan.layers import of_sources, stacked
 from modelmerge.plan.linear import is_linear
 from modelmerge.plan.overrides import Methods, Override, group_key, parse
 from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
@@ -79,6 +81,7 @@ class Prepared:
             "groups": groups_of(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in plan.tensors.values())),
             "at": list(self.recipe.at),
+            "layers": list(self.recipe.layers),
             "vocab": self.recipe.vocab,
             "passes": passes(self.job),
             "bytes": {"read": bytes_read(self.job), "write": written, "scratch": scratch_bytes(self.job)},
@@ -123,7 +126,6 @@ def prepare_file(
     late = translated.overrides
     recipe = change(translated.recipe)
     prepared = prepare(recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late)
-    translated.refuse_part_of_the_layers(file, prepared.job.plan.base.tensors)
     again = translated.stored_as_mergekit_does(prepared.job.plan)
     if again is translated:
         return prepared
@@ -176,7 +178,14 @@ def prepare(
     overrides_read = [parse(text) for text in recipe.at]
     _refuse_idle_data(recipe, chosen, overrides_read)
     refuse_many_experts(recipe, overrides_read)
+    if opened is None and recipe.layers and not recipe.experts:  # layers of the base alone
+        opened = open_references(parse_reference(recipe.base), ())
     base, experts = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
+    stack = None
+    if recipe.layers:
+        refuse_beside_layers(recipe)
+        stack = stacked(base, experts, recipe.layers, recipe.exclude)
+        base, experts, remarks = stack.base, stack.experts, [*remarks, *stack.remarks]
     names = [expert.name for expert in experts]
     check_weights(recipe, names)
     weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
@@ -191,6 +200,7 @@ def prepare(
         dtype=DTYPES[recipe.dtype] if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from, strict=strict,
+        stack=stack,
     )  # fmt: skip
     foreign = (name != piece.diffusers.partition("/")[2] for network in networks(plan.base.tensors) if network.single
                for name, (piece, *_) in network.pieces.items())  # fmt: skip
@@ -294,11 +304,15 @@ def job_of(
     tensors = plan.select("merge")
     places = {tensor.name: (tensor.override, tensor.linear) for tensor in tensors if not tensor.new}
     chosen = methods.settings(places, weights)
-    settings = {tensor.name: of_owners(tensor, chosen.get(tensor.name), len(weights)) for tensor in tensors}
+    settings = {}
+    for tensor in tensors:
+        setting = of_owners(tensor, chosen.get(tensor.name), len(weights))
+        settings[tensor.name] = of_sources(setting, tensor.method, tensor.sources)
     members: dict[Any, list[TensorPlan]] = {}
     for tensor in tensors:
         setting = settings[tensor.name]
-        members.setdefault(group_key(registry.load(setting.method), setting), []).append(tensor)
+        key = group_key(registry.load(setting.method), setting), tensor.sources
+        members.setdefault(key, []).append(tensor)
     groups = []
     for taken in members.values():
         first = settings[taken[0].name]

@@ -228,8 +228,8 @@ def test_help_of_a_method_begins_with_its_own_options(capsys: pytest.CaptureFixt
 def test_the_shared_options_of_merge_are_those_of_the_contract() -> None:
     shared = {parameter.name for parameter in (*opt.shared(opt.merged), *opt.shared(opt.written))}
     assert shared == {
-        "weight", "at", "rest", "disentangle", "include", "exclude", "on_mismatch", "vocab", "files_from",
-            "dtype", "as_lora",
+        "weight", "at", "layers", "rest", "disentangle", "include", "exclude", "on_mismatch", "vocab", "files_from",
+        "dtype", "as_lora",
         "max_shard_size", "seed", "device", "stream", "dry_run", "force", "resume", "push", "private",
     }  # fmt: skip
 

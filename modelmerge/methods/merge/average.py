@@ -40,4 +40,5 @@ METHOD = Method(
     ),
     normalises=lambda options: options.reduce == "mean",
     wants_base=True,
+    on_weights=lambda options: True,
 )

@@ -47,6 +47,7 @@ METHOD = Method(
     ),
     normalises=lambda options: True,
     wants_base=True,
+    on_weights=lambda options: options.points == "weights",
     moments=lambda options: sphere.moments,
     workspace=lambda tasks: tasks + 4.0,
 )

@@ -44,6 +44,7 @@ METHOD = Method(
     citation=Citation("Multi-SLERP", "Charles Goddard", "goddard.blog 2025"),
     normalises=lambda options: options.reduce == "mean",
     wants_base=True,
+    on_weights=lambda options: options.points == "weights",
     moments=lambda options: sphere.moments,
     workspace=lambda tasks: tasks + 4.0,
 )

@@ -92,6 +92,7 @@ METHOD = Method(
     citation=Citation("Animating rotation with quaternion curves", "Ken Shoemake", "SIGGRAPH 1985"),
     most_experts=2,
     wants_base=True,
+    on_weights=lambda options: options.points == "weights",
     blockwise=lambda options: options.scope == "tensor",
     by_rows=lambda options: options.scope == "row",
     moments=lambda options: sphere.moments if options.scope == "tensor" else None,

@@ -1,4 +1,4 @@
-"""Keep each task's leading singular directions and make them orthogonal to those of the other tasks.
+"""Keep each task's leading singular directions, orthogonal to the other tasks'.
 
 Task Singular Vectors, TSV-Merge (Gargiulo et al., CVPR 2025). Per weight [m, n]: the first `min(m, n) / T` singular
 triplets of each `w_i tau_i`, side by side: U [m, k], S, V [k, n]; U and V are replaced by the orthogonal matrices

@@ -1,0 +1,309 @@
+"""Which layers of which models a mergekit configuration names: `models`, `slices`, or `modules`.
+
+Models stand side by side over all their layers, which is one slice; or slices stack layers. A slice has parameters of
+its own, and a list of values goes over its layers alone. What comes before the layers has the first slice's parameters
+and what comes after them the last one's, both at the start of a list.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelmerge.checkpoint.documents import shown
+from modelmerge.errors import suggestion
+from modelmerge.plan.format_1 import Variation
+from modelmerge.plan.layers import is_after, list_of_layers
+from modelmerge.plan.mergekit_methods import KNOWN
+from modelmerge.plan.mergekit_parameters import Complain, Scopes
+from modelmerge.plan.overrides import BASE, WEIGHT, Curve, layer_of
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model in a slice: the reference, its settings from near to far, and its layers, None for all."""
+
+    reference: str
+    scopes: Scopes
+    span: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Models side by side: where that stands, the settings for all of them from near to far, and its own base."""
+
+    path: str
+    shared: Scopes
+    sources: tuple[Source, ...]
+    base: str | None = None
+
+
+class Reader:
+    """Reads which models there are.
+
+    Args:
+        complain: Hears what cannot be honoured.
+        reference: `(entry, path) -> reference`, by which a model is read.
+    """
+
+    def __init__(self, complain: Complain, reference: Callable[[Any, str], str]) -> None:
+        self._complain, self._reference = complain, reference
+        self.remarks: list[str] = []
+
+    def read(self, config: Mapping[str, Any]) -> list[Slice]:
+        """The slices of a configuration; one without layers where models stand side by side."""
+        shared: Scopes = [("parameters", self._parameters(config.get("parameters"), "parameters"))]
+        kinds = [key for key in ("models", "slices", "modules") if config.get(key)]
+        if len(kinds) != 1:
+            self._complain(" and ".join(kinds) or "models", "mergekit takes exactly one of models, slices, modules")
+            return []
+        path = ""
+        if kinds == ["modules"]:
+            config, path = self._only_module(config["modules"]), "modules.default."
+            shared = [(f"{path}parameters", self._parameters(config.get("parameters"), f"{path}parameters")), *shared]
+            kinds = [key for key in ("models", "slices") if config.get(key)]
+            if len(kinds) != 1:
+                self._complain("modules.default", "mergekit takes exactly one of models, slices")
+                return []
+        entries, path = config[kinds[0]], path + kinds[0]
+        if not isinstance(entries, list):
+            self._complain(path, "is no list")
+            return []
+        if kinds == ["models"]:
+            return [Slice(path, shared, self._sources(entries, path, shared, ranged=False))]
+        return [self._slice(entry, f"{path}[{i}]", shared) for i, entry in enumerate(entries)]
+
+    def _only_module(self, modules: Any) -> Mapping[str, Any]:
+        if not isinstance(modules, dict):
+            self._complain("modules", "is no mapping")
+            return {}
+        for name in modules:
+            if name != "default":
+                self._complain(f"modules.{name}", "only the module 'default' of models with one list of layers can be")
+        module = modules.get("default")
+        return self._known(module, {"models", "slices", "parameters"}, "modules.default")
+
+    def _slice(self, entry: Any, path: str, shared: Scopes) -> Slice:
+        entry = self._known(entry, {"sources", "parameters", "base_model", "residual_weight"}, path)
+        if entry.get("residual_weight") is not None:
+            self.remarks.append(f"{path}.residual_weight has no effect in mergekit, nor here.")
+        here: Scopes = [(f"{path}.parameters", self._parameters(entry.get("parameters"), f"{path}.parameters"))]
+        base = self._reference(entry["base_model"], f"{path}.base_model") if entry.get("base_model") else None
+        sources = entry.get("sources")
+        if not isinstance(sources, list) or not sources:
+            self._complain(f"{path}.sources", "is no list of models")
+            sources = []
+        read = self._sources(sources, f"{path}.sources", [*here, *shared], ranged=True)
+        spans = {source.span[1] - source.span[0] for source in read if source.span is not None}
+        if len(spans) > 1:
+            self._complain(f"{path}.sources", "all need as many layers as the others")
+        return Slice(path, [*here, *shared], read, base)
+
+    def _sources(self, entries: Sequence[Any], path: str, shared: Scopes, *, ranged: bool) -> tuple[Source, ...]:
+        sources: list[Source] = []
+        keys = {"model", "parameters"} | ({"layer_range"} if ranged else set())
+        for i, entry in enumerate(entries):
+            here = f"{path}[{i}]"
+            if not isinstance(entry, dict) or "model" not in entry:
+                self._complain(here, "has no 'model'")
+                continue
+            self._known(entry, keys, here)
+            reference = self._reference(entry["model"], f"{here}.model")
+            mine = self._parameters(entry.get("parameters"), f"{here}.parameters")
+            if reference and reference in (source.reference for source in sources):
+                self._complain(f"{here}.model", f"'{reference}' is listed twice, and mergekit takes the last only")
+            span = self._span(entry.get("layer_range"), f"{here}.layer_range") if ranged else None
+            sources.append(Source(reference, ((f"{here}.parameters", mine), *shared), span))
+        return tuple(sources)
+
+    def _span(self, entry: Any, path: str) -> tuple[int, int]:
+        numbers = entry if isinstance(entry, list) and all(type(number) is int for number in entry) else []
+        if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+            self._complain(path, f"must be [FIRST, LAST], the LAST not being part of it, not {shown(entry)}")
+            return 0, 1
+        return numbers[0], numbers[1]
+
+    def _known(self, entry: Any, keys: set[str], path: str) -> Mapping[str, Any]:
+        if not isinstance(entry, dict):
+            self._complain(path, "is no mapping")
+            return {}
+        for key in entry:
+            if key not in keys:
+                self._complain(f"{path}.{key}", "mergekit has no such key" + near(str(key), keys))
+        return entry
+
+    def _parameters(self, entry: Any, path: str) -> Mapping[str, Any]:
+        if entry is not None and not isinstance(entry, dict):
+            self._complain(path, "is no mapping")
+            return {}
+        for key in entry or ():
+            if key not in KNOWN:
+                self._complain(f"{path}.{key}", "no method of mergekit has such a parameter" + near(str(key), KNOWN))
+        return entry or {}
+
+
+def near(word: str, words: Iterable[str]) -> str:
+    """What was probably meant, as the end of a complaint."""
+    hint = suggestion(word, sorted(words))
+    return f"; {hint}" if hint else ""
+
+
+def names_of(references: Iterable[str], *, sliced: bool) -> dict[str, str]:
+    """A name for each model: the last part of its path or repository, in the letters that a name may have.
+
+    Where they are `sliced` none is called base, which is the base's name there.
+    """
+    names: dict[str, str] = {}
+    seen = Counter([BASE] * sliced)
+    for reference in dict.fromkeys(references):
+        name = _name(reference)
+        seen[name] += 1
+        names[reference] = name if seen[name] == 1 else f"{name}-{seen[name]}"
+    return names
+
+
+def _name(reference: str) -> str:
+    last = reference.removeprefix("hf://").partition("@")[0].rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^\w.\-]", "-", last.removesuffix(".safetensors")).lstrip("_.-") or "model"
+
+
+def runs_of(slices: Sequence[Slice], names: Mapping[str, str]) -> tuple[str, ...]:
+    """The slices as `--layers` says them; nothing where models stand side by side."""
+    runs = []
+    for each in slices:
+        words = [
+            f"{names[source.reference]}:{source.span[0]}-{source.span[1]}" for source in each.sources if source.span
+        ]
+        runs += [shlex.join(words)] if words else []
+    return tuple(runs)
+
+
+# --- parameters of several slices ---
+
+Read = tuple[dict[str, Any], dict[str, float], Sequence[Variation]]  # of a slice: options, weights, what differs
+
+
+@dataclass(frozen=True, slots=True)
+class InSlice:
+    """A value, or several over its layers, that an option or weight has in one slice.
+
+    Args:
+        variation: The value; its filter goes by the names that tensors have in the expert, if it is one's.
+        first: The slice's first layer in the output.
+        count: The number of its layers.
+        shift: How far the expert's layers lie behind the output's.
+        ends: Whether the slice is the output's first, and its last.
+    """
+
+    variation: Variation
+    first: int
+    count: int
+    shift: int
+    ends: tuple[bool, bool]
+
+    @property
+    def option(self) -> str:
+        """The option."""
+        return self.variation.option
+
+    @property
+    def expert(self) -> str | None:
+        """The expert that it is for, if it is one's."""
+        return self.variation.expert
+
+    def depth(self, tensor: str, prefix: str) -> float | None:
+        """How deep in the slice a tensor lies; None for one of another."""
+        front, number = layer_of(tensor) or ("", 0)
+        if front != prefix:
+            return 0.0 if self.ends[is_after(tensor)] else None
+        place = number - self.first
+        if not 0 <= place < self.count:
+            return None
+        return place / (self.count - 1) if self.count > 1 else 1.0
+
+    def spread(self, tensors: Mapping[str, float], prefix: str) -> list[Variation]:
+        """The same, tensor by tensor; `tensors` are those of the slice, by their depth."""
+        values: dict[tuple[tuple[str, int] | None, Any], list[str]] = defaultdict(list)
+        for tensor, depth in tensors.items():
+            place = layer_of(tensor)
+            theirs = tensor
+            if place is not None and place[0] == prefix:
+                theirs = tensor.replace(f"{prefix}.{place[1]}.", f"{prefix}.{place[1] + self.shift}.", 1)
+            if self.variation.matches(theirs):
+                (value,) = at if len(at := self.variation.at(depth)) == 1 else (Curve(at).at(depth),)
+                values[place, value].append(tensor)
+        only = self.variation.tensors
+        return [
+            _Named(self.option, (value,), self.expert, _glob(place, only), names=frozenset(names))
+            for (place, value), names in values.items()
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Named(Variation):
+    """One for tensors that it names; its glob is a short way to say that, where it fits."""
+
+    names: frozenset[str] = frozenset()
+
+    def matches(self, tensor: str) -> bool:
+        return tensor in self.names
+
+
+def _glob(place: tuple[str, int] | None, only: str | None) -> str | None:
+    if place is None or only is None:
+        return only
+    return f"{place[0]}.{place[1]}.{only}"
+
+
+def together(
+    slices: Sequence[Slice], read: Sequence[Read], names: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, float], list[InSlice]]:
+    """The options and weights of several slices, and what differs in some.
+
+    A slice that is one model's layers as they are needs none.
+    """
+    options: dict[str, Any] = {}
+    weights: dict[str, float] = {}
+    vary: list[InSlice] = []
+    plain = [{(None, o): v for o, v in each[0].items()} | {(e, WEIGHT): w for e, w in each[1].items()} for each in read]
+    for key in dict.fromkeys(key for each in plain for key in each):
+        value = next(each[key] for each in plain if key in each)
+        if key[0] is None:
+            options[key[1]] = value
+        else:
+            weights[str(key[0])] = value
+    first = 0
+    for i, (each, settings, (_, _, variations)) in enumerate(zip(slices, plain, read, strict=True)):
+        spans = {names[source.reference]: source.span for source in each.sources if source.span is not None}
+        count = next((last - start for start, last in spans.values()), 0)
+        ends = (i == 0, i == len(slices) - 1)
+        for (expert, option), value in settings.items():
+            if value != (options[option] if expert is None else weights[expert]):
+                vary.append(InSlice(Variation(option, (value,), expert), first, count, 0, ends))
+        for variation in variations:
+            shift = spans[variation.expert][0] - first if variation.expert in spans else 0
+            vary.append(InSlice(variation, first, count, shift, ends))
+        first += count
+    return options, weights, vary
+
+
+def spread(variations: Iterable[Variation | InSlice], tensors: Sequence[str], total: int) -> list[Variation]:
+    """The variations for tensors of these names, of a model with so many layers, each as ones of named tensors."""
+    plain: list[Variation] = []
+    prefix: str | None = None
+    inside: dict[tuple[int, int], dict[str, float]] = {}
+    for each in variations:
+        if isinstance(each, Variation):
+            plain.append(each)
+            continue
+        prefix = prefix if prefix is not None else list_of_layers(tensors, [total], "the output")
+        slice_ = each.first, each.count
+        if slice_ not in inside:
+            deep = {tensor: each.depth(tensor, prefix) for tensor in tensors}
+            inside[slice_] = {tensor: depth for tensor, depth in deep.items() if depth is not None}
+        plain += each.spread(inside[slice_], prefix)
+    return plain

@@ -1,0 +1,289 @@
+"""Layers from several places, on small tensors; real classes are in `tests/verbs/test_layers.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import modelmerge
+from modelmerge.cli import main
+from modelmerge.errors import ModelMergeError, PlanError, UsageError
+from modelmerge.methods import registry
+from tests.support.checkpoints import State, read, write
+
+LAYERS = 4
+ENDS = {"model.embed_tokens.weight": (6, 4), "model.norm.weight": (4,), "lm_head.weight": (6, 4)}
+INSIDE = {"self_attn.o_proj.weight": (4, 4), "mlp.up_proj.weight": (8, 4), "input_layernorm.weight": (4,)}
+CONFIG = {"model_type": "tiny", "num_hidden_layers": LAYERS}
+
+
+def state(seed: int, *, count: int = LAYERS, dtype: torch.dtype = torch.float32) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ENDS | {f"model.layers.{i}.{end}": shape for i in range(count) for end, shape in INSIDE.items()}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def save(folder: Path, tensors: State, **config: Any) -> Path:
+    write(folder, tensors, config=False)
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    return folder
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> dict[str, Path]:
+    return {name: save(tmp_path / name, state(i)) for i, name in enumerate(("base", "math", "code"))}
+
+
+def layer(tensors: State, number: int) -> State:
+    front = f"model.layers.{number}."
+    return {name.removeprefix(front): tensor for name, tensor in tensors.items() if name.startswith(front)}
+
+
+def same(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k].view(torch.uint8), other[k].view(torch.uint8))
+                                              for k in one)  # fmt: skip
+
+
+def merge(family: dict[str, Path], out: Path, method: str, *runs: str, **options: Any) -> State:
+    base, *experts = family.values()
+    modelmerge.merge(base, experts, out, method=method, layers=runs, **options)
+    return read(out)
+
+
+def test_layers_of_one_model_are_its_own_bits(tmp_path: Path, family: dict[str, Path]) -> None:
+    """Whatever the method: to the sign of a zero, and in the dtype that the model stores."""
+    math = state(1, dtype=torch.bfloat16)
+    math["model.layers.2.mlp.up_proj.weight"][0, 0] = -0.0
+    save(family["math"], math)
+    base, code = read(family["base"]), read(family["code"])
+    for method in ("passthrough", "ties"):
+        got = merge(family, tmp_path / method, method, "math:0-3", "code:1-3", "base:3-4")
+        made = [layer(got, i) for i in range(6)]
+        origins = [*(layer(math, i) for i in range(3)), layer(code, 1), layer(code, 2), layer(base, 3)]
+        assert all(map(same, made, origins))
+        assert same({"_": got["model.embed_tokens.weight"]}, {"_": math["model.embed_tokens.weight"]})
+        for name in ("model.norm.weight", "lm_head.weight"):  # as the last run
+            assert torch.equal(got[name], base[name])
+        assert len(got) == 6 * len(INSIDE) + len(ENDS)
+    assert json.loads((tmp_path / "ties" / "config.json").read_text())["num_hidden_layers"] == 6
+
+
+def test_a_run_is_merged_from_its_models_alone(tmp_path: Path, family: dict[str, Path]) -> None:
+    math, code, base = (read(family[name]) for name in ("math", "code", "base"))
+    got = merge(family, tmp_path / "out", "average", "math:0-2 code:2-4", "1-2", weights={"math": 3.0})
+    for i in range(2):
+        one, other = layer(math, i), layer(code, i + 2)
+        for end, tensor in layer(got, i).items():
+            assert torch.allclose(tensor, 0.75 * one[end] + 0.25 * other[end], atol=1e-6)
+    for name in ("lm_head.weight", "model.norm.weight"):
+        assert torch.allclose(got[name], 0.75 * math[name] + 0.25 * code[name], atol=1e-6)
+    got = merge(family, tmp_path / "ta", "task-arithmetic", "base:1-2 code:3-4", scale=0.5)
+    seen = layer(base, 1)
+    for end, tensor in layer(got, 0).items():
+        assert torch.allclose(tensor, seen[end] + 0.5 * (layer(code, 3)[end] - seen[end]), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["average", "slerp", "ties", "tsv-m", "karcher"])
+def test_all_layers_of_all_models_are_what_they_are_without_runs(
+    method: str, tmp_path: Path, family: dict[str, Path]
+) -> None:
+    got = merge(family, tmp_path / "runs", method, "0-2", "base:2-4 math:2-4 code:2-4")
+    assert same(got, merge(family, tmp_path / "plain", method))
+
+
+def test_a_share_of_a_task_vector_counts_where_the_same_models_are_merged(
+    tmp_path: Path, family: dict[str, Path]
+) -> None:
+    got = merge(family, tmp_path / "out", "ties", "base:0-2 math:0-2", "code:0-1", "base:2-4 math:2-4",
+                density=0.3)  # fmt: skip
+    alone = merge({name: family[name] for name in ("base", "math")}, tmp_path / "alone", "ties", density=0.3)
+    assert all(same(layer(got, i + (i > 1)), layer(alone, i)) for i in range(LAYERS))
+
+
+def test_overrides_go_by_the_layers_of_the_output(tmp_path: Path, family: dict[str, Path]) -> None:
+    """Layers that are repeated add nothing at first; values rise over the output's layers."""
+    at = ["*.[45].*o_proj*: factor=0", "*up_proj*: factor=0,1"]
+    got = merge({"base": family["base"]}, tmp_path / "out", "passthrough", "base:0-4", "base:2-4", at=at)
+    base = read(family["base"])
+    for i, origin in enumerate((0, 1, 2, 3, 2, 3)):
+        want = layer(base, origin)
+        want["self_attn.o_proj.weight"] = want["self_attn.o_proj.weight"] * (i < 4)
+        want["mlp.up_proj.weight"] = want["mlp.up_proj.weight"] * i / 5
+        assert all(torch.allclose(tensor, want[end], atol=1e-6) for end, tensor in layer(got, i).items())
+    with pytest.raises(UsageError, match="matches no tensor"):
+        merge(family, tmp_path / "no", "passthrough", "math:0-2", at=["*.layers.3.*: factor=0"])
+
+
+def test_config_says_of_each_layer_what_its_model_said(tmp_path: Path, family: dict[str, Path]) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    save(family["base"], state(0), layer_types=kinds, mlp_only_layers=[3], eos_token_id=[1, 2, 3, 4])
+    save(family["math"], state(1), layer_types=kinds[::-1], mlp_only_layers=[0], eos_token_id=[1, 2, 3, 4])
+    save(family["code"], state(2, count=6), num_hidden_layers=6, layer_types=kinds[:1] * 6, mlp_only_layers=[])
+    merge(family, tmp_path / "out", "passthrough", "base:2-4", "math:0-2", "code:4-6")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 6
+    assert config["layer_types"] == [*kinds[2:], *kinds[::-1][:2], *kinds[:1] * 2]
+    assert config["mlp_only_layers"] == [1, 2]
+    assert config["eos_token_id"] == [1, 2, 3, 4]
+
+
+def test_kinds_of_layers_that_follow_from_their_numbers_are_spelled_out(
+    tmp_path: Path, family: dict[str, Path]
+) -> None:
+    for i, folder in enumerate(family.values()):
+        save(folder, state(i), model_type="gemma2", first_k_dense_replace=1)
+    base, *experts = family.values()
+    manifest = modelmerge.merge(base, experts, tmp_path / "out", method="passthrough", layers=["math:0-3", "base:2-4"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["layer_types"] == [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")]
+    assert any("'first_k_dense_replace'" in note for note in manifest["notes"])
+
+
+@pytest.mark.parametrize(
+    ("method", "run", "says"),
+    [
+        ("average", "maths:0-2", "there is no model 'maths'"),
+        ("average", "math:2-5", "'math' has 4 layers"),
+        ("average", "math:2-2", "2-2 holds no layer"),
+        ("average", "math", "'math' is not [NAME:]FIRST-LAST"),
+        ("average", "math:0-2 0-2", "'0-2' is not NAME:FIRST-LAST"),
+        ("average", "math:0-2 code:1-4", "needs as many layers of each model"),
+        ("average", "math:0-2 math:1-3", "names 'math' twice"),
+        ("average", "", "names no layers"),
+        ("average", "'math:0-2", "No closing quotation"),
+        ("ties", "math:0-2 code:0-2", "'ties' merges what models differ in from the base, which is not named"),
+        ("passthrough", "math:0-2 code:0-2", "'passthrough' takes 1 beside the base, and there are 2"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    method: str, run: str, says: str, tmp_path: Path, family: dict[str, Path]
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        merge(family, tmp_path / "out", method, run)
+    assert refused.value.message.startswith(f"layers '{run}': ")
+    assert says in refused.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_with_several_lists_of_layers_are_refused_unless_one_is_the_language_models(
+    tmp_path: Path, family: dict[str, Path]
+) -> None:
+    def renamed(old: str, new: str, more: State) -> None:
+        for i, folder in enumerate(family.values()):
+            save(folder, {name.replace(old, new): tensor for name, tensor in state(i).items()} | more)
+
+    renamed("model.layers", "decoder.layers", {"encoder.layers.0.fc.weight": torch.ones(2, 2)})
+    with pytest.raises(PlanError, match=r"several lists of layers: .*encoder.layers \(1\)"):
+        merge(family, tmp_path / "out", "average", "math:0-2")
+    renamed("_", "_", {"vision_tower.layers.0.fc.weight": torch.ones(2, 2)})
+    got = merge(family, tmp_path / "out", "average", "math:0-2")
+    assert "vision_tower.layers.0.fc.weight" in got
+    assert "model.layers.2.mlp.up_proj.weight" not in got
+
+
+@pytest.mark.parametrize("more", [{"as_lora": 2}, {"disentangle": "awd"}])
+def test_what_needs_the_bases_layers_is_refused(more: Any, tmp_path: Path, family: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="needs the base's own layers"):
+        merge(family, tmp_path / "out", "average", "0-2", **more)
+
+
+def test_embeddings_of_other_tokens_are_refused(tmp_path: Path, family: dict[str, Path]) -> None:
+    words = ["a", "b", "c", "d", "e", "f"]
+    for folder, order in (("base", words), ("code", words), ("math", words[::-1])):
+        vocab = {"model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(order)}}}
+        (family[folder] / "tokenizer.json").write_text(json.dumps(vocab))
+    with pytest.raises(PlanError, match="begin or end with 'math'") as refused:
+        merge(family, tmp_path / "out", "passthrough", "math:0-2", "base:2-4")
+    assert refused.value.hint == "name 'math' as the base, and the base as an expert"
+    got = merge(family, tmp_path / "out", "passthrough", "base:0-2", "math:1-3", "code:3-4")
+    assert torch.equal(got["lm_head.weight"], read(family["code"])["lm_head.weight"])
+
+
+def test_names_with_colons_and_blanks_are_quoted(tmp_path: Path, family: dict[str, Path]) -> None:
+    out = tmp_path / "out"
+    modelmerge.merge(
+        family["base"], {"a: 1-2": family["math"], "b-c": family["code"]}, out, method="average",
+        layers=["'a: 1-2:0-2' b-c:1-3", "'a: 1-2:3-4'"],
+    )  # fmt: skip
+    math, code, end = read(family["math"]), read(family["code"]), "mlp.up_proj.weight"
+    mean = (layer(math, 1)[end] + layer(code, 2)[end]) / 2
+    assert torch.allclose(layer(read(out), 1)[end], mean)
+    assert same(layer(read(out), 2), layer(math, 3))
+
+
+def test_the_manifest_repeats_the_stack(
+    tmp_path: Path, family: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its inputs are the files that something is read from, each of the model that it belongs to."""
+    whole = state(1)
+    first = {name: tensor for name, tensor in whole.items() if ".2." not in name and ".3." not in name}
+    parts = {"model-1.safetensors": first, "model-2.safetensors": {k: t for k, t in whole.items() if k not in first}}
+    (family["math"] / "model.safetensors").unlink()
+    for name, tensors in parts.items():
+        write(tmp_path / name, tensors, config=False)
+        (tmp_path / name / "model.safetensors").rename(family["math"] / name)
+    index = {"weight_map": {key: name for name, tensors in parts.items() for key in tensors}}
+    (family["math"] / "model.safetensors.index.json").write_text(json.dumps(index))
+    base, *experts = family.values()
+    manifest = modelmerge.merge(
+        base, experts, tmp_path / "one", method="average", layers=["math:0-2", "1-2", "base:3-4"]
+    )
+    assert [Path(name).name for name in manifest["inputs"]["experts"][0]["files"]] == ["model-1.safetensors"]
+    assert "--layers math:0-2 --layers 1-2 --layers base:3-4" in manifest["command"]
+    assert main(["merge", "--recipe", str(tmp_path / "one"), "-o", str(tmp_path / "two")]) == 0
+    assert same(read(tmp_path / "one"), read(tmp_path / "two"))
+    assert main(["verify", str(tmp_path / "two")]) == 0
+    assert "put together anew" in (tmp_path / "two" / "README.md").read_text()
+
+
+def test_a_command_stacks_layers_of_one_model(
+    tmp_path: Path, family: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["merge", "passthrough", str(family["base"]), "--layers", "base:0-3", "--layers", "base:1-4"]
+    assert main([*words, "-o", str(tmp_path / "out"), "-n", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["layers"] == ["base:0-3", "base:1-4"]
+    assert plan["bytes"]["read"] == sum(t.nbytes for t in state(0, count=6).values())  # each tensor once
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    assert same(layer(read(tmp_path / "out"), 5), layer(read(family["base"]), 3))
+    with pytest.raises(ModelMergeError, match="no expert is named"):
+        modelmerge.merge(family["base"], [], tmp_path / "no", method="passthrough")
+
+
+def test_what_is_not_needed_of_the_hub_is_not_fetched(tmp_path: Path, family: dict[str, Path], hub: Any) -> None:
+    whole = read(family["math"])
+    write(tmp_path / "sharded", whole, shards=len(whole), config=False)
+    save_config = (family["math"] / "config.json").read_bytes()
+    files = {file.name: file.read_bytes() for file in (tmp_path / "sharded").iterdir()}
+    hub.add("org/math", {**files, "config.json": save_config})
+    out = tmp_path / "out"
+    modelmerge.merge(family["base"], {"math": "org/math"}, out, method="passthrough", layers=["base:0-3", "math:1-2"])
+    assert same(layer(read(out), 3), layer(whole, 1))
+    # The layer's tensors, the final norm and the head.
+    manifest = json.loads((out / "modelmerge.json").read_text())
+    assert len(manifest["inputs"]["experts"][0]["files"]) == len(INSIDE) + 2
+
+
+_MANY = ("ties", "slerp", "kron", "model-stock", "arcee-fusion", "dare")
+_DATA_FREE = [name for name in registry.data_free() if name != "passthrough"]
+
+
+@pytest.mark.parametrize("method", [*_MANY, *(pytest.param(name, marks=pytest.mark.slow)
+                                              for name in _DATA_FREE if name not in _MANY)])  # fmt: skip
+def test_every_method_merges_a_run_as_it_merges_models_of_these_layers_alone(
+    method: str, tmp_path: Path, family: dict[str, Path]
+) -> None:
+    firsts = {"base": 1, "math": 2} | ({} if registry.load(method).most_experts == 1 else {"code": 0})
+    small: dict[str, Path] = {}
+    for name, first in firsts.items():
+        whole = read(family[name])
+        ends = {key: tensor for key, tensor in whole.items() if key in ENDS}
+        inside = {f"model.layers.{i}.{end}": t for i in range(2) for end, t in layer(whole, first + i).items()}
+        small[name] = save(tmp_path / "small" / name, ends | inside, num_hidden_layers=2)
+    run = " ".join(f"{name}:{first}-{first + 2}" for name, first in firsts.items())
+    got = merge(family, tmp_path / "out", method, run)
+    assert same(got, merge(small, tmp_path / "want", method))
