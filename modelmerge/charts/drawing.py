@@ -141,6 +141,8 @@ def draw(charts: Sequence[Chart], *, kind: Kind = "auto") -> Figure:
             _heatmap(sheet, chart)
         elif _is_radar(chart, kind):
             _radar(sheet, chart)
+        elif kind == "auto" and chart.many():
+            _dots(sheet, chart)
         else:
             _bars(sheet, chart)
     sheet.fit()
@@ -183,7 +185,9 @@ class _Sheet:
 
 
 def _is_radar(chart: Scores, kind: Kind) -> bool:
-    return chart.round() and (kind == "radar" or (kind == "auto" and len(chart.spokes()) >= _FROM))
+    return chart.round() and (
+        kind == "radar" or (kind == "auto" and len(chart.spokes()) >= _FROM and not chart.many())
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,14 +220,7 @@ def _bars(sheet: _Sheet, chart: Scores) -> None:
     labels = [wrap(task, _LABEL, 3) for task in chart.tasks]
     heights = [max(len(chart.series) * _BAR, (label.count("\n") + 1) * _LINE) + _GAP for label in labels]
     height = sum(heights)
-    texts = [chart.text(v, e) for s in chart.series for v, e in zip(s.values, s.errors, strict=True)]
-    low, high = chart.reach()
-    scale = (_WIDTH - max(map(len, texts)) * _CHARACTER) / (high - low)  # the longest bar leaves room for its figure
-    axes = sheet.axes(_WIDTH, height)
-    for tick in ticks(low, high):
-        at = (tick - low) * scale
-        axes.plot([at, at], [0, height], color=colours.INK if tick == 0 else _RULE, linewidth=0.6, zorder=0)
-        axes.text(at, height + 0.05, chart.tick(tick), ha="center", va="top", fontsize=_SMALL)
+    axes, low, scale = _axis(sheet, chart, height)
     styles, top = _styles(chart), 0.0
     for i, (label, high_is) in enumerate(zip(labels, heights, strict=True)):
         average = chart.average and i == len(labels) - 1
@@ -245,6 +242,44 @@ def _bars(sheet: _Sheet, chart: Scores) -> None:
 
     keys = [Patch(facecolor=s.fill, edgecolor=colours.INK, linewidth=0.5, hatch=s.hatch) for s in styles]
     sheet.put(axes, _WIDTH, height, above=_legend(sheet, axes, chart, keys), below=0.2)
+
+
+def _axis(sheet: _Sheet, chart: Scores, height: float) -> tuple[Axes, float, float]:
+    """Axes with the ticks of the scores across; where they begin, and how long a unit is."""
+    texts = [chart.text(v, e) for s in chart.series for v, e in zip(s.values, s.errors, strict=True)]
+    low, high = chart.reach()
+    scale = (_WIDTH - max(map(len, texts)) * _CHARACTER) / (high - low)  # the longest bar leaves room for its figure
+    axes = sheet.axes(_WIDTH, height)
+    for tick in ticks(low, high):
+        at = (tick - low) * scale
+        axes.plot([at, at], [0, height], color=colours.INK if tick == 0 else _RULE, linewidth=0.6, zorder=0)
+        axes.text(at, height + 0.05, chart.tick(tick), ha="center", va="top", fontsize=_SMALL)
+    return axes, low, scale
+
+
+def _dots(sheet: _Sheet, chart: Scores) -> None:
+    """A row for each series, the best at the top: a dot for its last value, ticks for the others."""
+    labels = [wrap(series.name, _LABEL, 3) for series in chart.sorted()]
+    heights = [(label.count("\n") + 1) * _LINE + 0.06 for label in labels]
+    height, top = sum(heights), 0.0
+    axes, low, scale = _axis(sheet, chart, height)
+    for series, label, high_is in zip(chart.sorted(), labels, heights, strict=True):
+        *others, value = series.values
+        error, middle = series.errors[-1], top + high_is / 2
+        axes.text(-0.08, middle, label, ha="right", va="center")
+        marks = [(each - low) * scale for each in others if each is not None]
+        axes.vlines(marks, middle - 0.04, middle + 0.04, color=colours.GREY, linewidth=0.8, zorder=1)
+        if value is not None:
+            at, reach = (value - low) * scale, (error or 0.0) * scale
+            fill = {"base": colours.GREY, "expert": colours.PAPER}.get(series.role, colours.SERIES[0])
+            axes.hlines(middle, at - reach, at + reach, color=colours.INK, linewidth=0.9, zorder=2)
+            axes.plot(at, middle, "o", color=fill, markersize=5, markeredgecolor=colours.INK, markeredgewidth=0.5)
+        text = chart.text(value, error)
+        axes.text(_WIDTH, middle, text, ha="right", va="center", fontsize=_SMALL, bbox=_HALO)
+        top += high_is
+    title = wrap(chart.title + ("; dots are averages, ticks tasks" if chart.average else ""), 70, 3)
+    drawn = axes.text(0.0, -0.08, title, ha="left", va="bottom", fontsize=_TITLE)
+    sheet.put(axes, _WIDTH, height, above=sheet.size(drawn)[1] + 0.15, below=0.2)
 
 
 def _bar(axes: Axes, series: Series, style: _Style, task: int, middle: float, low: float, scale: float) -> float:
@@ -330,10 +365,10 @@ def _heatmap(sheet: _Sheet, chart: Heatmap) -> None:
     every = math.ceil(_LINE / row - 1e-9)  # rows that are named
     width, height = len(chart.columns) * _COLUMN, count * row
     axes = sheet.axes(width, height)
-    places = [(i, j) for i in range(count) for j in range(len(chart.columns))]
+    places = [(i, j) for i in range(count) for j in range(len(chart.columns)) if chart.diagonal or i != j]
     cells = [(i, j) for i, j in places if chart.values[i][j] is not None]
     empty = [(i, j) for i, j in places if chart.values[i][j] is None]
-    shades = [colours.shade(colours.step(chart.values[i][j] or 0.0, chart.limit)) for i, j in cells]
+    shades = [colours.shade(_step(chart, chart.values[i][j])) for i, j in cells]
     missing = {"facecolors": "none", "edgecolors": _RULE, "hatch": "////"}
     for some, look in ((cells, {"facecolors": shades, "edgecolors": colours.PAPER}), (empty, missing)):
         corners = [[(j * _COLUMN + a * _COLUMN, i * row + b * row) for a, b in _CORNERS] for i, j in some]
@@ -341,7 +376,7 @@ def _heatmap(sheet: _Sheet, chart: Heatmap) -> None:
     if every == 1:
         for i, j in places:
             value = chart.values[i][j]
-            ink = _FAINT if value is None else colours.ink_on(colours.shade(colours.step(value, chart.limit)))
+            ink = _FAINT if value is None else colours.ink_on(colours.shade(_step(chart, value)))
             axes.text((j + 0.5) * _COLUMN, (i + 0.5) * row, chart.text(value), ha="center", va="center",
                       fontsize=_SMALL, color=ink)  # fmt: skip
     for i in range(0, count, every):
@@ -358,6 +393,10 @@ def _heatmap(sheet: _Sheet, chart: Heatmap) -> None:
     sheet.put(axes, width, height, above=above + sheet.size(title)[1] + 0.05, below=max(tall - height, 0.0))
 
 
+def _step(chart: Heatmap, value: float | None) -> int:
+    return colours.step((value or 0.0) - chart.centre, chart.limit)
+
+
 def _scale(axes: Axes, chart: Heatmap, across: float, height: float) -> float:
     """Which shade is which figure, at the right of a heatmap; how far down it goes."""
     from matplotlib.collections import PolyCollection
@@ -371,6 +410,7 @@ def _scale(axes: Axes, chart: Heatmap, across: float, height: float) -> float:
         PolyCollection(corners, facecolors=shades, edgecolors=shades, linewidths=0.3, clip_on=False), autolim=False
     )
     ends = {0.0: chart.limit, tall: -chart.limit if lowest else 0.0, **({tall / 2: 0.0} if lowest else {})}
+    ends = {at: round(chart.centre + value, 9) for at, value in ends.items()}
     for at, value in ends.items():
         side = "top" if at == 0.0 else "bottom" if at == tall else "center"
         axes.text(across + 0.2, at, f"{value:g}", va=side, fontsize=_SMALL)

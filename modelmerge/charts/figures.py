@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelmerge.evaluation.report import ModelRow, Report, Role
-from modelmerge.evaluation.scores import mean, mean_error, plain
+from modelmerge.evaluation.scores import mean, mean_error, plain, ranked, score_text
+from modelmerge.methods.coefficients import Options
 
 AVERAGE = "average"
 RADAR = range(3, 21)  # so many tasks a radar chart can show
+_MOST = 8  # models in bars or on a radar: more are dots, a row for each
+_LEAST = 0.1  # cosines nearer to 0 than this are no conflict, and pale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,15 @@ class Scores:
         """Whether a radar chart can show it."""
         return len(self.spokes()) in RADAR and self.shares
 
+    def many(self) -> bool:
+        """Whether there are so many models that their colours could not be told apart."""
+        return sum(series.role == "model" for series in self.series) > _MOST
+
+    def sorted(self) -> list[Series]:
+        """The series by their last value, which is the average where there is one, the best first."""
+        sign = 1 if self.lower else -1
+        return sorted(self.series, key=lambda each: (each.values[-1] is None, sign * (each.values[-1] or 0.0)))
+
     def text(self, value: float | None, error: float | None = None) -> str:
         """A value for people, with its standard error if there is one."""
         return score_text(value, error, share=self.shares)
@@ -78,7 +90,8 @@ class Scores:
 class Heatmap:
     """Figures by row and column, None where there is none.
 
-    Shades reach their ends at `limit`, and at `-limit` where a value is negative.
+    Shades reach their ends at `limit` above `centre`, and as far below it where a value is. Without `diagonal`, row and
+    column of the same place have nothing to say of one another.
     """
 
     title: str
@@ -86,29 +99,20 @@ class Heatmap:
     columns: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
     limit: float
+    centre: float = 0.0
+    diagonal: bool = True
     what: str = ""  # what a value is, in a word or two
 
     def has_negative(self) -> bool:
-        """Whether a value is negative."""
-        return any(value is not None and value < 0 for row in self.values for value in row)
+        """Whether a value is below the centre."""
+        return any(value is not None and value < self.centre for row in self.values for value in row)
 
     def text(self, value: float | None) -> str:
-        """A figure for people, with as many digits as the largest one needs."""
-        if value is None:
-            return "n/a"
-        return f"{value:.1e}" if self.limit < 0.01 else f"{value:.{max(0, 2 - math.floor(math.log10(self.limit)))}f}"
+        """A figure for people, with as many digits as the shades need."""
+        return "n/a" if value is None else f"{value:.{max(0, 2 - math.floor(math.log10(self.limit)))}f}"
 
 
 Chart = Scores | Heatmap
-
-
-def score_text(value: float | None, error: float | None, *, share: bool) -> str:
-    """A value for people, with its standard error if there is one; a share in per cent."""
-    if value is None:
-        return "n/a"
-    if share:
-        return f"{100 * value:.1f}" + ("" if error is None else f" ±{100 * error:.1f}")
-    return f"{value:.4g}" + ("" if error is None else f" ±{error:.2g}")
 
 
 def heatmap(
@@ -119,13 +123,15 @@ def heatmap(
     *,
     what: str = "",
     limit: float | None = None,
+    centre: float = 0.0,
+    diagonal: bool = True,
 ) -> Heatmap:
     """A heatmap of values `[rows][columns]`; NaN counts as missing. Without `limit`, the shades reach what is there."""
     cells = tuple(tuple(None if v is None or not math.isfinite(v) else float(v) for v in row) for row in values)
-    largest = max((abs(value) for row in cells for value in row if value is not None), default=0.0)
+    largest = max((abs(value - centre) for row in cells for value in row if value is not None), default=0.0)
     return Heatmap(
-        title=title, rows=tuple(rows), columns=tuple(columns), values=cells, what=what,
-        limit=(_round_up(largest) or 1.0) if limit is None else limit,
+        title=title, rows=tuple(rows), columns=tuple(columns), values=cells, what=what, centre=centre,
+        limit=(_round_up(largest) or 1.0) if limit is None else limit, diagonal=diagonal,
     )  # fmt: skip
 
 
@@ -143,13 +149,20 @@ def of_scores(report: Report) -> list[Scores]:
         lower = bool(scores[0].get("lower"))
         shares = not lower and all(0.0 <= value <= 1.0 for value in values)
         groups.setdefault(("" if shares else scores[0]["metric"], lower), []).append(task)
-    return [_scores(report, tasks, lower) for (_, lower), tasks in groups.items()]
+    charts = []
+    for (_, lower), tasks in groups.items():
+        chart = _scores(report, tasks, lower)
+        # Dots in a row are of one scale and one order: without an average, a chart for each task.
+        charts += [chart] if chart.average or not chart.many() else [_scores(report, [t], lower) for t in tasks]
+    return charts
 
 
 def _scores(report: Report, tasks: Sequence[str], lower: bool) -> Scores:
-    rows = [_of_model(model, tasks) for model in report["models"] if model["role"] != "expert"]
-    place = sum(row.role == "base" for row in rows)
-    rows[place:place] = _of_experts(report, tasks)
+    base = [model for model in report["models"] if model["role"] == "base"]
+    rows = [
+        *(_of_model(model, tasks) for model in base), *_of_experts(report, tasks),
+        *(_of_model(model, tasks) for model in ranked(report)),
+    ]  # fmt: skip
     average = len(tasks) > 1 and not lower
     if average:
         rows = [_with_average(series) for series in rows]
@@ -208,11 +221,11 @@ def of_weights(report: Report) -> list[Heatmap]:
     experts, cosines = list(whole["experts"]["norms"]), whole["experts"]["cosines"]
     maps = []
     if len(experts) > 1:
-        others = [v for i, row in enumerate(cosines) for j, v in enumerate(row) if i != j and v is not None]
         # The ones along the diagonal say nothing, and would leave the others pale.
-        limit = _round_up(max(map(abs, others), default=1.0)) or 1.0
+        others = [[None if i == j else v for j, v in enumerate(row)] for i, row in enumerate(cosines)]
+        sizes = [abs(v) for row in others for v in row if v is not None]
         title = "Cosines of the experts' task vectors with one another"
-        maps.append(heatmap(title, experts, experts, cosines, what="cosine", limit=limit))
+        maps.append(heatmap(title, experts, experts, others, what="cosine", limit=_reach(sizes), diagonal=False))
     layers: dict[str, Any] = {"whole model": whole, **report["layer_types"], **report.get("tensors", {})}
     by_model = {
         name: [[layer["models"][name]["experts"][e]["cosine"] for e in experts] for layer in layers.values()]
@@ -224,20 +237,28 @@ def of_weights(report: Report) -> list[Heatmap]:
         abs(v) for rows in by_model.values() for row, more in zip(rows, wide, strict=True) for v in row
         if more and v is not None
     ]  # fmt: skip
-    limit = _round_up(max(sizes, default=1.0)) or 1.0  # the same for all models, so that shades compare
+    limit = _reach(sizes)  # the same for all models, so that shades compare
     for name, rows in by_model.items():
         title = f"Cosines of {name} with each expert, by layer"
         maps.append(heatmap(title, [*layers], experts, rows, what="cosine", limit=limit))
     return maps
 
 
-def of_coefficients(coefficients: Mapping[str, Mapping[str, float]]) -> Heatmap:
-    """The coefficients of experts, by tensor and expert, as a recipe has them."""
+def _reach(sizes: Sequence[float]) -> float:
+    """How far the shades of cosines of these sizes go."""
+    return max(_round_up(max(sizes, default=1.0)), _LEAST)
+
+
+def of_coefficients(recipe: Mapping[str, Any]) -> Heatmap:
+    """The coefficients of a manifest's recipe by tensor and expert; shades say how far they are from their start."""
+    coefficients: Mapping[str, Mapping[str, float]] = recipe["coefficients"]
     experts = list(next(iter(coefficients.values())))
     rows = {tensor: [row[expert] for expert in experts] for tensor, row in coefficients.items()}
     if all(row == next(iter(rows.values())) for row in rows.values()):
         rows = {"all tensors": next(iter(rows.values()))}
-    return heatmap("Coefficients found on unlabelled data", [*rows], experts, [*rows.values()], what="coefficient")
+    start = {"init": Options().init, **recipe["unlabelled"], **recipe["options"]}["init"]
+    title = f"Coefficients found on unlabelled data, which started at {start:g}"
+    return heatmap(title, [*rows], experts, [*rows.values()], what="coefficient", centre=start)
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -27,6 +27,20 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+// A digest is shown by its first letters: a click copies all of it.
+for (const hash of document.querySelectorAll(".hash")) {
+  hash.title += ": click to copy";
+  hash.tabIndex = 0;
+  hash.role = "button";
+  const copy = () => {
+    getSelection().selectAllChildren(hash);
+    document.execCommand("copy"); // the only way that a page from a disk may copy in every browser
+    hash.parentElement.classList.add("copied");
+    setTimeout(() => hash.parentElement.classList.remove("copied"), 1500);
+  };
+  hash.addEventListener("click", copy);
+  hash.addEventListener("keydown", (event) => event.key === "Enter" && copy());
+}
 for (const figure of document.querySelectorAll("figure")) {
   const marked = [...figure.querySelectorAll("[data-series]")];
   const show = (series) => marked.forEach((each) =>

@@ -24,6 +24,7 @@ from modelmerge.charts import colours, tables
 from modelmerge.charts.figures import Heatmap, Scores, Series, of_report, ticks
 from modelmerge.charts.names import clean, wrap
 from modelmerge.checkpoint.output import replace_file
+from modelmerge.evaluation.conclusions import conclusion, verdicts
 from modelmerge.evaluation.report import Report
 from modelmerge.record.redaction import published_report
 from modelmerge.text import visible_lines
@@ -62,8 +63,9 @@ def render(report: Report) -> str:
     environment.tests["best"] = lambda cell: isinstance(cell, tables.Best)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     names = [model["name"] for model in report["models"] if model.get("role", "model") == "model"]
+    head, *more = conclusion(report) or [f"{report['suite']}: {', '.join(map(clean, names))}"]
     return environment.get_template("page.html").render(
-        report=report, title=f"{report['suite']}: {', '.join(map(clean, names))}", script=script,
+        report=report, title=head.removesuffix("."), conclusion=more, verdicts=verdicts(report), script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=(_HERE / "page.css").read_text(encoding="utf-8"), colours=colours,
         figures=[{"chart": chart} if isinstance(chart, Heatmap) else _scores(chart) for chart in of_report(report)],
@@ -90,8 +92,38 @@ def _scores(chart: Scores) -> dict[str, Any]:
     """What the template shows of scores."""
     low, high = chart.reach()
     places = [(100 * (tick - low) / (high - low), chart.tick(tick)) for tick in ticks(low, high)]
+    if chart.many():
+        return {"chart": chart, "dots": _dots(chart), "ticks": places}
     radar = _radar(chart) if chart.round() else None
     return {"chart": chart, "looks": _looks(chart), "bars": _bars(chart), "radar": radar, "ticks": places}
+
+
+def _dots(chart: Scores) -> list[dict[str, Any]]:
+    """A row for each series, the best first: its last value as a dot, the others as ticks, in per cent of the axis."""
+    rows = []
+    for series in chart.sorted():
+        value, error = series.values[-1], series.errors[-1]
+        tasks = zip(chart.tasks[:-1], series.values, strict=False)
+        rows.append({
+            "name": series.name, "role": series.role, "text": chart.text(value, error),
+            "at": None if value is None else _place(chart, value), "whisker": _whisker(chart, value, error),
+            "marks": [(_place(chart, each), f"{t}: {chart.text(each)}") for t, each in tasks if each is not None],
+        })  # fmt: skip
+    return rows
+
+
+def _place(chart: Scores, value: float) -> float:
+    """Where a value lies on the axis, in per cent of it."""
+    low, high = chart.reach()
+    return round(100 * (value - low) / (high - low), 3)
+
+
+def _whisker(chart: Scores, value: float | None, error: float | None) -> tuple[float, float] | None:
+    """Where the standard error begins on the axis and how far it goes."""
+    if value is None or error is None:
+        return None
+    start = _place(chart, value - error)
+    return start, round(_place(chart, value + error) - start, 3)
 
 
 def _looks(chart: Scores) -> list[dict[str, Any]]:
@@ -108,21 +140,15 @@ def _looks(chart: Scores) -> list[dict[str, Any]]:
 
 def _bars(chart: Scores) -> list[list[dict[str, Any]]]:
     """For each task the bar of each series, in per cent of the axis."""
-    low, high = chart.reach()
-
-    def place(value: float) -> float:
-        return round(100 * (value - low) / (high - low), 3)
 
     def bar(series: Series, task: int) -> dict[str, Any]:
         value, error = series.values[task], series.errors[task]
-        shown = {"series": series.name, "text": chart.text(value, error), "missing": value is None, "end": place(0.0)}
-        if value is None:
-            return shown
-        start, end = sorted((place(0.0), place(value)))
-        shown |= {"start": start, "width": round(end - start, 3), "end": place(max(value + (error or 0.0), 0.0))}
-        if error is not None:
-            shown["whisker"] = (place(value - error), round(place(value + error) - place(value - error), 3))
-        return shown
+        start, end = sorted((_place(chart, 0.0), _place(chart, value or 0.0)))
+        return {
+            "series": series.name, "text": chart.text(value, error), "missing": value is None,
+            "start": start, "width": round(end - start, 3), "whisker": _whisker(chart, value, error),
+            "end": _place(chart, max((value or 0.0) + (error or 0.0), 0.0)),
+        }  # fmt: skip
 
     return [[bar(series, task) for series in chart.series] for task in range(len(chart.tasks))]
 

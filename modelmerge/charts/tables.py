@@ -6,8 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelmerge.charts.figures import score_text
+from modelmerge.charts.colours import STEPS
 from modelmerge.evaluation.report import ModelRow, Report
+from modelmerge.evaluation.scores import in_shares, ranked, score_text
+
+_CONFLICTS = {
+    "sign conflict": "of the entries that experts change, those with changes of both signs",
+    "minority signs": "of all changes, those against the majority's sign",
+    "mean |cos|": "of two experts' task vectors in a layer", "after AWD": "the same behind AWD's defaults",
+    "interference": "how far the experts' leading directions overlap, 0 where they do not",
+    "APGD's start": "how far the sum of the task vectors is from what each expert does, the base being 1",
+    "end": "the same behind APGD's defaults",
+}  # fmt: skip
+_LEGEND = {
+    "norm": "the length of a task vector", "of the base's": "the same as a share of the base's length",
+    "cos": "the cosine of two task vectors: 0 where they do not meet, negative where they pull apart",
+}  # fmt: skip
+_COMPARISON = {
+    "lost to rounding": "of the merged task vector, by 16-bit storage",
+    "APGD's gap": "how far the merge is from what each expert does, the base being 1",
+    "cosine": "with the expert's task vector, 1 where all is kept",
+    "distance": "to the expert, 1 being as far as the expert is from the base",
+    "alignment": "the part of the expert's task vector in the merge's leading directions, 1 being all",
+}  # fmt: skip
 
 
 class Best(str):
@@ -18,54 +39,74 @@ class Best(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table: the first `words` columns are words, the others numbers; `foot` are rows apart from the others."""
+    """A table: the first `words` columns are words, the others numbers; `foot` are rows apart from the others.
+
+    `shades` are those of the rows, by cell, from 0 for the worst of a column to `colours.STEPS` for the best. `legend`
+    says what the columns are.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     foot: tuple[tuple[str, ...], ...] = ()
     words: int = 1
+    shades: tuple[tuple[int | None, ...], ...] = ()
+    legend: str = ""
 
     def sortable(self) -> bool:
         """Whether each row stands for itself, wherever it is."""
         return len(self.rows) > 1 and all(row[0] for row in self.rows)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> Table:
-    """A table without a foot."""
-    return Table(title=title, columns=tuple(columns), rows=tuple(map(tuple, rows)), words=words)
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    words: int = 1,
+    legend: Mapping[str, str] | None = None,
+) -> Table:
+    """A table without a foot; its legend says of the columns, or else the rows, that it has and that tell something."""
+    heads = [*columns, *(row[0] for row in rows)] if rows else []
+    said = [f"{name}: {text}" for name, text in (legend or {}).items() if any(head.startswith(name) for head in heads)]
+    return Table(
+        title=title, columns=tuple(columns), rows=tuple(map(tuple, rows)), words=words,
+        legend="; ".join(said) + "." * bool(said),
+    )  # fmt: skip
 
 
 def of_report(report: Report, *, widest: int | None = None) -> list[Table]:
-    """The tables of a report; with more than `widest` experts, without a column for each of them where one could be."""
+    """The tables of a report.
+
+    `widest` is for a terminal: with more experts than that, none has a column of its own, and the layers of each model
+    are left out but where every tensor was asked for.
+    """
     if report["suite"] == "weights":
         return of_weights(report, widest)
     return [of_scores(report), *([of_differences(report)] if "comparison" in report else [])]
 
 
-def _in_shares(report: Report) -> bool:
-    """Whether all scores are between 0 and 1, and are shown in per cent."""
-    scores = [score["score"] for model in report["models"] for score in model["scores"].values()]
-    return all(0.0 <= score <= 1.0 for score in scores if score is not None)
-
-
 def of_scores(report: Report) -> Table:
-    """A row for each model, a column for each task."""
-    tasks, models = report["tasks"], report["models"]
-    share = _in_shares(report)
+    """A row for each model, the best merge first, then experts and base; a column for each task."""
+    tasks, share = report["tasks"], in_shares(report)
+    models = ranked(report) + [m for role in ("expert", "base") for m in report["models"] if m["role"] == role]
     lower = [task for task in tasks if models[0]["scores"][task].get("lower")]
-    has_shares = any(model["normalised"] is not None for model in models)
     names = [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}" for model in models]
-    heads, columns = [""], [names]
+    heads, columns, shades = [""], [names], [[None] * len(models)]
+
+    def add(head: str, values: list[tuple[float | None, float | None]], share: bool, *, least: bool = False) -> None:
+        heads.append(head)
+        columns.append(_column(models, values, share, least=least))
+        shades.append(_shades(values, least=least))
+
     for task in tasks:
         scores = [model["scores"][task] for model in models]
-        heads.append(f"{task} (less is better)" if task in lower else task)
-        columns.append(_column(models, [(s["score"], s["stderr"]) for s in scores], share, least=task in lower))
-    heads.append("average")
-    columns.append(_column(models, [(model["average"], model["average_stderr"]) for model in models], share))
+        head = f"{task} (less is better)" if task in lower else task
+        add(head, [(score["score"], score["stderr"]) for score in scores], share, least=task in lower)
+    add("average", [(model["average"], model["average_stderr"]) for model in models], share)
+    has_shares = any(model["normalised"] is not None for model in models)
     if has_shares:
-        heads.append("normalised")
-        columns.append(_column(models, [(model["normalised"], None) for model in models], share=True))
+        add("normalised", [(model["normalised"], None) for model in models], True)
     counts = {task: [model["scores"][task]["count"] for model in models] for task in tasks}
     foot: tuple[str, ...] = ()
     if all(each == row[0] and each is not None for row in counts.values() for each in row):
@@ -75,8 +116,19 @@ def of_scores(report: Report) -> Table:
     title = ", ".join(sorted(metrics)) + (", per cent" if share else "") + (", ± standard error" if error else "")
     return Table(
         title=title[0].upper() + title[1:], columns=tuple(heads), rows=tuple(zip(*columns, strict=True)),
-        foot=(foot,) if foot else (),
+        foot=(foot,) if foot else (), shades=tuple(zip(*shades, strict=True)),
     )  # fmt: skip
+
+
+def _shades(values: list[tuple[float | None, float | None]], *, least: bool) -> list[int | None]:
+    """Where each value lies between the worst and the best of its column; what errors explain is no difference."""
+    numbers = [-value if least else value for value, _ in values if value is not None]
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
+    span = max([high - low, *(4 * error for _, error in values if error is not None)])
+    return [
+        None if value is None else round(STEPS * ((-value if least else value) - low) / span) if span else 0
+        for value, _ in values
+    ]
 
 
 def _column(
@@ -92,7 +144,7 @@ def _column(
 
 def of_differences(report: Report) -> Table:
     """A row for each task of each model that an earlier report has too."""
-    comparison, share = report["comparison"], _in_shares(report)
+    comparison, share = report["comparison"], in_shares(report)
     rows, unit = [], 100 if share else 1
     for pair in comparison["models"]:
         names = pair["model"] if pair["model"] == pair["other"] else f"{pair['model']} - {pair['other']}"
@@ -118,22 +170,31 @@ def of_weights(report: Report, widest: int | None = None) -> list[Table]:
          *(_number(vectors["cosines"][i][experts.index(other)]) for other in columns)]
         for i, name in enumerate(experts)
     ]  # fmt: skip
+    conflicts = _filled(
+        ["", *_CONFLICTS],
+        [_conflicts(name, each["experts"]) for name, each in {"whole model": model, **kinds}.items()],
+    )
+    comparison = _comparison(model["models"], experts, report["models"])
+    comparison = [row for row in comparison if set(row[1:]) != {"-"}]
+    heads = ["", "norm", "of the base's", *(f"cos {name}" for name in columns)]
     tables = [
-        table("Experts' task vectors", ["", "norm", "of the base's", *(f"cos {name}" for name in columns)], rows),
-        table(
-            "Conflicts between the experts",
-            ["", "sign conflict", "minority signs", "mean |cos|", "after AWD", "interference", "APGD's start", "end"],
-            [_conflicts(name, each["experts"]) for name, each in {"whole model": model, **kinds}.items()],
-        ),
-        table("Merged models", ["", *models], _comparison(model["models"], experts, report["models"])),
+        table("Experts' task vectors", heads, rows, legend=_LEGEND),
+        table("Conflicts between the experts", *conflicts, legend=_CONFLICTS),
+        table("Merged models", ["", *models], comparison, legend=_COMPARISON),
     ]
-    for name in models:
+    for name in models if widest is None or "tensors" in report else ():
         groups = {**kinds, **report.get("tensors", {})}
         layers = [_layer(kind, each["models"][name], experts) for kind, each in groups.items()]
         layers = layers if columns else [[*row[:3], *row[-2:]] for row in layers]
         heads = ["", "norm", "APGD's gap", *(f"cos {expert}" for expert in columns), "mean cos", "mean alignment"]
-        tables.append(table(f"{name}, by layer", heads, layers))
+        tables.append(table(f"{name}, by layer", *_filled(heads, layers)))
     return tables
+
+
+def _filled(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Columns without those that have no figure in any row."""
+    places = [i for i in range(len(heads)) if any(row[i] != "-" for row in rows)]
+    return [heads[i] for i in places], [[row[i] for i in places] for row in rows]
 
 
 def _conflicts(name: str, figures: Mapping[str, Any]) -> list[str]:

@@ -376,6 +376,6 @@ def carry_out(
     if plot is not None:
         from modelmerge.charts.figures import of_coefficients
 
-        drawing.save([of_coefficients(manifest["recipe"]["coefficients"])], plot)
+        drawing.save([of_coefficients(manifest["recipe"])], plot)
         data, lines = {**data, "plot": str(plot)}, [*lines, line((str(plot), "bold"))]
     finish(sink, target, out, data, lines)

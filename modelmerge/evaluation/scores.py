@@ -141,6 +141,34 @@ def summarise(
     return {task: owner["name"] for task, owner in owners.items() if owner is not None}
 
 
+def ranked(report: Report) -> list[ModelRow]:
+    """The models that are no base and no expert, the best first: by their averages, or at their only task."""
+    tasks = report["tasks"]
+
+    def rank(model: ModelRow) -> tuple[bool, float]:
+        value, score = model["average"], model["scores"][tasks[0]]
+        if value is None and len(tasks) == 1 and score["score"] is not None:  # an average is never of what is lower
+            value = -score["score"]
+        return value is None, -(value or 0.0)
+
+    return sorted((model for model in report["models"] if model["role"] == "model"), key=rank)
+
+
+def in_shares(report: Report) -> bool:
+    """Whether all scores are between 0 and 1, and are shown in per cent."""
+    scores = [score["score"] for model in report["models"] for score in model["scores"].values()]
+    return all(0.0 <= score <= 1.0 for score in scores if score is not None)
+
+
+def score_text(value: float | None, error: float | None = None, *, share: bool) -> str:
+    """A value for people, with its standard error if there is one; a share in per cent."""
+    if value is None:
+        return "n/a"
+    if share:
+        return f"{100 * value:.1f}" + ("" if error is None else f" ±{100 * error:.1f}")
+    return f"{value:.4g}" + ("" if error is None else f" ±{error:.2g}")
+
+
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean; None where a value is missing, or all are."""
     numbers = [value for value in values if value is not None]
@@ -166,14 +194,14 @@ class Gate:
 
 
 def parse_gate(text: str) -> Gate:
-    """A gate: `avg=0.70`, `normalized=0.95` or `TASK=0.8`.
+    """A gate: `avg=0.70`, `normalized=95%` or `TASK=0.8`.
 
     Raises:
         UsageError: It is not of that form.
     """
     what, equals, least = text.rpartition("=")
     try:
-        number = float(least)
+        number = float(least.removesuffix("%")) / (100 if least.endswith("%") else 1)
     except ValueError:
         number = math.nan
     if not equals or not what or not math.isfinite(number):
@@ -242,10 +270,15 @@ def differences(ours: Report, theirs: Report) -> list[dict[str, Any]]:
         hint = "models go by their names: NAME=REF gives one"
         raise UsageError(f"no {'task' if pairs else 'model'} is in both reports", option="compare", hint=hint)
     same = all(ours.get(key) == theirs.get(key) for key in ("metric", "seed"))
-    return [_of_pair(model, before, tasks, same_items=same) for model, before in pairs]
+    return [compared(model, before, tasks, same_items=same) for model, before in pairs]
 
 
-def _of_pair(model: ModelRow, before: ModelRow, tasks: Sequence[str], *, same_items: bool) -> dict[str, Any]:
+def compared(model: ModelRow, before: ModelRow, tasks: Sequence[str], *, same_items: bool) -> dict[str, Any]:
+    """The differences of a model to another at each of the tasks and on average, where `same_items`: item by item.
+
+    Raises:
+        UsageError: They have different metrics.
+    """
     steps = {}
     for task in tasks:
         ours, theirs = model["scores"][task], before["scores"][task]
