@@ -91,7 +91,8 @@ def of_scores(report: Report) -> Table:
     tasks, share = report["tasks"], in_shares(report)
     models = ranked(report) + [m for role in ("expert", "base") for m in report["models"] if m["role"] == role]
     lower = [task for task in tasks if models[0]["scores"][task].get("lower")]
-    names = [model["name"] if model["role"] == "model" else f"{model['role']} {model['name']}" for model in models]
+    roles = ["" if model["role"] in ("model", model["name"]) else f"{model['role']} " for model in models]
+    names = [role + model["name"] for role, model in zip(roles, models, strict=True)]
     heads, columns, shades = [""], [names], [[None] * len(models)]
 
     def add(head: str, values: list[tuple[float | None, float | None]], share: bool, *, least: bool = False) -> None:
@@ -174,12 +175,14 @@ def of_weights(report: Report, widest: int | None = None) -> list[Table]:
         ["", *_CONFLICTS],
         [_conflicts(name, each["experts"]) for name, each in {"whole model": model, **kinds}.items()],
     )
+    chance = 100 * (1 - 2.0 ** (1 - len(experts)))
+    signs = f"{_CONFLICTS['sign conflict']}; random changes of all entries have {chance:.3g} %"
     comparison = _comparison(model["models"], experts, report["models"])
     comparison = [row for row in comparison if set(row[1:]) != {"-"}]
     heads = ["", "norm", "of the base's", *(f"cos {name}" for name in columns)]
     tables = [
         table("Experts' task vectors", heads, rows, legend=_LEGEND),
-        table("Conflicts between the experts", *conflicts, legend=_CONFLICTS),
+        table("Conflicts between the experts", *conflicts, legend={**_CONFLICTS, "sign conflict": signs}),
         table("Merged models", ["", *models], comparison, legend=_COMPARISON),
     ]
     for name in models if widest is None or "tensors" in report else ():

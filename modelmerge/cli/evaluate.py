@@ -17,6 +17,7 @@ from modelmerge.cli.output import Sink, table
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from modelmerge.charts import tables
     from modelmerge.evaluation import report as evaluation_report
@@ -74,7 +75,7 @@ Compare = Annotated[str | None, typer.Option(
 )]  # fmt: skip
 FailUnder = Annotated[list[str] | None, typer.Option(
     "--fail-under", metavar="WHAT=LEAST",
-    help="Exit with 1 if a MODEL has less: avg=0.70, normalized=0.95 or TASK=0.8. Repeatable.",
+    help="Exit with 1 if a MODEL has less: avg=70%, normalized=0.95 or TASK=0.8. Repeatable.",
 )]  # fmt: skip
 UpdateCard = Annotated[bool, typer.Option("--update-card", help="Write the scores into each MODEL's model card.")]
 Plot = Annotated[str | None, _picture_option(
@@ -319,6 +320,7 @@ def _render(sink: Sink, report: str, plot: str | None, chart: Any, page: str | N
 def _show(report: evaluation_report.Report, sink: Sink, pictures: Pictures) -> None:
     """Draw and print a report, whatever the suite."""
     from modelmerge.charts.tables import of_report
+    from modelmerge.evaluation.conclusions import conclusion
 
     for file in pictures.write(report):
         sink.note(f"drawn: {file}")
@@ -334,28 +336,30 @@ def _show(report: evaluation_report.Report, sink: Sink, pictures: Pictures) -> N
         averages = [model["average"] for model in report["models"] if model["role"] == "model"]
         figures = ["n/a" if average is None else f"{average:.6g}" for average in averages]
     human = _printed(of_report(report, widest=_SHOWN_COSINES))
+    human += ["", *conclusion(report)]
     human += [f"\n{report['remark']}"] if report["suite"] == "weights" else []
     sink.result(report, quiet="\n".join(figures), human=human)
 
 
 def _gate(report: evaluation_report.Report, sink: Sink) -> None:
     """Exit code 1 where a gate is not passed."""
-    failures = report["gate"]["failures"] if report["suite"] != "weights" and "gate" in report else []
-    for failure in failures:
-        value = "n/a" if failure["value"] is None else f"{failure['value']:.4g}"
-        sink.failed(f"'{failure['model']}' has {value}, and --fail-under asks for {failure['gate']}")
+    from modelmerge.evaluation.conclusions import verdicts
+
+    for sentence in (failures := verdicts(report)):
+        sink.failed(sentence)
     if failures:
         raise typer.Exit(1)
 
 
-def _printed(grids: Sequence[tables.Table]) -> list[str | Table]:
+def _printed(grids: Sequence[tables.Table]) -> list[str | Text | Table]:
     """Tables for a terminal, with an empty line between them."""
     from rich.text import Text
 
     from modelmerge.charts.tables import Best
 
-    lines: list[str | Table] = []
+    lines: list[str | Text | Table] = []
     for each in grids:
         rows = [[Text(c, style="bold") if isinstance(c, Best) else c for c in row] for row in (*each.rows, *each.foot)]
         lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, words=each.words)]
+        lines += [Text(each.legend, style="dim")] if each.legend else []
     return lines

@@ -48,7 +48,7 @@ class Running:
         seed: Seed of all random numbers; None is the suite's default.
         cache: Reuse scores that were measured before in the same way.
         compare: File of an earlier report; the report has the differences to it, with their significance.
-        fail_under: Least values, `avg=0.70`, `normalized=0.95` or `TASK=0.8`. `gate` in the report says whether every
+        fail_under: Least values, `avg=70%`, `normalized=0.95` or `TASK=0.8`. `gate` in the report says whether every
             model reaches them.
         update_card: Write the scores into each model's card. The models must be local directories.
         device: Where models run: cpu, cuda, cuda:N or auto.

@@ -101,7 +101,7 @@ def _conflicts(whole: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
     }  # fmt: skip
     worst = max(shares, key=lambda kind: shares[kind], default="")
     what = "of the entries that experts change have changes of both signs"
-    if not worst or max(shares.values()) - min(shares.values()) < _ALIKE:
+    if not worst or shares[worst] - share < _ALIKE:
         return f"The experts conflict alike in all kinds of layers: {100 * share:.3g} % {what}."
     return (
         f"The experts conflict most in {worst}: {100 * shares[worst]:.3g} % {what}, and {100 * share:.3g} % in the "
