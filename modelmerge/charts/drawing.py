@@ -185,9 +185,7 @@ class _Sheet:
 
 
 def _is_radar(chart: Scores, kind: Kind) -> bool:
-    return chart.round() and (
-        kind == "radar" or (kind == "auto" and len(chart.spokes()) >= _FROM and not chart.many())
-    )
+    return chart.round() and (kind == "radar" or (kind == "auto" and len(chart.spokes()) >= _FROM and not chart.many()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,12 @@ from markupsafe import Markup, escape
 from modelmerge.charts import colours, tables
 from modelmerge.charts.figures import Heatmap, Scores, Series, of_report, ticks
 from modelmerge.charts.names import clean, wrap
-from modelmerge.checkpoint.output import replace_file
 from modelmerge.evaluation.conclusions import conclusion, verdicts
 from modelmerge.evaluation.report import Report
 from modelmerge.record.redaction import published_report
 from modelmerge.text import visible_lines
 
-__all__ = ["Incomplete", "render", "write"]  # Incomplete: what render raises of what is no report
+__all__ = ["Incomplete", "render"]  # Incomplete: what render raises of what is no report
 _HERE = Path(__file__).parent
 # Of a report, what is in its tables, charts and notes; all else are settings.
 _NO_SETTINGS = {
@@ -41,15 +40,6 @@ _OF_INPUTS = {
     "name", "role", "reference", "path", "files", "scores", "average", "average_stderr", "normalised", "digest",
     "cached",
 }  # fmt: skip
-
-
-def write(report: Report, file: Path) -> None:
-    """Write a report's page; what is there is replaced.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    replace_file(file.parent, file.name, render(report).encode(errors="backslashreplace"))
 
 
 def render(report: Report) -> str:

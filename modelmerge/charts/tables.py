@@ -51,7 +51,7 @@ class Table:
     foot: tuple[tuple[str, ...], ...] = ()
     words: int = 1
     shades: tuple[tuple[int | None, ...], ...] = ()
-    legend: str = ""
+    legend: tuple[str, ...] = ()
 
     def sortable(self) -> bool:
         """Whether each row stands for itself, wherever it is."""
@@ -68,10 +68,9 @@ def table(
 ) -> Table:
     """A table without a foot; its legend says of the columns, or else the rows, that it has and that tell something."""
     heads = [*columns, *(row[0] for row in rows)] if rows else []
-    said = [f"{name}: {text}" for name, text in (legend or {}).items() if any(head.startswith(name) for head in heads)]
     return Table(
         title=title, columns=tuple(columns), rows=tuple(map(tuple, rows)), words=words,
-        legend="; ".join(said) + "." * bool(said),
+        legend=tuple(f"{n}: {text}" for n, text in (legend or {}).items() if any(h.startswith(n) for h in heads)),
     )  # fmt: skip
 
 
@@ -172,8 +171,7 @@ def of_weights(report: Report, widest: int | None = None) -> list[Table]:
         for i, name in enumerate(experts)
     ]  # fmt: skip
     conflicts = _filled(
-        ["", *_CONFLICTS],
-        [_conflicts(name, each["experts"]) for name, each in {"whole model": model, **kinds}.items()],
+        ["", *_CONFLICTS], [_conflicts(name, each["experts"]) for name, each in {"whole model": model, **kinds}.items()]
     )
     chance = 100 * (1 - 2.0 ** (1 - len(experts)))
     signs = f"{_CONFLICTS['sign conflict']}; random changes of all entries have {chance:.3g} %"

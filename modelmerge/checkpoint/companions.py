@@ -102,6 +102,18 @@ def companions_of_output(
     return files
 
 
+def origins(base: Checkpoint, giver: Checkpoint) -> dict[str, Checkpoint | None]:
+    """Whose tokenizer, chat template and generation config the output has, by these words; None where nobody's."""
+    replaced = _replaced([place for place in places_beside(giver) if kind_of(place)]) if giver is not base else set()
+    sources = {kind: giver if kind in replaced else base for kind in _KINDS}
+    return {
+        kind: model
+        if (_has_template(model) if kind == TEMPLATE else kind in map(kind_of, places_beside(model)))
+        else None
+        for kind, model in sources.items()
+    }
+
+
 def giver_of(name: str, base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkpoint:
     """The model whose tokenizer, chat template and generation config the output gets: `base`, or an expert's name.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -86,9 +88,10 @@ Chart = Annotated[
     Literal["auto", "bars", "radar"],
     _picture_option(help="How --plot draws scores; auto: as a radar from 5 to 20 tasks."),
 ]
-Report = Annotated[str | None, _picture_option(
+Report = Annotated[list[str] | None, _picture_option(
     "--report", metavar="FILE",
-    help="Write all of it as one HTML page, with charts, that needs no network.",
+    help="Write the report: .html is a page with all of it, and charts; .md has the tables, for a pull request; .csv "
+    "all figures. Repeatable.",
 )]  # fmt: skip
 BaseToo = Annotated[str | None, typer.Option("--base", help="Evaluate the base too; adapters need it.", metavar="REF")]
 
@@ -142,7 +145,7 @@ def _of_weights(
     """What `eval weights` takes; for its signature alone."""
 
 
-def _weights(sink: Sink, models: list[str], plot: str | None, page: str | None, **values: Any) -> None:
+def _weights(sink: Sink, models: list[str], plot: str | None, page: list[str] | None, **values: Any) -> None:
     from modelmerge.verbs.evaluate import evaluate
     from modelmerge.verbs.render import pictures_at
 
@@ -310,7 +313,7 @@ def _rendered(
     """What `eval report` takes; for its signature alone."""
 
 
-def _render(sink: Sink, report: str, plot: str | None, chart: Any, page: str | None) -> None:
+def _render(sink: Sink, report: str, plot: str | None, chart: Any, page: list[str] | None) -> None:
     from modelmerge.verbs.render import pictures_at, read
 
     pictures = pictures_at(plot, chart, page)
@@ -323,7 +326,8 @@ def _show(report: evaluation_report.Report, sink: Sink, pictures: Pictures) -> N
     from modelmerge.evaluation.conclusions import conclusion
 
     for file in pictures.write(report):
-        sink.note(f"drawn: {file}")
+        sink.note(f"written: {file}")
+    _summarise(report, sink)
     for note in report["notes"]:
         sink.note(note)
     if report["suite"] == "weights":
@@ -337,8 +341,20 @@ def _show(report: evaluation_report.Report, sink: Sink, pictures: Pictures) -> N
         figures = ["n/a" if average is None else f"{average:.6g}" for average in averages]
     human = _printed(of_report(report, widest=_SHOWN_COSINES))
     human += ["", *conclusion(report)]
-    human += [f"\n{report['remark']}"] if report["suite"] == "weights" else []
+    if report["suite"] == "weights":
+        human += [report["remark"], *(["--per-layer has each layer of each model."] if "tensors" not in report else [])]
     sink.result(report, quiet="\n".join(figures), human=human)
+
+
+def _summarise(report: evaluation_report.Report, sink: Sink) -> None:
+    """Put a report into the summary of a job of GitHub Actions, where this is one."""
+    from modelmerge.verbs.render import append_summary
+
+    if file := os.environ.get("GITHUB_STEP_SUMMARY"):
+        try:
+            append_summary(report, Path(file))
+        except OSError as error:
+            sink.note(f"GITHUB_STEP_SUMMARY {file}: {error.strerror}: the job's summary lacks this report")
 
 
 def _gate(report: evaluation_report.Report, sink: Sink) -> None:
@@ -361,5 +377,5 @@ def _printed(grids: Sequence[tables.Table]) -> list[str | Text | Table]:
     for each in grids:
         rows = [[Text(c, style="bold") if isinstance(c, Best) else c for c in row] for row in (*each.rows, *each.foot)]
         lines += [*([""] if lines else []), table(each.title, list(each.columns), rows, words=each.words)]
-        lines += [Text(each.legend, style="dim")] if each.legend else []
+        lines += [Text(line, style="dim") for line in each.legend]
     return lines

@@ -15,7 +15,7 @@ from modelmerge.cli import options as opt
 from modelmerge.cli.bars import Bars
 from modelmerge.cli.help import with_examples
 from modelmerge.cli.output import Sink, flag, line, table
-from modelmerge.cli.plan import head, plan_lines, result_lines
+from modelmerge.cli.plan import head, next_lines, plan_lines, result_lines
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
@@ -378,4 +378,4 @@ def carry_out(
 
         drawing.save([of_coefficients(manifest["recipe"])], plot)
         data, lines = {**data, "plot": str(plot)}, [*lines, line((str(plot), "bold"))]
-    finish(sink, target, out, data, lines)
+    finish(sink, target, out, data, [*lines, *next_lines(out)])

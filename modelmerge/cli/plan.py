@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.cli.output import line, size, table
 from modelmerge.text import visible
+
+_NAMED = 6  # files beside the weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,19 +28,21 @@ def head(method: str, transforms: str | Sequence[str] | None) -> str:
 def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> list[str | Text | Table]:
     """What a merge did, for people."""
     recipe, counts = manifest["recipe"], manifest["tensors"]
-    weights = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors"))
+    weights = [entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")]
+    beside = [*(name for name in manifest["files"] if not name.endswith(".safetensors")), MANIFEST]
     groups = [f"{len(group['tensors'])} by {group['method']}" for group in counts["groups"]]
-    counted = [f"{counts['merged']} tensors merged" + (f" ({', '.join(groups)})" if len(groups) > 1 else "")]
+    counted = [f"{many(counts['merged'], 'tensor')} merged" + (f" ({', '.join(groups)})" if len(groups) > 1 else "")]
     counted += [f"{len(counts['copied'])} copied from the base"] if counts["copied"] else []
-    experts = len(manifest["inputs"]["experts"])
+    experts = many(len(manifest["inputs"]["experts"]), "expert")
     lines: list[str | Text | Table] = [
         line(
             ("merged", "bold green"),
-            f" {experts} expert{'s' * (experts != 1)} with "
-            f"{head(recipe['method'], recipe['disentangle'])}: {', '.join(counted)}",
+            f" {experts} with {head(recipe['method'], recipe['disentangle'])}: {', '.join(counted)}",
         ),
         line(
-            (str(out), "bold"), f"  {size(weights)} of weights in {manifest['seconds']:.1f} s on {manifest['device']}"
+            (str(out), "bold"),
+            f"  {size(sum(weights))} of weights in {many(len(weights), 'file')}, in "
+            f"{manifest['seconds']:.1f} s on {manifest['device']}; beside them {listed(beside)}",
         ),
     ]
     rounding = manifest["rounding"]
@@ -48,6 +54,27 @@ def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> li
     if verbose and counts["copied"]:
         lines.append(table(None, ["copied", "why"], [[k, v] for k, v in counts["copied"].items()], words=2))
     return lines
+
+
+def next_lines(out: Path) -> list[str | Text | Table]:
+    """What to do with a merged model: two commands, and a line of Python that loads it."""
+    from modelmerge.record.loading import code_of
+
+    place = shlex.quote(str(out))
+    python = code_of(out, str(out), beside=False)
+    steps = [f"modelmerge verify {place}", f"modelmerge eval weights {place}", *(["; ".join(python)] if python else [])]
+    return [line(("next  " if i == 0 else "      ", "bold cyan"), step) for i, step in enumerate(steps)]
+
+
+def many(count: int, word: str) -> str:
+    """So many of what the word names."""
+    return f"{count:,} {word}{'s' * (count != 1)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names in a sentence; of very many, the first."""
+    shown = names if len(names) <= _NAMED else [*names[: _NAMED - 1], f"{len(names) - _NAMED + 1} more"]
+    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
 
 
 def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str | Text | Table]:
@@ -62,8 +89,8 @@ def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str |
     lines: list[str | Text | Table] = [
         "",
         table(
-            f"Coefficients over {len(coefficients)} tensors; entropy of the predictions in the first and the last "
-            f"{manifest['adaptation']['averaged_steps']} steps",
+            f"Coefficients over {many(len(coefficients), 'tensor')}; entropy of the predictions in the first and the "
+            f"last {manifest['adaptation']['averaged_steps']} steps",
             ["", "mean", "least", "most", "before", "after"],
             rows,
         ),
@@ -83,7 +110,10 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Te
     counted = table(None, ["action", "tensors", "why"], rows, words=3)
     sizes, memory = plan["bytes"], plan["peak_memory"]
     lines: list[str | Text | Table] = [
-        line((title, "bold"), f" of {len(plan['experts'])} experts onto {plan['base']['name']}, on {plan['device']}"),
+        line(
+            (title, "bold"),
+            f" of {many(len(plan['experts']), 'expert')} onto {plan['base']['name']}, on {plan['device']}",
+        ),
         counted,
     ]
     if plan["expert_only"]:
@@ -103,7 +133,7 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Te
         ]
         lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, words=5))
     times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
-    files = f" in {len(plan['shards'])} file{'s' * (len(plan['shards']) != 1)}" if "shards" in plan else " at most"
+    files = f" in {many(len(plan['shards']), 'file')}" if "shards" in plan else " at most"
     peak = f"peak memory {size(memory['host'])}"
     if memory["device"]:
         peak += f", on the device {size(memory['device'])}"
@@ -121,7 +151,7 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Te
     if "search" in plan:
         search, disk = plan["search"], plan["search"]["disk"]
         lines.append(
-            f"{search['candidates']} candidates in {search['merges']} merge{'s' * (search['merges'] != 1)}, each "
+            f"{many(search['candidates'], 'candidate')} in {many(search['merges'], 'merge')}, each "
             f"measured on {', '.join(search['on'])}; on the disk {size(disk['all'])} at once, where there is "
             f"less {size(disk['least'])} at least"
         )

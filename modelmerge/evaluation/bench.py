@@ -18,7 +18,7 @@ from modelmerge.checkpoint.digest import cache_directory, sha256
 from modelmerge.checkpoint.documents import read_json
 from modelmerge.checkpoint.manifest_file import Made
 from modelmerge.checkpoint.opening import as_references, open_references
-from modelmerge.checkpoint.output import CARD, replace_file
+from modelmerge.checkpoint.output import replace_file
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
 from modelmerge.checkpoint.reference import Reference, parse, parse_all
 from modelmerge.engine.parallel import find_device
@@ -28,7 +28,6 @@ from modelmerge.evaluation.report import ModelRow, Report, ScoreEntry
 from modelmerge.evaluation.scores import Score, check_gates, differences, mean, parse_gate, summarise
 from modelmerge.plan.downloads import fetch_whole
 from modelmerge.progress import SILENT, Reporter
-from modelmerge.record import card
 from modelmerge.record.fingerprint import versions
 from modelmerge.record.manifest import record, stamp
 
@@ -50,7 +49,6 @@ class Running:
         compare: File of an earlier report; the report has the differences to it, with their significance.
         fail_under: Least values, `avg=70%`, `normalized=0.95` or `TASK=0.8`. `gate` in the report says whether every
             model reaches them.
-        update_card: Write the scores into each model's card. The models must be local directories.
         device: Where models run: cpu, cuda, cuda:N or auto.
         progress: Receives progress and notes.
     """
@@ -61,7 +59,6 @@ class Running:
     cache: bool = True
     compare: str | Path | None = None
     fail_under: Sequence[str] = ()
-    update_card: bool = False
     device: str = "auto"
     progress: Reporter = SILENT
 
@@ -137,8 +134,6 @@ def run(bench: Bench, models: Models, running: Running) -> Report:
     if any(gate.what == "normalized" for gate in gates) and not experts:
         hint = f"{named('experts')} TASK=REF for each task"
         raise UsageError("normalized needs the experts", option="fail_under", hint=hint)
-    if running.update_card:
-        _refuse_cardless(ours)
     earlier = _read_report(Path(running.compare)) if running.compare is not None else None
     device = find_device(running.device)
     checkpoints = _open_all(base, [*experts, *ours])
@@ -173,9 +168,6 @@ def run(bench: Bench, models: Models, running: Running) -> Report:
         report["comparison"] = {"with": str(running.compare), "models": differences(report, earlier)}
     if gates:
         report["gate"] = check_gates(gates, tasks, rows, bench.experts)
-    if running.update_card:
-        for reference, row in zip(ours, rows[-len(ours) :], strict=True):
-            _write_card(reference, row)
     return report
 
 
@@ -300,37 +292,6 @@ def _read_report(file: Path) -> Report:
     if not report.get("tasks") or not all(model.get("scores") for model in report.get("models", [])):
         raise ModelMergeError(f"{file}: no report of scores", hint=SAVE)
     return report
-
-
-def _refuse_cardless(models: Sequence[Reference]) -> None:
-    for model in models:
-        if model.repository is not None or not model.path.is_dir():
-            raise UsageError(
-                f"'{model.text}' is no directory here, whose card could be written",
-                option="update_card",
-                hint="evaluate the directory, then push it",
-            )
-
-
-def _write_card(reference: Reference, row: ModelRow) -> None:
-    """Put a model's scores into its card."""
-    place = reference.path / CARD
-    text = card.read(place) if place.exists() else card.titled(reference.name)
-    kind = card.front_matter(reference.path)[0].get("pipeline_tag")
-    results = []
-    for task, score in row["scores"].items():
-        if score["score"] is None:
-            continue
-        detail = [f"{score['count']:,} items" if score["count"] else ""]
-        detail += [f"standard error {score['stderr']:.2g}" if score["stderr"] else ""]
-        detail += [f"{score['normalised']:.1%} of the expert's" if score["normalised"] is not None else ""]
-        results.append(
-            card.Result(
-                task=kind or "other", dataset=task, metric=score["metric"],
-                value=score["score"], detail=", ".join(part for part in detail if part),
-            )
-        )  # fmt: skip
-    replace_file(reference.path, CARD, card.with_results(text, results, name=reference.name).encode())
 
 
 def entry_name(content: Mapping[str, Any]) -> str:

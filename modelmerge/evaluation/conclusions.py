@@ -1,4 +1,4 @@
-"""What a report comes to, in a sentence or two, and which gates are not passed: for terminals, pages and pull requests."""
+"""What a report comes to, in a sentence or two, and which gates are not passed, in the units of its tables."""
 
 from __future__ import annotations
 
@@ -77,10 +77,13 @@ def _of_weights(report: Report) -> list[str]:
         if len(cosines) == 1:
             sentences.append(f"The cosine of {model} and {most} is {cosines[most]:.3f}.")
         elif cosines[most] - cosines[least] < _ALIKE:
-            sentences.append(f"{model} kept all experts alike: cosines from {cosines[least]:.3f} to {cosines[most]:.3f}.")
+            sentences.append(
+                f"{model} kept all experts alike: cosines from {cosines[least]:.3f} to {cosines[most]:.3f}."
+            )
         else:
             sentences.append(
-                f"{least} lost most in {model}: its cosine is {cosines[least]:.3f}; {most} kept most: {cosines[most]:.3f}."
+                f"{least} lost most in {model}: its cosine is {cosines[least]:.3f}, and {most}, which kept most, has "
+                f"{cosines[most]:.3f}."
             )
         kept[model] = mean([*cosines.values()]) or 0.0
     if len(kept) > 1:
@@ -107,4 +110,3 @@ def _conflicts(whole: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
         f"The experts conflict most in {worst}: {100 * shares[worst]:.3g} % {what}, and {100 * share:.3g} % in the "
         "whole model."
     )
-

@@ -23,6 +23,7 @@ from modelmerge.text import visible
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s", re.DOTALL)
 _LICENSE = ("license", "license_name", "license_link")
 _WIDTH = 90  # characters of a line of shell that a page shows without scrolling
+_USE = re.compile(r"^## Use it\n\n(`{3,})python\n.*?\n\1\n\n", re.DOTALL | re.MULTILINE)
 _START, _END = "<!-- evaluation: written by modelmerge -->", "<!-- end of evaluation -->"
 
 
@@ -108,6 +109,7 @@ def render(
     *, title: str, base: Model, experts: Sequence[Model], methods: Sequence[Source], settings: Mapping[str, Any],
     command: str, notes: Sequence[str], library: str | None, versions: Mapping[str, str], device: str,
     transforms: Sequence[Source] = (), adapter: bool = False, stacked: bool = False,
+    code_lines: Sequence[str] = (), beside: str = "", task: str | None = None,
 ) -> str:  # fmt: skip
     """The card's text.
 
@@ -125,6 +127,9 @@ def render(
         transforms: What changed the task vectors before, in this order.
         adapter: What lies beside the card is a PEFT adapter, not a whole model.
         stacked: Its layers are not the base's own but come from several places.
+        code_lines: Python that loads the output.
+        beside: A sentence on where tokenizer and chat template come from.
+        task: What the Hub calls the task of such models, where the base's card does not say it.
     """
     models = [base, *experts]
     license, license_said = _license(models)
@@ -134,7 +139,7 @@ def render(
         base_model=on_hub or None,
         base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
         library_name="peft" if adapter else library,
-        pipeline_tag=_line(base.front.get("pipeline_tag")) if library else None,
+        pipeline_tag=(_line(base.front.get("pipeline_tag")) or task) if library else None,
         tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(m.name for m in (*methods, *transforms))],
     )
     for key, value in license.items():
@@ -154,12 +159,14 @@ def render(
         )
         + f", made by {names} with modelmerge {versions['modelmerge']}."
         + (" It is a PEFT adapter: `PeftModel.from_pretrained(base, DIR)` puts it on the base." if adapter else ""),
-        "## Models",
+        f"{_use(code_lines)}## Models",
         _models(base, experts),
+        *([words(beside)] if beside else []),
         license_said,
         "## Method",
         *(f"[{code(method.name)}]({method.paper}): {words(method.summary)}" for method in (*transforms, *methods)),
         *([table(("option", "value"), [(code(name), _value(value)) for name, value in options])] if options else []),
+        _evaluation("This merge has not been evaluated on test data."),
         "## Repeat it",
         block(_wrapped(command), "sh"),
         "`modelmerge.json` holds the complete recipe with the sha256 of every input and output file; "
@@ -175,17 +182,18 @@ def titled(name: str) -> str:
     return f"# {words(name)}\n"
 
 
-def with_results(text: str, results: Sequence[Result], *, name: str) -> str:
+def with_results(text: str, results: Sequence[Result], *, name: str, picture: str | None = None) -> str:
     """The card with an evaluation's results, in place of those it had: a table, and `model-index` for the Hub.
 
     Args:
         text: A card.
-        results: What was measured; none takes earlier results out.
+        results: What was measured.
         name: The model's name.
+        picture: A file beside the card that shows them.
     """
     card = ModelCard(text, ignore_metadata_errors=True)
     data: Any = card.data
-    data.model_name = visible(name) if results else None
+    data.model_name = visible(name)
     data.eval_results = [
         EvalResult(
             task_type=visible(result.task), dataset_type=visible(result.dataset_id or result.dataset),
@@ -193,18 +201,24 @@ def with_results(text: str, results: Sequence[Result], *, name: str) -> str:
             metric_type=visible(result.metric), metric_value=result.value,
         )
         for result in results
-    ] or None  # fmt: skip
+    ]  # fmt: skip
     body = re.sub(rf"{re.escape(_START)}.*?{re.escape(_END)}\n+", "", card.text, flags=re.DOTALL)
     rows = [
         [*map(words, (result.dataset, result.split or "", result.metric, f"{result.value:.4g}", result.detail))]
         for result in results
     ]
-    if results:
-        scores = table(("data", "split", "metric", "value", ""), rows, right=(3,))
-        section = f"{_START}\n## Evaluation\n\n{scores}\n{_END}\n\n"
-        before, repeat, after = body.partition("## Repeat it\n")
-        body = f"{before}{section}{repeat}{after}" if repeat else f"{body.rstrip()}\n\n{section}".rstrip("\n") + "\n"
+    scores = table(("data", "split", "metric", "value", ""), rows, right=(3,))
+    section = _evaluation(
+        *([f"![Scores of the base, the experts and this model]({picture})"] if picture else []), scores
+    )
+    before, repeat, after = body.partition("## Repeat it\n")
+    body = f"{before}{section}\n\n{repeat}{after}" if repeat else f"{body.rstrip()}\n\n{section}\n"
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _evaluation(*parts: str) -> str:
+    """The section on what was measured, between marks by which it is found again."""
+    return "\n\n".join([f"{_START}\n## Evaluation", *parts, _END])
 
 
 def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
@@ -226,13 +240,21 @@ def _license(models: Sequence[Model]) -> tuple[dict[str, str], str]:
     return {}, f"License: {'; '.join(parts)}. It is for you to choose, within what these allow."
 
 
-def published(text: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The card as others may see it: models go by the names that `after` has for what `before`, the manifest, has."""
+def published(text: str, before: Mapping[str, Any], after: Mapping[str, Any], code_lines: Sequence[str]) -> str:
+    """The card as others may see it: models go by the names that `after` has for what `before`, the manifest, has.
+
+    `code_lines` load the model from where it is published.
+    """
     text = text.replace(_wrapped(before["command"]), _wrapped(after["command"]))
     models = [(manifest["inputs"]["base"], *manifest["inputs"]["experts"]) for manifest in (before, after)]
     for ours, theirs in zip(*models, strict=True):
         text = text.replace(code(ours["reference"]), code(theirs["reference"]))
-    return unquoted(text)
+    return unquoted(_USE.sub(lambda _: _use(code_lines), text))
+
+
+def _use(code_lines: Sequence[str]) -> str:
+    """The section on how the output is loaded."""
+    return "## Use it\n\n" + block("\n".join(code_lines), "python") + "\n\n" if code_lines else ""
 
 
 def _models(base: Model, experts: Sequence[Model]) -> str:

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from modelmerge.checkpoint.companions import library_of
+from modelmerge.checkpoint.companions import TEMPLATE, TOKENIZER, library_of, origins
 from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Findings, Job, Source
@@ -25,6 +25,7 @@ from modelmerge.plan.transforms import parse_transform
 from modelmerge.record import card
 from modelmerge.record.command import command_of, flag, settings_of
 from modelmerge.record.fingerprint import circumstances, versions
+from modelmerge.record.loading import code_of, task_of
 
 
 def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
@@ -158,8 +159,8 @@ def groups_of(job: Job) -> list[dict[str, Any]]:
     ]
 
 
-def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> bytes:
-    """The model card of a merge, as it lies on the disk."""
+def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str], files: Path) -> bytes:
+    """The model card of a merge, as it lies on the disk; `files` is where the other files of the output lie now."""
     transforms = [
         _applied(name, "transform", spec, dataclasses.asdict(options))
         for name, spec, options in map(parse_transform, recipe.disentangle)
@@ -175,15 +176,29 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str]) -> byt
             transforms.append(_applied("adamerging", "merge", registry.load("adamerging"), {}))
     names = ("at", "layers", "rest", "dtype", "include", "exclude", "vocab", "files_from", "seed", "as_lora")
     settings = settings_of(recipe, *names)
+    title, adapter = out.resolve().name, recipe.as_lora is not None
     return card.render(
-        title=out.resolve().name, base=_as_told(job.plan.base, None),
+        title=title, base=_as_told(job.plan.base, None),
         experts=[_as_told(expert, weight) for expert, weight in zip(job.plan.experts, job.weights, strict=True)],
         methods=methods, transforms=transforms,
         settings={flag(name): value for name, value in settings.items()},
         command=command_of(recipe, str(out)), notes=notes, library=library_of(job.plan.base),
-        versions=versions(), device=str(job.source.device), adapter=recipe.as_lora is not None,
-        stacked=bool(recipe.layers),
+        versions=versions(), device=str(job.source.device), adapter=adapter, stacked=bool(recipe.layers),
+        task=task_of(files), code_lines=code_of(files, title, job.plan.base.config), beside="" if adapter else _beside(job.plan),
     ).encode()  # fmt: skip
+
+
+def _beside(plan: Plan) -> str:
+    """A sentence on where tokenizer and chat template of the output come from; empty for a model without."""
+    sources = origins(plan.base, plan.giver)
+    if sources[TOKENIZER] is None:
+        return ""
+    names = {kind: "the base" if model is plan.base else f"'{model.name}'" for kind, model in sources.items() if model}
+    tokens = f"The tokenizer is that of {names[TOKENIZER]}"
+    if plan.vocabulary is not None and plan.vocabulary.new:
+        tokens += f", with {len(plan.vocabulary.new):,} tokens of other models added"
+    template = f"the chat template that of {names[TEMPLATE]}" if TEMPLATE in names else "and there is no chat template"
+    return f"{tokens}, {template}."
 
 
 def _applied(

@@ -101,8 +101,9 @@ def note(adapted: Adapted) -> str:
     """A sentence about an adapter, for people."""
     ranks = sorted(set(adapted.ranks.values()))
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    whole = f"{len(adapted.modules)} modules and {len(adapted.biases)} biases that are no LoRA are kept whole"
-    kept = f"; {whole}" if adapted.modules or adapted.biases else ""
+    counts = ((len(adapted.modules), "module", "modules"), (len(adapted.biases), "bias", "biases"))
+    whole = [f"{count} {one if count == 1 else more}" for count, one, more in counts if count]
+    kept = f"; kept whole, for they are no LoRA: {' and '.join(whole)}" if whole else ""
     return f"Written as a PEFT adapter of {rank}: its relative error is {adapted.relative_error():.2%}{kept}."
 
 

@@ -7,11 +7,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from modelmerge.checkpoint.opening import as_references
+from modelmerge.checkpoint.reference import parse_all
 from modelmerge.errors import UsageError, suggestion
 from modelmerge.evaluation import clip, custom, lm, weights
 from modelmerge.evaluation.bench import Models, Running
 from modelmerge.evaluation.report import Report
 from modelmerge.progress import SILENT, Reporter
+from modelmerge.verbs.cards import refuse_cardless, write_cards
 
 SUITES: dict[str, Callable[..., Report]] = {
     "clip": clip.evaluate, "custom": custom.evaluate, "lm": lm.evaluate, "weights": weights.evaluate,
@@ -20,12 +23,16 @@ _RUNNING = tuple(field.name for field in dataclasses.fields(Running) if field.na
 _OF_WEIGHTS = ("base", "experts", "device")  # what of that bears on weights
 
 
-def evaluate(models: Models, *, suite: str = "custom", progress: Reporter = SILENT, **options: Any) -> Report:
+def evaluate(
+    models: Models, *, suite: str = "custom", update_card: bool = False, progress: Reporter = SILENT, **options: Any
+) -> Report:
     """Evaluate models by a suite of `modelmerge eval`; its report.
 
     Args:
         models: References of the models, `[NAME=]REF` each, or a mapping of name to reference.
         suite: `custom`: by a function, `metric=`; `clip`: images; `lm`: language models; `weights`: no data.
+        update_card: Write the scores into each model's card, with a picture where matplotlib is installed. The models
+            must be local directories. Not of `weights`.
         progress: Receives progress and notes.
         **options: Those that suites share, see `modelmerge.evaluation.bench.Running`, and the suite's own: see
             `evaluate` of `modelmerge.evaluation.custom`, `.clip`, `.lm` or `.weights`.
@@ -45,7 +52,15 @@ def evaluate(models: Models, *, suite: str = "custom", progress: Reporter = SILE
     common = _OF_WEIGHTS if suite == "weights" else _RUNNING
     _check_options(suite, options, common)
     running = Running(progress=progress, **{name: options.pop(name) for name in common if name in options})
-    return SUITES[suite](models, running, **options)
+    if not update_card:
+        return SUITES[suite](models, running, **options)
+    if suite == "weights":
+        raise UsageError("is of scores, and weights have none", option="update_card")
+    ours = parse_all(as_references(models), "model")
+    refuse_cardless(ours)
+    report = SUITES[suite](models, running, **options)
+    write_cards(ours, report, progress)
+    return report
 
 
 def _check_options(suite: str, options: Mapping[str, Any], common: tuple[str, ...]) -> None:

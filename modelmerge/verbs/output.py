@@ -153,7 +153,7 @@ def complete(
     staging.write_indices()
     notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
     notes += other_bits(recorded, staging, job.source.device) if recorded is not None else []
-    staging.write_file(CARD, write_card(prepared.recipe, job, out, notes))
+    staging.write_file(CARD, write_card(prepared.recipe, job, out, notes, staging.place_of("")))
     manifest = manifest_of(prepared.recipe, job, prepared.adaptation, out, digests, findings, notes, staging, seconds)
     manifest["fingerprint"] = determined_by
     if small is not None:

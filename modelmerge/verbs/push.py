@@ -17,6 +17,7 @@ from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.errors import HubError, OutputError
 from modelmerge.hub.upload import Pushed, Target, check, parse_target, upload
 from modelmerge.record import card
+from modelmerge.record.loading import code_of
 from modelmerge.record.manifest import as_file
 from modelmerge.record.redaction import local_models, published, published_report, renamed
 from modelmerge.text import visible
@@ -51,7 +52,7 @@ def push(
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
     target = parse_target(to, private=private, create_pr=create_pr, message=commit_message)
-    content = _content(Path(directory))  # before a repository is made for nothing
+    content = _content(Path(directory), target.name)  # before a repository is made for nothing
     check(target)
     done = _upload(target, Path(directory), content, progress=progress)
     return {"url": done.url, "commit": done.commit}
@@ -64,11 +65,11 @@ def push_to(target: Target, directory: Path, *, progress: bool) -> Pushed:
         OutputError: The directory is no finished output.
         HubError: The Hub refuses, or cannot be reached.
     """
-    return _upload(target, directory, _content(directory), progress=progress)
+    return _upload(target, directory, _content(directory, target.name), progress=progress)
 
 
-def _content(directory: Path) -> dict[str, bytes]:
-    """By place, the content of those files of an output whose copy for others is another.
+def _content(directory: Path, name: str) -> dict[str, bytes]:
+    """By place, the content of those files of an output whose copy for others, in the repository `name`, is another.
 
     Raises:
         OutputError: The directory is no finished output, or holds what cannot be published.
@@ -77,7 +78,7 @@ def _content(directory: Path) -> dict[str, bytes]:
     instead = {
         place: content
         for place, file in _files(directory)
-        if (content := _as_published(place, file, whole)) is not None
+        if (content := _as_published(place, file, whole, name)) is not None
     }
     shown = published(whole)
     for place, content in instead.items():
@@ -127,13 +128,14 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
         yield place, file
 
 
-def _as_published(place: str, file: Path, whole: Mapping[str, Any]) -> bytes | None:
+def _as_published(place: str, file: Path, whole: Mapping[str, Any], name: str) -> bytes | None:
     """A file's content as others may see it; None where that is its own."""
     if file.name == MANIFEST:
         return as_file(published(read_manifest(file)))
     if place == CARD:
         text = file.read_text(encoding="utf-8", errors="backslashreplace")
-        return card.published(text, whole, published(whole)).encode()
+        load = renamed(code_of(file.parent, name, hub=True), local_models(whole))
+        return card.published(text, whole, published(whole), load).encode()
     if file.suffix != ".json" or file.stat().st_size > _LONGEST:
         return None
     try:

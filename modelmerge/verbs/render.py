@@ -1,21 +1,25 @@
-"""render: a report as a page and as a chart, when it is made or from a file later."""
+"""render: a report as a page, as tables and as a chart, when it is made or from a file later."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelmerge.charts import drawing, page
+from modelmerge.charts import drawing, exports, page
 from modelmerge.charts.figures import of_report
 from modelmerge.checkpoint.documents import read_json
+from modelmerge.checkpoint.output import replace_file
 from modelmerge.errors import ModelMergeError, UsageError, named
 from modelmerge.evaluation.bench import SAVE
 from modelmerge.evaluation.report import Report
 
+_PAGES = {".html": page.render, ".htm": page.render, ".md": exports.markdown, ".csv": exports.values}
+
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The pictures of a report: a chart, and how scores are drawn in it; a page.
+    """The pictures of a report: a chart, and how scores are drawn in it; pages and tables, by their endings.
 
     Raises:
         UsageError: A file's ending names no format, or `chart` has no effect.
@@ -25,20 +29,21 @@ class Pictures:
 
     plot: Path | None
     chart: drawing.Kind
-    page: Path | None
+    pages: tuple[Path, ...]
 
     def __post_init__(self) -> None:
         if self.plot is not None:
             drawing.check(self.plot)
         elif self.chart != "auto":
             raise UsageError(f"has no effect without {named('plot')}", option="chart")
-        if self.page is not None:
-            if self.page.suffix.lower() not in (".html", ".htm"):
-                raise UsageError(f"{self.page}: a report is a page", option="page", hint="end in .html or .htm")
-            drawing.check_place("page", self.page)
+        for file in self.pages:
+            if file.suffix.lower() not in _PAGES:
+                hint = f"end in {', '.join(_PAGES)}"
+                raise UsageError(f"{file}: a report is a page or a table", option="page", hint=hint)
+            drawing.check_place("page", file)
 
     def write(self, report: Report) -> list[Path]:
-        """Draw the chart and write the page; the files.
+        """Draw the chart and write the pages; the files.
 
         Raises:
             UsageError: A radar chart cannot show this.
@@ -48,15 +53,29 @@ class Pictures:
             if self.chart != "auto" and report["suite"] == "weights":
                 raise UsageError("is of scores, and a report of weights has heatmaps alone", option="chart")
             drawing.save(of_report(report), self.plot, kind=self.chart)
-        if self.page is not None:
-            page.write(report, self.page)
-        return [file for file in (self.plot, self.page) if file is not None]
+        for file in self.pages:
+            text = _PAGES[file.suffix.lower()](report)
+            replace_file(file.parent, file.name, text.encode(errors="backslashreplace"))
+        return [*([self.plot] if self.plot is not None else []), *self.pages]
 
 
-def pictures_at(plot: str | Path | None, chart: drawing.Kind, page: str | Path | None) -> Pictures:
+def pictures_at(
+    plot: str | Path | None, chart: drawing.Kind, page: str | Path | Sequence[str | Path] | None
+) -> Pictures:
     """Pictures by paths as they are typed; what cannot be drawn is refused before the work."""
-    places = [None if file is None else Path(file).expanduser() for file in (plot, page)]
-    return Pictures(places[0], chart, places[1])
+    pages = [page] if isinstance(page, str | Path) else page or ()
+    place = None if plot is None else Path(plot).expanduser()
+    return Pictures(place, chart, tuple(Path(file).expanduser() for file in pages))
+
+
+def append_summary(report: Report, file: Path) -> None:
+    """Add a report, as Markdown, to the end of a file, as GitHub Actions collects the summary of a job.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(f"{exports.markdown(report)}\n")
 
 
 def render(
@@ -64,16 +83,17 @@ def render(
     *,
     plot: str | Path | None = None,
     chart: drawing.Kind = "auto",
-    page: str | Path | None = None,
+    page: str | Path | Sequence[str | Path] | None = None,
 ) -> Report:
     """Draw a report of `modelmerge.evaluate`, or of one that was saved.
 
     Args:
         report: The report, or its file.
-        plot: A chart, as `.svg`, `.png` or `.pdf`: scores as bars or as a radar chart, cosines as heatmaps. Takes
-            matplotlib.
+        plot: A chart, as `.svg`, `.png` or `.pdf`: scores as bars or as a radar chart, of more than 8 models as dots;
+            cosines as heatmaps. Takes matplotlib.
         chart: How scores are drawn: `bars`, `radar`, or `auto`: as a radar chart from 5 to 20 tasks.
-        page: An HTML file that holds all of the report, and asks the network for nothing.
+        page: One file or several: an `.html` page that holds all of the report, and asks the network for nothing;
+            `.md`, its tables as Markdown; `.csv`, all its figures.
 
     Returns:
         The report.

@@ -153,7 +153,9 @@ def execute_search(
             notes = [*best.manifest["notes"], _note(search, best), *_at_an_end(search, best)]
             for note in notes:
                 progress.note(note)
-            staging.write_file(CARD, write_card(best.prepared.recipe, best.prepared.job, out, notes))
+            staging.write_file(
+                CARD, write_card(best.prepared.recipe, best.prepared.job, out, notes, staging.place_of(""))
+            )
             return output.publish({**best.manifest, "notes": notes, "searched": _results(search, best, base, reports)})
     finally:
         search.close()

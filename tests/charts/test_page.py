@@ -50,9 +50,11 @@ def browser() -> Iterator[Browser]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pages of several kinds."""
     root = tmp_path_factory.mktemp("pages")
-    page.write(MISSING, root / "eight.html")
-    page.write(scores(LONG, (EVIL, " ".join(LONG[:2]), *(f"m{i}" for i in range(7))), notes=[EVIL]), root / "long.html")
-    page.write(scores((EVIL,), ("merged",), experts=False, base=False, gate=FAILED), root / "one.html")
+    render(MISSING, page=root / "eight.html")
+    render(
+        scores(LONG, (EVIL, " ".join(LONG[:2]), *(f"m{i}" for i in range(7))), notes=[EVIL]), page=root / "long.html"
+    )
+    render(scores((EVIL,), ("merged",), experts=False, base=False, gate=FAILED), page=root / "one.html")
     return root
 
 
@@ -254,7 +256,7 @@ def test_the_policy_refuses_every_other_script_and_request(made: Path, browser: 
 def test_weights_are_heatmaps_with_the_reports_cosines(models: list[Path], tmp_path: Path, browser: Browser) -> None:
     modelmerge.merge(models[0], models[1:], tmp_path / "ties", method="ties")
     report = evaluate([tmp_path / "ties"], suite="weights", per_layer=True)
-    page.write(report, tmp_path / "page.html")
+    render(report, page=tmp_path / "page.html")
     shades: dict[str, set[str]] = {}
     for scheme in ("light", "dark"):
         browser.open(tmp_path / "page.html", scheme=scheme)  # type: ignore[arg-type]
