@@ -184,7 +184,8 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str], files:
         settings={flag(name): value for name, value in settings.items()},
         command=command_of(recipe, str(out)), notes=notes, library=library_of(job.plan.base),
         versions=versions(), device=str(job.source.device), adapter=adapter, stacked=bool(recipe.layers),
-        task=task_of(files), code_lines=code_of(files, title, job.plan.base.config), beside="" if adapter else _beside(job.plan),
+        task=task_of(files), code_lines=code_of(files, title, job.plan.base.config),
+        beside="" if adapter else _beside(job.plan),
     ).encode()  # fmt: skip
 
 

@@ -153,6 +153,45 @@ def test_scores_that_are_no_shares_have_a_chart_of_their_own(drawn: Any) -> None
     assert "31.5" in [text for text, _ in words(made)]
 
 
+@pytest.mark.parametrize("models", [9, 19])
+def test_more_models_than_colours_are_dots_the_best_at_the_top(models: int, drawn: Any) -> None:
+    report = scores(EIGHT, tuple(f"m{i}" for i in range(models)), missing=(("m3", "svhn"),))
+    charts = figures.of_report(report)
+    made = drawn(charts)
+    assert overlapping(made) == []
+    height = {text: box.y0 for text, box in words(made)}
+    averages = {model["name"]: model["average"] for model in report["models"] if model["role"] == "model"}
+    order = sorted(averages, key=lambda name: -height[name])
+    assert order == sorted(averages, key=lambda name: -(averages[name] or 0.0))
+    assert order[-1] == "m3", "what has no average is last"
+    dots = [line for line in made.axes[0].get_lines() if line.get_marker() == "o"]
+    assert len(dots) == models - 1 + 2, "of the models, the base, and each task's expert"
+    # Without an average there is a chart for each task; bars are still drawn for who asks for them.
+    for model in report["models"]:
+        for score in model["scores"].values():
+            score |= {"lower": True, "metric": "perplexity"}
+        model["average"] = None
+    assert [len(chart.tasks) for chart in figures.of_report(report) if isinstance(chart, Scores)] == [1] * 8
+    assert not [line for line in drawn(charts, kind="bars").axes[0].get_lines() if line.get_marker() == "o"]
+
+
+def test_coefficients_are_shaded_by_how_far_they_went_from_their_start(drawn: Any) -> None:
+    recipe = {"coefficients": {"a": {"x": 0.295, "y": 0.3}, "b": {"x": 0.305, "y": 0.301}}, "unlabelled": {},
+              "options": {"init": 0.3}}  # fmt: skip
+    chart = figures.of_coefficients(recipe)
+    assert (chart.centre, chart.limit) == (0.3, pytest.approx(0.005))
+    assert chart.has_negative()
+    told = [text for text, _ in words(drawn([chart]))]
+    assert {"0.29500", "0.305", "0.295", "0.3"} <= set(told)
+    from matplotlib.collections import PolyCollection
+
+    faces = next(c for c in drawn([chart]).axes[0].collections if isinstance(c, PolyCollection)).get_facecolor()
+    assert [f"#{''.join(f'{round(255 * part):02x}' for part in face[:3])}" for face in faces] == [
+        colours.shade(step) for step in (-20, 0, 20, 4)
+    ]
+    assert figures.of_coefficients({**recipe, "options": {}}).centre == 0.3, "the search's default"
+
+
 def test_negative_scores_go_left_of_zero(drawn: Any) -> None:
     from matplotlib.patches import Rectangle
 
@@ -229,8 +268,10 @@ def test_weights_are_heatmaps_of_cosines() -> None:
     layer = {"entries": 4, "experts": told, "models": {"m": {"experts": {"a": {"cosine": 0.4}, "b": {"cosine": None}}}}}
     report = {"suite": "weights", "model": layer, "layer_types": {"mlp": layer}, "tensors": {"mlp.0": layer}}
     pairs, layers = figures.of_weights(report)
-    assert pairs.values == ((1.0, 0.02), (0.02, 1.0))
-    assert pairs.limit == pytest.approx(0.02), "the diagonal leaves the others their shades"
+    assert pairs.values == ((None, 0.02), (0.02, None)), "a cosine with itself says nothing"
+    assert not pairs.diagonal
+    assert pairs.limit == pytest.approx(0.1), "what is nearly orthogonal is pale"
+    assert pairs.text(-0.0008) == "-0.001"
     assert layers.rows == ("whole model", "mlp", "mlp.0")
     assert layers.values == ((0.4, None),) * 3
     assert layers.limit == pytest.approx(0.4)

@@ -7,12 +7,14 @@ import math
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -289,7 +291,14 @@ def test_a_report_tells_all(models: list[Path], setup: Setup, capsys: pytest.Cap
     assert code == 0
     assert "Accuracy, per cent, ± standard error" in out
     assert f"{100 * rows['first']['scores']['expert_0']['score']:.1f} ±" in out
-    assert out.splitlines()[-1].split() == ["items", "100", "256"]
+    best = max(("first", "second"), key=lambda name: rows[name]["average"])
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == sorted(("first", "second"), key=lambda name: name != best)
+    assert [line.split()[:2] for line in lines[4:6]] == [["expert", "expert_0"], ["expert", "Expert-1"]]
+    assert [line.split()[0] for line in lines[6:8]] == ["base", "items"]
+    assert lines[7].split() == ["items", "100", "256"]
+    assert lines[9].startswith(f"{best} {100 * rows[best]['average']:.1f} ±"), "what it comes to is the last word"
+    assert " is the best of 2 on average over 2 tasks: " in lines[9]
     assert "10 of 10 scores were measured before" in err
     code, out, _ = run(capsys, "eval", "custom", *words, "-q")
     assert [float(line) for line in out.split()] == pytest.approx(
@@ -310,7 +319,7 @@ def test_the_best_is_bold(models: list[Path], setup: Setup, capsys: pytest.Captu
     expert = {**high, "role": "expert", "average": 0.9}
     shown: Any = _printed([of_scores({"tasks": ["a"], "models": [expert, low, high]})])[0]
     bold = [[isinstance(cell, Text) and cell.style == "bold" for cell in column._cells] for column in shown.columns]
-    assert bold == [[False] * 3, [False, False, True], [False, False, True]]
+    assert bold == [[False] * 3, [True, False, False], [True, False, False]]
 
 
 def test_what_was_measured_is_not_measured_again(models: list[Path], setup: Setup) -> None:
@@ -415,8 +424,13 @@ def test_a_gate_fails_with_the_report_printed(
     assert [(f["model"], f["gate"]) for f in told["gate"]["failures"]] == [
         ("expert_0", "expert_0=0.99"), ("expert_1", "expert_0=0.99")
     ]  # fmt: skip
-    assert "error: 'expert_1' has 0." in err
+    value = next(m for m in told["models"] if m["role"] == "model" and m["name"] == "expert_1")["scores"]["expert_0"]
+    assert f"error: 'expert_1' has {100 * value['score']:.1f} % at expert_0, and is asked for 99 %" in err
     assert "Traceback" not in err
+    code, _, err = run(capsys, "eval", "custom", *words, "--fail-under", "avg=99%", "--fail-under", "avg=70")
+    assert code == 1
+    assert "is asked for 99 % (avg=0.99)" in err
+    assert "is asked for 7000 % (avg=70; 70 % is avg=70%)" in err
     code, out, err = run(capsys, "eval", "custom", *words, "--fail-under", "avg=2", "-q")
     assert (code, len(out.split())) == (1, 2)
 
@@ -517,6 +531,11 @@ def test_scores_go_into_the_card(
         ("expert_0", "accuracy"), ("expert_1", "accuracy")
     ]  # fmt: skip
     assert results[0].metric_value == pytest.approx(float((w[:100] > 0).float().mean()))
+    assert {result.task_type for result in results} == {"other"}, "its config names no architecture"
+    assert "has not been evaluated" not in text
+    assert "![Scores of the base, the experts and this model](evaluation.png)" in text
+    with Image.open(merged / "evaluation.png") as picture:
+        assert picture.format == "PNG"
     assert "100 items, standard error 0.05, " in text
     assert "% of the expert's" in text
     # The merge is still what its manifest says, and the scores are still known.
@@ -529,6 +548,21 @@ def test_scores_go_into_the_card(
     # A model that has no card gets one.
     assert run(capsys, "eval", "custom", models[1], "--script", setup.script(), "--update-card")[0] == 0
     assert ModelCard((models[1] / "README.md").read_text()).data.eval_results  # type: ignore[attr-defined]
+
+
+def test_a_card_without_matplotlib_has_no_picture(
+    models: list[Path], setup: Setup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (models[1] / "config.json").write_text(json.dumps(config))
+    code, _, err = run(capsys, "eval", "custom", models[1], "--script", setup.script("quiet"), "--update-card")
+    assert code == 0
+    assert "note: without a picture in the card: a chart needs matplotlib" in err
+    text = (models[1] / "README.md").read_text()
+    assert "evaluation.png" not in text
+    results: Any = ModelCard(text).data.eval_results  # type: ignore[attr-defined]
+    assert {result.task_type for result in results} == {"text-generation"}
 
 
 def test_a_file_that_changes_while_it_is_evaluated_is_an_error(models: list[Path]) -> None:

@@ -80,10 +80,10 @@ def test_a_difference_to_what_is_missing_is_missing() -> None:
 
 def test_the_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     made = {"suite": "lm", "tasks": list(TASKS), "models": rows(stsb=None), "notes": []}
-    _show(made, Sink("human"), Pictures(None, "auto", None))
+    _show(made, Sink("human"), Pictures(None, "auto", ()))
     told = capsys.readouterr().out
     assert "wikitext (less is better)" in told
     ties = next(line for line in told.splitlines() if line.startswith("ties"))
     assert ties.split() == ["ties", "0.6", "±0.03", "n/a", "20", "n/a", "n/a"]
-    _show(made, Sink("quiet"), Pictures(None, "auto", None))
+    _show(made, Sink("quiet"), Pictures(None, "auto", ()))
     assert capsys.readouterr().out.split() == ["n/a", "0.68"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import modelmerge
 from modelmerge.methods import registry
-from modelmerge.record import card
+from modelmerge.record import card, loading
 
 
 def model(name: str, weight: float | None = 1.0, commit: str | None = None, **front: Any) -> card.Model:
@@ -190,8 +191,8 @@ def test_results_replace_those_of_an_earlier_evaluation() -> None:
     again = card.with_results(once, RESULTS[:1], name="merged")
     assert "GSM8K" not in again
     assert again.count("## Evaluation") == 1
-    none = card.with_results(once, [], name="merged")
-    assert (front(none), none.split("---\n")[2].strip()) == (front(plain), plain.split("---\n")[2].strip())
+    assert "This merge has not been evaluated on test data." in plain
+    assert "not been evaluated" not in once + again
 
 
 def test_results_go_into_a_card_of_another_make() -> None:
@@ -207,3 +208,70 @@ def test_a_citation_is_bibtex(kind: Any, name: str) -> None:
         entry = chosen.citation.bibtex(chosen.paper)
         assert re.fullmatch(r"@misc\{[a-z]+(19|20)\d\d,\n(  [a-z]+ = \{.+\},\n){4}  url = \{https://.+\}\n\}", entry)
         assert entry.count("{") == entry.count("}")
+
+
+BASE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    ("files", "lines", "task"),
+    [
+        ({"config.json": BASE, "tokenizer.json": {}},
+         ["from transformers import AutoModelForCausalLM, AutoTokenizer",
+          "model = AutoModelForCausalLM.from_pretrained('m')", "tokenizer = AutoTokenizer.from_pretrained('m')"],
+         "text-generation"),
+        ({"config.json": {"architectures": ["CLIPModel"]}, "tokenizer.json": {}, "preprocessor_config.json": {}},
+         ["from transformers import AutoProcessor, CLIPModel", "model = CLIPModel.from_pretrained('m')",
+          "processor = AutoProcessor.from_pretrained('m')"], "zero-shot-image-classification"),
+        ({"config.json": {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}},
+         ["from transformers import LlavaForConditionalGeneration",
+          "model = LlavaForConditionalGeneration.from_pretrained('m')"], "image-text-to-text"),
+        ({"config.json": {"architectures": ["T5ForConditionalGeneration"]}},
+         ["from transformers import T5ForConditionalGeneration",
+          "model = T5ForConditionalGeneration.from_pretrained('m')"], "text-generation"),
+        ({"config.json": {"model_type": "clip"}},
+         ["from transformers import AutoModel", "model = AutoModel.from_pretrained('m')"], None),
+        ({"config.json": {"architectures": ["Own"], "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.Own"}}},
+         ["from transformers import AutoModelForCausalLM",
+          "model = AutoModelForCausalLM.from_pretrained('m', trust_remote_code=True)"], None),
+        ({"config.json": {"architectures": ["x; import os"]}, "model.safetensors": {}},
+         ["from safetensors.torch import load_file", "tensors = load_file('m/model.safetensors')"], None),
+        ({"modules.json": {}}, ["from sentence_transformers import SentenceTransformer",
+                                "model = SentenceTransformer('m')"], "sentence-similarity"),
+        ({"model_index.json": {}}, ["from diffusers import DiffusionPipeline",
+                                    "pipeline = DiffusionPipeline.from_pretrained('m')"], None),
+        ({"config.json": {"_class_name": "UNet2DConditionModel"}},
+         ["from diffusers import UNet2DConditionModel", "model = UNet2DConditionModel.from_pretrained('m')"], None),
+        ({"adapter_config.json": {"task_type": "CAUSAL_LM"}},
+         ["from peft import AutoPeftModelForCausalLM", "model = AutoPeftModelForCausalLM.from_pretrained('m')"],
+         "text-generation"),
+        ({"adapter_config.json": {"base_model_name_or_path": "BASE"}, "BASE/config.json": BASE},
+         ["from peft import PeftModel", "from transformers import AutoModelForCausalLM",
+          "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('BASE'), 'm')"], None),
+        ({}, [], None),
+    ],
+)  # fmt: skip
+def test_a_model_is_loaded_by_the_class_that_its_config_names(
+    files: dict[str, Any], lines: list[str], task: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    assert loading.code_of(tmp_path, "m") == lines
+    assert loading.task_of(tmp_path) == task
+
+
+def test_where_tokenizer_and_template_come_from_is_said(models: list[Path], tmp_path: Path) -> None:
+    (models[0] / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    modelmerge.merge(models[0], models[1:], tmp_path / "own", method="ties")
+    text = (tmp_path / "own" / "README.md").read_text()
+    assert "The tokenizer is that of the base, the chat template that of the base." in text
+    (models[1] / "tokenizer_config.json").write_text("{}")
+    modelmerge.merge(models[0], models[1:], tmp_path / "theirs", method="ties", files_from="expert_0")
+    text = (tmp_path / "theirs" / "README.md").read_text()
+    assert "The tokenizer is that of 'expert_0', and there is no chat template." in text
+    (models[0] / "tokenizer_config.json").unlink()
+    (models[0] / "tokenizer.json").unlink(missing_ok=True)
+    modelmerge.merge(models[0], models[2:], tmp_path / "none", method="ties")
+    assert "tokenizer is" not in (tmp_path / "none" / "README.md").read_text()

@@ -503,10 +503,11 @@ def test_words_and_exit_codes(
 
 
 def test_what_was_found_is_shown(merged: tuple[Path, dict[str, Any]], experts: list[Path], tmp_path: Path) -> None:
-    chart = of_coefficients(merged[1]["recipe"]["coefficients"])
+    chart = of_coefficients(merged[1]["recipe"])
     assert chart.columns == TASKS
     assert len(chart.rows) == len(merged[1]["recipe"]["coefficients"])
-    same = {name: {"first": 0.2, "second": 0.4} for name in ("a", "b")}
+    assert chart.centre == 0.3, "where they started"
+    same = {**merged[1]["recipe"], "coefficients": {name: {"first": 0.2, "second": 0.4} for name in ("a", "b")}}
     assert (of_coefficients(same).rows, of_coefficients(same).values) == (("all tensors",), ((0.2, 0.4),))
 
 
