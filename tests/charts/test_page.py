@@ -55,6 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scores(LONG, (EVIL, " ".join(LONG[:2]), *(f"m{i}" for i in range(7))), notes=[EVIL]), page=root / "long.html"
     )
     render(scores((EVIL,), ("merged",), experts=False, base=False, gate=FAILED), page=root / "one.html")
+    render(scores(EIGHT, tuple(f"m{i}" for i in range(19)), missing=(("m7", "svhn"),)), page=root / "many.html")
     return root
 
 
@@ -80,7 +81,7 @@ def as_hex(colour: str) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["eight", "long", "one"])
+@pytest.mark.parametrize("name", ["eight", "long", "one", "many"])
 def test_nothing_is_asked_for_and_nothing_complained_of(
     name: str, scheme: Literal["light", "dark"], made: Path, browser: Browser
 ) -> None:
@@ -96,7 +97,9 @@ def test_the_tables_have_the_reports_numbers(made: Path, browser: Browser) -> No
     browser.open(made / "eight.html")
     told = rows(browser, "Accuracy")
     assert told[0] == ["", *EIGHT, "average", "normalised"]
-    for row, model in zip(told[1:], MISSING["models"], strict=False):
+    roles = {role: [m for m in MISSING["models"] if m["role"] == role] for role in ("model", "expert", "base")}
+    best_first = sorted(roles["model"], key=lambda model: -(model["average"] or 0.0))
+    for row, model in zip(told[1:], [*best_first, *roles["expert"], *roles["base"]], strict=False):
         values = [model["scores"][task] for task in EIGHT]
         assert row[0].split()[-1] == model["name"]
         wanted = ["n/a" if v["score"] is None else f"{100 * v['score']:.1f} ±{100 * v['stderr']:.1f}" for v in values]
@@ -126,18 +129,18 @@ def test_bars_are_as_long_as_the_scores_and_a_missing_one_is_a_gap(made: Path, b
     assert len(lanes) == len(EIGHT) + 1, "and the average"
     ties = next(model for model in MISSING["models"] if model["name"] == "ties")
     for task, told in zip(EIGHT, lanes, strict=False):
-        assert len(told) == 4, "base, the task's expert, two merges"
-        bar, text, whisker, whole = told[2]
+        assert len(told) == 4, "base, the task's expert, two merges, the better one first"
+        bar, text, whisker, whole = told[3]
         score = ties["scores"][task]
         if score["score"] is None:
             assert (bar, text, whisker) == (None, "n/a", None)
         else:
             assert bar / whole == pytest.approx(score["score"], abs=0.004)
             assert whisker / whole == pytest.approx(2 * score["stderr"], abs=0.004)
-    assert lanes[-1][2][1] == "n/a"
+    assert lanes[-1][3][1] == "n/a"
     # Seven points, and no line to or from the eighth.
-    assert browser.ask("document.querySelectorAll('.radar [data-series=\"2\"] .marker').length") == 7
-    assert browser.ask("document.querySelector('.radar [data-series=\"2\"] .line').getAttribute('d')").count("M") == 6
+    assert browser.ask("document.querySelectorAll('.radar [data-series=\"3\"] .marker').length") == 7
+    assert browser.ask("document.querySelector('.radar [data-series=\"3\"] .line').getAttribute('d')").count("M") == 6
 
 
 def test_colours_are_others_in_the_dark_and_all_can_be_read(made: Path, browser: Browser) -> None:
@@ -173,20 +176,89 @@ def test_colours_are_others_in_the_dark_and_all_can_be_read(made: Path, browser:
     browser.send("Emulation.setEmulatedMedia", media="")
 
 
-@pytest.mark.parametrize("width", [360, 1200])
-@pytest.mark.parametrize("name", ["eight", "long", "one"])
+@pytest.mark.parametrize("width", [360, 400, 1200])
+@pytest.mark.parametrize("name", ["eight", "long", "one", "many"])
 def test_no_words_overlap_at_any_width(name: str, width: int, made: Path, browser: Browser) -> None:
     browser.open(made / f"{name}.html", width=width)
     for selector in (
         ".bars .name, .bars .value, .bars .tick",
+        ".dots .name, .dots .value, .dots .tick",
         ".radar text:not(.ring)",
         "figcaption, .legend li, caption",
     ):
         assert browser.ask(OVERLAPS % json.dumps(selector)) == []
     assert browser.ask("document.documentElement.scrollWidth") <= width, "the page itself does not scroll sideways"
+    cut = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert width < 1200 or browser.ask(cut) == 0, "on a desk all of every table is seen"
     assert browser.ask("[...document.querySelectorAll('.radar text')].every(t => {"
                        "const [a, b] = [t.getBoundingClientRect(), t.ownerSVGElement.getBoundingClientRect()];"
                        "return a.left >= b.left - 1 && a.right <= b.right + 1 && a.top >= b.top - 1 })")  # fmt: skip
+
+
+def test_the_headline_says_what_it_comes_to(made: Path, browser: Browser) -> None:
+    browser.open(made / "eight.html")
+    best = next(model for model in MISSING["models"] if model["name"] == "apgd")
+    text = f"{100 * best['average']:.1f} ±{100 * best['average_stderr']:.1f} %"
+    head = browser.ask("document.querySelector('h1').textContent")
+    assert head.startswith(f"apgd {text} is the best of 2 on average over 8 tasks: {100 * best['normalised']:.1f} % of")
+    assert browser.ask("document.title") == head
+    browser.open(made / "one.html")
+    assert "'merged' has n/a on average, and is asked for 99 % (avg=0.99)" in browser.ask("document.body.textContent")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_table_of_scores_is_shaded_by_column(
+    scheme: Literal["light", "dark"], made: Path, browser: Browser
+) -> None:
+    browser.open(made / "eight.html", scheme=scheme)
+    cells = browser.ask(
+        "[...document.querySelectorAll('.shaded')].flatMap(t => [...t.tBodies[0].rows].map(r => [...r.cells].slice(1)"
+        ".map(c => [c.textContent, getComputedStyle(c).backgroundColor, getComputedStyle(c).color])))"
+    )
+    assert all(
+        colours.contrast(as_hex(ground), as_hex(ink)) > 4.5 for row in cells for t, ground, ink in row if t != "n/a"
+    )
+    for column in range(8):
+        values = sorted(
+            (float(row[column][0].split()[0]), as_hex(row[column][1])) for row in cells if row[column][0] != "n/a"
+        )
+        assert values[-1] == (95.0, colours.shade(colours.STEPS, dark=scheme == "dark")), "the task's expert"
+        assert values[0][1] == colours.shade(0, dark=scheme == "dark")
+
+
+def test_many_models_are_dots_the_best_at_the_top(made: Path, browser: Browser) -> None:
+    browser.open(made / "many.html")
+    assert browser.ask("document.querySelectorAll('.bars, .radar').length") == 0
+    told = browser.ask(
+        "[...document.querySelectorAll('.dots .task:not(.axis)')].map(t => [t.querySelector('.name').textContent,"
+        "t.querySelector('.value').textContent, t.querySelector('.dot')?.getBoundingClientRect().x ?? null,"
+        "t.querySelectorAll('.mark').length])"
+    )
+    assert len(told) == 21, "with the base and the experts"
+    assert [(name, text, at, marks) for name, text, at, marks in told if at is None] == [("m7", "n/a", None, 7)]
+    assert told[-1][0] == "m7", "what has no average is last"
+    places = [at for _, _, at, _ in told[:-1]]
+    assert places == sorted(places, reverse=True)
+    averages = [float(text.split()[0]) for _, text, _, _ in told[:-1]]
+    assert averages == sorted(averages, reverse=True)
+
+
+def test_a_click_copies_the_whole_digest(made: Path, browser: Browser) -> None:
+    browser.open(made / "eight.html")
+    browser.ask("document.addEventListener('copy', () => { window.copied = getSelection().toString() })")
+    box = browser.ask("(e => { e.scrollIntoView(); const r = e.getBoundingClientRect();"
+                      " return [r.x + 5, r.y + 5, r.width] })(document.querySelector('.hash'))")  # fmt: skip
+    assert box[2] < 120, "it is shown shortened"
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.send("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+    assert browser.ask("window.copied") == "ab" * 32
+    assert browser.ask("document.querySelector('td.copied') !== null")
+    browser.ask("window.copied = null; document.querySelectorAll('.hash')[1].focus()")
+    for kind in ("keyDown", "keyUp"):
+        browser.send(
+            "Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", text="\r", windowsVirtualKeyCode=13
+        )
+    assert browser.ask("window.copied") == "ab" * 32
 
 
 def test_columns_sort_and_what_is_missing_comes_last(made: Path, browser: Browser) -> None:
@@ -269,7 +341,13 @@ def test_weights_are_heatmaps_with_the_reports_cosines(models: list[Path], tmp_p
             wanted = [told["cosine"] for told in layer["models"]["ties"]["experts"].values()]
             for text, value in zip(told[name], wanted, strict=True):
                 assert text == "n/a" if value is None else float(text) == pytest.approx(value, abs=0.006)
-        cells = browser.ask("[...document.querySelectorAll('.heat td:not(.none)')].filter(c => c.textContent).map(c => "
+        pairs = [row[1:] for row in rows(browser, "Cosines of the experts")[1:]]
+        assert [pairs[i][i] for i in range(3)] == [""] * 3
+        assert all(float(v) == pytest.approx(report["model"]["experts"]["cosines"][i][j], abs=6e-4)
+                   for i, row in enumerate(pairs) for j, v in enumerate(row) if i != j)  # fmt: skip
+        head = browser.ask("document.querySelector('h1').textContent")
+        assert re.match(r"The experts conflict (most in|alike in all kinds of layers)", head)
+        cells = browser.ask("[...document.querySelectorAll('.heat td:not(.none):not(.blank)')].map(c => "
                             "[getComputedStyle(c).backgroundColor, getComputedStyle(c).color])")  # fmt: skip
         assert all(colours.contrast(as_hex(ground), as_hex(ink)) > 4.5 for ground, ink in cells)
         shades[scheme] = {ground for ground, _ in cells}

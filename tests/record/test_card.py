@@ -231,7 +231,7 @@ BASE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
           "model = T5ForConditionalGeneration.from_pretrained('m')"], "text-generation"),
         ({"config.json": {"model_type": "clip"}},
          ["from transformers import AutoModel", "model = AutoModel.from_pretrained('m')"], None),
-        ({"config.json": {"architectures": ["Own"], "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.Own"}}},
+        ({"config.json": {"architectures": ["Own"], "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.O"}}},
          ["from transformers import AutoModelForCausalLM",
           "model = AutoModelForCausalLM.from_pretrained('m', trust_remote_code=True)"], None),
         ({"config.json": {"architectures": ["x; import os"]}, "model.safetensors": {}},
