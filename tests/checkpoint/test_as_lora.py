@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import modelmerge
 from modelmerge.cli import main
 from modelmerge.errors import OutputError, UsageError
+from tests.support.cards import loaded_by_card
 from tests.support.checkpoints import State, read
 from tests.support.lora import TOLERANCE, adapter_of, base_of, distance, load, merged_by_peft
 
@@ -86,7 +87,9 @@ def test_adapters_in_an_adapter_out_with_nothing_lost(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         got = peft.PeftModel.from_pretrained(load(base), tmp_path / "small")(PROMPT).logits
         want = load(tmp_path / "full")(PROMPT).logits
+        as_told = loaded_by_card(tmp_path / "small")["model"](PROMPT).logits
     assert torch.allclose(got, want, atol=1e-5)
+    assert torch.equal(as_told, got)
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,6 +116,8 @@ def test_peft_makes_of_it_what_is_said_of_it(case: str, tmp_path: Path) -> None:
     for size in (2, 0.8):
         small, manifest = through_peft(base, experts, tmp_path / str(size), size, **options)
         check(read(base), full, small, manifest["adapter"], size)
+        model = loaded_by_card(tmp_path / str(size) / "small")["model"]
+        assert type(model.get_base_model()) is type(load(base))
         # And it is an expert like any other.
         adapter, again = tmp_path / str(size) / "small", tmp_path / str(size) / "again"
         modelmerge.merge(base, [adapter], again, method="task-arithmetic", scale=1.0)

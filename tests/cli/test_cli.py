@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -106,6 +108,29 @@ def test_merge_prints_what_it_did(models: list[Path], tmp_path: Path, capsys: py
     assert out.startswith("merged 3 experts with ties: 8 tensors merged, 1 copied from the base\n")
     assert str(tmp_path / "out") in out
     assert err == ""
+
+
+def test_a_merge_ends_with_what_was_written_and_what_is_next(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (models[0] / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    code, out, _ = run(capsys, "merge", "ties", *models[:2], "-o", "my out", "--include", "*embed*")
+    lines = out.splitlines()
+    assert code == 0
+    assert re.match(r"merged 1 expert with ties: 1 tensor merged, \d copied from the base$", lines[0])
+    assert " of weights in 1 file, " in lines[1]
+    assert lines[1].endswith("beside them README.md, config.json and modelmerge.json")
+    first, second, python = (line.removeprefix("next").strip() for line in lines[-3:])
+    for command in (first, second):
+        words = shlex.split(command)
+        assert words[0] == "modelmerge"
+        assert run(capsys, *words[1:])[0] == 0
+    assert (
+        python == "from transformers import AutoModelForCausalLM; "
+        "model = AutoModelForCausalLM.from_pretrained('my out')"
+    )
+    assert run(capsys, "merge", "ties", *models, "-o", "quiet", "-q")[1] == "quiet\n"
 
 
 def test_json_is_all_of_stdout(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, PlanError, UsageError
 from modelmerge.evaluation import interference as conflicts
+from modelmerge.evaluation.conclusions import conclusion
 from modelmerge.methods import linalg
 from modelmerge.verbs.evaluate import evaluate
 from tests.support.checkpoints import base_state, family, read, write
@@ -241,7 +242,18 @@ def test_the_command_in_every_format(merged: Path, capsys: pytest.CaptureFixture
     assert "they do not predict accuracy" in out
     assert "model.layers.*.q_proj.weight" in out
     assert "model.layers.0.q_proj.weight" not in out
-    assert "model.layers.0.q_proj.weight" in run(capsys, "eval", "weights", merged, "--per-layer")[1]
+    assert "ties, by layer" not in out
+    assert "\nsign conflict: of the entries that experts change" in out, "columns are explained"
+    assert "random changes of all entries have 75 %" in out
+    assert "\ncosine: with the expert's task vector" in out
+    assert "--per-layer has each layer" in out.splitlines()[-1]
+    layered = run(capsys, "eval", "weights", merged, "--per-layer")[1]
+    assert "model.layers.0.q_proj.weight" in layered
+    assert "ties, by layer" in layered
+    assert "--per-layer" not in layered
+    bare = run(capsys, "eval", "weights", merged, "--no-decompose")[1]
+    assert "interference" not in bare, "what was not measured has no column"
+    assert "alignment" not in bare
     code, out, _ = run(capsys, "eval", "weights", merged, "--json")
     told = json.loads(out)
     assert (code, told["suite"]) == (0, "weights")
@@ -307,3 +319,36 @@ def test_tied_tensors_count_once(tmp_path: Path) -> None:
         paths.append(directory)
     report = evaluate_weights([f"m={paths[1]}"], base=paths[0], experts={"a": paths[1], "b": paths[2]}, per_layer=True)
     assert list(report["tensors"]) == ["model.embed_tokens.weight"]
+
+
+def weights_report(conflicts: dict[str, float], cosines: dict[str, dict[str, float | None]]) -> dict[str, Any]:
+    """As much of a report as its conclusion rests on; the first conflict is the whole model's."""
+    names = list(next(iter(cosines.values())))
+    layers = {
+        name: {"entries": 100, "experts": {"sign_conflict": share, "norms": dict.fromkeys(names, 1.0)}}
+        for name, share in conflicts.items()
+    }
+    whole, *_ = layers.values()
+    whole["models"] = {m: {"experts": {name: {"cosine": v} for name, v in row.items()}} for m, row in cosines.items()}
+    return {"suite": "weights", "model": whole, "layer_types": {k: v for k, v in layers.items() if k != "whole"}}
+
+
+def test_the_conclusion_names_where_the_conflicts_lie_and_who_lost_most() -> None:
+    report = weights_report(
+        {"whole": 0.4, "mlp": 0.55, "attention": 0.3},
+        {"ties": {"math": 0.4, "code": 0.6}, "kron": {"math": 0.7, "code": 0.71}},
+    )
+    assert conclusion(report) == [
+        "The experts conflict most in mlp: 55 % of the entries that experts change have changes of both signs, and "
+        "40 % in the whole model.",
+        "math lost most in ties: its cosine is 0.400, and code, which kept most, has 0.600.",
+        "kron kept all experts alike: cosines from 0.700 to 0.710.",
+        "kron kept most of all experts: its mean cosine is 0.705 (ties 0.500).",
+    ]
+    even = weights_report({"whole": 0.4, "mlp": 0.41}, {"ties": {"math": 0.4, "code": None}})
+    assert conclusion(even) == [
+        "The experts conflict alike in all kinds of layers: 40 % of the entries that experts change have changes of "
+        "both signs.",
+        "The cosine of ties and math is 0.400.",
+    ]
+    assert conclusion(weights_report({"whole": 0.0}, {"copy": {"math": None}})) == []

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import modelmerge
+from tests.support.cards import loaded_by_card
 from tests.support.checkpoints import read
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers are not ours
@@ -133,6 +134,9 @@ def test_a_merged_model_computes_what_one_merged_in_memory_does(name: str, tmp_p
     want, got = outputs(in_memory(base, loader, experts)), outputs(loaded(loader, tmp_path / "out"))
     assert (want - outputs(base)).abs().max() > 1e-2
     assert torch.allclose(got, want, atol=1e-5)
+    as_told = loaded_by_card(tmp_path / "out")["model"].eval()
+    assert type(as_told) is type(base)
+    assert torch.allclose(outputs(as_told), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("pickled", ["base", "experts", "all"])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import modelmerge
+from tests.support.cards import loaded_by_card
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries' own
 Modules = dict[str, nn.Module]
@@ -81,6 +82,7 @@ def test_a_sentence_transformer_with_a_dense_module_encodes_as_a_merge_in_memory
         found.encode(texts, convert_to_tensor=True), expected.encode(texts, convert_to_tensor=True),
         rtol=0, atol=1e-5,
     )  # fmt: skip
+    assert type(loaded_by_card(tmp_path / "out")["model"]) is SentenceTransformer
     base = SentenceTransformer(str(tmp_path / "base"), device="cpu")
     assert (base.encode(texts) - found.encode(texts)).__abs__().max() > 1e-3
 
@@ -159,6 +161,7 @@ def test_a_transformer_in_shards_computes_what_a_merge_in_memory_does(tmp_path: 
     assert len(list(out.glob("diffusion_pytorch_model-*-of-*.safetensors"))) > 2
     found, report = FluxTransformer2DModel.from_pretrained(out, output_loading_info=True)
     assert not any(report.values())
+    assert type(loaded_by_card(out)["model"]) is FluxTransformer2DModel
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "hidden_states": torch.randn(1, 4, 4, generator=generator), "timestep": torch.tensor([0.5]),
