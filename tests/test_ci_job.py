@@ -67,7 +67,7 @@ def check_results(page: str, repository: Path, hub: FakeHub) -> None:
         pushed = hub.files("org/merged")
         card = pushed["README.md"].decode()
         assert "| maths |  | score | 0.75 | 4 items" in card
-        assert "from_pretrained('org/merged')" in card
+        assert "load_file(hf_hub_download('org/merged', 'model.safetensors'))" in card
         assert str(repository) not in card
         assert "evaluation.png" in pushed
 

@@ -92,7 +92,8 @@ def of_scores(report: Report) -> Table:
     lower = [task for task in tasks if models[0]["scores"][task].get("lower")]
     roles = ["" if model["role"] in ("model", model["name"]) else f"{model['role']} " for model in models]
     names = [role + model["name"] for role, model in zip(roles, models, strict=True)]
-    heads, columns, shades = [""], [names], [[None] * len(models)]
+    heads, columns = [""], [names]
+    shades: list[list[int | None]] = [[None] * len(models)]
 
     def add(head: str, values: list[tuple[float | None, float | None]], share: bool, *, least: bool = False) -> None:
         heads.append(head)

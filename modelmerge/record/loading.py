@@ -62,10 +62,10 @@ def code_of(
                 names.append(kind)
                 lines.append(f"{kind[4:].lower()} = {kind}.from_pretrained({where}{trust})")
         return [f"from transformers import {', '.join(sorted(names))}", *lines]
-    files = sorted(file.name for file in directory.glob("*.safetensors"))
-    if len(files) != 1:
+    weights = [file.name for file in directory.glob("*.safetensors")]
+    if len(weights) != 1:
         return []
-    file = f"hf_hub_download({where}, {files[0]!r})" if hub else repr(f"{place}/{files[0]}")
+    file = f"hf_hub_download({where}, {weights[0]!r})" if hub else repr(f"{place}/{weights[0]}")
     imports = ["from huggingface_hub import hf_hub_download"] if hub else []
     return [*imports, "from safetensors.torch import load_file", f"tensors = load_file({file})"]
 
@@ -101,7 +101,7 @@ def _class_of(config: Mapping[str, Any]) -> str:
         autos = {key: str(value).rpartition(".")[2] for key, value in own.items() if key.startswith("AutoModel")}
         return _word(next((key for key, value in autos.items() if value == name), next(iter(autos), "")))
     end = next((end for end in _TASKS if end.startswith("For") and name.endswith(end)), None)
-    return f"AutoModel{end}" if end else name or ("AutoModel" if config.get("model_type") else "")
+    return f"AutoModel{end}" if end else name
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

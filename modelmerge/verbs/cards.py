@@ -83,6 +83,6 @@ def _results(report: Report, row: ModelRow, directory: Path) -> list[card.Result
 def _data(report: Any, task: str) -> tuple[str | None, str | None]:
     """The data set of a task on the Hub, and its split, as far as the suite says it."""
     parts = report.get("harness", {}).get(task, {}).get("tasks", {})
-    entry = report.get("data", {}).get(task) or next(iter(parts.values()), {})
+    entry: dict[str, Any] = report.get("data", {}).get(task) or next(iter(parts.values()), {})
     name = str(entry.get("data")).partition("@")[0]
     return name if _ON_HUB.fullmatch(name) and not Path(name).exists() else None, entry.get("split")

@@ -114,13 +114,14 @@ def test_a_merge_ends_with_what_was_written_and_what_is_next(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (models[0] / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    for model in models:
+        (model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
     code, out, _ = run(capsys, "merge", "ties", *models[:2], "-o", "my out", "--include", "*embed*")
     lines = out.splitlines()
     assert code == 0
     assert re.match(r"merged 1 expert with ties: 1 tensor merged, \d copied from the base$", lines[0])
     assert " of weights in 1 file, " in lines[1]
-    assert lines[1].endswith("beside them README.md, config.json and modelmerge.json")
+    assert lines[1].endswith("beside them README.md, config.json, tokenizer.json and modelmerge.json")
     first, second, python = (line.removeprefix("next").strip() for line in lines[-3:])
     for command in (first, second):
         words = shlex.split(command)

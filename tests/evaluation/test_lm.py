@@ -22,7 +22,7 @@ import modelmerge
 from modelmerge.cli import main
 from modelmerge.errors import CheckpointError, ModelMergeError, ReferenceNotFound, UsageError
 from modelmerge.evaluation import lm, lm_tasks
-from tests.support import language
+from tests.support import chromium, language
 from tests.support.commands import run, script
 from tests.support.language import TASKS, World, local_task
 
@@ -716,3 +716,34 @@ def test_tasks_of_the_harness_by_name(world: World) -> None:
     with pytest.raises(UsageError, match="there is no task 'hellaswagg'") as caught:
         scores(world.llama, world, "hellaswagg")
     assert "hellaswag" in str(caught.value.hint)
+
+
+def test_the_page_of_a_run_shows_its_scores(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a real browser."""
+    if chromium.PROGRAM is None:
+        pytest.skip("there is no Chromium here (Debian: apt-get install chromium)")
+    words = [
+        world.llama,
+        f"again={world.llama}",
+        "--tasks",
+        "first_colour",
+        "--include-path",
+        world.tasks,
+        "--limit",
+        20,
+    ]
+    files = ["--report", tmp_path / "run.html", "--report", tmp_path / "run.md", "--json"]
+    code, out, _ = run(capsys, "eval", "lm", *words, *files)
+    assert code == 0
+    score = json.loads(out)["models"][0]["scores"]["first_colour"]
+    text = f"{100 * score['score']:.1f} ±{100 * score['stderr']:.1f}"
+    with chromium.browser() as browser:
+        browser.open(tmp_path / "run.html")
+        assert browser.complaints() == []
+        head = browser.ask("document.querySelector('h1').textContent")
+        assert head == f"llama {text} % is the best of 2 at first_colour"
+        assert "again" in browser.ask("document.querySelector('.conclusion').textContent"), "which is as good"
+        assert browser.ask("[...document.querySelectorAll('.bars .value')].map(v => v.textContent)") == [text] * 2
+        settings = browser.ask("document.querySelector('dl').textContent")
+        assert "harness" in settings
+    assert f"| **{text}** |" in (tmp_path / "run.md").read_text()
