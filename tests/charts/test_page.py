@@ -347,7 +347,7 @@ def test_weights_are_heatmaps_with_the_reports_cosines(models: list[Path], tmp_p
                    for i, row in enumerate(pairs) for j, v in enumerate(row) if i != j)  # fmt: skip
         head = browser.ask("document.querySelector('h1').textContent")
         assert re.match(r"The experts conflict (most in|alike in all kinds of layers)", head)
-        cells = browser.ask("[...document.querySelectorAll('.heat td:not(.none):not(.blank)')].map(c => "
+        cells = browser.ask("[...document.querySelectorAll('.heat tbody td:not(.none):not(.blank)')].map(c => "
                             "[getComputedStyle(c).backgroundColor, getComputedStyle(c).color])")  # fmt: skip
         assert all(colours.contrast(as_hex(ground), as_hex(ink)) > 4.5 for ground, ink in cells)
         shades[scheme] = {ground for ground, _ in cells}
