@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelmerge.engine.rounding import Rounding
-from modelmerge.methods.contract import Method, Survey
+from modelmerge.methods.contract import Method, Moments, Survey
 from modelmerge.plan.overrides import Setting
 from modelmerge.plan.tensors import Plan, TensorPlan
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # elements cost 10 to 35 % more); a GPU wants blocks that are large against the launch of a kernel.
 CPU_BLOCK = 1 << 18
 CUDA_BLOCK = 1 << 24
+# To measure a tensor and to merge it are two trips, whose many small steps cost more than a cache misses.
+AT_ONCE = 1 << 20
 # Elements of each run of a sample: short, so that it takes something of every few rows, and long enough to be worth
 # the trip.
 SAMPLE_RUN = 1 << 14
@@ -45,6 +47,11 @@ class Source:
     def block(self) -> int:
         """Elements of a block of element-wise work."""
         return CPU_BLOCK if self.device.type == "cpu" else CUDA_BLOCK
+
+    @property
+    def at_once(self) -> int:
+        """Elements of the largest tensor that comes whole where it has to be measured first."""
+        return AT_ONCE if self.device.type == "cpu" else CUDA_BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +78,9 @@ class Group:
         return self.method.survey(self.options, self.each)
 
     @property
-    def moments(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
-        """What measures each of its tensors before the method takes it, if anything."""
-        return self.method.moments(self.options)
+    def measures(self) -> bool:
+        """Whether each of its tensors is measured before the method takes it."""
+        return self.method.moments(self.options, self.each) is not None
 
     @property
     def blockwise(self) -> bool:
@@ -87,12 +94,12 @@ class Group:
 
     def surveyed(self) -> list[TensorPlan]:
         """The tensors that count in its survey: those it merges, tied ones once; those that are measured."""
-        once = self.moments is None
+        once = not self.measures
         return [tensor for tensor in self.tensors if tensor.numel and not (once and tensor.twin is not None)]
 
     def reads(self) -> float:
         """How many times the task vectors are read before they are merged."""
-        measured = float(self.moments is not None)
+        measured = float(self.measures)
         return self.survey.reads(sum(tensor.numel for tensor in self.surveyed())) if self.survey else measured
 
 
@@ -138,9 +145,19 @@ class Job:
         """All that is merged, in the order of the output's bytes."""
         return [tensor for tensor in self.plan.in_order() if tensor.action != "copy"]
 
+    def moments(self, tensor: TensorPlan) -> Moments | None:
+        """What measures the tensor before its method takes it, if anything."""
+        setting = self.settings[tensor.name]
+        return self.group(tensor).method.moments(setting.options, setting.each)
+
+    def whole(self, tensor: TensorPlan) -> bool:
+        """Whether the tensor comes whole: its method wants it so, or has it measured first and it is small."""
+        blockwise = self.group(tensor).blockwise
+        return not blockwise or (tensor.numel <= self.source.at_once and self.moments(tensor) is not None)
+
     def wholes(self) -> list[TensorPlan]:
-        """The tensors that their method wants whole."""
-        return [tensor for group in self.groups if not group.blockwise for tensor in group.tensors]
+        """The tensors that come whole."""
+        return [tensor for group in self.groups for tensor in group.tensors if self.whole(tensor)]
 
     def taken(self, transform: Transform) -> list[TensorPlan]:
         """The merged tensors that a transform is fitted on."""

@@ -22,12 +22,12 @@ from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.transforms import Factors, FittedJob, fit
 from modelmerge.engine.units import Alone, Crew, Unit, shard_units
-from modelmerge.methods.contract import Context
+from modelmerge.methods.contract import Context, measured_at_once
 from modelmerge.methods.options import is_linear
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
 
-_REACH = 1 << 30  # bytes: little beside the memory that systems give to files
+_REACH = 1 << 28  # bytes: little beside the memory that systems give to files
 
 
 class Written(Protocol):
@@ -150,7 +150,7 @@ def _begin(job: Job, tensors: Sequence[TensorPlan], progress: Reporter) -> None:
 
 def _is_measured(job: Job, tensor: TensorPlan) -> bool:
     """Whether a pass over the tensor comes before its merge."""
-    return tensor.action != "copy" and job.group(tensor).blockwise and job.group(tensor).moments is not None
+    return tensor.action != "copy" and not job.whole(tensor) and job.moments(tensor) is not None
 
 
 def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Output], progress: Reporter) -> None:
@@ -158,9 +158,9 @@ def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Out
     job = fitted.job
     for output in outputs:
         output.findings.merged = sum(t.action != "copy" for t in todo)
-    wholes = [t for t in todo if t.action != "copy" and not job.group(t).blockwise]
+    wholes = [t for t in todo if t.action != "copy" and job.whole(t)]
     with_moments = [t for t in todo if _is_measured(job, t)]
-    streamed = [t for t in todo if t.action == "copy" or (job.group(t).blockwise and not job.group(t).moments)]
+    streamed = [t for t in todo if t.action == "copy" or not (job.whole(t) or _is_measured(job, t))]
 
     def in_rows(tensor: TensorPlan) -> bool:
         return tensor.action != "copy" and job.group(tensor).by_rows
@@ -335,8 +335,9 @@ def merged_vector(
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
 
     measured = fitted.measured.get(piece.tensor.name)
-    if measured is None and group.moments is not None:  # it is here as a whole
-        measured = group.moments(taus.reshape(len(taus), -1), theta_0.reshape(-1))
+    moments = group.method.moments(setting.options, setting.each) if measured is None else None
+    if moments is not None:  # it is here as a whole
+        measured = measured_at_once(moments, taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
         experts=experts, measured=measured,

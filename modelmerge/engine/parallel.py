@@ -18,7 +18,7 @@ import torch
 
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import Loader
-from modelmerge.engine.pieces import Piece, Pieces
+from modelmerge.engine.pieces import Piece, Pieces, Sample
 from modelmerge.errors import DeviceError, OutputError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
 
@@ -119,7 +119,7 @@ def in_parallel(source: Source, pieces: Pieces, work: Callable[[Piece, Loader], 
 
 @contextlib.contextmanager
 def _serving(
-    source: Source, pieces: Pieces, ahead: Iterator[Piece], work: Callable[[Piece, Loader], None]
+    source: Source, pieces: Pieces | Sample, ahead: Iterator[Piece], work: Callable[[Piece, Loader], None]
 ) -> Iterator[list[Future[None]]]:
     """Workers that do the pieces as they come from `ahead`, until none is left or the block ends in an error."""
     mutex, stop = threading.Lock(), threading.Event()
@@ -167,7 +167,7 @@ def side_by_side(source: Source, tensors: Sequence[TensorPlan], work: Callable[[
 
 def in_order(
     source: Source,
-    tensors: Sequence[TensorPlan],
+    pieces: Pieces | Sample,
     look: Callable[[Piece, Loader], Result],
     take: Callable[[Piece, Result], None],
 ) -> None:
@@ -177,7 +177,7 @@ def in_order(
     pieces. A small result that stays where a worker has made it, amid blocks of memory that are used again and again,
     keeps them from being joined again: by and by, each block takes memory of its own.
     """
-    pieces, results, over = Pieces(tensors, source.block), queue.SimpleQueue[Any](), threading.Event()
+    results, over = queue.SimpleQueue[Any](), threading.Event()
     room = threading.Semaphore(_AHEAD * source.workers)
     early: dict[tuple[str, int], Result] = {}
 
@@ -219,7 +219,7 @@ def summed(source: Source, tensors: Sequence[TensorPlan], look: Callable[[Piece,
         # A copy: see `in_order`.
         totals[piece.tensor.name] = totals[piece.tensor.name] + part if piece.start else copy.deepcopy(part)
 
-    in_order(source, tensors, look, add)
+    in_order(source, Pieces(tensors, source.block), look, add)
     return totals
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.plan.tensors import Plan, TensorPlan
 
+# Runs of a sample, and the elements of one: a sixteenth of a tensor of 3 million, and enough of one of 100 million.
+_RUNS, _RUN = 48, 1 << 12
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -55,8 +58,40 @@ class Pieces:
     def _starts(self, tensor: TensorPlan) -> range:
         # Kinds that pack several elements into a byte are only ever copied, and are cut by bytes.
         count = tensor.numel * DTYPE_BITS[tensor.dtype] // 8 // item_bytes(tensor.dtype)
-        width = tensor.row if len(tensor.shape) == 2 or self.by_rows(tensor) else 1
+        width = tensor.row if self.by_rows(tensor) else _width(tensor)
         return range(0, count, max(self.block // width, 1) * width)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A sample of each tensor: as many runs, all of one length, evenly spread, and in matrices of whole rows."""
+
+    tensors: Sequence[TensorPlan]
+
+    def __iter__(self) -> Iterator[Piece]:
+        for tensor in self.tensors:
+            width, run = _width(tensor), self._run(tensor)
+            for i in range(_RUNS):
+                start = (tensor.numel - run) // width * i // (_RUNS - 1) * width
+                yield Piece(tensor, start, start + run, sampled=True)
+
+    def __len__(self) -> int:
+        return _RUNS * len(self.tensors)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest piece."""
+        return max(map(self._run, self.tensors), default=0)
+
+    @staticmethod
+    def _run(tensor: TensorPlan) -> int:
+        width = _width(tensor)
+        return max(min(tensor.numel // _RUNS // 16, _RUN) // width, 1) * width
+
+
+def _width(tensor: TensorPlan) -> int:
+    """What is not cut: a matrix's row."""
+    return tensor.row if len(tensor.shape) == 2 else 1
 
 
 def item_bytes(dtype: str) -> int:

@@ -19,7 +19,7 @@ from modelmerge.engine.figures import Entanglement, Figures, entanglement_of
 from modelmerge.engine.job import Job, Source
 from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import in_order, summed
-from modelmerge.engine.pieces import Piece, piece_bytes
+from modelmerge.engine.pieces import Piece, Pieces, piece_bytes
 from modelmerge.engine.units import LITTLE, Crew, Unit, cut
 from modelmerge.methods.contract import SharedVector, Solution, Watch
 from modelmerge.plan.tensors import TensorPlan, Tensors
@@ -141,7 +141,7 @@ class VectorTransform:
                 entanglement = found.entanglement
                 entanglement[name] = entanglement[name] + part if piece.start else copy.deepcopy(part)
 
-            in_order(source, unit.tensors, solve, keep)
+            in_order(source, Pieces(unit.tensors, source.block), solve, keep)
             parts = {name: (part.before, part.after, part.change) for name, part in found.entanglement.items()}
             return {"coefficients": found.coefficients, "active": found.active, "entanglement": parts,
                     "losses": losses, "groups": groups}  # fmt: skip

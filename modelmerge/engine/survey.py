@@ -1,20 +1,23 @@
-"""Whole-model quantities: found by streaming over all task vectors before anything is done with them."""
+"""What methods need to know of a model, or of a tensor: found by streaming before anything is done with it."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modelmerge.engine.job import SAMPLE_RUN, Source
 from modelmerge.engine.loader import Loader
-from modelmerge.engine.parallel import in_parallel
-from modelmerge.engine.pieces import Piece, Pieces, piece_bytes
+from modelmerge.engine.parallel import in_order, in_parallel
+from modelmerge.engine.pieces import Piece, Pieces, Sample, piece_bytes
 from modelmerge.engine.units import MUCH, Crew, Unit, cut
-from modelmerge.methods.contract import Pass, Survey
+from modelmerge.methods.contract import Moments, Pass, Survey
 from modelmerge.plan.tensors import Tensors
 from modelmerge.progress import Reporter
 
@@ -70,3 +73,48 @@ def _one_pass(
     zeros = torch.zeros((len(experts), trip.counters), dtype=torch.int64, device=source.device)
     total: Tensor = sum((each for _, each in crew.share(units, measure)), zeros)
     return total
+
+
+def run_moments(
+    source: Source, moments: Mapping[str, Moments], apply: Apply, tensors: Tensors, progress: Reporter
+) -> dict[str, Tensor]:
+    """What each tensor's moments tell of its task vectors, which `apply` changes in place before; by tensor.
+
+    Raises:
+        CheckpointError: A weight is NaN or Inf, or a file cannot be read.
+    """
+    searches = {tensor.name: moments[tensor.name](tensor.numel, False) for tensor in tensors}
+    looks = {name: next(search) for name, search in searches.items()}
+    totals, measured, checked = dict[str, Any](), dict[str, Tensor](), set[str]()
+
+    def measure(piece: Piece, loader: Loader) -> Any:
+        name = piece.tensor.name
+        first = not piece.sampled and name not in checked
+        theta_0, taus = loader.load(piece, check=first)
+        apply(piece, taus)
+        if first:
+            progress.advance(piece_bytes(source.plan, piece), name)
+        return now[name].measure(taus, theta_0)
+
+    def add(piece: Piece, part: Any) -> None:
+        name, part = piece.tensor.name, copy.deepcopy(part)  # a copy: see `in_order`
+        totals[name] = totals[name] + part if name in totals else part
+        coming[name] -= 1
+        if coming[name]:
+            return
+        if not piece.sampled:
+            checked.add(name)
+        try:
+            looks[name] = searches[name].send(totals.pop(name))
+        except StopIteration as end:
+            measured[name] = end.value
+            del looks[name]
+
+    while looks:
+        now = dict(looks)
+        sampled = any(look.sampled for look in now.values())
+        some = [tensor for tensor in tensors if tensor.name in now and now[tensor.name].sampled == sampled]
+        pieces = Sample(some) if sampled else Pieces(some, source.block)
+        coming = Counter(piece.tensor.name for piece in pieces)
+        in_order(source, pieces, measure, add)
+    return measured

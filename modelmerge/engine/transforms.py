@@ -16,12 +16,11 @@ from torch import Tensor
 from modelmerge.engine.corrections import CorrectionTransform
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
-from modelmerge.engine.loader import Loader, factors_of
+from modelmerge.engine.loader import factors_of
 from modelmerge.engine.memory import Needs
-from modelmerge.engine.parallel import summed
-from modelmerge.engine.pieces import Piece, piece_bytes
+from modelmerge.engine.pieces import Piece
 from modelmerge.engine.shared_vector import VectorTransform
-from modelmerge.engine.survey import run_survey
+from modelmerge.engine.survey import run_moments, run_survey
 from modelmerge.engine.units import Crew
 from modelmerge.methods.contract import Correction, SharedVector, TransformSpec
 from modelmerge.plan.overrides import Setting
@@ -171,17 +170,8 @@ class FittedJob:
         Raises:
             CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         """
-        source = self.job.source
-
-        def look(piece: Piece, loader: Loader) -> Tensor:
-            theta_0, taus = loader.load(piece, check=True)
-            self.chain.apply(piece, taus)
-            progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
-            moments = self.job.group(piece.tensor).moments
-            assert moments is not None, "only what has moments is measured"
-            return moments(taus, theta_0)
-
-        self.measured.update(summed(source, tensors, look))
+        moments = {tensor.name: each for tensor in tensors if (each := self.job.moments(tensor))}
+        self.measured.update(run_moments(self.job.source, moments, self.chain.apply, tensors, progress))
 
 
 def fit(job: Job, crew: Crew, progress: Reporter) -> FittedJob:

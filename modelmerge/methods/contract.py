@@ -11,6 +11,7 @@ Shapes: T experts; a task vector has the shape of its tensor; `taus` stacks them
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,66 @@ class Survey:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """One trip over a tensor: what `measure(taus [T, n], base [n])` tells of its blocks, added up in their order.
+
+    Tensors add up, and lists are joined. With `sampled` it sees runs of the tensor's entries, all of one length.
+    """
+
+    measure: Callable[[Tensor, Tensor], Any]
+    sampled: bool = False
+
+
+# Measures one tensor, given its number of entries and whether they come as one block: yields looks, is sent what each
+# tells, and returns what `apply` sees as `context.measured`.
+Moments = Callable[[int, bool], Generator[Look, Any, Tensor]]
+
+
+class Gathered:
+    """What blocks hand over, from any thread, in whatever order, in memory of its own [n].
+
+    Left where a thread has made it, it would keep blocks of memory that are used again and again from being joined.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory, self._used, self._mutex = memory, 0, threading.Lock()
+
+    def add(self, values: Tensor) -> None:
+        """Keep these, if there is room."""
+        with self._mutex:
+            first, self._used = self._used, self._used + len(values)
+            if self._used <= len(self._memory):
+                self._memory[first : self._used] = values
+
+    @property
+    def values(self) -> Tensor | None:
+        """All of them; None if there was no room."""
+        return self._memory[: self._used] if self._used <= len(self._memory) else None
+
+
+def summed(measure: Callable[[Tensor, Tensor], Tensor]) -> Moments:
+    """The sums of what `(taus [T, n], base [n]) -> [k]` tells of the blocks."""
+
+    def find(numel: int, at_once: bool) -> Generator[Look, Any, Tensor]:
+        total: Tensor = yield Look(measure)
+        return total
+
+    return find
+
+
+def measured_at_once(moments: Moments, taus: Tensor, base: Tensor) -> Tensor:
+    """What the moments tell of task vectors [T, n] and a base [n] that are here as a whole."""
+    search = moments(taus.shape[1], True)
+    look = next(search)
+    while True:
+        try:
+            look = search.send(look.measure(taus, base))
+        except StopIteration as end:
+            measured: Tensor = end.value
+            return measured
+
+
+@dataclass(frozen=True, slots=True)
 class Citation:
     """A paper: its title, the authors as BibTeX has them ("First Last and others"), where and when ("ICML 2025")."""
 
@@ -121,8 +182,7 @@ class Method:
             be cut between rows: as blocks [T, rows, n]. A vector is one row.
         survey: Given the options and, by option, the experts' values where they differ, the whole-model quantity that
             `apply` needs, if any.
-        moments: Given the options, what each tensor has to be measured by first, if anything: `(taus [T, n], base [n])
-            -> [k]`, float64, of a block; what it gives for a tensor's blocks, added up, is `context.measured` there.
+        moments: Given the same of a tensor, what it has to be measured by first, if by anything.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         flops: Given m, n and T, about how many operations `apply` takes on [T, m, n]: whoever shares work out has the
             dearest done first.
@@ -144,7 +204,7 @@ class Method:
     blockwise: Callable[[Any], bool] = lambda options: True
     by_rows: Callable[[Any], bool] = lambda options: False
     survey: Callable[[Any, Mapping[str, tuple[float, ...]]], Survey | None] = lambda options, each: None
-    moments: Callable[[Any], Callable[[Tensor, Tensor], Tensor] | None] = lambda options: None
+    moments: Callable[[Any, Mapping[str, tuple[float, ...]]], Moments | None] = lambda options, each: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
     flops: Callable[[int, int, int], float] = lambda m, n, tasks: 4.0 * tasks * m * n
     squares: float = 0.0

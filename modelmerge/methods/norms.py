@@ -22,16 +22,17 @@ def norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, ord=1, dtype=torch.float64))
 
 
-def restored(taus: Tensor, weights: Sequence[float], kept: Callable[[int, Tensor], Tensor]) -> tuple[float, ...]:
-    """The weights, times what gives back to what is kept of each of [T, *shape] the norm that it had.
-
-    `kept(i, block)` is what is kept of a block [n] of the i-th.
-    """
+def sums(taus: Tensor, kept: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """The norms of each of [T, *shape], and of what `kept(i, block)` keeps of a block [n] of it: float64 [T, 2]."""
     flat = taus.reshape(len(taus), -1)
-    factors = []
-    for i, weight in enumerate(weights):
-        before = after = 0.0
-        for block in blocks(flat):
-            before, after = before + norm(flat[i, block]), after + norm(kept(i, flat[i, block]))
-        factors.append(weight * ratio(before, after))
-    return tuple(factors)
+    totals = [[0.0, 0.0] for _ in flat]
+    for block in blocks(flat):
+        for i, total in enumerate(totals):
+            part = flat[i, block]
+            total[0], total[1] = total[0] + norm(part), total[1] + norm(kept(i, part))
+    return torch.tensor(totals, dtype=torch.float64)
+
+
+def restored(taus: Tensor, weights: Sequence[float], kept: Callable[[int, Tensor], Tensor]) -> tuple[float, ...]:
+    """The weights, times what gives back to what is kept of each of [T, *shape] the norm that it had."""
+    return tuple(w * ratio(*each) for w, each in zip(weights, sums(taus, kept).tolist(), strict=True))

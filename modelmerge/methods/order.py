@@ -16,8 +16,13 @@ _BITS = 16
 _BUCKETS = 1 << _BITS
 
 
-def by_rank(numbers: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> Generator[Pass, Tensor, Tensor]:
-    """The numbers of these ranks, counted from 1, that `numbers` makes of task vectors [T, n] -> [T, n]: [T, ranks]."""
+def by_rank(
+    numbers: Callable[[Tensor], Tensor], ranks: Sequence[int] | Sequence[Sequence[int]]
+) -> Generator[Pass, Tensor, Tensor]:
+    """The numbers of these ranks, counted from 1, that `numbers` makes of task vectors [T, n] -> [T, n]: [T, ranks].
+
+    The ranks are the same for all rows, or some for each.
+    """
 
     def count_high(taus: Tensor, total: Tensor) -> None:
         for sorted_bits, count in zip(_sorting(numbers(taus)), total, strict=True):
@@ -37,7 +42,7 @@ def by_rank(numbers: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> Genera
                 inside = sorted_bits[place == bucket] & (_BUCKETS - 1)
                 part.index_add_(0, inside, torch.ones_like(inside, dtype=torch.int64))
 
-    low = yield Pass(count_low, len(ranks) * _BUCKETS)
+    low = yield Pass(count_low, places.shape[1] * _BUCKETS)
     within = low.view(len(low), -1, _BUCKETS).cumsum(2)
     lower = (within < (places - before)[:, :, None]).sum(2)
     bits = (((buckets - _BUCKETS // 2) << _BITS) | lower).to(torch.int32)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from modelmerge.checkpoint.header import TensorInfo
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Context, Correction, SharedVector
+from modelmerge.methods.contract import Context, Correction, SharedVector, measured_at_once
 from modelmerge.methods.options import make_options
 from modelmerge.plan.linear import is_linear
 from tests.benchmarks.experts import SETS, ExpertSet, build
@@ -101,8 +101,9 @@ def merged(vectors: Vectors, name: str, **options: Any) -> State:
         measured = surveyed(survey, torch.cat([taus.reshape(tasks, -1) for taus in taken.values()], dim=1))
     state = dict(vectors.base)
     for key, taus in taken.items():
-        moments = chosen.moments(told)
-        own = measured if moments is None else moments(taus.reshape(tasks, -1), vectors.base[key].reshape(-1))
+        moments = chosen.moments(told, {})
+        flat = taus.reshape(tasks, -1), vectors.base[key].reshape(-1)
+        own = measured if moments is None else measured_at_once(moments, *flat)
         context = Context(
             tensor=key, weights=(1.0,) * tasks, experts=tuple(map(str, range(tasks))), measured=own,
             base=vectors.base[key] if chosen.wants_base else None,

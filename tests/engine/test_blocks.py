@@ -116,6 +116,7 @@ def test_more_blocks_of_all_layers_hold_no_more_memory(
 def check(go: Any, paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight times as many blocks, and the same peak but for what the threads happen to be at."""
     monkeypatch.setattr(parallel, "Loader", Unread)
+    monkeypatch.setattr(job, "AT_ONCE", 0)  # what comes whole has a loader of its own
     peaks, counts = [], []
     for block in (1 << 24, 1 << 24, 1 << 21):
         monkeypatch.setattr(job, "CPU_BLOCK", block)
@@ -199,7 +200,7 @@ def test_pieces_are_taken_up_in_their_order_and_workers_do_not_run_away(
         taken.append((piece.tensor.name, start))
         ahead.append(len(done) - len(taken))
 
-    in_order(source, tensors, look, take)
+    in_order(source, Pieces(tensors, 4), look, take)
     assert taken == [(piece.tensor.name, piece.start) for piece in Pieces(tensors, 4)]
     assert len(taken) > 100
     assert max(ahead) <= 3 * 8
@@ -221,6 +222,6 @@ def test_an_error_ends_all_that_goes_in_order(where: str, tmp_path: Path, monkey
 
     steps = {"look": lambda piece, loader: None, "take": lambda piece, result: None} | {where: fail}
     with pytest.raises(CheckpointError, match="no more"):
-        in_order(source, tensors, steps["look"], steps["take"])
+        in_order(source, Pieces(tensors, 4), steps["look"], steps["take"])
     assert len(seen) < 60
     plan.close()

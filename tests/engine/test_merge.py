@@ -17,12 +17,12 @@ from modelmerge.engine.memory import beyond_device, peak_memory
 from modelmerge.engine.parallel import find_device, threads
 from modelmerge.errors import CheckpointError, DeviceError, RecipeError, UsageError
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Context
+from modelmerge.methods.contract import Context, measured_at_once
 from modelmerge.methods.options import make_options
 from modelmerge.plan.recipe import Recipe
 from modelmerge.verbs.prepare import prepare
 from tests.support.checkpoints import State, base_state, expert_state, family, read, same_bits, write
-from tests.support.methods import surveyed, takes
+from tests.support.methods import measured_in_blocks, surveyed, takes
 
 NAMES = registry.data_free()
 NOTHING = {"name": "base", "reference": "base", "path": None, "files": {}}  # an input, as a manifest has it
@@ -48,13 +48,16 @@ def in_memory(name: str, base: State, experts: list[State], **values: Any) -> St
         measured = surveyed(survey, everything)
     left = chosen.rest(options) if chosen.matrices else "base"
     result = dict(base) if left == "base" else in_memory(left, base, experts)
-    moments = chosen.moments(options)
+    moments = chosen.moments(options, {})
     for key in kept:
         if moments is not None:  # sums of floats are those of the engine's blocks
             width = base[key].shape[1] if base[key].ndim == 2 else 1
             step = max(job.CPU_BLOCK // width, 1) * width
-            flat = taus[key].reshape(len(experts), -1).split(step, dim=1), base[key].float().reshape(-1).split(step)
-            measured = sum(moments(tau, theta_0) for tau, theta_0 in zip(*flat, strict=True))
+            flat = taus[key].reshape(len(experts), -1), base[key].float().reshape(-1)
+            if flat[1].numel() <= job.AT_ONCE:
+                measured = measured_at_once(moments, *flat)
+            else:
+                measured = measured_in_blocks(moments, *flat, step, max(flat[1].numel() // 4, 1))
         context = Context(
             tensor=key, weights=(1.0,) * len(experts), experts=tuple(f"expert_{i}" for i in range(len(experts))),
             measured=measured, base=base[key].float() if chosen.wants_base else None,
@@ -71,6 +74,7 @@ def test_streamed_equals_in_memory_bit_for_bit(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "CPU_BLOCK", 100)  # cut even these small tensors
+    monkeypatch.setattr(job, "AT_ONCE", 100 if dtype == torch.bfloat16 else 1 << 20)
     base, *experts = family(tmp_path, dtype=dtype, experts=takes(name, 3))
     modelmerge.merge(base, experts, tmp_path / "out", method=name)
     want = in_memory(name, read(base), [read(e) for e in experts])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.methods import threshold
-from modelmerge.methods.merge.breadcrumbs import ends, middle
+from modelmerge.methods.merge.breadcrumbs import middle, places
 from tests.support.methods import merged, taus_of
 
 
@@ -43,7 +43,11 @@ def test_agrees_with_float64(
 
 
 def kept(row: Tensor, density: float, gamma: float) -> Tensor:
-    return middle(row, ends(row.abs(), density, gamma))
+    count = row.shape[1]
+    ends = threshold.smallest(row.abs(), *(count - place + 1 for place in places(count, density, gamma)))
+    several = middle(torch.cat([row, row]), torch.cat([ends, ends]))
+    assert torch.equal(several[:1], middle(row, ends))  # one row takes a road of its own
+    return middle(row, ends)
 
 
 def test_the_middle_is_kept_with_what_equals_its_ends() -> None:

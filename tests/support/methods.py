@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Context, Method, Pass, Survey
+from modelmerge.methods.contract import Context, Method, Moments, Pass, Survey, measured_at_once
 from modelmerge.methods.options import make_options
 
 SHAPE = (24, 18)
@@ -22,10 +24,25 @@ def taus_of(experts: int = 4, seed: int = 0) -> Tensor:
 
 
 def measured(chosen: Method, options: Any, taus: Tensor, base: Tensor) -> Tensor | None:
-    survey, moments = chosen.survey(options, {}), chosen.moments(options)
+    survey, moments = chosen.survey(options, {}), chosen.moments(options, {})
     if moments is not None:
-        return moments(taus.reshape(len(taus), -1), base.reshape(-1))
+        return measured_at_once(moments, taus.reshape(len(taus), -1), base.reshape(-1))
     return None if survey is None else surveyed(survey, taus.reshape(len(taus), -1))
+
+
+def measured_in_blocks(moments: Moments, taus: Tensor, base: Tensor, step: int, run: int) -> Tensor:
+    """What moments tell of task vectors [T, n] and their base in blocks of `step`; runs of a sample have `run`."""
+    search = moments(taus.shape[1], False)
+    look = next(search)
+    while True:
+        width = run if look.sampled else step
+        parts = [look.measure(*part) for part in zip(taus.split(width, dim=1), base.split(width), strict=True)]
+        if look.sampled and taus.shape[1] % run:
+            parts.pop()  # the last run is shorter
+        try:
+            look = search.send(functools.reduce(operator.add, parts))
+        except StopIteration as end:
+            return end.value
 
 
 def surveyed(survey: Survey, taus: Tensor) -> Tensor:

@@ -14,15 +14,15 @@ both do not fit; entries that equal the smallest or the largest that is kept are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from modelmerge.methods import norms, signs, threshold
+from modelmerge.methods import norms, signs, threshold, trims
 from modelmerge.methods.blocks import in_blocks
-from modelmerge.methods.contract import Citation, Context, Method, Tensor
+from modelmerge.methods.contract import Citation, Context, Method, Moments, Tensor
 from modelmerge.methods.options import option
 
 
@@ -43,25 +43,24 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the trimmed task vectors, merged and scaled."""
+    if context.measured is not None:  # of the whole tensor, which may have been cut
+        limits, factors = trims.ends_and_factors(context.measured, context.weights)
+        return in_blocks(taus, lambda block: _merged(block[:, None], limits[:, None], factors, options, context)[0])
+    rows = taus.flatten(2) if taus.ndim > 2 else taus.reshape(len(taus), 1, -1)
     each = zip(context.each("density", options.density), context.each("gamma", options.gamma), strict=True)
-    if options.scope == "row" and taus.ndim > 2:
-        rows = taus.flatten(2)
-        limits = [ends(tau.abs(), *shares) for tau, shares in zip(rows, each, strict=True)]
-        factors = context.weights
-        if options.rescale == "norm":
-            kept = [norms.norm(middle(tau, limit)) for tau, limit in zip(rows, limits, strict=True)]
-            factors = tuple(w * norms.ratio(norms.norm(tau), k) for w, tau, k in zip(factors, taus, kept, strict=True))
-        return _merged(rows, limits, factors, options, context).view(taus.shape[1:])
-    sizes = torch.empty_like(taus[0]).view(1, -1)
-    limits = [ends(torch.abs(tau.reshape(1, -1), out=sizes), *shares) for tau, shares in zip(taus, each, strict=True)]
+    ends = [
+        threshold.smallest(tau.abs(), *(tau.shape[1] - place + 1 for place in places(tau.shape[1], *shares)))
+        for tau, shares in zip(rows, each, strict=True)
+    ]
     factors = context.weights
     if options.rescale == "norm":
-        factors = norms.restored(taus, factors, lambda i, block: middle(block[None], limits[i]))
-    return in_blocks(taus, lambda block: _merged(block[:, None], limits, factors, options, context)[0])
+        kept = [norms.norm(middle(tau, limit)) for tau, limit in zip(rows, ends, strict=True)]
+        factors = tuple(w * norms.ratio(norms.norm(tau), k) for w, tau, k in zip(factors, taus, kept, strict=True))
+    return _merged(rows, ends, factors, options, context).view(taus.shape[1:])
 
 
 def _merged(
-    taus: Tensor, limits: Sequence[Tensor], factors: Sequence[float], options: Options, context: Context
+    taus: Tensor, limits: Sequence[Tensor] | Tensor, factors: Sequence[float], options: Options, context: Context
 ) -> Tensor:
     """[T, m, n] with the ends [m, 2] of each and a factor on what lies between -> [m, n]."""
     each = zip(taus, limits, factors, strict=True)
@@ -70,20 +69,33 @@ def _merged(
     return merged.mul_(options.scale)
 
 
-def ends(sizes: Tensor, density: float, gamma: float) -> Tensor:
-    """The least and the largest magnitude that is kept of each row of magnitudes [m, n], which lose their order."""
-    count = sizes.shape[1]
+def places(count: int, density: float, gamma: float) -> tuple[int, int]:
+    """Of so many magnitudes, the places of the least and the largest that is kept, from the largest, which is 1."""
     kept = max(int(density * count), 1)
-    top = count - min(int(gamma * count), count - kept)
-    return threshold.smallest(sizes, top - kept + 1, top)
+    outliers = min(int(gamma * count), count - kept)
+    return outliers + kept, outliers + 1
 
 
 def middle(rows: Tensor, limits: Tensor) -> Tensor:
     """A copy of [m, n] with what lies outside each row's limits [m, 2] set to zero."""
+    if len(rows) == 1:  # what is no less than the one, without what is more than the other
+        least, largest = limits[0]
+        return threshold.trim(rows, least).sub_(torch.nn.functional.hardshrink(rows, float(largest)))
     # By products with 1 and 0: torch compares into booleans, and selects by them, several times slower.
     sizes = rows.abs()
     kept = torch.ge(sizes, limits[:, :1], out=torch.empty_like(rows))
     return kept.mul_(torch.le(sizes, limits[:, 1:], out=sizes)).mul_(rows)
+
+
+def _moments(options: Options, each: Mapping[str, tuple[float, ...]]) -> Moments | None:
+    if options.scope == "row":
+        return None
+    densities, gammas = each.get("density", (options.density,)), each.get("gamma", (options.gamma,))
+
+    def of_task(task: int, count: int) -> tuple[int, int]:
+        return places(count, densities[task % len(densities)], gammas[task % len(gammas)])
+
+    return trims.of_tensor(of_task, lambda tau, ends: middle(tau[None], ends[None])[0], options.rescale)
 
 
 METHOD = Method(
@@ -95,7 +107,8 @@ METHOD = Method(
         "MohammadReza Davari and Eugene Belilovsky",
         "ECCV 2024",
     ),
-    blockwise=lambda options: False,
-    by_rows=lambda options: options.scope == "row" and options.rescale == "none",
+    blockwise=lambda options: options.scope == "tensor",
+    by_rows=lambda options: options.rescale == "none",
+    moments=_moments,
     workspace=lambda tasks: 3.0,
 )

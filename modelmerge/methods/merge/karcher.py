@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modelmerge.methods import sphere
-from modelmerge.methods.contract import Citation, Context, Method, Tensor
+from modelmerge.methods.contract import Citation, Context, Method, Tensor, summed
 from modelmerge.methods.options import option
 
 
@@ -48,6 +48,6 @@ METHOD = Method(
     normalises=lambda options: True,
     wants_base=True,
     on_weights=lambda options: options.points == "weights",
-    moments=lambda options: sphere.moments,
+    moments=lambda options, each: summed(sphere.moments),
     workspace=lambda tasks: tasks + 4.0,
 )

@@ -15,13 +15,13 @@ as missing; theirs drops those below 1e-5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from modelmerge.methods import linalg
-from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
+from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method, measured_at_once
 from modelmerge.methods.merge import ties
 from modelmerge.methods.options import option
 
@@ -40,7 +40,9 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     basis = linalg.joint_left_vectors(taus).float()
     coordinates = torch.stack([basis.T @ tau for tau in taus])
     trim = ties.Options(density=options.density, scale=1.0, reduce=options.reduce, trim_scope="tensor")
-    return (basis @ ties.apply(coordinates, trim, context)).mul_(options.scale)
+    moments = ties.METHOD.moments(trim, {})
+    limits = moments and measured_at_once(moments, coordinates.flatten(1), coordinates[0].flatten())
+    return (basis @ ties.apply(coordinates, trim, replace(context, measured=limits))).mul_(options.scale)
 
 
 METHOD = matrix_method(

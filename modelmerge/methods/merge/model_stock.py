@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from modelmerge.methods.contract import Citation, Context, Method, Tensor
+from modelmerge.methods.contract import Citation, Context, Method, Tensor, summed
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import gram, grams, weighted_sum
 
@@ -88,6 +88,8 @@ METHOD = Method(
     ),
     normalises=lambda options: True,
     blockwise=lambda options: options.scope == "tensor",
-    moments=lambda options: (lambda taus, base: gram(taus).flatten()) if options.scope == "tensor" else None,
+    moments=lambda options, each: (
+        summed(lambda taus, base: gram(taus).flatten()) if options.scope == "tensor" else None
+    ),
     workspace=lambda tasks: 4.0,
 )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modelmerge.methods import sphere
-from modelmerge.methods.contract import Citation, Context, Method, Tensor
+from modelmerge.methods.contract import Citation, Context, Method, Tensor, summed
 from modelmerge.methods.options import option
 
 
@@ -45,6 +45,6 @@ METHOD = Method(
     normalises=lambda options: options.reduce == "mean",
     wants_base=True,
     on_weights=lambda options: options.points == "weights",
-    moments=lambda options: sphere.moments,
+    moments=lambda options, each: summed(sphere.moments),
     workspace=lambda tasks: tasks + 4.0,
 )

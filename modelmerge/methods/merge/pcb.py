@@ -12,12 +12,13 @@ agreement over the tasks after it. An expert whose magnitudes or scores are all 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from modelmerge.methods import order
+from modelmerge.methods import order, signs
+from modelmerge.methods.blocks import blocks, in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Pass, Survey, Tensor
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
@@ -39,23 +40,34 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the mean of the task vectors, weighted by the scores that are kept."""
     assert context.measured is not None
-    flat = taus.reshape(len(taus), -1)
     limits, ends = context.measured[:, :2], context.measured[:, 2:]
-    merged, divisor = torch.zeros_like(flat[0]), torch.zeros_like(flat[0])
-    for i, share in enumerate(_share(scores(flat, limits), ends)):
+    return in_blocks(taus, lambda block: _merged(block, limits, ends, context.weights).mul_(options.scale))
+
+
+def _merged(taus: Tensor, limits: Tensor, ends: Tensor, weights: Sequence[float]) -> Tensor:
+    merged, divisor = torch.zeros_like(taus[0]), torch.zeros_like(taus[0])
+    for i, share in enumerate(_share(scores(taus, limits), ends)):
         divisor.add_(share)
-        cut = flat[i].abs().clamp_(limits[i, 0], limits[i, 1]).mul_(flat[i].sign())
-        merged.add_(share.mul_(cut if context.weights[i] == 1.0 else cut.mul_(context.weights[i])))
-    return merged.div_(divisor.clamp_(min=1e-12)).mul_(options.scale).view(taus.shape[1:])
+        cut = taus[i].abs().clamp_(limits[i, 0], limits[i, 1]).mul_(taus[i].sign())
+        merged.add_(share.mul_(signs.times(cut, weights[i])))
+    return merged.div_(divisor.clamp_(min=1e-12))
+
+
+def _scores(taus: Tensor, limits: Tensor) -> Tensor:
+    """`scores` of [T, n], a block at a time."""
+    found = torch.empty_like(taus)
+    for block in blocks(taus):
+        found[:, block] = scores(taus[:, block], limits)
+    return found
 
 
 def scores(taus: Tensor, limits: Tensor) -> Tensor:
     """Each entry's score [T, n], from task vectors [T, n] and the ends of their magnitudes [T, 2]."""
     count = taus.shape[1]
-    padded = torch.nn.functional.pad(taus, (0, -count % _LANES))
+    padded = torch.nn.functional.pad(taus, (0, -count % _LANES)) if count % _LANES else taus
     agreement = torch.mul(padded, weighted_sum(padded, (1.0,) * len(padded))).tanh_()
     matters = _share(padded.abs(), limits).square_().mul_(len(taus)).exp_()
-    return agreement.mul_(matters)[:, :count].contiguous()
+    return agreement.mul_(matters)[:, :count]
 
 
 def _share(values: Tensor, ends: Tensor) -> Tensor:
@@ -70,7 +82,7 @@ def _survey(options: Options, each: Mapping[str, tuple[float, ...]]) -> Survey:
         tails = (int(numel * _TAIL) + 1, max(int(numel * (1 - _TAIL) - 1), 0) + 1)
         limits = yield from order.by_rank(lambda taus: taus.abs(), tails)
         kept = (min(int(numel * (1 - options.ratio)) + 1, numel), numel)
-        ends = yield from order.by_rank(lambda taus: scores(taus, limits), kept)
+        ends = yield from order.by_rank(lambda taus: _scores(taus, limits), kept)
         return torch.cat([limits, ends], dim=1)
 
     return Survey(find=find, reads=lambda numel: 4.0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modelmerge.methods.contract import Context, Method, Tensor
+from modelmerge.methods.contract import Context, Method, Tensor, summed
 from modelmerge.methods.merge.ram import CITATION, PAPER, changed, combined
 from modelmerge.methods.options import option
 
@@ -53,6 +53,6 @@ METHOD = Method(
     apply=apply,
     paper=PAPER,
     citation=CITATION,
-    moments=lambda options: lambda taus, base: _counts(taus, options.threshold),
+    moments=lambda options, each: summed(lambda taus, base: _counts(taus, options.threshold)),
     workspace=lambda tasks: tasks + 6.0,
 )

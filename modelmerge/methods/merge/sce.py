@@ -13,15 +13,16 @@ the paper merges the selected ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from modelmerge.methods import threshold
-from modelmerge.methods.blocks import blocks
-from modelmerge.methods.contract import Citation, Context, Method, Tensor
+from modelmerge.methods.blocks import blocks, in_blocks
+from modelmerge.methods.contract import Citation, Context, Look, Method, Moments, Tensor
 from modelmerge.methods.options import option
+from modelmerge.methods.selection import by_place
 from modelmerge.methods.sums import weighted_sum
 
 
@@ -40,22 +41,13 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the selected entries' weighted means over the experts that agree in sign."""
-    flat = taus.reshape(len(taus), -1)
-    mask = selected(flat, options.density) if options.density < 1.0 and len(taus) > 1 else None
-    squares = [0.0] * len(flat)
-    for block in blocks(flat):
-        for i, tau in enumerate(flat[:, block]):
-            kept = tau.double() if mask is None else torch.mul(tau, mask[block]).double()
-            squares[i] += float(torch.dot(kept, kept))
-    if sum(squares) < options.equal_below * flat.shape[1]:
-        squares = [1.0] * len(squares)
+    assert context.measured is not None
+    limit, *squares = context.measured.tolist()
     # The share of the largest, so that no weight underflows however small the task vectors are.
     most = max(squares)
     shares = [w * square / most if most else 0.0 for w, square in zip(context.weights, squares, strict=True)]
-    merged = torch.empty_like(flat[0])
-    for block in blocks(flat):
-        merged[block] = _agreeing(flat[:, block], None if mask is None else mask[block], shares)
-    return merged.mul_(options.scale).view(taus.shape[1:])
+    merged = in_blocks(taus, lambda block: _agreeing(block, selected(block, limit), shares))
+    return merged.mul_(options.scale)
 
 
 def _agreeing(taus: Tensor, mask: Tensor | None, shares: Sequence[float]) -> Tensor:
@@ -72,20 +64,53 @@ def _agreeing(taus: Tensor, mask: Tensor | None, shares: Sequence[float]) -> Ten
     return merged.div_(divisor.add_(torch.eq(divisor, 0.0, out=part)))
 
 
-def selected(taus: Tensor, density: float) -> Tensor:
-    """1.0 where the variance over the experts [T, n] is among the largest, 0.0 elsewhere: [n]."""
-    variance, changed = torch.empty_like(taus[0]), 0
+def variance(taus: Tensor) -> Tensor:
+    """Over the experts, times their number, [T, n] -> [n]; that of a single one, of which all is selected, is 1."""
+    if len(taus) == 1:
+        return torch.ones_like(taus[0])
+    mean, squares = taus.mean(0), torch.zeros_like(taus[0])
+    for tau in taus:
+        squares.add_((tau - mean).square_())
+    return squares
+
+
+def selected(taus: Tensor, limit: float) -> Tensor | None:
+    """1.0 where the variance over the experts [T, n] is no less than the limit, 0.0 elsewhere: [n]; None for all."""
+    return None if limit < 0 else torch.ge(sizes := variance(taus), limit, out=sizes)
+
+
+def _moments(options: Options, each: Mapping[str, tuple[float, ...]]) -> Moments:
+    """Measures the least variance that is selected, -1 for all, and the experts' sums of squares there: [1 + T]."""
+
+    def find(numel: int, at_once: bool) -> Generator[Look, Any, Tensor]:
+        def places(row: int, count: int) -> tuple[int]:
+            return (int(count * options.density),)
+
+        limit = -1.0
+        if options.density < 1.0:
+            limit = float((yield from by_place(_variances, places, numel, at_once=at_once, positive=True)))
+        squares = yield Look(lambda taus, base: _squares(taus, limit))
+        if float(squares.sum()) < options.equal_below * numel:
+            squares = torch.ones_like(squares)
+        return torch.cat([squares.new_tensor([limit]), squares])
+
+    return find
+
+
+def _variances(taus: Tensor) -> list[Tensor]:
+    return [in_blocks(taus, variance)]
+
+
+def _squares(taus: Tensor, limit: float) -> Tensor:
+    """The sums of squares [T] of the selected entries of [T, n], float64."""
+    total = torch.zeros(len(taus), dtype=torch.float64, device=taus.device)
     for block in blocks(taus):
         part = taus[:, block]
-        mean, here = part.mean(0), variance[block].zero_()
-        for tau in part:
-            here.add_((tau - mean).square_())
-        changed += int(here.count_nonzero())
-    count = int(changed * density)
-    if count == 0:
-        return variance.zero_()
-    limit = threshold.smallest(variance[None].clone(), variance.numel() - count + 1)[0, 0]
-    return torch.ge(variance, limit, out=variance)
+        mask = selected(part, limit)
+        for tau, square in zip(part, total, strict=True):
+            kept = tau.double() if mask is None else torch.mul(tau, mask).double()
+            square.add_(torch.dot(kept, kept))
+    return total
 
 
 METHOD = Method(
@@ -93,6 +118,6 @@ METHOD = Method(
     apply=apply,
     paper="https://arxiv.org/abs/2408.07990",
     citation=Citation("FuseChat: Knowledge Fusion of Chat Models", "Fanqi Wan and others", "arXiv 2024"),
-    blockwise=lambda options: False,
+    moments=_moments,
     workspace=lambda tasks: 8.0,
 )

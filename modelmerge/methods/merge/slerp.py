@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from modelmerge.methods import sphere
-from modelmerge.methods.contract import Citation, Context, Method, Tensor
+from modelmerge.methods.contract import Citation, Context, Method, Tensor, summed
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import grams
 
@@ -95,6 +95,6 @@ METHOD = Method(
     on_weights=lambda options: options.points == "weights",
     blockwise=lambda options: options.scope == "tensor",
     by_rows=lambda options: options.scope == "row",
-    moments=lambda options: sphere.moments if options.scope == "tensor" else None,
+    moments=lambda options, each: summed(sphere.moments) if options.scope == "tensor" else None,
     workspace=lambda tasks: tasks + 4.0,
 )

@@ -13,13 +13,13 @@ authors' code gives such entries the sign that won most elections in the whole m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from modelmerge.methods import norms, signs, threshold
+from modelmerge.methods import norms, signs, threshold, trims
 from modelmerge.methods.blocks import in_blocks
-from modelmerge.methods.contract import Citation, Context, Method, Tensor
+from modelmerge.methods.contract import Citation, Context, Method, Moments, Tensor
 from modelmerge.methods.options import option
 
 
@@ -38,12 +38,11 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the trimmed entries that agree with the elected sign, reduced and scaled."""
-    if options.trim_scope == "model" and options.rescale == "none":
-        return _merged(taus, context.measured, context.weights, options, context)
     thresholds, factors = context.measured, context.weights
-    if options.trim_scope == "tensor":
-        thresholds = threshold.per_tensor(taus, context.each("density", options.density))
-    if options.rescale == "norm" and thresholds is not None:
+    if thresholds is not None and options.trim_scope == "tensor":
+        ends, factors = trims.ends_and_factors(thresholds, factors)
+        thresholds = ends[:, 0]
+    elif thresholds is not None and options.rescale == "norm":
         factors = norms.restored(taus, factors, lambda i, block: threshold.trim(block, thresholds[i]))
     return in_blocks(taus, lambda block: _merged(block, thresholds, factors, options, context))
 
@@ -58,6 +57,18 @@ def _merged(
     return signs.elect(trimmed, context.weights, taus[0], options.reduce).mul_(options.scale)
 
 
+def _moments(options: Options, each: Mapping[str, tuple[float, ...]]) -> Moments | None:
+    """In a tensor int(density * n) entries are kept, and at least one (ties apart), as all do who trim by tensor."""
+    densities = each.get("density", (options.density,))
+    if options.trim_scope == "model" or min(densities) >= 1.0:
+        return None
+
+    def places(task: int, count: int) -> tuple[int]:
+        return (max(int(count * densities[task % len(densities)]), 1),)
+
+    return trims.of_tensor(places, lambda tau, ends: threshold.trim(tau, ends[0]), options.rescale)
+
+
 METHOD = Method(
     options=Options,
     apply=apply,
@@ -65,9 +76,10 @@ METHOD = Method(
     citation=Citation(
         "TIES-Merging: Resolving Interference When Merging Models", "Prateek Yadav and others", "NeurIPS 2023"
     ),
-    blockwise=lambda options: options.trim_scope == "model" and options.rescale == "none",
+    blockwise=lambda options: options.trim_scope == "tensor" or options.rescale == "none",
     survey=lambda options, each: (
         threshold.survey(each.get("density", options.density)) if options.trim_scope == "model" else None
     ),
+    moments=_moments,
     workspace=lambda tasks: 8.0,
 )
