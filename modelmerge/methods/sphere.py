@@ -71,18 +71,19 @@ def between(products: Tensor, t: float, straight_above: float = 1.0, *, upright:
     return torch.where(straight[..., None], ways, arcs)
 
 
-def direction(products: Tensor, weights: Sequence[float]) -> tuple[float, ...]:
+def direction(products: Tensor, weights: Sequence[float], soften: float) -> tuple[float, ...]:
     """Coefficients of the direction of the points' weighted directions, as long as the weighted sum of their lengths.
 
-    Their weighted sum where the directions cancel.
+    Their weighted sum where the directions cancel. `soften` is added to the lengths that points are divided by, and the
+    result goes so far along a tangent of no length.
     """
     norms = products.diagonal().sqrt()
     alphas = torch.tensor(weights, dtype=torch.float64)
-    units = torch.where(norms > 0, alphas / torch.where(norms > 0, norms, 1.0), 0.0)
+    units = torch.where(norms > 0, alphas / torch.where(norms > 0, norms + soften, 1.0), 0.0)
     square = float(units @ products @ units)
-    if square <= (_CANCELLED * float(alphas.abs().sum())) ** 2:
+    if square <= max(_CANCELLED * float(alphas.abs().sum()), soften) ** 2:
         return tuple(weights)
-    return tuple((float((alphas * norms).sum()) / square**0.5 * units).tolist())
+    return tuple((float((alphas * norms).sum()) * math.cos(soften) / square**0.5 * units).tolist())
 
 
 def centre(products: Tensor, weights: Sequence[float], steps: int, tolerance: float) -> tuple[float, ...]:

@@ -38,7 +38,6 @@ class Parameter:
         per_model: It is one value for each model, not one for all.
         words: The option's value for each of the parameter's, where it is no number.
         ends: Numbers beyond these are as good as these.
-        most: The largest that changes no number.
         outcome: What becomes of it, where the above does not say it.
     """
 
@@ -48,7 +47,6 @@ class Parameter:
     per_model: bool = False
     words: Mapping[Any, Any] | None = None
     ends: tuple[float, float] = (-math.inf, math.inf)
-    most: float | None = None
     outcome: str | None = None
 
     def bounded(self, value: Any) -> Any:
@@ -167,11 +165,7 @@ METHODS: Mapping[str, Row] = {
     ),
     "multislerp": Row(
         "multislerp",
-        (
-            _WEIGHT,
-            Parameter("normalize_weights", "reduce", True, words=_MEANS),
-            Parameter("eps", None, 1e-8, most=1e-6, outcome="nothing is divided by zero here"),
-        ),
+        (_WEIGHT, Parameter("normalize_weights", "reduce", True, words=_MEANS), Parameter("eps", "soften", 1e-8)),
         inputs="either",
         alone={"points": "weights"},
     ),

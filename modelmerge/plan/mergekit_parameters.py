@@ -169,8 +169,6 @@ def _value(row: Row, parameter: Parameter, value: Any) -> Any:
         raise ValueError(f"must be {_NOUNS[kind]}, not {shown(value)}") from None
     if parameter.words is not None:
         return parameter.words[number]
-    if parameter.most is not None and number > parameter.most:
-        raise ValueError(f"only up to {parameter.most:g} can be honoured: {parameter.outcome}")
     if parameter.option not in (None, WEIGHT):
         try:
             check_option(registry.load(row.method), str(parameter.option), parameter.bounded(number))

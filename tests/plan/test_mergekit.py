@@ -202,8 +202,8 @@ base_model: models/base
          ["modules.encoder: only the module 'default'", "modules.default.slices: is no list"]),
         ("merge_method: slerp\nbase_model: a\nmodels: [{model: b}, {model: c}]\nparameters: {t: 0.5}\n",
          ["models: this method takes 1 besides the base, and there are 2"]),
-        ("merge_method: multislerp\nmodels: [{model: a}]\nparameters: {weight: 1, eps: 0.1}\n",
-         ["parameters.eps: only up to 1e-06 can be honoured: nothing is divided by zero here"]),
+        ("merge_method: multislerp\nmodels: [{model: a}]\nparameters: {weight: 1, eps: -1}\n",
+         ["parameters.eps: soften must be at least 0"]),
         ("merge_method: karcher\nmodels: [{model: a}]\nparameters: {max_iter: 1.5}\n",
          ["parameters.max_iter: must be an integer, not 1.5"]),
         ("merge_method: nuslerp\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1, nuslerp_flatten: [true, "
@@ -328,8 +328,8 @@ def test_a_vector_has_every_parameter_off_its_default() -> None:
         slices = [each for config in mine for each in config.get("slices", ())]
         places += [place.get("parameters", {}) for each in slices for place in (each, *each["sources"])]
         for parameter in row.parameters:
-            given = [place[parameter.key] for place in places if parameter.key in place]
-            assert any(value != parameter.default for value in given), (name, parameter.key)
+            values = [place[parameter.key] for place in places if parameter.key in place]
+            assert any(value != parameter.default for value in values), (name, parameter.key)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def typed(options: Mapping[str, Any]) -> str:
 def becomes(parameter: mergekit_methods.Parameter) -> str:
     """What a parameter of mergekit is here."""
     if parameter.option is None:
-        return "has no effect" if parameter.outcome is None else f"has no effect: {parameter.outcome}"
+        return "has no effect"
     if parameter.outcome is not None:
         return spelled(parameter.outcome, flag)
     typed = flag(parameter.option)

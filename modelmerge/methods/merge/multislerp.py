@@ -5,8 +5,9 @@ one; the direction of the sum, weighted by --weight, has the weighted mean of th
 the Karcher mean (`karcher`), which goes on until it stands still. Of the task vectors, as in mergekit's multislerp with
 a base model, or of the weights themselves (without one).
 
-mergekit adds the mean of the tangents at that direction, which is zero by construction. Deviation: where the directions
-cancel, mergekit ends in an error for more than two models; here the result is the weighted mean.
+mergekit adds the mean of the tangents at that direction, which is zero by construction, and to each length 1e-8 before
+it divides (`--soften`). Deviation: where the directions cancel, it ends in an error for more than two models; here the
+result is the weighted mean.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ class Options:
 
     points: Literal["weights", "task-vectors"] = option("task-vectors", "What is averaged.")
     reduce: Literal["sum", "mean"] = option("mean", "Take the mean of the lengths by the weights, or add them up.")
+    soften: float = option(
+        0.0, "Added to the length that a model is divided by; in mergekit 1e-8.", minimum=0.0, varies="tensor"
+    )
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
@@ -33,7 +37,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     moments = tuple(context.measured.tolist())
     total = sum(context.weights) if options.reduce == "mean" else 1.0
     weights = tuple(weight / total for weight in context.weights)
-    coefficients = sphere.mean_of(moments, weights, options.points, sphere.direction)
+    coefficients = sphere.mean_of(moments, weights, options.points, sphere.direction, options.soften)
     return sphere.merged(taus, context, options.points, coefficients)
 
 
