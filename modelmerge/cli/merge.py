@@ -378,4 +378,4 @@ def carry_out(
 
         drawing.save([of_coefficients(manifest["recipe"])], plot)
         data, lines = {**data, "plot": str(plot)}, [*lines, line((str(plot), "bold"))]
-    finish(sink, target, out, data, [*lines, *next_lines(out)])
+    finish(sink, target, out, data, [*lines, *next_lines(manifest, out)])

@@ -33,7 +33,8 @@ def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> li
     groups = [f"{len(group['tensors'])} by {group['method']}" for group in counts["groups"]]
     counted = [f"{many(counts['merged'], 'tensor')} merged" + (f" ({', '.join(groups)})" if len(groups) > 1 else "")]
     counted += [f"{len(counts['copied'])} copied from the base"] if counts["copied"] else []
-    experts = many(len(manifest["inputs"]["experts"]), "expert")
+    count = len(manifest["inputs"]["experts"])
+    experts = many(count, "expert") if count else "layers of the base"
     lines: list[str | Text | Table] = [
         line(
             ("merged", "bold green"),
@@ -56,13 +57,16 @@ def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> li
     return lines
 
 
-def next_lines(out: Path) -> list[str | Text | Table]:
-    """What to do with a merged model: two commands, and a line of Python that loads it."""
+def next_lines(manifest: Mapping[str, Any], out: Path) -> list[str | Text | Table]:
+    """What to do with a merged model: commands, and a line of Python that loads it."""
     from modelmerge.record.loading import code_of
 
     place = shlex.quote(str(out))
     python = code_of(out, str(out), beside=False)
-    steps = [f"modelmerge verify {place}", f"modelmerge eval weights {place}", *(["; ".join(python)] if python else [])]
+    steps = [f"modelmerge verify {place}"]
+    if not manifest["recipe"].get("layers"):  # a stack has no experts to be set beside
+        steps.append(f"modelmerge eval weights {place}")
+    steps += ["; ".join(python)] if python else []
     return [line(("next  " if i == 0 else "      ", "bold cyan"), step) for i, step in enumerate(steps)]
 
 

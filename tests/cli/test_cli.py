@@ -115,7 +115,8 @@ def test_a_merge_ends_with_what_was_written_and_what_is_next(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for model in models:
-        (model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2}
+        (model / "config.json").write_text(json.dumps(config))
     code, out, _ = run(capsys, "merge", "ties", *models[:2], "-o", "my out", "--include", "*embed*")
     lines = out.splitlines()
     assert code == 0
@@ -132,6 +133,10 @@ def test_a_merge_ends_with_what_was_written_and_what_is_next(
         "model = AutoModelForCausalLM.from_pretrained('my out')"
     )
     assert run(capsys, "merge", "ties", *models, "-o", "quiet", "-q")[1] == "quiet\n"
+    words = ["--layers", "base:0-2", "--layers", "base:1-2"]
+    _, out, _ = run(capsys, "merge", "passthrough", models[0], *words, "-o", "high")
+    assert out.startswith("merged layers of the base with passthrough: ")
+    assert "eval weights" not in out, "a stack has no experts to be set beside"
 
 
 def test_json_is_all_of_stdout(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
