@@ -247,7 +247,8 @@ def test_the_manifest_tells_the_whole_merge(models: list[Path], tmp_path: Path) 
     base, *experts = models
     manifest = modelmerge.merge(base, experts, tmp_path / "out", method="ties", density=0.5)
     assert manifest == json.loads((tmp_path / "out" / "modelmerge.json").read_bytes())
-    assert manifest["recipe"]["options"] == {"density": 0.5, "scale": 0.3, "reduce": "sum", "trim_scope": "model"}
+    options = {"density": 0.5, "scale": 0.3, "reduce": "sum", "trim_scope": "model", "rescale": "none"}
+    assert manifest["recipe"]["options"] == options
     assert manifest["tensors"]["merged"] == 8
     assert manifest["tensors"]["copied"] == {"position_ids": "I64, not floating"}
     assert [e["name"] for e in manifest["inputs"]["experts"]] == ["expert_0", "expert_1", "expert_2"]

@@ -40,6 +40,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     basis = linalg.joint_left_vectors(taus).float()
     coordinates = torch.stack([basis.T @ tau for tau in taus])
     trim = ties.Options(density=options.density, scale=1.0, reduce=options.reduce, trim_scope="tensor")
+    if not coordinates.numel():  # nothing has changed
+        return torch.zeros_like(taus[0])
     moments = ties.METHOD.moments(trim, {})
     limits = moments and measured_at_once(moments, coordinates.flatten(1), coordinates[0].flatten())
     return (basis @ ties.apply(coordinates, trim, replace(context, measured=limits))).mul_(options.scale)
