@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -70,6 +71,8 @@ def finish(code: int) -> NoReturn:
     global _finished
     _finished = True
     if not _received:
+        # Python looks through all objects for garbage once more as it ends, which takes as long as a small merge.
+        gc.freeze()
         sys.exit(code)
     # Python would end by SIGINT, whatever the code, if a KeyboardInterrupt has come through any `exec`.
     atexit._run_exitfuncs()
