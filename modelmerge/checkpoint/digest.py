@@ -1,7 +1,7 @@
-"""sha256 of files: of inputs while they are read, of anything at rest.
+"""sha256 of files: of inputs while they are read, of outputs while they are written, of anything at rest.
 
-An input's digest follows the reads: what the merge has just read is still in the page cache, so hashing it costs no
-second trip to the disk, however large the model. A digest once taken is remembered by path, inode, size and
+A digest follows the reads or writes: what the merge has just read is still in the page cache, so hashing it costs no
+second trip to the disk, however large the model; and no thread waits for another that hashes. An input's, once taken is remembered by path, inode, size and
 modification time, as build tools do, so that merging the same experts again hashes nothing.
 """
 
@@ -22,7 +22,67 @@ _OURS: dict[str, dict[str, object]] = {}  # by path: files that this process has
 _SETTLED = 2.0  # seconds: a file younger than this may change again within one tick of its timestamp
 
 
-class FileDigest:
+class _Follower:
+    """The sha256 of an open file, as far as it has come."""
+
+    def __init__(self, file: Path, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._lock = threading.Lock()
+        self._sha256: str | None = None  # of the whole
+
+    def follow(self, position: int) -> None:
+        """Hash on up to `position`, unless another thread is at it: then a later call catches up."""
+        if self._sha256 is None and position > self._position and self._lock.acquire(blocking=False):
+            try:
+                self._advance(position)
+            finally:
+                self._lock.release()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.descriptor)
+
+    def _advance(self, position: int) -> None:
+        buffer = memoryview(bytearray(min(_CHUNK, max(position - self._position, 1))))
+        while self._position < position:
+            count = os.preadv(self.descriptor, [buffer[: position - self._position]], self._position)
+            if not count:
+                raise CheckpointError(f"{self._file}: ended before its {position} bytes were read")
+            self._hash.update(buffer[:count])
+            self._position += count
+
+
+class WrittenDigest(_Follower):
+    """A file that is open for writing, and its sha256 as far as it is there without a gap."""
+
+    def __init__(self, file: Path, descriptor: int) -> None:
+        """Of an open file, which is closed with it."""
+        super().__init__(file, descriptor)
+        self._there = 0  # bytes from the start without a gap
+        self._beyond: dict[int, int] = {}  # what lies after a gap, from a byte to a byte
+        self._mutex = threading.Lock()
+
+    def wrote(self, start: int, stop: int) -> None:
+        """Hash on, now that these bytes are there; from any thread, in any order, each byte once."""
+        with self._mutex:
+            if start < stop:
+                self._beyond[start] = stop
+            while self._there in self._beyond:
+                self._there = self._beyond.pop(self._there)
+            there = self._there
+        self.follow(there)
+
+    def finish(self) -> str:
+        """The sha256 of the file, in hex, now that it has no gap."""
+        with self._lock:
+            self._advance(self._there)
+        return self._hash.hexdigest()
+
+
+class FileDigest(_Follower):
     """A file that is open for reading, and its sha256 as far as reads have come."""
 
     def __init__(self, file: Path, planned: os.stat_result | None = None) -> None:
@@ -32,17 +92,14 @@ class FileDigest:
             CheckpointError: It cannot be read, or is no longer what was planned with.
         """
         try:
-            self.descriptor = os.open(file, os.O_RDONLY)
+            descriptor = os.open(file, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-        self._file = file
-        self._stat = os.fstat(self.descriptor)
+        super().__init__(file, descriptor)
+        self._stat = os.fstat(descriptor)
         if planned is not None and _identity(file, planned) != _identity(file, self._stat):
-            os.close(self.descriptor)
+            self.close()
             raise CheckpointError(f"{file}: changed since its header was read", hint="run the command again")
-        self._hash = hashlib.sha256()
-        self._position = 0
-        self._lock = threading.Lock()
         self._sha256 = _recall(file, self._stat)
 
     def read(self, buffer: memoryview, position: int, *, follow: bool) -> int:
@@ -51,14 +108,6 @@ class FileDigest:
         if follow:
             self.follow(position + count)
         return count
-
-    def follow(self, position: int) -> None:
-        """Hash on up to `position`, unless another thread is at it: then a later call catches up."""
-        if self._sha256 is None and position > self._position and self._lock.acquire(blocking=False):
-            try:
-                self._advance(position)
-            finally:
-                self._lock.release()
 
     def finish(self) -> str:
         """The sha256 of the whole file, in hex.
@@ -78,19 +127,6 @@ class FileDigest:
                 self._sha256 = self._hash.hexdigest()
                 _remember(self._file, self._stat, self._sha256)
             return self._sha256
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self.descriptor)
-
-    def _advance(self, position: int) -> None:
-        buffer = memoryview(bytearray(min(_CHUNK, max(position - self._position, 1))))
-        while self._position < position:
-            count = os.preadv(self.descriptor, [buffer[: position - self._position]], self._position)
-            if not count:
-                raise CheckpointError(f"{self._file}: ended before its {position} bytes were read")
-            self._hash.update(buffer[:count])
-            self._position += count
 
 
 def sha256(file: Path) -> str:

@@ -6,7 +6,7 @@ import os
 import threading
 from pathlib import Path
 
-from modelmerge.checkpoint.digest import sha256
+from modelmerge.checkpoint.digest import WrittenDigest
 from modelmerge.checkpoint.layout import Shard
 from modelmerge.checkpoint.scratch import claim_space, write_all
 
@@ -18,36 +18,39 @@ class ShardFile:
         """Make the file, with its header."""
         self.shard = shard
         self.missing = shard.file_bytes - len(shard.header)
-        self._path = path
         self._mutex = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         # 0o666 and not more: the umask decides, as for any file a user makes.
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file = WrittenDigest(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666))
         try:
-            write_all(self._descriptor, memoryview(shard.header), 0)
+            self._write(memoryview(shard.header), 0)
         except BaseException:
             self.close()
             raise
 
     def claim_space(self) -> None:
         """Claim the room for all that is to come: a full disk shows now."""
-        claim_space(self._descriptor, self.shard.file_bytes)
+        claim_space(self._file.descriptor, self.shard.file_bytes)
 
     def write(self, tensor: str, offset: int, data: memoryview) -> bool:
         """Write a piece of a tensor, `offset` bytes from its start; whether it was the last that was missing.
 
         From any thread, in any order, each byte once.
         """
-        write_all(self._descriptor, data, self.shard.tensors[tensor] + offset)
+        self._write(data, self.shard.tensors[tensor] + offset)
         with self._mutex:
             self.missing -= len(data)
             return self.missing == 0
 
     def finish(self) -> str:
-        """Have the bytes on the disk; their sha256, read from there."""
-        os.fsync(self._descriptor)
-        return sha256(self._path)
+        """Have the bytes on the disk; their sha256."""
+        os.fsync(self._file.descriptor)
+        return self._file.finish()
 
     def close(self) -> None:
         """Let go of the file."""
-        os.close(self._descriptor)
+        self._file.close()
+
+    def _write(self, data: memoryview, start: int) -> None:
+        write_all(self._file.descriptor, data, start)
+        self._file.wrote(start, start + len(data))

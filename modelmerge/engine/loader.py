@@ -48,7 +48,10 @@ class Loader:
         self._right: dict[str, tuple[TensorInfo, Tensor]] = {}  # by expert, the last right factor
         self._device = device
         pinned = device.type == "cuda"
-        self._raw = torch.empty(stored, dtype=torch.uint8, pin_memory=pinned)
+        self._raw = torch.empty(-(-stored // 8) * 8, dtype=torch.uint8, pin_memory=pinned)
+        # The same memory as each dtype, and as bytes: to make these anew for every piece takes longer than to read it.
+        self._views = {name: self._raw.view(dtype) for name, dtype in TORCH_DTYPES.items()}
+        self._bytes = _buffer(self._raw)
         self._theta_0 = torch.empty(elements, dtype=torch.float32, device=device)
         self._taus = torch.empty(len(source.plan.experts) * elements, dtype=torch.float32, device=device)
 
@@ -60,16 +63,17 @@ class Loader:
         Raises:
             CheckpointError: With `check`, a weight is NaN or Inf.
         """
-        shape = piece.tensor.shape if piece.whole else (piece.stop - piece.start,)
-        experts = self._source.plan.experts_of(piece.tensor)
-        taus = self._taus[: len(experts) * (piece.stop - piece.start)].view(len(experts), *shape)
-        theta_0 = self._widened(self._models[0], piece).view(shape)
+        experts, size = self._source.plan.experts_of(piece.tensor), piece.stop - piece.start
+        taus = self._taus[: len(experts) * size].view(len(experts), size)
+        theta_0 = self._widened(self._models[0], piece)
         for tau, expert in zip(taus, experts, strict=True):
             self._load_one(expert, piece, theta_0, tau)
         # One sum finds any NaN or Inf of base and experts, for both stay in a difference and in a sum. A sum that is
         # not finite may also be an overflow of finite numbers: look again, one model at a time.
         if check and not bool((taus if len(taus) else theta_0).sum().isfinite()):
             self._refuse_nonfinite(piece)
+        if piece.whole:
+            return theta_0.view(piece.tensor.shape), taus.view(len(experts), *piece.tensor.shape)
         return theta_0, taus
 
     def each(self, tensor: TensorPlan, *, check: bool) -> Iterator[Tensor]:
@@ -79,26 +83,27 @@ class Loader:
             CheckpointError: With `check`, a weight is NaN or Inf.
         """
         piece = Piece(tensor, 0, tensor.numel, whole=True)
-        theta_0, tau = self._widened(self._models[0], piece).view(tensor.shape), self._taus[: tensor.numel]
+        theta_0, tau = self._widened(self._models[0], piece), self._taus[: tensor.numel]
         for expert in self._source.plan.experts_of(tensor):
-            self._load_one(expert, piece, theta_0, tau.view(tensor.shape))
+            self._load_one(expert, piece, theta_0, tau)
             if check and not bool(tau.sum().isfinite()):
                 self._refuse_nonfinite(piece)
             yield tau.view(tensor.shape)
 
     def _load_one(self, expert: Checkpoint, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
+        """An expert's task vector, flat, into `tau`."""
         common = piece.tensor.common - piece.start
         if common < tau.numel():  # beyond the rows that all models have nothing changes
             tau.zero_()
             if common > 0:
                 part = replace(piece, stop=piece.start + common, whole=False)
-                self._load_one(expert, part, theta_0.flatten()[:common], tau.view(-1)[:common])
+                self._load_one(expert, part, theta_0[:common], tau[:common])
             return
         info = expert.tensors.get(piece.tensor.name)
         if info is None:  # a task vector or an adapter that leaves out what did not change
             tau.zero_()
         elif info.change is None:
-            stored = self.stored(expert, piece).view(tau.shape)
+            stored = self.stored(expert, piece)
             if torch.float64 in (stored.dtype, theta_0.dtype):
                 tau.copy_(stored.double() - theta_0.double())
             else:
@@ -111,12 +116,12 @@ class Loader:
                 if start < stop:
                     here = slice(start - piece.start, stop - piece.start)
                     place = (row, start - row * width, stop - row * width)
-                    self._load_changed(expert, run, piece.tensor, place, theta_0.flatten()[here], tau.view(-1)[here])
+                    self._load_changed(expert, run, piece.tensor, place, theta_0[here], tau[here])
         elif info.change.factors is None:
-            tau.copy_(self.stored(expert, piece).view(tau.shape)).mul_(info.change.scale)
+            tau.copy_(self.stored(expert, piece)).mul_(info.change.scale)
         else:
             place = (0, piece.start, piece.stop)
-            self._load_changed(expert, info, piece.tensor, place, theta_0.flatten(), tau.view(-1))
+            self._load_changed(expert, info, piece.tensor, place, theta_0, tau)
 
     def _load_changed(
         self, expert: Checkpoint, info: TensorInfo, tensor: TensorPlan, place: Place, theta_0: Tensor, tau: Tensor
@@ -241,11 +246,12 @@ class Loader:
 
     def copy(self, piece: Piece) -> Tensor:
         """The base's own elements, flat, in the output's dtype (raw bytes where it stays the same)."""
-        raw = self._read(self._models[0], piece)
-        if piece.tensor.checked and not bool(raw.view(TORCH_DTYPES[piece.tensor.dtype]).float().sum().isfinite()):
+        nbytes = self._read(self._models[0], piece)
+        stored = self._views[piece.tensor.dtype][: piece.stop - piece.start] if piece.tensor.checked else None
+        if stored is not None and not bool(stored.float().sum().isfinite()):
             self._refuse_nonfinite(piece, self._models[:1])
         if piece.tensor.out_dtype == piece.tensor.dtype:
-            return raw
+            return self._raw[:nbytes]
         return rounded(piece, self._widened(self._models[0], piece), check=piece.tensor.checked)
 
     def _refuse_nonfinite(self, piece: Piece, models: Sequence[Checkpoint] | None = None) -> None:
@@ -287,14 +293,17 @@ class Loader:
 
     def stored(self, model: Checkpoint, piece: Piece) -> Tensor:
         """A model's elements, flat, as stored, on the device; in a buffer that the next call writes over."""
-        return self._read(model, piece).view(TORCH_DTYPES[model.tensors[piece.tensor.name].dtype]).to(self._device)
+        self._read(model, piece)
+        values = self._views[model.tensors[piece.tensor.name].dtype][: piece.stop - piece.start]
+        return values.to(self._device) if self._device.type != "cpu" else values
 
-    def _read(self, model: Checkpoint, piece: Piece) -> Tensor:
+    def _read(self, model: Checkpoint, piece: Piece) -> int:
+        """Read a model's elements into the buffer; the bytes read."""
         info = model.tensors[piece.tensor.name]
-        first, last = piece.start * item_bytes(info.dtype), piece.stop * item_bytes(info.dtype)
-        raw = self._raw[: last - first]
-        model.read_into(info, first, _buffer(raw), follow=not piece.sampled)
-        return raw
+        size = item_bytes(info.dtype)
+        nbytes = (piece.stop - piece.start) * size
+        model.read_into(info, piece.start * size, self._bytes[:nbytes], follow=not piece.sampled)
+        return nbytes
 
 
 def loader_of(source: Source, tensors: Sequence[TensorPlan]) -> Loader:

@@ -86,5 +86,5 @@ def squared(values: Tensor) -> float:
     if values.is_cuda:
         return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
     # On the CPU a product of float32 vectors takes a tenth of that time, and is exact enough for runs of this length.
-    runs = values.reshape(-1).split(_RUN)
-    return math.fsum(torch.stack([torch.dot(run, run) for run in runs]).tolist())
+    runs = values.reshape(-1).split(_RUN) if values.numel() > _RUN else (values.reshape(-1),)
+    return math.fsum(float(torch.dot(run, run)) for run in runs)

@@ -16,11 +16,14 @@ def weighted_sum(taus: Tensor, weights: Sequence[float]) -> Tensor:
     Product and sum are two steps: torch fuses `add(alpha=...)` into one rounding in vector lanes but not in the rest
     of a block, so that the bits would depend on where the block ends.
     """
-    total = taus[0] * weights[0]
-    product = torch.empty_like(total)
+    first = taus[0]
+    total = first if weights[0] == 1.0 else first * weights[0]
+    product = None
     for tau, weight in zip(taus[1:], weights[1:], strict=True):
-        total.add_(tau if weight == 1.0 else torch.mul(tau, weight, out=product))
-    return total
+        if weight != 1.0:
+            tau = product = torch.mul(tau, weight, out=product)
+        total = total + tau if total is first else total.add_(tau)
+    return first.clone() if total is first else total
 
 
 def combined(taus: Tensor, base: Tensor | None, coefficients: Sequence[float]) -> Tensor:
