@@ -1,8 +1,9 @@
 """sha256 of files: of inputs while they are read, of outputs while they are written, of anything at rest.
 
-A digest follows the reads or writes: what the merge has just read is still in the page cache, so hashing it costs no
-second trip to the disk, however large the model; and no thread waits for another that hashes. An input's, once taken is remembered by path, inode, size and
-modification time, as build tools do, so that merging the same experts again hashes nothing.
+A digest follows the reads or writes: what the merge has just read or written is in the processor's or the page cache,
+so hashing it costs no second trip to the disk, however large the model, and no pass of its own at the end. An input's
+digest once taken is remembered by path, inode, size and modification time, as build tools do, so that merging the same
+experts again hashes nothing.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ class _Follower:
         self._lock = threading.Lock()
         self._sha256: str | None = None  # of the whole
 
-    def follow(self, position: int) -> None:
-        """Hash on up to `position`, unless another thread is at it: then a later call catches up."""
-        if self._sha256 is None and position > self._position and self._lock.acquire(blocking=False):
+    def follow(self, start: int, data: memoryview) -> None:
+        """Hash on as far as these bytes of the file, unless another thread is at it: then a later call catches up."""
+        stop = start + len(data)
+        if self._sha256 is None and stop > self._position and self._lock.acquire(blocking=False):
             try:
-                self._advance(position)
+                if start == self._position:
+                    self._hash.update(data)
+                    self._position = stop
+                self._advance(stop)
             finally:
                 self._lock.release()
 
@@ -65,15 +70,17 @@ class WrittenDigest(_Follower):
         self._beyond: dict[int, int] = {}  # what lies after a gap, from a byte to a byte
         self._mutex = threading.Lock()
 
-    def wrote(self, start: int, stop: int) -> None:
+    def wrote(self, start: int, data: memoryview) -> None:
         """Hash on, now that these bytes are there; from any thread, in any order, each byte once."""
+        if not data:
+            return
         with self._mutex:
-            if start < stop:
-                self._beyond[start] = stop
+            self._beyond[start] = start + len(data)
             while self._there in self._beyond:
                 self._there = self._beyond.pop(self._there)
-            there = self._there
-        self.follow(there)
+            whole = start < self._there
+        if whole:
+            self.follow(start, data)
 
     def finish(self) -> str:
         """The sha256 of the file, in hex, now that it has no gap."""
@@ -106,7 +113,7 @@ class FileDigest(_Follower):
         """Read into `buffer` from `position` on; the bytes read. With `follow`, hash as far as that."""
         count = os.preadv(self.descriptor, [buffer], position)
         if follow:
-            self.follow(position + count)
+            self.follow(position, buffer[:count])
         return count
 
     def finish(self) -> str:

@@ -53,4 +53,4 @@ class ShardFile:
 
     def _write(self, data: memoryview, start: int) -> None:
         write_all(self._file.descriptor, data, start)
-        self._file.wrote(start, start + len(data))
+        self._file.wrote(start, data)

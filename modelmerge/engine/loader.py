@@ -71,7 +71,7 @@ class Loader:
         # One sum finds any NaN or Inf of base and experts, for both stay in a difference and in a sum. A sum that is
         # not finite may also be an overflow of finite numbers: look again, one model at a time.
         if check and not bool((taus if len(taus) else theta_0).sum().isfinite()):
-            self._refuse_nonfinite(piece)
+            self.refuse_nonfinite(piece)
         if piece.whole:
             return theta_0.view(piece.tensor.shape), taus.view(len(experts), *piece.tensor.shape)
         return theta_0, taus
@@ -87,7 +87,7 @@ class Loader:
         for expert in self._source.plan.experts_of(tensor):
             self._load_one(expert, piece, theta_0, tau)
             if check and not bool(tau.sum().isfinite()):
-                self._refuse_nonfinite(piece)
+                self.refuse_nonfinite(piece)
             yield tau.view(tensor.shape)
 
     def _load_one(self, expert: Checkpoint, piece: Piece, theta_0: Tensor, tau: Tensor) -> None:
@@ -249,12 +249,17 @@ class Loader:
         nbytes = self._read(self._models[0], piece)
         stored = self._views[piece.tensor.dtype][: piece.stop - piece.start] if piece.tensor.checked else None
         if stored is not None and not bool(stored.float().sum().isfinite()):
-            self._refuse_nonfinite(piece, self._models[:1])
+            self.refuse_nonfinite(piece, self._models[:1])
         if piece.tensor.out_dtype == piece.tensor.dtype:
             return self._raw[:nbytes]
         return rounded(piece, self._widened(self._models[0], piece), check=piece.tensor.checked)
 
-    def _refuse_nonfinite(self, piece: Piece, models: Sequence[Checkpoint] | None = None) -> None:
+    def refuse_nonfinite(self, piece: Piece, models: Sequence[Checkpoint] | None = None) -> None:
+        """Name the weight of a piece that is NaN or Inf, if there is one.
+
+        Raises:
+            CheckpointError: There is.
+        """
         for model in models or self._models:
             info = model.tensors.get(piece.tensor.name)
             if model is not self._models[0]:

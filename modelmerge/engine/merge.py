@@ -22,6 +22,7 @@ from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.transforms import Factors, FittedJob, fit
 from modelmerge.engine.units import Alone, Crew, Unit, shard_units
+from modelmerge.errors import CheckpointError
 from modelmerge.methods.contract import Context, measured_at_once
 from modelmerge.methods.options import is_linear
 from modelmerge.plan.tensors import TensorPlan
@@ -171,12 +172,17 @@ def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Out
             for output in outputs:
                 output.write(piece, data)
         else:
-            theta_0, taus = loader.load(piece, check=fitted.unchecked(piece.tensor))
+            after = job.group(piece.tensor).method.checked_after
+            theta_0, taus = loader.load(piece, check=fitted.unchecked(piece.tensor) and not after)
             fitted.chain.apply(piece, taus)
             if in_rows(piece.tensor):
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
-            for output, data in _merged(fitted, piece, theta_0, taus, outputs):
-                output.write(piece, data)
+            try:
+                for output, data in _merged(fitted, piece, theta_0, taus, outputs):
+                    output.write(piece, data)
+            except CheckpointError:
+                loader.refuse_nonfinite(piece)
+                raise
         progress.advance(piece_bytes(job.plan, piece), piece.tensor.name)
 
     def merge_cut(tensors: Sequence[TensorPlan]) -> None:

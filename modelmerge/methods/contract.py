@@ -176,6 +176,7 @@ class Method:
         wants_base: It looks at `context.base`.
         on_weights: Given the options, whether it merges the models' weights, so that the result is the same wherever
             their task vectors are seen from.
+        checked_after: What it makes is not finite wherever a task vector is not, so that no check comes before it.
         blockwise: Given the options, whether `apply` is element-wise, so that a tensor may be cut anywhere and comes
             as blocks [T, n]. Otherwise a tensor comes whole.
         by_rows: Given the options, whether `apply` works row by row, so that a tensor that may not be cut anywhere may
@@ -201,6 +202,7 @@ class Method:
     normalises: Callable[[Any], bool] = lambda options: False
     wants_base: bool = False
     on_weights: Callable[[Any], bool] = lambda options: False
+    checked_after: bool = False
     blockwise: Callable[[Any], bool] = lambda options: True
     by_rows: Callable[[Any], bool] = lambda options: False
     survey: Callable[[Any, Mapping[str, tuple[float, ...]]], Survey | None] = lambda options, each: None

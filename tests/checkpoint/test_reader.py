@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
 import shlex
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from safetensors.torch import save, save_file
 import modelmerge
 from modelmerge.checkpoint import digest
 from modelmerge.checkpoint.components import INDEX
-from modelmerge.checkpoint.digest import FileDigest
+from modelmerge.checkpoint.digest import FileDigest, WrittenDigest
 from modelmerge.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reader import Checkpoint, open_checkpoint
@@ -543,18 +545,49 @@ def true_digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(
-    "positions",
-    [[], [0], [1, 2, 3], [1_000_003], [700_000, 5, 700_001, 262_144], [999_999, 0, 1_000_003]],
-    ids=["none", "zero", "a few bytes", "all at once", "out of order", "backwards"],
-)
-def test_a_digest_follows_reads_in_any_order(positions: list[int], big: Path) -> None:
+READS = {
+    "none": [],
+    "nothing": [(0, 0)],
+    "a few bytes": [(0, 1), (1, 2), (2, 3)],
+    "all at once": [(0, 1_000_003)],
+    "out of order": [(500_000, 700_000), (0, 5), (700_000, 700_001), (5, 262_144)],
+    "backwards": [(999_000, 999_999), (0, 0), (0, 1_000_003)],
+}
+
+
+@pytest.mark.parametrize("reads", READS.values(), ids=READS.keys())
+def test_a_digest_follows_reads_in_any_order(reads: list[tuple[int, int]], big: Path) -> None:
     found = FileDigest(big)
-    for position in positions:
-        found.follow(position)
+    for start, stop in reads:
+        assert found.read(memoryview(bytearray(stop - start)), start, follow=True) == stop - start
     assert found.finish() == true_digest(big)
     assert found.finish() == true_digest(big)
     found.close()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+def test_a_digest_follows_writes_in_any_order(order: tuple[int, ...], big: Path, tmp_path: Path) -> None:
+    file, content, cuts = tmp_path / "copy", memoryview(big.read_bytes()), (0, 7, 300_000, 300_000, 1_000_003)
+    written = WrittenDigest(file, os.open(file, os.O_RDWR | os.O_CREAT))
+    for i in order:
+        os.pwrite(written.descriptor, content[cuts[i] : cuts[i + 1]], cuts[i])
+        written.wrote(cuts[i], content[cuts[i] : cuts[i + 1]])
+    assert written.finish() == true_digest(big)
+    written.close()
+
+
+def test_a_digest_follows_writes_of_several_threads(big: Path, tmp_path: Path) -> None:
+    file, content, size = tmp_path / "copy", memoryview(big.read_bytes()), 10_007
+    written = WrittenDigest(file, os.open(file, os.O_RDWR | os.O_CREAT))
+
+    def write_one(start: int) -> None:
+        os.pwrite(written.descriptor, content[start : start + size], start)
+        written.wrote(start, content[start : start + size])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_one, range(0, len(content), size)))
+    assert written.finish() == true_digest(big)
+    written.close()
 
 
 def test_the_digests_of_a_checkpoint_are_those_of_its_files(tmp_path: Path) -> None:

@@ -41,4 +41,5 @@ METHOD = Method(
     normalises=lambda options: options.reduce == "mean",
     wants_base=True,
     on_weights=lambda options: True,
+    checked_after=True,
 )

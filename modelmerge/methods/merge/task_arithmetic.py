@@ -35,4 +35,5 @@ METHOD = Method(
     apply=apply,
     paper="https://arxiv.org/abs/2212.04089",
     citation=Citation("Editing Models with Task Arithmetic", "Gabriel Ilharco and others", "ICLR 2023"),
+    checked_after=True,
 )
