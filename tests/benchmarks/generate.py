@@ -24,7 +24,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 BASE_STD, TASK_STD = 0.02, 1e-3
 SHARD_BYTES = 200_000_000
-_DTYPES = {"llama": ("BF16", torch.bfloat16), "clip": ("F32", torch.float32)}
+_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+_USUAL = {"llama": "bfloat16", "clip": "float32"}
 
 
 def llama_shapes(size: int) -> Shapes:
@@ -162,15 +163,16 @@ def _header(shapes: Shapes, dtype: str, item: int) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def generate(family: str, directory: Path, *, size: int, experts: int) -> None:
+def generate(family: str, directory: Path, *, size: int, experts: int, dtype_name: str | None = None) -> None:
     """Write a family of checkpoints below `directory`, a base and its experts in every layout."""
     shapes = llama_shapes(size) if family == "llama" else clip_shapes()
-    dtype_name, dtype = _DTYPES[family]
+    dtype_name = dtype_name or _USUAL[family]
+    dtype = getattr(torch, dtype_name)
     limits = {"single": None, "sharded": SHARD_BYTES} if family == "llama" else {"single": None}
     names = ["base", *(f"expert_{i + 1}" for i in range(experts))]
     models = [
         [
-            _Files(directory / layout / name, shapes, dtype_name, dtype.itemsize, limit)
+            _Files(directory / layout / name, shapes, _DTYPES[dtype_name], dtype.itemsize, limit)
             for layout, limit in limits.items()
         ]
         for name in names
@@ -198,12 +200,13 @@ def _append(layouts: Sequence[_Files], name: str, tensor: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("family", choices=tuple(_DTYPES))
+    parser.add_argument("family", choices=tuple(_USUAL))
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--size", type=parse_size, default="1GB", help="bytes of one Llama, such as 1GB")
+    parser.add_argument("--size", type=parse_size, default="1GB", help="bytes of one bfloat16 Llama, such as 1GB")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="default: bfloat16 for the Llama, else float32")
     parser.add_argument("--experts", type=int, default=4)
     told = parser.parse_args()
-    generate(told.family, told.directory, size=told.size, experts=told.experts)
+    generate(told.family, told.directory, size=told.size, experts=told.experts, dtype_name=told.dtype)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ _SHOWN = {"single": "one file", "sharded": "200 MB shards"}
 _POLL = 0.02  # seconds between two looks at a child's memory
 _SETTLED = 2.5  # seconds: modelmerge remembers no digest of a file younger than 2 s
 _PLACES = ("--workdir", "--results", "--python", "--fusion-python")  # options that name places of this machine
-# As the command does before anything else.
-START = "import gc; gc.set_threshold(100_000); import torch, safetensors.torch, modelmerge.engine"
+# As the command does before anything else, and at its end.
+START = "import gc; gc.set_threshold(100_000); import modelmerge.cli, modelmerge.verbs.merge; gc.freeze()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +261,8 @@ def floor() -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    import modelmerge.engine  # noqa: F401
+    import modelmerge.cli
+    import modelmerge.verbs.merge  # noqa: F401
 
     torch.set_num_threads(1)  # copies are bound by memory; OpenMP's waiting threads would count as CPU time
     out, models = Path(sys.argv[1]), sys.argv[2:]
@@ -275,6 +276,7 @@ def floor() -> None:
             if model == models[-1]:
                 save_file(state, out / file.name, metadata={"format": "pt"})
             del state
+    gc.freeze()
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
@@ -420,7 +422,7 @@ How to read it:
 
 - Each row is a process of its own. **CPU s** is user and system time of that process, the median of its runs, with the
   lowest and the highest beside it; on a machine that others use too it says more than the wall time does.
-- **start** only imports torch, safetensors and modelmerge's engine. **floor** imports the same, reads every tensor of
+- **start** only imports what a merge imports, torch above all. **floor** imports the same, reads every tensor of
   base and experts with safetensors alone (one thread, each tensor copied out of the mapped file), and saves the last
   model: what no merge that holds a model at a time can do without. **x floor** is (CPU - start) / (floor - start).
 - **digests**: a merge records the sha256 of its inputs. *cold*: it has not seen them before and hashes them; *warm*: it

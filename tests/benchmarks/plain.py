@@ -1,0 +1,199 @@
+"""What simple merges cost beside the same arithmetic on whole models in memory, and beside mergekit.
+
+`python -m tests.benchmarks.plain` makes Llama-shaped checkpoints in bfloat16 and in float32, merges them here, by
+mergekit (installed into an environment of its own, or `--python`, one that has it), and by a few lines of torch in the
+models' own dtype, as fusion_bench's classes have them, and writes RESULTS-plain.md. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import merge_speed, mergekit_speed
+from tests.benchmarks.merge_speed import Inputs, Usage
+from tests.support import mergekit_runs
+
+MODULE = "tests.benchmarks.plain"
+RESULTS = Path(__file__).parent / "RESULTS-plain.md"
+METHODS = ("average", "task-arithmetic", "slerp", "model-stock")
+IN_MEMORY_START = f"import {MODULE}, torch, safetensors.torch"
+_PEERS = {trio.name: trio.mergekit for trio in mergekit_speed.BY_ELEMENT if not trio.options}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--size", default="160MB", help="bytes of one bfloat16 model (default: 160MB)")
+    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5, help="runs of each thing; the median counts (default: 5)")
+    parser.add_argument("--python", help="a Python that has mergekit")
+    parser.add_argument("--workdir", type=Path, help="keep the checkpoints here (default: a temporary directory)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to write (default: beside this one)")
+    words = parser.parse_args(argv)
+    tables = []
+    with merge_speed.work_directory(words.workdir) as work, tempfile.TemporaryDirectory() as scratch:
+        python = words.python or mergekit_runs.installed(Path(scratch) / "mergekit")
+        for dtype in ("bfloat16", "float32"):
+            inputs = _generated(work, dtype, words)
+            tables.append((dtype, inputs.nbytes / len(inputs.models), _measure(work, inputs, words.runs, python)))
+    text = _report(tables, words, sys.argv[1:] if argv is None else argv)
+    words.results.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _generated(work: Path, dtype: str, words: argparse.Namespace) -> Inputs:
+    directory = work / f"{dtype}-{words.size}-{words.experts}"
+    if not directory.exists():
+        command = [sys.executable, "-m", "tests.benchmarks.generate", "llama", str(directory), "--dtype", dtype]
+        subprocess.run([*command, "--size", words.size, "--experts", str(words.experts)], check=True)
+        shutil.rmtree(directory / "sharded")
+        time.sleep(merge_speed._SETTLED)
+    names = ("base", *(f"expert_{i + 1}" for i in range(words.experts)))
+    return Inputs("llama", "single", tuple(directory / "single" / name for name in names))
+
+
+Runs = dict[tuple[str, str], list[Usage]]  # by what is run, and by whom
+
+
+def _measure(work: Path, inputs: Inputs, runs: int, python: str) -> Runs:
+    """In every round each thing runs once, so that a busy minute hits all alike."""
+    one = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    out = work / "out-theirs"
+    measured: Runs = {}
+
+    def add(what: str, who: str, run: Callable[[], Usage]) -> None:
+        measured.setdefault((what, who), []).append(run())
+        shutil.rmtree(out, ignore_errors=True)
+
+    with merge_speed.cache(work) as environment:
+        ours = {**environment, "OMP_NUM_THREADS": "1"}
+        merge_speed.run_merge(work, inputs, "average", ours)  # unmeasured: page cache and digests
+        for number in range(runs):
+            merge_speed.say(f"{inputs.models[0].parts[-3]}: round {number + 1} of {runs}")
+            add("start", "ours", lambda: merge_speed.run([sys.executable, "-c", merge_speed.START], ours))
+            add("start", "mergekit", lambda: merge_speed.run([python, "-c", mergekit_speed.START], one))
+            add("start", "in memory", lambda: merge_speed.run([sys.executable, "-c", IN_MEMORY_START], one))
+            add("sha256", "ours", lambda: _hashed(inputs.models[0] / "model.safetensors"))
+            for name in METHODS:
+                some = Inputs("llama", "single", inputs.models[:2] if name == "slerp" else inputs.models)
+                models = [str(model) for model in some.models]
+                program = f"from {MODULE} import in_memory; in_memory()"
+                command = [sys.executable, "-c", program, name, str(out), *models]
+                peer = _PEERS[name]
+                assert peer is not None, "mergekit has all of these"
+                add(name, "ours", lambda name=name, some=some: merge_speed.run_merge(work, some, name, ours))
+                add(name, "in memory", lambda command=command: merge_speed.run(command, one))
+                merged = mergekit_speed._mergekit(work, some, peer, python, out)
+                add(name, "mergekit", lambda merged=merged: merge_speed.run(merged, one))
+    return measured
+
+
+def _hashed(file: Path) -> Usage:
+    """What the sha256 of a file costs: a merge takes that of its output."""
+    wall, cpu = time.monotonic(), time.process_time()
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        while data := stream.read(1 << 18):
+            digest.update(data)
+    return Usage(time.monotonic() - wall, time.process_time() - cpu, 0, 0)
+
+
+def in_memory() -> None:
+    """In a child: the arithmetic on whole models, in their dtype. Arguments: METHOD OUT BASE EXPERT..."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    torch.set_num_threads(1)
+    name, out, *models = sys.argv[1:]
+    base, *experts = [load_file(Path(model) / "model.safetensors") for model in models]
+    merged = {key: _FORMULAS[name](base[key], [expert[key] for expert in experts]) for key in base}
+    Path(out).mkdir()
+    save_file(merged, Path(out) / "model.safetensors", metadata={"format": "pt"})
+
+
+def _average(base: Any, experts: list[Any]) -> Any:
+    return sum(experts[1:], experts[0]) / len(experts)
+
+
+def _task_arithmetic(base: Any, experts: list[Any]) -> Any:
+    first, *others = (expert - base for expert in experts)
+    return base + 0.3 * sum(others, first)
+
+
+def _slerp(base: Any, experts: list[Any]) -> Any:
+    first, second = base / base.norm(), experts[0] / experts[0].norm()
+    angle = (first * second).sum().clamp(-1, 1).arccos()
+    half = (0.5 * angle).sin() / angle.sin() if float(angle) > 0 else 0.5
+    return half * base + half * experts[0]
+
+
+def _model_stock(base: Any, experts: list[Any]) -> Any:
+    taus, count = [expert - base for expert in experts], len(experts)
+    pairs = list(combinations(taus, 2))
+    cosine = sum((one * other).sum() / (one.norm() * other.norm()) for one, other in pairs) / len(pairs)
+    ratio = count * cosine / (1 + (count - 1) * cosine)
+    return ratio * _average(base, experts) + (1 - ratio) * base
+
+
+_FORMULAS = {
+    "average": _average, "task-arithmetic": _task_arithmetic, "slerp": _slerp, "model-stock": _model_stock,
+}  # fmt: skip
+
+_HEAD = ("", "CPU s", "net", "net of sha256", "wall s", "in memory CPU s", "net", "wall s", "mergekit CPU s", "net",
+         "wall s", "x in memory", "x mergekit", "MB", "in memory MB", "mergekit MB")  # fmt: skip
+
+
+def _report(tables: Sequence[tuple[str, float, Runs]], words: argparse.Namespace, argv: Sequence[str]) -> str:
+    parts = ["# Simple merges beside arithmetic in memory and mergekit", merge_speed.made_by(argv, MODULE),
+             merge_speed.machine(), _EXPLANATION.strip()]  # fmt: skip
+    for dtype, each, measured in tables:
+        head = f"## {dtype}\n\nBase and {words.experts} Llama-shaped experts of {each / 1e6:.0f} MB each."
+        rows = [_HEAD, *(_cells(name, measured) for name in METHODS)]
+        starts = ", ".join(f"{who} {_cpu(measured, 'start', who):.2f}" for who in ("ours", "in memory", "mergekit"))
+        beside = f"CPU s of a start: {starts}; of the sha256 of one model: {_cpu(measured, 'sha256', 'ours'):.2f}."
+        parts += [head, merge_speed.table(rows, left=(0,)), beside]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cpu(measured: Runs, what: str, who: str) -> float:
+    return statistics.median(run.cpu for run in measured[what, who])
+
+
+def _cells(name: str, measured: Runs) -> tuple[str, ...]:
+    cells, nets = [name], {}
+    for who in ("ours", "in memory", "mergekit"):
+        cpu = _cpu(measured, name, who)
+        nets[who] = max(cpu - _cpu(measured, "start", who), 1e-9)
+        cells += [f"{cpu:.2f}", f"{nets[who]:.2f}"]
+        if who == "ours":
+            cells.append(f"{nets[who] - _cpu(measured, 'sha256', 'ours'):.2f}")
+        cells.append(f"{statistics.median(run.wall for run in measured[name, who]):.2f}")
+    cells += [f"{nets[who] / nets['ours']:.2f}" for who in ("in memory", "mergekit")]
+    cells += [f"{max(r.anonymous for r in measured[name, who]) / 1e6:.0f}" for who in ("ours", "in memory", "mergekit")]
+    return tuple(cells)
+
+
+_EXPLANATION = f"""
+**CPU s** is user and system time of the whole process, **net** the same without what a start costs: the interpreter and
+all imports. modelmerge computes in float32, finds NaN and Inf, says what storing in 16 bits loses, takes the sha256 of
+its output and syncs it to the disk; the inputs' digests it remembers. **net of sha256** leaves out that of the output.
+**in memory** loads all models with safetensors, does the arithmetic of fusion_bench's class in the models' own dtype
+and saves the result; mergekit {mergekit_runs.VERSION} computes in that dtype too. Neither hashes, checks or syncs.
+**x** is the other's net CPU time over modelmerge's: above 1, modelmerge takes less. **MB** is anonymous memory at the
+peak. Medians; one thread each; slerp takes one expert.
+"""
+
+
+if __name__ == "__main__":
+    main()
