@@ -633,7 +633,7 @@ def shrink(file: Path) -> None:
 @pytest.mark.parametrize("read", [0, 500_000, 1_000_003], ids=["unread", "half read", "read"])
 def test_a_file_that_changes_while_it_is_open_is_refused(change: Callable[[Path], None], read: int, big: Path) -> None:
     found = FileDigest(big)
-    found.follow(read)
+    found.read(memoryview(bytearray(read)), 0, follow=True)
     change(big)
     with pytest.raises(CheckpointError, match="big: "):
         found.finish()
