@@ -1056,6 +1056,16 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(
     assert leftovers(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("method", ["average", "task-arithmetic"])
+@pytest.mark.parametrize("which", [0, 2], ids=["base", "expert"])
+def test_a_weight_that_is_not_finite_is_refused_where_16_bits_are_stored(
+    method: str, which: int, models: list[Path], tmp_path: Path
+) -> None:
+    spoil(models[which], WEIGHT, float("-inf"))
+    with pytest.raises(CheckpointError, match=f"'{WEIGHT}' of '{models[which].name}' holds Inf"):
+        execute(ready(models, method=method, dtype="bfloat16"), tmp_path / "out")
+
+
 def test_infinities_that_cancel_are_found(models: list[Path], tmp_path: Path) -> None:
     for model in models:
         spoil(model, WEIGHT, float("inf"))

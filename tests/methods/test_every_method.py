@@ -73,6 +73,18 @@ def test_keeps_shape_dtype_and_device(name: str) -> None:
     assert result.abs().max() > 0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [name for name in NAMES if registry.load(name).checked_after])
+def test_what_is_checked_after_is_not_finite_where_a_task_vector_is_not(name: str, value: float) -> None:
+    for values in choices(registry.load(name)):
+        for expert in range(4):
+            taus = taus_of(4)
+            taus[expert, 0, 0] = value
+            finite = merged(name, taus, (1.0, 0.5, 2.0, 0.0), **values).isfinite()
+            assert not finite[0, 0]
+            assert finite.sum() == finite.numel() - 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_leaves_its_input_alone(name: str) -> None:
     taus = taus_of(takes(name, 4))
