@@ -19,7 +19,7 @@ from modelmerge.methods.contract import Gathered, Look, Tensor
 
 _ERRORS = 5.0  # standard errors on either side
 GATHERED = 1 / 32  # where more of a tensor's numbers may lie between, all are counted
-MOST = 1 << 23  # and where a window might need memory for more than that
+MOST = 1 << 22  # and where a window might need memory for more than that
 _LOWEST, _INFINITE, _HIGHEST = -1, 0x7F800000, (1 << 31) - 1  # as bits
 
 Numbers = Callable[[Tensor], Iterable[Tensor]]  # task vectors [T, n] -> R rows [n] of numbers >= 0, which are new
