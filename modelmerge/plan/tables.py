@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelmerge.checkpoint.components import folder_of
-from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, joined, rows
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.tokens import with_tokenizer_of
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.methods import registry
-from modelmerge.plan.overrides import BASE, Setting, layer_of
+from modelmerge.plan.gathering import Places, count_of, gathered, refuse_hidden_tables
+from modelmerge.plan.overrides import BASE, Setting
 from modelmerge.plan.vocabulary import (
     Tokenizers,
     Vocabulary,
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from modelmerge.plan.tensors import TensorPlan
 
 NEW = "average"  # the method that makes the rows of tokens which the base lacks
-_WAYS = 512  # blocks in a block: readers pass over what lies before the part they want
-
-
-Places = np.ndarray[Any, np.dtype[np.int64]]
 Run = tuple[int, int, bool, tuple[int, ...]]  # first and last row of the output, whether the base has them, who else
 
 
@@ -117,52 +113,6 @@ class Alignment:
         unnamed[ids[ids < len(free)]] = False
         unnamed[count:] = False
         return np.where(free & unnamed, np.arange(len(free)), places)
-
-
-def gathered(info: TensorInfo, places: Places, name: str, shape: tuple[int, ...]) -> TensorInfo:
-    """A table's rows from those places, as a stored tensor of that name and shape.
-
-    Raises:
-        PlanError: It is a change that cannot be cut.
-    """
-    table = replace(info, shape=(row_count(info),)) if info.shape[:1] == (1,) else info
-    if np.array_equal(places, np.arange(row_count(info))):
-        return replace(info, name=name, shape=shape)
-    change = info.change
-    if change is None or change.factors is None:
-        return _joined(name, shape, [rows(table, *run) for run in _runs(places)])
-    left, right = change.factors
-    if not change.low_rank or left.strides is not None:
-        raise PlanError(
-            f"{info.file}: its change to '{info.name}' cannot be put into another order of tokens",
-            hint="merge the adapter into its base with peft and name the result",
-        )
-    if change.transposed:
-        rank, count = left.shape
-        flat = replace(left, shape=(rank * count,))
-        blocks = [rows(flat, k * count + first, k * count + last) for k in range(rank) for first, last in _runs(places)]
-        left = _joined(left.name, (rank, len(places)), blocks)
-    else:
-        shaped = (len(places), *left.shape[1:])
-        left = _joined(left.name, shaped, [rows(left, *run) for run in _runs(places)])
-    change = replace(change, factors=(left, right))
-    return replace(info, name=name, shape=shape, nbytes=left.nbytes + right.nbytes, change=change)
-
-
-def _runs(places: Places) -> list[tuple[int, int]]:
-    """Places as runs of rows that follow one another: the first, and the one after the last."""
-    ends = (np.flatnonzero(np.diff(places) != 1) + 1).tolist()
-    return [(int(places[first]), int(places[last - 1]) + 1) for first, last in pairwise([0, *ends, len(places)])]
-
-
-def _joined(name: str, shape: tuple[int, ...], blocks: list[TensorInfo]) -> TensorInfo:
-    """`joined`, with many blocks in blocks of their own."""
-    if len(blocks) <= _WAYS:
-        return joined(name, shape, blocks)
-    some = [blocks[start : start + _WAYS] for start in range(0, len(blocks), _WAYS)]
-    parts = [joined(name, (sum(b.shape[0] for b in each), *blocks[0].shape[1:]), each) for each in some]
-    nbytes = sum(part.nbytes for part in parts)
-    return replace(blocks[0], name=name, shape=shape, nbytes=nbytes, strides=None, blocks=tuple(parts))
 
 
 # --- the plan ---
@@ -273,7 +223,7 @@ def align(
         aligned[name] = plan
         if not is_table(table):
             continue
-        counts = [row_count(table), *(_count(expert, table) for expert in experts)]
+        counts = [row_count(table), *(count_of(expert, table) for expert in experts)]
         runs, places = alignment.cut(counts)
         moved = not np.array_equal(places[0], np.arange(counts[0]))
         if moved:
@@ -309,7 +259,7 @@ def align(
                 twin = f"{plan.twin}[{first}:{last}]"
                 new = replace(new, twin=twin if twin in aligned else None)
             aligned[part] = _of_run(new, has, [experts[i].name for i in owners], len(experts))
-    _refuse_hidden_tables(base, plans, sizes)
+    refuse_hidden_tables(base, plans, sizes)
     base = replace(base, tensors=models[0], lenders={**base.lenders, **lenders})
     others = tuple(replace(expert, tensors=own) for expert, own in zip(experts, models[1:], strict=True))
     return base, others, aligned, replace(alignment.vocabulary, sizes=sizes)
@@ -338,13 +288,6 @@ def _copied(runs: Sequence[Run]) -> list[Run]:
     return merged
 
 
-def _count(expert: Checkpoint, table: TensorInfo) -> int:
-    """How many rows of a table of the base an expert has."""
-    if table.name in expert.tensors:
-        return row_count(expert.tensors[table.name])
-    return row_count(table) if expert.has(table.name) else 0
-
-
 def _lender(name: str, experts: Sequence[Checkpoint], owners: Sequence[int], cuts: Sequence[Places]) -> int:
     """The expert whose rows stand in for the base's; a change is to what the base has at its own rows."""
     infos = {i: experts[i].tensors.get(name) for i in owners}
@@ -355,20 +298,6 @@ def _lender(name: str, experts: Sequence[Checkpoint], owners: Sequence[int], cut
             hint="merge these adapters into the base with peft and name the results",
         )
     return changes[0] if changes else owners[0]
-
-
-def _refuse_hidden_tables(
-    base: Checkpoint, plans: Mapping[str, TensorPlan], sizes: Mapping[str, tuple[int, int]]
-) -> None:
-    """Refuse to leave as it is what may have a row for each token under a name that does not say so."""
-    counts = {count for count, _ in sizes.values()}
-    for name, info in base.tensors.items():
-        hidden = info.dtype in MERGEABLE_DTYPES and info.shape and layer_of(name) is None and not is_table(info)
-        if hidden and row_count(info) in counts and plans[name].reason != "excluded":
-            raise PlanError(
-                f"'{name}' {list(info.shape)} may have a row for each token, and its name does not say so",
-                hint=f"if it has not, {named('exclude')} '{name}' copies it as it is",
-            )
 
 
 def refuse_parts(vocabulary: Vocabulary | None, plans: Iterable[TensorPlan], where: str) -> None:
