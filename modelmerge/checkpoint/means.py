@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Means:
         first = (position - mean.start) // item
         count = min(len(buffer) // item, mean.numel - first)
         values = self._values(mean, first, count).to(TORCH_DTYPES[mean.dtype])
-        buffer[: count * item] = memoryview(values.view(torch.uint8).numpy())
+        buffer[: count * item] = _bytes(values)
         return count * item
 
     def _values(self, mean: _Mean, first: int, count: int) -> Tensor:
@@ -74,7 +74,7 @@ class Means:
             sums = [self._sum(part, mean.numel, first, count) for part in mean.parts]
             return sum(sums, torch.zeros(count, dtype=torch.float64)) / max(len(sums), 1)
         if mean.start not in self._rows:  # several threads may do this at once; they find the same
-            total = sum(self._sum(part, mean.numel, 0, mean.numel) for part in mean.parts)
+            total = torch.stack([self._sum(part, mean.numel, 0, mean.numel) for part in mean.parts]).sum(0)
             self._rows[mean.start] = total / sum(part.numel // mean.numel for part in mean.parts)
         return self._rows[mean.start][first : first + count]
 
@@ -88,6 +88,12 @@ class Means:
             taken = min(step, rows - row)
             raw = torch.empty(taken * count * item, dtype=torch.uint8)
             offset = (row * width + first) * item
-            self.reader.read_into(part, offset, memoryview(raw.numpy()), follow=False)
+            self.reader.read_into(part, offset, _bytes(raw), follow=False)
             total += raw.view(TORCH_DTYPES[part.dtype]).view(taken, count).double().sum(0)
         return total
+
+
+def _bytes(data: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    array: Any = data.view(torch.uint8).numpy()  # shares the tensor's memory
+    return memoryview(array)

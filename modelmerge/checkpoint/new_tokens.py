@@ -35,14 +35,14 @@ def with_tokens(files: Mapping[str, bytes | Path], new: New) -> dict[str, bytes 
         content = _read(files[TOKENIZER_JSON])
         more = [{"id": place, "content": token, **flags} for token, (place, flags) in entries.items()]
         content["added_tokens"] = [*(content.get("added_tokens") or ()), *more]
-        changed[TOKENIZER_JSON] = _written(content)
+        changed[TOKENIZER_JSON] = written_json(content)
     config = _read(files[CONFIG]) if CONFIG in files else {}
     if DECODER in config or (config and TOKENIZER_JSON not in files):
         more_by_id = {str(place): {"content": token, **flags} for token, (place, flags) in entries.items()}
-        changed[CONFIG] = _written({**config, DECODER: {**(config.get(DECODER) or {}), **more_by_id}})
+        changed[CONFIG] = written_json({**config, DECODER: {**(config.get(DECODER) or {}), **more_by_id}})
     if ADDED in files or TOKENIZER_JSON not in files:
         ids = _read(files[ADDED]) if ADDED in files else {}
-        changed[ADDED] = _written({**ids, **{token: place for token, (place, _) in entries.items()}})
+        changed[ADDED] = written_json({**ids, **{token: place for token, (place, _) in entries.items()}})
     if _VOCAB_TXT in files:
         lines = _content(files[_VOCAB_TXT]).decode().removesuffix("\n").split("\n")
         if len(lines) == min(place for place, _ in new.values()):  # else tokens were added that it does not list
@@ -108,5 +108,6 @@ def _read(file: bytes | Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _written(content: Any) -> bytes:
+def written_json(content: Any) -> bytes:
+    """A document as bytes, as other tools write it."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

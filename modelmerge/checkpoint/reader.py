@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from modelmerge import interrupts
 from modelmerge.checkpoint import manifest_file
@@ -36,6 +36,7 @@ from modelmerge.checkpoint.reference import Reference
 from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 if TYPE_CHECKING:
+    from modelmerge.checkpoint.means import Means
     from modelmerge.hub.ranges import Ranges
 
 MANIFEST = "modelmerge.json"
@@ -73,7 +74,8 @@ class Checkpoint:
         None  # set for a PEFT adapter and a LoRA file; until `attach`, its tensors go by its own keys
     )
     excluded: frozenset[str] = frozenset()  # keys of an adapter that have no place in its base, and that globs exclude
-    lenders: Mapping[Path, Checkpoint] = field(default_factory=dict)  # of tensors in another model's files, that model
+    # Of tensors in another model's files, that model; of those that are made, what makes them.
+    lenders: Mapping[Path, Checkpoint | Means] = field(default_factory=dict)
     components: Mapping[str, Component] = field(default_factory=lambda: {"": Component()})  # by folder
     hashes_along: bool = True  # its files' digests follow the reads; else whoever wants them has them read apart
     folders: tuple[str, ...] = ()  # all that it consists of, those without weights too; "" is the directory itself
@@ -153,7 +155,7 @@ class Checkpoint:
 
     def digest(self, file: Path) -> str:
         """The sha256 of one weight file, as `digests` has it."""
-        digest = self._open(file).finish()
+        digest = cast("FileDigest | Ranges", self._open(file)).finish()  # what is made is no file of its own
         remote = self.reference.repository
         if remote is not None and digest != (remote.sha256(file) or digest):
             raise CheckpointError(
@@ -173,7 +175,7 @@ class Checkpoint:
         self.close()
         self.files.update({file: file.stat() for file in self.files})
 
-    def _open(self, file: Path) -> FileDigest | Ranges:
+    def _open(self, file: Path) -> FileDigest | Ranges | Means:
         if file in self.lenders and file not in self.files:
             return self.lenders[file]._open(file)
         with self._lock:

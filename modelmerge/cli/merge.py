@@ -258,6 +258,8 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     plain = ("rest", "dtype", "on_mismatch", "vocab", "files_from", "max_shard_size", "seed")
     fields |= {name: values[name] for name in plain if values[name] is not None}
+    if "vocab" in fields:
+        fields["tables"] = None  # a mergekit configuration's
     if values["weight"]:
         fields["weights"] = parse_weights(values["weight"])
     if values["as_lora"] is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modelmerge.checkpoint.documents import parse_yaml, read_bytes, shown
 from modelmerge.errors import RecipeError
@@ -31,6 +31,7 @@ from modelmerge.plan.mergekit_models import (
     together,
 )
 from modelmerge.plan.mergekit_parameters import Scopes, read_options, strays
+from modelmerge.plan.mergekit_tokens import Tokens, read_tokens
 from modelmerge.plan.overrides import BASE
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
@@ -115,6 +116,7 @@ class _Translation:
         self.remarks: list[str] = []
         self.variations: Sequence[Variation | InSlice] = ()
         self.layers = 0
+        self.names: Mapping[str, str] = {}  # of the models here, by their references
 
     def complain(self, path: str, why: str) -> None:
         self.complaints.append(f"{path}: {why}")
@@ -129,8 +131,10 @@ class _Translation:
         slices = reader.read(config)
         self.remarks += reader.remarks
         dtype = self._dtype(config)
-        self._tokenizer(config, base)
         recipe = self._recipe(row, base, slices, dtype) if row else None
+        lacking = "base" if base is not None or (row is not None and row.inputs == "deltas") else "mean"
+        tokens = self._tokens(config, base, lacking)
+        recipe = replace(recipe, **tokens._asdict()) if recipe is not None else None
         if self.complaints or recipe is None:
             count = len(self.complaints)
             raise RecipeError(
@@ -167,6 +171,18 @@ class _Translation:
 
     # ---- what is said once
 
+    def _tokens(self, config: Mapping[str, Any], base: str | None, lacking: Literal["base", "mean"]) -> Tokens:
+        """What it says of tokenizers, of the models by their names here."""
+        names = {**self.names, **({} if base is None else {base: BASE})}
+
+        def who(entry: Any, place: str) -> str:
+            reference = self._reference(entry, place, base)
+            if reference and reference not in names:
+                self.complain(place, f"only a model that is merged can be honoured, not '{reference}'")
+            return names.get(reference, BASE)
+
+        return read_tokens(config, who, lacking, self.complain)
+
     def _dtype(self, config: Mapping[str, Any]) -> str | None:
         names: dict[str, str | None] = {}
         for key in ("dtype", "out_dtype"):
@@ -182,23 +198,6 @@ class _Translation:
                 "here the arithmetic is float32 on the models as they are stored, and the result is rounded once."
             )
         return names["out_dtype"] or names["dtype"]
-
-    def _tokenizer(self, config: Mapping[str, Any], base: str | None) -> None:
-        honoured = ["base", base]
-        why = "only the base's own tokenizer can be honoured: vocabularies are not merged"
-        if config.get("tokenizer_source") is not None and config["tokenizer_source"] not in honoured:
-            self.complain("tokenizer_source", f"{shown(config['tokenizer_source'])}: {why}")
-        tokenizer = config.get("tokenizer")
-        if isinstance(tokenizer, dict):
-            for key, value in tokenizer.items():
-                if key != "source" or value not in honoured:
-                    self.complain(f"tokenizer.{key}", why)
-            if "source" not in tokenizer:
-                self.complain("tokenizer", f"its source is 'union' where none is given; {why}")
-        elif tokenizer is not None:
-            self.complain("tokenizer", why)
-        if config.get("chat_template") is not None:
-            self.complain("chat_template", "the base's files are copied as they are; change the template afterwards")
 
     # ---- parameters
 
@@ -219,6 +218,7 @@ class _Translation:
         read = [self._read(row, each, seen, names) for each in slices]
         if seen is not None:
             names[seen] = BASE
+        self.names = names
         if len(slices) > 1:
             options, weights, self.variations = together(slices, read, names)
         else:

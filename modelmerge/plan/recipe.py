@@ -25,6 +25,42 @@ Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 OnMismatch = Literal["error", "copy", "common-rows"]
 
 
+class TokenRow(TypedDict, total=False):
+    """Where the row of a token comes from in models that lack it, and with `force` in all.
+
+    `model` is base or an expert's name: its row of the token, or that of another `token` or `id`. `zero`: nothing is in
+    it. Without either it is as for any other token.
+    """
+
+    model: str
+    token: str
+    id: int
+    zero: bool
+    force: bool
+
+
+STORED: Mapping[str, Any] = {"rows": "stored"}  # tables that are merged as they are, whatever tokenizers say
+
+
+class _Rows(TypedDict):
+    rows: Literal["filled", "stored"]
+
+
+class Tables(_Rows, total=False):
+    """How embeddings and heads are put together where a mergekit configuration asks for a merge.
+
+    `rows`: they are `filled` before the merge: every model gets a row for every token of `vocab`, and for no other
+    place. A row that a model lacks is that of the only model that has it, or as `lacking` says: the base's, where it
+    has it, or the mean of those that do. `stored`: rows go by their number, whatever tokenizers say. `tokens` are put
+    into the tokenizer where it lacks them. The number of rows is the next multiple of `multiple`; further rows are the
+    mean of a model's others.
+    """
+
+    lacking: Literal["base", "mean"]
+    tokens: dict[str, TokenRow]
+    multiple: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Everything that determines the merged weights, and nothing else.
@@ -37,11 +73,13 @@ class Recipe:
     `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors whose
     shapes differ. `vocab` is whose tokens embeddings and heads have: base, union, an expert's name, or None for rows
     that go by their number. `files_from` is whose tokenizer, chat template and generation config the output gets: base,
-    or an expert's name. `max_shard_size` is the size of the largest file, or None for what is usual: 5GB, and one file
-    for a base that is one. `as_lora` is the rank of the PEFT adapter to write instead of a checkpoint or, below 1, the
-    share of the squared norm that it keeps. `unlabelled` tells the data of a method that finds the experts' weights on
-    them, see `modelmerge.verbs.coefficients`; `coefficients` are what it found, by tensor and expert, and with them no
-    data are needed.
+    or an expert's name. `tables` is how mergekit puts embeddings and heads together, where it is asked for, and
+    `chat_template` a Jinja template in place of the tokenizer's, the name of one, or auto for the most common among the
+    models (`modelmerge.checkpoint.templates`). `max_shard_size` is the size of the largest file, or None for what is
+    usual: 5GB, and one file for a base that is one. `as_lora` is the rank of the PEFT adapter to write instead of a
+    checkpoint or, below 1, the share of the squared norm that it keeps. `unlabelled` tells the data of a method that
+    finds the experts' weights on them, see `modelmerge.verbs.coefficients`; `coefficients` are what it found, by tensor
+    and expert, and with them no data are needed.
     """
 
     method: str
@@ -59,6 +97,8 @@ class Recipe:
     on_mismatch: str = "error"
     vocab: str | None = None
     files_from: str = BASE
+    tables: Tables | None = None
+    chat_template: str | None = None
     max_shard_size: str | None = None
     seed: int = 0
     as_lora: int | float | None = None

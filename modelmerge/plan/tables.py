@@ -21,8 +21,10 @@ from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.tokens import with_tokenizer_of
 from modelmerge.errors import PlanError, UsageError, named
 from modelmerge.methods import registry
+from modelmerge.plan.filling import Filling, fill
 from modelmerge.plan.gathering import Places, count_of, gathered, refuse_hidden_tables
 from modelmerge.plan.overrides import BASE, Setting
+from modelmerge.plan.recipe import Tables
 from modelmerge.plan.vocabulary import (
     Tokenizers,
     Vocabulary,
@@ -125,6 +127,7 @@ def by_token(
     vocab: str | None,
     files_from: str,
     on_mismatch: str,
+    by: Tables | None,
     *,
     merging: bool,
 ) -> tuple[Checkpoint, Sequence[Checkpoint], dict[str, TensorPlan], Vocabulary | None]:
@@ -134,11 +137,19 @@ def by_token(
         PlanError: The models number their tokens differently, and nothing says what is to become of that.
     """
     base, *experts = _in_components(base, experts, tensors)
-    tokenizers = Tokenizers(base, experts)
+    filled = by is not None and by["rows"] == "filled"
+    tokenizers = Tokenizers(base, experts, lenient=filled)
     tables = {
         name: info for name, info in base.tensors.items() if is_table(info) and not folder_of(name, base.components)
     }
-    vocabulary = vocabulary_of(vocab, files_from, tokenizers, tables)
+    more = by.get("tokens", ()) if by is not None and filled else None
+    vocabulary = vocabulary_of(vocab, files_from, tokenizers, tables, more)
+    if vocabulary is not None and by is not None and filled:
+        base, others, tensors, sizes = fill(base, experts, tensors, Filling(tokenizers, vocabulary, by))
+        clause = "it has no tokenizer that can be read, and is taken to have the base's"
+        lack = [i for i, e in enumerate(others, 1) if tokenizers.shares(i) and e.vector is None and e.adapter is None]
+        experts = [replace(e, remarks=(*e.remarks, clause)) if i in lack else e for i, e in enumerate(others, 1)]
+        return base, experts, tensors, replace(vocabulary, sizes=sizes)
     if vocabulary is not None:
         return align(base, experts, tensors, Alignment(tokenizers, vocabulary))
     merged = [tensor.name for tensor in tensors.values() if tensor.action == "merge" and tensor.name in tables]
@@ -147,11 +158,13 @@ def by_token(
     if not places:
         return base, experts, tensors, None
     remarks, lines = compare(tokenizers, places, min(map(row_count, infos)))
+    if lines and by is not None and by["rows"] == "stored":
+        vocabulary, lines = Vocabulary(None, files_from, {}, others=tuple(lines)), []
     if lines and on_mismatch != "common-rows":
         raise refuse_other_tokens(lines, merging=merging)
     if lines:
-        vocabulary = Vocabulary(None, BASE, tokenizers.ids(0) or {})
-        base, experts, tensors, _ = align(base, experts, tensors, Alignment(tokenizers, vocabulary, everyone=True))
+        alignment = Alignment(tokenizers, Vocabulary(None, BASE, tokenizers.ids(0) or {}), everyone=True)
+        base, experts, tensors, _ = align(base, experts, tensors, alignment)
         parts = [t for t in tensors.values() if t.action == "merge" and merged[0] in (t.name, t.stack)]
         shared, every = sum(row_count(base.tensors[part.name]) for part in parts), row_count(tables[merged[0]])
         remarks[0] = (
@@ -163,7 +176,7 @@ def by_token(
         replace(model, remarks=(*model.remarks, remarks[i])) if i in remarks else model
         for i, model in enumerate((base, *experts))
     ]
-    return models[0], models[1:], tensors, None
+    return models[0], models[1:], tensors, vocabulary
 
 
 def _in_components(

@@ -26,7 +26,7 @@ from modelmerge.plan.layers import Stack
 from modelmerge.plan.linear import is_linear
 from modelmerge.plan.overrides import BASE, Methods, glob_hint
 from modelmerge.plan.quantised import refuse_8_bits, refuse_quantised
-from modelmerge.plan.recipe import OnMismatch
+from modelmerge.plan.recipe import OnMismatch, Tables
 from modelmerge.plan.stacks import as_matrices, entries, is_kernel, restack
 from modelmerge.plan.tables import by_token
 from modelmerge.plan.vocabulary import Vocabulary, is_table, row_count
@@ -154,6 +154,7 @@ def make_plan(
     on_mismatch: str = "error",
     vocab: str | None = None,
     files_from: str = BASE,
+    tables: Tables | None = None,
     strict: int | None = None,
     stack: Stack | None = None,
 ) -> Plan:
@@ -174,6 +175,7 @@ def make_plan(
         vocab: Whose tokens embeddings and heads have: `base`, `union` or an expert's name; rows go by token then. None:
             rows go by their number, and tokenizers that number them differently are an error.
         files_from: Whose tokenizer goes with the output: `base` or an expert's name.
+        tables: How embeddings and heads are put together, where mergekit says it.
         strict: How many of the overrides, from the first on, are refused if they change nothing; all if None.
         stack: How layers from several places are put together; `base` and `experts` are its.
 
@@ -233,7 +235,7 @@ def make_plan(
         methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()}, strict)
     expert_only = {name: tuple(expert.name for expert in experts if name in expert.tensors) for name in beyond}
     base, experts, tensors, vocabulary = by_token(
-        base, experts, tensors, vocab, files_from, on_mismatch, merging=methods is not None
+        base, experts, tensors, vocab, files_from, on_mismatch, tables, merging=methods is not None
     )
     base, experts, tensors = as_matrices(base, experts, tensors)
     stored, parts = entries(tensors.values())

@@ -6,7 +6,7 @@ tokens the output has, and `modelmerge.plan.tables` puts every table together to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from operator import ne
@@ -26,6 +26,7 @@ from modelmerge.plan.overrides import BASE, layer_of
 
 UNION = "union"
 _SHOWN = 3  # tokens, of those that differ
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}  # as added
 
 
 def is_table(info: TensorInfo) -> bool:
@@ -50,6 +51,7 @@ class Vocabulary:
         moved: The rows of the base's tokens that have another here, by the row there.
         lost: By model, how many of its tokens the output has no row for.
         sizes: Of each table whose rows are not the base's, how many it has there and here.
+        others: Where rows go by their number in spite of that, what differs among the tokenizers, a line each.
     """
 
     name: str | None
@@ -59,6 +61,7 @@ class Vocabulary:
     moved: Mapping[int, int] = field(default_factory=dict)
     lost: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
     @property
     def rows(self) -> dict[str, int]:
@@ -67,13 +70,24 @@ class Vocabulary:
 
 
 class Tokenizers:
-    """The tokenizers of a base and its experts; an adapter or a task vector without one has the base's."""
+    """The tokenizers of a base and its experts; an adapter or a task vector without one has the base's.
 
-    def __init__(self, base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
+    With `lenient`, as in mergekit, so has any other expert without one that can be read, and every adapter.
+    """
+
+    def __init__(self, base: Checkpoint, experts: Sequence[Checkpoint], *, lenient: bool = False) -> None:
         self.models = (base, *experts)
         ours = tokenizer_of(base)
-        self._each = [ours, *(tokenizer_of(e) or (ours if e.vector is not None else None) for e in experts)]
+        theirs = [None if lenient and e.adapter is not None else tokenizer_of(e) for e in experts]
+        if lenient:
+            theirs = [None if own is None or own.ids is None else own for own in theirs]
+        bases = [lenient or e.vector is not None for e in experts]
+        self._each = [ours, *(own or (ours if base else None) for own, base in zip(theirs, bases, strict=True))]
         self._bases: dict[int, bool] = {0: True}
+
+    def shares(self, place: int) -> bool:
+        """Whether a model has the base's for want of its own."""
+        return self._each[place] is self._each[0]
 
     def is_bases(self, place: int) -> bool:
         """Whether a model's tokenizer is the base's, file by file."""
@@ -158,7 +172,11 @@ def refuse_other_tokens(lines: Sequence[str], *, merging: bool) -> PlanError:
 
 
 def vocabulary_of(
-    name: str | None, files_from: str, tokenizers: Tokenizers, tables: Mapping[str, TensorInfo]
+    name: str | None,
+    files_from: str,
+    tokenizers: Tokenizers,
+    tables: Mapping[str, TensorInfo],
+    more: Iterable[str] | None = None,
 ) -> Vocabulary | None:
     """The output's tokens, as `--vocab` asks; None where it does not ask.
 
@@ -167,6 +185,7 @@ def vocabulary_of(
         files_from: Whose tokenizer goes with the output: `base` or an expert's name.
         tokenizers: Of all models.
         tables: The base's tables.
+        more: Where tables are filled, as in mergekit, tokens that are added besides.
 
     Raises:
         UsageError: There is no such expert, or the two options contradict one another.
@@ -203,7 +222,9 @@ def vocabulary_of(
             option="vocab", hint=f"leave {named('files_from')} out, or name the same",
         )  # fmt: skip
     ids = tokenizers.ids(place) or {}  # of a kind that cannot be read, and the same in all
-    new = _new(tokenizers, place, tables) if name == UNION else {}
+    new = _new(tokenizers, place, tables, pieces_first=more is not None) if name == UNION else {}
+    end = max([*ids.values(), *(row for row, _ in new.values())], default=-1) + 1
+    new |= {t: (end + i, _PLAIN) for i, t in enumerate(t for t in more or () if t not in ids and t not in new)}
     giver = tokenizers.of(place)
     following = giver.following if giver is not None and new else None
     if new and following != next(iter(new.values()))[0]:
@@ -215,6 +236,8 @@ def vocabulary_of(
             hint=f"{named('files_from')} NAME takes another's, or a tokenizer.json beside its weights",
         )
     vocabulary = Vocabulary(name, wanted if place else BASE, ids, new)
+    if more is not None and tokenizers.shares(place):
+        vocabulary = replace(vocabulary, giver=BASE)
     placed = vocabulary.rows
     moved = {i: placed[token] for token, i in (tokenizers.ids(0) or {}).items() if placed.get(token, i) != i}
     lost = {model.name: len((tokenizers.ids(i) or {}).keys() - placed.keys()) for i, model in enumerate(models)}
@@ -222,23 +245,31 @@ def vocabulary_of(
 
 
 def _new(
-    tokenizers: Tokenizers, giver: int, tables: Mapping[str, TensorInfo]
+    tokenizers: Tokenizers, giver: int, tables: Mapping[str, TensorInfo], *, pieces_first: bool
 ) -> dict[str, tuple[int, dict[str, bool] | None]]:
-    """The tokens that only others than the giver have, in the order of the command line, and the rows they get."""
+    """The tokens that only others than the giver have, in the order of the command line, and the rows they get.
+
+    With `pieces_first`, as in mergekit, what was added to any of the vocabularies follows the pieces of all.
+    """
     ids = tokenizers.ids(giver) or {}
+    places = range(len(tokenizers.models))
+    added = {token for place in places for token in _additions(tokenizers, place)} if pieces_first else set()
+    new: dict[str, dict[str, bool] | None] = {}
+    for wanted in (False, True) if pieces_first else (None,):
+        for place, model in enumerate(tokenizers.models):
+            count = min((row_count(model.tensors.get(name, info)) for name, info in tables.items()), default=1 << 62)
+            additions = _additions(tokenizers, place)
+            lack = [(at, t) for t, at in (tokenizers.ids(place) or {}).items() if t not in ids and t not in new]
+            for at, token in sorted(lack):
+                if at < count and wanted in (None, token in added):  # others have no row to merge
+                    new[token] = additions.get(token, (at, None))[1]
     following = max(ids.values(), default=-1) + 1
-    new: dict[str, tuple[int, dict[str, bool] | None]] = {}
-    for place, model in enumerate(tokenizers.models):
-        rows_there = [row_count(model.tensors.get(name, info)) for name, info in tables.items()]
-        lack = [(i, t) for t, i in (tokenizers.ids(place) or {}).items() if t not in ids and t not in new]
-        for at, token in sorted(lack):
-            if all(at < count for count in rows_there):  # others have no row to merge
-                tokenizer = tokenizers.of(place)
-                assert tokenizer is not None, "its ids have been read"
-                _, flags = tokenizer.additions.get(token, (at, None))
-                new[token] = following, flags
-                following += 1
-    return new
+    return {token: (row, flags) for row, (token, flags) in enumerate(new.items(), following)}
+
+
+def _additions(tokenizers: Tokenizers, place: int) -> Mapping[str, tuple[int, dict[str, bool]]]:
+    tokenizer = tokenizers.of(place)
+    return {} if tokenizer is None else tokenizer.additions
 
 
 def remarks_on_tokens(vocabulary: Vocabulary) -> list[str]:
@@ -257,6 +288,10 @@ def remarks_on_tokens(vocabulary: Vocabulary) -> list[str]:
         remarks.append(f"The tokens, and the rows of embeddings and heads, are those of '{vocabulary.giver}'.")
     for name, count in vocabulary.lost.items():
         remarks.append(f"{count:,} token{'s' * (count > 1)} of '{name}' {'are' if count > 1 else 'is'} left out.")
+    for line in vocabulary.others:
+        remarks.append(
+            f"Rows of embeddings and heads go by their number, as in mergekit, though tokens differ: {line}."
+        )
     for before, after in sorted({size for size in vocabulary.sizes.values() if size[0] != size[1]}):
         remarks.append(f"Embeddings and heads have {after:,} rows, and the base's {before:,}.")
     return remarks

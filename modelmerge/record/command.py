@@ -24,7 +24,12 @@ def settings_of(recipe: Recipe, *names: str) -> dict[str, Any]:
 
 
 def command_of(recipe: Recipe, output: str) -> str:
-    """The shell line that repeats a merge: modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR."""
+    """The shell line that repeats a merge: modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR.
+
+    A recipe that says what options cannot is named by its manifest.
+    """
+    if recipe.tables or recipe.chat_template:
+        return shlex.join(["modelmerge", "merge", "--recipe", "modelmerge.json", "-o", output])
     words = ["modelmerge", "merge", recipe.method, *map(str, (recipe.base, *recipe.experts))]
     names = ("rest", "dtype", "on_mismatch", "vocab", "files_from", "max_shard_size", "seed", "as_lora", "include",
              "exclude")  # fmt: skip

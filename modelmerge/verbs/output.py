@@ -15,6 +15,7 @@ from modelmerge.checkpoint.output import CARD, check_output, finished
 from modelmerge.checkpoint.portable import portable
 from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.staging import Staging, clear_remains
+from modelmerge.checkpoint.templates import template_of, with_template
 from modelmerge.engine.adapter import Adapted
 from modelmerge.engine.job import Findings
 from modelmerge.engine.parallel import prepare_process
@@ -148,6 +149,8 @@ def complete(
         files = companions_of_output(base, giver, values, prepared.recipe.dtype)
         if vocabulary is not None:
             files = with_vocabulary(files, vocabulary, base)
+        if template := template_of(prepared.recipe.chat_template, base, job.plan.experts):
+            files = with_template(files, template)
         for name, content in files.items():
             staging.write_file(name, portable(name, content))
     staging.write_indices()

@@ -20,6 +20,8 @@ from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.reference import Named
 from modelmerge.checkpoint.reference import parse as parse_reference
 from modelmerge.checkpoint.staging import fingerprints
+from modelmerge.checkpoint.templates import AUTO as AUTO_TEMPLATE
+from modelmerge.checkpoint.templates import template_of
 from modelmerge.engine.coefficients import Coefficients
 from modelmerge.engine.job import Group, Job
 from modelmerge.engine.memory import beyond_device, bytes_read, passes, peak_memory, refuse_beyond_memory, scratch_bytes
@@ -36,7 +38,7 @@ from modelmerge.plan.downloads import with_downloads
 from modelmerge.plan.layers import of_sources, stacked
 from modelmerge.plan.linear import is_linear
 from modelmerge.plan.overrides import Methods, Override, group_key, parse
-from modelmerge.plan.recipe import Recipe, parse_size, read_recipe
+from modelmerge.plan.recipe import STORED, Recipe, parse_size, read_recipe
 from modelmerge.plan.tables import of_owners, refuse_parts
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan, make_plan
 from modelmerge.plan.transforms import as_typed, parse_transform
@@ -163,7 +165,7 @@ def prepare(
         opened = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
         shared = make_plan(
             *opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch,
-            vocab=recipe.vocab, files_from=recipe.files_from,
+            vocab=recipe.vocab, files_from=recipe.files_from, tables=recipe.tables,
         )  # fmt: skip
         choice = choose(shared, look=look)
         recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
@@ -199,8 +201,8 @@ def prepare(
         base, experts, methods=methods,
         dtype=DTYPES[recipe.dtype] if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
-        on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from, strict=strict,
-        stack=stack,
+        on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from,
+        tables=recipe.tables, strict=strict, stack=stack,
     )  # fmt: skip
     foreign = (name != piece.diffusers.partition("/")[2] for network in networks(plan.base.tensors) if network.single
                for name, (piece, *_) in network.pieces.items())  # fmt: skip
@@ -217,11 +219,15 @@ def prepare(
         )  # fmt: skip
     if recipe.as_lora is not None or chosen.on_data or recipe.unlabelled or recipe.coefficients:
         refuse_parts(plan.vocabulary, plan.tensors.values(), "an adapter" if recipe.as_lora else "a search on data")
+    if recipe.tables == STORED and (plan.vocabulary is None or not plan.vocabulary.others):
+        recipe = dataclasses.replace(recipe, tables=None)  # it makes no difference
     if recipe.as_lora is None:
         giver = plan.vocabulary.giver if plan.vocabulary is not None else recipe.files_from
         plan = dataclasses.replace(plan, giver=giver_of(giver, plan.base, plan.experts))
         about_files = (spelled(text, flag) for text in remarks_on_files(plan.base, plan.experts, plan.giver))
         about_tokens = remarks_on_tokens(plan.vocabulary) if plan.vocabulary is not None else []
+        if recipe.chat_template == AUTO_TEMPLATE and not template_of(recipe.chat_template, plan.base, plan.experts):
+            about_tokens.append("None of the models has a chat template.")
         remarks = list(dict.fromkeys([*remarks, *about_files, *about_tokens]))  # a search's candidates: the first's
     job = job_of(recipe, plan, methods, transforms, weights, device)
     for transform in transforms:

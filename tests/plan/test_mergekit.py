@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 import modelmerge
 from modelmerge.cli import main
@@ -25,7 +26,10 @@ from tests.support.checkpoints import State, read, write
 ORACLE = mergekit_runs.ORACLE
 # Where mergekit's number is wrong, and a test of its own says why.
 WRONG = {"half-arithmetic", "ties-cancels"}
-SAME = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("*.yml") if file.stem not in WRONG)
+TOKENS = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("tokens-*.yml"))
+SAME = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("*.yml") if file.stem not in {*WRONG, *TOKENS})
+# The order of its models is that of their hashes, and the union's tokens follow it.
+DRAWN = {"tokens-half", "tokens-linear", "tokens-linear-based", "tokens-union"}
 
 
 @pytest.fixture
@@ -100,6 +104,29 @@ def test_where_entries_are_drawn_the_mean_and_the_share_of_what_is_kept_are_merg
     assert 0.75 < off / spread < 1.25
 
 
+@pytest.mark.parametrize("config", TOKENS)
+def test_tables_are_mergekits_token_by_token(config: str, beside_models: Path) -> None:
+    """Every row of a token, the padding, the number of rows, and the ids in the tokenizer."""
+    got, want = merged(config)
+    assert got.keys() == want.keys()
+    said = ORACLE / "merged" / f"{config}.json"
+    ids: dict[str, dict[str, int]] = {"ours": {}, "theirs": {}}
+    if said.exists():
+        content = json.loads(said.read_text())
+        ids["theirs"] = content["ids"]
+        ids["ours"] = Tokenizer.from_file("out/tokenizer.json").get_vocab()
+        assert json.loads(Path("out/config.json").read_text())["vocab_size"] == content["vocab_size"]
+        assert (ids["ours"] == ids["theirs"]) or (config in DRAWN and ids["ours"].keys() == ids["theirs"].keys())
+    for name, tensor in want.items():
+        assert got[name].shape == tensor.shape
+        if name in mergekit_runs.TABLES and ids["ours"]:
+            rows = list(range(len(tensor)))
+            for token, row in ids["theirs"].items():
+                rows[row] = ids["ours"][token]
+            got[name] = got[name][rows]
+        assert (got[name] - tensor).abs().max() <= 1e-6, name
+
+
 def test_mergekit_computes_in_the_dtype_it_stores(beside_models: Path) -> None:
     """`dtype: bfloat16` rounds every model before it subtracts: most of a small task vector is rounding then."""
     ours, theirs = merged("half-arithmetic")
@@ -155,10 +182,20 @@ base_model: models/base
         (TIES.replace("ties", "tise"), ["merge_method: modelmerge has no counterpart of 'tise'; did you mean 'ties'?"]),
         (TIES.replace("ties", "passthrough"), ["models: this method takes 1, and there are 3"]),
         (TIES + "colour: blue\n", ["colour: mergekit has no such key"]),
-        (TIES + "tokenizer_source: union\n", ["tokenizer_source: 'union': only the base's own tokenizer"]),
-        (TIES + "tokenizer: {source: base, tokens: {}}\n", ["tokenizer.tokens: only the base's own tokenizer"]),
-        (TIES + "tokenizer: {}\n", ["tokenizer: its source is 'union' where none is given"]),
-        (TIES + "chat_template: auto\n", ["chat_template: the base's files are copied as they are"]),
+        (TIES + "tokenizer_source: models/chat\n", ["tokenizer_source: only a model that is merged"]),
+        (TIES + "tokenizer_source: base\ntokenizer: {}\n", ["tokenizer_source and tokenizer: mergekit takes one"]),
+        (TIES + "tokenizer: 7\n", ["tokenizer: is no mapping"]),
+        (TIES + "tokenizer: {tokens: [a], pad: 8, pad_to_multiple_of: 1.5}\n",
+         ["tokenizer.tokens: is no mapping", "tokenizer.pad: mergekit has no such key", "tokenizer.pad_to_multiple_of: "
+          "must be a whole number"]),
+        (TIES + "tokenizer: {tokens: {a: {force: true}, b: {force: 1}, c: 7, d: {source: models/chat}}}\n",
+         ["tokenizer.tokens.a: is forced, and has no source", "tokenizer.tokens.b.force: must be true or false",
+          "tokenizer.tokens.c: has a 'source' and a 'force'", "tokenizer.tokens.d.source: only a model"]),
+        (TIES + "tokenizer: {tokens: {a: {source: {kind: nil}}, b: {source: {kind: model_token, model: models/base, "
+         "token: a, token_id: 0}}}}\n",
+         ["tokenizer.tokens.a.source: is a model, {kind: zero}", "tokenizer.tokens.b.source: is a model"]),
+        (TIES + "chat_template: lama3\n", ["chat_template: 'lama3' is no template, and no name of one; did you mean"]),
+        (TIES + "chat_template: 7\n", ["chat_template: 7 is no template"]),
         (TIES + "dtype: int64\n", ["dtype: 'int64': only float64, float32, float16, bfloat16"]),
         (TIES + "parameters: {normalize: 2}\n", ["parameters.normalize: must be true or false, not 2"]),
         (TIES + "parameters: {rescale: [true, maybe]}\n", ["parameters.rescale: must be true or false, not 'maybe'"]),

@@ -3,7 +3,7 @@
 Installs mergekit into an environment of its own in a temporary directory, makes the small models, runs every
 configuration of `tests/oracle/mergekit/configs`, and writes models and results below DIR (tests/oracle/mergekit).
 Models are Llamas of four layers; `up` and `down` are the base plus and minus the same steps, exactly; of the sparse
-ones, a part has changed.
+ones, a part has changed. Those below `tokens` have a layer, tokenizers that differ, and tables with other rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
 
@@ -28,6 +29,7 @@ CONFIG = {
     "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
 }  # fmt: skip
 ROUNDS = 60  # of configurations with random draws, of which means are kept
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 RUN = """
 import json, logging, pathlib, shutil, sys, yaml
 from safetensors.torch import load_file, save_file
@@ -64,13 +66,13 @@ for file in map(pathlib.Path, sys.argv[2:]):
 """
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
         "model.norm.weight": (HIDDEN,),
         "lm_head.weight": (VOCABULARY, HIDDEN),
     }
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         found |= {f"{prefix}self_attn.{k}_proj.weight": (HIDDEN, HIDDEN) for k in "qkvo"}
         found |= {f"{prefix}mlp.{k}_proj.weight": (INNER, HIDDEN) for k in ("gate", "up")}
@@ -122,6 +124,52 @@ def write_models(root: Path) -> None:
         (root / name / "config.json").write_text(json.dumps(CONFIG) + "\n")
 
 
+# By model: the pieces of its vocabulary in their order, what was added, and the rows of its tables.
+PIECES = [*"abcdefgh", "ab"]
+TOKENIZERS: dict[str, tuple[list[str], list[str], int]] = {
+    "base": (PIECES, ["<s>", "</s>"], 16),
+    "math": (PIECES, ["<s>", "</s>", "<|math|>", "<|both|>"], 13),
+    "code": ([*reversed(PIECES), "cd"], ["</s>", "<s>", "<|both|>", "<|code|>"], 20),
+    "bare": ([], [], 16),
+    "tied": (PIECES, ["<s>", "</s>"], 12),
+    "tied_math": (PIECES, ["<s>", "</s>", "<|math|>"], 12),
+    "half": (PIECES, ["<s>", "</s>", "<|half|>"], 12),
+    "other": ([*reversed(PIECES)], ["</s>", "<s>"], 16),
+}
+
+
+def write_tokenizer(folder: Path, pieces: list[str], added: list[str]) -> None:
+    """A tokenizer of letters, and of two together where there is such a piece."""
+    vocabulary = {piece: place for place, piece in enumerate(pieces)}
+    merges = [tuple(piece) for piece in pieces if len(piece) == 2]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in added])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+
+
+def write_token_models(root: Path) -> None:
+    """The models of TOKENIZERS; of `tied` ones the embedding is the head, `half` is stored in bfloat16."""
+    generator = torch.Generator().manual_seed(1)
+    for name, (pieces, added, rows) in TOKENIZERS.items():
+        folder, ids = root / name, {token: place for place, token in enumerate([*pieces, *added])}
+        folder.mkdir(parents=True, exist_ok=True)
+        tied = name.startswith("tied")
+        state = {
+            key: torch.randn((rows, *shape[1:]) if key in TABLES else shape, generator=generator) * 0.1
+            for key, shape in shapes(layers=1).items() if not (tied and key == "lm_head.weight")
+        }  # fmt: skip
+        state = {key: tensor.bfloat16() for key, tensor in state.items()} if name == "half" else state
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        os.chmod(folder / "model.safetensors", 0o644)
+        special = {"bos_token_id": ids.get("<s>", 9), "eos_token_id": ids.get("</s>", 10)}
+        config = {**CONFIG, "num_hidden_layers": 1, "vocab_size": rows, "tie_word_embeddings": tied, **special}
+        (folder / "config.json").write_text(json.dumps(config) + "\n")
+        if pieces:
+            write_tokenizer(folder, pieces, added)
+
+
 def make(target: Path, python: str | None = None) -> None:
     """Everything anew, below `target`: models/NAME and merged/CONFIG.safetensors; `python` is one that has mergekit.
 
@@ -129,20 +177,26 @@ def make(target: Path, python: str | None = None) -> None:
     parameters of all methods are in parameters.json.
     """
     write_models(target / "models")
+    write_token_models(target / "models" / "tokens")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         python = python or installed(place / "venv")
         (place / "models").symlink_to((target / "models").resolve())
         configs = sorted(CONFIGS.glob("**/*.yml"))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         command = [python, "-c", RUN, str(ROUNDS), *map(str, configs)]
         subprocess.run(command, check=True, cwd=place, env=environment)
         (target / "parameters.json").write_bytes((place / "parameters.json").read_bytes())
         for config in configs:
-            written = place / "out" / config.stem / "model.safetensors"
-            kept = target / "merged" / config.relative_to(CONFIGS).with_suffix(".safetensors")
+            folder, kept = place / "out" / config.stem, target / "merged" / config.relative_to(CONFIGS)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_bytes(written.read_bytes())
+            kept.with_suffix(".safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+            if (folder / "tokenizer.json").exists():
+                tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+                ids = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+                said = json.loads((folder / "config.json").read_text())
+                content = {"vocab_size": said["vocab_size"], "ids": ids}
+                kept.with_suffix(".json").write_text(json.dumps(content) + "\n")
 
 
 def installed(environment: Path) -> str:

@@ -1,0 +1,106 @@
+"""What a mergekit configuration says of tokenizers and chat templates, as settings of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from modelmerge.checkpoint.documents import shown
+from modelmerge.checkpoint.templates import AUTO, NAMES, is_template
+from modelmerge.errors import suggestion
+from modelmerge.plan.overrides import BASE
+from modelmerge.plan.recipe import Tables, TokenRow
+from modelmerge.plan.vocabulary import UNION
+
+Complain = Callable[[str, str], None]
+Who = Callable[[Any, str], str]  # base or an expert's name, of a reference and its place in the file
+
+
+class Tokens(NamedTuple):
+    """The settings of a recipe."""
+
+    vocab: str | None
+    tables: Tables
+    chat_template: str | None
+
+
+def read_tokens(config: Mapping[str, Any], who: Who, lacking: Literal["base", "mean"], complain: Complain) -> Tokens:
+    """Whose tokens the tables have, how they are put together, and the chat template.
+
+    Args:
+        config: The configuration.
+        who: Finds models.
+        lacking: What a model has in place of a row that it lacks and others have, see `Tables`.
+        complain: Takes what cannot be honoured, with its place.
+    """
+    source, tokenizer = config.get("tokenizer_source"), config.get("tokenizer")
+    template = _template(config.get("chat_template"), complain)
+    if source is not None and tokenizer is not None:
+        complain("tokenizer_source and tokenizer", "mergekit takes one of them")
+    if source is None and tokenizer is None:
+        return Tokens(None, {"rows": "stored"}, template)
+    place = "tokenizer_source" if tokenizer is None else "tokenizer.source"
+    tables: Tables = {"rows": "filled", "lacking": lacking}
+    if tokenizer is not None:
+        if not isinstance(tokenizer, dict):
+            complain("tokenizer", "is no mapping")
+            return Tokens(None, tables, template)
+        keys = ("source", "tokens", "pad_to_multiple_of")
+        for key in tokenizer:
+            if key not in keys:
+                complain(f"tokenizer.{key}", f"mergekit has no such key; there are: {', '.join(keys)}")
+        source = tokenizer.get("source", UNION)
+        tokens = tokenizer.get("tokens") or {}
+        if not isinstance(tokens, dict):
+            complain("tokenizer.tokens", "is no mapping")
+        elif tokens:
+            tables["tokens"] = {
+                str(t): _row(entry, f"tokenizer.tokens.{t}", who, complain) for t, entry in tokens.items()
+            }
+        multiple = tokenizer.get("pad_to_multiple_of")
+        if type(multiple) is int and multiple > 0:
+            tables["multiple"] = multiple
+        elif multiple:
+            complain("tokenizer.pad_to_multiple_of", f"must be a whole number above 0, not {shown(multiple)}")
+    return Tokens(source if source in (BASE, UNION) else who(source, place), tables, template)
+
+
+def _row(entry: Any, place: str, who: Who, complain: Complain) -> TokenRow:
+    """Where a token's row comes from."""
+    row: TokenRow = {}
+    if not isinstance(entry, dict) or not set(entry) <= {"source", "force"}:
+        complain(place, "has a 'source' and a 'force' and nothing else")
+        return row
+    source, force = entry.get("source"), entry.get("force", False)
+    if not isinstance(force, bool):
+        complain(f"{place}.force", f"must be true or false, not {shown(force)}")
+    elif force:
+        row["force"] = True
+        if source is None:
+            complain(place, "is forced, and has no source")
+    if not isinstance(source, dict) or "kind" not in source:
+        if source is not None:
+            row["model"] = who(source, f"{place}.source")
+        return row
+    token, number = source.get("token"), source.get("token_id")
+    if source == {"kind": "zero"}:
+        row["zero"] = True
+        return row
+    known = source["kind"] == "model_token" and set(source) <= {"kind", "model", "token", "token_id"}
+    if known and isinstance(token, str) and number is None:
+        row |= {"model": who(source.get("model"), f"{place}.source.model"), "token": token}
+    elif known and type(number) is int and token is None:
+        row |= {"model": who(source.get("model"), f"{place}.source.model"), "id": number}
+    else:
+        complain(f"{place}.source", "is a model, {kind: zero}, or {kind: model_token, model, token or token_id}")
+    return row
+
+
+def _template(choice: Any, complain: Complain) -> str | None:
+    if choice is None or choice == "":
+        return None
+    if isinstance(choice, str) and (is_template(choice) or choice in (AUTO, *NAMES)):
+        return choice
+    hint = suggestion(str(choice), [AUTO, *NAMES], f"there are: {', '.join([AUTO, *NAMES])}")
+    complain("chat_template", f"{shown(choice)} is no template, and no name of one; {hint}")
+    return None
