@@ -188,8 +188,8 @@ KEYS: Mapping[str, str] = {
     "parameters": f"see below; a list over the layers or a `filter` becomes `{named('at')}`",
     "dtype": f"`{named('dtype')}`; the arithmetic is float32 whatever it says",
     "out_dtype": f"`{named('dtype')}`",
-    "tokenizer_source": "`base`, `union` or a model that is merged: whose tokens the tables have, see below",
-    "tokenizer": "`source` as above, `union` where it is not given; `tokens` and `pad_to_multiple_of`: see below",
-    "chat_template": "`auto`, `alpaca`, `chatml`, `exaone`, `llama3`, `mistral` or a Jinja template: see below",
+    "tokenizer_source": "`base`, `union` or a model that is merged: whose tokens the tables have, see above",
+    "tokenizer": "`source` as above, `union` where it is not given; `tokens` and `pad_to_multiple_of`: see above",
+    "chat_template": "`auto`, `alpaca`, `chatml`, `exaone`, `llama3`, `mistral` or a Jinja template: see above",
     "modules": "`default` alone, as what is in it",
 }

@@ -107,6 +107,30 @@ def test_a_union_loads_with_every_token_at_its_row(kind: str, padding: int, tmp_
     assert ids[:2] == base("the sea")["input_ids"][:2]
 
 
+@pytest.mark.parametrize("kind", ["llama", "tied llama", "gpt2"])
+def test_a_mergekit_yamls_union_loads_with_its_template(kind: str, tmp_path: Path) -> None:
+    paths = family(kind, tmp_path, padding=128)
+    models = [f"{{model: {path}, parameters: {{weight: 0.5, density: 0.5}}}}" for path in paths[1:]]
+    (tmp_path / "c.yml").write_text(
+        f"merge_method: ties\nbase_model: {paths[0]}\nmodels: [{', '.join(models)}]\nchat_template: chatml\n"
+        "tokenizer: {pad_to_multiple_of: 16, tokens: {<|new|>: {source: {kind: zero}}}}\n"
+    )
+    modelmerge.replay(tmp_path / "c.yml", tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert {"<|a|>", "<|both|>", "<|b|>", "<|new|>"} <= tokenizer.get_vocab().keys()
+    model, info = type(model_of(kind, 80, 0)).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    rows = model.get_input_embeddings().weight
+    assert len(tokenizer) <= len(rows) == model.config.vocab_size == -(-len(tokenizer) // 16) * 16
+    torch.testing.assert_close(rows[-1], rows[: len(tokenizer)].mean(0), rtol=0, atol=0.02)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "the sea <|a|>"}], tokenize=False)
+    assert text == "<|im_start|>user\nthe sea <|a|><|im_end|>\n"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert tokenizer.convert_tokens_to_ids("<|a|>") in ids
+    assert model(ids).logits.shape == (*ids.shape, len(rows))
+
+
 def test_an_experts_vocabulary_comes_with_its_tokenizer_and_ids(tmp_path: Path) -> None:
     base, a, _ = family("llama", tmp_path)
     shuffled = tmp_path / "moved"
