@@ -19,8 +19,13 @@ FILE, _KEY = "chat_template.jinja", "chat_template"
 _SHORTEST = 20  # letters of a template
 
 
-def is_template(text: str) -> bool:
-    """Whether a text is a Jinja template, or else may be the name of one; as mergekit tells them apart."""
+def is_choice(text: str) -> bool:
+    """Whether a text is a Jinja template, or names one, or is `auto`."""
+    return text in (AUTO, *NAMES) or _is_template(text)
+
+
+def _is_template(text: str) -> bool:
+    """Whether a text is a Jinja template, as mergekit tells."""
     return len(text) >= _SHORTEST and "{" in text
 
 
@@ -29,7 +34,7 @@ def template_of(choice: str | None, base: Checkpoint, experts: Sequence[Checkpoi
 
     `auto` is the most common template among the models, and of equals the first. An adapter has its base's.
     """
-    if choice is None or is_template(choice):
+    if choice is None or _is_template(choice):
         return choice
     if choice != AUTO:
         return (Path(__file__).parent / "chat_templates" / f"{choice}.jinja").read_text("utf-8")

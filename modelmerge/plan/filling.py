@@ -72,6 +72,8 @@ class Filling:
             if entry.get("zero"):
                 donor[row], place[row] = _ZERO, row
             elif "model" in entry and (forced[row] or not have[:, row].all()):
+                if entry["model"] not in self._names:
+                    raise PlanError(f"the row of {token!r} is to be that of '{entry['model']}', which is no model here")
                 donor[row] = self._names.index(entry["model"])
                 place[row] = self._place_of(token, entry, int(own[donor[row], row]), counts[donor[row]])
         stays = (own >= 0) & ~forced

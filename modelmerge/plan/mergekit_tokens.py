@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from modelmerge.checkpoint.documents import shown
-from modelmerge.checkpoint.templates import AUTO, NAMES, is_template
+from modelmerge.checkpoint.templates import AUTO, NAMES, is_choice
 from modelmerge.errors import suggestion
 from modelmerge.plan.overrides import BASE
 from modelmerge.plan.recipe import Tables, TokenRow
@@ -99,7 +99,7 @@ def _row(entry: Any, place: str, who: Who, complain: Complain) -> TokenRow:
 def _template(choice: Any, complain: Complain) -> str | None:
     if choice is None or choice == "":
         return None
-    if isinstance(choice, str) and (is_template(choice) or choice in (AUTO, *NAMES)):
+    if isinstance(choice, str) and is_choice(choice):
         return choice
     hint = suggestion(str(choice), [AUTO, *NAMES], f"there are: {', '.join([AUTO, *NAMES])}")
     complain("chat_template", f"{shown(choice)} is no template, and no name of one; {hint}")

@@ -13,6 +13,7 @@ from modelmerge.checkpoint import manifest_file
 from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.documents import Malformed, check, read_json, shown
 from modelmerge.checkpoint.reference import Named
+from modelmerge.checkpoint.templates import is_choice
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.plan import format_1
 
@@ -164,6 +165,10 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | No
         stored |= {"base": _from_json(stored["base"]), "experts": [*map(_from_json, stored["experts"])]}
         entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         recipe = Recipe(**entries)
+        if (recipe.tables or {}).get("multiple", 1) < 1:
+            raise Malformed("recipe.tables.multiple must be above 0")
+        if recipe.chat_template is not None and not is_choice(recipe.chat_template):
+            raise Malformed(f"recipe.chat_template is no template, and no name of one: {shown(recipe.chat_template)}")
     except ValueError as error:
         raise RecipeError(f"{file}: malformed: {error}", hint=_GIVE) from error
     inputs = [manifest["inputs"]["base"], *manifest["inputs"]["experts"]]

@@ -79,8 +79,10 @@ class Tokenizers:
         self.models = (base, *experts)
         ours = tokenizer_of(base)
         theirs = [None if lenient and e.adapter is not None else tokenizer_of(e) for e in experts]
-        if lenient:
-            theirs = [None if own is None or own.ids is None else own for own in theirs]
+        if lenient:  # the base's files are not read again
+            theirs = [
+                own if own and ((ours and own.same_files(ours)) or own.ids is not None) else None for own in theirs
+            ]
         bases = [lenient or e.vector is not None for e in experts]
         self._each = [ours, *(own or (ours if base else None) for own, base in zip(theirs, bases, strict=True))]
         self._bases: dict[int, bool] = {0: True}
@@ -209,7 +211,7 @@ def vocabulary_of(
         return None
     alike = tokenizers.of(0) is not None and all(map(tokenizers.is_bases, range(len(models))))
     for other in range(len(models)):
-        if tokenizers.ids(other) is None and not alike:
+        if tokenizers.ids(other) is None and (more is not None or not alike):
             who = f"'{models[other].name}'" if other else "the base"
             raise PlanError(
                 f"{named('vocab')} {name} aligns rows by token, and the tokens of {who} cannot be told: "
@@ -252,24 +254,21 @@ def _new(
     With `pieces_first`, as in mergekit, what was added to any of the vocabularies follows the pieces of all.
     """
     ids = tokenizers.ids(giver) or {}
-    places = range(len(tokenizers.models))
-    added = {token for place in places for token in _additions(tokenizers, place)} if pieces_first else set()
+    each = [
+        {} if (tokenizer := tokenizers.of(i)) is None else tokenizer.additions for i in range(len(tokenizers.models))
+    ]
+    added = {token: flags for additions in reversed(each) for token, (_, flags) in additions.items()}
     new: dict[str, dict[str, bool] | None] = {}
     for wanted in (False, True) if pieces_first else (None,):
         for place, model in enumerate(tokenizers.models):
             count = min((row_count(model.tensors.get(name, info)) for name, info in tables.items()), default=1 << 62)
-            additions = _additions(tokenizers, place)
             lack = [(at, t) for t, at in (tokenizers.ids(place) or {}).items() if t not in ids and t not in new]
             for at, token in sorted(lack):
                 if at < count and wanted in (None, token in added):  # others have no row to merge
-                    new[token] = additions.get(token, (at, None))[1]
+                    flags = each[place].get(token, (at, None))[1]
+                    new[token] = added.get(token) if pieces_first else flags
     following = max(ids.values(), default=-1) + 1
     return {token: (row, flags) for row, (token, flags) in enumerate(new.items(), following)}
-
-
-def _additions(tokenizers: Tokenizers, place: int) -> Mapping[str, tuple[int, dict[str, bool]]]:
-    tokenizer = tokenizers.of(place)
-    return {} if tokenizer is None else tokenizer.additions
 
 
 def remarks_on_tokens(vocabulary: Vocabulary) -> list[str]:

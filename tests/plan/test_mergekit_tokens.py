@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import modelmerge
 from modelmerge.checkpoint.templates import NAMES, template_of
 from modelmerge.cli import main
-from modelmerge.errors import PlanError
+from modelmerge.errors import ModelMergeError, PlanError
 from tests.support.checkpoints import read
 from tests.support.hub_server import FakeHub
-from tests.support.mergekit_runs import CONFIGS, ORACLE, TABLES
+from tests.support.mergekit_runs import CONFIGS, ORACLE, PIECES, TABLES, write_tokenizer
 
 EMBED, HEAD = TABLES
 UNION = """
@@ -172,6 +172,37 @@ def test_models_on_the_hub_are_filled_too(models: Path, hub: FakeHub) -> None:
         modelmerge.replay("c.yml", "there", stream=stream, force=True)
         for name in ("model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"):
             assert (Path("there") / name).read_bytes() == (Path("here") / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "says"),
+    [
+        ("tables", {"rows": "both"}, "recipe.tables.rows must be"), ("tables", {}, "rows is missing"),
+        ("tables", {"rows": "filled", "multiple": 0}, "multiple must be above 0"),
+        ("tables", {"rows": "filled", "tokens": {"ab": {"model": "who", "force": True}}}, "which is no model here"),
+        ("chat_template", "../chatml", "is no template, and no name of one: '../chatml'"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_asks_for_what_there_is_not_is_refused(entry: str, value: Any, says: str, models: Path) -> None:
+    run(UNION, "one")
+    manifest = json.loads(Path("one/modelmerge.json").read_text())
+    manifest["recipe"][entry] = value
+    Path("one/modelmerge.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelMergeError, match=says):
+        modelmerge.replay("one", "two", allow_different_bits=True)
+
+
+def test_a_token_that_was_added_anywhere_is_an_added_token(models: Path) -> None:
+    """With the flags it has there, also where another model has it for a piece; pieces come first."""
+    for name, pieces, added in (("math", ["<|x|>"], ["<|y|>"]), ("code", ["cd"], ["<|x|>"])):
+        for old in (models / name).glob("tokenizer*"):
+            old.unlink()
+        write_tokenizer(models / name, [*PIECES, *pieces], ["<s>", "</s>", *added])
+    run(UNION)
+    more = {t["content"]: t for t in json.loads(Path("out/tokenizer.json").read_text())["added_tokens"]}
+    assert [(t, more[t]["id"], more[t]["special"]) for t in list(more)[2:]] == [
+        ("cd", 11, False), ("<|x|>", 12, True), ("<|y|>", 13, True)
+    ]  # fmt: skip
 
 
 # --- chat templates ---
