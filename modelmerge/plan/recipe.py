@@ -165,7 +165,7 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | No
         stored |= {"base": _from_json(stored["base"]), "experts": [*map(_from_json, stored["experts"])]}
         entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         recipe = Recipe(**entries)
-        if (recipe.tables or {}).get("multiple", 1) < 1:
+        if recipe.tables is not None and recipe.tables.get("multiple", 1) < 1:
             raise Malformed("recipe.tables.multiple must be above 0")
         if recipe.chat_template is not None and not is_choice(recipe.chat_template):
             raise Malformed(f"recipe.chat_template is no template, and no name of one: {shown(recipe.chat_template)}")
