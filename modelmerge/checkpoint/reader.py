@@ -104,7 +104,8 @@ class Checkpoint:
     def owner(self, tensor: str) -> Checkpoint:
         """The model whose tensor it is: itself, or another that lends it."""
         info = self.tensors.get(tensor)
-        return self if info is None or info.file in self.files else self.lenders.get(info.file, self)
+        lender = self if info is None or info.file in self.files else self.lenders.get(info.file, self)
+        return lender if isinstance(lender, Checkpoint) else self
 
     def stored_bytes(self, tensor: str) -> int:
         """Bytes that a tensor takes in its files."""

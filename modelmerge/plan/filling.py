@@ -52,18 +52,28 @@ class Filling:
         self.means = Means()
         self.sources = cache(self._sources)  # embedding and head are filled alike
 
-    def _sources(self, counts: tuple[int, ...]) -> Sources:
-        """Where the rows of a table come from, given how many each model has.
+    def _sources(self, counts: tuple[int, ...], seen: tuple[int, ...], stand: int) -> Sources:
+        """Where the rows of a table come from.
+
+        Args:
+            counts: How many each model has.
+            seen: The places of the models that are merged there, the base's apart.
+            stand: The place of the model whose table stands in the base's.
 
         Raises:
             PlanError: A token is to come from a row that there is not.
         """
-        own = np.stack([self._places(model, count) for model, count in enumerate(counts)])
-        first = 0 if self._tables.get("lacking") == "base" else 1  # else the base is one of the others
-        have = own[first:] >= 0
+        own = np.stack([self._places(model or stand, count) for model, count in enumerate(counts)])
+        texts = {model: self._models[model or stand].reference.text for model in (0, *seen)}
+        # The base is one of the others where it is an expert as well, or another stands in its place.
+        members = [model for model in texts if model or texts[0] not in [texts[other] for other in seen]]
+        wanted = self._models[0].reference.text if self._tables.get("lacking") == "base" else None
+        bases = [model for model in members if texts[model] == wanted]
+        have = own[members] >= 0
         owners = have.sum(0)
-        donor = np.where(owners == 0, _ZERO, np.where(owners == 1, have.argmax(0) + first, _MEAN))
-        donor[(first == 0) & (own[0] >= 0)] = 0
+        donor = np.where(owners == 0, _ZERO, np.where(owners == 1, np.array(members)[have.argmax(0)], _MEAN))
+        for model in bases:
+            donor[own[model] >= 0] = model
         place = np.where(donor >= 0, own[donor, np.arange(self.size)], np.arange(self.size))
         forced = np.zeros(self.size, bool)
         for token, entry in self._tables.get("tokens", {}).items():
@@ -72,14 +82,17 @@ class Filling:
             if entry.get("zero"):
                 donor[row], place[row] = _ZERO, row
             elif "model" in entry and (forced[row] or not have[:, row].all()):
-                if entry["model"] not in self._names:
-                    raise PlanError(f"the row of {token!r} is to be that of '{entry['model']}', which is no model here")
-                donor[row] = self._names.index(entry["model"])
+                model = self._names.index(entry["model"]) if entry["model"] in self._names else -1
+                if model not in (stand, *seen):
+                    raise PlanError(
+                        f"the row of {token!r} is to be that of '{entry['model']}', which is not merged there"
+                    )
+                donor[row] = model if model != stand else 0
                 place[row] = self._place_of(token, entry, int(own[donor[row], row]), counts[donor[row]])
         stays = (own >= 0) & ~forced
         models = np.arange(len(counts))[:, None]
         whose, places = np.where(stays, models, donor[None]), np.where(stays, own, place[None])
-        own[:first] = -1
+        own[[model not in members for model in range(len(counts))]] = -1
         return whose, places, own
 
     def _ids(self, model: int) -> Mapping[str, int]:
@@ -192,9 +205,15 @@ def _as_rows(info: TensorInfo) -> TensorInfo:
 
 
 def fill(
-    base: Checkpoint, experts: Sequence[Checkpoint], plans: Mapping[str, TensorPlan], filling: Filling
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    plans: Mapping[str, TensorPlan],
+    filling: Filling,
+    stands: Mapping[str, int],
 ) -> tuple[Checkpoint, tuple[Checkpoint, ...], dict[str, TensorPlan], dict[str, tuple[int, int]]]:
     """The models and the plan with filled tables, and of each table how many rows the base has and the output.
+
+    `stands` are the places of models, by table, whose own stands in the base's.
 
     Raises:
         PlanError: A token's row cannot be had, a change cannot be cut, or a tensor may be a table without its name.
@@ -207,22 +226,26 @@ def fill(
         table = base.tensors[name]
         if not is_table(table):
             continue
-        sources = filling.sources((row_count(table), *(count_of(expert, table) for expert in experts)))
+        seen = tuple(i + 1 for i in (range(len(experts)) if plan.sources is None else plan.sources))
+        counts = row_count(table), *(count_of(e, table) if i in seen else 0 for i, e in enumerate(experts, 1))
+        sources = filling.sources(counts, seen, stands.get(name, 0))
         stored = [model.tensors.get(name, table) for model in models]
         for model, info in zip(models, stored, strict=True):
             lenders |= dict.fromkeys(_files(info), model if name in model.tensors else base)
-        stored = _of_one_dtype(stored, means, bool((sources[0] != np.arange(len(models))[:, None]).any()))
+        whose = sources[0][[0, *seen]]
+        stored = _of_one_dtype(stored, means, bool((whose != np.array([0, *seen])[:, None]).any()))
         for i, model in enumerate(models):
             if name in model.tensors:
                 tensors[i][name] = filling.table(i, stored, sources)
         info = tensors[0][name]
         changed[name] = replace(plan, shape=info.shape, dtype=info.dtype, rows=None)
         if filling.padded != row_count(table) or (sources[0][0] != 0).any() or (np.diff(sources[1][0]) != 1).any():
-            sizes[name] = row_count(table), filling.padded
+            said = base.config.get("vocab_size") if stands.get(name) else None
+            sizes[name] = (said if isinstance(said, int) else row_count(table)), filling.padded
     refuse_hidden_tables(base, plans, sizes)
-    means.reader = replace(base, lenders=lenders)
+    means.reader = replace(base, lenders={**base.lenders, **{f: m for f, m in lenders.items() if m is not base}})
     base, *others = (
-        replace(model, tensors=each, lenders={file: other for file, other in lenders.items() if other is not model})
+        replace(model, tensors=each, lenders={**model.lenders, **{f: m for f, m in lenders.items() if m is not model}})
         for model, each in zip(models, tensors, strict=True)
     )
     return base, tuple(others), changed, sizes

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from modelmerge.checkpoint.documents import parse_yaml, read_bytes, shown
 from modelmerge.errors import RecipeError
@@ -132,8 +132,7 @@ class _Translation:
         self.remarks += reader.remarks
         dtype = self._dtype(config)
         recipe = self._recipe(row, base, slices, dtype) if row else None
-        lacking = "base" if base is not None or (row is not None and row.inputs == "deltas") else "mean"
-        tokens = self._tokens(config, base, lacking)
+        tokens = self._tokens(config, base, based=base is not None or (row is not None and row.inputs == "deltas"))
         recipe = replace(recipe, **tokens._asdict()) if recipe is not None else None
         if self.complaints or recipe is None:
             count = len(self.complaints)
@@ -171,7 +170,7 @@ class _Translation:
 
     # ---- what is said once
 
-    def _tokens(self, config: Mapping[str, Any], base: str | None, lacking: Literal["base", "mean"]) -> Tokens:
+    def _tokens(self, config: Mapping[str, Any], base: str | None, *, based: bool) -> Tokens:
         """What it says of tokenizers, of the models by their names here."""
         names = {**self.names, **({} if base is None else {base: BASE})}
 
@@ -181,7 +180,7 @@ class _Translation:
                 self.complain(place, f"only a model that is merged can be honoured, not '{reference}'")
             return names.get(reference, BASE)
 
-        return read_tokens(config, who, lacking, self.complain)
+        return read_tokens(config, who, "base" if based else "mean", self.complain)
 
     def _dtype(self, config: Mapping[str, Any]) -> str | None:
         names: dict[str, str | None] = {}

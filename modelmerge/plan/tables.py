@@ -128,6 +128,7 @@ def by_token(
     files_from: str,
     on_mismatch: str,
     by: Tables | None,
+    stands: Mapping[str, int],
     *,
     merging: bool,
 ) -> tuple[Checkpoint, Sequence[Checkpoint], dict[str, TensorPlan], Vocabulary | None]:
@@ -145,7 +146,7 @@ def by_token(
     more = by.get("tokens", ()) if by is not None and filled else None
     vocabulary = vocabulary_of(vocab, files_from, tokenizers, tables, more)
     if vocabulary is not None and by is not None and filled:
-        base, others, tensors, sizes = fill(base, experts, tensors, Filling(tokenizers, vocabulary, by))
+        base, others, tensors, sizes = fill(base, experts, tensors, Filling(tokenizers, vocabulary, by), stands)
         clause = "it has no tokenizer that can be read, and is taken to have the base's"
         lack = [i for i, e in enumerate(others, 1) if tokenizers.shares(i) and e.vector is None and e.adapter is None]
         experts = [replace(e, remarks=(*e.remarks, clause)) if i in lack else e for i, e in enumerate(others, 1)]
@@ -154,10 +155,11 @@ def by_token(
         return align(base, experts, tensors, Alignment(tokenizers, vocabulary))
     merged = [tensor.name for tensor in tensors.values() if tensor.action == "merge" and tensor.name in tables]
     places = [i for i, expert in enumerate(experts, 1) if any(name in expert.tensors for name in merged)]
+    places = sorted({*places, *(stands.get(name, 0) for name in tables)} - {0})
     infos = [model.tensors[name] for model in (base, *experts) for name in merged if name in model.tensors]
     if not places:
         return base, experts, tensors, None
-    remarks, lines = compare(tokenizers, places, min(map(row_count, infos)))
+    remarks, lines = compare(tokenizers, places, min(map(row_count, infos or tables.values())))
     if lines and by is not None and by["rows"] == "stored":
         vocabulary, lines = Vocabulary(None, files_from, {}, others=tuple(lines)), []
     if lines and on_mismatch != "common-rows":

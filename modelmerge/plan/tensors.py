@@ -185,11 +185,11 @@ def make_plan(
     """
     refuse_quantised((base, *experts))
     complaints: list[str] = []
-    if stack is not None:
-        stack.refuse_tables(vocab, files_from)
-    else:
+    if stack is None:
         experts = [placed(base, expert) for expert in experts]
         experts, complaints = _matched(base, compared(base, experts), include, exclude)
+    elif tables is None:
+        stack.refuse_tables(vocab, files_from)
     refuse_8_bits(base, experts, lambda name: _is_merged(name, include, exclude))
     _refuse_idle_globs(base, experts, include, exclude)
     tensors = {}
@@ -234,8 +234,9 @@ def make_plan(
     if methods is not None:
         methods.refuse_idle({t.name: (t.action == "merge", t.linear, t.override) for t in tensors.values()}, strict)
     expert_only = {name: tuple(expert.name for expert in experts if name in expert.tensors) for name in beyond}
+    stands = {} if stack is None else {name: origin.stand for name, origin in stack.origins.items()}
     base, experts, tensors, vocabulary = by_token(
-        base, experts, tensors, vocab, files_from, on_mismatch, tables, merging=methods is not None
+        base, experts, tensors, vocab, files_from, on_mismatch, tables, stands, merging=methods is not None
     )
     base, experts, tensors = as_matrices(base, experts, tensors)
     stored, parts = entries(tensors.values())

@@ -262,6 +262,8 @@ def _new(
     for wanted in (False, True) if pieces_first else (None,):
         for place, model in enumerate(tokenizers.models):
             count = min((row_count(model.tensors.get(name, info)) for name, info in tables.items()), default=1 << 62)
+            if pieces_first and type(stated := model.config.get("vocab_size")) is int:
+                count = stated
             lack = [(at, t) for t, at in (tokenizers.ids(place) or {}).items() if t not in ids and t not in new]
             for at, token in sorted(lack):
                 if at < count and wanted in (None, token in added):  # others have no row to merge

@@ -29,7 +29,15 @@ WRONG = {"half-arithmetic", "ties-cancels"}
 TOKENS = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("tokens-*.yml"))
 SAME = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("*.yml") if file.stem not in {*WRONG, *TOKENS})
 # The order of its models is that of their hashes, and the union's tokens follow it.
-DRAWN = {"tokens-half", "tokens-linear", "tokens-linear-based", "tokens-union"}
+DRAWN = {
+    "tokens-passthrough",
+    "tokens-stacked",
+    "tokens-stacked-alone",
+    "tokens-half",
+    "tokens-linear",
+    "tokens-linear-based",
+    "tokens-union",
+}
 
 
 @pytest.fixture
@@ -108,23 +116,24 @@ def test_where_entries_are_drawn_the_mean_and_the_share_of_what_is_kept_are_merg
 def test_tables_are_mergekits_token_by_token(config: str, beside_models: Path) -> None:
     """Every row of a token, the padding, the number of rows, and the ids in the tokenizer."""
     got, want = merged(config)
+    kept = ORACLE / "merged" / f"{config}.json"
+    if kept.exists():
+        theirs = json.loads(kept.read_text())
+        assert json.loads(Path("out/config.json").read_text())["vocab_size"] == theirs["vocab_size"]
+        got = by_token(got, Tokenizer.from_file("out/tokenizer.json").get_vocab(), theirs["ids"], drawn=config in DRAWN)
     assert got.keys() == want.keys()
-    said = ORACLE / "merged" / f"{config}.json"
-    ids: dict[str, dict[str, int]] = {"ours": {}, "theirs": {}}
-    if said.exists():
-        content = json.loads(said.read_text())
-        ids["theirs"] = content["ids"]
-        ids["ours"] = Tokenizer.from_file("out/tokenizer.json").get_vocab()
-        assert json.loads(Path("out/config.json").read_text())["vocab_size"] == content["vocab_size"]
-        assert (ids["ours"] == ids["theirs"]) or (config in DRAWN and ids["ours"].keys() == ids["theirs"].keys())
     for name, tensor in want.items():
         assert got[name].shape == tensor.shape
-        if name in mergekit_runs.TABLES and ids["ours"]:
-            rows = list(range(len(tensor)))
-            for token, row in ids["theirs"].items():
-                rows[row] = ids["ours"][token]
-            got[name] = got[name][rows]
         assert (got[name] - tensor).abs().max() <= 1e-6, name
+
+
+def by_token(state: State, ids: Mapping[str, int], wanted: Mapping[str, int], *, drawn: bool) -> State:
+    """A model with the rows of its tables where other ids have them; only what is drawn may have them elsewhere."""
+    assert ids == wanted or (drawn and ids.keys() == wanted.keys())
+    rows = list(range(max(map(len, (state[name] for name in mergekit_runs.TABLES if name in state)))))
+    for token, row in wanted.items():
+        rows[row] = ids[token]
+    return {name: tensor[rows] if name in mergekit_runs.TABLES else tensor for name, tensor in state.items()}
 
 
 def test_mergekit_computes_in_the_dtype_it_stores(beside_models: Path) -> None:
@@ -407,6 +416,10 @@ def test_float64_is_stored_with_a_remark(beside_models: Path) -> None:
 def test_mergekit_still_makes_what_is_kept(tmp_path: Path) -> None:
     mergekit_runs.make(tmp_path)
     for kept in (ORACLE / "merged").glob("**/*.safetensors"):
-        new, old = load_file(tmp_path / kept.relative_to(ORACLE)), load_file(kept)
+        place = tmp_path / kept.relative_to(ORACLE)
+        new, old = load_file(place), load_file(kept)
         assert new.keys() == old.keys()
+        if kept.with_suffix(".json").exists():
+            ids = [json.loads(file.with_suffix(".json").read_text())["ids"] for file in (place, kept)]
+            new = by_token(new, *ids, drawn=kept.stem in DRAWN)
         assert all((new[name] - old[name]).abs().max() <= 1e-6 for name in old), kept.name

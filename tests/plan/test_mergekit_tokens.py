@@ -101,6 +101,21 @@ def test_rows_go_by_number_where_the_file_names_no_tokenizer(models: Path) -> No
     assert run(text.replace("models/tokens/other", "BARE").replace("BARE", "BASE", 1))["recipe"]["tables"] is None
 
 
+def test_a_head_of_another_model_comes_by_number_too(models: Path) -> None:
+    text = "merge_method: passthrough\nslices:\n"
+    for name in ("base", "other"):
+        text += f"  - sources: [{{model: models/tokens/{name}, layer_range: [0, 1]}}]\n"
+    manifest = run(text)
+    assert any(
+        "go by their number, as in mergekit, though tokens differ: 'other'" in note for note in manifest["notes"]
+    )
+    assert torch.equal(read(Path("out"))[HEAD], read(models / "other")[HEAD])
+    manifest = run(text + "tokenizer_source: base\n")
+    assert not any("go by their number" in note for note in manifest["notes"])
+    place = json.loads((models / "other" / "tokenizer.json").read_text())["model"]["vocab"]["a"]
+    assert torch.equal(read(Path("out"))[HEAD][0], read(models / "other")[HEAD][place])
+
+
 def test_a_model_without_a_tokenizer_has_the_bases(models: Path) -> None:
     manifest = modelmerge.replay(CONFIGS / "tokens-bare.yml", "out")
     said = "'bare': it has no tokenizer that can be read, and is taken to have the base's."
@@ -179,7 +194,7 @@ def test_models_on_the_hub_are_filled_too(models: Path, hub: FakeHub) -> None:
     [
         ("tables", {"rows": "both"}, "recipe.tables.rows must be"), ("tables", {}, "rows is missing"),
         ("tables", {"rows": "filled", "multiple": 0}, "multiple must be above 0"),
-        ("tables", {"rows": "filled", "tokens": {"ab": {"model": "who", "force": True}}}, "which is no model here"),
+        ("tables", {"rows": "filled", "tokens": {"ab": {"model": "who", "force": True}}}, "which is not merged there"),
         ("chat_template", "../chatml", "is no template, and no name of one: '../chatml'"),
     ],
 )  # fmt: skip
