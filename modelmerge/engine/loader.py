@@ -226,7 +226,8 @@ def read_tensor(model: Checkpoint, name: str) -> Tensor:
         raise CheckpointError(f"{info.file}: tensor '{name}' is {info.dtype}, which torch has no dtype for")
     raw = torch.empty(info.nbytes, dtype=torch.uint8)
     model.read_into(info, 0, as_bytes(raw))
-    return raw.view(dtype).view(info.shape)
+    values = raw.view(dtype).view(info.shape)
+    return values.to(TORCH_DTYPES.get(model.stored_dtype(info), dtype))  # what is made of a model has more digits
 
 
 def loaded(source: Source, tensor: TensorPlan) -> Tensor:
