@@ -191,3 +191,22 @@ def test_what_is_no_model_with_an_adapter_is_named(
         modelmerge.merge("base", [reference], "out", method="average")
     assert main(["merge", "average", "base", reference, "-o", "out"]) == 1
     assert not Path("out").exists()
+
+
+def test_layers_of_a_sum_are_put_together_like_a_models(tmp_path: Path) -> None:
+    """In the dtype of the model; lent to a base, and merged."""
+    family = Family(tmp_path)
+    for folder in (family.base, family.other):
+        state = {name: tensor.bfloat16() for name, tensor in read(folder).items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = merged(family.sum, [family.base], tmp_path / "sum as file", scale=0.0)
+    for method, runs in (("passthrough", ["it:0-2", "base:1-2"]), ("average", ["base:0-1 it:1-2", "it:0-1"])):
+        made = []
+        for name, reference in (("sum", family.sum), ("file", tmp_path / "sum as file")):
+            out = tmp_path / f"{method} {name}"
+            made.append(merged(family.base, [f"it={reference}"], out, method=method, layers=runs))
+        assert {tensor.dtype for tensor in made[0].values()} == {torch.bfloat16}
+        assert distance(*made, made[0]) <= 2**-9  # the file's numbers are rounded once more
+        place = "model.layers.1.self_attn.q_proj.weight"
+        layer = "model.layers.1." if method == "passthrough" else "model.layers.0."
+        assert (made[0][place].float() - whole[f"{layer}self_attn.q_proj.weight"].float()).abs().max() <= 2**-9
