@@ -181,7 +181,7 @@ def test_the_card_shows_the_stages_and_what_is_published_no_paths(here: Path) ->
     assert "modelmerge merge ties models/base first=./first" in page
     public = redaction.published(manifest)
     assert str(here) not in json.dumps(public)
-    assert str(here) not in card.published(page, manifest, public)
+    assert str(here) not in card.published(page, manifest, public, ())
 
 
 def test_an_interrupted_run_goes_on_behind_its_finished_stages(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
