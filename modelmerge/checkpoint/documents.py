@@ -143,10 +143,22 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: It is no YAML, or costs more than any configuration.
     """
+    documents = parse_documents(text)
+    if len(documents) > 1:
+        raise ValueError(f"it has {len(documents)} documents, and one is expected")
+    return documents[0] if documents else None
+
+
+def parse_documents(text: str) -> list[Any]:
+    """What the documents of a YAML text say, none of which has a key twice.
+
+    Raises:
+        ValueError: It is no YAML, or costs more than any configuration.
+    """
     try:
         for _ in _events(text):
             pass
-        return yaml.load(text, _UniqueLoader)
+        return list(yaml.load_all(text, _UniqueLoader))
     except Malformed:
         raise
     except Exception as error:  # its constructors raise anything, at dates and numbers that are none

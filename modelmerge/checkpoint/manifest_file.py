@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 
@@ -33,7 +34,17 @@ class _Models(_Base):
     experts: list[Input]
 
 
-class Output(TypedDict):
+class _Stage(TypedDict):
+    """A merge before another one, whose result is gone."""
+
+    inputs: _Models
+
+
+class _Staged(TypedDict, total=False):
+    stages: dict[str, _Stage]
+
+
+class Output(_Staged):
     """The manifest of any finished output, or of one of the task vectors in it."""
 
     inputs: dict[str, Input | list[Input]]
@@ -45,7 +56,7 @@ class Listed(Output):
     files: dict[str, FileEntry]
 
 
-class Made(TypedDict):
+class Made(_Staged):
     """The manifest of what was made of a base and experts: a merge, or task vectors."""
 
     inputs: _Models
@@ -63,3 +74,10 @@ class Merge(Made):
 
     format: int
     recipe: dict[str, Any]
+
+
+def inputs_of(manifest: Mapping[str, Any]) -> Iterator[Any]:
+    """The models that an output was made of, those of the merges before it too."""
+    for made in (manifest, *manifest.get("stages", {}).values()):
+        for models in made["inputs"].values():
+            yield from models if isinstance(models, list) else [models]

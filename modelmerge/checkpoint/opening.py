@@ -12,7 +12,7 @@ from modelmerge.checkpoint.lora_files import translate_file
 from modelmerge.checkpoint.pairing import component_of
 from modelmerge.checkpoint.portable import model_name
 from modelmerge.checkpoint.reader import Checkpoint, VectorOf, open_checkpoint, with_prefix
-from modelmerge.checkpoint.reference import Named, Reference, parse, parse_experts
+from modelmerge.checkpoint.reference import NO_STAGES, Named, Reference, Stages, parse, parse_experts
 from modelmerge.errors import PlanError, ReferenceNotFound
 
 
@@ -24,11 +24,12 @@ def as_references(experts: Sequence[str | Path | Named] | Mapping[str, str | Pat
 
 
 def open_models(
-    base: str | Named, experts: Sequence[str | Named], exclude: Sequence[str] = ()
+    base: str | Named, experts: Sequence[str | Named], exclude: Sequence[str] = (), stages: Stages = NO_STAGES
 ) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """The base and the experts, every header read; task vectors and adapters among them must be of this base.
 
-    Of adapters, keys that globs of `exclude` match need no place in the base.
+    Of adapters, keys that globs of `exclude` match need no place in the base. `stages` are the places of what a recipe
+    merges before.
 
     Raises:
         ReferenceNotFound: A reference leads nowhere.
@@ -36,14 +37,14 @@ def open_models(
         CheckpointError: A file is malformed.
         PlanError: A task vector or an adapter is of another base, or stands where the base should.
     """
-    return open_references(parse(base), parse_experts(experts), exclude)
+    return open_references(parse(base, stages), parse_experts(experts, stages), exclude)
 
 
 def open_references(
     reference: Reference, others: Sequence[Reference], exclude: Sequence[str] = ()
 ) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """`open_models` for references that have been parsed."""
-    origin = open_checkpoint(reference)
+    origin = open_model(reference, exclude)
     if origin.adapter is not None:
         hint = f"its base was '{origin.adapter.base}'" if origin.adapter.base else "name the model it was trained on"
         if origin.adapter.lone:
@@ -53,7 +54,7 @@ def open_references(
         raise ReferenceNotFound(
             f"{reference.text} is a task vector, not a base", hint=f"its base was {origin.vector.base}"
         )
-    experts = tuple(attach(open_checkpoint(other), origin, exclude) for other in others)
+    experts = tuple(attach(open_model(_on(reference, other), exclude), origin, exclude) for other in others)
     for expert in experts:
         vector = expert.vector
         digests = None if vector is None else vector.base_sha256
@@ -63,6 +64,36 @@ def open_references(
                 hint=f"its base was '{vector.base}'",
             )
     return origin, experts
+
+
+def open_model(reference: Reference, exclude: Sequence[str] = ()) -> Checkpoint:
+    """The checkpoint behind a reference, with the adapters on it that the reference names.
+
+    Raises:
+        ReferenceNotFound: As for `open_checkpoint`; or what follows a `+` is no adapter, or what stands before it one.
+        CheckpointError: A file is malformed.
+        PlanError: An adapter does not fit the model.
+    """
+    model = open_checkpoint(reference.parts[0])
+    for adapter in reference.adapters:
+        from modelmerge.checkpoint.sums import with_adapter  # it takes torch
+
+        change = open_checkpoint(adapter)
+        for each, wrong in ((model, model.adapter or model.vector), (change, change.adapter is None)):
+            if wrong:
+                what = "MODEL" if each is model else "ADAPTER"
+                kind = "no model" if each is model else "no adapter"
+                message = f"{reference.text}: {each.reference.text} is {kind}, and stands where {what} should"
+                raise ReferenceNotFound(message, hint="write it as MODEL+ADAPTER")
+        model = with_adapter(model, attach(change, model, exclude), reference)
+    return model
+
+
+def _on(base: Reference, other: Reference) -> Reference:
+    """An expert's reference; of the base with an adapter on it, the adapter's."""
+    *model, last = other.parts
+    same = [part.location for part in model] == [part.location for part in base.parts]
+    return replace(last, name=other.name) if same else other
 
 
 def attach(expert: Checkpoint, base: Checkpoint, exclude: Sequence[str] = ()) -> Checkpoint:

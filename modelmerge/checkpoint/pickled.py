@@ -16,10 +16,11 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.documents import open_plain, shown
 from modelmerge.checkpoint.header import (
     DTYPE_BITS,
@@ -33,6 +34,11 @@ from modelmerge.checkpoint.header import (
 )
 from modelmerge.checkpoint.unpickler import Dtype, Odd, Storage, View, item_bytes, unpickled
 from modelmerge.errors import CheckpointError, ReferenceNotFound
+
+if TYPE_CHECKING:
+    from modelmerge.checkpoint.means import Means
+    from modelmerge.checkpoint.sums import Sum
+    from modelmerge.hub.ranges import Ranges
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _DEPTH = 3  # so far down a state dict is looked for
@@ -79,15 +85,25 @@ def read_pickle(file: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
     return {info.name: info for info in sorted(infos, key=lambda info: info.start)}, remarks
 
 
-def gather(descriptor: int, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
+def gather(source: FileDigest | Ranges | Means | Sum, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` with the bytes, from `offset` on, of a tensor whose elements do not lie in their order."""
+    if isinstance(source, FileDigest):
+        with mmap.mmap(source.descriptor, 0, access=mmap.ACCESS_READ) as mapped:
+            _gather(mapped, tensor.start, tensor, offset, buffer)
+        return
+    reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides or (), strict=True))
+    made, done = memoryview(bytearray(reach * DTYPE_BITS[tensor.dtype] // 8)), 0
+    while done < len(made):
+        done += source.read(made[done:], tensor.start + done, follow=True)
+    _gather(made, 0, tensor, offset, buffer)
+
+
+def _gather(content: Any, start: int, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
     item = DTYPE_BITS[tensor.dtype] // 8
-    first = offset // item
-    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as mapped:
-        strides = [item * stride for stride in tensor.strides or ()]
-        view: Any = np.ndarray(tensor.shape, f"V{item}", mapped, tensor.start, strides)
-        buffer[:] = view.flat[first : first + len(buffer) // item].view(np.uint8).data
-        del view  # a mapping that is looked at cannot be closed
+    strides = [item * stride for stride in tensor.strides or ()]
+    view: Any = np.ndarray(tensor.shape, f"V{item}", content, start, strides)
+    buffer[:] = view.flat[offset // item : (offset + len(buffer)) // item].view(np.uint8).data
+    del view  # a mapping that is looked at cannot be closed
 
 
 Places = dict[str, tuple[int, int]]  # storage key -> first byte in the file, bytes

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from modelmerge import interrupts
 from modelmerge.checkpoint import manifest_file
@@ -37,6 +37,7 @@ from modelmerge.errors import CheckpointError, ReferenceNotFound
 
 if TYPE_CHECKING:
     from modelmerge.checkpoint.means import Means
+    from modelmerge.checkpoint.sums import Sum
     from modelmerge.hub.ranges import Ranges
 
 MANIFEST = "modelmerge.json"
@@ -79,6 +80,7 @@ class Checkpoint:
     components: Mapping[str, Component] = field(default_factory=lambda: {"": Component()})  # by folder
     hashes_along: bool = True  # its files' digests follow the reads; else whoever wants them has them read apart
     folders: tuple[str, ...] = ()  # all that it consists of, those without weights too; "" is the directory itself
+    sum: Sum | None = None  # set for a model with an adapter on it: what both make
     _sources: dict[Path, FileDigest | Ranges] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -90,8 +92,29 @@ class Checkpoint:
     @property
     def streamed(self) -> bool:
         """Whether its tensors come over the network as things are."""
+        if self.sum is not None:
+            return any(part.streamed for part in self.sum.parts)
         remote = self.reference.repository
         return remote is not None and not all(map(remote.is_here, self.files))
+
+    @property
+    def parts(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that it is made of: itself, or a model and the adapters on it."""
+        return (self,) if self.sum is None else (*self.sum.model.parts, self.sum.adapter)
+
+    def part_of(self, file: Path) -> Checkpoint:
+        """The part that one of its files belongs to."""
+        return next((part for part in self.parts if file in part.files), self)
+
+    def address(self, file: Path) -> str:
+        """What a manifest calls one of its files."""
+        return self.part_of(file).reference.address(file)
+
+    def stored_dtype(self, info: TensorInfo) -> str:
+        """What an output stores one of its tensors as: what is made of a model is stored as the model has it."""
+        owner = self if info.file in self.files else self.lenders.get(info.file, self)
+        made = owner.sum if isinstance(owner, Checkpoint) else None
+        return info.dtype if made is None else made.stored_dtype(info)
 
     def has(self, tensor: str) -> bool:
         """Whether it says anything about a tensor: holds it, or as a task vector knows it to be zero."""
@@ -124,8 +147,7 @@ class Checkpoint:
             return
         source = self._open(tensor.file)
         if tensor.strides is not None:
-            assert isinstance(source, FileDigest), "a stream of a tensor whose elements do not lie in their order"
-            gather(source.descriptor, tensor, offset, buffer)
+            gather(source, tensor, offset, buffer)
             return
         position, done = tensor.start + offset, 0
         try:
@@ -156,8 +178,9 @@ class Checkpoint:
 
     def digest(self, file: Path) -> str:
         """The sha256 of one weight file, as `digests` has it."""
-        digest = cast("FileDigest | Ranges", self._open(file)).finish()  # what is made is no file of its own
-        remote = self.reference.repository
+        if (part := self.part_of(file)) is not self:
+            return part.digest(file)
+        digest, remote = self._stored(file).finish(), self.reference.repository
         if remote is not None and digest != (remote.sha256(file) or digest):
             raise CheckpointError(
                 f"{file}: not what the Hub has: its copy in the cache is damaged (the sha256 differs)",
@@ -170,15 +193,24 @@ class Checkpoint:
         for source in self._sources.values():
             source.close()
         self._sources.clear()
+        if self.sum is not None:
+            self.sum.close()
 
     def look_again(self) -> None:
         """Take the files as they are now: some may have been fetched since the headers were read."""
         self.close()
         self.files.update({file: file.stat() for file in self.files})
+        for part in self.parts if self.sum is not None else ():
+            part.look_again()
 
-    def _open(self, file: Path) -> FileDigest | Ranges | Means:
+    def _open(self, file: Path) -> FileDigest | Ranges | Means | Sum:
         if file in self.lenders and file not in self.files:
             return self.lenders[file]._open(file)
+        if self.sum is not None:
+            return self.sum if file == self.sum.file else self.sum.owner(file)._open(file)
+        return self._stored(file)
+
+    def _stored(self, file: Path) -> FileDigest | Ranges:
         with self._lock:
             if file not in self._sources:
                 remote = self.reference.repository

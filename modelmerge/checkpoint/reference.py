@@ -1,9 +1,12 @@
-"""References: how a checkpoint is named on the command line, `[NAME=]REF`.
+"""References: how a checkpoint is named on the command line, `[NAME=]REF` or `[NAME=]MODEL+ADAPTER`.
 
 REF is a path that exists (a checkpoint directory or a `.safetensors` file), else a repository on the Hub:
 `org/name[@revision]`, or `hf://org/name[/folder or file][@revision]`. A branch, a tag or a pull request (`refs/pr/32`)
 is pinned to its commit here, before anything is read. What starts with `./`, `/`, `~` or `../` is a path even if
 nothing is there, so that a misspelt path never turns into a request to the Hub.
+
+MODEL+ADAPTER is a model with an adapter on it, each a REF of its own; of several adapters each goes onto what stands
+before it. A path with a `+` in it that exists is that path.
 
 NAME is whatever a directory can be called, in any script and with any marks: of several `=`, the first that leaves a
 REF behind it ends the name. `Named` has the two apart, for readers and writers of files.
@@ -15,7 +18,7 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,7 +31,12 @@ if TYPE_CHECKING:
 _HUB = re.compile(r"(?:(?P<scheme>hf://))?(?P<repo>[\w.\-]+/[\w.\-]+)(?P<inside>/[^@]+)?(?:@(?P<revision>.+))?")
 _FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|json|ya?ml)")
 _PATHS = ("./", "../", "/", "~")  # what is a path begins so, even if nothing is there
+STAGE = "stage:"  # begins the reference to what a recipe merges before, by its name there
 _GENERIC_STEMS = ("model", "pytorch_model", "adapter_model")
+
+
+Stages = Mapping[str, Path]  # where what a recipe merges before lies, by its name there
+NO_STAGES: Stages = {}
 
 
 class Named(NamedTuple):
@@ -45,18 +53,32 @@ class Named(NamedTuple):
 class Reference:
     """A named checkpoint: `text` as the user wrote it, `path` where it lies.
 
-    Of one on the Hub, `text` holds the commit, and `path` is the outline that `repository` shows it by.
+    Of one on the Hub, `text` holds the commit, and `path` is the outline that `repository` shows it by. Of a model with
+    adapters on it, `path` and `repository` are the model's.
     """
 
     name: str
     text: str
     path: Path
     repository: repository.Repository | None = None
+    model: Reference | None = None  # of a model with adapters on it, the model alone, and
+    adapters: tuple[Reference, ...] = ()  # these
+    is_stage: bool = False  # what a recipe merges before, which is gone when all is done
+
+    @property
+    def parts(self) -> tuple[Reference, ...]:
+        """The model and the adapters on it."""
+        return (self,) if self.model is None else (self.model, *self.adapters)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of it lies on this machine."""
+        return all(part.repository is None for part in self.parts)
 
     @property
     def location(self) -> str:
         """The reference that leads here from any directory."""
-        return str(self.path) if self.repository is None else self.text
+        return "+".join(str(p.path) if p.repository is None and not p.is_stage else p.text for p in self.parts)
 
     @property
     def named(self) -> Named:
@@ -70,11 +92,18 @@ class Reference:
 
     def address(self, file: Path) -> str:
         """What a manifest calls a file of it."""
+        if self.is_stage:
+            return f"{self.text}/{file.relative_to(self.path)}"
         return str(file) if self.repository is None else self.repository.address(file)
 
 
-def parse(text: str | Named) -> Reference:
-    """The checkpoint that `[NAME=]REF` names.
+def is_stage_name(name: str) -> bool:
+    """Whether references can name a stage so, and a directory can be called so, with room for an ending."""
+    return bool(name.strip(".")) and not set("/+@\0") & set(name) and len(os.fsencode(name)) <= 100
+
+
+def parse(text: str | Named, stages: Stages = NO_STAGES) -> Reference:
+    """The checkpoint that `[NAME=]REF` names; `stages` are the places of what a recipe merges before.
 
     Raises:
         UsageError: No directory could be called so.
@@ -89,6 +118,11 @@ def parse(text: str | Named) -> Reference:
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long for a name, no such user, a zero byte
         raise ReferenceNotFound(f"'{ref[:200]}' cannot be a path: {error}") from error
+    if not exists and (pieces := _pieces(ref)):
+        return _with_adapters(name, [parse(piece, stages) for piece in pieces])
+    if not exists and ref.startswith(STAGE) and ref.removeprefix(STAGE) in stages:
+        stage = ref.removeprefix(STAGE)
+        return Reference(name or stage, ref, stages[stage], is_stage=True)
     if not exists:
         repository = _on_the_hub(ref, path)
         there = Path(repository.name) / repository.inside
@@ -106,7 +140,34 @@ def parse_here(text: str | Named) -> Reference | None:
         ReferenceNotFound: It is neither.
     """
     ref = text.reference if isinstance(text, Named) else _split(text)[1]
-    return None if _on_hub(ref) and not _is_there(ref) else parse(text)
+    pieces = [ref] if _is_there(ref) else _pieces(ref) or [ref]
+    return parse(text) if all(_is_there(piece) or not _on_hub(piece) for piece in pieces) else None
+
+
+def _with_adapters(name: str | None, parts: Sequence[Reference]) -> Reference:
+    """A model with adapters on it, as one reference."""
+    model, *adapters = parts
+    name = name or "+".join(part.name for part in parts)
+    text = "+".join(part.text for part in parts)
+    return Reference(name, text, model.path, model.repository, model, tuple(adapters))
+
+
+def _pieces(ref: str) -> list[str]:
+    """What MODEL+ADAPTER names, in order, where a text can be read so."""
+    for place in reversed([place for place, letter in enumerate(ref) if letter == "+"]):
+        front, back = ref[:place], ref[place + 1 :]
+        if _leads(back):
+            pieces = [front] if _is_there(front) else _pieces(front) or ([front] if _leads(front) else [])
+            if pieces:
+                return [*pieces, back]
+        if front and back and (_is_there(front) or _is_there(back)):  # then it is the other that is missing
+            return [front, back]
+    return []
+
+
+def _leads(ref: str) -> bool:
+    """Whether a text names a checkpoint, here or on the Hub, as far as its form tells."""
+    return ref.startswith((*_PATHS, STAGE)) or _is_there(ref) or _on_hub(ref) is not None
 
 
 def _split(text: str) -> tuple[str | None, str]:
@@ -131,8 +192,8 @@ def _is_there(ref: str) -> bool:
         return False
 
 
-def parse_experts(texts: Iterable[str | Named]) -> tuple[Reference, ...]:
-    """The experts, in the order given; each name once.
+def parse_experts(texts: Iterable[str | Named], stages: Stages = NO_STAGES) -> tuple[Reference, ...]:
+    """The experts, in the order given; each name once. `stages` as for `parse`.
 
     Raises:
         UsageError: There is no expert, or two have one name.
@@ -140,16 +201,16 @@ def parse_experts(texts: Iterable[str | Named]) -> tuple[Reference, ...]:
     items = list(texts)
     if not items:
         raise UsageError("no expert is named", hint="give at least one expert after the base: BASE EXPERT...")
-    return parse_all(items, "expert")
+    return parse_all(items, "expert", stages)
 
 
-def parse_all(texts: Iterable[str | Named], kind: str) -> tuple[Reference, ...]:
-    """The references, in the order given; each name once. `kind` is what errors call them.
+def parse_all(texts: Iterable[str | Named], kind: str, stages: Stages = NO_STAGES) -> tuple[Reference, ...]:
+    """The references, in the order given; each name once. `kind` is what errors call them; `stages` as for `parse`.
 
     Raises:
         UsageError: Two have one name.
     """
-    references = tuple(parse(text) for text in texts)
+    references = tuple(parse(text, stages) for text in texts)
     twice = [name for name, count in Counter(each.name for each in references).items() if count > 1]
     if twice:
         where = ", ".join(each.text for each in references if each.name == twice[0])

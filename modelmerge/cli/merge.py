@@ -133,7 +133,7 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
             weights = {f"{name}.weight" for name in parse_weights(values["weight"] or ())}
 
             def prepared() -> Prepared:
-                from modelmerge.verbs.prepare import prepare_file
+                from modelmerge.verbs.recipes import prepare_file
 
                 return prepare_file(
                     Path(recipe).expanduser(), device=values["device"], stream=values["stream"],
@@ -304,7 +304,7 @@ def refuse_early(recipe: Recipe, values: Mapping[str, Any]) -> None:
     from modelmerge.checkpoint.output import check_output
     from modelmerge.plan.checks import check_recipe
 
-    paths = [reference.path for reference in check_recipe(recipe)]
+    paths = [part.path for reference in check_recipe(recipe) for part in reference.parts]
     if not values["dry_run"]:
         force = any(values.get(name) for name in ("force", "resume", "cluster"))
         check_output(Path(values["output"]).expanduser(), paths, force=force)

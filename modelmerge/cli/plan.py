@@ -113,7 +113,15 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Te
     rows = [[action, str(count), reason] for (action, reason), count in sorted(groups.items(), reverse=True)]
     counted = table(None, ["action", "tensors", "why"], rows, words=3)
     sizes, memory = plan["bytes"], plan["peak_memory"]
-    lines: list[str | Text | Table] = [
+    lines: list[str | Text | Table] = []
+    for stage in plan.get("stages", ()):
+        lines += [
+            line("first ", (stage["name"], "bold")),
+            *plan_lines(stage["method"], {"push": None, **stage}, verbose),
+            "",
+        ]
+    kept = sum(stage["bytes"]["write"] for stage in plan.get("stages", ()))
+    lines += [
         line(
             (title, "bold"),
             f" of {many(len(plan['experts']), 'expert')} onto {plan['base']['name']}, on {plan['device']}",
@@ -150,8 +158,10 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Te
         f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
         f"write {size(sizes['write'])}{files}; {peak}"
     )
-    if sizes["scratch"]:
-        lines.append(f"{size(sizes['scratch'])} beside the output while it runs, for what disentangling found")
+    if kept:
+        lines.append(f"{size(kept)} beside the output until it is done, for what is merged first")
+    if sizes["scratch"] > kept:
+        lines.append(f"{size(sizes['scratch'] - kept)} beside the output while it runs, for what disentangling found")
     if "search" in plan:
         search, disk = plan["search"], plan["search"]["disk"]
         lines.append(

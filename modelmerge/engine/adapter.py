@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_change
+from modelmerge.checkpoint.changes import TORCH_DTYPES, as_bytes
 from modelmerge.checkpoint.layout import Entry
 from modelmerge.checkpoint.scratch import Scratch
 from modelmerge.engine.job import SMALL, Findings, Job
-from modelmerge.engine.loader import TORCH_DTYPES, as_bytes, loaded, rounded, whole
+from modelmerge.engine.loader import loaded, rounded, whole
 from modelmerge.engine.memory import PRODUCT_RUN
 from modelmerge.engine.merge import merged_vector
 from modelmerge.engine.parallel import prepare_process, threads

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from modelmerge.checkpoint.header import Change, TensorInfo
+from modelmerge.checkpoint.changes import TORCH_DTYPES, Changes, as_bytes
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source
 from modelmerge.engine.pieces import Piece, item_bytes
@@ -19,17 +18,11 @@ from modelmerge.engine.rounding import Rounding, squared
 from modelmerge.errors import CheckpointError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
 
-TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
 _OTHER_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-
-
-Place = tuple[int, int, int]  # a row of a tensor, and of what begins there the first and last element
 
 
 class Loader:
@@ -45,13 +38,13 @@ class Loader:
     def __init__(self, source: Source, elements: int, stored: int, device: torch.device) -> None:
         self._source = source
         self._models = source.plan.models
-        self._right: dict[str, tuple[TensorInfo, Tensor]] = {}  # by expert, the last right factor
+        self._changes = Changes(device, source.block, source.norms)
         self._device = device
         pinned = device.type == "cuda"
         self._raw = torch.empty(-(-stored // 8) * 8, dtype=torch.uint8, pin_memory=pinned)
         # The same memory as each dtype, and as bytes: to make these anew for every piece takes longer than to read it.
         self._views = {name: self._raw.view(dtype) for name, dtype in TORCH_DTYPES.items()}
-        self._bytes = _buffer(self._raw)
+        self._bytes = as_bytes(self._raw)
         self._theta_0 = torch.empty(elements, dtype=torch.float32, device=device)
         self._taus = torch.empty(len(source.plan.experts) * elements, dtype=torch.float32, device=device)
 
@@ -108,141 +101,11 @@ class Loader:
                 tau.copy_(stored.double() - theta_0.double())
             else:
                 tau.copy_(stored).sub_(theta_0)
-        elif info.change.runs:
-            tau.zero_()
-            width = piece.tensor.numel // piece.tensor.shape[0]
-            for row, run in info.change.runs:
-                start, stop = max(piece.start, row * width), min(piece.stop, row * width + run.numel)
-                if start < stop:
-                    here = slice(start - piece.start, stop - piece.start)
-                    place = (row, start - row * width, stop - row * width)
-                    self._load_changed(expert, run, piece.tensor, place, theta_0[here], tau[here])
-        elif info.change.factors is None:
+        elif info.change.factors is None and not info.change.runs:
             tau.copy_(self.stored(expert, piece)).mul_(info.change.scale)
         else:
-            place = (0, piece.start, piece.stop)
-            self._load_changed(expert, info, piece.tensor, place, theta_0, tau)
-
-    def _load_changed(
-        self, expert: Checkpoint, info: TensorInfo, tensor: TensorPlan, place: Place, theta_0: Tensor, tau: Tensor
-    ) -> None:
-        """A task vector that is stored as factors, flat: `f (origin + product) - theta_0`.
-
-        f is DoRA's factor of each row or column. Written so that what is left is not a difference of large numbers.
-        """
-        change, (row, start, stop) = info.change, place
-        assert change is not None, "what is loaded so is a change"
-        if change.factors is None:
-            tau.copy_(self._rows(expert, info, start, stop)).mul_(change.scale)
-            return
-        width = tensor.numel // tensor.shape[0]
-        first, last = start // width, -(-stop // width)
-        rows = self.product(expert, change, first, last)
-        inside = slice(start - first * width, stop - first * width)
-        tau.copy_(rows.flatten()[inside])
-        origin = theta_0 if change.origin is None else self._rows(expert, change.origin, start, stop)
-        if change.magnitude is not None:
-            factors = self._rescaling(expert, change, tensor, row, first, last)
-            factors = factors[None, :] if change.transposed else factors[:, None]
-            spread, beyond = (f.float().expand(last - first, width).flatten()[inside] for f in (factors, factors - 1))
-            tau.mul_(spread).addcmul_(origin.to(tau.dtype), beyond)
-        if change.origin is not None:
-            tau.add_(origin - theta_0)
-
-    def _rescaling(
-        self, expert: Checkpoint, change: Change, tensor: TensorPlan, row: int, first: int, last: int
-    ) -> Tensor:
-        """DoRA's factors, float64: of the rows from `first` to `last`, or of all columns if it is `transposed`.
-
-        Rows are counted from the tensor's `row` on, which is 0 where the change is that of the whole tensor.
-        """
-        assert change.magnitude is not None
-        if not change.transposed:
-            learnt = self._rows(expert, change.magnitude, first, last)
-            return learnt.double() / torch.cat(list(self._changed_norms(expert, change, tensor, row, first, last, 1)))
-        key = (expert.name, tensor.name)
-        if key not in self._source.norms:
-            # Several threads may do this at once; they find the same.
-            parts = self._changed_norms(expert, change, tensor, row, 0, tensor.shape[0], 0)
-            self._source.norms[key] = sum(part.square() for part in parts).sqrt()  # type: ignore[union-attr]
-        learnt = self._rows(expert, change.magnitude, 0, tensor.shape[1])
-        return learnt.double() / self._source.norms[key]
-
-    def _changed_norms(
-        self, expert: Checkpoint, change: Change, tensor: TensorPlan, row: int, first: int, last: int, dim: int
-    ) -> Iterator[Tensor]:
-        """Norms over a dimension of the changed tensor's rows from `first` to `last`, some rows at a time, float64."""
-        width = tensor.numel // tensor.shape[0]
-        model, info = (self._models[0], self._models[0].tensors[tensor.name])
-        if change.origin is not None:
-            model, info, row = expert, change.origin, 0
-        step = max(self._source.block // width, 1)
-        for start in range(first, last, step):
-            stop = min(start + step, last)
-            rows = self._rows(model, info, (row + start) * width, (row + stop) * width).view(-1, width)
-            rows = rows + self.product(expert, change, start, stop)
-            yield torch.linalg.vector_norm(rows, dim=dim, dtype=torch.float64)
-
-    def product(self, expert: Checkpoint, change: Change, first: int, last: int) -> Tensor:
-        """What the factors make, times the scale, rows from `first` to `last`: [rows, n], float32 or float64."""
-        if change.product == "product":
-            left, right = self.factors(expert, change, first, last)
-            return left @ right
-        assert change.factors is not None
-        one, other = change.factors
-        first, last = first + change.first, last + change.first
-        if change.product == "elementwise":
-            a, b = _alike(self._matrix(expert, one, first, last), self._matrix(expert, other, first, last))
-            return a.mul_(change.scale).mul_(b)
-        if change.product == "kernel":
-            a, b = _alike(self._matrix(expert, one, first, last), self._matrix(expert, other, 0, other.shape[0]))
-            return torch.einsum("rsk,si->rik", a.view(last - first, len(b), -1) * change.scale, b).flatten(1)
-        a, b = _alike(*(self._matrix(expert, factor, 0, factor.shape[0]) for factor in (one, other)))
-        rows = torch.arange(first, last, device=a.device)
-        outer, inner = a[rows // len(b)] * change.scale, b[rows % len(b)]
-        return (outer[:, :, None] * inner[:, None, :]).flatten(1)
-
-    def _matrix(self, expert: Checkpoint, info: TensorInfo, first: int, last: int) -> Tensor:
-        """Rows of a factor, which is stored or made: [rows, n], float32 or float64."""
-        if info.change is not None:
-            return self.product(expert, info.change, first, last)
-        width = info.numel // info.shape[0]
-        return self._rows(expert, info, first * width, last * width).view(-1, width)
-
-    def factors(self, expert: Checkpoint, change: Change, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """The factors as [rows, r], times the scale, and [r, n], of the rows from `first` to `last`.
-
-        Of a tensor that changes run by run, they are those of all runs side by side, of all rows.
-        """
-        if change.runs:
-            return self._factors_of_runs(expert, change, last)
-        assert change.factors is not None
-        left, right = change.factors
-        if self._right.get(expert.name, (None,))[0] is not right:  # every piece of a tensor needs the whole of it
-            values = self._matrix(expert, right, 0, right.shape[0])
-            self._right[expert.name] = right, values.T if change.transposed else values
-        _, values = self._right[expert.name]
-        first, last = first + change.first, last + change.first
-        if change.transposed:
-            rank, m = left.shape
-            rows = torch.stack([self._rows(expert, left, k * m + first, k * m + last) for k in range(rank)]).T
-        else:
-            rank = left.shape[1]
-            rows = self._rows(expert, left, first * rank, last * rank).view(-1, rank)
-        rows, values = _alike(rows, values)
-        return rows * change.scale, values
-
-    def _factors_of_runs(self, expert: Checkpoint, change: Change, count: int) -> tuple[Tensor, Tensor]:
-        lefts, rights = [], []
-        for row, run in change.runs:
-            assert run.change is not None, "what has factors is a change"
-            left, right = self.factors(expert, run.change, 0, run.shape[0])
-            lefts.append(torch.nn.functional.pad(left, (0, 0, row, count - row - len(left))))
-            rights.append(right)
-        return torch.cat(lefts, 1), torch.cat(rights)
-
-    def _rows(self, model: Checkpoint, info: TensorInfo, start: int, stop: int) -> Tensor:
-        return _elements(model, info, start, stop, self._device)
+            base = self._models[0]
+            self._changes.load(expert, info, base, base.tensors[piece.tensor.name], piece.start, theta_0, tau)
 
     def copy(self, piece: Piece) -> Tensor:
         """The base's own elements, flat, in the output's dtype (raw bytes where it stays the same)."""
@@ -268,7 +131,7 @@ class Loader:
                 continue
             parts = info.change.parts if info.change is not None else ()
             for part in parts or (info,):
-                values = self._rows(model, part, 0, part.numel) if parts else self.stored(model, piece)
+                values = self._changes.elements(model, part, 0, part.numel) if parts else self.stored(model, piece)
                 if not bool(values.isfinite().all()):
                     kind = "NaN" if bool(values.isnan().any()) else "Inf"
                     raise CheckpointError(
@@ -279,7 +142,8 @@ class Loader:
             for row, run in (info.change.runs or ((0, info),)) if info.change is not None else ():
                 if run.change is None or run.change.magnitude is None:
                     continue
-                factors = self._rescaling(model, run.change, piece.tensor, row, 0, run.shape[0])
+                base, target = self._models[0], self._models[0].tensors[piece.tensor.name]
+                factors = self._changes.rescaling(model, run.change, base, target, row, 0, run.shape[0])
                 if not bool(factors.isfinite().all()):
                     raise CheckpointError(
                         f"{info.file}: '{run.change.magnitude.name}' rescales weights that are all zero in the base",
@@ -347,16 +211,7 @@ def expert_values(plan: Plan, piece: Piece, device: torch.device) -> Tensor | No
     info = expert.tensors.get(tensor.name)
     if info is None or info.change is not None or tensor.rows is not None or tensor.owners is not None:
         return None
-    return _elements(expert, info, piece.start, piece.stop, device)
-
-
-def _elements(model: Checkpoint, info: TensorInfo, start: int, stop: int, device: torch.device) -> Tensor:
-    """A stored tensor's elements from `start` to `stop`, flat, on the device, float32 or (if stored so) float64."""
-    size = item_bytes(info.dtype)
-    raw = torch.empty((stop - start) * size, dtype=torch.uint8)
-    model.read_into(info, start * size, _buffer(raw))
-    values = raw.view(TORCH_DTYPES[info.dtype]).to(device)
-    return values if values.dtype == torch.float64 else values.float()
+    return Changes(device, 0, {}).elements(expert, info, piece.start, piece.stop)
 
 
 def read_tensor(model: Checkpoint, name: str) -> Tensor:
@@ -370,8 +225,9 @@ def read_tensor(model: Checkpoint, name: str) -> Tensor:
     if dtype is None:
         raise CheckpointError(f"{info.file}: tensor '{name}' is {info.dtype}, which torch has no dtype for")
     raw = torch.empty(info.nbytes, dtype=torch.uint8)
-    model.read_into(info, 0, _buffer(raw))
-    return raw.view(dtype).view(info.shape)
+    model.read_into(info, 0, as_bytes(raw))
+    values = raw.view(dtype).view(info.shape)
+    return values.to(TORCH_DTYPES.get(model.stored_dtype(info), dtype))  # what is made of a model has more digits
 
 
 def loaded(source: Source, tensor: TensorPlan) -> Tensor:
@@ -388,7 +244,7 @@ def factors_of(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor
     if tensor.rows is not None:  # the task vectors are cut
         return None
     pairs: list[tuple[Tensor, Tensor] | None] = []
-    loader = Loader(source, 0, 0, source.device)
+    changes = Changes(source.device, source.block, source.norms)
     for expert in source.plan.experts_of(tensor):
         info = expert.tensors.get(tensor.name)
         if len(tensor.shape) != 2 or (info is not None and (info.change is None or not info.change.low_rank)):
@@ -397,14 +253,9 @@ def factors_of(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor
             m, n = tensor.shape
             pairs.append((torch.zeros(m, 0, device=source.device), torch.zeros(0, n, device=source.device)))
         else:
-            left, right = loader.factors(expert, info.change, 0, tensor.shape[0])
+            left, right = changes.factors(expert, info.change, 0, tensor.shape[0])
             pairs.append((left.float(), right.float()))
     return tuple(pairs) if any(pair is not None for pair in pairs) else None
-
-
-def _alike(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64 where one is."""
-    return (left, right) if left.dtype == right.dtype else (left.double(), right.double())
 
 
 def rounded(piece: Piece, values: Tensor, *, check: bool = True, rounding: Rounding | None = None) -> Tensor:
@@ -430,13 +281,3 @@ def rounded(piece: Piece, values: Tensor, *, check: bool = True, rounding: Round
             narrow = str(dtype).removeprefix("torch.")
             raise CheckpointError(f"{merged} overflow {narrow}", hint=f"store it wider: {named('dtype')} float32")
     return stored.flatten().cpu()
-
-
-def as_bytes(data: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the host, not copied."""
-    return _buffer(data.view(torch.uint8))
-
-
-def _buffer(data: Tensor) -> memoryview:
-    array: Any = data.numpy()  # shares the tensor's memory
-    return memoryview(array)

@@ -366,13 +366,15 @@ def _decomposed(source: Source, tensors: Tensors, wide: int, squares: int) -> By
 
 def unfolding(plan: Plan, elements: int) -> int:
     """Bytes that making so many elements of a task vector out of factors takes: the factors and their product."""
-    infos = [info for expert in plan.experts for info in expert.tensors.values()]
+    on_models = [part for model in plan.models for part in model.parts[1:]]
+    infos = [info for expert in (*plan.experts, *on_models) for info in expert.tensors.values()]
     changes = [info.change for info in infos if info.change is not None and info.change.factored]
-    factors = max((8 * _factor_elements(change) for change in changes), default=0) * len(plan.experts)
+    factors = max((8 * _factor_elements(change) for change in changes), default=0) * len((*plan.experts, *on_models))
     # DoRA: the product again with the base's rows, for norms; two factors for each element.
     runs = [run.change for change in changes for _, run in change.runs if run.change is not None]
     each = 4 * bool(changes) + 16 * any(change.magnitude is not None for change in (*changes, *runs))
     each += 8 * any(change.product != "product" for change in (*changes, *runs))
+    each += 12 * bool(on_models)  # the sum, its task vector, and the model's own bytes
     return factors + each * elements
 
 

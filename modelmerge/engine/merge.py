@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.changes import as_bytes
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import SMALL, Findings, Job
-from modelmerge.engine.loader import Loader, as_bytes, expert_values, loader_of, rounded, whole
+from modelmerge.engine.loader import Loader, expert_values, loader_of, rounded, whole
 from modelmerge.engine.memory import beyond_device, together
 from modelmerge.engine.parallel import current, in_parallel, prepare_process, side_by_side, threads
 from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes

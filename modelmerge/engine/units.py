@@ -142,7 +142,7 @@ def _flops(job: Job, tensor: TensorPlan) -> float:
 def hash_units(plan: Plan) -> list[Unit]:
     """The sha256 of every weight file of the inputs."""
     return [
-        Unit(f"hash:{i}:{model.reference.address(file)}", nbytes=stat.st_size)
+        Unit(f"hash:{i}:{model.address(file)}", nbytes=stat.st_size)
         for i, model in enumerate(plan.models)
         for file, stat in model.files.items()
     ]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.changes import as_bytes
 from modelmerge.checkpoint.reader import LEFT, RIGHT
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.job import SMALL, Source
-from modelmerge.engine.loader import Loader, as_bytes, loader_of, rounded
+from modelmerge.engine.loader import Loader, loader_of, rounded
 from modelmerge.engine.parallel import in_parallel, summed, threads
 from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes
 from modelmerge.engine.transforms import Fitted

@@ -17,10 +17,10 @@ from modelmerge.checkpoint.companions import companions
 from modelmerge.checkpoint.digest import cache_directory, sha256
 from modelmerge.checkpoint.documents import read_json
 from modelmerge.checkpoint.manifest_file import Made
-from modelmerge.checkpoint.opening import as_references, open_references
+from modelmerge.checkpoint.opening import as_references, open_model, open_references
 from modelmerge.checkpoint.output import replace_file
-from modelmerge.checkpoint.reader import MANIFEST, Checkpoint, open_checkpoint
-from modelmerge.checkpoint.reference import Reference, parse, parse_all
+from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
+from modelmerge.checkpoint.reference import STAGE, Reference, parse, parse_all
 from modelmerge.engine.parallel import find_device
 from modelmerge.errors import CheckpointError, ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.model import Model
@@ -178,6 +178,8 @@ def merge_inputs(directory: str | Path) -> dict[str, Any]:
     except CheckpointError:
         return {}
     names, paths = ([str(each[key]) for each in inputs["experts"]] for key in ("name", "path"))
+    if any(path.startswith(STAGE) for path in (str(inputs["base"]["path"]), *paths)):
+        return {}  # some of them were merged for it, and are gone
     return {"base": str(inputs["base"]["path"]), "experts": names, "paths": paths}
 
 
@@ -227,7 +229,7 @@ def _open_all(base: Reference | None, others: Sequence[Reference]) -> list[Check
     if base is not None:
         origin, checkpoints = open_references(base, others)
         return [origin, *checkpoints]
-    alone = [open_checkpoint(reference) for reference in others]
+    alone = [open_model(reference) for reference in others]
     for model in alone:
         if model.adapter is not None or model.vector is not None:
             kind = model.adapter.kind if model.adapter is not None else "a task vector"

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.digest import sha256
-from modelmerge.checkpoint.opening import as_references
-from modelmerge.checkpoint.reader import open_checkpoint
+from modelmerge.checkpoint.opening import as_references, open_model
 from modelmerge.checkpoint.reference import Reference, parse_all
 from modelmerge.engine.parallel import prepare_process
 from modelmerge.errors import CheckpointError, UsageError, named
@@ -170,7 +169,7 @@ def _base_of(models: Sequence[Reference]) -> str | None:
     Raises:
         UsageError: They name several.
     """
-    if all(open_checkpoint(model).tensors.keys() >= {clip_models.TEXT_PROJECTION} for model in models):
+    if all(open_model(model).tensors.keys() >= {clip_models.TEXT_PROJECTION} for model in models):
         return None
     bases = {inputs["base"] for model in models if (inputs := merge_inputs(model.path))}
     if len(bases) > 1:

@@ -154,6 +154,12 @@ def open_model(model: Checkpoint, base: Checkpoint | None, settings: Settings, d
             f"'{model.reference.text}' is no directory with a config and weights, which eval lm needs",
             hint=f"a task vector becomes a model by: modelmerge merge task-arithmetic BASE VECTOR {named('scale')} 1",
         )
+    if whole.sum is not None:
+        model_text, _, adapter_text = whole.reference.text.rpartition("+")
+        raise ReferenceNotFound(
+            f"'{whole.reference.text}' is a model with an adapter on it, and eval lm needs a directory",
+            hint=f"make it one: modelmerge merge task-arithmetic {model_text} {adapter_text} {named('scale')} 1",
+        )
     with quiet(progress):
         from lm_eval.models.huggingface import HFLM
 

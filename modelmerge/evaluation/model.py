@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.changes import TORCH_DTYPES
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source
-from modelmerge.engine.loader import TORCH_DTYPES, read_tensor, whole
+from modelmerge.engine.loader import read_tensor, whole
 from modelmerge.errors import CheckpointError
 from modelmerge.plan.stacks import entries
 from modelmerge.plan.tensors import make_plan
@@ -20,7 +21,7 @@ class Model(Mapping[str, Tensor]):
     """A model as a function sees it: its tensors by name, each read when it is asked for, and where it lies.
 
     `dict(model)` is a state dict. An adapter or a task vector gives the base's tensors with its changes, in the base's
-    dtypes.
+    dtypes. Of a model with an adapter on it, `path` is the model's, whose weights there lack the adapter.
 
     Args:
         checkpoint: The model, its weights on this machine.

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.changes import TORCH_DTYPES
 from modelmerge.checkpoint.documents import read_entries
 from modelmerge.checkpoint.header import HALF_DTYPES
 from modelmerge.checkpoint.names import layer_type
@@ -25,7 +26,7 @@ from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
 from modelmerge.checkpoint.reference import Named, Reference, parse, parse_all, parse_experts
 from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
-from modelmerge.engine.loader import TORCH_DTYPES, Loader, wholes
+from modelmerge.engine.loader import Loader, wholes
 from modelmerge.engine.parallel import prepare_process, source_of, summed, threads
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.errors import UsageError, named

@@ -19,9 +19,10 @@ Beside = Literal["all", "cards", "nothing"]  # what of the files beside the weig
 
 def input_paths(plan: Plan) -> list[Path]:
     """Every path that an output must keep away from."""
-    local = [model for model in plan.models if model.reference.repository is None]
-    paths = [path for model in local for path in (model.reference.path, *model.files)]
-    return paths if len(local) == len(plan.models) else [*paths, repository.cache_directory()]
+    parts = [part for model in plan.models for part in model.parts]
+    local = [part for part in parts if part.reference.repository is None]
+    paths = [path for part in local for path in (part.reference.path, *part.files)]
+    return paths if len(local) == len(parts) else [*paths, repository.cache_directory()]
 
 
 def wanted(plan: Plan, *, beside: Beside, stream: bool = False) -> list[tuple[repository.Repository, list[str]]]:
@@ -34,13 +35,13 @@ def wanted(plan: Plan, *, beside: Beside, stream: bool = False) -> list[tuple[re
         stream: Weight files are to be read over ranges, where that can be.
     """
     needed = []
-    for model in plan.models:
-        remote = model.reference.repository
+    for model, part in [(each, part) for each in plan.models for part in each.parts]:
+        remote, first = part.reference.repository, part is model.parts[0]
         if remote is not None:
             goes_along: list[Callable[[str], bool]] = [_is_card] * (beside != "nothing")
-            goes_along += [_companion_of(model)] * (beside == "all" and model is plan.base)
-            goes_along += [_is_taken] * (beside == "all" and model is plan.giver)
-            needed.append((remote, _places(model, remote, goes_along, stream=stream)))
+            goes_along += [_companion_of(part)] * (beside == "all" and first and model is plan.base)
+            goes_along += [_is_taken] * (beside == "all" and first and model is plan.giver)
+            needed.append((remote, _places(part, remote, goes_along, stream=stream)))
     return needed
 
 
@@ -96,7 +97,7 @@ def fetch(plan: Plan, progress: Reporter, *, beside: Beside, stream: bool) -> No
     """
     repository.fetch(wanted(plan, beside=beside, stream=stream), progress)
     for model in plan.models:
-        if model.reference.repository is not None:
+        if not model.reference.is_here:
             model.look_again()
 
 
@@ -106,7 +107,9 @@ def fetch_whole(models: Iterable[Checkpoint], progress: Reporter) -> None:
     Raises:
         HubError: The disk is too small, the Hub refuses, or cannot be reached.
     """
-    remote = [(model, model.reference.repository) for model in models if model.reference.repository is not None]
-    repository.fetch([(there, _places(model, there, [_companion_of(model)])) for model, there in remote], progress)
-    for model, _ in remote:
+    remote = [model for model in models if not model.reference.is_here]
+    parts = [(part, part.reference.repository) for model in remote for part in model.parts]
+    needed = [(there, _places(part, there, [_companion_of(part)])) for part, there in parts if there is not None]
+    repository.fetch(needed, progress)
+    for model in remote:
         model.look_again()

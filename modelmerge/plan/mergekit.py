@@ -10,13 +10,14 @@ compares).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from modelmerge.checkpoint.documents import parse_yaml, read_bytes, shown
+from modelmerge.checkpoint.documents import shown
 from modelmerge.errors import RecipeError
 from modelmerge.plan.format_1 import Variation, merged_overrides
+from modelmerge.plan.mergekit_documents import Document, References, read_documents
 from modelmerge.plan.mergekit_methods import KEYS, METHODS, Row
 from modelmerge.plan.mergekit_models import (
     InSlice,
@@ -51,6 +52,7 @@ class Translated:
     variations: tuple[Variation | InSlice, ...]
     remarks: tuple[str, ...]
     layers: int = 0
+    stages: Mapping[str, Translated] = field(default_factory=dict)  # what is merged before it, by name, in order
 
     def overrides(self, tensors: Iterable[str]) -> tuple[str, ...]:
         """The overrides of the recipe, for a base with tensors of these names."""
@@ -80,38 +82,43 @@ class Translated:
 
 def _widest(tensor: TensorPlan, plan: Plan) -> str:
     """The dtype that holds what all models store of a tensor."""
-    dtypes = {model.tensors[tensor.name].dtype for model in plan.models if tensor.name in model.tensors}
+    models = [model for model in plan.models if tensor.name in model.tensors]
+    dtypes = {model.stored_dtype(model.tensors[tensor.name]) for model in models}
     dtypes |= {"F32"} if {"F16", "BF16"} <= dtypes else set()
     return next(dtype for dtype in ("F64", "F32", "F16", "BF16") if dtype in dtypes)
 
 
 def read(file: Path) -> Translated:
-    """The recipe that a mergekit configuration describes.
+    """The recipe that a mergekit configuration describes, and those of the merges before it.
 
     Raises:
         RecipeError: It is none, or asks for what modelmerge does not do: all of that, in one error.
     """
-    try:
-        config = parse_yaml(read_bytes(file).decode())
-    except FileNotFoundError as error:
-        raise RecipeError(f"{file}: no such file") from error
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RecipeError(f"{file}: cannot be read as YAML: {error}") from error
-    if not isinstance(config, dict) or "merge_method" not in config:
+    documents, idle = read_documents(file)
+    names = [document.name for document in documents if document.name is not None and document.place]
+    references = References(frozenset([*names, *idle]))
+    parts = [_Translation(document, references) for document in documents]
+    recipes = [part.translate() for part in parts]
+    complaints = [complaint for part in parts for complaint in part.complaints]
+    whole = [recipe for recipe in recipes if recipe is not None]
+    if complaints or len(whole) < len(parts):
+        count = len(complaints)
         raise RecipeError(
-            f"{file}: no mergekit configuration: it has no 'merge_method'",
-            hint="a YAML recipe is mergekit's; modelmerge's own is the modelmerge.json of a merged checkpoint",
+            f"{file}: {count} {'thing' if count == 1 else 'things'} that cannot be honoured:\n  "
+            + "\n  ".join(complaints),
+            hint="change or remove these keys; the README says which ones modelmerge reads",
         )
-    return _Translation(file).translate(config)
+    *before, final = whole
+    stages = {str(document.name): recipe for document, recipe in zip(documents, before, strict=False)}
+    unused = (f"The document '{name}' is not needed for the output and is left out." for name in idle)
+    return replace(final, stages=stages, remarks=(*final.remarks, *unused))
 
 
 class _Translation:
     """One configuration on its way; collects what cannot be honoured."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, document: Document, references: References) -> None:
+        self.document, self.references = document, references
         self.complaints: list[str] = []
         self.remarks: list[str] = []
         self.variations: Sequence[Variation | InSlice] = ()
@@ -119,9 +126,10 @@ class _Translation:
         self.names: Mapping[str, str] = {}  # of the models here, by their references
 
     def complain(self, path: str, why: str) -> None:
-        self.complaints.append(f"{path}: {why}")
+        self.complaints.append(f"{self.document.place}{path}: {why}")
 
-    def translate(self, config: Mapping[str, Any]) -> Translated:
+    def translate(self) -> Translated | None:
+        config = self.document.config
         for key in config:
             if key not in KEYS:
                 self.complain(str(key), "mergekit has no such key" + near(str(key), KEYS))
@@ -133,14 +141,9 @@ class _Translation:
         dtype = self._dtype(config)
         recipe = self._recipe(row, base, slices, dtype) if row else None
         tokens = self._tokens(config, base, based=base is not None or (row is not None and row.inputs == "deltas"))
-        recipe = replace(recipe, **tokens._asdict()) if recipe is not None else None
-        if self.complaints or recipe is None:
-            count = len(self.complaints)
-            raise RecipeError(
-                f"{self.file}: {count} {'thing' if count == 1 else 'things'} that cannot be honoured:\n  "
-                + "\n  ".join(self.complaints),
-                hint="change or remove these keys; the README says which ones modelmerge reads",
-            )
+        if recipe is None:
+            return None
+        recipe = replace(recipe, **tokens._asdict())
         return Translated(recipe, tuple(self.variations), tuple(self.remarks), self.layers)
 
     def _row(self, name: Any) -> Row | None:
@@ -152,21 +155,13 @@ class _Translation:
 
     def _reference(self, entry: Any, path: str, base: str | None = None) -> str:
         """The reference; an adapter on the base (`base+adapter`) is the adapter."""
-        if isinstance(entry, dict) and set(entry) == {"model"}:
-            entry = entry["model"]
-        if isinstance(entry, dict) and set(entry) == {"model", "lora"}:
-            entry = f"{entry['model']}+{entry['lora']}"
-        if isinstance(entry, dict) and "path" in entry and set(entry) <= {"path", "revision"}:
-            entry = f"{entry['path']}@{entry['revision']}" if entry.get("revision") else entry["path"]
-        if not isinstance(entry, str) or not entry:
-            self.complain(path, f"only a path or a name on the Hub can be honoured, not {shown(entry)}")
+        if isinstance(entry, dict) and entry.get("override_architecture") is not None:
+            self.remarks.append(f"{path}.override_architecture has no effect here: tensors go by their names.")
+        try:
+            return self.references.read(entry, base)
+        except ValueError as error:
+            self.complain(path, str(error))
             return ""
-        model, plus, adapter = entry.partition("+")
-        if not plus:
-            return entry
-        if base is None or model != base or not adapter:
-            self.complain(path, "an adapter can be honoured on the base_model only: BASE+ADAPTER")
-        return adapter
 
     # ---- what is said once
 

@@ -183,7 +183,7 @@ KNOWN = frozenset(parameter.key for row in METHODS.values() for parameter in row
 KEYS: Mapping[str, str] = {
     "merge_method": "METHOD, see below",
     "base_model": "BASE; where a method needs none, the first model",
-    "models": "EXPERT...; an adapter on the base, `base+adapter`, is the adapter",
+    "models": "EXPERT...; `model+adapter`, `{model, lora}` and `{path, revision}` are references",
     "slices": f"`{named('layers')}`; their parameters become `{named('at')}`",
     "parameters": f"see below; a list over the layers or a `filter` becomes `{named('at')}`",
     "dtype": f"`{named('dtype')}`; the arithmetic is float32 whatever it says",
@@ -192,4 +192,5 @@ KEYS: Mapping[str, str] = {
     "tokenizer": "`source` as above, `union` where it is not given; `tokens` and `pad_to_multiple_of`: see above",
     "chat_template": "`auto`, `alpaca`, `chatml`, `exaone`, `llama3`, `mistral` or a Jinja template: see above",
     "modules": "`default` alone, as what is in it",
+    "name": "what other documents of the file call the result",
 }

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelmerge.checkpoint.documents import shown
+from modelmerge.checkpoint.reference import STAGE
 from modelmerge.errors import suggestion
 from modelmerge.plan.format_1 import Variation
 from modelmerge.plan.layers import is_after, list_of_layers
@@ -167,8 +168,9 @@ def names_of(references: Iterable[str], *, sliced: bool) -> dict[str, str]:
 
 
 def _name(reference: str) -> str:
-    last = reference.removeprefix("hf://").partition("@")[0].rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^\w.\-]", "-", last.removesuffix(".safetensors")).lstrip("_.-") or "model"
+    pieces = [piece.removeprefix("hf://").removeprefix(STAGE).partition("@")[0] for piece in reference.split("+")]
+    last = "-".join(piece.rstrip("/").rpartition("/")[2].removesuffix(".safetensors") for piece in pieces)
+    return re.sub(r"[^\w.\-]", "-", last).lstrip("_.-") or "model"
 
 
 def runs_of(slices: Sequence[Slice], names: Mapping[str, str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, get_type_hints
 from modelmerge.checkpoint import manifest_file
 from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.documents import Malformed, check, read_json, shown
-from modelmerge.checkpoint.reference import Named
+from modelmerge.checkpoint.reference import Named, is_stage_name
 from modelmerge.checkpoint.templates import is_choice
 from modelmerge.errors import RecipeError, UsageError
 from modelmerge.plan import format_1
@@ -80,7 +80,8 @@ class Recipe:
     usual: 5GB, and one file for a base that is one. `as_lora` is the rank of the PEFT adapter to write instead of a
     checkpoint or, below 1, the share of the squared norm that it keeps. `unlabelled` tells the data of a method that
     finds the experts' weights on them, see `modelmerge.verbs.coefficients`; `coefficients` are what it found, by tensor
-    and expert, and with them no data are needed.
+    and expert, and with them no data are needed. `stages` are merged before, in their order, by the names that
+    `stage:NAME` refers to.
     """
 
     method: str
@@ -105,10 +106,12 @@ class Recipe:
     as_lora: int | float | None = None
     unlabelled: Mapping[str, Any] = field(default_factory=dict)
     coefficients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    stages: Mapping[str, Recipe] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        fields["stages"] = {name: stage.to_dict() for name, stage in self.stages.items()}
         return fields | {"base": _as_json(self.base), "experts": [*map(_as_json, self.experts)]}
 
 
@@ -154,26 +157,38 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, str], dict[str, Any] | No
             stored = {key: value for key, value in stored.items() if key not in format_1.OLD}
             stored["disentangle"] = format_1.transforms_of(old)
             stored["options"] = format_1.options_of(stored.get("method", ""), stored.get("options", {}))
-        if unknown := stored.keys() - {spec.name for spec in dataclasses.fields(Recipe)}:
-            raise RecipeError(f"{file}: the recipe has the unknown entry '{sorted(unknown)[0]}'")
-        hints = get_type_hints(Recipe) | {"base": str | _Named, "experts": list[str | _Named]}
-        needed = {spec.name for spec in dataclasses.fields(Recipe) if spec.default is spec.default_factory}
-        for key in sorted(needed | stored.keys()):
-            if key not in stored:
-                raise Malformed(f"recipe.{key} is missing")
-            check(stored[key], hints[key], f"recipe.{key}")
-        stored |= {"base": _from_json(stored["base"]), "experts": [*map(_from_json, stored["experts"])]}
-        entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        recipe = Recipe(**entries)
-        if recipe.tables is not None and recipe.tables.get("multiple", 1) < 1:
-            raise Malformed("recipe.tables.multiple must be above 0")
-        if recipe.chat_template is not None and not is_choice(recipe.chat_template):
-            raise Malformed(f"recipe.chat_template is no template, and no name of one: {shown(recipe.chat_template)}")
+        recipe = _recipe_of(stored, "recipe")
     except ValueError as error:
         raise RecipeError(f"{file}: malformed: {error}", hint=_GIVE) from error
-    inputs = [manifest["inputs"]["base"], *manifest["inputs"]["experts"]]
-    digests = {name: entry["sha256"] for model in inputs for name, entry in model["files"].items()}
+    models = manifest_file.inputs_of(manifest)
+    digests = {name: entry["sha256"] for model in models for name, entry in model["files"].items()}
     return recipe, digests, old
+
+
+def _recipe_of(stored: Mapping[str, Any], place: str) -> Recipe:
+    """The recipe that JSON has at a place of a manifest."""
+    if unknown := stored.keys() - {spec.name for spec in dataclasses.fields(Recipe)}:
+        raise Malformed(f"{place} has the unknown entry '{sorted(unknown)[0]}'")
+    hints = get_type_hints(Recipe) | {"base": str | _Named, "experts": list[str | _Named], "stages": dict[str, Any]}
+    needed = {spec.name for spec in dataclasses.fields(Recipe) if spec.default is spec.default_factory}
+    for key in sorted(needed | stored.keys()):
+        if key not in stored:
+            raise Malformed(f"{place}.{key} is missing")
+        check(stored[key], hints[key], f"{place}.{key}")
+    stages = {}
+    for name, stage in stored.get("stages", {}).items():
+        if place != "recipe" or not is_stage_name(name):
+            raise Malformed(f"{place}.stages has {shown(name)}, which cannot be the name of a merge before this one")
+        stages[name] = _recipe_of(check(stage, dict[str, Any], f"{place}.stages.{name}"), f"{place}.stages.{name}")
+    models = {"base": _from_json(stored["base"]), "experts": [*map(_from_json, stored["experts"])]}
+    entries = {**stored, **models, "stages": stages}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()}
+    recipe = Recipe(**fields)
+    if recipe.tables is not None and recipe.tables.get("multiple", 1) < 1:
+        raise Malformed(f"{place}.tables.multiple must be above 0")
+    if recipe.chat_template is not None and not is_choice(recipe.chat_template):
+        raise Malformed(f"{place}.chat_template is no template, and no name of one: {shown(recipe.chat_template)}")
+    return recipe
 
 
 def parse_size(text: str | None) -> int | None:

@@ -210,7 +210,7 @@ def make_plan(
             complaints.append(complaint.message)
             continue
         floating = info.dtype in MERGEABLE_DTYPES
-        out_dtype = dtype if dtype and floating else info.dtype
+        out_dtype = dtype if dtype and floating else base.stored_dtype(info)
         checked = floating and reason != _EXCLUDED
         tensors[name] = TensorPlan(
             name, info.shape, info.dtype, out_dtype, action, reason, linear, checked,

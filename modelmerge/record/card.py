@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modelmerge.checkpoint.documents import parse_yaml, read_bytes, top_entries
+from modelmerge.checkpoint.manifest_file import inputs_of
 from modelmerge.checkpoint.output import CARD
+from modelmerge.checkpoint.reference import STAGE
 from modelmerge.errors import ModelMergeError
-from modelmerge.record.command import REPLAY
+from modelmerge.record.command import REPLAY, steps_of
 from modelmerge.record.markdown import block, code, shell, table, words
 from modelmerge.record.redaction import unquoted
 from modelmerge.text import visible
@@ -31,8 +32,9 @@ _START, _END = "<!-- evaluation: written by modelmerge -->", "<!-- end of evalua
 class Model:
     """The base or an expert, as the card tells it.
 
-    `repository` and `commit` are those of a model on the Hub; `weight` is None for the base; `front` is the front
-    matter of the model's own card, empty if it has none.
+    `repository` and `commit` are those of a model on the Hub; of a model with an adapter on it, `parts` are the
+    repositories of both. `weight` is None for the base; `front` is the front matter of the model's own card, empty if
+    it has none.
     """
 
     name: str
@@ -40,7 +42,19 @@ class Model:
     weight: float | None = None
     repository: str | None = None
     commit: str | None = None
+    parts: tuple[str, ...] = ()
     front: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A merge before this one: its name and method, its base and experts, and which repositories they are of."""
+
+    name: str
+    method: str
+    base: str
+    experts: Sequence[str]
+    repositories: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +122,7 @@ def read(file: Path) -> str:
 def render(
     *, title: str, base: Model, experts: Sequence[Model], methods: Sequence[Source], settings: Mapping[str, Any],
     command: str, notes: Sequence[str], library: str | None, versions: Mapping[str, str], device: str,
-    transforms: Sequence[Source] = (), adapter: bool = False, stacked: bool = False,
+    transforms: Sequence[Source] = (), adapter: bool = False, stacked: bool = False, stages: Sequence[Stage] = (),
     code_lines: Sequence[str] = (), beside: str = "", task: str | None = None,
 ) -> str:  # fmt: skip
     """The card's text.
@@ -130,11 +144,15 @@ def render(
         code_lines: Python that loads the output.
         beside: A sentence on where tokenizer and chat template come from.
         task: What the Hub calls the task of such models, where the base's card does not say it.
+        stages: The merges before it, in their order.
     """
     models = [base, *experts]
     license, license_said = _license(models)
     # Only what is on the Hub: it refuses a card whose base_model names anything else.
-    on_hub = list(dict.fromkeys(model.repository for model in (models[:1] if adapter else models) if model.repository))
+    ours = models[:1] if adapter else models
+    named = [name for model in ours for name in (model.repository, *model.parts)]
+    on_hub = [*dict.fromkeys(name for stage in stages for name in stage.repositories)]
+    on_hub = [*dict.fromkeys(name for name in (*on_hub, *named) if name)]
     data = ModelCardData(
         base_model=on_hub or None,
         base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
@@ -163,6 +181,7 @@ def render(
         f"{_use(code_lines)}## Models",
         _models(base, experts),
         *([words(beside)] if beside else []),
+        *([_stages(stages)] if stages else []),
         license_said,
         "## Method",
         *(f"[{code(method.name)}]({method.paper}): {words(method.summary)}" for method in (*transforms, *methods)),
@@ -247,7 +266,7 @@ def published(text: str, before: Mapping[str, Any], after: Mapping[str, Any], co
     `code_lines` load the model from where it is published.
     """
     text = text.replace(_wrapped(before["command"]), _wrapped(after["command"]))
-    models = [(manifest["inputs"]["base"], *manifest["inputs"]["experts"]) for manifest in (before, after)]
+    models = [[*inputs_of(manifest)] for manifest in (before, after)]
     for ours, theirs in zip(*models, strict=True):
         text = text.replace(code(ours["reference"]), code(theirs["reference"]))
     return unquoted(_USE.sub(lambda _: _use(code_lines), text))
@@ -276,6 +295,12 @@ def _count(experts: Sequence[Model]) -> str:
     return f"{len(experts)} fine-tuned model{'s' * (len(experts) != 1)}"
 
 
+def _stages(stages: Sequence[Stage]) -> str:
+    """A table of the merges before."""
+    rows = [(code(f"{STAGE}{s.name}"), code(s.method), code(s.base), ", ".join(map(code, s.experts))) for s in stages]
+    return "Merged before, and gone since:\n\n" + table(("", "method", "base", "experts"), rows)
+
+
 def _link(model: Model) -> str:
     if model.repository is None:
         return code(model.reference)
@@ -290,7 +315,10 @@ def _commit(model: Model) -> str:
 
 def _wrapped(command: str) -> str:
     """A shell line, broken where it is long: between arguments, and not between an option and its value."""
-    tokens = shlex.split(command)
+    return "\n".join(map(_wrapped_step, steps_of(command)))
+
+
+def _wrapped_step(tokens: list[str]) -> str:
     groups = [tokens[:3]]
     for before, token in itertools.pairwise(tokens[2:]):
         if before.startswith("-"):

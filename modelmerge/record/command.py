@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from typing import Any
 
+from modelmerge.checkpoint.reference import STAGE
 from modelmerge.methods.options import written
 from modelmerge.plan.recipe import Recipe
 
 REPLAY = "modelmerge merge --recipe modelmerge.json -o DIR"
+THEN = "&&"  # between the commands of a shell line
 _ONE_EACH = {"tasks": "task", "templates": "template"}  # settings of several values, by the option for each
+
+
+def steps_of(command: str) -> list[list[str]]:
+    """The words of a shell line, of each of its commands apart."""
+    steps: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        steps = [*steps, []] if word == THEN else [*steps[:-1], [*steps[-1], word]]
+    return steps
 
 
 def flag(option: str) -> str:
@@ -26,11 +37,17 @@ def settings_of(recipe: Recipe, *names: str) -> dict[str, Any]:
 def command_of(recipe: Recipe, output: str) -> str:
     """The shell line that repeats a merge: modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR.
 
-    A recipe that says what options cannot is named by its manifest.
+    A recipe that says what options cannot is named by its manifest. Stages come first, each into a directory of its
+    name: `... -o NAME && modelmerge merge ...`.
     """
-    if recipe.tables or recipe.chat_template:
+    if any(each.tables or each.chat_template for each in (recipe, *recipe.stages.values())):
         return shlex.join(["modelmerge", "merge", "--recipe", "modelmerge.json", "-o", output])
-    words = ["modelmerge", "merge", recipe.method, *map(str, (recipe.base, *recipe.experts))]
+    if recipe.stages:
+        steps = [(stage, name) for name, stage in recipe.stages.items()]
+        steps.append((dataclasses.replace(recipe, stages={}), output))
+        return f" {THEN} ".join(command_of(*step) for step in steps)
+    models = (str(model).replace(STAGE, "./", 1) for model in (recipe.base, *recipe.experts))
+    words = ["modelmerge", "merge", recipe.method, *models]
     names = ("rest", "dtype", "on_mismatch", "vocab", "files_from", "max_shard_size", "seed", "as_lora", "include",
              "exclude")  # fmt: skip
     options = [

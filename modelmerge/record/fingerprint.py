@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from modelmerge._version import __version__
+from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.plan.tensors import Plan
 
 _THREADS = " threads="
@@ -49,14 +50,16 @@ def fingerprint(plan: Plan, device: object, *settings: Any) -> str:
 
     The number of torch's threads stands behind it, so that a run that is taken up can be given as many.
     """
-    files = [
-        (m.reference.address(file), stat.st_size, stat.st_mtime_ns if m.reference.repository is None else 0)
-        for m in plan.models
-        for file, stat in m.files.items()
-    ]
+    parts = [part for model in plan.models for part in model.parts]
+    files = [(p.reference.address(f), stat.st_size, _time(p, stat)) for p in parts for f, stat in p.files.items()]
     names = [model.name for model in plan.models]
     content = json.dumps([settings, names, files, str(device), versions()], sort_keys=True, default=str)
     return f"{hashlib.sha256(content.encode()).hexdigest()}{_THREADS}{torch.get_num_threads()}"
+
+
+def _time(model: Checkpoint, stat: os.stat_result) -> int:
+    """When a file was changed; nothing where that tells nothing of its content."""
+    return 0 if model.reference.is_stage or model.reference.repository is not None else stat.st_mtime_ns
 
 
 def threads_in(fingerprint: str) -> int | None:

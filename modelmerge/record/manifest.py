@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelmerge.checkpoint.companions import TEMPLATE, TOKENIZER, library_of, origins
+from modelmerge.checkpoint.manifest_file import inputs_of
 from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Findings, Job, Source
@@ -26,6 +28,7 @@ from modelmerge.record import card
 from modelmerge.record.command import command_of, flag, settings_of
 from modelmerge.record.fingerprint import circumstances, versions
 from modelmerge.record.loading import code_of, task_of
+from modelmerge.record.redaction import part_name
 
 
 def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
@@ -35,9 +38,10 @@ def record(model: Checkpoint, digests: Mapping[Path, str]) -> dict[str, Any]:
         "reference": model.reference.text,
         "path": model.reference.location,
         "files": {
-            model.reference.address(file): {"sha256": digest, "bytes": model.files[file].st_size}
+            model.address(file): {"sha256": digest, "bytes": model.files[file].st_size}
             for file, digest in digests.items()
         },
+        **({"parts": [part.location for part in model.reference.parts]} if model.reference.adapters else {}),
     }
 
 
@@ -72,6 +76,7 @@ def remarks(plan: Plan) -> list[str]:
     return [f"'{model.name}': {remark}." for model in plan.models for remark in model.remarks]
 
 
+_ON_HUB = re.compile(r"hf://([^/@]+/[^/@]+)@")
 _SHOWN = 5  # names of tensors in a note
 _LOSSY = 0.05  # a loss to rounding above which a merge is worth storing wider
 
@@ -91,9 +96,12 @@ def refuse_changed(
     """
     for model, files in zip(models, digests, strict=True):
         for file, digest in files.items():
-            address, lies = model.reference.address(file), model.reference.location
+            part = model.part_of(file).reference
+            if part.is_stage:
+                continue
+            address, name = part.address(file), part_name(part.location) if model.reference.adapters else model.name
             # Where the recipe was published, by the model's name.
-            expected = recipe_digests.get(address, recipe_digests.get(address.replace(lies, model.name)))
+            expected = recipe_digests.get(address, recipe_digests.get(address.replace(part.location, name)))
             if recipe_digests and expected != digest:
                 raise RecipeError(
                     f"{file}: not the file that the recipe was made with (its sha256 differs)",
@@ -159,8 +167,13 @@ def groups_of(job: Job) -> list[dict[str, Any]]:
     ]
 
 
-def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str], files: Path) -> bytes:
-    """The model card of a merge, as it lies on the disk; `files` is where the other files of the output lie now."""
+def write_card(
+    recipe: Recipe, job: Job, out: Path, notes: Sequence[str], files: Path, results: Mapping[str, Mapping[str, Any]]
+) -> bytes:
+    """The model card of a merge, as it lies on the disk.
+
+    `files` is where the other files of the output lie now, and `results` are the manifests of the merges before it.
+    """
     transforms = [
         _applied(name, "transform", spec, dataclasses.asdict(options))
         for name, spec, options in map(parse_transform, recipe.disentangle)
@@ -185,8 +198,19 @@ def write_card(recipe: Recipe, job: Job, out: Path, notes: Sequence[str], files:
         command=command_of(recipe, str(out)), notes=notes, library=library_of(job.plan.base),
         versions=versions(), device=str(job.source.device), adapter=adapter, stacked=bool(recipe.layers),
         task=task_of(files), code_lines=code_of(files, title, job.plan.base.config),
-        beside="" if adapter else _beside(job.plan),
+        beside="" if adapter else _beside(job.plan), stages=[_stage(name, result) for name, result in results.items()],
     ).encode()  # fmt: skip
+
+
+def _stage(name: str, manifest: Mapping[str, Any]) -> card.Stage:
+    """A merge before this one, as the card tells it."""
+    models = list(inputs_of(manifest))
+    base, *experts = (model["reference"] for model in models)
+    on_hub = (_ON_HUB.match(file) for model in models for file in model["files"])
+    repositories = [match[1] for match in on_hub if match]
+    return card.Stage(
+        name=name, method=manifest["recipe"]["method"], base=base, experts=experts, repositories=repositories
+    )
 
 
 def _beside(plan: Plan) -> str:
@@ -217,11 +241,23 @@ def _applied(
 
 def _as_told(model: Checkpoint, weight: float | None) -> card.Model:
     """A model as the card tells it."""
-    remote = model.reference.repository
+    remotes = [part.repository for part in model.reference.parts]
+    remote = remotes[0] if not model.reference.adapters else None
     return card.Model(
         name=model.name, reference=model.reference.text, weight=weight, front=card.front_matter(model.directory)[0],
         repository=remote.name if remote else None, commit=remote.commit if remote else None,
+        parts=tuple(each.name for each in remotes if each is not None) if remote is None else (),
     )  # fmt: skip
+
+
+def record_of_stages(manifest: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries of a manifest that tell of the merges before it, given their own: recipes, and what came of them."""
+    recipes = {name: {**result["recipe"], "stages": {}} for name, result in results.items()}
+    entries = ("inputs", "tensors", "rounding", "notes", "seconds", "files")
+    return {
+        "recipe": {**manifest["recipe"], "stages": recipes},
+        "stages": {name: {entry: result[entry] for entry in entries} for name, result in results.items()},
+    }
 
 
 def manifest_of(

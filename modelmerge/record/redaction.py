@@ -8,15 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modelmerge.checkpoint.manifest_file import inputs_of
+from modelmerge.record.command import THEN, steps_of
+
 _FOLDERS = re.compile(r"(?:^|(?<=[=' ])|(?<=(?<!hf|ps|tp):))(?:/|~/|\.{1,2}/)[^,:=]*/")  # in front of a file's name
 _QUOTED = re.compile(r"'(?:/|~/|[A-Za-z]:\\)[^'\n]*[/\\]([^'/\\\n]+)'")
 
 
 def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest as others may see it: models that lie on this machine go by their names, without their paths."""
-    inputs, local, data = manifest["inputs"], local_models(manifest), _local_data(manifest)
+    local, data = local_models(manifest), _local_data(manifest)
     copy: dict[str, Any] = renamed(dict(manifest), local | data)
-    for model in (m for each in copy["inputs"].values() for m in (each if isinstance(each, list) else [each])):
+    for model in inputs_of(copy):
         if model["path"] in local.values():
             model |= {"reference": model["name"], "path": None}
     if "searched" in copy:
@@ -25,11 +28,16 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
         copy["workers"] = [{**worker, "host": None} for worker in copy["workers"]]
     if "command" in copy:
         # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see `command_of`
-        words = renamed(shlex.split(manifest["command"]), data)
-        for place, model in enumerate((inputs["base"], *inputs["experts"]), start=3):
-            words[place] = model["name"] if model["path"] in local else words[place]
-        copy["command"] = shlex.join([*words[:-1], Path(words[-1]).name])
+        made, steps = [*manifest.get("stages", {}).values(), manifest], steps_of(manifest["command"])
+        steps = [_published_step(renamed(step, data), each, local) for step, each in zip(steps, made, strict=True)]
+        copy["command"] = f" {THEN} ".join(map(shlex.join, steps))
     return copy | {key: [*map(unquoted, copy[key])] for key in ("notes", "remarks") if key in copy}
+
+
+def _published_step(words: list[str], manifest: Mapping[str, Any], local: Mapping[str, str]) -> list[str]:
+    for place, model in enumerate((manifest["inputs"]["base"], *manifest["inputs"]["experts"]), start=3):
+        words[place] = model["name"] if model["path"] in local else words[place]
+    return [*words[:-1], Path(words[-1]).name]
 
 
 def published_report(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,9 +71,14 @@ def placeless(content: Any) -> Any:
 
 def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The names of a manifest's models that lie on this machine, by their paths."""
-    inputs = manifest["inputs"].values()
-    models = [model for entry in inputs for model in (entry if isinstance(entry, list) else [entry])]
-    return {model["path"]: model["name"] for model in models if Path(model["path"]).is_absolute()}
+    models = list(inputs_of(manifest))
+    parts = {part: part_name(part) for model in models for part in model.get("parts", ()) if part.startswith("/")}
+    return parts | {model["path"]: model["name"] for model in models if Path(model["path"]).is_absolute()}
+
+
+def part_name(location: str) -> str:
+    """What a model or an adapter that is a part of an input goes by, where its path is not to be told."""
+    return Path(location).name
 
 
 def _local_data(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def refuse_cardless(models: Sequence[Reference]) -> None:
         UsageError: One is no directory on this machine.
     """
     for model in models:
-        if model.repository is not None or not model.path.is_dir():
+        if not model.is_here or model.adapters or not model.path.is_dir():
             raise UsageError(
                 f"'{model.text}' is no directory here, whose card could be written",
                 option="update_card",

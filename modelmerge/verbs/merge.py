@@ -18,17 +18,17 @@ from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
 from modelmerge.progress import SILENT, Reporter
-from modelmerge.verbs import adapted, coefficients
+from modelmerge.verbs import adapted, coefficients, stages
 from modelmerge.verbs.output import complete, output_of
 from modelmerge.verbs.prepare import (
     Prepared,
     digest_of,
     prepare,
-    prepare_file,
     refuse_unknown,
     threads_of_leftovers,
     with_coefficients,
 )
+from modelmerge.verbs.recipes import prepare_file
 from modelmerge.verbs.shared import Cluster, refuse_cluster, share_out
 from modelmerge.verbs.tensors import State, merge_tensors, states_of
 
@@ -219,9 +219,11 @@ def execute(
         ModelMergeError: As for `merge`.
     """
     try:
-        size = adapted.size_of(prepared.recipe)
         if cluster is not None:
             refuse_cluster(cluster, prepared.recipe)
+        if prepared.staged is not None:
+            return stages.run(prepared, out, execute, force=force, resume=resume, ready=ready, progress=progress)
+        size = adapted.size_of(prepared.recipe)
         beside: Literal["all", "cards"] = "all" if size is None else "cards"
         with contextlib.ExitStack() as stack:
             recorded = prepared.recorded

@@ -23,7 +23,7 @@ from modelmerge.plan.downloads import input_paths
 from modelmerge.plan.tensors import Plan
 from modelmerge.plan.vocabulary import config_values, with_vocabulary
 from modelmerge.progress import Reporter
-from modelmerge.record.manifest import as_file, manifest_of, notes_of, refuse_changed, write_card
+from modelmerge.record.manifest import as_file, manifest_of, notes_of, record_of_stages, refuse_changed, write_card
 from modelmerge.record.recorded import other_bits
 from modelmerge.verbs import adapted
 from modelmerge.verbs.prepare import Prepared
@@ -142,23 +142,30 @@ def complete(
     if recorded is not None:
         refuse_changed(recorded.inputs, job.plan.models, digests)
     if small is None:
-        base, giver = job.plan.base, job.plan.giver
-        vocabulary = job.plan.vocabulary
-        values = config_values(vocabulary, base, giver) if vocabulary is not None else {}
-        values |= {**token_ids(base, giver), **job.plan.config}
-        files = companions_of_output(base, giver, values, prepared.recipe.dtype)
-        if vocabulary is not None:
-            files = with_vocabulary(files, vocabulary, base)
-        if template := template_of(prepared.recipe.chat_template, base, job.plan.experts):
-            files = with_template(files, template)
-        for name, content in files.items():
-            staging.write_file(name, portable(name, content))
+        for name, content in files_beside(prepared).items():
+            staging.write_file(name, content)
     staging.write_indices()
     notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
     notes += other_bits(recorded, staging, job.source.device) if recorded is not None else []
-    staging.write_file(CARD, write_card(prepared.recipe, job, out, notes, staging.place_of("")))
+    card = write_card(prepared.recipe, job, out, notes, staging.place_of(""), prepared.results)
+    staging.write_file(CARD, card)
     manifest = manifest_of(prepared.recipe, job, prepared.adaptation, out, digests, findings, notes, staging, seconds)
     manifest["fingerprint"] = determined_by
     if small is not None:
         manifest["adapter"] = adapted.report(small)
+    if prepared.results:
+        manifest |= record_of_stages(manifest, prepared.results)
     return manifest
+
+
+def files_beside(prepared: Prepared) -> dict[str, bytes | Path]:
+    """What goes beside the weights of a merge, by its place: the content, or the file to copy."""
+    base, giver, vocabulary = (getattr(prepared.job.plan, name) for name in ("base", "giver", "vocabulary"))
+    values = config_values(vocabulary, base, giver) if vocabulary is not None else {}
+    values |= {**token_ids(base, giver), **prepared.job.plan.config}
+    files = companions_of_output(base, giver, values, prepared.recipe.dtype)
+    if vocabulary is not None:
+        files = with_vocabulary(files, vocabulary, base)
+    if template := template_of(prepared.recipe.chat_template, base, prepared.job.plan.experts):
+        files = with_template(files, template)
+    return {name: portable(name, content) for name, content in files.items()}

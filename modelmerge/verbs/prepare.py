@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +16,7 @@ from modelmerge.checkpoint.companions import giver_of, remarks_on_files
 from modelmerge.checkpoint.diffusion import networks
 from modelmerge.checkpoint.opening import open_models, open_references
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.checkpoint.reference import Named
+from modelmerge.checkpoint.reference import NO_STAGES, Named
 from modelmerge.checkpoint.reference import parse as parse_reference
 from modelmerge.checkpoint.staging import fingerprints
 from modelmerge.checkpoint.templates import AUTO as AUTO_TEMPLATE
@@ -28,17 +27,16 @@ from modelmerge.engine.memory import beyond_device, bytes_read, passes, peak_mem
 from modelmerge.engine.parallel import source_of, threads
 from modelmerge.engine.transforms import Transform, transform_of
 from modelmerge.errors import UsageError, named, spelled, suggestion
-from modelmerge.evaluation.custom import Script, label_of
+from modelmerge.evaluation.custom import Script
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options, option_types
-from modelmerge.plan import format_1, mergekit
 from modelmerge.plan.checks import check_choices, check_weights, refuse_beside_layers, refuse_many_experts, rest_of
 from modelmerge.plan.downloads import with_downloads
 from modelmerge.plan.layers import of_sources, stacked
 from modelmerge.plan.linear import is_linear
 from modelmerge.plan.overrides import Methods, Override, group_key, parse
-from modelmerge.plan.recipe import STORED, Recipe, parse_size, read_recipe
+from modelmerge.plan.recipe import STORED, Recipe, parse_size
 from modelmerge.plan.tables import of_owners, refuse_parts
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan, make_plan
 from modelmerge.plan.transforms import as_typed, parse_transform
@@ -46,9 +44,12 @@ from modelmerge.plan.vocabulary import remarks_on_tokens
 from modelmerge.record.command import flag
 from modelmerge.record.fingerprint import fingerprint, threads_in
 from modelmerge.record.manifest import groups_of, listing, remarks
-from modelmerge.record.recorded import Recorded, read_recorded, refuse_unrecorded
+from modelmerge.record.recorded import Recorded
 from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.auto import AUTO, choose
+
+if TYPE_CHECKING:
+    from modelmerge.verbs.stages import Staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,15 @@ class Prepared:
     stream: bool = False  # read weights on the Hub over ranges, without storing them
     data: coefficients.Data | None = None  # to find the experts' weights on, where that is to be done first
     adaptation: Mapping[str, Any] | None = None  # what there is to say of how they were found
+    staged: Staged | None = None  # the merges before it, which are yet to be run
+    before: tuple[str, ...] = ()  # their digests
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # their manifests, once they have been run
 
     def close(self) -> None:
         """Let go of the inputs."""
         self.job.plan.close()
+        if self.staged is not None:
+            self.staged.close()
 
     def describe(self) -> dict[str, Any]:
         """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards."""
@@ -94,45 +100,12 @@ class Prepared:
         }
         if self.data is not None:
             entry["unlabelled"] = dict(self.recipe.unlabelled)
+        if self.staged is not None:
+            entry["stages"] = self.staged.describe()
+            entry["bytes"]["scratch"] += self.staged.bytes_kept
+            peaks = [each["peak_memory"] for each in (entry, *entry["stages"])]
+            entry["peak_memory"] = {place: max(peak[place] for peak in peaks) for place in peaks[0]}
         return with_downloads(entry, plan, beside="all" if size is None else "cards", streamed=streamed)
-
-
-def prepare_file(
-    file: Path,
-    *,
-    device: str = "auto",
-    stream: bool = False,
-    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
-    changed: Collection[str] = (),
-    script: Script | str | None = None,
-    allow_different_bits: bool = False,
-) -> Prepared:
-    """Plan the merge that a manifest records or a mergekit YAML describes, `change`d; nothing is written.
-
-    `changed` names the options that are, an expert's weight as `NAME.weight`: a YAML then varies them no more. `script`
-    is as for `prepare`. What is written must be what the manifest records, unless the change makes it another merge.
-
-    Raises:
-        ModelMergeError: As for `replay`.
-    """
-    if file.suffix not in (".yaml", ".yml"):
-        recipe, digests, old = read_recipe(file)
-        later = functools.partial(format_1.overrides_of, old) if old is not None else None
-        wanted = change(recipe)
-        recorded = read_recorded(file, digests, repeated=_is_same(wanted, recipe), lenient=allow_different_bits)
-        if _script_in(wanted) != _script_in(recipe):
-            recorded = dataclasses.replace(recorded, script={})  # those of another one
-        refuse_unrecorded(recorded)
-        return prepare(wanted, device=device, recorded=recorded, stream=stream, script=script, overrides=later)
-    translated = mergekit.read(file).without(changed)
-    late = translated.overrides
-    recipe = change(translated.recipe)
-    prepared = prepare(recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late)
-    again = translated.stored_as_mergekit_does(prepared.job.plan)
-    if again is translated:
-        return prepared
-    prepared.close()
-    return prepare(change(again.recipe), device=device, remarks=again.remarks, stream=stream, overrides=late)
 
 
 def prepare(
@@ -146,6 +119,7 @@ def prepare(
     look: bool = True,
     opened: tuple[Checkpoint, tuple[Checkpoint, ...]] | None = None,
     overrides: Callable[[Mapping[str, bool]], Sequence[str]] | None = None,
+    stages: Mapping[str, Path] = NO_STAGES,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
@@ -153,7 +127,7 @@ def prepare(
     only the recipe names is refused. No script is run. With `look`, `auto` may read a few megabytes of weights on the
     Hub to see of what kind they are. `opened` are the base and the experts, where they have been opened before.
     `overrides` gives overrides that follow the recipe's, where they follow from the names of the tensors (and from
-    which are weights of linear layers).
+    which are weights of linear layers). `stages` are the places of the merges before it.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
@@ -162,7 +136,7 @@ def prepare(
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
         check_choices(recipe)
-        opened = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
+        opened = opened or open_models(recipe.base, recipe.experts, recipe.exclude, stages)
         shared = make_plan(
             *opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch,
             vocab=recipe.vocab, files_from=recipe.files_from, tables=recipe.tables,
@@ -181,8 +155,8 @@ def prepare(
     _refuse_idle_data(recipe, chosen, overrides_read)
     refuse_many_experts(recipe, overrides_read)
     if opened is None and recipe.layers and not recipe.experts:  # layers of the base alone
-        opened = open_references(parse_reference(recipe.base), ())
-    base, experts = opened or open_models(recipe.base, recipe.experts, recipe.exclude)
+        opened = open_references(parse_reference(recipe.base, stages), ())
+    base, experts = opened or open_models(recipe.base, recipe.experts, recipe.exclude, stages)
     stack = None
     if recipe.layers:
         refuse_beside_layers(recipe)
@@ -210,6 +184,12 @@ def prepare(
         raise UsageError(
             "writes an adapter by the names of diffusers' layout, and the base has those of the original program",
             option="as_lora", hint="name a folder of diffusers as the base, such as its unet/",
+        )  # fmt: skip
+    if recipe.as_lora is not None and (plan.base.sum is not None or plan.base.reference.is_stage):
+        kind = "has one on it" if plan.base.sum is not None else "is merged for it and gone then"
+        raise UsageError(
+            f"writes an adapter of one model, and the base is {plan.base.reference.text}, which {kind}",
+            option="as_lora", hint="merge that into a checkpoint first, and name the checkpoint as the base",
         )  # fmt: skip
     if recipe.as_lora is not None and len(plan.base.components) > 1:
         folders = ", ".join(f"{folder or '.'}/" for folder in plan.base.components)
@@ -254,20 +234,6 @@ def prepare(
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
     return Prepared(complete, job, recorded, remarks, stream, data)
-
-
-def _script_in(recipe: Recipe) -> str:
-    return label_of(str(recipe.unlabelled.get("script", "")))
-
-
-def _is_same(wanted: Recipe, recipe: Recipe) -> bool:
-    """Whether both ask for the same weights; a script is the same wherever it lies, its digest is compared apart."""
-
-    def content(each: Recipe) -> Recipe:
-        script = {"script": _script_in(each)} if "script" in each.unlabelled else {}
-        return dataclasses.replace(each, unlabelled={**each.unlabelled, **script}, coefficients={})
-
-    return content(wanted) == content(recipe)
 
 
 def refuse_unknown(verb: Callable[..., Any], method: str, options: Mapping[str, Any]) -> None:
@@ -328,13 +294,15 @@ def job_of(
 
 def _pinned(text: str | Named, model: Checkpoint) -> str | Named:
     """A reference as the card tells it: as it was written, with the commit where the model is on the Hub."""
-    return text if model.reference.repository is None else f"{model.name}={model.reference.text}"
+    return text if model.reference.is_here else f"{model.name}={model.reference.text}"
 
 
 def digest_of(prepared: Prepared, read: coefficients.Read | None = None) -> str:
     """The digest of all that determines the weights, as far as it can be had without reading tensors."""
     job = prepared.job
-    return fingerprint(job.plan, job.source.device, dataclasses.asdict(prepared.recipe), read and read.identity())
+    return fingerprint(
+        job.plan, job.source.device, dataclasses.asdict(prepared.recipe), read and read.identity(), *prepared.before
+    )
 
 
 def with_coefficients(prepared: Prepared, data: coefficients.Read, search: Mapping[str, Any]) -> Prepared:

@@ -154,7 +154,7 @@ def execute_search(
             for note in notes:
                 progress.note(note)
             staging.write_file(
-                CARD, write_card(best.prepared.recipe, best.prepared.job, out, notes, staging.place_of(""))
+                CARD, write_card(best.prepared.recipe, best.prepared.job, out, notes, staging.place_of(""), {})
             )
             return output.publish({**best.manifest, "notes": notes, "searched": _results(search, best, base, reports)})
     finally:

@@ -40,6 +40,11 @@ def refuse_cluster(cluster: str, recipe: Recipe) -> None:
     """
     if cluster != "files":
         raise UsageError(f"must be files, not '{cluster}'", option="cluster")
+    if recipe.stages:
+        first = f"'{next(iter(recipe.stages))}'"
+        why = f"{first} is merged first, by one process, and gone then"
+        raise UsageError(f"cannot share out merges of merges: {why}", option="cluster",
+                         hint="merge what comes first by commands of their own")  # fmt: skip
     if recipe.as_lora is not None:
         why = "an adapter is one file, whose layout shows at the end"
         raise UsageError(f"cannot share out what {named('as_lora')} writes: {why}", option="cluster")
@@ -73,7 +78,7 @@ def share_out(
     about = {
         "digest": digest, "force": force, "lease": lease(), "host": socket.gethostname(), "process": os.getpid(),
         "circumstances": circumstances(prepared.job.source.device),
-        "inputs": {f"{model.name}: {model.reference.address(file)}": [stat.st_size, stat.st_mtime_ns]
+        "inputs": {f"{model.name}: {model.address(file)}": [stat.st_size, stat.st_mtime_ns]
                    for model in plan.models for file, stat in model.files.items()},
     }  # fmt: skip
     try:
@@ -170,8 +175,8 @@ def _take_part(
 ) -> dict[str, Any]:
     plan = prepared.job.plan
     prepare_process(sum(len(model.files) for model in plan.models))
-    for model in plan.models:
-        model.hashes_along = False
+    for part in (part for model in plan.models for part in model.parts):
+        part.hashes_along = False
     with contextlib.closing(Shared(folder, prepared.job, progress)) as crew:
         if data is not None:
             prepared = _with_coefficients(prepared, data, digest, out, crew, progress)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelmerge.checkpoint.manifest_file import Listed
+from modelmerge.checkpoint.manifest_file import Listed, inputs_of
 from modelmerge.checkpoint.output import is_recorded
 from modelmerge.checkpoint.reader import MANIFEST
+from modelmerge.checkpoint.reference import STAGE
 from modelmerge.errors import OutputError
 from modelmerge.hub.repository import cached
 from modelmerge.progress import SILENT, Reporter
@@ -31,7 +32,9 @@ def verify(directory: str | Path, *, progress: Reporter = SILENT) -> dict[str, A
     output = Path(directory).expanduser()
     manifest = read_manifest(output / MANIFEST, Listed)
     expected = {name: (output / name, entry) for name, entry in manifest["files"].items()}
-    inputs = {name: (_place_of(name), entry) for model in _inputs(manifest) for name, entry in model["files"].items()}
+    models = inputs_of(manifest)
+    named = {name: entry for each in models for name, entry in each["files"].items() if not name.startswith(STAGE)}
+    inputs = {name: (_place_of(name), entry) for name, entry in named.items()}
     progress.stage("verifying", sum(entry["bytes"] for _, entry in (*expected.values(), *inputs.values())))
     files = []
     for missing, part in ((False, expected), (None, inputs)):
@@ -54,8 +57,3 @@ def _is_same(file: Path, entry: Mapping[str, Any], missing: bool | None) -> bool
 def _place_of(name: str) -> Path | None:
     """Where an input's file lies, by what the manifest calls it."""
     return cached(name) if name.startswith("hf://") else Path(name)
-
-
-def _inputs(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for models in manifest["inputs"].values():
-        yield from models if isinstance(models, list) else [models]

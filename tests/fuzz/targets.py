@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import modelmerge
 from modelmerge.evaluation.scores import differences
-from modelmerge.verbs.prepare import prepare_file
+from modelmerge.verbs.recipes import prepare_file
 from tests.fuzz.mutations import Mutation, of_archive, of_bytes, of_card, of_json, of_pickle, of_safetensors, of_yaml
 from tests.support.reports import scores
 

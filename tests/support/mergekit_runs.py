@@ -30,6 +30,8 @@ CONFIG = {
 }  # fmt: skip
 ROUNDS = 60  # of configurations with random draws, of which means are kept
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+RANK = 2
+ADAPTED = ("self_attn.q_proj", "mlp.down_proj")
 RUN = """
 import json, logging, pathlib, shutil, sys, yaml
 from safetensors.torch import load_file, save_file
@@ -37,8 +39,16 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods.registry import registered_methods
 from mergekit.options import MergeOptions
+from mergekit.scripts.multimerge import main
 def run(file, out, seed):
-    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed)
+    if "\\n---\\n" in file.read_text():
+        places = ["--out-path", out, "--intermediate-dir", f"stages/{file.stem}", "--lora-merge-cache", "loras"]
+        usual = ["--no-copy-tokenizer", "--no-write-model-card", "--quiet", "--random-seed", str(seed)]
+        main([str(file), *places, *usual], standalone_mode=False)
+        return load_file(f"{out}/model.safetensors")
+    options = MergeOptions(
+        copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed, lora_merge_cache="loras"
+    )
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(file.read_text())), out, options=options)
     return load_file(f"{out}/model.safetensors")
 logging.disable(logging.WARNING)
@@ -170,6 +180,29 @@ def write_token_models(root: Path) -> None:
             write_tokenizer(folder, pieces, added)
 
 
+def write_adapters(root: Path) -> None:
+    """lora_1 and lora_2, as peft writes adapters of the base."""
+    generator = torch.Generator().manual_seed(1)
+    for name in ("lora_1", "lora_2"):
+        factors = {}
+        for module in ADAPTED:
+            for layer in range(LAYERS):
+                place = f"model.layers.{layer}.{module}"
+                m, n = shapes()[f"{place}.weight"]
+                for part, shape in (("A", (RANK, n)), ("B", (m, RANK))):
+                    factor = torch.randn(shape, generator=generator) * 0.2
+                    factors[f"base_model.model.{place}.lora_{part}.weight"] = factor
+        config = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK,
+            "target_modules": [module.rpartition(".")[2] for module in ADAPTED],
+            "base_model_name_or_path": "models/base", "bias": "none", "lora_dropout": 0.0, "inference_mode": True,
+        }  # fmt: skip
+        (root / name).mkdir(parents=True, exist_ok=True)
+        save_file(factors, root / name / "adapter_model.safetensors", metadata={"format": "pt"})
+        os.chmod(root / name / "adapter_model.safetensors", 0o644)
+        (root / name / "adapter_config.json").write_text(json.dumps(config) + "\n")
+
+
 def make(target: Path, python: str | None = None) -> None:
     """Everything anew, below `target`: models/NAME and merged/CONFIG.safetensors; `python` is one that has mergekit.
 
@@ -178,6 +211,7 @@ def make(target: Path, python: str | None = None) -> None:
     """
     write_models(target / "models")
     write_token_models(target / "models" / "tokens")
+    write_adapters(target / "models")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         python = python or installed(place / "venv")
