@@ -213,7 +213,7 @@ class _Translation:
         if seen is not None:
             names[seen] = BASE
         self.names = names
-        if len(slices) > 1:
+        if len(slices) > 1 or any(source.span and source.span[0] for each in slices for source in each.sources):
             options, weights, self.variations = together(slices, read, names)
         else:
             options, weights, self.variations = read[0]

@@ -287,7 +287,9 @@ def together(
             if value != (options[option] if expert is None else weights[expert]):
                 vary.append(InSlice(Variation(option, (value,), expert), first, count, 0, ends))
         for variation in variations:
-            shift = spans[variation.expert][0] - first if variation.expert in spans else 0
+            # Where there is one source, all that is said is said of it.
+            source = variation.expert if len(spans) > 1 else next(iter(spans), None)
+            shift = spans[source][0] - first if source in spans else 0
             vary.append(InSlice(variation, first, count, shift, ends))
         first += count
     return options, weights, vary

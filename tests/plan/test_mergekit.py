@@ -424,3 +424,17 @@ def test_mergekit_still_makes_what_is_kept(tmp_path: Path) -> None:
             ids = [json.loads(file.with_suffix(".json").read_text())["ids"] for file in (place, kept)]
             new = by_token(new, *ids, drawn=kept.stem in DRAWN)
         assert all((new[name] - old[name]).abs().max() <= 1e-6 for name in old), kept.name
+
+
+def test_a_filter_of_a_lone_source_goes_by_its_own_layers(beside_models: Path) -> None:
+    """As in mergekit: the output's layer 1 is the source's layer 3, which `layers.1.` does not mean."""
+    Path("c.yml").write_text(
+        "merge_method: passthrough\ndtype: float32\nslices:\n- sources:\n  - model: models/code\n"
+        "    layer_range: [2, 4]\n    parameters:\n      scale:\n      - {filter: layers.1., value: 5}\n"
+        "      - {filter: layers.3., value: 2}\n      - value: 1\n"
+    )
+    modelmerge.replay("c.yml", "out")
+    got, code = read(Path("out")), read(ORACLE / "models" / "code")
+    name = "mlp.up_proj.weight"
+    assert torch.equal(got[f"model.layers.0.{name}"], code[f"model.layers.2.{name}"])
+    assert torch.equal(got[f"model.layers.1.{name}"], 2 * code[f"model.layers.3.{name}"])
