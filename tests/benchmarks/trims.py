@@ -8,6 +8,7 @@ read from /proc.
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(argv)
     methods = ["ties", *(name for name in asked.methods if name != "ties")]
     parts = ["# Trims by tensor beside the trim of the whole model",
-             merge_speed.made_by(sys.argv[1:] if argv is None else argv, MODULE), merge_speed.machine(),
+             merge_speed.made_by([shlex.quote(w) for w in (sys.argv[1:] if argv is None else argv)], MODULE), merge_speed.machine(),
              _EXPLANATION.strip()]  # fmt: skip
     with merge_speed.work_directory(asked.workdir) as work:
         for name in asked.sets:
