@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to write (default: beside this one)")
     asked = parser.parse_args(argv)
     methods = ["ties", *(name for name in asked.methods if name != "ties")]
+    words = [shlex.quote(word) for word in (sys.argv[1:] if argv is None else argv)]
     parts = ["# Trims by tensor beside the trim of the whole model",
-             merge_speed.made_by([shlex.quote(w) for w in (sys.argv[1:] if argv is None else argv)], MODULE), merge_speed.machine(),
+             merge_speed.made_by(words, MODULE), merge_speed.machine(),
              _EXPLANATION.strip()]  # fmt: skip
     with merge_speed.work_directory(asked.workdir) as work:
         for name in asked.sets:
