@@ -64,7 +64,7 @@ def next_lines(manifest: Mapping[str, Any], out: Path) -> list[str | Text | Tabl
     place = shlex.quote(str(out))
     python = code_of(out, str(out), beside=False)
     steps = [f"modelmerge verify {place}"]
-    if not manifest["recipe"].get("layers"):  # a stack has no experts to be set beside
+    if not manifest["recipe"].get("layers") and "stages" not in manifest:  # they have no experts to be set beside
         steps.append(f"modelmerge eval weights {place}")
     steps += ["; ".join(python)] if python else []
     return [line(("next  " if i == 0 else "      ", "bold cyan"), step) for i, step in enumerate(steps)]

@@ -138,6 +138,7 @@ def test_a_manifest_with_stages_is_verified_and_replayed(here: Path, capsys: pyt
     assert {str(here / f"models/{name}/model.safetensors") for name in models} <= set(files)
     shutil.copytree("out", "moved")
     assert main(["merge", "--recipe", "moved/modelmerge.json", "-o", "again"]) == 0
+    assert "eval weights" not in capsys.readouterr().out  # whose base and experts are gone
     assert Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
     manifest = _manifest("again")
     assert manifest["recipe"] == _manifest("out")["recipe"]
