@@ -16,8 +16,9 @@ import torch
 from modelmerge.checkpoint.as_lora import Role, Size
 from modelmerge.checkpoint.header import DTYPE_BITS, Change
 from modelmerge.engine.job import MODEST, Job, Source
+from modelmerge.engine.pieces import Sample
 from modelmerge.errors import UsageError
-from modelmerge.methods import linalg
+from modelmerge.methods import linalg, selection
 from modelmerge.methods.contract import Correction
 from modelmerge.plan.tensors import Plan, TensorPlan, Tensors
 
@@ -239,7 +240,17 @@ def merge_blocks(job: Job) -> Bytes:
     # At least what moments take of a block: some copies of it in float64.
     taus_and_base, of_method, bytes_as_stored = 4 * (tasks + 1), max(4 * workspace, 24), 12
     total = int(block * (taus_and_base + of_method + bytes_as_stored)) + unfolding(job.plan, block)
-    return Bytes(job.source.workers * total, job.source.workers * total)
+    working = job.source.workers * total + _gathered(job)
+    return Bytes(working, working)
+
+
+def _gathered(job: Job) -> int:
+    """What is kept of the tensors that are measured first: a sample of one, and what lies near its two places."""
+    measured = [t.numel for g in job.groups if g.measures for t in g.tensors if not job.whole(t)]
+    if not measured:
+        return 0
+    entries = min(int(selection.GATHERED * max(measured)), selection.MOST)
+    return 4 * len(job.plan.experts) * (2 * entries + 3 * Sample.MOST)
 
 
 def _block(job: Job) -> int:

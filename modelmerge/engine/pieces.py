@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.plan.tensors import Plan, TensorPlan
@@ -67,6 +68,7 @@ class Sample:
     """A sample of each tensor: as many runs, all of one length, evenly spread, and in matrices of whole rows."""
 
     tensors: Sequence[TensorPlan]
+    MOST: ClassVar[int] = _RUNS * _RUN  # elements of one tensor's, unless its rows are longer
 
     def __iter__(self) -> Iterator[Piece]:
         for tensor in self.tensors:
