@@ -29,13 +29,16 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if "command" in copy:
         # modelmerge merge METHOD BASE EXPERT... OPTIONS -o DIR: see `command_of`
         made, steps = [*manifest.get("stages", {}).values(), manifest], steps_of(manifest["command"])
-        steps = [_published_step(renamed(step, data), each, local) for step, each in zip(steps, made, strict=True)]
+        # A command that repeats a recipe is one, whatever the number of its stages.
+        pairs = zip(steps, made[-len(steps) :], strict=True)
+        steps = [_published_step(renamed(step, data), each, local) for step, each in pairs]
         copy["command"] = f" {THEN} ".join(map(shlex.join, steps))
     return copy | {key: [*map(unquoted, copy[key])] for key in ("notes", "remarks") if key in copy}
 
 
 def _published_step(words: list[str], manifest: Mapping[str, Any], local: Mapping[str, str]) -> list[str]:
-    for place, model in enumerate((manifest["inputs"]["base"], *manifest["inputs"]["experts"]), start=3):
+    models = (manifest["inputs"]["base"], *manifest["inputs"]["experts"])
+    for place, model in enumerate(models if words[2] != "--recipe" else (), start=3):
         words[place] = model["name"] if model["path"] in local else words[place]
     return [*words[:-1], Path(words[-1]).name]
 

@@ -20,6 +20,7 @@ from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan import mergekit, mergekit_methods
+from modelmerge.record.redaction import published
 from tests.support import mergekit_runs
 from tests.support.checkpoints import State, read, write
 
@@ -438,3 +439,21 @@ def test_a_filter_of_a_lone_source_goes_by_its_own_layers(beside_models: Path) -
     name = "mlp.up_proj.weight"
     assert torch.equal(got[f"model.layers.0.{name}"], code[f"model.layers.2.{name}"])
     assert torch.equal(got[f"model.layers.1.{name}"], 2 * code[f"model.layers.3.{name}"])
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "",
+        "name: first\nmerge_method: linear\nmodels:\n- model: models/math\n"
+        "  parameters: {weight: 1}\n- model: models/code\n  parameters: {weight: 1}\n---\n",
+    ],
+)
+def test_the_published_command_of_a_recipe_is_the_recipe(stage: str, beside_models: Path) -> None:
+    """What no options say is repeated by the manifest, alone and behind another merge."""
+    one = "first" if stage else "models/math"
+    text = f"{stage}{TIES}chat_template: chatml\n".replace("models/math\n    p", f"{one}\n    p")
+    Path("c.yml").write_text(text)
+    manifest = modelmerge.replay("c.yml", "out")
+    assert bool(stage) == bool(manifest.get("stages"))
+    assert published(manifest)["command"] == "modelmerge merge --recipe modelmerge.json -o out"
