@@ -34,9 +34,9 @@ TEXTS = {"README": README, "guide": GUIDES["ci"]}
 
 def job_of(page: str) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """The variables and the steps of a page's job; of the README's, all that there is."""
-    told = yaml.safe_load(blocks(TEXTS[page].read_text(), "yaml")[0])
-    steps = told["steps"] if "steps" in told else told["jobs"]["merge"]["steps"]
-    return told["env"], steps
+    job = yaml.safe_load(blocks(TEXTS[page].read_text(), "yaml")[0])
+    steps = job["steps"] if "steps" in job else job["jobs"]["merge"]["steps"]
+    return job["env"], steps
 
 
 @pytest.fixture

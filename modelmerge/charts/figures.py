@@ -55,7 +55,7 @@ class Scores:
         return len(self.spokes()) in RADAR and self.shares
 
     def many(self) -> bool:
-        """Whether there are so many models that their colours could not be told apart."""
+        """Whether there are so many models that their colours would look alike."""
         return sum(series.role == "model" for series in self.series) > _MOST
 
     def sorted(self) -> list[Series]:

@@ -56,6 +56,12 @@ class TensorInfo:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def files(self) -> set[Path]:
+        """Every file that it is read from."""
+        parts = (*(self.change.parts if self.change is not None else ()), *self.blocks)
+        return {file for part in parts for file in part.files} if parts else {self.file}
+
 
 # How two matrices make one: their product; element by element; each element of the first times the whole second; or,
 # of a convolution, the first a kernel [r, s, *kernel] and the second what comes before it, [s, in, 1, 1].

@@ -7,19 +7,17 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from modelmerge.checkpoint.changes import TORCH_DTYPES, as_bytes
 from modelmerge.checkpoint.header import DTYPE_BITS, TensorInfo
 
 if TYPE_CHECKING:
     from modelmerge.checkpoint.reader import Checkpoint
 
-TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
 _BLOCK = 1 << 18  # elements that are read at once
 
 
@@ -65,7 +63,7 @@ class Means:
         first = (position - mean.start) // item
         count = min(len(buffer) // item, mean.numel - first)
         values = self._values(mean, first, count).to(TORCH_DTYPES[mean.dtype])
-        buffer[: count * item] = _bytes(values)
+        buffer[: count * item] = as_bytes(values)
         return count * item
 
     def _values(self, mean: _Mean, first: int, count: int) -> Tensor:
@@ -88,12 +86,6 @@ class Means:
             taken = min(step, rows - row)
             raw = torch.empty(taken * count * item, dtype=torch.uint8)
             offset = (row * width + first) * item
-            self.reader.read_into(part, offset, _bytes(raw), follow=False)
+            self.reader.read_into(part, offset, as_bytes(raw), follow=False)
             total += raw.view(TORCH_DTYPES[part.dtype]).view(taken, count).double().sum(0)
         return total
-
-
-def _bytes(data: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied."""
-    array: Any = data.view(torch.uint8).numpy()  # shares the tensor's memory
-    return memoryview(array)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.changes import Changes, Norms, as_bytes
-from modelmerge.checkpoint.header import DTYPE_BITS, TensorInfo, matrix
+from modelmerge.checkpoint.header import DTYPE_BITS, MERGEABLE_DTYPES, TensorInfo, matrix
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.reference import Reference
 from modelmerge.errors import CheckpointError
@@ -106,7 +106,7 @@ def with_adapter(model: Checkpoint, adapter: Checkpoint, reference: Reference) -
         if info.change is None or target is None:
             tensors[name] = info
             continue
-        if target.dtype not in ("F64", "F32", "F16", "BF16"):
+        if target.dtype not in MERGEABLE_DTYPES:
             raise CheckpointError(f"{info.file}: changes '{name}', which is {target.dtype} in '{model.name}'")
         dtype = "F64" if target.dtype == "F64" else "F32"
         if not target.numel:

@@ -29,11 +29,9 @@ class Shared:
         self._folder, self._progress = folder, progress
         self._plan = job.plan
         self._shards = {f"shard:{shard.filename}": shard for shard in job.plan.layout.shards}
-        self._hashes = hash_units(job.plan)
-        self._files = {
-            unit.name: (model, file)
-            for unit, (model, file) in zip(self._hashes, _files_of(job), strict=True)
-        }  # fmt: skip
+        hashes = hash_units(job.plan)
+        self._hashes = [unit for unit, _, _ in hashes]
+        self._files = {unit.name: (model, file) for unit, model, file in hashes}
         self._who = {"worker": folder.identity, "host": socket.gethostname(), "device": str(job.source.device),
                      "threads": torch.get_num_threads()}  # fmt: skip
         self._rooms: dict[str, NamedScratch] = {}  # by unit, what this process is writing
@@ -155,9 +153,3 @@ class Shared:
         """The sha256 of every weight file of the output."""
         markers = self._folder.markers()
         return {shard.filename: markers[key(name)]["sha256"] for name, shard in self._shards.items()}
-
-
-def _files_of(job: Job) -> Iterator[tuple[Any, Path]]:
-    for model in job.plan.models:
-        for file in model.files:
-            yield model, file

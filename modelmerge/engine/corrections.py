@@ -101,12 +101,11 @@ class CorrectionTransform:
             return self._solve(job, unit, before, count, measured, crew, progress)
 
         for unit, found in crew.share(cut(f"fit:{name}", source.plan, tensors, LITTLE), solve):
-            end = 0
+            starts, _ = _places(unit, count)
             for tensor in unit.tensors:
                 fitted.numbers[tensor.name], each, entanglement = found[tensor.name]
                 fitted.entanglement[tensor.name] = Entanglement(*entanglement)
-                fitted.places[tensor.name] = crew.kept(unit), end
-                end += memory.matrix_bytes(tensor, count)
+                fitted.places[tensor.name] = crew.kept(unit), starts[tensor.name]
                 losses.append(each)
         fitted.losses = [math.fsum(each) for each in zip(*losses, strict=True)]
         return fitted
@@ -117,11 +116,8 @@ class CorrectionTransform:
         """Numbers, losses and inner products by tensor; the matrices go into what the unit keeps."""
         source, tasks, tensors = job.source, len(job.plan.experts), unit.tensors
         on_host = memory.correction_beyond_device(source, unit.stage, self.by, self.options)
-        places, end, found = {}, 0, {}
-        for tensor in tensors:
-            places[tensor.name] = end
-            end += memory.matrix_bytes(tensor, count)
-        scratch = crew.keep(unit, end)
+        starts, nbytes = _places(unit, count)
+        scratch, found = crew.keep(unit, nbytes), {}
 
         def solve(piece: Piece, taus: Tensor) -> None:
             name = piece.tensor.name
@@ -132,7 +128,7 @@ class CorrectionTransform:
             solved = self.by.find(taus, self.options, context)
             flat = taus.view(tasks, -1)
             gram, square = _gram(flat), float(_gram(solved.matrices.view(count, -1)).trace()) / count
-            scratch.write(places[name], as_bytes(solved.matrices.flatten().cpu()))
+            scratch.write(starts[name], as_bytes(solved.matrices.flatten().cpu()))
             self.by.correct(flat, solved.matrices.view(count, -1), solved.numbers)
             found[name] = (solved.numbers, solved.losses, (gram, _gram(flat), square))
             progress.advance(piece_bytes(source.plan, piece), name)
@@ -150,6 +146,15 @@ class CorrectionTransform:
                     before.apply(piece, taus)
                     solve(piece, taus.cpu() if piece.tensor.name in on_host else taus)
         return found
+
+
+def _places(unit: Unit, count: int) -> tuple[dict[str, int], int]:
+    """Where the `count` matrices of each tensor begin in what a unit keeps, and how many bytes that is."""
+    starts, end = {}, 0
+    for tensor in unit.tensors:
+        starts[tensor.name] = end
+        end += memory.matrix_bytes(tensor, count)
+    return starts, end
 
 
 def _gram(vectors: Tensor) -> Tensor:

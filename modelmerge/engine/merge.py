@@ -342,7 +342,7 @@ def merged_vector(
         findings.figures.setdefault(piece.tensor.name, {}).update(figures)
 
     measured = fitted.measured.get(piece.tensor.name)
-    moments = group.method.moments(setting.options, setting.each) if measured is None else None
+    moments = job.moments(piece.tensor) if measured is None else None
     if moments is not None:  # it is here as a whole
         measured = measured_at_once(moments, taus.reshape(len(taus), -1), theta_0.reshape(-1))
     context = Context(

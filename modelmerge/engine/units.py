@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, TypeVar
 
+from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.scratch import Room, Scratch
 from modelmerge.engine.job import Job
 from modelmerge.plan.tensors import Plan, TensorPlan, Tensors
@@ -139,10 +141,10 @@ def _flops(job: Job, tensor: TensorPlan) -> float:
     return job.group(tensor).method.flops(rows, tensor.row, len(job.plan.experts_of(tensor)))
 
 
-def hash_units(plan: Plan) -> list[Unit]:
-    """The sha256 of every weight file of the inputs."""
+def hash_units(plan: Plan) -> list[tuple[Unit, Checkpoint, Path]]:
+    """The sha256 of every weight file of the inputs: by whom it is done, the file, and whose it is."""
     return [
-        Unit(f"hash:{i}:{model.address(file)}", nbytes=stat.st_size)
+        (Unit(f"hash:{i}:{model.address(file)}", nbytes=stat.st_size), model, file)
         for i, model in enumerate(plan.models)
         for file, stat in model.files.items()
     ]

@@ -134,7 +134,7 @@ def _look(rows: Iterable[Tensor], windows: Sequence[Sequence[_Window]], *, posit
 
 
 def _entries(windows: Sequence[Sequence[_Window]], places: Sequence[Sequence[int]], seen: Tensor) -> Tensor | None:
-    """The numbers of these places [R, k], where blocks told so much [R, 4 k + 1]; None if one is outside its window."""
+    """The numbers of these places [R, k], where blocks give so much [R, 4 k + 1]; None if one is outside its window."""
     bits = []
     for row, wanted, counts in zip(windows, places, seen[:, :-1].unflatten(1, (-1, 4)).tolist(), strict=True):
         bits += [window.entry(place, four) for window, place, four in zip(row, wanted, counts, strict=True)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from modelmerge.checkpoint.reference import Reference, parse_all, parse_here
 from modelmerge.errors import UsageError, named, suggestion
 from modelmerge.methods import registry
+from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options
 from modelmerge.plan.overrides import BASE, Methods, Override, parse
 from modelmerge.plan.recipe import Recipe, parse_size
@@ -22,8 +23,8 @@ def check_recipe(recipe: Recipe) -> list[Reference]:
         ReferenceNotFound: A path leads nowhere.
     """
     check_choices(recipe)
-    if recipe.method in registry.names():
-        make_options(registry.load(recipe.method), recipe.method, recipe.options)
+    if (method := _method(recipe.method)) is not None:
+        make_options(method, recipe.method, recipe.options)
     for text in recipe.disentangle:
         parse_transform(text)
     overrides = [parse(text) for text in recipe.at]
@@ -35,7 +36,7 @@ def check_recipe(recipe: Recipe) -> list[Reference]:
         experts = parse_all(recipe.experts, "expert")
         names = [expert.name for expert in experts]
         check_weights(recipe, names)
-        if recipe.method in registry.names():
+        if method is not None:
             Methods(recipe.method, recipe.options, overrides, rest_of(recipe), names)
     return [reference for reference in references if reference is not None]
 
@@ -93,8 +94,8 @@ def refuse_beside_layers(recipe: Recipe) -> None:
     for option, is_asked in (("as_lora", recipe.as_lora is not None), ("disentangle", bool(recipe.disentangle))):
         if is_asked:
             raise UsageError("needs the base's own layers", option=option, hint=f"leave out {named('layers')}")
-    on_data = recipe.method in registry.names() and registry.load(recipe.method).on_data
-    if on_data or recipe.unlabelled or recipe.coefficients:
+    method = _method(recipe.method)
+    if (method is not None and method.on_data) or recipe.unlabelled or recipe.coefficients:
         raise UsageError(
             "a search on data needs the base's own layers", option="layers", hint="stack the layers of its result"
         )
@@ -108,10 +109,16 @@ def refuse_many_experts(recipe: Recipe, overrides: Sequence[Override]) -> None:
     """
     experts = len(recipe.experts)
     for name in [recipe.method, *(override.method for override in overrides if override.method)]:
-        most = registry.load(name).most_experts if name in registry.names() else None
+        method = _method(name)
+        most = None if method is None else method.most_experts
         if most is not None and experts > most and not recipe.layers:
             many = "one expert" if most == 1 else f"{most} experts at most"
             raise UsageError(
                 f"'{name}' takes {many}, and {experts} are named",
                 hint="`modelmerge merge` lists the methods that take any number",
             )
+
+
+def _method(name: str) -> Method | None:
+    """The merge method of that name; None if there is none, which is refused where it is used."""
+    return registry.load(name) if name in registry.names() else None

@@ -18,7 +18,7 @@ import numpy as np
 from modelmerge.checkpoint.header import Change, TensorInfo, rows
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError
-from modelmerge.plan.gathering import Places, count_of, joined_blocks, refuse_hidden_tables
+from modelmerge.plan.gathering import Places, as_rows, count_of, joined_blocks, refuse_hidden_tables, with_left
 from modelmerge.plan.overrides import BASE
 from modelmerge.plan.recipe import Tables
 from modelmerge.plan.vocabulary import Tokenizers, Vocabulary, is_table, row_count
@@ -144,28 +144,14 @@ class Filling:
         whose = np.where(whose == model, model, _ZERO)
         if change == Change(scale=change.scale):
             return replace(self._joined(info, model, stored, whose, sources), change=change)
-        left, right = change.factors or (info, info)
-        if not change.low_rank or change.factors is None or left.strides is not None or change.first:
-            raise PlanError(
-                f"{info.file}: its change to '{info.name}' cannot be put into another order of tokens",
-                hint="merge the adapter into its base with peft and name the result",
-            )
-        if change.transposed:
-            rank, count = left.shape
-            flat = replace(left, shape=(rank * count,))
-            columns = [rows(flat, k * count, (k + 1) * count) for k in range(rank)]
-            blocks = [self._joined(column, model, stored, whose, sources) for column in columns]
-            left = joined_blocks(left.name, (rank, self.padded), blocks)
-        else:
-            left = self._joined(left, model, stored, whose, sources)
-        shape, nbytes = (self.padded, *info.shape[1:]), left.nbytes + right.nbytes
-        return replace(info, shape=shape, nbytes=nbytes, change=replace(change, factors=(left, right)))
+        changed = with_left(info, self.padded, lambda left: self._joined(left, model, stored, whose, sources))
+        return replace(changed, shape=(self.padded, *info.shape[1:]))
 
     def _joined(
         self, info: TensorInfo, model: int, stored: Sequence[TensorInfo], whose: Places, sources: Sources
     ) -> TensorInfo:
         """`info` with a model's rows, filled, and their mean behind them where there are to be more."""
-        table, long = _as_rows(info), info.shape[:1] != (1,)
+        table, long = as_rows(info), info.shape[:1] != (1,)
         inner, places = table.shape[1:], sources[1][model]
         ends = (np.flatnonzero((np.diff(whose) != 0) | (np.diff(places) != 1)) + 1).tolist()
         blocks: list[TensorInfo] = []
@@ -196,12 +182,7 @@ class Filling:
                 f"{info.file}: changes '{info.name}' of the base, and a token's row is to be its own",
                 hint="merge the adapter into its base with peft and name the result",
             )
-        return rows(_as_rows(info), at, at + count)
-
-
-def _as_rows(info: TensorInfo) -> TensorInfo:
-    """A table with its rows in front; some biases are stored as one row [1, V]."""
-    return replace(info, shape=(row_count(info),)) if info.shape[:1] == (1,) else info
+        return rows(as_rows(info), at, at + count)
 
 
 def fill(
@@ -231,7 +212,7 @@ def fill(
         sources = filling.sources(counts, seen, stands.get(name, 0))
         stored = [model.tensors.get(name, table) for model in models]
         for model, info in zip(models, stored, strict=True):
-            lenders |= dict.fromkeys(_files(info), model if name in model.tensors else base)
+            lenders |= dict.fromkeys(info.files, model if name in model.tensors else base)
         whose = sources[0][[0, *seen]]
         stored = _of_one_dtype(stored, means, bool((whose != np.array([0, *seen])[:, None]).any()))
         for i, model in enumerate(models):
@@ -261,9 +242,3 @@ def _of_one_dtype(stored: Sequence[TensorInfo], means: Means, mixed: bool) -> li
         info if info.dtype == widest or info.change is not None else means.add(info.name, widest, info.shape, [info])
         for info in stored
     ]
-
-
-def _files(info: TensorInfo) -> set[Path]:
-    """The files that a tensor lies in."""
-    parts = [*info.blocks, *(info.change.parts if info.change is not None else ())]
-    return {info.file}.union(*map(_files, parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -29,28 +29,44 @@ def gathered(info: TensorInfo, places: Places, name: str, shape: tuple[int, ...]
     Raises:
         PlanError: It is a change that cannot be cut.
     """
-    table = replace(info, shape=(row_count(info),)) if info.shape[:1] == (1,) else info
     if np.array_equal(places, np.arange(row_count(info))):
         return replace(info, name=name, shape=shape)
+
+    def take(table: TensorInfo) -> TensorInfo:
+        taken = [rows(table, *run) for run in _runs(places)]
+        return joined_blocks(table.name, (len(places), *table.shape[1:]), taken)
+
+    if info.change is None or info.change.factors is None:
+        return replace(take(as_rows(info)), name=name, shape=shape)
+    return replace(with_left(info, len(places), take), name=name, shape=shape)
+
+
+def with_left(info: TensorInfo, count: int, take: Callable[[TensorInfo], TensorInfo]) -> TensorInfo:
+    """A low-rank change to a table that gets other rows, still in the shape that it had.
+
+    Args:
+        info: How the change is stored.
+        count: How many rows the table gets.
+        take: Makes them of the left factor, or of a column of it where it is stored on its side.
+
+    Raises:
+        PlanError: It is a change that cannot be cut.
+    """
     change = info.change
-    if change is None or change.factors is None:
-        return joined_blocks(name, shape, [rows(table, *run) for run in _runs(places)])
-    left, right = change.factors
-    if not change.low_rank or left.strides is not None:
+    if change is None or change.factors is None or not change.low_rank or change.first or change.factors[0].strides:
         raise PlanError(
             f"{info.file}: its change to '{info.name}' cannot be put into another order of tokens",
             hint="merge the adapter into its base with peft and name the result",
         )
+    left, right = change.factors
     if change.transposed:
-        rank, count = left.shape
-        flat = replace(left, shape=(rank * count,))
-        blocks = [rows(flat, k * count + first, k * count + last) for k in range(rank) for first, last in _runs(places)]
-        left = joined_blocks(left.name, (rank, len(places)), blocks)
+        rank, height = left.shape
+        flat = replace(left, shape=(rank * height,))
+        columns = [take(rows(flat, k * height, (k + 1) * height)) for k in range(rank)]
+        left = joined_blocks(left.name, (rank, count), columns)
     else:
-        shaped = (len(places), *left.shape[1:])
-        left = joined_blocks(left.name, shaped, [rows(left, *run) for run in _runs(places)])
-    change = replace(change, factors=(left, right))
-    return replace(info, name=name, shape=shape, nbytes=left.nbytes + right.nbytes, change=change)
+        left = take(left)
+    return replace(info, nbytes=left.nbytes + right.nbytes, change=replace(change, factors=(left, right)))
 
 
 def _runs(places: Places) -> list[tuple[int, int]]:
@@ -67,6 +83,11 @@ def joined_blocks(name: str, shape: tuple[int, ...], blocks: Sequence[TensorInfo
     parts = [joined(name, (sum(b.shape[0] for b in each), *blocks[0].shape[1:]), each) for each in some]
     nbytes = sum(part.nbytes for part in parts)
     return replace(blocks[0], name=name, shape=shape, nbytes=nbytes, strides=None, blocks=tuple(parts))
+
+
+def as_rows(info: TensorInfo) -> TensorInfo:
+    """A table with its rows in front; some biases are stored as one row [1, V]."""
+    return replace(info, shape=(row_count(info),)) if info.shape[:1] == (1,) else info
 
 
 def count_of(expert: Checkpoint, table: TensorInfo) -> int:

@@ -281,6 +281,10 @@ def _matched(
     last = {name: info for name, info in base.tensors.items() if layer_of(name) == (prefix, ours - 1)}
     found: list[Checkpoint] = []
     complaints: list[str] = []
+
+    def merges(name: str) -> bool:
+        return not matches(name, exclude)
+
     for expert in compared(base, [placed(base, expert) for expert in experts]):
         tall = dict(base.tensors)
         for number in range(ours, max(layers(expert.tensors).values(), default=0)):
@@ -288,10 +292,6 @@ def _matched(
                 other = f"{prefix}.{number}.{name[len(f'{prefix}.{ours - 1}.') :]}"
                 tall[other] = replace(info, name=other)
         grown = replace(base, tensors=tall)
-
-        def merges(name: str) -> bool:
-            return not matches(name, exclude)
-
         one, unsure = match(grown, restack(grown, expert), merges)
         refuse_lookalikes(grown, one, merges)
         found.append(one)
@@ -388,9 +388,9 @@ class _Views:
         self._lend(view, info, owner)
 
     def _lend(self, view: int, info: TensorInfo, owner: int) -> None:
-        self._read[owner] |= _files(info)
+        self._read[owner] |= info.files
         if view != owner:
-            self._lent[view] |= dict.fromkeys(_files(info), owner)
+            self._lent[view] |= dict.fromkeys(info.files, owner)
 
     def stack(self, config: Values, remarks: tuple[str, ...]) -> Stack:
         """The models as they are now. Each has the files that something is read from."""
@@ -402,12 +402,6 @@ class _Views:
         for view, lent in zip(views, self._lent, strict=True):
             view.lenders = {**view.lenders, **{file: views[owner] for file, owner in lent.items()}}
         return Stack(views[0], tuple(views[1:]), self._origins, config, remarks)
-
-
-def _files(info: TensorInfo) -> set[Path]:
-    """Every file that a tensor is read from."""
-    parts = (*(info.change.parts if info.change is not None else ()), *info.blocks)
-    return {file for part in parts for file in _files(part)} if parts else {info.file}
 
 
 def is_after(name: str) -> bool:

@@ -200,20 +200,21 @@ class _Translation:
         base = base if base is not None or row.inputs != "deltas" else next(iter(self._bases(slices)), None)
         if row.inputs == "deltas" and base is None:
             self.complain("base_model", "is missing: mergekit's method needs it")
-        references = [source.reference for each in slices for source in each.sources]
+        sources = [source for each in slices for source in each.sources]
+        references, spans = [s.reference for s in sources], [s.span for s in sources if s.span is not None]
         first = base if base is not None else next(iter(references), None)
         if first is None or not slices:
             return None
         seen = base if row.inputs != "members" else None  # from where task vectors are seen
-        if row.inputs == "one" and any(source.span for each in slices for source in each.sources):
+        if row.inputs == "one" and spans:
             seen = first  # layers of it are taken by its own name
         others = [reference for reference in references if reference != seen]
-        names = names_of(others, sliced=any(source.span for each in slices for source in each.sources))
+        names = names_of(others, sliced=bool(spans))
         read = [self._read(row, each, seen, names) for each in slices]
         if seen is not None:
             names[seen] = BASE
         self.names = names
-        if len(slices) > 1 or any(source.span and source.span[0] for each in slices for source in each.sources):
+        if len(slices) > 1 or any(start for start, _ in spans):  # layers get other numbers
             options, weights, self.variations = together(slices, read, names)
         else:
             options, weights, self.variations = read[0]

@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 from modelmerge.checkpoint.documents import shown
 from modelmerge.checkpoint.templates import AUTO, NAMES, is_choice
 from modelmerge.errors import suggestion
+from modelmerge.plan.mergekit_parameters import Complain
 from modelmerge.plan.overrides import BASE
-from modelmerge.plan.recipe import Tables, TokenRow
+from modelmerge.plan.recipe import STORED, Tables, TokenRow
 from modelmerge.plan.vocabulary import UNION
 
-Complain = Callable[[str, str], None]
 Who = Callable[[Any, str], str]  # base or an expert's name, of a reference and its place in the file
 
 
@@ -38,7 +38,7 @@ def read_tokens(config: Mapping[str, Any], who: Who, lacking: Literal["base", "m
     if source is not None and tokenizer is not None:
         complain("tokenizer_source and tokenizer", "mergekit takes one of them")
     if source is None and tokenizer is None:
-        return Tokens(None, {"rows": "stored"}, template)
+        return Tokens(None, STORED, template)
     place = "tokenizer_source" if tokenizer is None else "tokenizer.source"
     tables: Tables = {"rows": "filled", "lacking": lacking}
     if tokenizer is not None:

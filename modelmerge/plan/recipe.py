@@ -40,9 +40,6 @@ class TokenRow(TypedDict, total=False):
     force: bool
 
 
-STORED: Mapping[str, Any] = {"rows": "stored"}  # tables that are merged as they are, whatever tokenizers say
-
-
 class _Rows(TypedDict):
     rows: Literal["filled", "stored"]
 
@@ -62,6 +59,9 @@ class Tables(_Rows, total=False):
     multiple: int
 
 
+STORED: Tables = {"rows": "stored"}  # tables that are merged as they are, whatever tokenizers say
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Everything that determines the merged weights, and nothing else.
@@ -71,10 +71,10 @@ class Recipe:
     asked: `modelmerge.plan.overrides`. `layers` are the runs of layers that the output has, in order, or none for the
     base's own: `modelmerge.plan.layers`. `disentangle` are the transforms before the method, in order, `NAME [OPTION=V
     ...]` each. `rest` is the method for what a method for linear layers leaves, base, or None for the method's choice.
-    `dtype` is float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors whose
-    shapes differ. `vocab` is whose tokens embeddings and heads have: base, union, an expert's name, or None for rows
-    that go by their number. `files_from` is whose tokenizer, chat template and generation config the output gets: base,
-    or an expert's name. `tables` is how mergekit puts embeddings and heads together, where it is asked for, and
+    `dtype` is float64, float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
+    whose shapes differ. `vocab` is whose tokens embeddings and heads have: base, union, an expert's name, or None for
+    rows that go by their number. `files_from` is whose tokenizer, chat template and generation config the output gets:
+    base, or an expert's name. `tables` is how mergekit puts embeddings and heads together, where it is asked for, and
     `chat_template` a Jinja template in place of the tokenizer's, the name of one, or auto for the most common among the
     models (`modelmerge.checkpoint.templates`). `max_shard_size` is the size of the largest file, or None for what is
     usual: 5GB, and one file for a base that is one. `as_lora` is the rank of the PEFT adapter to write instead of a

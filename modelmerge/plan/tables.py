@@ -265,7 +265,7 @@ def align(
                 info = stored[lender + 1]
                 if info is not None and info.change is None:
                     origin = info
-                    lenders |= dict.fromkeys([info.file, *(block.file for block in info.blocks)], experts[lender])
+                    lenders |= dict.fromkeys(info.files, experts[lender])
             models[0][part] = gathered(origin, rows_there, part, shape)
             new = replace(plan, name=part, shape=shape, dtype=origin.dtype, owners=owners, rows=None)
             if len(runs) > 1:

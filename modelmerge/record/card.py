@@ -167,14 +167,13 @@ def render(
     )
     options = [*(item for method in (*transforms, *methods) for item in method.options.items()), *settings.items()]
     citations = list(dict.fromkeys(method.bibtex for method in (*methods, *transforms) if method.bibtex))
-    merged = "1 fine-tuned model onto its" if len(experts) == 1 else f"{len(experts)} fine-tuned models onto their"
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {words(title)}",
         (
             f"Layers of {_link(base)}" + (f" and {_count(experts)}" if experts else "") + ", put together anew"
             if stacked
-            else f"A merge of {merged} base {_link(base)}"
+            else f"A merge of {_count(experts)} onto {'its' if len(experts) == 1 else 'their'} base {_link(base)}"
         )
         + f", made by {names} with modelmerge {versions['modelmerge']}."
         + (" It is a PEFT adapter: `PeftModel.from_pretrained(base, DIR)` puts it on the base." if adapter else ""),

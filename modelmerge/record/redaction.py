@@ -80,7 +80,7 @@ def local_models(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def part_name(location: str) -> str:
-    """What a model or an adapter that is a part of an input goes by, where its path is not to be told."""
+    """What a model or an adapter that is a part of an input goes by, where its path is not to be shown."""
     return Path(location).name
 
 

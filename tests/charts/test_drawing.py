@@ -181,8 +181,8 @@ def test_coefficients_are_shaded_by_how_far_they_went_from_their_start(drawn: An
     chart = figures.of_coefficients(recipe)
     assert (chart.centre, chart.limit) == (0.3, pytest.approx(0.005))
     assert chart.has_negative()
-    told = [text for text, _ in words(drawn([chart]))]
-    assert {"0.29500", "0.305", "0.295", "0.3"} <= set(told)
+    texts = [text for text, _ in words(drawn([chart]))]
+    assert {"0.29500", "0.305", "0.295", "0.3"} <= set(texts)
     from matplotlib.collections import PolyCollection
 
     faces = next(c for c in drawn([chart]).axes[0].collections if isinstance(c, PolyCollection)).get_facecolor()

@@ -229,17 +229,17 @@ def test_the_table_of_scores_is_shaded_by_column(
 def test_many_models_are_dots_the_best_at_the_top(made: Path, browser: Browser) -> None:
     browser.open(made / "many.html")
     assert browser.ask("document.querySelectorAll('.bars, .radar').length") == 0
-    told = browser.ask(
+    tasks = browser.ask(
         "[...document.querySelectorAll('.dots .task:not(.axis)')].map(t => [t.querySelector('.name').textContent,"
         "t.querySelector('.value').textContent, t.querySelector('.dot')?.getBoundingClientRect().x ?? null,"
         "t.querySelectorAll('.mark').length])"
     )
-    assert len(told) == 21, "with the base and the experts"
-    assert [(name, text, at, marks) for name, text, at, marks in told if at is None] == [("m7", "n/a", None, 7)]
-    assert told[-1][0] == "m7", "what has no average is last"
-    places = [at for _, _, at, _ in told[:-1]]
+    assert len(tasks) == 21, "with the base and the experts"
+    assert [(name, text, at, marks) for name, text, at, marks in tasks if at is None] == [("m7", "n/a", None, 7)]
+    assert tasks[-1][0] == "m7", "what has no average is last"
+    places = [at for _, _, at, _ in tasks[:-1]]
     assert places == sorted(places, reverse=True)
-    averages = [float(text.split()[0]) for _, text, _, _ in told[:-1]]
+    averages = [float(text.split()[0]) for _, text, _, _ in tasks[:-1]]
     assert averages == sorted(averages, reverse=True)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_methods_are_listed_by_their_whole_names(width: int) -> None:
     assert " ".join(registry.summary("ties").split()) in " ".join(text.split())
 
 
-def drawn(width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+def drawn(width: int) -> str:
     sink = Sink("human")
     stream = io.StringIO()
     sink.margin = Screen(file=stream, width=width, force_terminal=True, color_system=None)
@@ -62,22 +63,27 @@ def drawn(width: int, monkeypatch: pytest.MonkeyPatch) -> str:
         return stream.getvalue()
 
 
-def test_the_bar_keeps_twenty_cells_and_the_name_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = [line for line in re.split(r"[\r\n]", drawn(80, monkeypatch)) if "1.2 GB of 7.4 GB" in line][-1]
+def test_the_bar_keeps_twenty_cells_and_the_name_gives_way() -> None:
+    narrow = [line for line in re.split(r"[\r\n]", drawn(80)) if "1.2 GB of 7.4 GB" in line][-1]
     assert narrow.index("1.2 GB") == narrow.index("merging") + len("merging ") + 20 + 1
     assert "proj.weight" in narrow
     assert "self_attn.q_proj.weight" not in narrow
-    wide = [line for line in re.split(r"[\r\n]", drawn(160, monkeypatch)) if "1.2 GB of 7.4 GB" in line][-1]
+    wide = [line for line in re.split(r"[\r\n]", drawn(160)) if "1.2 GB of 7.4 GB" in line][-1]
     assert wide.index("1.2 GB") == wide.index("merging") + len("merging ") + 40 + 1
     assert "model.language_model.layers.31.self_attn.q_proj.weight" in wide
+
+
+def plain(form: Literal["human", "quiet"]) -> tuple[Sink, io.StringIO]:
+    """A sink whose margin is no terminal, and what it shows there."""
+    sink, stream = Sink(form), io.StringIO()
+    sink.margin = Screen(file=stream, width=100)
+    return sink, stream
 
 
 def test_without_a_terminal_a_line_says_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """At each tenth, and when nothing has moved for long; not ten lines of a merge that takes a second."""
     monkeypatch.setattr(bars_module, "_EVERY", 0.2)
-    sink = Sink("human")
-    stream = io.StringIO()
-    sink.margin = Screen(file=stream, width=100)
+    sink, stream = plain("human")
     with Bars(sink) as bars:
         bars.stage("merging", 100)
         for _ in range(50):
@@ -99,9 +105,7 @@ def test_without_a_terminal_a_line_says_now_and_then_how_far_it_is(monkeypatch: 
 
 def test_quiet_says_nothing_of_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bars_module, "_SOON", 0.0)
-    sink = Sink("quiet")
-    stream = io.StringIO()
-    sink.margin = Screen(file=stream, width=100)
+    sink, stream = plain("quiet")
     with Bars(sink) as bars:
         bars.stage("merging", 10)
         bars.advance(10, "x")

@@ -26,8 +26,8 @@ def reference(taus: Tensor, masks: Tensor, weights: Tensor, density: float, cons
 @pytest.mark.parametrize("rescale", ["chance", "none"])
 def test_agrees_with_float64(rescale: str, density: float, reduce: str, consensus: str) -> None:
     taus, weights = taus_of(5), (0.5, 1.0, 2.0, 1.0, 1.0)
-    told = {"density": density, "reduce": reduce, "consensus": consensus, "rescale": rescale}
-    got = merged("dare", taus, weights, seed=3, scale=0.7, **told)
+    options = {"density": density, "reduce": reduce, "consensus": consensus, "rescale": rescale}
+    got = merged("dare", taus, weights, seed=3, scale=0.7, **options)
     context = Context(tensor="w", weights=weights, experts=tuple(f"e{i}" for i in range(5)), seed=3)
     masks = [random.keep(context, i, density, torch.empty(SHAPE)) for i in range(5)]
     chance = random.share(density) if rescale == "chance" else 1.0

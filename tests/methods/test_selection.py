@@ -40,8 +40,8 @@ def found(values: Tensor, places: Any, sample: Tensor, *, positive: bool = False
         parts = sample.unbind(1) if look.sampled else values.split(7000, dim=1)
         total: Any = None
         for part in parts:
-            told = look.measure(part.contiguous(), part[0])
-            total = told if total is None else total + told
+            sums = look.measure(part.contiguous(), part[0])
+            total = sums if total is None else total + sums
         try:
             look = search.send(total)
         except StopIteration as end:

@@ -92,10 +92,10 @@ def test_slerp_goes_straight_above_a_cosine() -> None:
 def test_zeros_may_stand_at_a_right_angle() -> None:
     one = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     for scope in ("tensor", "row", "column"):
-        told = {"t": 0.25, "points": "task-vectors", "scope": scope, "zeros": "right-angle", "straight_above": 0.9}
-        got = merged("slerp", torch.stack([0 * one, one]), **told)
+        options = {"t": 0.25, "points": "task-vectors", "scope": scope, "zeros": "right-angle", "straight_above": 0.9}
+        got = merged("slerp", torch.stack([0 * one, one]), **options)
         assert torch.allclose(got, math.sin(math.pi / 8) * one)
-        assert not merged("slerp", torch.zeros(2, 5, 5), **told).any()
+        assert not merged("slerp", torch.zeros(2, 5, 5), **options).any()
 
 
 def test_weights_of_slerp_that_cancel_leave_the_share() -> None:
@@ -129,16 +129,16 @@ def karcher(points: Tensor, alphas: Tensor) -> Tensor:
 def test_karcher_ends_after_so_many_steps_or_at_a_small_one() -> None:
     taus = taus_of(3)
     taus[2] *= 5
-    told = {"points": "task-vectors"}
-    end = merged("karcher", taus, (1.0, 4.0, 1.0), **told)
-    steps = [merged("karcher", taus, (1.0, 4.0, 1.0), steps=n, **told) for n in range(6)]
+    options = {"points": "task-vectors"}
+    end = merged("karcher", taus, (1.0, 4.0, 1.0), **options)
+    steps = [merged("karcher", taus, (1.0, 4.0, 1.0), steps=n, **options) for n in range(6)]
     far = [float((step - end).norm() / end.norm()) for step in steps]
     assert far == sorted(far, reverse=True)
     assert far[0] > 1e-2
     # The first has the direction of the mean of directions, which Multi-SLERP takes.
-    assert torch.allclose(steps[0], merged("multislerp", taus, (1.0, 4.0, 1.0), **told), atol=1e-7)
-    assert torch.equal(merged("karcher", taus, (1.0, 4.0, 1.0), tolerance=1.0, **told), steps[0])
-    assert torch.equal(merged("karcher", taus, (1.0, 4.0, 1.0), tolerance=0.0, steps=2, **told), steps[2])
+    assert torch.allclose(steps[0], merged("multislerp", taus, (1.0, 4.0, 1.0), **options), atol=1e-7)
+    assert torch.equal(merged("karcher", taus, (1.0, 4.0, 1.0), tolerance=1.0, **options), steps[0])
+    assert torch.equal(merged("karcher", taus, (1.0, 4.0, 1.0), tolerance=0.0, steps=2, **options), steps[2])
 
 
 @pytest.mark.parametrize("size", [1.0, 100.0])

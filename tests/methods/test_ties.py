@@ -25,17 +25,17 @@ def test_agrees_with_float64(density: float, scope: str, reduce: str, weights: l
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 def test_what_is_trimmed_is_made_up_for_by_the_norm(scope: str) -> None:
-    taus, told = taus_of(3), {"density": 0.2, "scale": 1.0, "trim_scope": scope}
-    alone = [merged("ties", tau[None], **told) for tau in taus]
+    taus, options = taus_of(3), {"density": 0.2, "scale": 1.0, "trim_scope": scope}
+    alone = [merged("ties", tau[None], **options) for tau in taus]
     ratios = [
         float(tau.abs().double().sum() / kept.abs().double().sum()) for tau, kept in zip(taus, alone, strict=True)
     ]
     assert all(ratio > 1.5 for ratio in ratios)
     for tau, kept, ratio in zip(taus, alone, ratios, strict=True):
-        assert torch.allclose(merged("ties", tau[None], rescale="norm", **told), kept * ratio, rtol=1e-6)
+        assert torch.allclose(merged("ties", tau[None], rescale="norm", **options), kept * ratio, rtol=1e-6)
     # The mean is by the weights, not by the factors.
-    want = merged("ties", taus, tuple(ratios), reduce="sum", **told)
-    assert torch.allclose(merged("ties", taus, rescale="norm", reduce="sum", **told), want, atol=1e-7)
+    want = merged("ties", taus, tuple(ratios), reduce="sum", **options)
+    assert torch.allclose(merged("ties", taus, rescale="norm", reduce="sum", **options), want, atol=1e-7)
 
 
 def test_entries_that_cancel_exactly_elect_no_sign() -> None:
