@@ -59,12 +59,13 @@ def test_an_interrupt_that_is_swallowed_stops_the_work_all_the_same(models: list
 def test_a_second_interrupt_ends_what_the_first_cannot(models: list[Path], tmp_path: Path) -> None:
     file = tmp_path / "metric.py"
     file.write_text(
-        "import os, signal\n"
+        "import os, signal, time\n"
         "def f(model):\n"
         "    while True:\n"
         "        try:\n"
         "            os.kill(os.getpid(), signal.SIGSTOP)\n"
-        "            signal.pause()\n"
+        "            while True:\n"
+        "                time.sleep(0.01)\n"
         "        except BaseException:\n"
         "            pass\n"
     )
@@ -96,9 +97,9 @@ def test_an_interrupt_while_an_object_is_cleared_away_is_neither_shown_nor_lost(
 
 def test_what_a_fork_is_sent_stays_with_it() -> None:
     done = script(
-        PRELUDE + "child = os.fork()\n"
+        PRELUDE + "import time\nchild = os.fork()\n"
         "if not child:\n"
-        "    signal.pause()\n"
+        "    while True: time.sleep(0.01)\n"
         "os.kill(child, signal.SIGTERM)\n"
         "assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM\n"
         "interrupts.check()\n"

@@ -251,6 +251,14 @@ class WorkFolder:
         """What a unit keeps for others to read."""
         return self.path / "kept" / key(name)
 
+    def finished(self, filename: str) -> Path:
+        """The place of a finished file of the output. Whoever wakes when all is over must not make the folder again."""
+        place = self.path / "files"
+        for part in Path(filename).parent.parts:
+            place /= part
+            place.mkdir(exist_ok=True)
+        return self.path / "files" / filename
+
     def take_files(self) -> Path:
         """The folder of the finished files, under a name that nobody else has: whoever had it before has it no more."""
         with self.there():

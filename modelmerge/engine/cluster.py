@@ -85,9 +85,7 @@ class Shared:
             raise
         finally:
             file.close()
-        end = self._folder.path / "files" / shard.filename
-        end.parent.mkdir(parents=True, exist_ok=True)
-        place.rename(end)
+        place.rename(self._folder.finished(shard.filename))
 
     def digests(self) -> list[dict[Path, str]]:
         """The sha256 of every weight file, by model."""

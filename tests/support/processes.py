@@ -188,6 +188,7 @@ def _become(request: dict[str, Any]) -> None:
         os.close(opened)
     os.environ.clear()
     os.environ.update(request["environment"])
+    _set_threads()
     os.chdir(request["directory"])
     sys.path[0] = request["directory"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -199,6 +200,13 @@ def _become(request: dict[str, Any]) -> None:
         _stop_before(request["stop"], request["call"])
     sys.argv = ["modelmerge", *request["words"]]
     runpy.run_module("modelmerge", run_name="__main__")
+
+
+def _set_threads() -> None:
+    """Heed the variable: torch was imported before this process had it."""
+    count = os.environ.get("OMP_NUM_THREADS")
+    if count is not None and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(count))
 
 
 def _stop_before(place: str, call: int) -> None:

@@ -268,7 +268,7 @@ def test_an_interrupted_process_gives_its_unit_back(models: list[Path], tmp_path
         first.send(signal.SIGINT)
         assert first.end() == 130
     assert not list((work_folder(out) / "units").glob("*claim*"))
-    with running(words(models, out), environment={"MODELMERGE_LEASE": "1000"}) as again:
+    with running(words(models, out), environment={"MODELMERGE_LEASE": "60"}) as again:
         finish([again])  # with nobody to wait for
     assert weights(manifest_at(out)) == want
 
@@ -276,7 +276,7 @@ def test_an_interrupted_process_gives_its_unit_back(models: list[Path], tmp_path
 def test_a_process_whose_disk_is_full_leaves_its_unit_to_the_others(models: list[Path], tmp_path: Path) -> None:
     want, out = alone(models, tmp_path / "alone", "average"), tmp_path / "out"
     command = words(models, out, "average")
-    with running(command, stop=WRITE, environment={"MODELMERGE_LEASE": "1000"}) as first:
+    with running(command, stop=WRITE, environment={"MODELMERGE_LEASE": "60"}) as first:
         first.until_stopped()
         with running(command, beside=1, limits={"RLIMIT_FSIZE": 1000}) as small:
             assert small.end() == 1
@@ -317,7 +317,7 @@ def test_only_processes_that_are_alike_take_part(
             )
         return caught.value
 
-    with running(words(models, out), stop=WRITE, call=2, environment={"MODELMERGE_LEASE": "1000"}) as first:
+    with running(words(models, out), stop=WRITE, call=2, environment={"MODELMERGE_LEASE": "60"}) as first:
         first.until_stopped()
         try:
             torch.set_num_threads(2)
