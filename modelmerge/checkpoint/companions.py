@@ -151,13 +151,18 @@ def token_ids(base: Checkpoint, giver: Checkpoint) -> dict[tuple[str, ...], Any]
     return token_values(base.config, _says_tokens(giver)) if giver is not base and base.config else {}
 
 
-def remarks_on_files(base: Checkpoint, experts: Sequence[Checkpoint], giver: Checkpoint) -> list[str]:
-    """Sentences on what comes from the giver, or on what experts have and the output does not get."""
+def remarks_on_files(
+    base: Checkpoint, experts: Sequence[Checkpoint], giver: Checkpoint, *, template: bool
+) -> list[str]:
+    """Sentences on what comes from the giver, or on what experts have and the output does not get.
+
+    `template`: the output gets a chat template of its own.
+    """
     if giver is not base:
         return [*_remarks_on_giver(base, giver), *remarks_on_origin(base), *_remarks_on_links(giver, tuple(_KINDS))]
     option, remarks = named("files_from"), remarks_on_origin(base)
     templated = [expert.name for expert in experts if _has_template(expert)]
-    if templated and not _has_template(base):
+    if templated and not template and not _has_template(base):
         remarks.append(
             f"{_list(templated)} a chat template, and the base, whose files go along, has none: {option} "
             f"{templated[0]} takes it over."

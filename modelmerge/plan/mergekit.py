@@ -1,7 +1,8 @@
 """mergekit's YAML configurations as recipes: what a key means there, and which option it is here.
 
-`mergekit_methods` has the whole of the mapping: a method that both have is one row. A key that cannot be honoured is
-never skipped: one error names all of them with their places in the file.
+`mergekit_methods` has the whole of the mapping: a method that both have is one row. A key of mergekit that cannot be
+honoured is never skipped: one error names all of them with their places in the file. A key that mergekit ignores is
+remarked, or an error if it looks like a misspelt one.
 
 Checked against runs of mergekit 0.1.5 (`tests/support/mergekit_runs.py` makes them, `tests/plan/test_mergekit.py`
 compares).
@@ -25,6 +26,7 @@ from modelmerge.plan.mergekit_models import (
     Reader,
     Slice,
     Source,
+    check_keys,
     names_of,
     near,
     runs_of,
@@ -130,9 +132,7 @@ class _Translation:
 
     def translate(self) -> Translated | None:
         config = self.document.config
-        for key in config:
-            if key not in KEYS:
-                self.complain(str(key), "mergekit has no such key" + near(str(key), KEYS))
+        check_keys(config, KEYS, "", self.complain, self.remarks.append)
         row = self._row(config.get("merge_method"))
         base = self._reference(config["base_model"], "base_model") if config.get("base_model") is not None else None
         reader = Reader(self.complain, lambda entry, path: self._reference(entry, path, base))
@@ -175,7 +175,7 @@ class _Translation:
                 self.complain(place, f"only a model that is merged can be honoured, not '{reference}'")
             return names.get(reference, BASE)
 
-        return read_tokens(config, who, "base" if based else "mean", self.complain)
+        return read_tokens(config, who, "base" if based else "mean", self.complain, self.remarks.append)
 
     def _dtype(self, config: Mapping[str, Any]) -> str | None:
         names: dict[str, str | None] = {}

@@ -54,7 +54,7 @@ def read_documents(file: Path) -> tuple[list[Document], list[str]]:
         if not isinstance(config, dict) or "merge_method" not in config:
             raise _no_configuration(f"{file}{which}")
         name = config.get("name")
-        if "name" in config and not (isinstance(name, str) and is_stage_name(name)):
+        if several and "name" in config and not (isinstance(name, str) and is_stage_name(name)):
             raise RecipeError(f"{file}{which}: name: must be a short word without / + @, not {shown(name)}")
         place = f"document {number} ('{name}'): " if name else f"document {number}: "
         rest = {key: value for key, value in config.items() if key != "name"}

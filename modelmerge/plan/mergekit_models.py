@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from modelmerge.checkpoint.documents import shown
@@ -22,6 +23,8 @@ from modelmerge.plan.layers import is_after, list_of_layers
 from modelmerge.plan.mergekit_methods import KNOWN
 from modelmerge.plan.mergekit_parameters import Complain, Scopes
 from modelmerge.plan.overrides import BASE, WEIGHT, Curve, layer_of
+
+_ALIKE = 0.75  # how like a key another is that was probably meant: a note on it would be overlooked
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ class Reader:
             reference = self._reference(entry["model"], f"{here}.model")
             mine = self._parameters(entry.get("parameters"), f"{here}.parameters")
             if reference and reference in (source.reference for source in sources):
-                self._complain(f"{here}.model", f"'{reference}' is listed twice, and mergekit takes the last only")
+                self._complain(f"{here}.model", f"'{reference}' is listed twice, and mergekit takes a model once")
             span = self._span(entry.get("layer_range"), f"{here}.layer_range") if ranged else None
             sources.append(Source(reference, ((f"{here}.parameters", mine), *shared), span))
         return tuple(sources)
@@ -132,19 +135,37 @@ class Reader:
         if not isinstance(entry, dict):
             self._complain(path, "is no mapping")
             return {}
-        for key in entry:
-            if key not in keys:
-                self._complain(f"{path}.{key}", "mergekit has no such key" + near(str(key), keys))
+        check_keys(entry, keys, f"{path}.", self._complain, self.remarks.append)
         return entry
 
     def _parameters(self, entry: Any, path: str) -> Mapping[str, Any]:
         if entry is not None and not isinstance(entry, dict):
             self._complain(path, "is no mapping")
             return {}
-        for key in entry or ():
-            if key not in KNOWN:
-                self._complain(f"{path}.{key}", "no method of mergekit has such a parameter" + near(str(key), KNOWN))
+        check_keys(entry or {}, KNOWN, f"{path}.", self._complain, self.remarks.append)
         return entry or {}
+
+
+def check_keys(
+    entry: Iterable[Any], known: Collection[str], place: str, complain: Complain, remark: Callable[[str], None]
+) -> None:
+    """Complain of keys that look misspelt, and remark on others that mergekit does not know: it ignores both.
+
+    Args:
+        entry: The keys.
+        known: Those that mergekit has.
+        place: What stands before a key in an error.
+        complain: Hears what was probably meant.
+        remark: Hears what has no effect.
+    """
+    for key in entry:
+        if key in known:
+            continue
+        meant = get_close_matches(str(key), known, n=1, cutoff=_ALIKE)
+        if meant:
+            complain(f"{place}{key}", f"mergekit has no such key; did you mean '{meant[0]}'?")
+        else:
+            remark(f"{place}{key} is no key of mergekit; it has no effect there, nor here.")
 
 
 def near(word: str, words: Iterable[str]) -> str:

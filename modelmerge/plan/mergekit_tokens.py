@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from modelmerge.checkpoint.documents import shown
 from modelmerge.checkpoint.templates import AUTO, NAMES, is_choice
 from modelmerge.errors import suggestion
+from modelmerge.plan.mergekit_models import check_keys
 from modelmerge.plan.mergekit_parameters import Complain
 from modelmerge.plan.overrides import BASE
 from modelmerge.plan.recipe import STORED, Tables, TokenRow
@@ -24,7 +25,10 @@ class Tokens(NamedTuple):
     chat_template: str | None
 
 
-def read_tokens(config: Mapping[str, Any], who: Who, lacking: Literal["base", "mean"], complain: Complain) -> Tokens:
+def read_tokens(
+    config: Mapping[str, Any], who: Who, lacking: Literal["base", "mean"], complain: Complain,
+    remark: Callable[[str], None],
+) -> Tokens:  # fmt: skip
     """Whose tokens the tables have, how they are put together, and the chat template.
 
     Args:
@@ -32,6 +36,7 @@ def read_tokens(config: Mapping[str, Any], who: Who, lacking: Literal["base", "m
         who: Finds models.
         lacking: What a model has in place of a row that it lacks and others have, see `Tables`.
         complain: Takes what cannot be honoured, with its place.
+        remark: Takes what has no effect.
     """
     source, tokenizer = config.get("tokenizer_source"), config.get("tokenizer")
     template = _template(config.get("chat_template"), complain)
@@ -46,9 +51,7 @@ def read_tokens(config: Mapping[str, Any], who: Who, lacking: Literal["base", "m
             complain("tokenizer", "is no mapping")
             return Tokens(None, tables, template)
         keys = ("source", "tokens", "pad_to_multiple_of")
-        for key in tokenizer:
-            if key not in keys:
-                complain(f"tokenizer.{key}", f"mergekit has no such key; there are: {', '.join(keys)}")
+        check_keys(tokenizer, keys, "tokenizer.", complain, remark)
         source = tokenizer.get("source", UNION)
         tokens = tokenizer.get("tokens") or {}
         if not isinstance(tokens, dict):

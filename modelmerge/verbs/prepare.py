@@ -204,7 +204,8 @@ def prepare(
     if recipe.as_lora is None:
         giver = plan.vocabulary.giver if plan.vocabulary is not None else recipe.files_from
         plan = dataclasses.replace(plan, giver=giver_of(giver, plan.base, plan.experts))
-        about_files = (spelled(text, flag) for text in remarks_on_files(plan.base, plan.experts, plan.giver))
+        on_files = remarks_on_files(plan.base, plan.experts, plan.giver, template=recipe.chat_template is not None)
+        about_files = (spelled(text, flag) for text in on_files)
         about_tokens = remarks_on_tokens(plan.vocabulary) if plan.vocabulary is not None else []
         if recipe.chat_template == AUTO_TEMPLATE and not template_of(recipe.chat_template, plan.base, plan.experts):
             about_tokens.append("None of the models has a chat template.")

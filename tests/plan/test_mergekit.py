@@ -191,13 +191,13 @@ base_model: models/base
     [
         (TIES.replace("ties", "tise"), ["merge_method: modelmerge has no counterpart of 'tise'; did you mean 'ties'?"]),
         (TIES.replace("ties", "passthrough"), ["models: this method takes 1, and there are 3"]),
-        (TIES + "colour: blue\n", ["colour: mergekit has no such key"]),
+        (TIES + "tokeniser_source: base\n", ["tokeniser_source: mergekit has no such key; did you mean"]),
         (TIES + "tokenizer_source: models/chat\n", ["tokenizer_source: only a model that is merged"]),
         (TIES + "tokenizer_source: base\ntokenizer: {}\n", ["tokenizer_source and tokenizer: mergekit takes one"]),
         (TIES + "tokenizer: 7\n", ["tokenizer: is no mapping"]),
-        (TIES + "tokenizer: {tokens: [a], pad: 8, pad_to_multiple_of: 1.5}\n",
-         ["tokenizer.tokens: is no mapping", "tokenizer.pad: mergekit has no such key", "tokenizer.pad_to_multiple_of: "
-          "must be a whole number"]),
+        (TIES + "tokenizer: {tokens: [a], sorce: 8, pad_to_multiple_of: 1.5}\n",
+         ["tokenizer.tokens: is no mapping", "tokenizer.sorce: mergekit has no such key; did you mean 'source'?",
+          "tokenizer.pad_to_multiple_of: must be a whole number"]),
         (TIES + "tokenizer: {tokens: {a: {force: true}, b: {force: 1}, c: 7, d: {source: models/chat}}}\n",
          ["tokenizer.tokens.a: is forced, and has no source", "tokenizer.tokens.b.force: must be true or false",
           "tokenizer.tokens.c: has a 'source' and a 'force'", "tokenizer.tokens.d.source: only a model"]),
@@ -215,7 +215,7 @@ base_model: models/base
         (TIES + "parameters: {lambda: .inf}\n", ["parameters.lambda: must be a number or a list of numbers, not inf"]),
         (TIES + "parameters: {density: [0.5, 0]}\n", ["parameters.density: density must be above 0 and at most 1"]),
         (TIES.replace("weight: 1", "weight: 1, desnity: 1"),
-         ["models[1].parameters.desnity: no method of mergekit has such a parameter; did you mean 'density'?",
+         ["models[1].parameters.desnity: mergekit has no such key; did you mean 'density'?",
           "models[2].parameters.desnity"]),
         (TIES.replace("{weight: 1}", "{}", 1), ["models[1].parameters.weight: is missing: mergekit insists on it"]),
         (TIES.replace("weight: 1", "weight: [{value: 1, filter: mlp}]", 1),
@@ -230,9 +230,9 @@ base_model: models/base
         ("merge_method: ties\nbase_model: a\nmodels: [b]\n", ["models[0]: has no 'model'", "models: this method"]),
         ("merge_method: ties\nbase_model: a\nslices: [{}, {}]\n",
          ["slices[0].sources: is no list of models", "slices[1].sources"]),
-        ("merge_method: linear\nparameters: {weight: 1}\nslices: [{colour: 1, sources: [{model: b, layer_range: "
+        ("merge_method: linear\nparameters: {weight: 1}\nslices: [{parameter: 1, sources: [{model: b, layer_range: "
          "[4, 4]}]}]\n",
-         ["slices[0].colour: mergekit has no such key", "slices[0].sources[0].layer_range: must be [FIRST, LAST]"]),
+         ["slices[0].parameter: mergekit has no such key", "slices[0].sources[0].layer_range: must be [FIRST, LAST]"]),
         ("merge_method: linear\nparameters: {weight: 1}\nslices: [{sources: [{model: b, layer_range: [1, 4]}, "
          "{model: c, layer_range: [0, 2]}]}]\n", ["slices[0].sources: all need as many layers as the others"]),
         ("merge_method: linear\nparameters: {weight: 1}\nslices: [{sources: [{model: b, layer_range: [0, 1]}, "
@@ -313,9 +313,13 @@ def test_what_slices_make_loads(config: str, beside_models: Path) -> None:
 
 
 def test_what_has_no_effect_is_remarked(beside_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("c.yml").write_text(TIES.replace("ties", "task_arithmetic") + "parameters: {filter_wise: true}\n")
+    text = TIES.replace("ties", "task_arithmetic").replace("models/math", "models/math\n    revision: v1")
+    Path("c.yml").write_text(text + "parameters: {filter_wise: true, blue: [1]}\nauthor: me\nname: my first / second\n")
     assert main(["merge", "--recipe", "c.yml", "-o", "out", "--dry-run"]) == 0
-    assert "note: parameters.filter_wise has no effect on this method in mergekit, nor here." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: parameters.filter_wise has no effect on this method in mergekit, nor here." in said
+    for key in ("parameters.blue", "author", "models[1].revision"):
+        assert f"note: {key} is no key of mergekit; it has no effect there, nor here." in said
     assert main(["merge", "--recipe", "c.yml", "-o", "out"]) == 0
     assert "parameters.filter_wise has no effect" in Path("out/README.md").read_text()
 
