@@ -107,6 +107,7 @@ def prepare_process(files: int = 0) -> None:
 _MANY_FILES = 1 << 16
 _OTHER_FILES = 32  # of Python, libraries, and what is written beside the weights
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 _AHEAD = 8  # pieces that each worker may be ahead of what has been taken up
 
@@ -119,9 +120,9 @@ def in_parallel(source: Source, pieces: Pieces, work: Callable[[Piece, Loader], 
 
 @contextlib.contextmanager
 def _serving(
-    source: Source, pieces: Pieces | Sample, ahead: Iterator[Piece], work: Callable[[Piece, Loader], None]
+    source: Source, pieces: Pieces | Sample, ahead: Iterator[Item], work: Callable[[Item, Loader], None]
 ) -> Iterator[list[Future[None]]]:
-    """Workers that do the pieces as they come from `ahead`, until none is left or the block ends in an error."""
+    """Workers that do what comes from `ahead`, the pieces, until nothing is left or the block ends in an error."""
     mutex, stop = threading.Lock(), threading.Event()
     capacity = pieces.largest
 
@@ -131,10 +132,10 @@ def _serving(
                 loader = Loader(source, capacity, capacity * 8, source.device)  # 8: the widest dtype there is
                 while not stop.is_set():
                     with mutex:
-                        piece = next(ahead, None)
-                    if piece is None:
+                        item = next(ahead, None)
+                    if item is None:
                         return
-                    work(piece, loader)
+                    work(item, loader)
         except BaseException:
             stop.set()
             raise
@@ -179,24 +180,23 @@ def in_order(
     """
     results, over = queue.SimpleQueue[Any](), threading.Event()
     room = threading.Semaphore(_AHEAD * source.workers)
-    early: dict[tuple[str, int], Result] = {}
+    early: dict[int, Result] = {}  # by their place in the order: a sample of a small tensor has a run several times
 
-    def admitted() -> Iterator[Piece]:
-        for piece in pieces:
+    def admitted() -> Iterator[tuple[int, Piece]]:
+        for item in enumerate(pieces):
             room.acquire()  # before the piece is handed out: the one that all others wait for is always at work
             if over.is_set():
                 return
-            yield piece
+            yield item
 
-    def work(piece: Piece, loader: Loader) -> None:
-        results.put(((piece.tensor.name, piece.start), look(piece, loader)))
+    def work(item: tuple[int, Piece], loader: Loader) -> None:
+        results.put((item[0], look(item[1], loader)))
 
     with _serving(source, pieces, admitted(), work) as futures:
         for future in futures:
             future.add_done_callback(results.put)
         try:
-            for piece in pieces:
-                place = (piece.tensor.name, piece.start)
+            for place, piece in enumerate(pieces):
                 while place not in early:
                     result = results.get()
                     if isinstance(result, Future):

@@ -19,7 +19,7 @@ from modelmerge.engine import job, parallel, vectors
 from modelmerge.engine.job import Source
 from modelmerge.engine.merge import run
 from modelmerge.engine.parallel import in_order, source_of
-from modelmerge.engine.pieces import Pieces
+from modelmerge.engine.pieces import Pieces, Sample
 from modelmerge.engine.rounding import ExactSum
 from modelmerge.errors import CheckpointError
 from modelmerge.plan.recipe import Recipe
@@ -204,6 +204,30 @@ def test_pieces_are_taken_up_in_their_order_and_workers_do_not_run_away(
     assert taken == [(piece.tensor.name, piece.start) for piece in Pieces(tensors, 4)]
     assert len(taken) > 100
     assert max(ahead) <= 3 * 8
+    plan.close()
+
+
+def test_a_run_that_a_sample_has_several_times_is_taken_each_time(tmp_path: Path) -> None:
+    """The samples of small tensors repeat runs, and workers may have done several before the first is taken."""
+    base, *experts = family(tmp_path)
+    plan = make_plan(*open_models(str(base), as_references(experts)))
+    source, sample = Source(plan, torch.device("cpu"), 2), Sample([t for t in plan.select("merge") if t.numel])
+    done, taken = [], []
+
+    def look(piece: Any, loader: Any) -> int:
+        time.sleep(0.02 if not done else 0.0)
+        done.append(piece.start)
+        return piece.start
+
+    def take(piece: Any, start: int) -> None:
+        taken.append((piece.tensor.name, start))
+
+    thread = threading.Thread(target=in_order, args=(source, sample, look, take), daemon=True)
+    thread.start()
+    thread.join(60)
+    want = [(piece.tensor.name, piece.start) for piece in sample]
+    assert taken == want
+    assert len(set(want)) < len(want)
     plan.close()
 
 
