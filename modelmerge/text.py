@@ -32,3 +32,11 @@ def _shown(letter: str) -> str:
     return _SHORT.get(letter) or (
         f"\\x{byte:02x}" if byte < 256 else f"\\u{byte:04x}" if byte < 65536 else f"\\U{byte:08x}"
     )
+
+
+def duration(seconds: float) -> str:
+    """A time that is only about right: 4 s, 12 min, 3.5 h, 2.1 days."""
+    for unit, length in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{max(seconds, 1.0):.0f} s"

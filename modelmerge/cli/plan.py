@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.cli.output import line, size, table
-from modelmerge.text import visible
+from modelmerge.text import duration, visible
 
 _NAMED = 6  # files beside the weights
 
@@ -158,6 +158,8 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Te
         f"download {size(sizes['download'])}, read {size(sizes['read'])}{times}, "
         f"write {size(sizes['write'])}{files}; {peak}"
     )
+    if plan.get("seconds") is not None:
+        lines.append(f"about {duration(plan['seconds'])} on {plan['device']}, beside the start and downloads")
     if kept:
         lines.append(f"{size(kept)} beside the output until it is done, for what is merged first")
     if sizes["scratch"] > kept:

@@ -20,6 +20,7 @@ from modelmerge.engine.pieces import Sample
 from modelmerge.errors import UsageError
 from modelmerge.methods import linalg, selection
 from modelmerge.methods.contract import Correction
+from modelmerge.methods.work import NOTHING, Work
 from modelmerge.plan.tensors import Plan, TensorPlan, Tensors
 
 # Elements of a product that is made only to be measured, a run of rows at a time.
@@ -48,13 +49,14 @@ class Needs:
     """What fitting a transform takes, and what it keeps.
 
     `reads`: how many times which tensors' task vectors are read. `working`: memory while it fits. `resident`: bytes of
-    memory in every pass after it. `scratch`: bytes on the disk.
+    memory in every pass after it. `scratch`: bytes on the disk. `work`: what it does beside reading.
     """
 
     reads: tuple[tuple[float, Tensors], ...] = ()
     working: Bytes = _NOTHING
     resident: int = 0
     scratch: int = 0
+    work: Work = NOTHING
 
 
 # Whole runs.
@@ -161,6 +163,7 @@ def fit_correction(source: Source, tensors: Tensors, by: Correction, options: An
     return Needs(
         ((reads, tensors),), Bytes(working, working), 4 * count * max(at_once, largest),
         sum(matrix_bytes(tensor, count) for tensor in tensors),
+        sum((by.work(options, t.numel // t.row, t.row, len(source.plan.experts)) for t in tensors if t.numel), NOTHING),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.scratch import Room, Scratch
 from modelmerge.engine.job import Job
+from modelmerge.methods.work import Work
 from modelmerge.plan.tensors import Plan, TensorPlan, Tensors
 
 _PARTS = 64  # units of a stage before the merge, if they are not too small
@@ -130,15 +131,15 @@ def shard_units(job: Job, tensors: Tensors) -> list[Unit]:
         first, stop = len(stage), len(stage) + len(mine)
         stage += mine
         nbytes = sum(plan.stored_bytes(tensor, experts=tensor.action != "copy") for tensor in mine)
-        flops = sum(_flops(job, tensor) for tensor in mine if tensor.action != "copy")
+        flops = sum(work_of(job, tensor).cost for tensor in mine if tensor.action != "copy")
         units.append(Unit(f"shard:{shard.filename}", stage, first, stop, nbytes, flops))
     return units
 
 
-def _flops(job: Job, tensor: TensorPlan) -> float:
+def work_of(job: Job, tensor: TensorPlan) -> Work:
     """What the tensor's method does on it."""
-    rows = max(tensor.numel // max(tensor.row, 1), 1)
-    return job.group(tensor).method.flops(rows, tensor.row, len(job.plan.experts_of(tensor)))
+    group, rows = job.group(tensor), max(tensor.numel // max(tensor.row, 1), 1)
+    return group.method.work(group.options, rows, tensor.row, len(job.plan.experts_of(tensor)))
 
 
 def hash_units(plan: Plan) -> list[tuple[Unit, Checkpoint, Path]]:

@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 
 from modelmerge.errors import named
-from modelmerge.methods import linalg, presence
+from modelmerge.methods import linalg, presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 
@@ -44,6 +44,7 @@ TOLERANCE = 1e-11
 _LOOK = 10
 # Conjugate gradients: relative residual in the preconditioner's norm, and a bound on the iterations.
 _RESIDUAL, _ITERATIONS = 1e-6, 200
+_USUAL = 30.0  # iterations
 # Bytes of task vectors that one turn of the descent works on: read twice, so they should still be in the cache.
 _CHUNK = 2 << 20
 
@@ -297,6 +298,26 @@ def workspace(tasks: int) -> float:
     Gram matrix with LAPACK's workspace (measured on square and oblong matrices: tests/test_memory.py).
     """
     return max(2.0 * tasks + 8.0, 26.0)
+
+
+def work_of(options: CorrectionOptions, m: int, n: int, tasks: int) -> work.Work:
+    """What finding the correction of one weight takes."""
+    k = min(m, n)
+    rank, shared = k // tasks, options.shared_rank
+    shared = k // (options.rank_divisor or tasks) if shared is None else shared
+
+    def basis(n: int, rank: int) -> work.Work:
+        iterates = not options.published and linalg.iterates((m, n), rank)
+        return (work.iterated if iterates else work.triplets)(m, n, rank)
+
+    # A product of a matrix and a vector for each row, twice, and all of the correction a few times.
+    read, written = 8.0 * tasks * m * n, 16.0 * m * n
+    if options.solver == "adam":
+        steps, step = float(options.steps or 0), work.Work(moved=read + written + 28.0 * m * n)
+    else:
+        steps, step = _USUAL, work.Work(moved=read + written)
+    step += work.product(m, n, 2 * min(shared, m))
+    return basis(n, rank) * tasks + basis(rank * tasks, shared) + step * steps + work.Work(moved=5.0 * read)
 
 
 def _value(option: float | None) -> float:

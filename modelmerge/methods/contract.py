@@ -16,6 +16,8 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from modelmerge.methods.work import Work
+
 if TYPE_CHECKING:
     from torch import Tensor as Tensor
 else:  # methods import it from here: importing torch takes seconds, and help needs none of it
@@ -185,8 +187,8 @@ class Method:
             `apply` needs, if any.
         moments: Given the same of a tensor, what it has to be measured by first, if by anything.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
-        flops: Given m, n and T, about how many operations `apply` takes on [T, m, n]: whoever shares work out has the
-            dearest done first.
+        work: Given the options, m, n and T, what `apply` does on [T, m, n]. Plans tell the time from it, and whoever
+            shares work out has the dearest done first.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
         on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
             `modelmerge.methods.coefficients`.
@@ -208,7 +210,7 @@ class Method:
     survey: Callable[[Any, Mapping[str, tuple[float, ...]]], Survey | None] = lambda options, each: None
     moments: Callable[[Any, Mapping[str, tuple[float, ...]]], Moments | None] = lambda options, each: None
     workspace: Callable[[int], float] = lambda tasks: 3.0
-    flops: Callable[[int, int, int], float] = lambda m, n, tasks: 4.0 * tasks * m * n
+    work: Callable[[Any, int, int, int], Work] = lambda options, m, n, tasks: Work(moved=16.0 * tasks * m * n)
     squares: float = 0.0
     on_data: bool = False
 
@@ -216,7 +218,6 @@ class Method:
 # A method for the weights of linear layers: they come whole, and the rest is averaged.
 matrix_method = functools.partial(
     Method, matrices=True, rest=lambda options: "average", blockwise=lambda options: False,
-    flops=lambda m, n, tasks: 10.0 * tasks * m * n * min(m, n),
 )  # fmt: skip
 
 Watch = Callable[[float], None]  # hears a solver's loss as it goes
@@ -276,6 +277,7 @@ class Correction:
         matrices: `(options, T)`: how many matrices there are for each weight, C.
         survey: Given the options, the whole-model quantity that `find` needs, if any; of task vectors as they are.
         workspace: `(options, T)`: how many float32 copies of a weight `find` needs at once beside `taus`.
+        work: `(options, m, n, T)`: what `find` does on [T, m, n].
     """
 
     find: Callable[[Tensor, Any, Context], Corrected]
@@ -283,6 +285,7 @@ class Correction:
     matrices: Callable[[Any, int], int]
     survey: Callable[[Any], Survey | None]
     workspace: Callable[[Any, int], float]
+    work: Callable[[Any, int, int, int], Work]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.manifest_file import inputs_of
-from modelmerge.record.command import THEN, steps_of
+from modelmerge.record.command import THEN, flag, steps_of
 
 _FOLDERS = re.compile(r"(?:^|(?<=[=' ])|(?<=(?<!hf|ps|tp):))(?:/|~/|\.{1,2}/)[^,:=]*/")  # in front of a file's name
 _QUOTED = re.compile(r"'(?:/|~/|[A-Za-z]:\\)[^'\n]*[/\\]([^'/\\\n]+)'")
@@ -38,7 +38,7 @@ def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _published_step(words: list[str], manifest: Mapping[str, Any], local: Mapping[str, str]) -> list[str]:
     models = (manifest["inputs"]["base"], *manifest["inputs"]["experts"])
-    for place, model in enumerate(models if words[2] != "--recipe" else (), start=3):
+    for place, model in enumerate(models if words[2] != flag("recipe") else (), start=3):
         words[place] = model["name"] if model["path"] in local else words[place]
     return [*words[:-1], Path(words[-1]).name]
 

@@ -22,6 +22,7 @@ from modelmerge.checkpoint.staging import fingerprints
 from modelmerge.checkpoint.templates import AUTO as AUTO_TEMPLATE
 from modelmerge.checkpoint.templates import template_of
 from modelmerge.engine.coefficients import Coefficients
+from modelmerge.engine.estimate import seconds, seconds_on_cpu
 from modelmerge.engine.job import Group, Job
 from modelmerge.engine.memory import beyond_device, bytes_read, passes, peak_memory, refuse_beyond_memory, scratch_bytes
 from modelmerge.engine.parallel import source_of, threads
@@ -45,6 +46,7 @@ from modelmerge.record.command import flag
 from modelmerge.record.fingerprint import fingerprint, threads_in
 from modelmerge.record.manifest import groups_of, listing, remarks
 from modelmerge.record.recorded import Recorded
+from modelmerge.text import duration
 from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.auto import AUTO, choose
 
@@ -79,10 +81,11 @@ class Prepared:
         size = adapted.size_of(self.recipe)
         written = plan.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
         streamed = bytes_read(self.job, streamed=True) if self.stream else None
-        too_large = len(beyond_device(self.job))
-        beyond = [f"{too_large} weights do not fit on {self.job.source.device} and are merged on the CPU"] * bool(
-            too_large
-        )
+        beyond = []
+        if too_large := beyond_device(self.job):
+            long = duration(seconds_on_cpu(self.job, too_large))
+            what = f"{len(too_large)} weights do not fit on {self.job.source.device} and are merged on the CPU"
+            beyond.append(f"{what}, which takes about {long}")
         entry = {
             "method": self.recipe.method,
             "disentangle": list(self.recipe.disentangle),
@@ -94,6 +97,7 @@ class Prepared:
             "passes": passes(self.job),
             "bytes": {"read": bytes_read(self.job), "write": written, "scratch": scratch_bytes(self.job)},
             "peak_memory": peak_memory(self.job),
+            "seconds": None if self.data is not None else seconds(self.job),
             "shards": [shard.filename for shard in plan.layout.shards],
             "remarks": [*self.remarks, *remarks(plan), *beyond, *(self.data.remarks() if self.data else [])],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
@@ -103,6 +107,7 @@ class Prepared:
         if self.staged is not None:
             entry["stages"] = self.staged.describe()
             entry["bytes"]["scratch"] += self.staged.bytes_kept
+            entry["seconds"] = sum(each["seconds"] for each in (entry, *entry["stages"]))
             peaks = [each["peak_memory"] for each in (entry, *entry["stages"])]
             entry["peak_memory"] = {place: max(peak[place] for peak in peaks) for place in peaks[0]}
         return with_downloads(entry, plan, beside="all" if size is None else "cards", streamed=streamed)

@@ -313,7 +313,7 @@ def test_a_stream_gives_the_same_bits_and_fills_no_cache(
     assert plan["cache"] is None
     assert plan["bytes"]["read"] <= plan["bytes"]["download"] < plan["bytes"]["read"] + 1000
     before = hub.bytes_sent()
-    code, _, err = run(capsys, "merge", *words, *remote, "-o", tmp_path / "there", "--stream")
+    code, _, err = run(capsys, "merge", *words, *remote, "-o", tmp_path / "there", "--stream", "-q")
     assert (code, err) == (0, "")
     assert hub.bytes_sent() - before < 2 * plan["bytes"]["download"]
     assert same(tmp_path / "here", tmp_path / "there")

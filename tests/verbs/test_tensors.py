@@ -81,7 +81,7 @@ def test_what_cannot_be_meant_is_refused(
     with pytest.raises(UsageError) as refused:
         modelmerge.merge(models[0], models[1:], tmp_path / "out", method="ties", dnsity=0.1)
     assert refused.value.hint == "did you mean 'density'?"
-    with pytest.raises(UsageError, match="dtype must be one of float32, float16, bfloat16"):
+    with pytest.raises(UsageError, match="dtype must be one of float64, float32, float16, bfloat16"):
         modelmerge.merge(base, experts, method="ties", dtype="fp16")
     assert list(tmp_path.glob("out*")) == []
 

@@ -89,4 +89,5 @@ METHOD = matrix_method(
     wants_base=True,
     survey=lambda options, each: threshold.survey(each.get("density", options.density)),
     workspace=apgd.workspace,
+    work=apgd.work_of,
 )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modelmerge.methods import linalg
+from modelmerge.methods import linalg, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
@@ -44,4 +44,5 @@ METHOD = matrix_method(
         "ICML 2025",
     ),
     workspace=lambda tasks: 16.0,
+    work=lambda options, m, n, tasks: work.polar(m, n),
 )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modelmerge.methods import linalg
+from modelmerge.methods import linalg, work
 from modelmerge.methods.contract import Context, Tensor, matrix_method
 from modelmerge.methods.merge import iso_c
 from modelmerge.methods.options import option
@@ -59,6 +59,19 @@ def ranks(smaller: int, tasks: int, fraction: float) -> tuple[int, int]:
     return smaller - specific * tasks, specific
 
 
+def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
+    smaller = min(m, n)
+    common, specific = ranks(smaller, tasks, options.common_fraction)
+    each = work.fine_product(m, n, 2 * common) + work.triplets(m, n, specific)
+    nearest = work.polar(m, smaller) + work.polar(smaller, n) + work.fine_product(m, smaller, n)
+    return work.triplets(m, n, common) + each * (tasks if specific else 0) + nearest
+
+
 METHOD = matrix_method(
-    options=Options, apply=apply, paper=iso_c.METHOD.paper, citation=iso_c.METHOD.citation, workspace=lambda tasks: 25.0
+    options=Options,
+    apply=apply,
+    paper=iso_c.METHOD.paper,
+    citation=iso_c.METHOD.citation,
+    workspace=lambda tasks: 25.0,
+    work=_work,
 )

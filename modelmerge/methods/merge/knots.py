@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from modelmerge.methods import linalg
+from modelmerge.methods import linalg, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method, measured_at_once
 from modelmerge.methods.merge import ties
 from modelmerge.methods.options import option
@@ -47,10 +47,18 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return (basis @ ties.apply(coordinates, trim, replace(context, measured=limits))).mul_(options.scale)
 
 
+def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
+    smaller = min(m, tasks * n)
+    basis = work.triplets(m, tasks * n, m if m > tasks * n else 0)
+    trim = work.Work(moved=100.0 * tasks * smaller * n)  # which counts how many entries are above each of many limits
+    return basis + work.product(smaller, m, n) * tasks + trim + work.product(m, smaller, n)
+
+
 METHOD = matrix_method(
     options=Options,
     apply=apply,
     paper="https://arxiv.org/abs/2410.19735",
     citation=Citation("Model merging with SVD to tie the Knots", "George Stoica and others", "ICLR 2025"),
     workspace=lambda tasks: 8.0 * tasks + 16.0,
+    work=_work,
 )

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modelmerge.methods import linalg, presence
+from modelmerge.methods import linalg, presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
@@ -121,6 +121,14 @@ def _square(x: Tensor) -> float:
     return float(x.square().sum())
 
 
+def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
+    k, g = sorted((m, n))
+    halves = work.triplets(k, g, k) + work.fine_product(k, k, k)
+    step = work.product(k, g, k) * 2.0 + work.product(k, k, k)
+    norms = (work.fine_product(k, g, k) + work.eigen(k) * 0.3) * (2.0 if options.damping else 0.0)
+    return (halves + step * (_USUAL + 2)) * tasks + norms
+
+
 METHOD = matrix_method(
     options=Options,
     apply=apply,
@@ -130,5 +138,5 @@ METHOD = matrix_method(
     ),
     wants_base=True,
     workspace=lambda tasks: 2.0 * tasks + 12.0,
-    flops=lambda m, n, tasks: _USUAL * tasks * (4.0 * m * n * min(m, n) + 2.0 * min(m, n) ** 3),
+    work=_work,
 )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modelmerge.methods import linalg
+from modelmerge.methods import linalg, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
 
@@ -41,6 +41,12 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return ((left * torch.cat(weighted)) @ right).float().mul_(options.scale)
 
 
+def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
+    smaller = min(m, n)
+    each = work.triplets(m, n, max(smaller // tasks, 1)) * tasks
+    return each + work.polar(m, smaller) + work.polar(smaller, n) + work.fine_product(m, smaller, n)
+
+
 METHOD = matrix_method(
     options=Options,
     apply=apply,
@@ -51,4 +57,5 @@ METHOD = matrix_method(
         "CVPR 2025",
     ),
     workspace=lambda tasks: 22.0,
+    work=_work,
 )

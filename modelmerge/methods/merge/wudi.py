@@ -35,7 +35,7 @@ from typing import Literal
 import torch
 
 from modelmerge.errors import named
-from modelmerge.methods import presence
+from modelmerge.methods import presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.sums import weighted_sum
@@ -137,6 +137,17 @@ def descend(taus: Tensor, norms: list[float], weights: list[float], start: Tenso
     return merged
 
 
+def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
+    if options.solver == "adam":
+        step = work.product(m, n, n) + work.Work(moved=28.0 * m * n)
+        return work.product(n, m, n) * 2.0 * tasks + step * float(options.steps or 0)
+    if n <= tasks * m:
+        return work.fine_product(n, m, n) * 2.0 * tasks + work.fine_product(m, n, n) + work.Work(double=n**3 / 3)
+    rows = tasks * m
+    solve = work.Work(double=rows**3 / 3) + work.fine_product(rows, rows, m)
+    return work.fine_product(rows, n, rows) + work.fine_product(m, n, rows) * 2.0 + solve
+
+
 METHOD = matrix_method(
     options=Options,
     apply=apply,
@@ -148,4 +159,5 @@ METHOD = matrix_method(
     ),
     workspace=lambda tasks: 12.0,
     squares=3.0,
+    work=_work,
 )

@@ -125,6 +125,7 @@ METHOD = TransformSpec(
         # Beside what `merge apgd` needs, the loss takes the task vectors once more; with a matrix for each, Adam's
         # state, gradients and the result are as many.
         workspace=lambda options, tasks: apgd.workspace(tasks) + (5.0 * tasks if options.descends_on_each else 1),
+        work=apgd.work_of,
     ),
     paper=apgd.PAPER,
     citation=apgd.CITATION,

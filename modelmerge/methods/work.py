@@ -1,0 +1,76 @@
+"""How much a method has to do on a matrix: what a plan tells the time from, and units their cost."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+# What each kind takes beside a FLOP of a float32 product, on machines that have been measured: for costs that are only
+# compared with one another.
+_USUAL = (1.0, 2.0, 8.0, 16.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Operations by their kinds, which machines do at unlike rates.
+
+    Args:
+        single: FLOP of float32 products.
+        double: The same in float64, and of factorisations that are made of products.
+        eigen: FLOP of float64 eigendecompositions, 9 k^3 each.
+        moved: Bytes that are read or written by what is bound by memory.
+    """
+
+    single: float = 0.0
+    double: float = 0.0
+    eigen: float = 0.0
+    moved: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(part * times for part in astuple(self)))
+
+    def seconds(self, rates: Work) -> float:
+        """How long it takes where so much of each kind is done in a second."""
+        return sum(part / rate for part, rate in zip(astuple(self), astuple(rates), strict=True))
+
+    @property
+    def cost(self) -> float:
+        """How much it is beside others, in FLOP of float32 products."""
+        return sum(part * factor for part, factor in zip(astuple(self), _USUAL, strict=True))
+
+
+NOTHING = Work()
+
+
+def product(m: int, k: int, n: int) -> Work:
+    """A float32 product [m, k] times [k, n]."""
+    return Work(single=2.0 * m * k * n)
+
+
+def fine_product(m: int, k: int, n: int) -> Work:
+    """The same in float64."""
+    return Work(double=2.0 * m * k * n)
+
+
+def eigen(k: int) -> Work:
+    """All eigenvectors of [k, k], in float64."""
+    return Work(eigen=9.0 * k**3)
+
+
+def triplets(m: int, n: int, rank: int) -> Work:
+    """`linalg.leading_triplets`, and all other decompositions of [m, n] by a Gram matrix on the smaller side."""
+    k, g = sorted((m, n))
+    return fine_product(k, g, k) + eigen(k) + fine_product(rank, k, g) + Work(moved=12.0 * m * n)
+
+
+def iterated(m: int, n: int, rank: int) -> Work:
+    """`linalg.iterated`, three times."""
+    return (product(m, n, rank) * 2.0 + Work(double=4.0 * m * rank**2)) * 3.0 + Work(double=8.0 * n * rank**2)
+
+
+def polar(m: int, n: int) -> Work:
+    """`linalg.polar`: a decomposition, and two products."""
+    k, g = sorted((m, n))
+    return triplets(m, n, 0) + fine_product(k, k, k) + fine_product(k, k, g)

@@ -1,0 +1,81 @@
+"""How near the time that a plan tells comes to the time that the merge takes: `python -m tests.benchmarks.estimates`.
+
+Models of random numbers with the shapes of ViT-B/32's layers are merged by every method for matrices. The plan's
+`seconds` are compared with the merge's CPU seconds, without the program's start: run it with OMP_NUM_THREADS=1, or they
+are those of several processors. Writes RESULTS-estimates.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import modelmerge
+from tests.benchmarks import merge_speed
+
+MODULE = "tests.benchmarks.estimates"
+RESULTS = Path(__file__).parent / "RESULTS-estimates.md"
+# By set: the width, the inner width, the layers and the experts.
+SETS = {"narrow": (256, 1024, 1, 4), "ViT-B/32": (768, 3072, 1, 8)}
+METHODS: dict[str, dict[str, object]] = {
+    "task-arithmetic": {}, "tsv-m": {}, "iso-c": {}, "iso-cts": {}, "knots": {}, "wudi": {}, "kron": {}, "apgd": {},
+    "apgd --published": {"published": True}, "wudi --published": {"published": True},
+    "ties --disentangle apgd": {"disentangle": ["apgd"]},
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to write (default: beside this one)")
+    asked = parser.parse_args(argv)
+    words = [shlex.quote(word) for word in (sys.argv[1:] if argv is None else argv)]
+    rows = ["| models | method | plan, s | merge, CPU s | plan / merge |", "|---|---|---:|---:|---:|"]
+    with merge_speed.work_directory(None) as work:
+        for name in asked.sets:
+            models = made(work / name.replace("/", "-"), *SETS[name])
+            for method in asked.methods:
+                plain = {"method": method.partition(" ")[0], **METHODS[method]}
+                told = modelmerge.merge(models[0], models[1:], work / "none", dry_run=True, **plain)["seconds"]
+                took = inf
+                for _ in range(2):  # the first finds libraries and hashes
+                    before = time.process_time()
+                    modelmerge.merge(models[0], models[1:], work / "out", force=True, **plain)
+                    took = min(took, time.process_time() - before)
+                rows.append(f"| {name} | `{method}` | {told:.2f} | {took:.2f} | {told / took:.2f} |")
+                print(rows[-1], flush=True)
+    parts = ["# The time that a plan tells, and that a merge takes", merge_speed.made_by(words, MODULE),
+             merge_speed.machine(), "\n".join(rows)]  # fmt: skip
+    asked.results.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def made(place: Path, width: int, inner: int, layers: int, experts: int) -> list[Path]:
+    """A base and its experts."""
+    shapes = {"q_proj": (width, width), "k_proj": (width, width), "v_proj": (width, width), "o_proj": (width, width),
+              "fc1": (inner, width), "fc2": (width, inner)}  # fmt: skip
+    base = {
+        f"encoder.layers.{layer}.{name}.weight": torch.randn(shape).mul(0.05)
+        for layer in range(layers)
+        for name, shape in shapes.items()
+    }
+    directories = []
+    for i in range(experts + 1):
+        state = {name: t + torch.randn_like(t).mul(0.01) if i else t for name, t in base.items()}
+        directories.append(place / (f"expert_{i}" if i else "base"))
+        directories[-1].mkdir(parents=True)
+        save_file(state, directories[-1] / "model.safetensors")
+        (directories[-1] / "config.json").write_text('{"model_type": "clip"}')
+    return directories
+
+
+if __name__ == "__main__":
+    main()
