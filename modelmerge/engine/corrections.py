@@ -15,11 +15,12 @@ from torch import Tensor
 
 from modelmerge.checkpoint.changes import as_bytes
 from modelmerge.checkpoint.scratch import Scratch
+from modelmerge.devices import current
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures
 from modelmerge.engine.job import SMALL, Job
 from modelmerge.engine.loader import factors_of, whole, wholes
-from modelmerge.engine.parallel import current, side_by_side, threads
+from modelmerge.engine.parallel import side_by_side, threads
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.engine.survey import run_survey
 from modelmerge.engine.units import LITTLE, Crew, Unit, cut

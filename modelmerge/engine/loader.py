@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from modelmerge import devices
 from modelmerge.checkpoint.changes import TORCH_DTYPES, Changes, as_bytes
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source
@@ -40,8 +41,7 @@ class Loader:
         self._models = source.plan.models
         self._changes = Changes(device, source.block, source.norms)
         self._device = device
-        pinned = device.type == "cuda"
-        self._raw = torch.empty(-(-stored // 8) * 8, dtype=torch.uint8, pin_memory=pinned)
+        self._raw = devices.host_buffer(-(-stored // 8) * 8, device)
         # The same memory as each dtype, and as bytes: to make these anew for every piece takes longer than to read it.
         self._views = {name: self._raw.view(dtype) for name, dtype in TORCH_DTYPES.items()}
         self._bytes = as_bytes(self._raw)

@@ -15,6 +15,7 @@ import torch
 
 from modelmerge.checkpoint.as_lora import Role, Size
 from modelmerge.checkpoint.header import DTYPE_BITS, Change
+from modelmerge.devices import KINDS
 from modelmerge.engine.job import MODEST, Job, Source
 from modelmerge.engine.pieces import Sample
 from modelmerge.errors import UsageError
@@ -399,8 +400,8 @@ def _factor_elements(change: Change) -> int:
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes of memory that are free on a device; None where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return KINDS[device.type].free(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
