@@ -30,8 +30,8 @@ _USABLE = 0.9
 # Anonymous memory of a process that has imported torch and the packages around it, in bytes, with room for the
 # allocator's slack; measured 120 to 190 MB.
 PROCESS_BYTES = 230_000_000
-# A survey's integers: counters of each task vector.
-_COUNTERS = 1 << 16
+# A survey's integers: counters of each task vector, where it looks for two ranks.
+_COUNTERS = 1 << 17
 
 
 class Bytes(NamedTuple):
@@ -228,10 +228,11 @@ def survey(job: Job) -> Bytes:
         return _NOTHING
     tasks, block = len(job.plan.experts), _block(job)
     taus_and_base, integers, bytes_as_stored = 4 * (tasks + 1), 24, 12
-    # The totals of every worker, and the counters of the block each is at.
-    counters = 2 * tasks * _COUNTERS * 8
-    total = block * (taus_and_base + integers + bytes_as_stored) + counters + unfolding(job.plan, block)
-    return Bytes(job.source.workers * total, job.source.workers * total)
+    # The totals of every worker and of them all, and the sums that the ranks are looked up in.
+    counters = (job.source.workers + 4) * tasks * _COUNTERS * 8
+    total = block * (taus_and_base + integers + bytes_as_stored) + unfolding(job.plan, block)
+    needed = job.source.workers * total + counters
+    return Bytes(needed, needed)
 
 
 def merge_blocks(job: Job) -> Bytes:
@@ -268,6 +269,9 @@ def merge_wholes(job: Job) -> Bytes:
     widest = max(model.stored_bytes(t.name) for t in tensors for model in job.plan.models)
     host = _whole_bytes(job, tensors) + 2 * widest + unfolding(job.plan, max(t.numel for t in tensors))
     on_host = beyond_device(job)
+    if job.source.device.type != "cpu":  # copies that the device reads, of one on its way and of the one after it
+        sent = max((t.numel for t in tensors if t.name not in on_host), default=0)
+        host += 2 * 4 * (len(job.plan.experts) + 1) * sent
     return Bytes(host, _whole_bytes(job, [t for t in tensors if t.name not in on_host]))
 
 
