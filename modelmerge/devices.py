@@ -59,8 +59,9 @@ class Cuda:
         return torch.cuda.get_device_name(device)
 
     def free(self, device: torch.device) -> int:
-        """Bytes of its memory that are free."""
-        return int(torch.cuda.mem_get_info(device)[0])
+        """Bytes of its memory that are free, those too that torch keeps for what comes next."""
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
 
     def current(self, device: torch.device) -> AbstractContextManager[Any]:
         """Make the device this thread's own inside the block."""

@@ -156,8 +156,10 @@ def fit_correction(source: Source, tensors: Tensors, by: Correction, options: An
     reads = 1.0 + (thresholds.reads(sum(t.numel for t in tensors if t.twin is None)) if thresholds else 0.0)
     widest = max(model.stored_bytes(t.name) for t in tensors for model in source.plan.models)
     working = _correction_bytes(source, tensors, by, options) + 2 * widest + unfolding(source.plan, largest)
-    # In later passes, the matrices of what each worker is at.
     block = min(source.block, largest)
+    if thresholds:
+        working = max(working, _survey_bytes(source, block))
+    # In later passes, the matrices of what each worker is at.
     at_once = source.workers * max([block, *(t.numel for t in tensors if together(source, t))])
     return Needs(
         ((reads, tensors),), Bytes(working, working), 4 * count * max(at_once, largest),
@@ -226,19 +228,23 @@ def survey(job: Job) -> Bytes:
     """Surveys: blocks of task vectors, counted by integers."""
     if not any(group.survey for group in job.groups):
         return _NOTHING
-    tasks, block = len(job.plan.experts), _block(job)
+    needed = _survey_bytes(job.source, _block(job))
+    return Bytes(needed, needed)
+
+
+def _survey_bytes(source: Source, block: int) -> int:
+    tasks = len(source.plan.experts)
     taus_and_base, integers, bytes_as_stored = 4 * (tasks + 1), 24, 12
     # The totals of every worker and of them all, and the sums that the ranks are looked up in.
-    counters = (job.source.workers + 4) * tasks * _COUNTERS * 8
-    total = block * (taus_and_base + integers + bytes_as_stored) + unfolding(job.plan, block)
-    needed = job.source.workers * total + counters
-    return Bytes(needed, needed)
+    counters = (source.workers + 4) * tasks * _COUNTERS * 8
+    total = block * (taus_and_base + integers + bytes_as_stored) + unfolding(source.plan, block)
+    return source.workers * total + counters
 
 
 def merge_blocks(job: Job) -> Bytes:
     """Element-wise methods: a block for each worker."""
     tasks, block = len(job.plan.experts), _block(job)
-    workspace = max((group.method.workspace(tasks) for group in job.groups), default=0.0)
+    workspace = max((group.method.workspace(tasks) for group in job.groups if group.blockwise), default=0.0)
     # At least what moments take of a block: some copies of it in float64.
     taus_and_base, of_method, bytes_as_stored = 4 * (tasks + 1), max(4 * workspace, 24), 12
     total = int(block * (taus_and_base + of_method + bytes_as_stored)) + unfolding(job.plan, block)

@@ -60,6 +60,7 @@ def run(job: Job, staging: Staging, progress: Reporter) -> Findings:
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         OutputError: The output cannot be written.
+        DeviceError: The device has too little memory left.
     """
     output = _Output(staging, _nothing_found(job), {})
     _run(job, (output,), staging, progress)
@@ -83,7 +84,7 @@ def run_shared(
     """
     prepare_process()
     todo = [tensor for tensor in job.plan.in_order() if tensor.numel]
-    units, fitted = shard_units(job, todo), fit(job, crew, progress)
+    units = shard_units(job, todo)
 
     def merge_shard(unit: Unit) -> dict[str, Any]:
         findings = _nothing_found(job)
@@ -92,9 +93,11 @@ def run_shared(
         return findings.to_dict()
 
     findings = _nothing_found(job)
-    _begin(job, todo, progress)
-    for _, part in crew.share(units, merge_shard):
-        findings.add(part)
+    with current(job.source.device):
+        fitted = fit(job, crew, progress)
+        _begin(job, todo, progress)
+        for _, part in crew.share(units, merge_shard):
+            findings.add(part)
     return findings
 
 
@@ -140,10 +143,11 @@ def _run(job: Job, outputs: Sequence[_Output], staging: Staging, progress: Repor
     if not todo:
         return
     crew = Alone(staging.scratch)
-    fitted = fit(job, crew, progress)
-    _begin(job, todo, progress)
-    for _ in crew.share(shard_units(job, todo), lambda unit: _merge(fitted, unit.tensors, outputs, progress)):
-        pass
+    with current(job.source.device):
+        fitted = fit(job, crew, progress)
+        _begin(job, todo, progress)
+        for _ in crew.share(shard_units(job, todo), lambda unit: _merge(fitted, unit.tensors, outputs, progress)):
+            pass
 
 
 def _begin(job: Job, tensors: Sequence[TensorPlan], progress: Reporter) -> None:
@@ -217,7 +221,7 @@ def _run_whole(
 
     def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Iterator[tuple[_Output, Tensor]]:
         fitted.chain.apply(piece, taus)
-        return _merged(fitted, piece, theta_0, taus, outputs, fitted.factors(piece.tensor))
+        return _merged(fitted, piece, theta_0, taus, outputs, fitted.factors(piece.tensor, taus.device))
 
     modest, thread = [tensor for tensor in tensors if together(job.source, tensor)], threading.local()
 
@@ -328,6 +332,8 @@ def merged_vector(
     moments = job.moments(piece.tensor) if measured is None else None
     if moments is not None:  # it is here as a whole
         measured = measured_at_once(moments, taus.reshape(len(taus), -1), theta_0.reshape(-1))
+    if measured is not None and taus.device.type == "cpu":  # what does not fit on the device is merged here
+        measured = measured.cpu()
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
         experts=experts, measured=measured,
