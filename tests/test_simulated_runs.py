@@ -92,6 +92,47 @@ def test_merges_on_a_simulated_device(
     assert close(left, right, 1e-6) if registry.load(name).matrices else same(left, right)
 
 
+IN_BLOCKS: list[tuple[str, dict[str, Any]]] = [
+    ("ties", {}),
+    ("ties", {"trim_scope": "tensor", "rescale": "norm"}),
+    ("dare", {}),
+    ("della", {}),
+    *((name, {}) for name in registry.data_free() if registry.load(name).moments(registry.load(name).options(), {})),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), IN_BLOCKS, ids=str)
+def test_blocks_on_a_simulated_device(
+    name: str,
+    values: dict[str, Any],
+    models: list[Path],
+    tmp_path: Path,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensors in many blocks, two at a time, are measured and merged there as on the CPU."""
+    monkeypatch.setattr("modelmerge.engine.job.CUDA_BLOCK", 1 << 12)
+    experts = models[1 : 1 + takes(name, EXPERTS)]
+    modelmerge.merge(models[0], experts, tmp_path / "there", method=name, device="sim:1", **values)
+    modelmerge.merge(models[0], experts, tmp_path / "here", method=name, device="cpu", **values)
+    assert (machine.used, machine.peak[0], machine.held[1]) == ({1}, 0, 0)
+    assert close(read(tmp_path / "there"), read(tmp_path / "here"), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "asked", [["ties"], ["pcb"], ["average", "--disentangle", "awd steps=5"], ["apgd"]], ids=" ".join
+)
+def test_units_of_a_shared_merge_on_a_simulated_device(
+    asked: list[str], models: list[Path], tmp_path: Path, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a unit gives comes back from a file."""
+    for device, folder in (("sim:1", "there"), ("cpu", "here")):
+        words = ["merge", asked[0], *models, "-o", tmp_path / folder, *asked[1:], "--device", device]
+        assert run(capsys, *words, "--cluster", "files")[0] == 0
+    assert (machine.used, machine.peak[0], machine.held[1]) == ({1}, 0, 0)
+    assert close(read(tmp_path / "there"), read(tmp_path / "here"), 1e-6)
+
+
 TRANSFORMS = [
     "awd steps=5", "awd granularity=row steps=5", "awd published=true steps=5", "apgd", "apgd correction=task",
     "apgd published=true correction=task steps=5", "apgd published=true steps=5",

@@ -255,6 +255,9 @@ class Simulated(torch.Tensor):
     def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         return torch.tensor(data, dtype=dtype or self.dtype, device=self.device)  # torch forgets which of the two
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _read_back, (self.cpu(), str(self.device))
+
     def __deepcopy__(self, memo: Any) -> Tensor:  # type: ignore[override]
         return self.clone()
 
@@ -264,6 +267,14 @@ class Simulated(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(function, args, kwargs or {})
+
+
+def _read_back(values: Tensor, device: str) -> Tensor:
+    """From a file to where it was, as torch.load does."""
+    return values.to(device)
+
+
+torch.serialization.add_safe_globals([_read_back])
 
 
 def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
