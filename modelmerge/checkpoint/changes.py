@@ -105,7 +105,7 @@ class Changes:
             parts = self._changed_norms(expert, change, base, target, row, 0, target.shape[0], 0)
             self._norms[key] = sum(part.square() for part in parts).sqrt()  # type: ignore[union-attr]
         learnt = self.elements(expert, change.magnitude, 0, target.shape[1])
-        return learnt.double() / self._norms[key]
+        return learnt.double() / self._norms[key].to(self._device)  # whoever found them may be elsewhere
 
     def _changed_norms(
         self, expert: Checkpoint, change: Change, base: Checkpoint, target: TensorInfo, row: int, first: int, last: int,

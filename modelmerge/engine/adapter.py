@@ -13,6 +13,7 @@ from modelmerge.checkpoint.as_lora import Role, Size, kept_whole, key, refuse_ch
 from modelmerge.checkpoint.changes import TORCH_DTYPES, as_bytes
 from modelmerge.checkpoint.layout import Entry
 from modelmerge.checkpoint.scratch import Scratch
+from modelmerge.devices import current
 from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import loaded, rounded, whole
 from modelmerge.engine.memory import PRODUCT_RUN
@@ -92,7 +93,9 @@ def adapt(
         theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
             fitted.chain.apply(piece, taus)
-            delta = merged_vector(fitted, piece, theta_0, taus, adapted.findings, fitted.factors(tensor))
+            delta = merged_vector(
+                fitted, piece, theta_0, taus, adapted.findings, fitted.factors(tensor, job.source.device)
+            )
             del taus
             square = squared(delta)
             if square and role.kind == "no place":
@@ -109,8 +112,9 @@ def adapt(
                 _spool(adapted, key(role, tensor.name, "whole"), tensor.out_dtype, values, shape, spool)
         progress.advance(piece_bytes(plan, piece), tensor.name)
 
-    for tensor in todo:
-        adapt_one(tensor)
+    with current(job.source.device):
+        for tensor in todo:
+            adapt_one(tensor)
     _complete(job, adapted, table, dense, dtype, spool)
     return adapted
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from modelmerge.devices import current
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Figures
 from modelmerge.engine.job import Job
 from modelmerge.engine.loader import wholes
-from modelmerge.engine.parallel import current, prepare_process
+from modelmerge.engine.parallel import prepare_process
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.engine.transforms import Chain, FittedJob
 from modelmerge.engine.units import Crew

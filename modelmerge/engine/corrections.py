@@ -15,11 +15,12 @@ from torch import Tensor
 
 from modelmerge.checkpoint.changes import as_bytes
 from modelmerge.checkpoint.scratch import Scratch
+from modelmerge.devices import current
 from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures
 from modelmerge.engine.job import SMALL, Job
 from modelmerge.engine.loader import factors_of, whole, wholes
-from modelmerge.engine.parallel import current, side_by_side, threads
+from modelmerge.engine.parallel import side_by_side, threads
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.engine.survey import run_survey
 from modelmerge.engine.units import LITTLE, Crew, Unit, cut
@@ -121,10 +122,11 @@ class CorrectionTransform:
 
         def solve(piece: Piece, taus: Tensor) -> None:
             name = piece.tensor.name
-            factors = factors_of(source, piece.tensor) if before.keeps_factors and name not in on_host else None
+            factors = factors_of(source, piece.tensor, taus.device) if before.keeps_factors else None
             context = Context(
-                tensor=name, weights=(1.0,) * tasks, experts=job.experts, measured=measured, factors=factors
-            )
+                tensor=name, weights=(1.0,) * tasks, experts=job.experts, factors=factors,
+                measured=None if measured is None else measured.to(taus.device),
+            )  # fmt: skip
             solved = self.by.find(taus, self.options, context)
             flat = taus.view(tasks, -1)
             gram, square = _gram(flat), float(_gram(solved.matrices.view(count, -1)).trace()) / count
@@ -141,10 +143,10 @@ class CorrectionTransform:
         side_by_side(source, [tensor for tensor in tensors if memory.together(source, tensor)], solve_alone)
         large = [tensor for tensor in tensors if not memory.together(source, tensor)]
         with current(source.device):
-            for piece, _, taus in wholes(source, large, check=measured is None):
+            for piece, _, taus in wholes(source, large, check=measured is None, on_host=on_host):
                 with threads(1 if piece.tensor.numel <= SMALL else torch.get_num_threads()):
                     before.apply(piece, taus)
-                    solve(piece, taus.cpu() if piece.tensor.name in on_host else taus)
+                    solve(piece, taus)
         return found
 
 

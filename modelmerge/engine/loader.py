@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from modelmerge import devices
 from modelmerge.checkpoint.changes import TORCH_DTYPES, Changes, as_bytes
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source
@@ -40,8 +41,7 @@ class Loader:
         self._models = source.plan.models
         self._changes = Changes(device, source.block, source.norms)
         self._device = device
-        pinned = device.type == "cuda"
-        self._raw = torch.empty(-(-stored // 8) * 8, dtype=torch.uint8, pin_memory=pinned)
+        self._raw = devices.host_buffer(-(-stored // 8) * 8, device)
         # The same memory as each dtype, and as bytes: to make these anew for every piece takes longer than to read it.
         self._views = {name: self._raw.view(dtype) for name, dtype in TORCH_DTYPES.items()}
         self._bytes = as_bytes(self._raw)
@@ -193,15 +193,18 @@ def whole(
     return piece, theta_0, taus
 
 
-def wholes(source: Source, tensors: Sequence[TensorPlan], *, check: bool) -> Iterator[tuple[Piece, Tensor, Tensor]]:
-    """`whole` for one tensor after the other, on the source's device, the next one being read meanwhile."""
+def wholes(
+    source: Source, tensors: Sequence[TensorPlan], *, check: bool, on_host: Container[str] = ()
+) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    """`whole` for one tensor after the other, on the source's device or on the host, the next being read meanwhile."""
     with ThreadPoolExecutor(1, "read") as reading:
         ahead = reading.submit(whole, source, tensors[0], check=check) if tensors else None
         for i in range(len(tensors)):
             assert ahead is not None
             piece, theta_0, taus = ahead.result()
             ahead = reading.submit(whole, source, tensors[i + 1], check=check) if i + 1 < len(tensors) else None
-            yield piece, theta_0.to(source.device), taus.to(source.device)
+            place = torch.device("cpu") if piece.tensor.name in on_host else source.device
+            yield piece, theta_0.to(place), taus.to(place)
 
 
 def expert_values(plan: Plan, piece: Piece, device: torch.device) -> Tensor | None:
@@ -236,7 +239,9 @@ def loaded(source: Source, tensor: TensorPlan) -> Tensor:
     return loader.copy(Piece(tensor, 0, tensor.numel))
 
 
-def factors_of(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
+def factors_of(
+    source: Source, tensor: TensorPlan, device: torch.device
+) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
     """Each expert's task vector [m, n] as factors [m, r] and [r, n], float32 on the device; None for one that has none.
 
     None at all where no expert has any. An expert that did not change the tensor has factors of rank 0.
@@ -244,14 +249,14 @@ def factors_of(source: Source, tensor: TensorPlan) -> tuple[tuple[Tensor, Tensor
     if tensor.rows is not None:  # the task vectors are cut
         return None
     pairs: list[tuple[Tensor, Tensor] | None] = []
-    changes = Changes(source.device, source.block, source.norms)
+    changes = Changes(device, source.block, source.norms)
     for expert in source.plan.experts_of(tensor):
         info = expert.tensors.get(tensor.name)
         if len(tensor.shape) != 2 or (info is not None and (info.change is None or not info.change.low_rank)):
             pairs.append(None)
         elif info is None or info.change is None:
             m, n = tensor.shape
-            pairs.append((torch.zeros(m, 0, device=source.device), torch.zeros(0, n, device=source.device)))
+            pairs.append((torch.zeros(m, 0, device=device), torch.zeros(0, n, device=device)))
         else:
             left, right = changes.factors(expert, info.change, 0, tensor.shape[0])
             pairs.append((left.float(), right.float()))

@@ -15,6 +15,7 @@ import torch
 
 from modelmerge.checkpoint.as_lora import Role, Size
 from modelmerge.checkpoint.header import DTYPE_BITS, Change
+from modelmerge.devices import KINDS
 from modelmerge.engine.job import MODEST, Job, Source
 from modelmerge.engine.pieces import Sample
 from modelmerge.errors import UsageError
@@ -30,8 +31,8 @@ _USABLE = 0.9
 # Anonymous memory of a process that has imported torch and the packages around it, in bytes, with room for the
 # allocator's slack; measured 120 to 190 MB.
 PROCESS_BYTES = 230_000_000
-# A survey's integers: counters of each task vector.
-_COUNTERS = 1 << 16
+# A survey's integers: counters of each task vector, where it looks for two ranks.
+_COUNTERS = 1 << 17
 
 
 class Bytes(NamedTuple):
@@ -157,8 +158,10 @@ def fit_correction(source: Source, tensors: Tensors, by: Correction, options: An
     reads = 1.0 + (thresholds.reads(sum(t.numel for t in tensors if t.twin is None)) if thresholds else 0.0)
     widest = max(model.stored_bytes(t.name) for t in tensors for model in source.plan.models)
     working = _correction_bytes(source, tensors, by, options) + 2 * widest + unfolding(source.plan, largest)
-    # In later passes, the matrices of what each worker is at.
     block = min(source.block, largest)
+    if thresholds:
+        working = max(working, _survey_bytes(source, block))
+    # In later passes, the matrices of what each worker is at.
     at_once = source.workers * max([block, *(t.numel for t in tensors if together(source, t))])
     return Needs(
         ((reads, tensors),), Bytes(working, working), 4 * count * max(at_once, largest),
@@ -228,18 +231,23 @@ def survey(job: Job) -> Bytes:
     """Surveys: blocks of task vectors, counted by integers."""
     if not any(group.survey for group in job.groups):
         return _NOTHING
-    tasks, block = len(job.plan.experts), _block(job)
+    needed = _survey_bytes(job.source, _block(job))
+    return Bytes(needed, needed)
+
+
+def _survey_bytes(source: Source, block: int) -> int:
+    tasks = len(source.plan.experts)
     taus_and_base, integers, bytes_as_stored = 4 * (tasks + 1), 24, 12
-    # The totals of every worker, and the counters of the block each is at.
-    counters = 2 * tasks * _COUNTERS * 8
-    total = block * (taus_and_base + integers + bytes_as_stored) + counters + unfolding(job.plan, block)
-    return Bytes(job.source.workers * total, job.source.workers * total)
+    # The totals of every worker and of them all, and the sums that the ranks are looked up in.
+    counters = (source.workers + 4) * tasks * _COUNTERS * 8
+    total = block * (taus_and_base + integers + bytes_as_stored) + unfolding(source.plan, block)
+    return source.workers * total + counters
 
 
 def merge_blocks(job: Job) -> Bytes:
     """Element-wise methods: a block for each worker."""
     tasks, block = len(job.plan.experts), _block(job)
-    workspace = max((group.method.workspace(tasks) for group in job.groups), default=0.0)
+    workspace = max((group.method.workspace(tasks) for group in job.groups if group.blockwise), default=0.0)
     # At least what moments take of a block: some copies of it in float64.
     taus_and_base, of_method, bytes_as_stored = 4 * (tasks + 1), max(4 * workspace, 24), 12
     total = int(block * (taus_and_base + of_method + bytes_as_stored)) + unfolding(job.plan, block)
@@ -270,6 +278,9 @@ def merge_wholes(job: Job) -> Bytes:
     widest = max(model.stored_bytes(t.name) for t in tensors for model in job.plan.models)
     host = _whole_bytes(job, tensors) + 2 * widest + unfolding(job.plan, max(t.numel for t in tensors))
     on_host = beyond_device(job)
+    if job.source.device.type != "cpu":  # copies that the device reads, of one on its way and of the one after it
+        sent = max((t.numel for t in tensors if t.name not in on_host), default=0)
+        host += 2 * 4 * (len(job.plan.experts) + 1) * sent
     return Bytes(host, _whole_bytes(job, [t for t in tensors if t.name not in on_host]))
 
 
@@ -402,8 +413,8 @@ def _factor_elements(change: Change) -> int:
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes of memory that are free on a device; None where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return KINDS[device.type].free(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from modelmerge.checkpoint.changes import as_bytes
 from modelmerge.checkpoint.staging import Staging
+from modelmerge.devices import Sender, current
 from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import Loader, expert_values, loader_of, rounded, whole
 from modelmerge.engine.memory import beyond_device, together
-from modelmerge.engine.parallel import current, in_parallel, prepare_process, side_by_side, threads
+from modelmerge.engine.parallel import in_parallel, prepare_process, side_by_side, threads
 from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.transforms import Factors, FittedJob, fit
@@ -59,6 +60,7 @@ def run(job: Job, staging: Staging, progress: Reporter) -> Findings:
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         OutputError: The output cannot be written.
+        DeviceError: The device has too little memory left.
     """
     output = _Output(staging, _nothing_found(job), {})
     _run(job, (output,), staging, progress)
@@ -82,7 +84,7 @@ def run_shared(
     """
     prepare_process()
     todo = [tensor for tensor in job.plan.in_order() if tensor.numel]
-    units, fitted = shard_units(job, todo), fit(job, crew, progress)
+    units = shard_units(job, todo)
 
     def merge_shard(unit: Unit) -> dict[str, Any]:
         findings = _nothing_found(job)
@@ -91,9 +93,11 @@ def run_shared(
         return findings.to_dict()
 
     findings = _nothing_found(job)
-    _begin(job, todo, progress)
-    for _, part in crew.share(units, merge_shard):
-        findings.add(part)
+    with current(job.source.device):
+        fitted = fit(job, crew, progress)
+        _begin(job, todo, progress)
+        for _, part in crew.share(units, merge_shard):
+            findings.add(part)
     return findings
 
 
@@ -139,10 +143,11 @@ def _run(job: Job, outputs: Sequence[_Output], staging: Staging, progress: Repor
     if not todo:
         return
     crew = Alone(staging.scratch)
-    fitted = fit(job, crew, progress)
-    _begin(job, todo, progress)
-    for _ in crew.share(shard_units(job, todo), lambda unit: _merge(fitted, unit.tensors, outputs, progress)):
-        pass
+    with current(job.source.device):
+        fitted = fit(job, crew, progress)
+        _begin(job, todo, progress)
+        for _ in crew.share(shard_units(job, todo), lambda unit: _merge(fitted, unit.tensors, outputs, progress)):
+            pass
 
 
 def _begin(job: Job, tensors: Sequence[TensorPlan], progress: Reporter) -> None:
@@ -216,7 +221,7 @@ def _run_whole(
 
     def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Iterator[tuple[_Output, Tensor]]:
         fitted.chain.apply(piece, taus)
-        return _merged(fitted, piece, theta_0, taus, outputs, fitted.factors(piece.tensor))
+        return _merged(fitted, piece, theta_0, taus, outputs, fitted.factors(piece.tensor, taus.device))
 
     modest, thread = [tensor for tensor in tensors if together(job.source, tensor)], threading.local()
 
@@ -241,7 +246,6 @@ def _run_in_turn(
     """Merge tensors one after the other: read one ahead, write one behind."""
     job = fitted.job
     device, on_host = job.source.device, beyond_device(job)
-    sending = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     # Buffers that are used again cost no page faults: one is read into, one is merged from. The two largest tensors,
     # as a rule embedding and head, are not worth holding that much for all others: they have memory of their own.
@@ -254,9 +258,13 @@ def _run_in_turn(
         loader = loaders[turn % 2] if tensor.numel <= most else None
         with current(device):
             piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor), loader=loader)
-            return piece, *_sent(theta_0, taus, None if tensor.name in on_host else sending)
+            if tensor.name in on_host:
+                return piece, theta_0, taus, lambda: None
+            (theta_0, taus), arrive = sender.send([theta_0, taus])
+            return piece, theta_0, taus, arrive
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
+        sender = Sender(device)
 
         def read(turn: int) -> Future[tuple[Piece, Tensor, Tensor, Callable[[], None]]]:
             return reading.submit(fetch, turn)
@@ -276,27 +284,6 @@ def _run_in_turn(
             progress.advance(piece_bytes(job.plan, piece), tensor.name)
         if behind is not None:
             behind.result()
-
-
-def _sent(theta_0: Tensor, taus: Tensor, stream: torch.cuda.Stream | None) -> tuple[Tensor, Tensor, Callable[[], None]]:
-    """The tensors on the stream's device, and what to call before they are used; as they are without a stream.
-
-    The copy runs beside the work of other streams; calling makes the current stream, not the processor, wait for it.
-    """
-    if stream is None:
-        return theta_0, taus, lambda: None
-    with torch.cuda.stream(stream):
-        there = [tensor.pin_memory().to(stream.device, non_blocking=True) for tensor in (theta_0, taus)]
-        copied = torch.cuda.Event()
-        copied.record(stream)
-
-    def arrive() -> None:
-        consumer = torch.cuda.current_stream(stream.device)
-        consumer.wait_event(copied)
-        for tensor in there:
-            tensor.record_stream(consumer)  # its memory is not given to another copy before this stream is done with it
-
-    return there[0], there[1], arrive
 
 
 def _merged(
@@ -345,6 +332,8 @@ def merged_vector(
     moments = job.moments(piece.tensor) if measured is None else None
     if moments is not None:  # it is here as a whole
         measured = measured_at_once(moments, taus.reshape(len(taus), -1), theta_0.reshape(-1))
+    if measured is not None and taus.device.type == "cpu":  # what does not fit on the device is merged here
+        measured = measured.cpu()
     context = Context(
         tensor=piece.tensor.twin or piece.tensor.name, weights=setting.weights,
         experts=experts, measured=measured,

@@ -1,4 +1,4 @@
-"""Devices, threads, and work that is shared out among them."""
+"""Threads, and work that is shared out among them."""
 
 from __future__ import annotations
 
@@ -16,33 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from modelmerge.devices import current, find_device
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import Loader
 from modelmerge.engine.pieces import Piece, Pieces, Sample
-from modelmerge.errors import DeviceError, OutputError, named
+from modelmerge.errors import OutputError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
 
 MOST_THREADS = 1024  # that torch is given because a file says so
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name: cpu, cuda, cuda:N, or auto (a CUDA device if there is one).
-
-    Raises:
-        DeviceError: It is not there, or is no device modelmerge knows.
-    """
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
-        raise DeviceError(f"{named('device')} '{name}' is no device", hint="use cpu, cuda, cuda:0, cuda:1, ... or auto")
-    if kind == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(number or 0) >= count:
-        have = f"there {'is' if count == 1 else 'are'} {count}" if count else "this torch sees none"
-        raise DeviceError(f"{named('device')} {name}: no such CUDA device; {have}", hint="use cpu or auto")
-    return torch.device("cuda", int(number or 0))
 
 
 def default_workers(device: torch.device) -> int:
@@ -63,15 +44,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a CUDA device this thread's own inside the block.
-
-    Pinned memory and streams belong to the current device, which is the first one unless a thread says otherwise: a run
-    on another card would take memory on that one too.
-    """
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def prepare_process(files: int = 0) -> None:

@@ -83,7 +83,7 @@ def stored_narrow(plan: Plan) -> list[str]:
 
 def squared(values: Tensor) -> float:
     """The squared norm of values of any shape."""
-    if values.is_cuda:
+    if values.device.type != "cpu":
         return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
     # On the CPU a product of float32 vectors takes a tenth of that time, and is exact enough for runs of this length.
     runs = values.reshape(-1).split(_RUN) if values.numel() > _RUN else (values.reshape(-1),)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class FittedVector:
     """The vector of each group, as coefficients.
 
-    `coefficients` [G, T] float32 and `active` [G, T] are by tensor; G is the tensor's rows, or 1.
+    `coefficients` [G, T] float32 and `active` [G, T], on the host, are by tensor; G is the tensor's rows, or 1.
     """
 
     by_row: bool
@@ -51,13 +51,15 @@ class FittedVector:
         """
         if piece.tensor.name not in self.coefficients:
             return None
-        coefficients, active = (part.to(taus.device) for part in self._groups_of(piece))
+        coefficients, active = self._groups_of(piece)
+        coefficients = coefficients.to(taus.device)
         grouped = taus.view(len(taus), -1, piece.tensor.shape[1]) if self.by_row else taus.view(len(taus), 1, -1)
         delta = grouped[0] * coefficients[:, :1]
         for k in range(1, len(grouped)):
             delta.add_(grouped[k] * coefficients[:, k : k + 1])
         for k in range(len(grouped)):
-            grouped[k].sub_(delta if bool(active[:, k].all()) else delta * active[:, k : k + 1])
+            takes_part = active[:, k : k + 1]
+            grouped[k].sub_(delta if bool(takes_part.all()) else delta * takes_part.to(taus.device))
         return delta.view(taus.shape[1:])
 
     def _groups_of(self, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -75,7 +77,7 @@ class FittedVector:
 
     def keep(self, tensor: str, solution: Solution, device: torch.device) -> None:
         """Keep the solution of a tensor (or, row by row, of its next rows)."""
-        parts = (solution.coefficients.to(device, torch.float32), solution.active.to(device, torch.float32))
+        parts = (solution.coefficients.to(device, torch.float32), solution.active.to("cpu", torch.float32))
         for kept, part in zip((self.coefficients, self.active), parts, strict=True):
             kept[tensor] = torch.cat([kept[tensor], part]) if tensor in kept else part
 
@@ -109,7 +111,9 @@ class VectorTransform:
         grams: dict[str, Tensor] = {}
         for _, part in crew.share(units, lambda unit: self._grams(source, unit.tensors, before, progress)):
             grams |= part
-        stacked = torch.stack(list(grams.values()))
+        # The descent takes many small steps and shows each: a device would be waited for at every one.
+        stacked = torch.stack(list(grams.values())).cpu()
+        grams = dict(zip(grams, stacked, strict=True))
         groups = stacked if granularity == "tensor" else stacked.sum(0, keepdim=True)
         progress.stage("descending", self.options.steps + 1, "steps")
         watch: Watch = lambda loss: progress.advance(1, f"loss {loss:.4f}")  # noqa: E731

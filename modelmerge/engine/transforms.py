@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from modelmerge.engine.corrections import CorrectionTransform
@@ -156,9 +157,9 @@ class FittedJob:
         setting = self.job.settings[tensor.name]
         return dataclasses.replace(setting, weights=self.chain.weights(tensor.name, setting.weights))
 
-    def factors(self, tensor: TensorPlan) -> Factors | None:
-        """The factors of task vectors that are still products."""
-        return factors_of(self.job.source, tensor) if self.chain.keeps_factors else None
+    def factors(self, tensor: TensorPlan, device: torch.device) -> Factors | None:
+        """The factors, on the device, of task vectors that are still products."""
+        return factors_of(self.job.source, tensor, device) if self.chain.keeps_factors else None
 
     def unchecked(self, tensor: TensorPlan) -> bool:
         """True if no earlier pass has checked this tensor for NaN and Inf."""

@@ -21,7 +21,7 @@ from modelmerge.checkpoint.opening import as_references, open_model, open_refere
 from modelmerge.checkpoint.output import replace_file
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
 from modelmerge.checkpoint.reference import STAGE, Reference, parse, parse_all
-from modelmerge.engine.parallel import find_device
+from modelmerge.devices import find_device
 from modelmerge.errors import CheckpointError, ModelMergeError, OutputError, UsageError, named
 from modelmerge.evaluation.model import Model
 from modelmerge.evaluation.report import ModelRow, Report, ScoreEntry

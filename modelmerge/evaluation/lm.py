@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelmerge.engine.parallel import find_device
+from modelmerge.devices import find_device
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.evaluation.bench import Bench, Models, Running, merge_inputs, normalise_by_published, run
 from modelmerge.evaluation.custom import seed_all

@@ -24,6 +24,7 @@ from modelmerge.checkpoint.names import layer_type
 from modelmerge.checkpoint.opening import as_references, open_references
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
 from modelmerge.checkpoint.reference import Named, Reference, parse, parse_all, parse_experts
+from modelmerge.devices import current
 from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import Loader, wholes
@@ -89,7 +90,8 @@ def evaluate(
         source = source_of(plan, running.device)
         fetch(plan, running.progress, beside="nothing", stream=False)
         tensors = [tensor for tensor in plan.select("merge") if tensor.numel and tensor.twin is None]
-        sums = measure(source, len(experts), tensors, running.progress, decompose=decompose)
+        with current(source.device):
+            sums = measure(source, len(experts), tensors, running.progress, decompose=decompose)
         tables = describe(sums, names, columns, per_layer=per_layer)
         inputs = [record(model, model.digests()) for model in plan.models]
         rows = zip(columns, inputs[1 + len(experts) :], checkpoints[len(experts) :], strict=True)

@@ -22,12 +22,13 @@ weight would get a boundless lambda there: it is left out of that weight, with a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from modelmerge import devices
 from modelmerge.errors import named
 from modelmerge.methods import linalg, presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor
@@ -188,11 +189,12 @@ def descend(
     adam = torch.optim.Adam([correction], lr=_value(options.lr), betas=(0.9, 0.999), eps=1e-8, fused=True)
     sight = torch.zeros_like(taus[0]) if each else correction
     shares = torch.tensor(lambdas, dtype=taus.dtype, device=taus.device)
-    size = len(rows) if rows.is_cuda else max(1, _CHUNK // rows[0].nbytes)
+    on_device = rows.device.type != "cpu"
+    size = len(rows) if on_device else max(1, _CHUNK // rows[0].nbytes)
     flat = [whole.view(len(rows), 1, -1) for whole in (sight, gradient)]
     parts = list(zip(*(whole.split(size) for whole in (rows, offset, *flat)), strict=True))
     enough = TOLERANCE * float(offset.square().sum())
-    step, losses = 0, [lambda: math.inf] * (2 if rows.is_cuda else 1)
+    step, losses = 0, [lambda: math.inf] * (2 if on_device else 1)
     for step in range(1, int(_value(options.steps)) + 1):
         looks, loss = step % _LOOK == 0 and TOLERANCE > 0, offset.new_zeros(())
         for vectors, at_zero, d, g in parts:
@@ -201,7 +203,7 @@ def descend(
                 loss += errors.square().sum()
             torch.bmm(errors.mul_(2.0 * total), vectors, out=g)
         if looks:
-            losses = [*losses[1:], _read_later(loss)]
+            losses = [*losses[1:], devices.read_later(loss)]
             if losses[0]() < enough:
                 step -= 1
                 break
@@ -212,21 +214,6 @@ def descend(
             sight.copy_(torch.tensordot(shares, correction, dims=1))
     context.tell({"steps": step})
     return correction
-
-
-def _read_later(value: Tensor) -> Callable[[], float]:
-    """The value, once asked for: on a GPU a copy is sent off now, and only asking waits for it."""
-    if not value.is_cuda:
-        return lambda: float(value)
-    host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-    there = torch.cuda.Event()
-    there.record(torch.cuda.current_stream(value.device))
-
-    def read() -> float:
-        there.synchronize()
-        return float(host)
-
-    return read
 
 
 def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: CorrectionOptions, context: Context) -> Tensor:
@@ -264,7 +251,7 @@ def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: Correction
     direction = toward
     square = (residual * toward).sum()
     # Looking at the residual waits for a GPU; iterations past the end change nothing.
-    iteration, look = 0, 8 if rows.is_cuda else 1
+    iteration, look = 0, 1 if rows.device.type == "cpu" else 8
     while iteration < _ITERATIONS and (iteration % look or bool(square > enough)):
         image = system(direction)
         length = torch.where(square > enough, square / (direction * image).sum(), 0.0)

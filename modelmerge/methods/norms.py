@@ -19,18 +19,22 @@ def ratio(before: float, after: float) -> float:
 
 def norm(values: Tensor) -> float:
     """The L1 norm."""
-    return float(torch.linalg.vector_norm(values, ord=1, dtype=torch.float64))
+    return float(_norm(values))
+
+
+def _norm(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, ord=1, dtype=torch.float64)
 
 
 def sums(taus: Tensor, kept: Callable[[int, Tensor], Tensor]) -> Tensor:
     """The norms of each of [T, *shape], and of what `kept(i, block)` keeps of a block [n] of it: float64 [T, 2]."""
     flat = taus.reshape(len(taus), -1)
-    totals = [[0.0, 0.0] for _ in flat]
+    totals = torch.zeros(len(flat), 2, dtype=torch.float64, device=flat.device)
     for block in blocks(flat):
         for i, total in enumerate(totals):
             part = flat[i, block]
-            total[0], total[1] = total[0] + norm(part), total[1] + norm(kept(i, part))
-    return torch.tensor(totals, dtype=torch.float64)
+            total.add_(torch.stack([_norm(part), _norm(kept(i, part))]))
+    return totals
 
 
 def restored(taus: Tensor, weights: Sequence[float], kept: Callable[[int, Tensor], Tensor]) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ NEGLIGIBLE = 1e-3
 def changed(taus: Tensor, context: Context) -> dict[int, float]:
     """The norms of the task vectors [T, *shape] by expert, without the negligible ones, of which the user hears."""
     # One by one: all at once they would be widened together.
-    norms = [float(torch.linalg.vector_norm(tau, dtype=torch.float64)) for tau in taus]
+    norms = torch.stack([torch.linalg.vector_norm(tau, dtype=torch.float64) for tau in taus]).tolist()
     kept = {}
     for i, norm in enumerate(norms):
         if norm == 0.0 or norm < NEGLIGIBLE * max(norms):

@@ -93,7 +93,7 @@ def smallest(values: Tensor, *ranks: int) -> Tensor:
 
 
 def trim(tau: Tensor, threshold: Tensor | None) -> Tensor:
-    """`tau` with every entry whose magnitude is below `threshold` (0-d) set to zero."""
+    """`tau` with every entry whose magnitude is below `threshold` (0-d, on the host) set to zero."""
     if threshold is None:
         return tau.clone()
     # hardshrink keeps |x| > limit in one pass over memory; |x| >= t is |x| > the next float below t.

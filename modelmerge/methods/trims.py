@@ -25,7 +25,8 @@ def of_tensor(places: Places, kept: Callable[[Tensor, Tensor], Tensor], rescale:
         ends = yield from by_place(lambda taus: (tau.abs() for tau in taus), places, numel, at_once=at_once)
         factors = torch.ones(len(ends), 1, dtype=torch.float64, device=ends.device)
         if rescale == "norm":
-            sums = yield Look(lambda taus, base: norms.sums(taus, lambda i, block: kept(block, ends[i])))
+            limits = ends.cpu()
+            sums = yield Look(lambda taus, base: norms.sums(taus, lambda i, block: kept(block, limits[i])))
             factors = factors.new_tensor([[norms.ratio(*each)] for each in sums.tolist()])
         return torch.cat([ends.double(), factors], dim=1)
 
@@ -33,6 +34,7 @@ def of_tensor(places: Places, kept: Callable[[Tensor, Tensor], Tensor], rescale:
 
 
 def ends_and_factors(measured: Tensor, weights: Sequence[float]) -> tuple[Tensor, tuple[float, ...]]:
-    """The ends, float32 [T, k], and the weights times the factors, of what `of_tensor` has measured."""
+    """The ends, float32 [T, k] on the host, and the weights times the factors, of what `of_tensor` has measured."""
+    measured = measured.cpu()
     factors = measured[:, -1].tolist()
     return measured[:, :-1].float(), tuple(w * factor for w, factor in zip(weights, factors, strict=True))

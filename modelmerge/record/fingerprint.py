@@ -15,6 +15,7 @@ import torch
 
 from modelmerge._version import __version__
 from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.devices import KINDS
 from modelmerge.plan.tensors import Plan
 
 _THREADS = " threads="
@@ -40,8 +41,9 @@ def circumstances(device: object) -> dict[str, Any]:
         "blas": blas[1] if blas else None,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
-    if str(device).startswith("cuda"):
-        machine["gpu"] = torch.cuda.get_device_name(str(device))
+    kind = KINDS.get(str(device).partition(":")[0])
+    if kind is not None:
+        machine["gpu"] = kind.name(torch.device(str(device)))
     return {"device": str(device), "threads": torch.get_num_threads(), "machine": machine, "versions": versions()}
 
 

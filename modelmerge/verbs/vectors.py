@@ -17,6 +17,7 @@ from modelmerge.checkpoint.opening import as_references, open_models
 from modelmerge.checkpoint.portable import portable
 from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT
 from modelmerge.checkpoint.staging import Staging
+from modelmerge.devices import current
 from modelmerge.engine import vectors
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import fitting_bytes, scratch_bytes, vector_memory
@@ -319,7 +320,8 @@ def _run(
         for remark in [*remarks(plan), *(remarks_on_origin(plan.base) if beside == "all" else [])]:
             progress.note(remark)
         fetch(plan, progress, beside=beside, stream=frame.stream)
-        result = write(output.stage)
+        with current(device):
+            result = write(output.stage)
         output.staging.write_indices()
         each, whole = vector_manifests(verb, plan, device, result.unchanged, result.ranks)
         for name, manifest in each.items():

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import modelmerge
+from modelmerge.devices import find_device
 from modelmerge.engine import job, memory
 from modelmerge.engine.memory import beyond_device, peak_memory
-from modelmerge.engine.parallel import find_device, threads
+from modelmerge.engine.parallel import threads
 from modelmerge.errors import CheckpointError, DeviceError, RecipeError, UsageError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Context, measured_at_once

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import pytest
 import torch
 
 from modelmerge.errors import UsageError
 from modelmerge.methods import registry
-from modelmerge.methods.contract import Method, measured_at_once
-from modelmerge.methods.options import is_linear, make_options, option_types
-from tests.support.methods import SHAPE, context_of, counted, measured_in_blocks, merged, takes, taus_of
+from modelmerge.methods.contract import measured_at_once
+from modelmerge.methods.options import is_linear, make_options
+from tests.support.methods import SHAPE, choices, context_of, counted, measured_in_blocks, merged, takes, taus_of
 
 NAMES = registry.names()
 
@@ -91,12 +91,6 @@ def test_leaves_its_input_alone(name: str) -> None:
     before = taus.clone()
     merged(name, taus, weights=(0.5, 1.0, 2.0, 1.0)[: len(taus)])
     assert torch.equal(taus, before)
-
-
-def choices(chosen: Method) -> list[dict[str, Any]]:
-    """The defaults, and each choice of each option that is a choice."""
-    kinds = option_types(chosen.options).items()
-    return [{}, *({name: value} for name, kind in kinds if get_origin(kind) is Literal for value in get_args(kind))]
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (4, 3, 2, 2), (1, 1)])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Context, Method, Moments, Pass, Survey, measured_at_once
-from modelmerge.methods.options import make_options
+from modelmerge.methods.options import make_options, option_types
 
 SHAPE = (24, 18)
 
@@ -57,7 +57,7 @@ def surveyed(survey: Survey, taus: Tensor) -> Tensor:
 
 
 def counted(wanted: Pass, taus: Tensor) -> Tensor:
-    total = torch.zeros(len(taus), wanted.counters, dtype=torch.int64)
+    total = torch.zeros(len(taus), wanted.counters, dtype=torch.int64, device=taus.device)
     wanted.measure(taus.contiguous(), total)
     return total
 
@@ -93,6 +93,12 @@ def merged(
     told: dict[str, Any] = {"weights": weights} if weights else {}
     told |= {"experts": experts} if experts else {}
     return chosen.apply(taus, options, context_of(chosen, options, taus, seed=seed, **told))
+
+
+def choices(chosen: Method) -> list[dict[str, Any]]:
+    """The defaults, and each choice of each option that is a choice."""
+    kinds = option_types(chosen.options).items()
+    return [{}, *({name: value} for name, kind in kinds if get_origin(kind) is Literal for value in get_args(kind))]
 
 
 def typed(name: str, options: dict[str, Any]) -> str:

@@ -71,9 +71,9 @@ def shorten(merged: Tensor, norms: tuple[float, ...], cap: float, context: Conte
     outside of what fine-tuning does to a weight that it changes little, and well inside where it changes it a lot.
     """
     assert context.base is not None, "the method asks for the base"
-    mean = sum(norms) / len(norms)
-    expert = float(torch.linalg.vector_norm(context.base, dtype=torch.float64)) + mean
-    length = float(torch.linalg.vector_norm(merged, dtype=torch.float64))
+    mean, both = sum(norms) / len(norms), (context.base, merged)
+    weight, length = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float64) for each in both]).tolist()
+    expert = weight + mean
     bound = cap * (mean * expert) ** 0.5
     if length > bound:
         context.tell({"shortened": bound / length})

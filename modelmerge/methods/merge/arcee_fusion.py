@@ -20,7 +20,7 @@ from modelmerge.methods.contract import Context, Method, Tensor
 from modelmerge.methods.options import option
 
 _EPSILON = 1e-8
-_BLOCK = 1 << 20  # elements that are in float64 at a time
+_BLOCK = 1 << 17  # elements that are in float64 at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     count, by_row = len(taus), options.scope == "row" and taus.ndim > 2
     grouped = taus.flatten(2) if by_row else taus.reshape(count, 1, -1)
     products = grams([*grouped]) if context.measured is None else context.measured.view(1, count, count)
-    moved = [i for i in range(count) if options.unbounded or bool(products[:, i, i].any())]
+    lengths = products.diagonal(dim1=1, dim2=2).any(0).tolist()
+    moved = [i for i, length in enumerate(lengths) if options.unbounded or length]
     for i in range(count):
         if i not in moved and context.start == 0:
             context.leave_out(i, "it did not change this tensor")

@@ -38,7 +38,8 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the trimmed entries that agree with the elected sign, reduced and scaled."""
-    thresholds, factors = context.measured, context.weights
+    # On the host once, not one by one where each is needed.
+    thresholds, factors = context.measured if context.measured is None else context.measured.cpu(), context.weights
     if thresholds is not None and options.trim_scope == "tensor":
         ends, factors = trims.ends_and_factors(thresholds, factors)
         thresholds = ends[:, 0]

@@ -1,0 +1,253 @@
+"""Work on a device, without one: on `sim:0` and `sim:1` the results are the CPU's, and the processor seldom waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from modelmerge.devices import Sender, current, find_device, read_later
+from modelmerge.errors import DeviceError
+from modelmerge.methods import registry
+from modelmerge.methods.contract import measured_at_once
+from modelmerge.methods.options import make_options
+from tests.support.methods import SHAPE, choices, context_of, measured_in_blocks, surveyed, takes, taus_of
+from tests.support.simulated import Machine, simulated
+
+SIM = torch.device("sim", 1)  # not the first: what forgets to say which one goes there
+EXPERTS = 4
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    with simulated() as machine:
+        yield machine
+
+
+# The device.
+
+
+def test_simulated_tensors_are_the_cpus_with_another_device(machine: Machine) -> None:
+    values = torch.arange(6.0).view(2, 3)
+    there = values.to(SIM)
+    made = [torch.zeros(2, device=SIM), torch.tensor([1.0], device=SIM), torch.eye(2, device=SIM), there.new_ones(2)]
+    assert {each.device for each in (there, there[0], there.mT @ there, there[[1, 0]], *made)} == {SIM}
+    there[0].mul_(2.0).add_(there[1])
+    values[0].mul_(2.0).add_(values[1])
+    assert torch.equal(there.cpu(), values)
+    assert not there.is_cuda
+
+
+def test_simulated_devices_refuse_to_be_mixed(machine: Machine) -> None:
+    there, here, beside = torch.ones(3, device=SIM), torch.ones(3), torch.ones(3, device="sim:0")
+    assert (there * torch.tensor(2.0)).device == SIM, "a scalar may lie anywhere, as on CUDA"
+    for other in (here, beside):
+        with pytest.raises(RuntimeError, match="mixes devices"):
+            there + other
+        with pytest.raises(RuntimeError, match="mixes devices"):
+            other.add_(there)
+    with pytest.raises((TypeError, RuntimeError)):
+        there.numpy()
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(), lambda x: float(x[0]), lambda x: bool(x.any()), lambda x: x.cpu(),
+        lambda x: x.tolist(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: torch.equal(x, x),
+        lambda x: torch.empty(3).copy_(x), lambda x: x.int().bincount(), lambda x: read_later(x.sum())(),
+    ],
+)  # fmt: skip
+def test_a_simulated_device_tells_where_it_was_waited_for(wait: Any, machine: Machine) -> None:
+    there = torch.ones(3).to(SIM)
+    there.mul_(2.0).sort()
+    assert not machine.waits
+    wait(there)
+    assert len(machine.waits) == 1
+
+
+def test_a_simulated_copy_is_there_once_it_was_waited_for(machine: Machine) -> None:
+    value = torch.tensor(3.0, device=SIM)
+    with current(SIM):
+        host = machine.pinned((), torch.float32).copy_(value, non_blocking=True)
+        assert host.isnan()
+        value.fill_(5.0)  # queued behind the copy
+        first, second = read_later(value), machine.event()
+        second.record(machine.current_stream(SIM))
+        second.synchronize()
+    assert (float(host), first()) == (3.0, 5.0)
+
+
+def test_simulated_streams_must_wait_for_one_another(machine: Machine) -> None:
+    stream, event = machine.stream(SIM), machine.event()
+    with machine.on(stream):
+        there = torch.ones(3, device=SIM)
+        event.record(stream)
+    with pytest.raises(RuntimeError, match="has not been waited for"):
+        there.sum()
+    machine.current_stream(SIM).wait_event(event)
+    with pytest.raises(RuntimeError, match="without record_stream"):
+        there.sum()
+    there.record_stream(machine.current_stream(SIM))
+    assert float(there.sum()) == 3.0
+
+
+def test_simulated_memory_is_counted_and_runs_out(machine: Machine) -> None:
+    machine.capacity = 4000
+    with current(SIM):
+        there = torch.zeros(500, device=SIM)
+        view = there.view(5, 100)[1:]
+        assert machine.free(SIM) == 2000
+        assert machine.free(torch.device("sim", 0)) == 4000
+        with pytest.raises(torch.OutOfMemoryError):
+            there.double()
+        del there
+        assert machine.free(SIM) == 2000, "a view holds it all"
+        del view
+    assert (machine.free(SIM), machine.peak[1]) == (4000, 2000)
+
+
+def test_what_is_sent_to_a_simulated_device_takes_no_wait(machine: Machine) -> None:
+    tensors = [torch.arange(4.0), torch.arange(5)]
+    with current(SIM):
+        there, arrive = Sender(SIM).send(tensors)
+        with pytest.raises(RuntimeError, match="has not been waited for"):
+            there[0].sum()
+        arrive()
+        doubled = [each * 2 for each in there]
+    assert not machine.waits
+    assert machine.used == {1}
+    assert all(torch.equal(there.cpu(), here * 2) for there, here in zip(doubled, tensors, strict=True))
+
+
+def test_simulated_devices_are_found_by_name(machine: Machine) -> None:
+    assert [find_device(name) for name in ("sim", "sim:1", "auto")] == [
+        torch.device("sim", 0),
+        SIM,
+        torch.device("sim", 0),
+    ]
+    with pytest.raises(DeviceError, match="no such SIM device; there are 2"):
+        find_device("sim:2")
+
+
+def test_a_simulated_device_without_memory_is_one_error(machine: Machine) -> None:
+    machine.capacity = 1000
+    with pytest.raises(DeviceError, match="sim:1 has too little memory left: 1,000 bytes") as refused, current(SIM):
+        torch.zeros(1000, device=SIM)
+    assert "--device" in refused.value.hint.replace("device cpu", "--device cpu")
+
+
+# Every method on one tensor.
+
+# How often the processor waits for the device while a method is at one tensor of so many experts, and for each of the
+# iterations that it tells of: what it has to know there to go on. A method that is not named never waits.
+_RANKS = "how many singular values count: that is the shape of what follows"
+WAITS: dict[str, tuple[int, float, str]] = {
+    "apgd": (4, 1 / 8, "norms; the lambdas' scale; the residual, now and then; both norms of the bound"),
+    "apgd adam": (3, 0, "norms; the lambdas' scale; the first loss; both norms of the bound"),
+    "breadcrumbs": (1, 0, "the ends and factors of all experts"),
+    "della rescale=norm": (2 * EXPERTS, 0, "the norms before and after, of each expert in its turn"),
+    "iso-c": (1, 0, _RANKS),
+    "iso-cts": (3 + 2 * EXPERTS, 0, f"{_RANKS}; whether anything of an expert remains"),
+    "karcher": (1, 0, "inner products, from which the host finds the coefficients"),
+    "knots": (2, 0, f"{_RANKS}; the ends of all experts"),
+    "kron": (
+        5 + EXPERTS,
+        2,
+        f"norms; {_RANKS}; two spectral norms; in each iteration, of T x 6 products, its two numbers",
+    ),
+    "model-stock": (2, 0, "who changed the tensor; the ratio, of which the user hears"),
+    "multislerp": (1, 0, "inner products, from which the host finds the coefficients"),
+    "ramplus-tl": (1, 0, "the counts of all experts"),
+    "sce": (1, 0, "the limit and the squares of all experts"),
+    "slerp": (1, 0, "inner products, from which the host finds the coefficients"),
+    "ties": (1, 0, "the thresholds of all experts"),
+    "ties rescale=norm": (2, 0, "the thresholds, and the norms, of all experts"),
+    "tsv-m": (2 + EXPERTS, 0, _RANKS),
+    "wudi": (1, 0, "norms"),
+    "wudi adam": (2, 0, "norms; the size of the task vectors, of which the learning rate is a share"),
+}
+# Algorithms that are options, in addition to those that each choice of a choice makes.
+MORE: dict[str, list[dict[str, Any]]] = {
+    "apgd": [{"published": True, "steps": 50}, {"solver": "adam", "steps": 50}],
+    "wudi": [{"published": True, "steps": 50}, {"solver": "adam", "steps": 50, "relative_lr": 0.1}],
+}
+ALGORITHMS = [
+    pytest.param(name, values, id=" ".join([name, *(f"{option}={value}" for option, value in values.items())]))
+    for name in registry.names()
+    for values in (*choices(registry.load(name)), *MORE.get(name, ()))
+]
+
+
+def bound(name: str, values: dict[str, Any], figures: dict[str, float]) -> float:
+    """The most waits on one tensor."""
+    adam = values.get("solver") == "adam" or values.get("published")
+    words = [f"{name} adam"] if adam else [f"{name} {option}={value}" for option, value in values.items()]
+    most, each, _ = next((WAITS[word] for word in (*words, name) if word in WAITS), (0, 0, ""))
+    looks = figures.get("steps", 0) // 10  # Adam's loss, every tenth step
+    return most + math.ceil(each * figures.get("iterations", 0)) + looks
+
+
+@pytest.mark.parametrize(("name", "values"), ALGORITHMS)
+def test_methods_on_a_simulated_device(name: str, values: dict[str, Any], machine: Machine) -> None:
+    """The CPU's bits, no mixing, few waits."""
+    chosen, taus = registry.load(name), taus_of(takes(name, EXPERTS))
+    options, figures = make_options(chosen, name, values), dict[str, float]()
+    context = context_of(chosen, options, taus, tell=figures.update)
+    there = {
+        field: getattr(context, field).to(SIM) for field in ("measured", "base") if getattr(context, field) is not None
+    }
+    result = chosen.apply(taus.to(SIM), options, dataclasses.replace(context, **there))
+    waits = list(machine.waits)
+    assert result.device == SIM
+    assert len(waits) <= bound(name, values, figures), waits
+    assert torch.equal(result.cpu(), chosen.apply(taus, options, context))
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names() if registry.load(name).matrices])
+def test_factors_on_a_simulated_device(name: str, machine: Machine) -> None:
+    chosen, generator = registry.load(name), torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randn(SHAPE[0], 3, generator=generator), torch.randn(3, SHAPE[1], generator=generator)) for _ in range(3)
+    ]
+    taus, options = torch.stack([left @ right for left, right in pairs]), chosen.options()
+    context = context_of(chosen, options, taus, factors=tuple(pairs))
+    fields = {field: getattr(context, field) for field in ("measured", "base")}
+    there = {field: value.to(SIM) for field, value in fields.items() if value is not None}
+    moved = dataclasses.replace(context, factors=tuple((a.to(SIM), b.to(SIM)) for a, b in pairs), **there)
+    result = chosen.apply(taus.to(SIM), options, moved)
+    assert torch.equal(result.cpu(), chosen.apply(taus, options, context))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in registry.names() if registry.load(name).moments(registry.load(name).options(), {})]
+)
+def test_moments_on_a_simulated_device(name: str, machine: Machine) -> None:
+    """What a tensor is measured by, at once and in blocks of which a sample comes first."""
+    chosen = registry.load(name)
+    moments = chosen.moments(chosen.options(), {})
+    assert moments is not None
+    generator = torch.Generator().manual_seed(0)
+    taus, base = (
+        torch.randn(takes(name, EXPERTS), 30_000, generator=generator),
+        torch.randn(30_000, generator=generator),
+    )
+    at_once = measured_at_once(moments, taus.to(SIM), base.to(SIM))
+    assert torch.equal(at_once.cpu(), measured_at_once(moments, taus, base))
+    in_blocks = measured_in_blocks(moments, taus.to(SIM), base.to(SIM), 10_000, 1_000)
+    assert torch.equal(in_blocks.cpu(), measured_in_blocks(moments, taus, base, 10_000, 1_000))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in registry.names() if registry.load(name).survey(registry.load(name).options(), {})]
+)
+def test_surveys_on_a_simulated_device(name: str, machine: Machine) -> None:
+    """What the whole model is measured by, from a sample first and at once."""
+    chosen, taus = registry.load(name), taus_of(takes(name, EXPERTS)).flatten(1)
+    survey = chosen.survey(chosen.options(), {})
+    assert survey is not None
+    assert torch.equal(surveyed(survey, taus.to(SIM)).cpu(), surveyed(survey, taus))
