@@ -31,6 +31,7 @@ class Bars:
         self._mutex = threading.Lock()
         self._task: TaskID | None = None
         self._label, self._unit, self._item = "", "bytes", ""
+        self._at_work: dict[str, None] = {}  # what has begun and not ended, in that order
         self._done, self._total, self._tenth = 0, 0, 0
         self._begun = self._spoken = time.monotonic()
         self._ended = threading.Event()
@@ -58,6 +59,7 @@ class Bars:
         """Begin a new bar."""
         with self._mutex:
             self._label, self._unit, self._item = visible(label), unit, ""
+            self._at_work.clear()
             self._done, self._total, self._tenth = 0, total, 0
             self._begun = time.monotonic()
             self._task = self._progress.add_task(self._label, total=total, figures="", item="")
@@ -66,14 +68,15 @@ class Bars:
         """Say what is at hand from now on."""
         interrupts.check()
         with self._mutex:
-            self._item = visible(item)
+            self._at_work[item] = None
             self._draw()
 
     def advance(self, amount: int, item: str) -> None:
         """Move the bar on."""
         interrupts.check()
         with self._mutex:
-            self._done, self._item = self._done + amount, visible(item)
+            self._done, self._item = self._done + amount, item
+            self._at_work.pop(item, None)
             self._draw()
             tenth = 10 * self._done // self._total if self._total else 0
             if tenth > self._tenth:
@@ -96,9 +99,18 @@ class Bars:
 
     def _draw(self) -> None:
         if self._drawn and self._task is not None:
-            self._progress.update(self._task, completed=self._done, figures=self._amount(), item=self._item)
+            self._progress.update(self._task, completed=self._done, figures=self._amount(), item=self._at_hand())
+
+    def _at_hand(self) -> str:
+        """What has been at work for longest; where nothing says that it begins, what was done last."""
+        return visible(next(iter(self._at_work), self._item))
+
+    def _share(self) -> float:
+        return self._done / self._total if self._total else 0.0
 
     def _amount(self) -> str:
+        if self._unit == "work":
+            return f"{self._share():.0%}"
         if self._unit == "bytes":
             return f"{size(self._done)} of {size(self._total)}"
         return f"{self._done} of {self._total} {self._unit}"
@@ -115,10 +127,11 @@ class Bars:
         if not self._label:
             return
         elapsed = self._spoken - self._begun
-        share = self._done / self._total if self._total else 0.0
+        share = self._share()
         left = f", {clock(elapsed / share - elapsed)} left" if share else ""
-        item = f", {self._item}" if self._item else ""
-        self._sink.say(f"{self._label}: {share:.0%}, {self._amount()}, {clock(elapsed)} so far{left}{item}")
+        item = f", {self._at_hand()}" if self._at_hand() else ""
+        amount = "" if self._unit == "work" else f" {self._amount()},"
+        self._sink.say(f"{self._label}: {share:.0%},{amount} {clock(elapsed)} so far{left}{item}")
 
     def _acknowledge(self) -> None:
         """Answer a signal at once; the work ends when it next looks."""

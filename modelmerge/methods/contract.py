@@ -186,7 +186,7 @@ class Method:
         moments: Given the same of a tensor, what it has to be measured by first, if by anything.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         flops: Given m, n and T, about how many operations `apply` takes on [T, m, n]: whoever shares work out has the
-            dearest done first.
+            dearest done first, and progress goes by it.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
         on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
             `modelmerge.methods.coefficients`.
@@ -213,11 +213,15 @@ class Method:
     on_data: bool = False
 
 
+def matrix_flops(m: int, n: int, tasks: int) -> float:
+    """About how many operations it takes to decompose each task vector of [T, m, n]."""
+    return 10.0 * tasks * m * n * min(m, n)
+
+
 # A method for the weights of linear layers: they come whole, and the rest is averaged.
 matrix_method = functools.partial(
-    Method, matrices=True, rest=lambda options: "average", blockwise=lambda options: False,
-    flops=lambda m, n, tasks: 10.0 * tasks * m * n * min(m, n),
-)  # fmt: skip
+    Method, matrices=True, rest=lambda options: "average", blockwise=lambda options: False, flops=matrix_flops
+)
 
 Watch = Callable[[float], None]  # hears a solver's loss as it goes
 

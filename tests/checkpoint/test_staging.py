@@ -71,7 +71,10 @@ class Meddler:
     def __init__(self, deed: Callable[[], object], *, after: int = 1) -> None:
         self._deed, self._left = deed, after
 
-    def stage(self, label: str, total: int) -> None:
+    def stage(self, label: str, total: int, unit: str = "bytes") -> None:
+        pass
+
+    def begin(self, item: str) -> None:
         pass
 
     def note(self, message: str) -> None:

@@ -73,6 +73,23 @@ def test_the_bar_keeps_twenty_cells_and_the_name_gives_way() -> None:
     assert "model.language_model.layers.31.self_attn.q_proj.weight" in wide
 
 
+def test_what_is_at_work_is_named_until_it_ends() -> None:
+    """Of several at a time the one that takes longest; what takes no time to speak of is named once it is done."""
+    sink, stream = plain("human")
+    with Bars(sink) as bars:
+        bars.stage("merging", 10, "work")
+        for deed, seen in (
+            (lambda: bars.begin("large"), "large"), (lambda: bars.begin("small"), "large"),
+            (lambda: bars.advance(1, "small"), "large"), (lambda: bars.begin("other"), "large"),
+            (lambda: bars.advance(5, "large"), "other"), (lambda: bars.advance(1, "other"), "other"),
+            (lambda: bars.advance(1, "piece"), "piece"),
+        ):  # fmt: skip
+            deed()
+            bars._speak()
+            assert stream.getvalue().splitlines()[-1].endswith(f", {seen}")
+    assert re.fullmatch(r"merging: 80%, 0:00 so far, 0:00 left, piece", stream.getvalue().splitlines()[-1])
+
+
 def plain(form: Literal["human", "quiet"]) -> tuple[Sink, io.StringIO]:
     """A sink whose margin is no terminal, and what it shows there."""
     sink, stream = Sink(form), io.StringIO()
