@@ -28,6 +28,7 @@ from typing import Literal
 
 import torch
 
+from modelmerge import interrupts
 from modelmerge.errors import named
 from modelmerge.methods import linalg, presence
 from modelmerge.methods.contract import Citation, Context, Tensor
@@ -194,6 +195,7 @@ def descend(
     step, losses = 0, [lambda: math.inf] * (2 if rows.is_cuda else 1)
     for step in range(1, int(_value(options.steps)) + 1):
         looks, loss = step % _LOOK == 0 and TOLERANCE > 0, offset.new_zeros(())
+        interrupts.check()
         for vectors, at_zero, d, g in parts:
             errors = torch.bmm(d, vectors.mT).mul_(total).add_(at_zero)
             if looks:
@@ -265,6 +267,7 @@ def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: Correction
     # Looking at the residual waits for a GPU; iterations past the end change nothing.
     iteration, look = 0, 8 if rows.is_cuda else 1
     while iteration < _ITERATIONS and (iteration % look or bool(square > enough)):
+        interrupts.check()
         image = system(direction)
         length = torch.where(square > enough, square / (direction * image).sum(), 0.0)
         solution = solution + length * direction

@@ -270,6 +270,22 @@ def test_an_interrupted_run_leaves_nothing(number: signal.Signals, code: int, ma
     assert leftovers(out) == []
 
 
+def test_an_interrupted_run_says_what_it_keeps(many: Many, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = words(many.models, out, "--resume", "--max-shard-size", "26kB")
+    with running(command, stop=f"{STAGING}.write", call=12) as run:
+        run.until_stopped()
+        run.send(signal.SIGINT)
+        assert run.end() == 130
+        kept = len(json.loads((staging_of(out) / ".journal.json").read_bytes())["finished"])
+        assert kept >= 3
+        said = f"note: {kept} of 24 weight files are finished and kept: the same command takes them up"
+        assert run.err().splitlines() == ["stopping", said, "error: interrupted"]
+    with running(command) as run:
+        assert run.end() == 0
+    assert leftovers(out) == []
+
+
 def test_a_second_run_to_the_same_output_is_refused(
     many: Many, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
