@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -34,6 +35,7 @@ class Bars:
         self._at_work: dict[str, None] = {}  # what has begun and not ended, in that order
         self._done, self._total, self._tenth = 0, 0, 0
         self._begun = self._spoken = time.monotonic()
+        self._whole = 0.0  # seconds that the stage takes in all, as far as it can be told
         self._ended = threading.Event()
         self._drawn = sink.margin.is_terminal and sink.form == "human"
         width = _WIDE_BAR if sink.margin.width >= _WIDE else _BAR
@@ -61,8 +63,8 @@ class Bars:
             self._label, self._unit, self._item = visible(label), unit, ""
             self._at_work.clear()
             self._done, self._total, self._tenth = 0, total, 0
-            self._begun = time.monotonic()
-            self._task = self._progress.add_task(self._label, total=total, figures="", item="")
+            self._begun, self._whole = time.monotonic(), 0.0
+            self._task = self._progress.add_task(self._label, total=total, figures="", whole=0.0, item="")
 
     def begin(self, item: str) -> None:
         """Say what is at hand from now on."""
@@ -77,6 +79,7 @@ class Bars:
         with self._mutex:
             self._done, self._item = self._done + amount, item
             self._at_work.pop(item, None)
+            self._whole = (time.monotonic() - self._begun) / (self._share() or math.inf)
             self._draw()
             tenth = 10 * self._done // self._total if self._total else 0
             if tenth > self._tenth:
@@ -91,7 +94,7 @@ class Bars:
     @contextlib.contextmanager
     def waiting(self, label: str) -> Iterator[None]:
         """Show that something goes on which cannot be counted; nothing is left of it afterwards."""
-        task = self._progress.add_task(label, total=None, figures="", item="")
+        task = self._progress.add_task(label, total=None, figures="", whole=0.0, item="")
         try:
             yield
         finally:
@@ -99,7 +102,9 @@ class Bars:
 
     def _draw(self) -> None:
         if self._drawn and self._task is not None:
-            self._progress.update(self._task, completed=self._done, figures=self._amount(), item=self._at_hand())
+            self._progress.update(
+                self._task, completed=self._done, figures=self._amount(), whole=self._whole, item=self._at_hand()
+            )
 
     def _at_hand(self) -> str:
         """What has been at work for longest; where nothing says that it begins, what was done last."""
@@ -127,11 +132,10 @@ class Bars:
         if not self._label:
             return
         elapsed = self._spoken - self._begun
-        share = self._share()
-        left = f", {clock(elapsed / share - elapsed)} left" if share else ""
         item = f", {self._at_hand()}" if self._at_hand() else ""
         amount = "" if self._unit == "work" else f" {self._amount()},"
-        self._sink.say(f"{self._label}: {share:.0%},{amount} {clock(elapsed)} so far{left}{item}")
+        times = f"{clock(elapsed)} so far{_left(elapsed, self._whole)}"
+        self._sink.say(f"{self._label}: {self._share():.0%},{amount} {times}{item}")
 
     def _acknowledge(self) -> None:
         """Answer a signal at once; the work ends when it next looks."""
@@ -149,13 +153,17 @@ class _Figures(ProgressColumn):
     def render(self, task: Task) -> Text:
         """`1.2 GB of 7.4 GB  0:12, 0:50 left  layers.3.mlp.up_proj.weight`, in the width that is left."""
         elapsed = task.finished_time if task.finished else task.elapsed
-        share = task.completed / task.total if task.total else 0.0
-        left = f", {clock(elapsed / share - elapsed)} left" if elapsed and 0 < share < 1 else ""
+        left = "" if task.finished else _left(elapsed or 0.0, task.fields["whole"])
         figures = f"{task.fields['figures']}  {clock(elapsed or 0)}{left}".strip()
         room = self._width - len(task.description) - len(figures) - 4
         item = task.fields["item"]
         item = item if len(item) <= room else f"…{item[len(item) - room + 1 :]}" if room > _LEAST else ""
         return Text.assemble(figures, (f"  {item}" if item else "", "dim"), no_wrap=True, overflow="crop")
+
+
+def _left(elapsed: float, whole: float) -> str:
+    """What is left of the seconds that it takes in all, told when the bar last moved; they run down until it moves."""
+    return f", {clock(max(whole - elapsed, 0.0))} left" if whole else ""
 
 
 def clock(seconds: float) -> str:
