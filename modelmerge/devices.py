@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 
 from modelmerge.errors import DeviceError, named
+
+if TYPE_CHECKING:  # a method's options are read without torch
+    from torch import Tensor
 
 
 class Kind(Protocol):

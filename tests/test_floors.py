@@ -70,7 +70,9 @@ def test_the_mathematics_knows_no_files() -> None:
         for name in imports(file):
             assert name.split(".")[0] in MATHEMATICS, f"{file.name} imports {name}"
             if name.startswith("modelmerge."):
-                assert name.split(".")[1] in ("devices", "errors", "methods"), f"{file.name} imports {name}"
+                assert name.split(".")[1] in ("devices", "errors", "interrupts", "methods"), (
+                    f"{file.name} imports {name}"
+                )
 
 
 def test_only_the_command_line_imports_rich_and_typer() -> None:

@@ -144,7 +144,7 @@ def options() -> set[str]:
     pages += [["search", "ties"]]  # the options of the methods are those of merge
     pages += [["disentangle", name] for name in registry.names("transform")]
     pages += [["eval", suite] for suite in ("weights", "clip", "custom", "lm", "report")]
-    pages += [["merge"], ["extract"], ["verify"], ["push"], ["guide"], ["demo"]]
+    pages += [["merge"], ["extract"], ["verify"], ["push"], ["guide"], ["demo"], []]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
         return {option for page in pages for option in re.findall(r"--[a-z][a-z-]*", help_of(page))}

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.support.checkpoints import expert_state, write
 from tests.support.commands import script
 from tests.support.processes import running
 
@@ -77,6 +79,35 @@ def test_a_second_interrupt_ends_what_the_first_cannot(models: list[Path], tmp_p
         run.send(signal.SIGINT)
         assert run.end() == 130
         assert run.err() == "stopping\nerror: interrupted\n"
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base and two experts of one matrix, on which each method below works for longer than the runs may."""
+    root, generator = tmp_path_factory.mktemp("large"), torch.Generator().manual_seed(0)
+    base = {"model.layers.0.q_proj.weight": torch.randn(1024, 1024, generator=generator).mul(0.1)}
+    experts = [expert_state(base, seed) for seed in range(2)]
+    return [write(root / name, state) for name, state in zip(("base", "a", "b"), (base, *experts), strict=True)]
+
+
+@pytest.mark.parametrize(("words", "stop"), [
+    (["kron", "--tolerance", "1e-30"], "modelmerge.methods.merge.kron:_square"),
+    (["apgd", "--published", "--steps", "1000000", "--lr", "1e-12"], "modelmerge.methods.linalg:remove_subspace"),
+    (["wudi", "--solver", "adam", "--steps", "1000000"], "torch:addmm"),
+], ids=["kron", "apgd", "wudi"])  # fmt: skip
+def test_a_method_at_one_matrix_looks_for_the_signal(
+    words: list[str], stop: str, large: list[Path], tmp_path: Path
+) -> None:
+    """The run may take ten seconds of the processor's time, after which the system kills it."""
+    out = tmp_path / "out"
+    command = ["merge", *words, *map(str, large), "-o", str(out), "--device", "cpu"]
+    with running(command, stop=stop, call=4, limits={"RLIMIT_CPU": 10}) as run:
+        run.until_stopped()
+        run.send(signal.SIGINT)
+        assert run.end() == 130
+        lines = ["stopping", f"note: nothing is left of this run, and {out} is as it was", "error: interrupted"]
+        assert run.err().splitlines() == lines
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_while_an_object_is_cleared_away_is_neither_shown_nor_lost() -> None:

@@ -112,6 +112,11 @@ class Staging(Publication):
         os.close(self._lock)
 
     @property
+    def kept(self) -> int:
+        """How many finished weight files an error leaves for the next run."""
+        return sum(shard.filename in self.digests for shard in self._layout.shards) if self._resume else 0
+
+    @property
     def has_remains(self) -> bool:
         """Whether something lies beside the output that a run of another process has left or works on."""
         return self._directory.exists() or self._retired.exists()

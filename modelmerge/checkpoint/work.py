@@ -143,8 +143,10 @@ class WorkFolder:
     def __enter__(self) -> WorkFolder:
         self._thread = threading.Thread(target=self._show_life, name="lease", daemon=True)
         self._thread.start()
-        if not self.is_new and not self.has_others():
-            self._forget_attempts()
+        # Others may have finished and removed it since it was found; whoever asks it for something next is told.
+        with contextlib.suppress(Gone), self.there():
+            if not self.is_new and not self.has_others():
+                self._forget_attempts()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -25,6 +25,7 @@ from modelmerge.errors import ModelMergeError
 from modelmerge.methods import registry
 from modelmerge.verbs.auto import AUTO, SUMMARY
 
+_ONE_LINE = "1000"  # columns in which any help line is one line, as zsh wants it
 EXAMPLES = ("modelmerge demo", "modelmerge merge ties base math code -o merged")
 
 
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str], sink: Sink) -> int:
     try:
-        code = build(words)(args=words or ["--help"], prog_name="modelmerge", standalone_mode=False) or 0
+        app = build(_completing() or words)
+        code = app(args=words or ["--help"], prog_name="modelmerge", standalone_mode=False) or 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except typer.TyperException as error:
@@ -136,13 +138,12 @@ def _methods(
         subcommand_metavar="METHOD BASE EXPERT...",
     )  # fmt: skip
     app.callback()(callback)
-    named = _completing() or words
     for name in (*registry.names(kind), *((AUTO,) if kind == "merge" else ())):
         line = SUMMARY if name == AUTO else registry.summary(name, kind)
-        if name in named:
-            app.command(name, help=with_examples(line, merge.usage(verb, name)))(command(name))
+        if name in words:
+            app.command(name, short_help=line, help=with_examples(line, merge.usage(verb, name)))(command(name))
         else:
-            app.command(name, help=line)(_not_named)
+            app.command(name, short_help=line, help=line)(_not_named)
     return app
 
 
@@ -166,5 +167,8 @@ def _names(words: Sequence[str], option: str) -> bool:
 
 
 def _completing() -> list[str]:
-    """The words typed so far, where a shell asks for completion."""
+    """The words typed so far, where a shell asks what may come next: bash, or another."""
+    if "_MODELMERGE_COMPLETE" not in os.environ:
+        return []
+    os.environ["COLUMNS"] = _ONE_LINE
     return os.environ.get("COMP_WORDS", "").split() or os.environ.get("_TYPER_COMPLETE_ARGS", "").split()

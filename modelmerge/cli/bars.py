@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -31,8 +32,10 @@ class Bars:
         self._mutex = threading.Lock()
         self._task: TaskID | None = None
         self._label, self._unit, self._item = "", "bytes", ""
+        self._at_work: dict[str, None] = {}  # what has begun and not ended, in that order
         self._done, self._total, self._tenth = 0, 0, 0
         self._begun = self._spoken = time.monotonic()
+        self._whole = 0.0  # seconds that the stage takes in all, as far as it can be told
         self._ended = threading.Event()
         self._drawn = sink.margin.is_terminal and sink.form == "human"
         width = _WIDE_BAR if sink.margin.width >= _WIDE else _BAR
@@ -58,22 +61,25 @@ class Bars:
         """Begin a new bar."""
         with self._mutex:
             self._label, self._unit, self._item = visible(label), unit, ""
+            self._at_work.clear()
             self._done, self._total, self._tenth = 0, total, 0
-            self._begun = time.monotonic()
-            self._task = self._progress.add_task(self._label, total=total, figures="", item="")
+            self._begun, self._whole = time.monotonic(), 0.0
+            self._task = self._progress.add_task(self._label, total=total, figures="", whole=0.0, item="")
 
     def begin(self, item: str) -> None:
         """Say what is at hand from now on."""
         interrupts.check()
         with self._mutex:
-            self._item = visible(item)
+            self._at_work[item] = None
             self._draw()
 
     def advance(self, amount: int, item: str) -> None:
         """Move the bar on."""
         interrupts.check()
         with self._mutex:
-            self._done, self._item = self._done + amount, visible(item)
+            self._done, self._item = self._done + amount, item
+            self._at_work.pop(item, None)
+            self._whole = (time.monotonic() - self._begun) / (self._share() or math.inf)
             self._draw()
             tenth = 10 * self._done // self._total if self._total else 0
             if tenth > self._tenth:
@@ -88,7 +94,7 @@ class Bars:
     @contextlib.contextmanager
     def waiting(self, label: str) -> Iterator[None]:
         """Show that something goes on which cannot be counted; nothing is left of it afterwards."""
-        task = self._progress.add_task(label, total=None, figures="", item="")
+        task = self._progress.add_task(label, total=None, figures="", whole=0.0, item="")
         try:
             yield
         finally:
@@ -96,9 +102,20 @@ class Bars:
 
     def _draw(self) -> None:
         if self._drawn and self._task is not None:
-            self._progress.update(self._task, completed=self._done, figures=self._amount(), item=self._item)
+            self._progress.update(
+                self._task, completed=self._done, figures=self._amount(), whole=self._whole, item=self._at_hand()
+            )
+
+    def _at_hand(self) -> str:
+        """What has been at work for longest; where nothing says that it begins, what was done last."""
+        return visible(next(iter(self._at_work), self._item))
+
+    def _share(self) -> float:
+        return self._done / self._total if self._total else 0.0
 
     def _amount(self) -> str:
+        if self._unit == "work":
+            return f"{self._share():.0%}"
         if self._unit == "bytes":
             return f"{size(self._done)} of {size(self._total)}"
         return f"{self._done} of {self._total} {self._unit}"
@@ -115,10 +132,10 @@ class Bars:
         if not self._label:
             return
         elapsed = self._spoken - self._begun
-        share = self._done / self._total if self._total else 0.0
-        left = f", {clock(elapsed / share - elapsed)} left" if share else ""
-        item = f", {self._item}" if self._item else ""
-        self._sink.say(f"{self._label}: {share:.0%}, {self._amount()}, {clock(elapsed)} so far{left}{item}")
+        item = f", {self._at_hand()}" if self._at_hand() else ""
+        amount = "" if self._unit == "work" else f" {self._amount()},"
+        times = f"{clock(elapsed)} so far{_left(elapsed, self._whole)}"
+        self._sink.say(f"{self._label}: {self._share():.0%},{amount} {times}{item}")
 
     def _acknowledge(self) -> None:
         """Answer a signal at once; the work ends when it next looks."""
@@ -136,13 +153,17 @@ class _Figures(ProgressColumn):
     def render(self, task: Task) -> Text:
         """`1.2 GB of 7.4 GB  0:12, 0:50 left  layers.3.mlp.up_proj.weight`, in the width that is left."""
         elapsed = task.finished_time if task.finished else task.elapsed
-        share = task.completed / task.total if task.total else 0.0
-        left = f", {clock(elapsed / share - elapsed)} left" if elapsed and 0 < share < 1 else ""
+        left = "" if task.finished else _left(elapsed or 0.0, task.fields["whole"])
         figures = f"{task.fields['figures']}  {clock(elapsed or 0)}{left}".strip()
         room = self._width - len(task.description) - len(figures) - 4
         item = task.fields["item"]
         item = item if len(item) <= room else f"…{item[len(item) - room + 1 :]}" if room > _LEAST else ""
         return Text.assemble(figures, (f"  {item}" if item else "", "dim"), no_wrap=True, overflow="crop")
+
+
+def _left(elapsed: float, whole: float) -> str:
+    """What is left of the seconds that it takes in all, told when the bar last moved; they run down until it moves."""
+    return f", {clock(max(whole - elapsed, 0.0))} left" if whole else ""
 
 
 def clock(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -155,7 +156,7 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
 
 def _recipe_in(words: Sequence[str]) -> Path | None:
     """The file that --recipe names."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*words, ""]):
         if word == "--recipe" or word.startswith("--recipe="):
             return Path(word.partition("=")[2] or following).expanduser()
     return None

@@ -18,6 +18,7 @@ import typer
 
 from modelmerge.cli.output import Format, Sink, flag
 from modelmerge.errors import UsageError
+from modelmerge.methods import registry
 from modelmerge.methods.contract import Method, TransformSpec
 from modelmerge.methods.options import bounds, option_types
 from modelmerge.plan import presets
@@ -30,6 +31,15 @@ _FROM_ENVIRONMENT = ("--device",)
 def in_panel(title: str) -> Callable[..., Any]:
     """What declares an option in a panel of the help page."""
     return functools.partial(typer.Option, rich_help_panel=title)
+
+
+def _offering(values: Callable[[], list[tuple[str, str]]]) -> Callable[[str], list[tuple[str, str]]]:
+    """What a shell is offered for an option: those of the values, each with its help line, that begin as typed."""
+    return lambda incomplete: [(value, line) for value, line in values() if value.startswith(incomplete)]
+
+
+def _summaries(kind: str) -> list[tuple[str, str]]:
+    return [(name, registry.summary(name, kind)) for name in registry.names(kind)]
 
 
 _merge_option = in_panel("What is merged, and how")
@@ -107,7 +117,8 @@ Weight = Annotated[
     list[str] | None, _merge_option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W")
 ]
 Preset = Annotated[str | None, _run_option(
-    metavar="NAME", autocompletion=lambda: list(presets.names()), show_default=False,
+    metavar="NAME", show_default=False,
+    autocompletion=_offering(lambda: [(name, presets.load(name).summary) for name in presets.names()]),
     help="A published set with its settings, for BASE EXPERT...",
 )]  # fmt: skip
 RecipeFile = Annotated[
@@ -128,12 +139,13 @@ Layers = Annotated[list[str] | None, _merge_option(
     metavar="NAME:A-B", help="Layers, in order: math:0-8, or merged 'math:0-8 code:2-10'.",
 )]  # fmt: skip
 Disentangle = Annotated[list[str] | None, _merge_option(
-    metavar="'METHOD ...'",
+    metavar="'METHOD ...'", autocompletion=_offering(lambda: _summaries("transform")),
     help="A transform first, such as 'awd alpha=0.2'. Repeatable, in order.",
 )]  # fmt: skip
-Rest = Annotated[
-    str | None, _merge_option(help="What merges the rest of a method for linear layers; base copies.", metavar="METHOD")
-]
+Rest = Annotated[str | None, _merge_option(
+    metavar="METHOD", help="What merges the rest of a method for linear layers; base copies.",
+    autocompletion=_offering(lambda: [("base", "Copy the tensors from the base."), *_summaries("merge")]),
+)]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, whatever happens.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the path, URL, names or figures.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Name every tensor.")]

@@ -19,10 +19,9 @@ from modelmerge.engine.loader import loaded, rounded, whole
 from modelmerge.engine.memory import PRODUCT_RUN
 from modelmerge.engine.merge import merged_vector
 from modelmerge.engine.parallel import prepare_process, threads
-from modelmerge.engine.pieces import piece_bytes
 from modelmerge.engine.rounding import squared
 from modelmerge.engine.transforms import fit
-from modelmerge.engine.units import Alone
+from modelmerge.engine.units import Alone, merge_work, piece_cost
 from modelmerge.methods import linalg
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
@@ -84,11 +83,13 @@ def adapt(
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
     fitted = fit(job, Alone(scratch), progress)
-    progress.stage("merging", sum(plan.stored_bytes(t, experts=True) for t in todo))
+    work = {t.name: merge_work(job, t) for t in todo}
+    progress.stage("merging", sum(plan.stored_bytes(t, experts=True) + work[t.name] for t in todo), "work")
     dense: set[str] = set()  # tensors that changed and are not low-rank
 
     def adapt_one(tensor: TensorPlan) -> None:  # whose matrices are gone before the next ones are read
         role = table[tensor.name]
+        progress.begin(tensor.name)
         piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor))
         theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
@@ -110,7 +111,7 @@ def adapt(
                 values = rounded(piece, theta_0.add_(delta))
                 shape = tensor.stored_shape if tensor.stack is None else tensor.shape
                 _spool(adapted, key(role, tensor.name, "whole"), tensor.out_dtype, values, shape, spool)
-        progress.advance(piece_bytes(plan, piece), tensor.name)
+        progress.advance(piece_cost(plan, piece, work[tensor.name]), tensor.name)
 
     with current(job.source.device):
         for tensor in todo:

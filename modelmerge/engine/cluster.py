@@ -50,7 +50,7 @@ class Shared:
             interrupts.check()
             for name in self._folder.done() & waiting.keys():
                 unit = waiting.pop(name)
-                self._progress.advance(unit.nbytes, f"{unit.name} is done")
+                self._progress.advance(unit.cost, f"{unit.name} is done")
             taken = next((unit for unit in waiting.values() if self._do(unit, work)), None)
             if taken is not None:
                 del waiting[key(taken.name)]
@@ -92,6 +92,7 @@ class Shared:
         self._progress.stage("hashing", sum(unit.nbytes for unit in self._hashes))
 
         def hash_one(unit: Unit) -> str:
+            self._progress.begin(unit.name)
             digest = self._hash(unit)
             self._progress.advance(unit.nbytes, unit.name)
             return digest

@@ -21,10 +21,11 @@ from modelmerge.engine.figures import Entanglement, Figures
 from modelmerge.engine.job import SMALL, Job
 from modelmerge.engine.loader import factors_of, whole, wholes
 from modelmerge.engine.parallel import side_by_side, threads
-from modelmerge.engine.pieces import Piece, piece_bytes
+from modelmerge.engine.pieces import Piece
 from modelmerge.engine.survey import run_survey
-from modelmerge.engine.units import LITTLE, Crew, Unit, cut
+from modelmerge.engine.units import LITTLE, Crew, Unit, cut, piece_cost, work_on
 from modelmerge.methods.contract import Context, Correction
+from modelmerge.methods.work import Work
 from modelmerge.plan.tensors import TensorPlan, Tensors
 from modelmerge.progress import Reporter
 
@@ -82,6 +83,10 @@ class CorrectionTransform:
         """Whether it is the weight of a linear layer."""
         return tensor.linear
 
+    def _does(self, m: int, n: int, tasks: int) -> Work:
+        """What finding the matrices of one weight is."""
+        return self.by.work(self.options, m, n, tasks)
+
     def needs(self, job: Job, tensors: Tensors) -> memory.Needs:
         """What fitting takes."""
         return memory.fit_correction(job.source, tensors, self.by, self.options)
@@ -94,14 +99,15 @@ class CorrectionTransform:
         if survey:
             counted = [tensor for tensor in tensors if tensor.twin is None]
             measured = run_survey(source, survey, name, before.apply, counted, crew, progress)
-        progress.stage("disentangling", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+        units = cut(f"fit:{name}", source.plan, tensors, LITTLE, does=self._does)
+        progress.stage("disentangling", sum(unit.cost for unit in units), "work")
         count = self.by.matrices(self.options, len(job.plan.experts))
         fitted, losses = FittedCorrection(self.by, count), []
 
         def solve(unit: Unit) -> dict[str, Any]:
             return self._solve(job, unit, before, count, measured, crew, progress)
 
-        for unit, found in crew.share(cut(f"fit:{name}", source.plan, tensors, LITTLE), solve):
+        for unit, found in crew.share(units, solve):
             starts, _ = _places(unit, count)
             for tensor in unit.tensors:
                 fitted.numbers[tensor.name], each, entanglement = found[tensor.name]
@@ -133,9 +139,10 @@ class CorrectionTransform:
             scratch.write(starts[name], as_bytes(solved.matrices.flatten().cpu()))
             self.by.correct(flat, solved.matrices.view(count, -1), solved.numbers)
             found[name] = (solved.numbers, solved.losses, (gram, _gram(flat), square))
-            progress.advance(piece_bytes(source.plan, piece), name)
+            progress.advance(piece_cost(source.plan, piece, work_on(source.plan, piece.tensor, self._does)), name)
 
         def solve_alone(tensor: TensorPlan) -> None:
+            progress.begin(tensor.name)
             piece, _, taus = whole(source, tensor, check=measured is None)
             before.apply(piece, taus)
             solve(piece, taus)
@@ -144,6 +151,7 @@ class CorrectionTransform:
         large = [tensor for tensor in tensors if not memory.together(source, tensor)]
         with current(source.device):
             for piece, _, taus in wholes(source, large, check=measured is None, on_host=on_host):
+                progress.begin(piece.tensor.name)
                 with threads(1 if piece.tensor.numel <= SMALL else torch.get_num_threads()):
                     before.apply(piece, taus)
                     solve(piece, taus)

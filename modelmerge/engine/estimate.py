@@ -23,18 +23,22 @@ _LONG = 1 << 22  # entries of a vector that fits in no cache
 _TIMES = 3
 
 
-def seconds(job: Job) -> float:
+def seconds(job: Job) -> float | None:
     """About how long the merge takes, beside the program's start and downloads; within a factor of two on a CPU.
 
-    Matrices that do not fit on the device are counted at the CPU's rates.
+    Matrices that do not fit on the device are counted at the CPU's rates. None where the device has no memory left to
+    measure its rates in.
     """
     wholes, away = job.wholes(), beyond_device(job)
     work = _total(job, (tensor for tensor in wholes if tensor.name not in away))
     work = sum((needs.work for needs in needs_of(job)), work) + Work(moved=_MOVED * bytes_read(job))
     side = max((min(tensor.row, tensor.numel // tensor.row) for tensor in wholes if tensor.numel), default=0)
-    took = work.seconds(rates_of(job.source.device, min(max(side, _LEAST_SIDE), _MOST_SIDE)))
+    try:
+        rates = rates_of(job.source.device, min(max(side, _LEAST_SIDE), _MOST_SIDE))
+    except torch.OutOfMemoryError:
+        return None
     hashed = sum(stat.st_size for model in job.plan.models for stat in model.files.values())
-    return took + seconds_on_cpu(job, away) + hashed / _hash_rate() / job.source.workers
+    return work.seconds(rates) + seconds_on_cpu(job, away) + hashed / _hash_rate() / job.source.workers
 
 
 def seconds_on_cpu(job: Job, names: Iterable[str]) -> float:

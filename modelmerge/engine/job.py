@@ -150,6 +150,10 @@ class Job:
         setting = self.settings[tensor.name]
         return self.group(tensor).method.moments(setting.options, setting.each)
 
+    def is_measured(self, tensor: TensorPlan) -> bool:
+        """Whether a pass over the tensor comes before its merge."""
+        return tensor.action != "copy" and not self.whole(tensor) and self.moments(tensor) is not None
+
     def whole(self, tensor: TensorPlan) -> bool:
         """Whether the tensor comes whole: its method wants it so, or has it measured first and it is small."""
         blockwise = self.group(tensor).blockwise

@@ -20,10 +20,10 @@ from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import Loader, expert_values, loader_of, rounded, whole
 from modelmerge.engine.memory import beyond_device, together
 from modelmerge.engine.parallel import in_parallel, prepare_process, side_by_side, threads
-from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes
+from modelmerge.engine.pieces import Piece, Pieces, item_bytes
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.transforms import Factors, FittedJob, fit
-from modelmerge.engine.units import Alone, Crew, Unit, shard_units
+from modelmerge.engine.units import Alone, Crew, Unit, merge_work, piece_cost, shard_units
 from modelmerge.errors import CheckpointError
 from modelmerge.methods.contract import Context, measured_at_once
 from modelmerge.methods.options import is_linear
@@ -95,7 +95,7 @@ def run_shared(
     findings = _nothing_found(job)
     with current(job.source.device):
         fitted = fit(job, crew, progress)
-        _begin(job, todo, progress)
+        _begin(units, progress)
         for _, part in crew.share(units, merge_shard):
             findings.add(part)
     return findings
@@ -143,21 +143,16 @@ def _run(job: Job, outputs: Sequence[_Output], staging: Staging, progress: Repor
     if not todo:
         return
     crew = Alone(staging.scratch)
+    units = shard_units(job, todo)
     with current(job.source.device):
         fitted = fit(job, crew, progress)
-        _begin(job, todo, progress)
-        for _ in crew.share(shard_units(job, todo), lambda unit: _merge(fitted, unit.tensors, outputs, progress)):
+        _begin(units, progress)
+        for _ in crew.share(units, lambda unit: _merge(fitted, unit.tensors, outputs, progress)):
             pass
 
 
-def _begin(job: Job, tensors: Sequence[TensorPlan], progress: Reporter) -> None:
-    reads = [*tensors, *(t for t in tensors if _is_measured(job, t))]  # the latter twice
-    progress.stage("merging", sum(job.plan.stored_bytes(t, experts=t.action != "copy") for t in reads))
-
-
-def _is_measured(job: Job, tensor: TensorPlan) -> bool:
-    """Whether a pass over the tensor comes before its merge."""
-    return tensor.action != "copy" and not job.whole(tensor) and job.moments(tensor) is not None
+def _begin(units: Sequence[Unit], progress: Reporter) -> None:
+    progress.stage("merging", sum(unit.cost for unit in units), "work")
 
 
 def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Output], progress: Reporter) -> None:
@@ -166,8 +161,8 @@ def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Out
     for output in outputs:
         output.findings.merged = sum(t.action != "copy" for t in todo)
     wholes = [t for t in todo if t.action != "copy" and job.whole(t)]
-    with_moments = [t for t in todo if _is_measured(job, t)]
-    streamed = [t for t in todo if t.action == "copy" or not (job.whole(t) or _is_measured(job, t))]
+    with_moments = [t for t in todo if job.is_measured(t)]
+    streamed = [t for t in todo if t.action == "copy" or not (job.whole(t) or job.is_measured(t))]
 
     def in_rows(tensor: TensorPlan) -> bool:
         return tensor.action != "copy" and job.group(tensor).by_rows
@@ -189,7 +184,7 @@ def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Out
             except CheckpointError:
                 loader.refuse_nonfinite(piece)
                 raise
-        progress.advance(piece_bytes(job.plan, piece), piece.tensor.name)
+        progress.advance(piece_cost(job.plan, piece, merge_work(job, piece.tensor)), piece.tensor.name)
 
     def merge_cut(tensors: Sequence[TensorPlan]) -> None:
         in_parallel(job.source, Pieces(tensors, job.source.block, in_rows), merge_piece)
@@ -228,10 +223,11 @@ def _run_whole(
     def merge_alone(tensor: TensorPlan) -> None:
         if not hasattr(thread, "loader"):
             thread.loader = loader_of(job.source, modest)
+        progress.begin(tensor.name)
         piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor), loader=thread.loader)
         for output, data in merge(piece, theta_0, taus):
             output.write(piece, data)
-        progress.advance(piece_bytes(job.plan, piece), tensor.name)
+        progress.advance(piece_cost(job.plan, piece, merge_work(job, tensor)), tensor.name)
 
     side_by_side(job.source, modest, merge_alone)
     _run_in_turn(fitted, [tensor for tensor in tensors if not together(job.source, tensor)], merge, progress)
@@ -273,6 +269,7 @@ def _run_in_turn(
         behind: Future[None] | None = None
         for i, tensor in enumerate(tensors):
             assert ahead is not None
+            progress.begin(tensor.name)
             piece, theta_0, taus, arrive = ahead.result()
             ahead = read(i + 1) if i + 1 < len(tensors) else None
             arrive()
@@ -281,7 +278,7 @@ def _run_in_turn(
                     if behind is not None:
                         behind.result()
                     behind = writing.submit(output.write, piece, data)
-            progress.advance(piece_bytes(job.plan, piece), tensor.name)
+            progress.advance(piece_cost(job.plan, piece, merge_work(job, tensor)), tensor.name)
         if behind is not None:
             behind.result()
 

@@ -6,6 +6,7 @@ once, by whom it pleases, and hands out what they gave in their order: sums of f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +15,17 @@ from typing import Protocol, TypeVar
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.scratch import Room, Scratch
 from modelmerge.engine.job import Job
+from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.methods.work import Work
 from modelmerge.plan.tensors import Plan, TensorPlan, Tensors
 
 _PARTS = 64  # units of a stage before the merge, if they are not too small
 LITTLE = 1 << 24  # bytes that a unit reads at least, unless it is the last
 MUCH = 1 << 28  # the same where everybody reads megabytes of each unit's result
-_FLOPS = 32.0  # what a byte costs that is read, hashed or written, in FLOP
+_FLOPS = 32.0  # operations that take as long as a byte that is read, hashed or written
 
 Result = TypeVar("Result")
+OnShape = Callable[[int, int, int], Work]  # given m, n and T, what is done on [T, m, n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Unit:
         first: The first of the unit's own.
         stop: The first after them.
         nbytes: Bytes that are read.
-        flops: The work on them.
+        work: The computation on them, in bytes that take as long to read.
     """
 
     name: str
@@ -43,7 +46,7 @@ class Unit:
     first: int = 0
     stop: int = 0
     nbytes: int = 0
-    flops: float = 0.0
+    work: int = 0
 
     @property
     def tensors(self) -> Tensors:
@@ -56,9 +59,9 @@ class Unit:
         return self.stage[: self.first]
 
     @property
-    def cost(self) -> float:
-        """How long it takes beside others, in FLOP."""
-        return self.flops + _FLOPS * self.nbytes
+    def cost(self) -> int:
+        """How long it takes beside others, in bytes that take as long to read."""
+        return self.nbytes + self.work
 
 
 class Crew(Protocol):
@@ -107,8 +110,13 @@ class Alone:
         return self._rooms[unit.name]
 
 
-def cut(name: str, plan: Plan, tensors: Tensors, least: int, *, share: int = 1) -> list[Unit]:
-    """A pass over the tensors' task vectors, cut into units of some bytes; of the entries, one in `share` is read."""
+def cut(
+    name: str, plan: Plan, tensors: Tensors, least: int, *, share: int = 1, does: OnShape | None = None
+) -> list[Unit]:
+    """A pass over the tensors' task vectors, cut into units of some bytes; of the entries, one in `share` is read.
+
+    `does`: what is computed on a tensor [T, m, n], if that is more than to look at it.
+    """
     sizes = [plan.stored_bytes(tensor, experts=True) // share for tensor in tensors]
     most = max(sum(sizes) // _PARTS, least)
     units: list[Unit] = []
@@ -116,7 +124,8 @@ def cut(name: str, plan: Plan, tensors: Tensors, least: int, *, share: int = 1) 
     for i, nbytes in enumerate(sizes):
         size += nbytes
         if size >= most or i == len(sizes) - 1:
-            units.append(Unit(f"{name}:{len(units)}", tensors, first, i + 1, size))
+            work = sum(work_on(plan, tensor, does) for tensor in tensors[first : i + 1]) if does else 0
+            units.append(Unit(f"{name}:{len(units)}", tensors, first, i + 1, size, work))
             first, size = i + 1, 0
     return units
 
@@ -130,16 +139,37 @@ def shard_units(job: Job, tensors: Tensors) -> list[Unit]:
         mine = [plan.tensors[name] for name in shard.tensors if name in todo]
         first, stop = len(stage), len(stage) + len(mine)
         stage += mine
-        nbytes = sum(plan.stored_bytes(tensor, experts=tensor.action != "copy") for tensor in mine)
-        flops = sum(work_of(job, tensor).cost for tensor in mine if tensor.action != "copy")
-        units.append(Unit(f"shard:{shard.filename}", stage, first, stop, nbytes, flops))
+        reads = [*mine, *(tensor for tensor in mine if job.is_measured(tensor))]  # the latter twice
+        nbytes = sum(plan.stored_bytes(tensor, experts=tensor.action != "copy") for tensor in reads)
+        work = sum(merge_work(job, tensor) for tensor in mine)
+        units.append(Unit(f"shard:{shard.filename}", stage, first, stop, nbytes, work))
     return units
 
 
 def work_of(job: Job, tensor: TensorPlan) -> Work:
     """What the tensor's method does on it."""
-    group, rows = job.group(tensor), max(tensor.numel // max(tensor.row, 1), 1)
-    return group.method.work(group.options, rows, tensor.row, len(job.plan.experts_of(tensor)))
+    group = job.group(tensor)
+    return _work(job.plan, tensor, functools.partial(group.method.work, group.options))
+
+
+def merge_work(job: Job, tensor: TensorPlan) -> int:
+    """The same in bytes that take as long to read; 0 where it is copied."""
+    return 0 if tensor.action == "copy" else int(work_of(job, tensor).cost / _FLOPS)
+
+
+def work_on(plan: Plan, tensor: TensorPlan, does: OnShape) -> int:
+    """What is done on a tensor's task vectors, in bytes that take as long to read."""
+    return int(_work(plan, tensor, does).cost / _FLOPS)
+
+
+def _work(plan: Plan, tensor: TensorPlan, does: OnShape) -> Work:
+    return does(max(tensor.numel // max(tensor.row, 1), 1), tensor.row, len(plan.experts_of(tensor)))
+
+
+def piece_cost(plan: Plan, piece: Piece, work: int) -> int:
+    """A piece's share of what its tensor costs, whose computation is so much `work`; the shares of all add up to it."""
+    before, after = (work * place // max(piece.tensor.numel, 1) for place in (piece.start, piece.stop))
+    return piece_bytes(plan, piece) + after - before
 
 
 def hash_units(plan: Plan) -> list[tuple[Unit, Checkpoint, Path]]:

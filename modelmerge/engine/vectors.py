@@ -17,7 +17,9 @@ from modelmerge.engine.loader import Loader, loader_of, rounded
 from modelmerge.engine.parallel import in_parallel, summed, threads
 from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes
 from modelmerge.engine.transforms import Fitted
+from modelmerge.engine.units import work_on
 from modelmerge.methods import linalg
+from modelmerge.methods.work import spectra as spectra_work
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
 
@@ -69,13 +71,15 @@ def measure(source: Source, tensors: Sequence[TensorPlan], progress: Reporter) -
 
 def spectra(source: Source, tensors: Sequence[TensorPlan], progress: Reporter) -> dict[str, Tensor]:
     """Singular values of each expert's task vector on whole matrices, float64 [T, min(m, n)], largest first."""
-    progress.stage("spectra", sum(source.plan.stored_bytes(t, experts=True) for t in tensors))
+    costs = {t.name: source.plan.stored_bytes(t, experts=True) + work_on(source.plan, t, spectra_work) for t in tensors}
+    progress.stage("spectra", sum(costs.values()), "work")
     values, loader = {}, loader_of(source, tensors)
     for tensor in tensors:
+        progress.begin(tensor.name)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
             taus = loader.each(tensor, check=False)
             values[tensor.name] = torch.stack([linalg.singular_values(tau.to(source.device)).cpu() for tau in taus])
-        progress.advance(source.plan.stored_bytes(tensor, experts=True), tensor.name)
+        progress.advance(costs[tensor.name], tensor.name)
     return values
 
 
@@ -133,6 +137,7 @@ def write(
     factored = [t for t in tensors if t.name in ranks]
     errors, loader = {}, loader_of(source, factored)
     for tensor in factored:
+        progress.begin(tensor.name)
         errors[tensor.name] = tuple(
             _write_factors(staging, f"{folder}{tensor.name}", tau.to(source.device), rank)
             for folder, tau, rank in zip(

@@ -250,12 +250,14 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
     repeats: list[str] = []
     ready: Any = None
     for task in bench.tasks:
-        keeps = bench.depends is not None
+        keeps, item = bench.depends is not None, f"{model.name} {task or ''}".rstrip()
         request = {"suite": bench.suite, "model": digest, "task": task, "seed": running.seed,
                    "depends": bench.depends(task) if bench.depends is not None else None}  # fmt: skip
         name = entry_name({**request, "device": str(model.device), "versions": bench.versions()})
         entry = recall(name) if running.cache and keeps else None
         if entry is None:
+            if bench.items is None:
+                running.progress.begin(item)
             start = time.monotonic()
             ready = bench.open(model) if ready is None else ready
             results = bench.measure(ready, task)
@@ -270,7 +272,7 @@ def _scores(bench: Bench, model: Model, digest: str, running: Running) -> tuple[
                 running.progress.advance(bench.items(task), "measured before")
         scores |= entry["scores"]
         if bench.items is None:
-            running.progress.advance(1, f"{model.name} {task or ''}".rstrip())
+            running.progress.advance(1, item)
     return scores, repeats
 
 

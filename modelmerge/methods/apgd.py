@@ -28,7 +28,7 @@ from typing import Literal
 
 import torch
 
-from modelmerge import devices
+from modelmerge import devices, interrupts
 from modelmerge.errors import named
 from modelmerge.methods import linalg, presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor
@@ -197,6 +197,7 @@ def descend(
     step, losses = 0, [lambda: math.inf] * (2 if on_device else 1)
     for step in range(1, int(_value(options.steps)) + 1):
         looks, loss = step % _LOOK == 0 and TOLERANCE > 0, offset.new_zeros(())
+        interrupts.check()
         for vectors, at_zero, d, g in parts:
             errors = torch.bmm(d, vectors.mT).mul_(total).add_(at_zero)
             if looks:
@@ -253,6 +254,7 @@ def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: Correction
     # Looking at the residual waits for a GPU; iterations past the end change nothing.
     iteration, look = 0, 1 if rows.device.type == "cpu" else 8
     while iteration < _ITERATIONS and (iteration % look or bool(square > enough)):
+        interrupts.check()
         image = system(direction)
         length = torch.where(square > enough, square / (direction * image).sum(), 0.0)
         solution = solution + length * direction

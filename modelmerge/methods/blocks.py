@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from modelmerge import interrupts
 from modelmerge.methods.contract import Tensor
 
 _BLOCK = 1 << 16  # elements; a GPU takes them all at once
@@ -24,4 +25,5 @@ def blocks(flat: Tensor) -> Iterator[slice]:
     """The parts of [T, n] that are worked on at a time."""
     step = _BLOCK if flat.device.type == "cpu" else max(flat.shape[1], 1)
     for start in range(0, flat.shape[1], step):
+        interrupts.check()
         yield slice(start, start + step)

@@ -187,8 +187,8 @@ class Method:
             `apply` needs, if any.
         moments: Given the same of a tensor, what it has to be measured by first, if by anything.
         workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
-        work: Given the options, m, n and T, what `apply` does on [T, m, n]. Plans tell the time from it, and whoever
-            shares work out has the dearest done first.
+        work: Given the options, m, n and T, what `apply` does on [T, m, n]. Plans tell the time from it, progress goes
+            by it, and whoever shares work out has the dearest done first.
         squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
         on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
             `modelmerge.methods.coefficients`.
@@ -217,8 +217,8 @@ class Method:
 
 # A method for the weights of linear layers: they come whole, and the rest is averaged.
 matrix_method = functools.partial(
-    Method, matrices=True, rest=lambda options: "average", blockwise=lambda options: False,
-)  # fmt: skip
+    Method, matrices=True, rest=lambda options: "average", blockwise=lambda options: False
+)
 
 Watch = Callable[[float], None]  # hears a solver's loss as it goes
 

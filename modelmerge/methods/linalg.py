@@ -2,7 +2,8 @@
 
 Everything goes through the float64 eigendecomposition of a Gram matrix on the smaller side. That squares the condition
 number, which float64 can afford: singular values down to 1e-7 of the largest keep apart. For x [m, n] with s the
-smaller side it costs 2 m n s + 9 s^3 FLOP, where a full SVD costs two to ten times as much.
+smaller side it costs 2 m n s + 9 s^3 FLOP, where a full SVD costs two to ten times as much. A decomposition cannot be
+broken off: what takes several looks for a signal before each.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from modelmerge import interrupts
 from modelmerge.methods.contract import Tensor
 
 # Subspace iteration: vectors beyond the rank, the side from which on it pays, the gain in the squared norm that is kept
@@ -25,6 +27,7 @@ def left_singular_vectors(x: Tensor, rank: int) -> Tensor:
     number, which float32 cannot afford. Where x has fewer than `rank` singular values above rounding, the remaining
     columns are some orthonormal completion, as those of an SVD are.
     """
+    interrupts.check()
     x = x.double()
     m, n = x.shape
     if m <= n:
@@ -87,6 +90,7 @@ def shared_subspace(
 
 def singular_values(x: Tensor) -> Tensor:
     """All singular values of x [m, n], largest first, float64 [min(m, n)]; those below 1e-8 of the first are noise."""
+    interrupts.check()
     x = x.double()
     gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0).sqrt()
@@ -173,6 +177,7 @@ def joint_left_vectors(taus: Tensor) -> Tensor:
         return leading_triplets(torch.cat(list(taus), dim=1), m)[0]
     gram = taus.new_zeros((m, m), dtype=torch.float64)
     for tau in taus:
+        interrupts.check()
         wide = tau.double()
         gram.addmm_(wide, wide.T)
     return _eigen(gram, m)[0]
@@ -180,6 +185,7 @@ def joint_left_vectors(taus: Tensor) -> Tensor:
 
 def _eigen(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The first eigenvectors of a Gram matrix, [s, k], and the singular values behind them, [k], those that count."""
+    interrupts.check()
     squares, vectors = torch.linalg.eigh(gram)
     s = squares.flip(0)[:rank].clamp(min=0.0).sqrt()
     count = int((s > SUPPORT * s[0]).sum()) if len(s) else 0
@@ -222,6 +228,7 @@ def iterated(x: Tensor, rank: int, iterations: int = _ITERATIONS) -> tuple[Tenso
     start = torch.randn(x.shape[1], rank + _SPARE, generator=generator).to(x.device)
     kept = 0.0
     for _ in range(iterations):
+        interrupts.check()
         basis = torch.linalg.qr((x @ start.to(x.dtype)).double()).Q  # [m, k]
         start = x.T @ basis.to(x.dtype)  # [n, k]: x is basis @ start^T, but for what is not in the basis
         before, kept = kept, float(start.double().square().sum())

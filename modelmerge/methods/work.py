@@ -74,3 +74,8 @@ def polar(m: int, n: int) -> Work:
     """`linalg.polar`: a decomposition, and two products."""
     k, g = sorted((m, n))
     return triplets(m, n, 0) + fine_product(k, k, k) + fine_product(k, k, g)
+
+
+def spectra(m: int, n: int, tasks: int) -> Work:
+    """All singular values of each of [T, m, n]."""
+    return triplets(m, n, 0) * tasks

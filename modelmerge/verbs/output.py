@@ -35,9 +35,11 @@ class Output:
     """An output that may be written: `complete` is its manifest, where a resumed run finds it complete already."""
 
     def __init__(
-        self, plan: Plan, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool
-    ) -> None:
+        self, plan: Plan, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool,
+        progress: Reporter,
+    ) -> None:  # fmt: skip
         self.complete = complete
+        self._progress = progress
         self._plan, self._out, self._digest, self._force, self._resume = plan, out, digest, force, resume
         self._started = time.monotonic()
         self._stack = contextlib.ExitStack()
@@ -57,10 +59,18 @@ class Output:
             self._out, layout or Layout((), {}, {}), force=self._force, resume=self._resume and resume,
             fingerprint=digest or self._digest, beside=beside_bytes(self._plan, companions),
         )  # fmt: skip
+        self._stack.push(lambda kind, error, trace: self._say_what_is_left(staging, error))
         with interrupts.held():  # once it is made, it is known to be cleared
             self.staging = self._stack.enter_context(staging)
         interrupts.check()
         return self.staging
+
+    def _say_what_is_left(self, staging: Staging, error: BaseException | None) -> None:
+        if error is not None and staging.kept:
+            files = f"{staging.kept} of {len(self._plan.layout.shards)} weight files are finished and kept"
+            self._progress.note(f"{files}: the same command takes them up")
+        elif isinstance(error, KeyboardInterrupt):
+            self._progress.note(f"nothing is left of this run, and {self._out} is as it was")
 
     @property
     def seconds(self) -> float:
@@ -114,7 +124,7 @@ def output_of(
         clear_remains(out)
         progress.note(f"{out} is complete already")
     prepare_process(sum(len(model.files) for model in plan.models) + len(plan.layout.shards))
-    output = Output(plan, out, digest, complete, force, resume)
+    output = Output(plan, out, digest, complete, force, resume, progress)
     with output._stack:
         yield output
 

@@ -84,8 +84,10 @@ class Prepared:
         beyond = []
         if too_large := beyond_device(self.job):
             long = duration(seconds_on_cpu(self.job, too_large))
-            what = f"{len(too_large)} weights do not fit on {self.job.source.device} and are merged on the CPU"
-            beyond.append(f"{what}, which takes about {long}")
+            some = f"{len(too_large)} weights do not" if len(too_large) > 1 else "1 weight does not"
+            are = "are" if len(too_large) > 1 else "is"
+            place = self.job.source.device
+            beyond.append(f"{some} fit on {place} and {are} merged on the CPU, which takes about {long}")
         entry = {
             "method": self.recipe.method,
             "disentangle": list(self.recipe.disentangle),
@@ -107,7 +109,8 @@ class Prepared:
         if self.staged is not None:
             entry["stages"] = self.staged.describe()
             entry["bytes"]["scratch"] += self.staged.bytes_kept
-            entry["seconds"] = sum(each["seconds"] for each in (entry, *entry["stages"]))
+            each = [one["seconds"] for one in (entry, *entry["stages"])]
+            entry["seconds"] = None if None in each else sum(each)
             peaks = [each["peak_memory"] for each in (entry, *entry["stages"])]
             entry["peak_memory"] = {place: max(peak[place] for peak in peaks) for place in peaks[0]}
         return with_downloads(entry, plan, beside="all" if size is None else "cards", streamed=streamed)

@@ -39,6 +39,7 @@ def verify(directory: str | Path, *, progress: Reporter = SILENT) -> dict[str, A
     files = []
     for missing, part in ((False, expected), (None, inputs)):
         for name, (file, entry) in part.items():
+            progress.begin(name)
             files.append({"name": name, "same": missing if file is None else _is_same(file, entry, missing)})
             progress.advance(entry["bytes"], name)
     return {"output": str(directory), "files": files}

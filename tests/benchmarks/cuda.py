@@ -27,6 +27,7 @@ from torch import Tensor
 
 import modelmerge
 from modelmerge.devices import KINDS, find_device
+from modelmerge.engine.estimate import rates_of
 from modelmerge.errors import DeviceError, ModelMergeError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Context
@@ -187,7 +188,8 @@ def _named(name: str, values: Result) -> str:
 def _timed(run: Run, name: str, values: Result, tasks: int, shapes: Sequence[tuple[int, int]]) -> Result:
     chosen = registry.load(name)
     options = make_options(chosen, name, values)
-    seconds = flops = read_bytes = 0.0
+    seconds = planned = flops = read_bytes = 0.0
+    rates = rates_of(run.device, 64 if run.small else 512)
     promised, taken = 0, 0
     for (m, n), times in {shape: shapes.count(shape) for shape in shapes}.items():
         taus = _noise(tasks, m, n, run.device)
@@ -197,7 +199,9 @@ def _timed(run: Run, name: str, values: Result, tasks: int, shapes: Sequence[tup
             measured=limits if chosen.survey(options, {}) else None,
         )  # fmt: skip
         seconds += times * run.timed(lambda t=taus, c=context: chosen.apply(t, options, c))
-        flops += times * chosen.flops(m, n, tasks)
+        work = chosen.work(options, m, n, tasks)
+        flops += times * (work.single + work.double + work.eigen)
+        planned += times * work.seconds(rates)
         read_bytes += times * taus.nbytes
         width = min(n, tasks * m)
         workspace = 4 * m * n * (tasks + 2 + chosen.workspace(tasks)) + 8 * chosen.squares * width**2
@@ -205,7 +209,8 @@ def _timed(run: Run, name: str, values: Result, tasks: int, shapes: Sequence[tup
         taken = max(taken, run.peak(lambda t=taus, c=context: chosen.apply(t, options, c)) or 0)
     product, copied = _rates(run)
     return {
-        "seconds": seconds, "TFLOP/s": flops / seconds / 1e12, "GB/s": read_bytes / seconds / 1e9,
+        "seconds": seconds, "seconds planned": planned,
+        "TFLOP/s": flops / seconds / 1e12, "GB/s": read_bytes / seconds / 1e9,
         "TFLOP/s of a product": product / 1e12, "GB/s of a copy": copied / 1e9, "bytes promised": promised,
         "bytes taken": taken, "failed": taken > promised,
     }  # fmt: skip

@@ -71,7 +71,10 @@ class Meddler:
     def __init__(self, deed: Callable[[], object], *, after: int = 1) -> None:
         self._deed, self._left = deed, after
 
-    def stage(self, label: str, total: int) -> None:
+    def stage(self, label: str, total: int, unit: str = "bytes") -> None:
+        pass
+
+    def begin(self, item: str) -> None:
         pass
 
     def note(self, message: str) -> None:
@@ -264,6 +267,22 @@ def test_an_interrupted_run_leaves_nothing(number: signal.Signals, code: int, ma
         assert run.end() == code
         assert "Traceback" not in run.out() + run.err()
     assert not out.exists()
+    assert leftovers(out) == []
+
+
+def test_an_interrupted_run_says_what_it_keeps(many: Many, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = words(many.models, out, "--resume", "--max-shard-size", "26kB")
+    with running(command, stop=f"{STAGING}.write", call=12) as run:
+        run.until_stopped()
+        run.send(signal.SIGINT)
+        assert run.end() == 130
+        kept = len(json.loads((staging_of(out) / ".journal.json").read_bytes())["finished"])
+        assert kept >= 3
+        said = f"note: {kept} of 24 weight files are finished and kept: the same command takes them up"
+        assert run.err().splitlines() == ["stopping", said, "error: interrupted"]
+    with running(command) as run:
+        assert run.end() == 0
     assert leftovers(out) == []
 
 

@@ -154,3 +154,11 @@ def test_an_output_of_the_longest_name_has_a_work_folder(tmp_path: Path) -> None
         claim.finish({}, b"")
         folder.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_comes_as_the_folder_is_removed_is_told_when_it_asks(out: Path) -> None:
+    with WorkFolder(out, JOB) as first:
+        late = WorkFolder(out, JOB)
+        first.remove()
+        with late, pytest.raises(Gone):
+            late.done()

@@ -26,6 +26,7 @@ from tests.support.terminal import seen
     [
         (["--version"], 0, modelmerge.__version__),
         (["--help"], 0, "Examples"),
+        ([], 0, "Examples"),
         (["merge"], 0, "task-arithmetic"),
         (["merge", "--help"], 0, "Examples"),
         (["demo", "--help"], 0, "Examples"),

@@ -73,6 +73,40 @@ def test_the_bar_keeps_twenty_cells_and_the_name_gives_way() -> None:
     assert "model.language_model.layers.31.self_attn.q_proj.weight" in wide
 
 
+def test_what_is_at_work_is_named_until_it_ends() -> None:
+    """Of several at a time the one that takes longest; what takes no time to speak of is named once it is done."""
+    sink, stream = plain("human")
+    with Bars(sink) as bars:
+        bars.stage("merging", 10, "work")
+        for deed, seen in (
+            (lambda: bars.begin("large"), "large"), (lambda: bars.begin("small"), "large"),
+            (lambda: bars.advance(1, "small"), "large"), (lambda: bars.begin("other"), "large"),
+            (lambda: bars.advance(5, "large"), "other"), (lambda: bars.advance(1, "other"), "other"),
+            (lambda: bars.advance(1, "piece"), "piece"),
+        ):  # fmt: skip
+            deed()
+            bars._speak()
+            assert stream.getvalue().splitlines()[-1].endswith(f", {seen}")
+    assert re.fullmatch(r"merging: 80%, 0:00 so far, 0:00 left, piece", stream.getvalue().splitlines()[-1])
+
+
+def test_what_is_left_runs_down_while_one_item_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(bars_module.time, "monotonic", lambda: now)
+    sink, stream = plain("human")
+    bars = Bars(sink)
+    bars.stage("merging", 10, "work")
+    for seconds, share in ((10.0, 4), (5.0, 0), (20.0, 0), (5.0, 4)):
+        now += seconds
+        if share:
+            bars.advance(share, "matrix")  # a tenth: it says so
+        else:
+            bars._speak()
+    times = [line.split(", ")[1:3] for line in stream.getvalue().splitlines()]
+    assert times == [["0:10 so far", "0:15 left"], ["0:15 so far", "0:10 left"], ["0:35 so far", "0:00 left"],
+                     ["0:40 so far", "0:10 left"]]  # fmt: skip
+
+
 def plain(form: Literal["human", "quiet"]) -> tuple[Sink, io.StringIO]:
     """A sink whose margin is no terminal, and what it shows there."""
     sink, stream = Sink(form), io.StringIO()

@@ -59,7 +59,7 @@ def test_what_goes_to_the_cpu_is_told_beforehand(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(estimate, "beyond_device", lambda job: frozenset([matrix]))
     monkeypatch.setattr("modelmerge.verbs.prepare.beyond_device", lambda job: frozenset([matrix]))
     remarks = plan_of(models, "kron")["remarks"]
-    assert "1 weights do not fit on cpu and are merged on the CPU, which takes about 1 s" in remarks
+    assert "1 weight does not fit on cpu and is merged on the CPU, which takes about 1 s" in remarks
 
 
 def test_rates_are_those_of_a_machine() -> None:

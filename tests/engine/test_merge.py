@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import modelmerge
 from modelmerge.devices import find_device
@@ -347,3 +348,66 @@ def test_what_does_not_fit_on_the_device_is_merged_on_the_cpu(
     monkeypatch.setattr(memory, "free_memory", lambda device: needed)  # a tenth is kept free
     assert largest in beyond_device(job)
     prepared.close()
+
+
+class Ear:
+    """Hears the progress: of each item, whether it was begun, and how much of the last stage it was."""
+
+    def __init__(self) -> None:
+        self.begun: set[str] = set()
+        self.done: dict[str, int] = {}
+
+    def stage(self, label: str, total: int, unit: str = "bytes") -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.begun, self.done = set(), {}
+
+    def begin(self, item: str) -> None:
+        self.begun.add(item)
+
+    def advance(self, amount: int, item: str) -> None:
+        self.done[item] = self.done.get(item, 0) + amount
+
+    def note(self, message: str) -> None:
+        pass
+
+
+UNEQUAL = {"model.layers.0.q_proj.weight": (96, 96), "model.layers.1.q_proj.weight": (24, 384)}  # as many bytes
+
+
+def test_progress_goes_with_the_cost_of_matrices_not_with_their_bytes(tmp_path: Path) -> None:
+    """The share of each matrix is about that of the operations which the method takes on it, as torch counts them.
+
+    Of decompositions it counts none, and of reading neither.
+    """
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator).mul(0.1) for name, shape in UNEQUAL.items()}
+    experts = [expert_state(base, seed) for seed in range(2)]
+    kron, counted = registry.load("kron"), {}
+    for name in UNEQUAL:
+        context = Context(tensor=name, weights=(1.0, 1.0), experts=("a", "b"), base=base[name])
+        with FlopCounterMode(display=False) as counter:
+            kron.apply(torch.stack([expert[name] - base[name] for expert in experts]), kron.options(), context)
+        counted[name] = counter.get_total_flops()
+    paths = [write(tmp_path / name, state) for name, state in zip("bxy", [base, *experts], strict=True)]
+    ear = Ear()
+    modelmerge.merge(paths[0], paths[1:], tmp_path / "out", method="kron", device="cpu", progress=ear)
+    assert (ear.label, ear.unit, ear.begun) == ("merging", "work", set(UNEQUAL))
+    assert sum(ear.done.values()) == ear.total
+    for name, count in counted.items():
+        assert ear.done[name] / ear.total == pytest.approx(count / sum(counted.values()), abs=0.05)
+    assert max(counted.values()) > 5 * min(counted.values())
+
+
+@pytest.mark.parametrize("words", [
+    {"method": "ties", "trim_scope": "tensor"}, {"method": "dare"}, {"method": "apgd"}, {"method": "slerp"},
+    {"method": "average", "disentangle": ["apgd"]}, {"method": "kron", "as_lora": 2, "include": ["*proj.weight"]},
+], ids=lambda words: " ".join(map(str, words.values())))  # fmt: skip
+def test_progress_comes_to_its_end(words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is measured first, cut into pieces, or merged whole."""
+    monkeypatch.setattr(job, "AT_ONCE", 100)
+    monkeypatch.setattr(job, "CPU_BLOCK", 100)
+    base, *experts = family(tmp_path, experts=1 if words["method"] == "slerp" else 2)
+    ear = Ear()
+    modelmerge.merge(base, experts, tmp_path / "out", device="cpu", progress=ear, **words)
+    assert ear.label == "merging"
+    assert sum(ear.done.values()) == ear.total

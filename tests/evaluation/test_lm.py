@@ -260,6 +260,9 @@ class _Silent:
     def stage(self, label: str, total: int, unit: str = "bytes") -> None:
         self.total = total
 
+    def begin(self, item: str) -> None:
+        pass
+
     def advance(self, amount: int, item: str) -> None:
         self.done += amount
 

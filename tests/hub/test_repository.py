@@ -624,6 +624,9 @@ class Ear:
     def stage(self, label: str, total: int, unit: str = "bytes") -> None:
         self.stages.append((label, total))
 
+    def begin(self, item: str) -> None:
+        pass
+
     def advance(self, amount: int, item: str) -> None:
         label = self.stages[-1][0]
         self.done[label] = self.done.get(label, 0) + amount

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modelmerge.cli import main
+from tests.support.guides import ROOT
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -31,6 +34,16 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, st
 def script(text: str) -> Any:
     """A Python program in a new process, to its end."""
     return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+
+
+def program(folder: Path) -> dict[str, str]:
+    """The variables of a shell in which `modelmerge` is the one that is tested; it is put into that folder."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "modelmerge"
+    file.write_text(f'#!/bin/sh\nexec {sys.executable} -m modelmerge "$@"\n')
+    file.chmod(0o755)
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 def import_no_torch(*lines: Sequence[str]) -> None:

@@ -124,6 +124,11 @@ class Machine:
         self._pinned: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
         self._memory: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
 
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.waits.clear()
+        self.peak.clear()
+
     # The kind of device.
 
     def count(self) -> int:

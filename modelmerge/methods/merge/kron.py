@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 import torch
 
+from modelmerge import interrupts
 from modelmerge.methods import linalg, presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
@@ -88,6 +89,7 @@ def solve(
     def system(x: Tensor) -> Tensor:
         total = ridge * x
         for half in halves:
+            interrupts.check()
             total.add_(weighted(x, *half))
         return total
 

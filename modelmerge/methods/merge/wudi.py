@@ -34,6 +34,7 @@ from typing import Literal
 
 import torch
 
+from modelmerge import interrupts
 from modelmerge.errors import named
 from modelmerge.methods import presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
@@ -100,6 +101,7 @@ def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor,
         inner, covariance = (origin.new_zeros(n, n) for _ in range(2))
         pull = torch.zeros_like(origin)
         for tau, norm, weight in zip(taus, norms, weights, strict=True):
+            interrupts.check()
             unit = tau.double().div_(norm)
             torch.mm(unit.T, unit, out=covariance)
             inner += covariance
@@ -132,6 +134,7 @@ def descend(taus: Tensor, norms: list[float], weights: list[float], start: Tenso
         target.addmm_(tau, covariance, alpha=weight)
     adam = torch.optim.Adam([merged], lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
     for _ in range(options.steps):
+        interrupts.check()
         merged.grad = torch.addmm(target, merged, covariances, beta=-2.0, alpha=2.0)
         adam.step()
     return merged

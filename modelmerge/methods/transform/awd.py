@@ -32,6 +32,7 @@ from typing import Literal
 
 import torch
 
+from modelmerge import interrupts
 from modelmerge.methods.contract import Citation, SharedVector, Solution, Tensor, TransformSpec, Watch
 from modelmerge.methods.options import PUBLISHED, follow, option
 
@@ -71,6 +72,7 @@ def solve(grams: Tensor, options: Options, watch: Watch | None = None) -> Soluti
     problem = _Problem(grams, options, watch)
     coefficients = torch.zeros_like(problem.size)[:, None].repeat(1, grams.shape[1])
     for _ in range(options.steps):
+        interrupts.check()
         projections = (problem.gram @ coefficients[:, :, None]).squeeze(2)
         pull = problem.look(coefficients, projections, (coefficients * projections).sum(1))
         step = pull.along_delta[:, None] * coefficients - pull.along_taus
