@@ -134,11 +134,18 @@ def test_simulated_devices_are_found_by_name(machine: Machine) -> None:
         find_device("sim:2")
 
 
+def test_no_simulated_device_is_seen_outside() -> None:
+    assert torch.accelerator.is_available() == torch.cuda.is_available()
+    assert str(find_device("auto")) == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(DeviceError, match="is no device"):
+        find_device("sim")
+
+
 def test_a_simulated_device_without_memory_is_one_error(machine: Machine) -> None:
     machine.capacity = 1000
     with pytest.raises(DeviceError, match="sim:1 has too little memory left: 1,000 bytes") as refused, current(SIM):
         torch.zeros(1000, device=SIM)
-    assert "--device" in refused.value.hint.replace("device cpu", "--device cpu")
+    assert refused.value.hint == "use another device, or device cpu; or end what else holds its memory"
 
 
 # Every method on one tensor.

@@ -113,7 +113,8 @@ def agreement(run: Run) -> Iterator[Item]:
     """Every method with each of its choices, and the transforms, on one weight."""
     shape = (24, 18) if run.small else (256, 192)
     for name in registry.names():
-        for values in (*choices(registry.load(name)), *MORE.get(name, ())):
+        defaults: list[dict[str, Any]] = [{}]
+        for values in defaults if run.small else (*choices(registry.load(name)), *MORE.get(name, ())):
             label = " ".join([name, *(f"{option}={value}" for option, value in values.items())])
             yield label, lambda name=name, values=values: _method(run, name, values, shape)
     for name, values in (("apgd", {}), ("apgd", {"correction": "task"}), ("awd", {"steps": 20})):

@@ -30,7 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _DummyPrivateUse1Hook,
+    _setup_privateuseone_for_python_backend,
+)
 
 from modelmerge.devices import KINDS
 
@@ -392,10 +396,20 @@ def _machine() -> Machine:
 
 class _Hook(_DummyPrivateUse1Hook):
     def is_available(self) -> bool:
-        return bool(_active)  # other libraries in this process see no accelerator
+        return bool(_active)
 
 
-_setup_privateuseone_for_python_backend("sim", hook=_Hook())
+class _Module(_DummyBackendModule):
+    """torch.sim. Whoever else is in this process sees no device outside of `with simulated()`."""
+
+    def is_available(self) -> bool:
+        return bool(_active)
+
+    def device_count(self) -> int:
+        return COUNT if _active else 0
+
+
+_setup_privateuseone_for_python_backend("sim", hook=_Hook(), backend_module=_Module())
 _FALLBACK, _COPIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 _FALLBACK.fallback(_made, "PrivateUse1")
 # torch.tensor comes to these past `__torch_dispatch__`.
