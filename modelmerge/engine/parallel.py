@@ -179,7 +179,7 @@ def in_order(
     """
     results, over = queue.SimpleQueue[Any](), threading.Event()
     room = threading.Semaphore(_AHEAD * source.workers)
-    early: dict[tuple[str, int], Result] = {}
+    early: dict[tuple[str, int], list[Result]] = {}  # several where a sample of few entries has a run twice
 
     def admitted() -> Iterator[Piece]:
         for piece in pieces:
@@ -197,14 +197,16 @@ def in_order(
         try:
             for piece in pieces:
                 place = (piece.tensor.name, piece.start)
-                while place not in early:
+                while not early.get(place):
                     result = results.get()
                     if isinstance(result, Future):
                         result.result()  # the error it ended with, if any
                     else:
-                        early[result[0]] = result[1]
+                        early.setdefault(result[0], []).append(result[1])
                     del result
-                take(piece, early.pop(place))
+                take(piece, early[place].pop())
+                if not early[place]:
+                    del early[place]
                 room.release()
         finally:
             over.set()
