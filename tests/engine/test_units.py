@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from modelmerge.engine.pieces import Pieces
+from modelmerge.engine.loader import Loader
+from modelmerge.engine.parallel import in_order
+from modelmerge.engine.pieces import Piece, Pieces, Sample
 from modelmerge.engine.units import cut, hash_units, shard_units
 from modelmerge.plan.recipe import Recipe
 from modelmerge.verbs.prepare import Prepared, prepare
@@ -53,3 +58,26 @@ def test_methods_that_solve_cost_more_than_methods_that_add(models: list[Path]) 
         costs[method] = sum(unit.cost for unit in shard_units(job, list(job.plan.tensors.values())))
         job.plan.close()
     assert costs["task-arithmetic"] < costs["tsv-m"] < costs["kron"]
+
+
+def test_runs_of_a_sample_that_are_the_same_are_all_handed_on(models: list[Path]) -> None:
+    """While the first is waited for, the others come; of few entries, some of them twice."""
+    job = ready(models).job
+    pieces = Sample([job.plan.tensors["model.layers.0.norm.weight"]])
+    source, begun, taken = dataclasses.replace(job.source, workers=2), threading.Event(), list[int]()
+
+    def look(piece: Piece, loader: Loader) -> int:
+        if not begun.is_set():
+            begun.set()
+            time.sleep(0.2)
+        return piece.start
+
+    def run() -> None:
+        in_order(source, pieces, look, lambda piece, start: taken.append(start))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert taken == [piece.start for piece in pieces]
+    assert len(set(taken)) < len(taken)
+    job.plan.close()
