@@ -170,8 +170,9 @@ class Staging(Publication):
                 self.digests[name] = digest
 
     def is_finished(self, tensor: str) -> bool:
-        """Whether an interrupted run has written the tensor's shard already."""
-        return self._layout.shard_of[tensor].filename in self.digests
+        """Whether nothing is to be done for a tensor: its shard is there already, or no shard here has it."""
+        shard = self._layout.shard_of.get(tensor)
+        return shard is None or shard.filename in self.digests
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Write a piece of a tensor, `offset` bytes from its start. From any thread, in any order, each byte once.
