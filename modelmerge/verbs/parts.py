@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from modelmerge.engine.merge import nothing_found, run
 from modelmerge.engine.parallel import MOST_THREADS, threads
 from modelmerge.engine.units import deal, shard_units
 from modelmerge.errors import OutputError, UsageError, named
-from modelmerge.plan.downloads import fetch
+from modelmerge.plan.downloads import fetch, with_downloads
 from modelmerge.progress import Reporter
 from modelmerge.record.fingerprint import versions
 from modelmerge.record.manifest import record, refuse_changed, stamp
@@ -38,6 +39,8 @@ from modelmerge.verbs.prepare import Prepared, digest_of, threads_of_leftovers
 from modelmerge.verbs.shared import differences, refuse_undivided
 
 _ENDING = ".part"  # of a weight file
+_MOST = 999_999  # parts
+_SHOWN = 8  # parts that are missing
 _BLOCK = 1 << 22  # bytes that are copied at a time
 
 
@@ -73,7 +76,7 @@ def share_of(text: str, prepared: Prepared) -> Share:
     Raises:
         UsageError: There is no such part, or the merge has none.
     """
-    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text)
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text)  # as far as _MOST
     if match is None or int(match[1]) > int(match[2]):
         raise UsageError(f"must be I/N, a part's number and how many there are, like 3/8, not '{text}'", option="part")
     _refuse_undivided(prepared, "part")
@@ -115,10 +118,11 @@ def describe(prepared: Prepared, part: str | None, finish: Sequence[Path]) -> di
         about = {"number": share.number, "of": share.of, "work": work}
         return {**prepared.describe(shards), "part": about}
     parts = _found(prepared, finish)
-    entry = prepared.describe()
-    entry["bytes"] |= {"read": prepared.job.plan.bytes_written, "scratch": 0}
+    entry, plan = prepared.describe(), prepared.job.plan
     del entry["passes"]
-    return {**entry, "parts": [str(each.place) for each in parts]}
+    entry["bytes"] = {"read": plan.bytes_written, "write": plan.bytes_written, "scratch": 0}
+    entry["parts"] = [str(part.place) for part in parts]
+    return with_downloads(entry, plan, beside="all", streamed=0)
 
 
 def make(
@@ -248,7 +252,8 @@ def _found(prepared: Prepared, places: Sequence[Path]) -> list[_Part]:
     of = first.share.of
     missing = [str(Share(number, of)) for number in range(1, of + 1) if number not in parts]
     if missing:
-        what = f"parts {', '.join(missing)} are missing" if missing[1:] else f"part {missing[0]} is missing"
+        some = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if missing[_SHOWN:] else "")
+        what = f"parts {some} are missing" if missing[1:] else f"part {some} is missing"
         hint = f"make it with {named('part')} {missing[0]}, and name its directory too: {named('finish')} DIR"
         raise OutputError(what, hint=hint)
     found = [parts[number] for number in sorted(parts)]
@@ -263,8 +268,8 @@ def _read(place: Path) -> _Part:
         raise OutputError(f"{place} holds no part of a merge: {MANIFEST} is missing", hint=hint)
     manifest = read_json(place / MANIFEST, manifest_file.Part, error=OutputError, hint=hint)
     share, count = manifest["part"], manifest["threads"]
-    if not (1 <= share["number"] <= share["of"] and 1 <= count <= MOST_THREADS):
-        raise OutputError(f"{place / MANIFEST}: no part has such a number, or as many threads", hint=hint)
+    if not (1 <= share["number"] <= share["of"] <= _MOST and 1 <= count <= MOST_THREADS):
+        raise OutputError(f"{place / MANIFEST}: no part has such a number, or so many threads", hint=hint)
     return _Part(place, manifest)
 
 
@@ -359,7 +364,7 @@ def _copy_shard(shard: Shard, part: _Part, staging: Staging, progress: Reporter)
     buffer = memoryview(bytearray(min(_BLOCK, shard.file_bytes)))
     try:
         with file.open("rb", buffering=0) as stream:
-            if stream.read(len(shard.header)) != shard.header:
+            if os.fstat(stream.fileno()).st_size != shard.file_bytes or stream.read(len(shard.header)) != shard.header:
                 raise _damaged(shard, part)
             for (name, start), stop in zip(shard.tensors.items(), stops, strict=True):
                 position = start
