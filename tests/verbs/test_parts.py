@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import modelmerge
 from modelmerge.checkpoint.reader import MANIFEST
@@ -21,6 +24,7 @@ from modelmerge.methods import registry
 from modelmerge.progress import Silent
 from modelmerge.record.redaction import published
 from tests.support.checkpoints import base_state, expert_state, family, read, same_bits, write
+from tests.support.guides import GUIDES, blocks
 from tests.support.hub_server import FakeHub
 from tests.support.processes import running
 
@@ -228,6 +232,66 @@ def test_models_on_the_hub_are_neither_stored_for_a_part_nor_read_to_put_togethe
     assert stored == {"config.json", "tokenizer.json"}
 
 
+# --- as the guide says ---
+
+
+def steps_of(job: dict[str, Any]) -> list[str]:
+    """What a job runs, but for installing; what it uses must be known to the test."""
+    known = ("actions/checkout", "actions/setup-python", "actions/upload-artifact", "actions/download-artifact")
+    assert all(step["uses"].startswith(known) for step in job["steps"] if "uses" in step)
+    return [step["run"] for step in job["steps"] if not step.get("run", "pip").startswith("pip")]
+
+
+def words_of(line: str, environment: dict[str, str]) -> list[str]:
+    """The words of a line as the shell makes them."""
+    said = subprocess.run(
+        ["bash", "-ec", f"printf '%s\\0' {line}"], env={**os.environ, **environment}, capture_output=True, check=True
+    )
+    return said.stdout.decode().split("\0")[:-1]
+
+
+@pytest.fixture
+def shelf(hub: FakeHub, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place to work in; the models of the guide are on the Hub."""
+    for name, model in zip(("base", "math", "code"), models, strict=False):
+        hub.add(f"org/{name}", model)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+GUIDE = GUIDES["scale"].read_text().replace("500MB", "2KB")
+
+
+def test_the_commands_of_the_guide_make_one_model(shelf: Path, models: list[Path], tmp_path: Path) -> None:
+    (block,) = blocks(GUIDE, "bash")
+    for line in block.splitlines():
+        assert main(words_of(line, {})[1:]) == 0, line
+    assert same_bits(read(shelf / "merged"), _whole(models[:3], tmp_path))
+
+
+def test_the_jobs_of_the_guide_make_one_model(shelf: Path, models: list[Path], tmp_path: Path) -> None:
+    (block,) = blocks(GUIDE, "yaml")
+    workflow = yaml.safe_load(block)
+    part, whole = workflow["jobs"]["part"], workflow["jobs"]["whole"]
+    numbers = part["strategy"]["matrix"]["number"]
+    (make,) = steps_of(part)
+    upload, download = (
+        part["steps"][-1]["with"],
+        next(s["with"] for s in whole["steps"] if "download" in s.get("uses", "")),
+    )
+    for number in numbers:
+        line = make.replace("${{ matrix.number }}", str(number))
+        assert main(words_of(line, workflow["env"])[1:]) == 0, line
+        artifact = upload["name"].replace("${{ matrix.number }}", str(number))
+        Path(download["path"]).mkdir(exist_ok=True)
+        Path(upload["path"]).rename(Path(download["path"], artifact))
+    for line in steps_of(whole):
+        assert main(words_of(line, workflow["env"])[1:]) == 0, line
+    assert same_bits(read(shelf / "merged"), _whole(models[:3], tmp_path))
+    assert len(json.loads((shelf / "merged" / MANIFEST).read_text())["workers"]) == len(numbers) == 4
+
+
 # --- who does what ---
 
 
@@ -301,8 +365,10 @@ def test_nobody_takes_a_part_for_a_model(parts: list[Path], capsys: pytest.Captu
 
 
 def test_a_part_that_was_killed_is_taken_up(models: list[Path], tmp_path: Path) -> None:
-    one, place = alone(models, tmp_path / "one", method="ties"), tmp_path / "p1"
-    words = ["merge", "ties", *map(str, models), "-o", str(place), "--max-shard-size", "2KB", "--resume"]
+    apgd = {"method": "average", "disentangle": ["apgd"]}  # which is not fitted again on what is finished
+    one, place = alone(models, tmp_path / "one", **apgd), tmp_path / "p1"
+    words = ["merge", "average", *map(str, models), "-o", str(place), "--max-shard-size", "2KB", "--resume"]
+    words += ["--disentangle", "apgd"]
     with running([*words, "--part", "1/1"], stop=WRITE, call=4) as first:
         first.until_stopped()
         first.send(signal.SIGKILL)
@@ -316,7 +382,7 @@ def test_a_part_that_was_killed_is_taken_up(models: list[Path], tmp_path: Path) 
         assert late.end() == 0
         assert "is complete already" in late.err()
     assert place.stat().st_ino == before
-    assert weights(put_together(models, [place], tmp_path / "out", method="ties")) == weights(one)
+    assert weights(put_together(models, [place], tmp_path / "out", **apgd)) == weights(one)
 
 
 def test_a_finish_that_was_killed_is_taken_up(
