@@ -12,6 +12,7 @@ from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reference import Named
 from modelmerge.checkpoint.scratch import scratches
+from modelmerge.checkpoint.work import job_at, work_folder
 from modelmerge.engine.merge import run
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError, named
@@ -285,6 +286,9 @@ def execute(
             if resume and (recorded is None or recorded.threads is None):
                 stack.enter_context(threads_of_leftovers(out, digest_of(prepared, data)))
             digest = digest_of(prepared, data)
+            if resume and (job_at(out) or {}).get("digest") == digest:
+                progress.note(f"takes up what is finished in {work_folder(out)}")
+                return share_out(prepared, data, out, force=force, ready=ready, progress=progress)
             output = stack.enter_context(output_of(
                 prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=progress
             ))  # fmt: skip

@@ -15,6 +15,7 @@ import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from modelmerge.checkpoint.output import check_output
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.checkpoint.scratch import reason
 from modelmerge.checkpoint.staging import Staging
-from modelmerge.engine.job import Job
+from modelmerge.engine.job import Findings, Job
 from modelmerge.engine.merge import nothing_found, run
 from modelmerge.engine.parallel import MOST_THREADS, threads
 from modelmerge.engine.units import deal, shard_units
@@ -216,14 +217,25 @@ def put_together(
         digests = _hashed(prepared, parts, progress)
         staging = output.stage(plan.layout, companions=1)
         _copy(plan.layout, parts, staging, progress)
-        findings = nothing_found(prepared.job)
-        for part in parts:
-            findings.add(part.manifest["findings"])
+        findings = _findings_of(parts, prepared.job)
         manifest = complete(prepared, out, staging, findings, None, output.seconds, digest, digests)
         for note in manifest["notes"]:
             progress.note(note)
         workers = [_worker(part) for part in parts]
         return output.publish({**manifest, "machine": parts[0].manifest["machine"], "workers": workers})
+
+
+def _findings_of(parts: Sequence[_Part], job: Job) -> Findings:
+    findings = nothing_found(job)
+    for part in parts:
+        try:
+            each = part.manifest["findings"]
+            findings.add({**each, "left_out": [(tensor, expert, why) for tensor, expert, why in each["left_out"]]})
+        except (ValueError, TypeError) as error:
+            raise OutputError(
+                f"{part.place / MANIFEST}: malformed: its findings", hint="make the part again"
+            ) from error
+    return findings
 
 
 def _worker(part: _Part) -> dict[str, Any]:
@@ -320,13 +332,14 @@ def _hashed(prepared: Prepared, parts: Sequence[_Part], progress: Reporter) -> l
         for file, stat in model.files.items():
             digests[-1][file] = model.digest(file)
             progress.advance(stat.st_size, model.address(file))
+    mine = [_contents(record(*each)["files"]) for each in zip(models, digests, strict=True)]
     for part in parts:
         inputs = part.manifest["inputs"]
         theirs = [_contents(each["files"]) for each in (inputs["base"], *inputs["experts"])]
-        mine = [_contents(record(*each)["files"]) for each in zip(models, digests, strict=True)]
-        others = [model.name for model, *both in zip(models, theirs, mine, strict=True) if both[0] != both[1]]
-        if others:
-            what = f"{part} was made of other files than those here of {', '.join(others)}"
+        if theirs != mine:
+            pairs = zip_longest(models, theirs, mine)
+            others = ", ".join(model.name for model, there, here in pairs if model and there != here)
+            what = f"{part} was made of other files than those here of {others or 'all models'}"
             raise OutputError(what, hint="name the models that the parts were made of, or make the parts again")
     return digests
 
