@@ -121,7 +121,7 @@ def test_transforms_in_parts(text: str, method: str, models: list[Path], tmp_pat
 @pytest.mark.parametrize("method", [n for n in registry.names() if not registry.load(n).on_data])
 def test_every_method_works_in_parts(method: str, tmp_path: Path) -> None:
     paths = family(tmp_path / "models", experts=registry.load(method).most_experts or 3, dtype=torch.bfloat16)
-    check_as_one(paths, tmp_path, 4, method=method)
+    check_as_one(paths, tmp_path, method=method)
 
 
 def test_several_methods_in_one_merge(models: list[Path], tmp_path: Path) -> None:
