@@ -364,7 +364,9 @@ def carry_out(
         from modelmerge.charts import drawing
 
         drawing.check(plot)
-    divided: dict[str, Any] = {name: value for name in ("cluster", "part", "finish") if (value := values.get(name))}
+    # An empty text is no part: who means one must not get the whole.
+    ways: dict[str, Any] = {name: values.get(name) for name in ("cluster", "part", "finish")}
+    divided = {name: value for name, value in ways.items() if value not in (None, [])}
     for name in divided if target is not None else ():
         if name != "finish":
             hint = f"push once it is done: modelmerge push {out if name == 'cluster' else 'DIR'}"

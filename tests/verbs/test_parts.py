@@ -578,6 +578,7 @@ def test_what_cannot_be_made_in_parts_is_refused(
         ("--finish", "p", "--cluster", "files"): "--cluster and --finish exclude each other",
         ("--part", "1/2", "--as-lora", "2"): "--part cannot share out what --as-lora writes",
         ("--finish", "p", "--as-lora", "2"): "--finish cannot share out what --as-lora writes",
+        ("--part", ""): "--part must be I/N, a part's number and how many there are, like 3/8, not ''",
         ("--part", "1/2", "--push", "org/name"): "--push has no place beside --part",
     }.items():
         for form in ([], ["-n"]) if "--push" not in more else ([],):
