@@ -13,6 +13,7 @@ from typing import Any, Literal
 from modelmerge.checkpoint.output import check_output, finished
 from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.scratch import check_room, reason, scratches
+from modelmerge.checkpoint.staging import clear_remains
 from modelmerge.checkpoint.work import Gone, WorkFolder, job_at, lease, remove_work, work_folder
 from modelmerge.engine.cluster import Shared
 from modelmerge.engine.job import Findings
@@ -203,6 +204,7 @@ def _take_part(
             with claim:
                 _publish(prepared, out, digest, digests, findings, folder, crew, progress)
         folder.remove()
+        clear_remains(out)  # of a run of one process before
         return manifest
 
 

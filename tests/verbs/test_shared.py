@@ -282,6 +282,19 @@ def test_a_process_alone_resumes_what_was_shared_out(models: list[Path], tmp_pat
     assert {worker["threads"] for worker in manifest["workers"]} == {1}
 
 
+def test_what_a_process_alone_has_left_goes_with_the_shared_merge(models: list[Path], tmp_path: Path) -> None:
+    want, out = alone(models, tmp_path / "alone"), tmp_path / "out"
+    command = words(models, out)
+    with running([*command[: command.index("--cluster")], "--resume"], stop=WRITE, call=4) as first:
+        first.until_stopped()
+        first.send(signal.SIGKILL)
+        first.end()
+    assert list((tmp_path / ".out.modelmerge").iterdir())
+    with running(command) as shared:
+        finish([shared])
+    assert weights(manifest_at(out)) == want
+
+
 def test_an_interrupted_process_gives_its_unit_back(models: list[Path], tmp_path: Path) -> None:
     want, out = alone(models, tmp_path / "alone"), tmp_path / "out"
     with running(words(models, out), stop=WRITE, call=4) as first:
