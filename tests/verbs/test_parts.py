@@ -26,9 +26,9 @@ from modelmerge.record.redaction import published
 from tests.support.checkpoints import base_state, expert_state, family, read, same_bits, write
 from tests.support.guides import GUIDES, blocks
 from tests.support.hub_server import FakeHub
-from tests.support.processes import running
+from tests.support.processes import Run, running
 
-WRITE = "modelmerge.checkpoint.shard_file:ShardFile.write"
+FINISH = "modelmerge.checkpoint.staging:Staging._finish"
 Edit = Callable[[dict[str, Any]], object]
 
 
@@ -364,19 +364,27 @@ def test_nobody_takes_a_part_for_a_model(parts: list[Path], capsys: pytest.Captu
 # --- what is cut short ---
 
 
+def killed(run: Run, out: Path) -> dict[str, int]:
+    """Kill a run that has stopped; the inodes of the two weight files that it had finished, by name."""
+    run.until_stopped()
+    run.send(signal.SIGKILL)
+    run.end()
+    staging = out.with_name(f".{out.name}.modelmerge")
+    finished = json.loads((staging / ".journal.json").read_text())["finished"]
+    assert len(finished) == 2
+    return {name: (staging / name).stat().st_ino for name in finished}
+
+
 def test_a_part_that_was_killed_is_taken_up(models: list[Path], tmp_path: Path) -> None:
     apgd = {"method": "average", "disentangle": ["apgd"]}  # which is not fitted again on what is finished
     one, place = alone(models, tmp_path / "one", **apgd), tmp_path / "p1"
     words = ["merge", "average", *map(str, models), "-o", str(place), "--max-shard-size", "2KB", "--resume"]
     words += ["--disentangle", "apgd"]
-    with running([*words, "--part", "1/1"], stop=WRITE, call=4) as first:
-        first.until_stopped()
-        first.send(signal.SIGKILL)
-        first.end()
-    kept = {file.name: file.stat().st_ino for file in (tmp_path / ".p1.modelmerge").glob("*.part")}
+    with running([*words, "--part", "1/1"], stop=FINISH, call=3, environment={"OMP_NUM_THREADS": "1"}) as first:
+        kept = killed(first, place)
     with running([*words, "--part", "1/1"]) as again:
         assert again.end() == 0, again.err()
-    assert any((place / name).stat().st_ino == inode for name, inode in kept.items())
+    assert {name: (place / name).stat().st_ino for name in kept} == kept
     before = place.stat().st_ino
     with running([*words, "--part", "1/1"]) as late:
         assert late.end() == 0
@@ -391,15 +399,12 @@ def test_a_finish_that_was_killed_is_taken_up(
     out = tmp_path / "out"
     words = ["merge", "ties", *map(str, made[0]), "-o", str(out), "--max-shard-size", "2KB", "--resume"]
     words += [word for place in parts for word in ("--finish", str(place))]
-    with running(words, stop=WRITE, call=4) as first:
-        first.until_stopped()
-        first.send(signal.SIGKILL)
-        first.end()
+    with running(words, stop=FINISH, call=3) as first:
+        kept = killed(first, out)
     assert not out.exists()
-    old = {file.name: file.stat().st_ino for file in (tmp_path / ".out.modelmerge").glob("*.safetensors")}
     with running(words) as again:
         assert again.end() == 0, again.err()
-    assert any((out / name).stat().st_ino == inode for name, inode in old.items())
+    assert {name: (out / name).stat().st_ino for name in kept} == kept
     assert same_bits(read(out), _whole(made[0], tmp_path))
     with running(words) as late:
         assert late.end() == 0
