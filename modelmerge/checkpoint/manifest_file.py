@@ -56,10 +56,38 @@ class Listed(Output):
     files: dict[str, FileEntry]
 
 
+class _Share(TypedDict):
+    number: int
+    of: int
+    host: str
+
+
+class _Findings(TypedDict):
+    left_out: list[list[str]]
+    figures: dict[str, dict[str, float]]
+    rounding: list[str] | None
+    merged: int
+
+
 class Made(_Staged):
     """The manifest of what was made of a base and experts: a merge, or task vectors."""
 
     inputs: _Models
+
+
+class Part(TypedDict):
+    """The manifest of a part of a merge."""
+
+    part: _Share
+    job: dict[str, Any]
+    inputs: _Models
+    findings: _Findings
+    files: dict[str, FileEntry]
+    device: str
+    threads: int
+    machine: dict[str, str | None]
+    versions: dict[str, str]
+    seconds: float
 
 
 class Vector(TypedDict):

@@ -27,7 +27,7 @@ from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.checkpoint.scratch import Scratch, check_room, hidden_beside, reason
 from modelmerge.checkpoint.shard_file import ShardFile
-from modelmerge.checkpoint.work import work_folder
+from modelmerge.checkpoint.work import job_at, work_folder
 from modelmerge.errors import OutputError, named
 
 _JOURNAL = ".journal.json"
@@ -42,8 +42,10 @@ def clear_remains(output: Path) -> None:
 
 
 def fingerprints(output: Path) -> Iterator[str]:
-    """The fingerprints of what a resumed run may take up: the shards of an interrupted one, or the whole output."""
+    """The fingerprints of what a resumed run may take up: shards, of a merge that was shared out too, or the whole."""
     target = output.resolve()
+    if (job := job_at(output)) is not None:
+        yield str(job.get("digest"))
     for file in (hidden_beside(target, "modelmerge") / _JOURNAL, target / MANIFEST):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             yield str(json.loads(file.read_bytes())["fingerprint"])
@@ -175,8 +177,9 @@ class Staging(Publication):
                 self.digests[name] = digest
 
     def is_finished(self, tensor: str) -> bool:
-        """Whether an interrupted run has written the tensor's shard already."""
-        return self._layout.shard_of[tensor].filename in self.digests
+        """Whether nothing is to be done for a tensor: its shard is there already, or no shard here has it."""
+        shard = self._layout.shard_of.get(tensor)
+        return shard is None or shard.filename in self.digests
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Write a piece of a tensor, `offset` bytes from its start. From any thread, in any order, each byte once.

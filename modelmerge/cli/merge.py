@@ -16,7 +16,7 @@ from modelmerge.cli import options as opt
 from modelmerge.cli.bars import Bars
 from modelmerge.cli.help import with_examples
 from modelmerge.cli.output import Sink, flag, line, table
-from modelmerge.cli.plan import head, next_lines, plan_lines, result_lines
+from modelmerge.cli.plan import head, next_lines, part_lines, plan_lines, result_lines
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
@@ -108,7 +108,7 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
 
     def models(
         recipe: opt.RecipeFile = None, preset: opt.Preset = None, output: opt.OptionalOutput = None,
-        allow_different_bits: opt.DifferentBits = False, cluster: opt.Cluster = None,
+        allow_different_bits: opt.DifferentBits = False,
     ) -> None: ...  # fmt: skip
 
     def run(sink: Sink, context: typer.Context, **values: Any) -> None:
@@ -143,11 +143,11 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
                     allow_different_bits=values["allow_different_bits"],
                 )  # fmt: skip
 
-            carry_out(prepared, executed, values, sink)
+            carry_out(prepared, executed, described, values, sink)
 
     arguments = [opt.argument("context", typer.Context)]
-    parameters = [*(_of_method(method) if method else []), *opt.shared(models), *opt.shared(opt.merged)]
-    parameters += opt.shared(opt.written)
+    parameters = [*(_of_method(method) if method else []), *opt.shared(models), *opt.shared(opt.divided)]
+    parameters += [*opt.shared(opt.merged), *opt.shared(opt.written)]
     shown = ("recipe", "preset", "output", "allow_different_bits")
     if file is None:  # the page lists the methods, whose pages have the options
         parameters = [opt.in_help(p, shown=p.name in shown) for p in parameters]
@@ -208,7 +208,7 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
 
             return prepare(recipe, **place)
 
-        carry_out(prepared, executed, values, sink)
+        carry_out(prepared, executed, described, values, sink)
 
     return opt.command(run, parameters(method, preset=preset))
 
@@ -222,11 +222,11 @@ def parameters(method: Method | None, *, preset: bool = False) -> list[Any]:
     )
     first += [] if preset else [opt.argument("base", opt.Base), opt.argument("experts", experts)]
 
-    def output(output: opt.Output, preset: opt.Preset = None, cluster: opt.Cluster = None) -> None: ...
+    def output(output: opt.Output, preset: opt.Preset = None) -> None: ...
 
     return [
-        *first, *(_of_method(method) if method else []), *opt.shared(output), *opt.shared(opt.merged),
-        *opt.shared(opt.written),
+        *first, *(_of_method(method) if method else []), *opt.shared(output), *opt.shared(opt.divided),
+        *opt.shared(opt.merged), *opt.shared(opt.written),
     ]  # fmt: skip
 
 
@@ -300,6 +300,13 @@ def executed(prepared: Prepared, out: Path, **how: Any) -> dict[str, Any]:
     return execute(prepared, out, **how)
 
 
+def described(prepared: Prepared, **how: Any) -> dict[str, Any]:
+    """The plan of a merge that is prepared."""
+    from modelmerge.verbs.merge import describe
+
+    return describe(prepared, **how)
+
+
 def refuse_early(recipe: Recipe, values: Mapping[str, Any]) -> None:
     """Refuse what can be known to be wrong without torch, whose import takes seconds."""
     from modelmerge.checkpoint.output import check_output
@@ -346,6 +353,7 @@ def checked(target: Target | None, *, create: bool = True) -> dict[str, Any] | N
 def carry_out(
     prepare: Callable[[], Any],
     execute: Callable[..., dict[str, Any]],
+    describe: Callable[..., dict[str, Any]],
     values: Mapping[str, Any],
     sink: Sink,
     more: Callable[[Mapping[str, Any]], list[str | Text | Table]] = lambda manifest: [],
@@ -357,25 +365,33 @@ def carry_out(
         from modelmerge.charts import drawing
 
         drawing.check(plot)
-    if values.get("cluster") and target is not None:
-        raise UsageError("--push has no place beside --cluster", hint=f"push once it is done: modelmerge push {out}")
-    shared = {name: values[name] for name in ("resume", "cluster") if name in values}
+    # An empty text is no part: who means one must not get the whole.
+    ways: dict[str, Any] = {name: values.get(name) for name in ("cluster", "part", "finish")}
+    divided = {name: value for name, value in ways.items() if value not in (None, [])}
+    for name in divided if target is not None else ():
+        if name != "finish":
+            hint = f"push once it is done: modelmerge push {out if name == 'cluster' else 'DIR'}"
+            raise UsageError(f"--push has no place beside --{name}", hint=hint)
+    resume = {"resume": values["resume"]} if "resume" in values else {}
     # What a function of the user's prints is no result.
     with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
         with bars.waiting("planning"):
             prepared = prepare()
         if not values["dry_run"]:
             manifest = execute(
-                prepared, out, force=values["force"], **shared, ready=lambda: checked(target), progress=bars
+                prepared, out, force=values["force"], **resume, **divided, ready=lambda: checked(target), progress=bars
             )
     if values["dry_run"]:
-        plan = {**prepared.describe(), "push": checked(target, create=False)}
+        plan = {**describe(prepared, **divided), "push": checked(target, create=False)}
         prepared.close()
         title = head(plan["method"], plan["disentangle"])
         sink.result({"plan": plan}, quiet=str(out), human=plan_lines(title, plan, sink.verbose))
         return
-    lines = [*more(manifest), *result_lines(manifest, out, verbose=sink.verbose)]
     data = {"output": str(out), "manifest": manifest}
+    if "part" in manifest:
+        sink.result(data, quiet=str(out), human=part_lines(manifest, out))
+        return
+    lines = [*more(manifest), *result_lines(manifest, out, verbose=sink.verbose)]
     if plot is not None:
         from modelmerge.charts.figures import of_coefficients
 

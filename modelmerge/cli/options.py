@@ -106,7 +106,7 @@ FilesFrom = Annotated[str | None, _merge_option(
     metavar="NAME", help="Whose tokenizer and chat template: an expert's, or base's.",
 )]  # fmt: skip
 ShardSize = Annotated[
-    str | None, _run_option(help="Largest output file, like 200MB. Default: 5GB; one file stays one.", metavar="SIZE")
+    str | None, _run_option(help="Largest file, like 200MB. Default: 5GB; one file stays one.", metavar="SIZE")
 ]
 Seed = Annotated[int | None, _merge_option(help="Seed of methods that draw at random. Default: 0.", metavar="N")]
 AsLora = Annotated[str | None, _merge_option(
@@ -126,6 +126,12 @@ RecipeFile = Annotated[
 ]
 Cluster = Annotated[Literal["files"] | None, _run_option(
     "--cluster", metavar="files", help="Share the work with all who are started by this command.",
+)]  # fmt: skip
+Part = Annotated[str | None, _run_option(
+    "--part", metavar="I/N", help="Write part I of N; the machines may share no files.",
+)]  # fmt: skip
+Finish = Annotated[list[str] | None, _run_option(
+    "--finish", metavar="DIR", help="Put parts together, nothing else. Repeat it for each part.",
 )]  # fmt: skip
 DifferentBits = Annotated[bool, _run_option(
     "--allow-different-bits",
@@ -234,6 +240,10 @@ def merged(
     seed: Seed = None,
 ) -> None:
     """What determines the weights of every merge, besides the method's options; for its signature alone."""
+
+
+def divided(cluster: Cluster = None, part: Part = None, finish: Finish = None) -> None:
+    """How a merge is shared out, for its signature alone."""
 
 
 def written(

@@ -57,6 +57,23 @@ def result_lines(manifest: Mapping[str, Any], out: Path, *, verbose: bool) -> li
     return lines
 
 
+def part_lines(manifest: Mapping[str, Any], out: Path) -> list[str | Text | Table]:
+    """What a part of a merge did, and what to do with it."""
+    part, weights = manifest["part"], [entry["bytes"] for entry in manifest["files"].values()]
+    return [
+        line(
+            ("merged", "bold green"), f" part {part['number']}/{part['of']}: "
+            f"{many(manifest['findings']['merged'], 'tensor')}",
+        ),
+        line(
+            (str(out), "bold"), f"  {size(sum(weights))} of weights in {many(len(weights), 'file')}, in "
+            f"{manifest['seconds']:.1f} s on {manifest['device']}",
+        ),
+        line(("next  ", "bold cyan"), "all parts, then the same command with --finish for each of them: --finish "
+             f"{shlex.quote(str(out))}"),
+    ]  # fmt: skip
+
+
 def next_lines(manifest: Mapping[str, Any], out: Path) -> list[str | Text | Table]:
     """What to do with a merged model: commands, and a line of Python that loads it."""
     from modelmerge.record.loading import code_of
@@ -160,6 +177,12 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Te
     )
     if plan.get("seconds") is not None:
         lines.append(f"about {duration(plan['seconds'])} on {plan['device']}, beside the start and downloads")
+    if "part" in plan:
+        part = plan["part"]
+        words = f"part {part['number']} of {part['of']}, {part['work']:.0%} of the work of merging: "
+        lines.append(line(words, listed(plan["shards"])))
+    if "parts" in plan:
+        lines.append(line(f"copied from {many(len(plan['parts']), 'part')}: ", listed(plan["parts"])))
     if kept:
         lines.append(f"{size(kept)} beside the output until it is done, for what is merged first")
     if sizes["scratch"] > kept:

@@ -56,11 +56,11 @@ def command(name: str) -> Callable[..., None]:
         recipe = merge.recipe_of(name, method, values, context)
         place = {"device": values["device"], "stream": values["stream"], "look": not values["dry_run"]}
         merge.carry_out(
-            lambda: prepare_search(recipe, tries, values["on"], **place), execute_search, values, sink,
-            lambda manifest: results(manifest["searched"]),
+            lambda: prepare_search(recipe, tries, values["on"], **place), execute_search,
+            lambda search: search.describe(), values, sink, lambda manifest: results(manifest["searched"]),
         )  # fmt: skip
 
-    parameters = [p for p in merge.parameters(method) if p.name not in ("resume", "cluster")]
+    parameters = [p for p in merge.parameters(method) if p.name not in ("resume", "cluster", "part", "finish")]
     place = next(i for i, parameter in enumerate(parameters) if parameter.name == "output")
     return opt.command(run, [*parameters[:place], *opt.shared(searched), *parameters[place:]])
 

@@ -82,7 +82,7 @@ def adapt(
     # What has no place is found out first: not at the end of a long merge.
     todo.sort(key=lambda tensor: table[tensor.name].kind != "no place")
     adapted.findings.merged = len(todo)
-    fitted = fit(job, Alone(scratch), progress)
+    fitted = fit(job, None, Alone(scratch), progress)
     work = {t.name: merge_work(job, t) for t in todo}
     progress.stage("merging", sum(plan.stored_bytes(t, experts=True) + work[t.name] for t in todo), "work")
     dense: set[str] = set()  # tensors that changed and are not low-rank

@@ -89,6 +89,11 @@ class Coefficients:
     name = "coefficients"
     shares_vector = False
 
+    @property
+    def by_tensor(self) -> bool:
+        """Whether they have been found, which takes the model."""
+        return self.table is not None
+
     def takes(self, tensor: TensorPlan) -> bool:
         """Whether it has a value of its own: tied tensors are one, and have the same coefficients."""
         return bool(tensor.numel) and tensor.twin is None

@@ -79,6 +79,11 @@ class CorrectionTransform:
     options: Any
     shares_vector = False
 
+    @property
+    def by_tensor(self) -> bool:
+        """Whether nothing is counted over the model."""
+        return self.by.survey(self.options) is None
+
     def takes(self, tensor: TensorPlan) -> bool:
         """Whether it is the weight of a linear layer."""
         return tensor.linear

@@ -13,7 +13,7 @@ from modelmerge.engine.job import Job
 from modelmerge.engine.memory import beyond_device, bytes_read, needs_of
 from modelmerge.engine.units import work_of
 from modelmerge.methods.work import NOTHING, Work
-from modelmerge.plan.tensors import TensorPlan
+from modelmerge.plan.tensors import TensorPlan, Tensors
 
 # Bytes that are moved for each that is read: widened, subtracted, scaled, added up, stored.
 _MOVED = 6.0
@@ -23,15 +23,17 @@ _LONG = 1 << 22  # entries of a vector that fits in no cache
 _TIMES = 3
 
 
-def seconds(job: Job) -> float | None:
-    """About how long the merge takes, beside the program's start and downloads; within a factor of two on a CPU.
+def seconds(job: Job, todo: Tensors) -> float | None:
+    """About how long the merge of `todo` takes, beside start and downloads; within a factor of two on a CPU.
 
     Matrices that do not fit on the device are counted at the CPU's rates. None where the device has no memory left to
     measure its rates in.
     """
-    wholes, away = job.wholes(), beyond_device(job)
+    names = {tensor.name for tensor in todo}
+    wholes = [tensor for tensor in job.wholes() if tensor.name in names]
+    away = beyond_device(job) & names
     work = _total(job, (tensor for tensor in wholes if tensor.name not in away))
-    work = sum((needs.work for needs in needs_of(job)), work) + Work(moved=_MOVED * bytes_read(job))
+    work = sum((needs.work for needs in needs_of(job, todo)), work) + Work(moved=_MOVED * bytes_read(job, todo))
     side = max((min(tensor.row, tensor.numel // tensor.row) for tensor in wholes if tensor.numel), default=0)
     try:
         rates = rates_of(job.source.device, min(max(side, _LEAST_SIDE), _MOST_SIDE))

@@ -12,7 +12,7 @@ import torch
 from modelmerge.engine.rounding import Rounding
 from modelmerge.methods.contract import Method, Moments, Survey
 from modelmerge.plan.overrides import Setting
-from modelmerge.plan.tensors import Plan, TensorPlan
+from modelmerge.plan.tensors import Plan, TensorPlan, Tensors
 
 if TYPE_CHECKING:
     from modelmerge.engine.transforms import Transform
@@ -163,9 +163,11 @@ class Job:
         """The tensors that come whole."""
         return [tensor for group in self.groups for tensor in group.tensors if self.whole(tensor)]
 
-    def taken(self, transform: Transform) -> list[TensorPlan]:
-        """The merged tensors that a transform is fitted on."""
-        return [tensor for tensor in self.merged() if transform.takes(tensor)]
+    def taken(self, transform: Transform, todo: Tensors | None = None) -> list[TensorPlan]:
+        """The merged tensors that a transform is fitted on; of `todo` alone, where what others are has no effect."""
+        alone = all(each.by_tensor for each in self.transforms) and not any(group.survey for group in self.groups)
+        names = {tensor.name for tensor in (todo if todo is not None and alone else self.merged())}
+        return [tensor for tensor in self.merged() if tensor.name in names and transform.takes(tensor)]
 
 
 @dataclass(slots=True)

@@ -98,14 +98,14 @@ def _peak(job: Job, *stages: Bytes) -> dict[str, int]:
     return {"host": PROCESS_BYTES + host, "device": 0 if job.source.device.type == "cpu" else device}
 
 
-def needs_of(job: Job) -> list[Needs]:
-    """What each of the job's transforms needs, in their order."""
-    return [transform.needs(job, job.taken(transform)) for transform in job.transforms]
+def needs_of(job: Job, todo: Tensors | None = None) -> list[Needs]:
+    """What each of the job's transforms needs, in their order, where `todo` alone is to be merged, or all."""
+    return [transform.needs(job, job.taken(transform, todo)) for transform in job.transforms]
 
 
-def scratch_bytes(job: Job) -> int:
+def scratch_bytes(job: Job, todo: Tensors | None = None) -> int:
     """Bytes on the disk while the run lasts."""
-    return sum(needs.scratch for needs in needs_of(job))
+    return sum(needs.scratch for needs in needs_of(job, todo))
 
 
 def passes(job: Job) -> float:
@@ -114,18 +114,21 @@ def passes(job: Job) -> float:
     return 1.0 + max((group.reads() for group in job.groups), default=0.0) + fitting
 
 
-def fitting_bytes(job: Job, *, streamed: bool = False) -> int:
+def fitting_bytes(job: Job, todo: Tensors | None = None, *, streamed: bool = False) -> int:
     """Bytes of tensors that fitting the transforms reads; or only from models that are streamed."""
-    return _bytes_of([pair for needs in needs_of(job) for pair in needs.reads], job.plan, streamed=streamed)
+    return _bytes_of([pair for needs in needs_of(job, todo) for pair in needs.reads], job.plan, streamed=streamed)
 
 
-def bytes_read(job: Job, *, streamed: bool = False) -> int:
-    """Bytes of tensors that a merge reads, all passes counted; or only from models that are streamed."""
-    plan = job.plan
-    surveys = [(group.reads(), group.surveyed()) for group in job.groups]
-    merging = _bytes_of([(1.0, job.merged()), *surveys], plan, streamed=streamed)
-    copying = sum(plan.stored_bytes(t, experts=False, streamed=streamed) for t in plan.select("copy"))
-    return merging + fitting_bytes(job, streamed=streamed) + copying
+def bytes_read(job: Job, todo: Tensors, *, streamed: bool = False) -> int:
+    """Bytes of tensors that a merge of `todo` reads, all passes counted; or only from models that are streamed."""
+    plan, names = job.plan, {tensor.name for tensor in todo}
+    # What is measured over the model is measured over all of it.
+    surveys = [(g.reads(), [t for t in g.surveyed() if g.survey or t.name in names]) for g in job.groups]
+    merged = [tensor for tensor in todo if tensor.action != "copy"]
+    merging = _bytes_of([(1.0, merged), *surveys], plan, streamed=streamed)
+    copies = (tensor for tensor in todo if tensor.action == "copy")
+    copying = sum(plan.stored_bytes(tensor, experts=False, streamed=streamed) for tensor in copies)
+    return merging + fitting_bytes(job, todo, streamed=streamed) + copying
 
 
 def _bytes_of(reads: Sequence[tuple[float, Tensors]], plan: Plan, *, streamed: bool) -> int:

@@ -62,7 +62,7 @@ def run(job: Job, staging: Staging, progress: Reporter) -> Findings:
         OutputError: The output cannot be written.
         DeviceError: The device has too little memory left.
     """
-    output = _Output(staging, _nothing_found(job), {})
+    output = _Output(staging, nothing_found(job), {})
     _run(job, (output,), staging, progress)
     return output.findings
 
@@ -87,21 +87,22 @@ def run_shared(
     units = shard_units(job, todo)
 
     def merge_shard(unit: Unit) -> dict[str, Any]:
-        findings = _nothing_found(job)
+        findings = nothing_found(job)
         with shard(unit) as file:
             _merge(fitted, unit.tensors, (_Output(file, findings, {}),), progress)
         return findings.to_dict()
 
-    findings = _nothing_found(job)
+    findings = nothing_found(job)
     with current(job.source.device):
-        fitted = fit(job, crew, progress)
+        fitted = fit(job, todo, crew, progress)
         _begin(units, progress)
         for _, part in crew.share(units, merge_shard):
             findings.add(part)
     return findings
 
 
-def _nothing_found(job: Job) -> Findings:
+def nothing_found(job: Job) -> Findings:
+    """The findings of a run that has merged nothing yet."""
     return Findings(rounding=Rounding() if stored_narrow(job.plan) else None)
 
 
@@ -129,7 +130,7 @@ def run_scaled(jobs: Sequence[Job], option: str, stagings: Sequence[Staging], pr
     # The methods notice the same whatever the factor.
     shared, outputs = Findings(), []
     for job, staging in zip(jobs, stagings, strict=True):
-        rounding = _nothing_found(job).rounding
+        rounding = nothing_found(job).rounding
         factors = {name: float(getattr(job.settings[name].options, option)) for name in names}
         outputs.append(_Output(staging, dataclasses.replace(shared, rounding=rounding), factors))
     _run(dataclasses.replace(jobs[0], groups=groups, settings=settings), outputs, stagings[0], progress)
@@ -145,7 +146,7 @@ def _run(job: Job, outputs: Sequence[_Output], staging: Staging, progress: Repor
     crew = Alone(staging.scratch)
     units = shard_units(job, todo)
     with current(job.source.device):
-        fitted = fit(job, crew, progress)
+        fitted = fit(job, todo, crew, progress)
         _begin(units, progress)
         for _ in crew.share(units, lambda unit: _merge(fitted, unit.tensors, outputs, progress)):
             pass

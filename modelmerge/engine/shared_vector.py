@@ -91,6 +91,11 @@ class VectorTransform:
     options: Any
     shares_vector = True
 
+    @property
+    def by_tensor(self) -> bool:
+        """Whether each row has a vector of its own; those of tensors are found together."""
+        return bool(self.options.granularity == "row")
+
     def takes(self, tensor: TensorPlan) -> bool:
         """Whether it is the weight of a linear layer."""
         return tensor.linear

@@ -67,6 +67,10 @@ class Transform(Protocol):
     def shares_vector(self) -> bool:
         """Whether it subtracts one vector from all task vectors."""
 
+    @property
+    def by_tensor(self) -> bool:
+        """Whether what becomes of a tensor does not depend on others."""
+
     def takes(self, tensor: TensorPlan) -> bool:
         """Whether it is fitted on this tensor."""
 
@@ -124,8 +128,8 @@ def transform_of(name: str, spec: TransformSpec, options: Any) -> Transform:
     return _KINDS[type(spec.by)](name, spec.by, options)
 
 
-def fit_chain(job: Job, crew: Crew, progress: Reporter) -> Chain:
-    """Fit the job's transforms, one after the other.
+def fit_chain(job: Job, todo: Tensors | None, crew: Crew, progress: Reporter) -> Chain:
+    """Fit the job's transforms, one after the other, where `todo` alone is to be merged, or all.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
@@ -133,7 +137,7 @@ def fit_chain(job: Job, crew: Crew, progress: Reporter) -> Chain:
     """
     chain = Chain()
     for transform in job.transforms:
-        chain = Chain((*chain.links, transform.fit(job, job.taken(transform), chain, crew, progress)))
+        chain = Chain((*chain.links, transform.fit(job, job.taken(transform, todo), chain, crew, progress)))
     return chain
 
 
@@ -175,14 +179,16 @@ class FittedJob:
         self.measured.update(run_moments(self.job.source, moments, self.chain.apply, tensors, progress))
 
 
-def fit(job: Job, crew: Crew, progress: Reporter) -> FittedJob:
+def fit(job: Job, todo: Tensors | None, crew: Crew, progress: Reporter) -> FittedJob:
     """Make the passes over the task vectors that come before the merge: transforms, then surveys.
+
+    Where `todo` alone is to be merged, others are read for what is measured over the model.
 
     Raises:
         CheckpointError: A weight is NaN or Inf, or a file cannot be read.
         OutputError: There is no room on the disk.
     """
-    fitted = FittedJob(job, fit_chain(job, crew, progress))
+    fitted = FittedJob(job, fit_chain(job, todo, crew, progress))
     for i, group in enumerate(job.groups):
         if group.survey is not None:
             name, apply = f"{group.name}-{i}", fitted.chain.apply

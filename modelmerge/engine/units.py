@@ -146,6 +146,17 @@ def shard_units(job: Job, tensors: Tensors) -> list[Unit]:
     return units
 
 
+def deal(units: Sequence[Unit], count: int) -> list[list[Unit]]:
+    """Units in so many parts that take about as long, the same on every machine; each has one if there are enough."""
+    parts: list[list[Unit]] = [[] for _ in range(count)]
+    costs = [0] * count
+    for unit in sorted(units, key=lambda unit: (-unit.cost, unit.name)):
+        least = min(range(count), key=lambda i: (costs[i], len(parts[i])))
+        parts[least].append(unit)
+        costs[least] += unit.cost
+    return parts
+
+
 def work_of(job: Job, tensor: TensorPlan) -> Work:
     """What the tensor's method does on it."""
     group = job.group(tensor)

@@ -79,7 +79,9 @@ class Search:
     def describe(self) -> dict[str, Any]:
         """The plan: that of one merge, and what the search adds; bytes are those of all."""
         plan, groups, each = self.first.describe(), self.groups(), self.candidate_bytes()
-        plan["bytes"]["read"] = sum(bytes_read(group[0].prepared.job) for group in groups)
+        plan["bytes"]["read"] = sum(
+            bytes_read(group[0].prepared.job, group[0].prepared.job.plan.in_order()) for group in groups
+        )
         plan["bytes"]["write"] = each * len(self.candidates)
         plan["search"] = {
             "options": {name: list(values) for name, values in self.axes.items()},

@@ -299,7 +299,7 @@ def find(job: Job, data: Read, key: str, scratch: Room, *, resume: bool, progres
     experts = [expert.name for expert in job.plan.experts]
     search = Coefficients(data.data.options, lambda: data.problems(job))
     alone = Alone(scratch)
-    before = fit_chain(dataclasses.replace(job, transforms=_before(job)), alone, progress)
+    before = fit_chain(dataclasses.replace(job, transforms=_before(job)), None, alone, progress)
     table = search.fit(job, job.taken(search), before, alone, progress)
     steps = torch.tensor(table.losses, dtype=torch.float64)
     some = max(len(steps) // _TENTH, 1)

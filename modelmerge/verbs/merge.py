@@ -12,13 +12,14 @@ from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.opening import as_references
 from modelmerge.checkpoint.reference import Named
 from modelmerge.checkpoint.scratch import scratches
+from modelmerge.checkpoint.work import job_at, work_folder
 from modelmerge.engine.merge import run
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
 from modelmerge.progress import SILENT, Reporter
-from modelmerge.verbs import adapted, coefficients, stages
+from modelmerge.verbs import adapted, coefficients, parts, stages
 from modelmerge.verbs.output import complete, output_of
 from modelmerge.verbs.prepare import (
     Prepared,
@@ -59,6 +60,8 @@ def merge(
     force: bool = False,
     resume: bool = False,
     cluster: Cluster | None = None,
+    part: str | None = None,
+    finish: Sequence[str | Path] = (),
     dry_run: bool = False,
     progress: Reporter = SILENT,
     **options: Any,
@@ -118,6 +121,12 @@ def merge(
         cluster: files: share the work with every process that is called like this one, here or wherever the same
             files are; each returns when the output is complete. MODELMERGE_LEASE is after how many seconds without a
             sign of life others take over what a process was at, 30 by default.
+        part: I/N: write part I of N into `out`, which takes nothing of the others: some of the weight files, as they
+            will be in the whole, under names that no program loads. What is measured over the model is measured by
+            each part. Every machine deals out the files alike.
+        finish: The directories of all parts: copy them into one output at `out`. Nothing is merged then, and the parts
+            stay. The models must be the same, wherever they lie, and so must the options, the versions and the number
+            of threads.
         dry_run: Write nothing, and return the plan: tensors and why, bytes, peak memory.
         progress: Hears of the progress.
         **options: The method's options.
@@ -139,14 +148,15 @@ def merge(
         prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
         if dry_run:
             with contextlib.closing(prepared):
-                return prepared.describe()
-        return execute(prepared, place, force=force, resume=resume, cluster=cluster, progress=progress)
+                return describe(prepared, cluster=cluster, part=part, finish=finish)
+        return execute(
+            prepared, place, force=force, resume=resume, cluster=cluster, part=part, finish=finish, progress=progress
+        )
 
     if (states := states_of(base, experts)) is not None:
-        if out is not None or as_lora is not None:
-            raise UsageError(
-                "tensors in memory are merged in memory", hint=f"leave out {named('out')} and {named('as_lora')}"
-            )
+        no_place = {"out": out, "as_lora": as_lora, "part": part, "finish": finish or None}
+        if names := [named(name) for name, value in no_place.items() if value is not None]:
+            raise UsageError("tensors in memory are merged in memory", hint=f"leave out {' and '.join(names)}")
         return merge_tensors(*states, make)
     if out is None and not dry_run:
         raise UsageError("is missing: where the merged checkpoint shall be", option="out")
@@ -162,6 +172,8 @@ def replay(
     force: bool = False,
     resume: bool = False,
     cluster: Cluster | None = None,
+    part: str | None = None,
+    finish: Sequence[str | Path] = (),
     script: Callable[..., Any] | str | None = None,
     allow_different_bits: bool = False,
     progress: Reporter = SILENT,
@@ -176,6 +188,8 @@ def replay(
         force: As for `merge`.
         resume: As for `merge`.
         cluster: As for `merge`.
+        part: As for `merge`.
+        finish: As for `merge`.
         script: The script that the recipe names, or another, to find the coefficients anew. A script that only the
             recipe names is never run.
         allow_different_bits: Accept a recipe without digests, and results that are not those it records.
@@ -198,7 +212,32 @@ def replay(
         Path(file), device=device, stream=stream, change=change, script=function,
         allow_different_bits=allow_different_bits,
     )  # fmt: skip
-    return execute(prepared, Path(out), force=force, resume=resume, cluster=cluster, progress=progress)
+    return execute(
+        prepared, Path(out), force=force, resume=resume, cluster=cluster, part=part, finish=finish, progress=progress
+    )
+
+
+def describe(
+    prepared: Prepared, *, cluster: str | None = None, part: str | None = None, finish: Sequence[str | Path] = ()
+) -> dict[str, Any]:
+    """The plan of a prepared merge, of a part of it, or of putting parts together.
+
+    Raises:
+        ModelMergeError: As for `merge`.
+    """
+    _refuse_several(cluster, part, finish)
+    if cluster is not None:
+        refuse_cluster(cluster, prepared.recipe)
+    if part is None and not finish:
+        return prepared.describe()
+    return parts.describe(prepared, part, [Path(place).expanduser() for place in finish])
+
+
+def _refuse_several(cluster: str | None, part: str | None, finish: Sequence[str | Path]) -> None:
+    ways = {"cluster": cluster, "part": part, "finish": finish or None}
+    first, *more = [name for name, value in ways.items() if value is not None] or [""]
+    if more:
+        raise UsageError(f"{named(first)} and {named(more[0])} exclude each other", hint="give one of them")
 
 
 def execute(
@@ -208,10 +247,14 @@ def execute(
     force: bool = False,
     resume: bool = False,
     cluster: Cluster | None = None,
+    part: str | None = None,
+    finish: Sequence[str | Path] = (),
     ready: Callable[[], object] | None = None,
     progress: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Run a prepared merge into `out`, with others if it is a `cluster`'s; the manifest. The inputs are closed then.
+
+    Or make a `part` of it, or put parts together.
 
     `ready` is called once it is known that the work can begin.
 
@@ -219,8 +262,13 @@ def execute(
         ModelMergeError: As for `merge`.
     """
     try:
+        _refuse_several(cluster, part, finish)
         if cluster is not None:
             refuse_cluster(cluster, prepared.recipe)
+        share = parts.share_of(part, prepared) if part is not None else None
+        if finish:
+            places = [Path(place).expanduser() for place in finish]
+            return parts.put_together(prepared, places, out, force=force, resume=resume, ready=ready, progress=progress)
         if prepared.staged is not None:
             return stages.run(prepared, out, execute, force=force, resume=resume, ready=ready, progress=progress)
         size = adapted.size_of(prepared.recipe)
@@ -229,6 +277,8 @@ def execute(
             recorded = prepared.recorded
             if recorded is not None and recorded.threads is not None:
                 stack.enter_context(threads(recorded.threads))
+            if share is not None:
+                return parts.make(prepared, share, out, force=force, resume=resume, ready=ready, progress=progress)
             script = recorded.script if recorded is not None else {}
             data = prepared.data.read(prepared.recipe.seed, script) if prepared.data is not None else None
             if cluster is not None:
@@ -236,6 +286,9 @@ def execute(
             if resume and (recorded is None or recorded.threads is None):
                 stack.enter_context(threads_of_leftovers(out, digest_of(prepared, data)))
             digest = digest_of(prepared, data)
+            if resume and (job_at(out) or {}).get("digest") == digest:
+                progress.note(f"takes up what is finished in {work_folder(out)}")
+                return share_out(prepared, data, out, force=force, ready=ready, progress=progress)
             output = stack.enter_context(output_of(
                 prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=progress
             ))  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 
 from modelmerge.checkpoint.companions import giver_of, remarks_on_files
 from modelmerge.checkpoint.diffusion import networks
+from modelmerge.checkpoint.layout import Shard
 from modelmerge.checkpoint.opening import open_models, open_references
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.reference import NO_STAGES, Named
@@ -75,12 +76,19 @@ class Prepared:
         if self.staged is not None:
             self.staged.close()
 
-    def describe(self) -> dict[str, Any]:
-        """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards."""
+    def describe(self, shards: Sequence[Shard] | None = None) -> dict[str, Any]:
+        """The plan as `--dry-run` tells it: tensors and why, bytes to read and write, peak memory, shards.
+
+        Where not all of the weight files are to be written, `shards` are those that are.
+        """
         plan = self.job.plan
+        shards = plan.layout.shards if shards is None else shards
+        todo = [plan.tensors[name] for shard in shards for name in shard.tensors]
         size = adapted.size_of(self.recipe)
-        written = plan.bytes_written if size is None else adapted.most_bytes(self.job, self.recipe, size)
-        streamed = bytes_read(self.job, streamed=True) if self.stream else None
+        written = sum(shard.file_bytes for shard in shards)
+        if size is not None:
+            written = adapted.most_bytes(self.job, self.recipe, size)
+        streamed = bytes_read(self.job, todo, streamed=True) if self.stream else None
         beyond = []
         if too_large := beyond_device(self.job):
             long = duration(seconds_on_cpu(self.job, too_large))
@@ -97,10 +105,10 @@ class Prepared:
             "layers": list(self.recipe.layers),
             "vocab": self.recipe.vocab,
             "passes": passes(self.job),
-            "bytes": {"read": bytes_read(self.job), "write": written, "scratch": scratch_bytes(self.job)},
+            "bytes": {"read": bytes_read(self.job, todo), "write": written, "scratch": scratch_bytes(self.job, todo)},
             "peak_memory": peak_memory(self.job),
-            "seconds": None if self.data is not None else seconds(self.job),
-            "shards": [shard.filename for shard in plan.layout.shards],
+            "seconds": None if self.data is not None else seconds(self.job, todo),
+            "shards": [shard.filename for shard in shards],
             "remarks": [*self.remarks, *remarks(plan), *beyond, *(self.data.remarks() if self.data else [])],
             **(adapted.describe(self.job, self.recipe, size) if size is not None else {}),
         }
@@ -306,11 +314,16 @@ def _pinned(text: str | Named, model: Checkpoint) -> str | Named:
     return text if model.reference.is_here else f"{model.name}={model.reference.text}"
 
 
-def digest_of(prepared: Prepared, read: coefficients.Read | None = None) -> str:
-    """The digest of all that determines the weights, as far as it can be had without reading tensors."""
+def digest_of(prepared: Prepared, read: coefficients.Read | None = None, *more: str) -> str:
+    """The digest of all that determines the weights, as far as it can be had without reading tensors; and of `more`."""
     job = prepared.job
     return fingerprint(
-        job.plan, job.source.device, dataclasses.asdict(prepared.recipe), read and read.identity(), *prepared.before
+        job.plan,
+        job.source.device,
+        dataclasses.asdict(prepared.recipe),
+        read and read.identity(),
+        *prepared.before,
+        *more,
     )
 
 

@@ -14,7 +14,7 @@ from modelmerge.checkpoint.manifest_file import Made, Output
 from modelmerge.checkpoint.output import CARD
 from modelmerge.checkpoint.portable import leads_out, portable
 from modelmerge.checkpoint.reader import MANIFEST
-from modelmerge.errors import HubError, OutputError
+from modelmerge.errors import HubError, OutputError, named
 from modelmerge.hub.upload import Pushed, Target, check, parse_target, upload
 from modelmerge.record import card
 from modelmerge.record.loading import code_of
@@ -75,6 +75,9 @@ def _content(directory: Path, name: str) -> dict[str, bytes]:
         OutputError: The directory is no finished output, or holds what cannot be published.
     """
     whole = read_manifest(directory / MANIFEST, Made)
+    if "part" in whole:
+        hint = f"put all parts together first: {named('finish')}"
+        raise OutputError(f"{directory} is a part of a merge, which nobody can load", hint=hint)
     instead = {
         place: content
         for place, file in _files(directory)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from modelmerge.checkpoint.output import check_output, finished
 from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.scratch import check_room, reason, scratches
+from modelmerge.checkpoint.staging import clear_remains
 from modelmerge.checkpoint.work import Gone, WorkFolder, job_at, lease, remove_work, work_folder
 from modelmerge.engine.cluster import Shared
 from modelmerge.engine.job import Findings
@@ -40,14 +41,23 @@ def refuse_cluster(cluster: str, recipe: Recipe) -> None:
     """
     if cluster != "files":
         raise UsageError(f"must be files, not '{cluster}'", option="cluster")
+    refuse_undivided(recipe, "cluster")
+
+
+def refuse_undivided(recipe: Recipe, option: str) -> None:
+    """Refuse a merge that cannot be shared out, as the option asks.
+
+    Raises:
+        UsageError: It is one.
+    """
     if recipe.stages:
         first = f"'{next(iter(recipe.stages))}'"
         why = f"{first} is merged first, by one process, and gone then"
-        raise UsageError(f"cannot share out merges of merges: {why}", option="cluster",
+        raise UsageError(f"cannot share out merges of merges: {why}", option=option,
                          hint="merge what comes first by commands of their own")  # fmt: skip
     if recipe.as_lora is not None:
         why = "an adapter is one file, whose layout shows at the end"
-        raise UsageError(f"cannot share out what {named('as_lora')} writes: {why}", option="cluster")
+        raise UsageError(f"cannot share out what {named('as_lora')} writes: {why}", option=option)
 
 
 def share_out(
@@ -132,20 +142,24 @@ def _joined(out: Path, about: Mapping[str, Any], progress: Reporter) -> Iterator
 def _refusal(folder: WorkFolder, about: Mapping[str, Any], out: Path) -> OutputError:
     """Why a process cannot take part: the first thing in which it differs."""
     host = folder.job["host"]
-    theirs, mine = (dict(_flat(job["circumstances"])) for job in (folder.job, about))
-    for name in theirs.keys() | mine.keys() if theirs != mine else ():
-        if theirs.get(name) != mine.get(name):
-            hint = f"OMP_NUM_THREADS={theirs[name]}" if name == "threads" else "all processes must be alike"
-            words = f"{name} {theirs.get(name)}, and here it is {mine.get(name)}"
-            return OutputError(f"the merge that {host} began into {out} has {words}", hint=hint)
-    there, here = folder.job["inputs"], about["inputs"]
+    for name, theirs, mine in differences(folder.job["circumstances"], about["circumstances"]):
+        hint = f"OMP_NUM_THREADS={theirs}" if name == "threads" else "all processes must be alike"
+        words = f"{name} {theirs}, and here it is {mine}"
+        return OutputError(f"the merge that {host} began into {out} has {words}", hint=hint)
+    for name, _, _ in differences(folder.job["inputs"], about["inputs"]):
+        return OutputError(
+            f"the merge that {host} began into {out} has another input: {name}",
+            hint="all processes must see the same files, of the same time",
+        )
+    return OutputError(f"{host} is making another merge into {out}", hint="wait for it, or name another directory")
+
+
+def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two records, by name, there and here; None for what one lacks."""
+    there, here = dict(_flat(theirs)), dict(_flat(mine))
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
-            return OutputError(
-                f"the merge that {host} began into {out} has another input: {name}",
-                hint="all processes must see the same files, of the same time",
-            )
-    return OutputError(f"{host} is making another merge into {out}", hint="wait for it, or name another directory")
+            yield name, there.get(name), here.get(name)
 
 
 def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -190,6 +204,7 @@ def _take_part(
             with claim:
                 _publish(prepared, out, digest, digests, findings, folder, crew, progress)
         folder.remove()
+        clear_remains(out)  # of a run of one process before
         return manifest
 
 

@@ -115,6 +115,10 @@ TARGETS: dict[str, Target] = {
     "vector": Target({"vectors/one/modelmerge.json": of_json}, _merge("vectors/one", "two")),
     "report": Target({"report.json": of_json}, lambda plan: modelmerge.render("report.json", page="page.html")),
     "scores": Target({"scores.json": of_json}, lambda plan: modelmerge.render("scores.json", page="page.html")),
+    "part": Target({"part/modelmerge.json": of_json}, _merge("one", "two", finish=["part"])),
+    "part-weights": Target(
+        {"part/model.safetensors.part": of_safetensors}, _merge("one", "two", finish=["part"])
+    ),
     "verify": Target({"made/modelmerge.json": of_json}, lambda plan: modelmerge.verify("made")),
     "weights": Target({"made/modelmerge.json": of_json}, lambda plan: modelmerge.evaluate(["made"], suite="weights")),
     "folders": Target(
@@ -218,6 +222,7 @@ def _build_others() -> None:
         "disentangle": "awd", "disentangle_options": {"alpha": 0.2}, "seed": 1,
     }  # fmt: skip
     _write("old.json", {**manifest, "format": 1, "recipe": recipe})
+    modelmerge.merge("base", ["one", "two"], "part", method="average", part="1/1")
     _write("report.json", modelmerge.evaluate(["made"], suite="weights"))
     report: Any = scores(("a", "one"), ("made", "other"))
     comparison = {"with": "earlier.json", "models": differences(report, report)}

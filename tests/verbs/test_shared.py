@@ -261,6 +261,40 @@ def test_the_only_process_is_killed_and_started_anew(models: list[Path], tmp_pat
     assert sum((out / name).stat().st_ino == inode for name, inode in kept.items()) >= 3
 
 
+def test_a_process_alone_resumes_what_was_shared_out(models: list[Path], tmp_path: Path) -> None:
+    want, out = alone(models, tmp_path / "alone", "kron"), tmp_path / "out"
+    command = words(models, out, "kron")
+    with running(command, stop=DONE, call=4) as first:
+        first.until_stopped()
+        first.send(signal.SIGKILL)
+        first.end()
+    kept = {path.name: path.stat().st_ino for path in (work_folder(out) / "files").iterdir()}
+    plain = [*command[: command.index("--cluster")], "--resume"]
+    with running(["merge", "ties", *plain[2:]]) as other:
+        assert other.end() == 1
+        assert "has the work of a merge that is shared out" in other.err()
+    with running(plain, environment={"OMP_NUM_THREADS": "2"}) as again:  # it is given as many threads as the others had
+        finish([again])
+        assert "takes up what is finished" in again.err()
+    manifest = manifest_at(out)
+    assert weights(manifest) == want
+    assert sum((out / name).stat().st_ino == inode for name, inode in kept.items()) >= 3
+    assert {worker["threads"] for worker in manifest["workers"]} == {1}
+
+
+def test_what_a_process_alone_has_left_goes_with_the_shared_merge(models: list[Path], tmp_path: Path) -> None:
+    want, out = alone(models, tmp_path / "alone"), tmp_path / "out"
+    command = words(models, out)
+    with running([*command[: command.index("--cluster")], "--resume"], stop=WRITE, call=4) as first:
+        first.until_stopped()
+        first.send(signal.SIGKILL)
+        first.end()
+    assert list((tmp_path / ".out.modelmerge").iterdir())
+    with running(command) as shared:
+        finish([shared])
+    assert weights(manifest_at(out)) == want
+
+
 def test_an_interrupted_process_gives_its_unit_back(models: list[Path], tmp_path: Path) -> None:
     want, out = alone(models, tmp_path / "alone"), tmp_path / "out"
     with running(words(models, out), stop=WRITE, call=4) as first:
