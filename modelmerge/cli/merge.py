@@ -356,8 +356,10 @@ def carry_out(
         from modelmerge.charts import drawing
 
         drawing.check(plot)
-    if values.get("cluster") and target is not None:
-        raise UsageError("--push has no place beside --cluster", hint=f"push once it is done: modelmerge push {out}")
+    if values.get("cluster") == "files" and target is not None:
+        raise UsageError(
+            "--push has no place beside --cluster files", hint=f"push once it is done: modelmerge push {out}"
+        )
     shared = {name: values[name] for name in ("resume", "cluster") if name in values}
     # What a function of the user's prints is no result.
     with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
@@ -369,6 +371,10 @@ def carry_out(
             )
     if values["dry_run"]:
         plan = {**prepared.describe(), "push": checked(target, create=False)}
+        if "cluster" in values:
+            from modelmerge.verbs.shared import plan_of_units
+
+            plan |= plan_of_units(prepared, values["cluster"])
         prepared.close()
         title = head(plan["method"], plan["disentangle"])
         sink.result({"plan": plan}, quiet=str(out), human=plan_lines(title, plan, sink.verbose))

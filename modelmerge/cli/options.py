@@ -61,7 +61,7 @@ def device(option: Callable[..., Any] = typer.Option) -> Any:
     """The option that chooses a device, declared by `option`."""
     return option(
         envvar="MODELMERGE_DEVICE", metavar="NAME", show_default=False, show_envvar=False,
-        help="cpu, cuda, cuda:1, or auto, the default; or the variable MODELMERGE_DEVICE.",
+        help="auto (default), cpu, cuda, cuda:1; a merge: cuda:0,cuda:1, cuda:all. Or MODELMERGE_DEVICE.",
     )  # fmt: skip
 
 
@@ -113,8 +113,8 @@ Preset = Annotated[str | None, _run_option(
 RecipeFile = Annotated[
     str | None, _run_option("--recipe", metavar="FILE", help="Repeat a modelmerge.json, or run a mergekit YAML.")
 ]
-Cluster = Annotated[Literal["files"] | None, _run_option(
-    "--cluster", metavar="files", help="Share the work with all who are started by this command.",
+Cluster = Annotated[str | None, _run_option(
+    "--cluster", metavar="HOW", help="Share the work: files, with all started by this command; or ray[=ADDRESS].",
 )]  # fmt: skip
 DifferentBits = Annotated[bool, _run_option(
     "--allow-different-bits",

@@ -19,6 +19,7 @@ from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.verbs import adapted, coefficients, stages
+from modelmerge.verbs.driver import drive
 from modelmerge.verbs.output import complete, output_of
 from modelmerge.verbs.prepare import (
     Prepared,
@@ -29,7 +30,7 @@ from modelmerge.verbs.prepare import (
     with_coefficients,
 )
 from modelmerge.verbs.recipes import prepare_file
-from modelmerge.verbs.shared import Cluster, refuse_cluster, share_out
+from modelmerge.verbs.shared import FILES, on_local_card, plan_of_units, refuse_unshared, share_out
 from modelmerge.verbs.tensors import State, merge_tensors, states_of
 
 
@@ -58,7 +59,7 @@ def merge(
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
-    cluster: Cluster | None = None,
+    cluster: str | None = None,
     dry_run: bool = False,
     progress: Reporter = SILENT,
     **options: Any,
@@ -111,13 +112,14 @@ def merge(
             tensors are put into it where its state dict has their names, which may be behind one prefix, and the rest
             of it, such as a head of its own, stays. The inputs are a tensor [N, ...], a tuple or a mapping of such, or
             batches that can be iterated over again and again, as a list of them or a DataLoader gives them.
-        device: cpu, cuda, cuda:N or auto.
+        device: cpu, cuda, cuda:N or auto; or several, `cuda:0,cuda:1` or `cuda:all`, with a process on each.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
         cluster: files: share the work with every process that is called like this one, here or wherever the same
             files are; each returns when the output is complete. MODELMERGE_LEASE is after how many seconds without a
-            sign of life others take over what a process was at, 30 by default.
+            sign of life others take over what a process was at, 30 by default. ray, or ray=ADDRESS: share it among
+            workers of that cluster, of the one at RAY_ADDRESS, or of one on this machine.
         dry_run: Write nothing, and return the plan: tensors and why, bytes, peak memory.
         progress: Hears of the progress.
         **options: The method's options.
@@ -139,7 +141,7 @@ def merge(
         prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
         if dry_run:
             with contextlib.closing(prepared):
-                return prepared.describe()
+                return {**prepared.describe(), **plan_of_units(prepared, cluster)}
         return execute(prepared, place, force=force, resume=resume, cluster=cluster, progress=progress)
 
     if (states := states_of(base, experts)) is not None:
@@ -161,7 +163,7 @@ def replay(
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
-    cluster: Cluster | None = None,
+    cluster: str | None = None,
     script: Callable[..., Any] | str | None = None,
     allow_different_bits: bool = False,
     progress: Reporter = SILENT,
@@ -207,7 +209,7 @@ def execute(
     *,
     force: bool = False,
     resume: bool = False,
-    cluster: Cluster | None = None,
+    cluster: str | None = None,
     ready: Callable[[], object] | None = None,
     progress: Reporter = SILENT,
 ) -> dict[str, Any]:
@@ -219,8 +221,13 @@ def execute(
         ModelMergeError: As for `merge`.
     """
     try:
+        several = len(prepared.devices) > 1
+        if cluster is not None or several:
+            refuse_unshared(cluster, prepared)
+        if several or cluster not in (None, FILES):
+            return drive(prepared, cluster, out, force=force, ready=ready, progress=progress)
         if cluster is not None:
-            refuse_cluster(cluster, prepared.recipe)
+            prepared = on_local_card(prepared, progress)
         if prepared.staged is not None:
             return stages.run(prepared, out, execute, force=force, resume=resume, ready=ready, progress=progress)
         size = adapted.size_of(prepared.recipe)
