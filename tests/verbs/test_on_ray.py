@@ -54,10 +54,11 @@ def test_without_the_package_one_error_says_what_to_install(
 @needs_ray
 @pytest.mark.slow
 def test_workers_write_what_one_process_writes(models: list[Path], tmp_path: Path) -> None:
-    settings = {"method": "kron", "max_shard_size": "2KB", "device": "cpu"}
-    with running(["merge", "kron", *map(str, models), "-o", str(tmp_path / "one"), "--max-shard-size", "2KB"]) as run:
-        assert run.end() == 0, run.err()
-    manifest = modelmerge.merge(models[0], models[1:], tmp_path / "out", cluster="ray", **settings)
+    command = ["merge", "kron", *map(str, models), "--max-shard-size", "2KB", "--device", "cpu", "--json"]
+    for name, more in (("one", []), ("out", ["--cluster", "ray"])):
+        with running([*command, "-o", str(tmp_path / name), *more]) as run:
+            assert run.end() == 0, run.err()
+            manifest = json.loads(run.out())["manifest"]
     assert manifest == manifest_at(tmp_path / "out")
     assert weights(tmp_path / "out") == weights(tmp_path / "one")
     assert {(worker["device"], worker["threads"]) for worker in manifest["workers"]} == {("cpu", 1)}
