@@ -6,6 +6,7 @@ Nothing else speaks of pinned memory, streams and events. A kind of device that 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -91,6 +92,8 @@ class Cuda:
 
 
 KINDS: dict[str, Kind] = {"cuda": Cuda()}
+ALL_CARDS = "cuda:all"
+_LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")  # torchrun's and SLURM's numbers of a machine's processes
 
 
 def find_device(name: str) -> torch.device:
@@ -101,6 +104,8 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         return next((torch.device(kind, 0) for kind, each in KINDS.items() if each.count()), torch.device("cpu"))
+    if "," in name or name == ALL_CARDS:
+        raise DeviceError(f"{named('device')} {name}: only a merge takes several devices", hint="name one of them")
     kind, _, number = name.partition(":")
     if name == "cpu":
         return torch.device("cpu")
@@ -108,9 +113,53 @@ def find_device(name: str) -> torch.device:
         raise DeviceError(f"{named('device')} '{name}' is no device", hint="use cpu, cuda, cuda:0, cuda:1, ... or auto")
     count = KINDS[kind].count()
     if int(number or 0) >= count:
-        have = f"there {'is' if count == 1 else 'are'} {count}" if count else "this torch sees none"
+        seen = ", ".join(f"{kind}:{i}" for i in range(count))
+        have = f"there {'are' if count > 1 else 'is'} {seen}" if count else "this torch sees none"
         raise DeviceError(f"{named('device')} {name}: no such {kind.upper()} device; {have}", hint="use cpu or auto")
     return torch.device(kind, int(number or 0))
+
+
+def find_devices(names: str) -> tuple[torch.device, ...]:
+    """The devices of these names: one as `find_device` has it, several with commas between them, or cuda:all.
+
+    A processor may be named several times, a card once.
+
+    Raises:
+        DeviceError: One is not there, or they are not alike, so that bits would depend on who does what.
+    """
+    if names == ALL_CARDS:
+        names = ",".join(_cards()) or "cuda"
+    devices = tuple(find_device(name.strip()) for name in names.split(","))
+    cards = [device for device in devices if device.type in KINDS]
+    if len(set(cards)) < len(cards):
+        raise DeviceError(f"{named('device')} {names} names a card twice", hint=f"{ALL_CARDS} names each once")
+    kinds = {device_kind(device): device for device in devices}
+    if len(kinds) > 1:
+        what = " and ".join(f"{device} is {kind}" for kind, device in kinds.items())
+        raise DeviceError(f"{named('device')} {names}: {what}, whose bits differ", hint="name devices of one kind")
+    return devices
+
+
+def device_kind(device: torch.device) -> str:
+    """The kind of a device, whose results have the same bits whichever of that kind it is."""
+    kind = KINDS.get(device.type)
+    return device.type if kind is None else f"{device.type}, {kind.name(device)}"
+
+
+def local_card() -> tuple[torch.device, str] | None:
+    """The card for this process among those that its launcher starts on this machine, and the variable that says so.
+
+    None where there is one card at most, or no launcher that counts its processes.
+    """
+    cards = _cards()
+    variable = next((name for name in _LOCAL_RANKS if os.environ.get(name, "").isdecimal()), None)
+    if len(cards) < 2 or variable is None:
+        return None
+    return torch.device("cuda", int(os.environ[variable]) % len(cards)), variable
+
+
+def _cards() -> list[str]:
+    return [f"cuda:{i}" for i in range(KINDS["cuda"].count())]
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ ModelMergeError            one line that names the file, tensor or option; a hin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 OUTLINES = "modelmerge-hub-"  # how the temporary directories begin in which repositories of the Hub are shown
 _OUTLINE = re.compile(rf"(?<!\S)\S*/{OUTLINES}[^/]+/")  # from where a word begins: elsewhere it is tried in vain
@@ -66,6 +67,10 @@ class ModelMergeError(Exception):
         self.template = _OUTLINE.sub("hf://", message)
         self.hint_template = hint
         super().__init__(spelled(self.template))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as plain data, for another process: `from_dict`."""
+        return {"kind": type(self).__name__, "message": self.template, "hint": self.hint_template}
 
     @property
     def message(self) -> str:
@@ -125,3 +130,10 @@ class OutputError(ModelMergeError):
 
 class RecipeError(ModelMergeError):
     """A recipe that cannot be read, or whose inputs are no longer what they were."""
+
+
+def from_dict(content: Mapping[str, Any], *, host: str | None, hint: str | None = None) -> ModelMergeError:
+    """An error that another process met, on another host where one is named; `hint` where it has none."""
+    kind: type[ModelMergeError] = globals()[content["kind"]]
+    where = f" (on {host})" if host else ""
+    return kind(f"{content['message']}{where}", hint=content["hint"] or hint)

@@ -32,9 +32,9 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
-from modelmerge import errors, interrupts
+from modelmerge import interrupts
 from modelmerge.checkpoint.scratch import hidden_beside
-from modelmerge.errors import ModelMergeError, OutputError, UsageError
+from modelmerge.errors import ModelMergeError, OutputError, UsageError, from_dict
 
 LEASE = "MODELMERGE_LEASE"  # the variable: seconds
 FORMAT = 1  # of the folder
@@ -59,6 +59,14 @@ def job_at(output: Path) -> dict[str, Any] | None:
         return job if job["format"] == FORMAT and float(job["lease"]) > 0.0 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def has_workers(output: Path) -> bool:
+    """Whether there are processes that take part and have not left; they may be dead."""
+    try:
+        return bool(os.listdir(work_folder(output) / "workers"))
+    except FileNotFoundError:
+        return False
 
 
 def remove_work(output: Path, identity: str) -> None:
@@ -275,10 +283,9 @@ class WorkFolder:
     def _failure(self, name: str) -> ModelMergeError:
         """The error that the last attempt ended with, or that it did not end."""
         hint = f"finished work is kept in {self.path}: repeat the command, or remove that folder"
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads(self._unit(name, f"failed-{_ATTEMPTS}").read_bytes())
-            kind: type[ModelMergeError] = getattr(errors, content["kind"])
-            return kind(f"{content['message']} (on {content['host']})", hint=content["hint"] or hint)
+            return from_dict(content, host=content["host"], hint=hint)
         what = f"'{name}' has ended {_ATTEMPTS} processes that were at it, the last without a word"
         return OutputError(what, hint=f"they may have lacked memory; {hint}")
 
@@ -371,10 +378,7 @@ class Claim:
             self._let_go()
             return True
         failure = error if isinstance(error, ModelMergeError) else OutputError(f"{type(error).__name__}: {error}")
-        content = {
-            "kind": type(failure).__name__, "message": failure.template, "hint": failure.hint_template,
-            "host": socket.gethostname(),
-        }  # fmt: skip
+        content = {**failure.to_dict(), "host": socket.gethostname()}
         with contextlib.suppress(OSError):
             place = self._folder._unit(self._name, f"failed-{self._attempt}")
             self._folder.write(place, json.dumps(content).encode())

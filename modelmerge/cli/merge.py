@@ -368,10 +368,9 @@ def carry_out(
     # An empty text is no part: who means one must not get the whole.
     ways: dict[str, Any] = {name: values.get(name) for name in ("cluster", "part", "finish")}
     divided = {name: value for name, value in ways.items() if value not in (None, [])}
-    for name in divided if target is not None else ():
-        if name != "finish":
-            hint = f"push once it is done: modelmerge push {out if name == 'cluster' else 'DIR'}"
-            raise UsageError(f"--push has no place beside --{name}", hint=hint)
+    if target is not None and (divided.get("cluster") == "files" or "part" in divided):
+        name, place = ("--part", "DIR") if "part" in divided else ("--cluster files", out)
+        raise UsageError(f"--push has no place beside {name}", hint=f"push once it is done: modelmerge push {place}")
     resume = {"resume": values["resume"]} if "resume" in values else {}
     # What a function of the user's prints is no result.
     with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):

@@ -71,7 +71,7 @@ def device(option: Callable[..., Any] = typer.Option) -> Any:
     """The option that chooses a device, declared by `option`."""
     return option(
         envvar="MODELMERGE_DEVICE", metavar="NAME", show_default=False, show_envvar=False,
-        help="cpu, cuda, cuda:1, or auto, the default; or the variable MODELMERGE_DEVICE.",
+        help="auto (default), cpu, cuda, cuda:1; a merge: cuda:0,cuda:1, cuda:all. Or MODELMERGE_DEVICE.",
     )  # fmt: skip
 
 
@@ -124,8 +124,8 @@ Preset = Annotated[str | None, _run_option(
 RecipeFile = Annotated[
     str | None, _run_option("--recipe", metavar="FILE", help="Repeat a modelmerge.json, or run a mergekit YAML.")
 ]
-Cluster = Annotated[Literal["files"] | None, _run_option(
-    "--cluster", metavar="files", help="Share the work with all who are started by this command.",
+Cluster = Annotated[str | None, _run_option(
+    "--cluster", metavar="HOW", help="Share the work among processes: files, or ray[=ADDRESS].",
 )]  # fmt: skip
 Part = Annotated[str | None, _run_option(
     "--part", metavar="I/N", help="Write part I of N; the machines may share no files.",
@@ -139,7 +139,7 @@ DifferentBits = Annotated[bool, _run_option(
 )]  # fmt: skip
 At = Annotated[list[str] | None, _merge_option(
     metavar="'GLOB: ...'",
-    help="Another method or values: '*mlp*: kron scale=0.8'. Repeatable.",
+    help="Another method, values: '*mlp*: kron scale=0.8'. Repeatable.",
 )]  # fmt: skip
 Layers = Annotated[list[str] | None, _merge_option(
     metavar="NAME:A-B", help="Layers, in order: math:0-8, or merged 'math:0-8 code:2-10'.",

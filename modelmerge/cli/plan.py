@@ -122,6 +122,15 @@ def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str |
     return lines
 
 
+def _units_line(units: Mapping[str, Any]) -> str:
+    """How a merge can be shared out."""
+    who = f"by {units['workers']} processes" if units["workers"] else "however many processes come"
+    return (
+        f"{many(units['count'], 'unit')} to share, the dearest ({units['dearest']}) {units['share']:.0%} of the merge: "
+        f"{who}, at most {units['speed_up']:.1f} times as fast; the memory is that of each"
+    )
+
+
 def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Text | Table]:
     """A plan for people: what happens to how many tensors and why, bytes, peak memory."""
     groups: dict[tuple[str, str], int] = {}
@@ -183,6 +192,8 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Te
         lines.append(line(words, listed(plan["shards"])))
     if "parts" in plan:
         lines.append(line(f"copied from {many(len(plan['parts']), 'part')}: ", listed(plan["parts"])))
+    if "units" in plan:
+        lines.append(_units_line(plan["units"]))
     if kept:
         lines.append(f"{size(kept)} beside the output until it is done, for what is merged first")
     if sizes["scratch"] > kept:

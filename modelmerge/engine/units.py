@@ -7,10 +7,11 @@ once, by whom it pleases, and hands out what they gave in their order: sums of f
 from __future__ import annotations
 
 import functools
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.checkpoint.scratch import Room, Scratch
@@ -155,6 +156,29 @@ def deal(units: Sequence[Unit], count: int) -> list[list[Unit]]:
         parts[least].append(unit)
         costs[least] += unit.cost
     return parts
+
+
+def spread(job: Job, workers: int | None) -> dict[str, Any]:
+    """How the merge itself can be shared out; the passes before it are cut finely enough.
+
+    Args:
+        job: The merge.
+        workers: How many share it; None: as many as may come.
+
+    Returns:
+        `count` of its units; `dearest`, a weight file of the output, and its `share` of the whole cost; `workers`; and
+        the most `speed_up` over one worker, where each takes the dearest unit that is left.
+    """
+    units = shard_units(job, [tensor for tensor in job.plan.in_order() if tensor.numel])
+    costs = sorted((max(unit.cost, 1) for unit in units), reverse=True)
+    busy = [0] * min(workers or len(costs), len(costs))
+    for cost in costs:
+        heapq.heapreplace(busy, busy[0] + cost)
+    dearest = max(units, key=lambda unit: unit.cost)
+    return {
+        "count": len(units), "dearest": dearest.name.partition(":")[2], "share": costs[0] / sum(costs),
+        "workers": workers, "speed_up": sum(costs) / max(busy),
+    }  # fmt: skip
 
 
 def work_of(job: Job, tensor: TensorPlan) -> Work:

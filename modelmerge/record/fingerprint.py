@@ -15,7 +15,7 @@ import torch
 
 from modelmerge._version import __version__
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.devices import KINDS
+from modelmerge.devices import KINDS, device_kind
 from modelmerge.plan.tensors import Plan
 
 _THREADS = " threads="
@@ -47,7 +47,7 @@ def circumstances(device: object) -> dict[str, Any]:
     return {"device": str(device), "threads": torch.get_num_threads(), "machine": machine, "versions": versions()}
 
 
-def fingerprint(plan: Plan, device: object, *settings: Any) -> str:
+def fingerprint(plan: Plan, device: torch.device, *settings: Any) -> str:
     """Digest of everything that determines the weights' bytes, as far as it can be had without reading tensors.
 
     The number of torch's threads stands behind it, so that a run that is taken up can be given as many.
@@ -55,7 +55,7 @@ def fingerprint(plan: Plan, device: object, *settings: Any) -> str:
     parts = [part for model in plan.models for part in model.parts]
     files = [(p.reference.address(f), stat.st_size, _time(p, stat)) for p in parts for f, stat in p.files.items()]
     names = [model.name for model in plan.models]
-    content = json.dumps([settings, names, files, str(device), versions()], sort_keys=True, default=str)
+    content = json.dumps([settings, names, files, device_kind(device), versions()], sort_keys=True, default=str)
     return f"{hashlib.sha256(content.encode()).hexdigest()}{_THREADS}{torch.get_num_threads()}"
 
 

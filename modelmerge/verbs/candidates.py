@@ -12,6 +12,7 @@ from typing import Any
 
 from modelmerge.checkpoint.opening import open_models
 from modelmerge.checkpoint.reader import Checkpoint
+from modelmerge.devices import find_device
 from modelmerge.engine.memory import bytes_read
 from modelmerge.errors import UsageError, named, suggestion
 from modelmerge.evaluation.custom import Metric
@@ -122,6 +123,7 @@ def prepare_search(
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
     """
+    find_device(device)  # one, of which all candidates are
     measures = read_measures(on, metric)
     if not tries:
         raise UsageError(f"a search needs values: {named('tries')}", hint="as in scale=0.1:1.0:0.1")

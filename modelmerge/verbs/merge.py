@@ -20,6 +20,7 @@ from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.verbs import adapted, coefficients, parts, stages
+from modelmerge.verbs.driver import drive
 from modelmerge.verbs.output import complete, output_of
 from modelmerge.verbs.prepare import (
     Prepared,
@@ -30,7 +31,7 @@ from modelmerge.verbs.prepare import (
     with_coefficients,
 )
 from modelmerge.verbs.recipes import prepare_file
-from modelmerge.verbs.shared import Cluster, refuse_cluster, share_out
+from modelmerge.verbs.shared import FILES, on_local_card, plan_of_units, refuse_unshared, share_out
 from modelmerge.verbs.tensors import State, merge_tensors, states_of
 
 
@@ -59,7 +60,7 @@ def merge(
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
-    cluster: Cluster | None = None,
+    cluster: str | None = None,
     part: str | None = None,
     finish: Sequence[str | Path] = (),
     dry_run: bool = False,
@@ -114,13 +115,14 @@ def merge(
             tensors are put into it where its state dict has their names, which may be behind one prefix, and the rest
             of it, such as a head of its own, stays. The inputs are a tensor [N, ...], a tuple or a mapping of such, or
             batches that can be iterated over again and again, as a list of them or a DataLoader gives them.
-        device: cpu, cuda, cuda:N or auto.
+        device: cpu, cuda, cuda:N or auto; or several, `cuda:0,cuda:1` or `cuda:all`, with a process on each.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
         cluster: files: share the work with every process that is called like this one, here or wherever the same
             files are; each returns when the output is complete. MODELMERGE_LEASE is after how many seconds without a
-            sign of life others take over what a process was at, 30 by default.
+            sign of life others take over what a process was at, 30 by default. ray, or ray=ADDRESS: share it among
+            workers of that cluster, of the one at RAY_ADDRESS, or of one on this machine.
         part: I/N: write part I of N into `out`, which takes nothing of the others: some of the weight files, as they
             will be in the whole, under names that no program loads. What is measured over the model is measured by
             each part. Every machine deals out the files alike.
@@ -171,7 +173,7 @@ def replay(
     stream: bool = False,
     force: bool = False,
     resume: bool = False,
-    cluster: Cluster | None = None,
+    cluster: str | None = None,
     part: str | None = None,
     finish: Sequence[str | Path] = (),
     script: Callable[..., Any] | str | None = None,
@@ -226,10 +228,8 @@ def describe(
         ModelMergeError: As for `merge`.
     """
     _refuse_several(cluster, part, finish)
-    if cluster is not None:
-        refuse_cluster(cluster, prepared.recipe)
     if part is None and not finish:
-        return prepared.describe()
+        return {**prepared.describe(), **plan_of_units(prepared, cluster)}
     return parts.describe(prepared, part, [Path(place).expanduser() for place in finish])
 
 
@@ -246,7 +246,7 @@ def execute(
     *,
     force: bool = False,
     resume: bool = False,
-    cluster: Cluster | None = None,
+    cluster: str | None = None,
     part: str | None = None,
     finish: Sequence[str | Path] = (),
     ready: Callable[[], object] | None = None,
@@ -263,8 +263,15 @@ def execute(
     """
     try:
         _refuse_several(cluster, part, finish)
+        several = len(prepared.devices) > 1
+        if several and (part is not None or finish):
+            raise UsageError("a part is made on one device", option="device", hint="name one of them")
+        if cluster is not None or several:
+            refuse_unshared(cluster, prepared)
+        if several or cluster not in (None, FILES):
+            return drive(prepared, cluster, out, force=force, ready=ready, progress=progress)
         if cluster is not None:
-            refuse_cluster(cluster, prepared.recipe)
+            prepared = on_local_card(prepared, progress)
         share = parts.share_of(part, prepared) if part is not None else None
         if finish:
             places = [Path(place).expanduser() for place in finish]

@@ -22,6 +22,7 @@ from modelmerge.checkpoint.reference import parse as parse_reference
 from modelmerge.checkpoint.staging import fingerprints
 from modelmerge.checkpoint.templates import AUTO as AUTO_TEMPLATE
 from modelmerge.checkpoint.templates import template_of
+from modelmerge.devices import find_devices
 from modelmerge.engine.coefficients import Coefficients
 from modelmerge.engine.estimate import seconds, seconds_on_cpu
 from modelmerge.engine.job import Group, Job
@@ -64,11 +65,17 @@ class Prepared:
     recorded: Recorded | None = None  # what a replay must find again
     remarks: Sequence[str] = ()  # what a reader of the result should know of its recipe
     stream: bool = False  # read weights on the Hub over ranges, without storing them
+    device: str = "auto"  # as it was named: the job has the first of several
     data: coefficients.Data | None = None  # to find the experts' weights on, where that is to be done first
     adaptation: Mapping[str, Any] | None = None  # what there is to say of how they were found
     staged: Staged | None = None  # the merges before it, which are yet to be run
     before: tuple[str, ...] = ()  # their digests
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # their manifests, once they have been run
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that the merge is for."""
+        return find_devices(self.device)
 
     def close(self) -> None:
         """Let go of the inputs."""
@@ -148,6 +155,7 @@ def prepare(
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
     """
+    first_device = str(find_devices(device)[0])
     if recipe.method == AUTO:
         if recipe.options:
             raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
@@ -226,7 +234,7 @@ def prepare(
         if recipe.chat_template == AUTO_TEMPLATE and not template_of(recipe.chat_template, plan.base, plan.experts):
             about_tokens.append("None of the models has a chat template.")
         remarks = list(dict.fromkeys([*remarks, *about_files, *about_tokens]))  # a search's candidates: the first's
-    job = job_of(recipe, plan, methods, transforms, weights, device)
+    job = job_of(recipe, plan, methods, transforms, weights, first_device)
     for transform in transforms:
         if len(experts) < 2:
             raise UsageError("there is nothing to disentangle: only one expert is named", hint="name two or more")
@@ -250,7 +258,7 @@ def prepare(
         disentangle=tuple(as_typed(transform.name, transform.options) for transform in transforms),
         weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
     )
-    return Prepared(complete, job, recorded, remarks, stream, data)
+    return Prepared(complete, job, recorded, remarks, stream, device, data)
 
 
 def refuse_unknown(verb: Callable[..., Any], method: str, options: Mapping[str, Any]) -> None:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from modelmerge.checkpoint.output import check_output, finished
 from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.scratch import check_room, reason, scratches
 from modelmerge.checkpoint.staging import clear_remains
 from modelmerge.checkpoint.work import Gone, WorkFolder, job_at, lease, remove_work, work_folder
+from modelmerge.devices import local_card
 from modelmerge.engine.cluster import Shared
 from modelmerge.engine.job import Findings
 from modelmerge.engine.merge import run_shared
-from modelmerge.engine.parallel import prepare_process
-from modelmerge.engine.units import Unit
+from modelmerge.engine.parallel import prepare_process, source_of
+from modelmerge.engine.units import Unit, spread
 from modelmerge.errors import OutputError, UsageError, named
 from modelmerge.plan.downloads import fetch, input_paths
 from modelmerge.plan.recipe import Recipe
@@ -30,18 +32,29 @@ from modelmerge.verbs import coefficients
 from modelmerge.verbs.output import beside_bytes, complete
 from modelmerge.verbs.prepare import Prepared, digest_of, with_coefficients
 
-Cluster = Literal["files"]
+FILES, RAY = "files", "ray"
 
 
-def refuse_cluster(cluster: str, recipe: Recipe) -> None:
-    """Refuse a cluster of an unknown kind, and a merge that cannot be shared out.
+def is_ray(cluster: str) -> bool:
+    """Whether the cluster is one of Ray's, `ray` or `ray=ADDRESS`."""
+    kind, equals, address = cluster.partition("=")
+    return kind == RAY and bool(address) == bool(equals)
+
+
+def refuse_unshared(cluster: str | None, prepared: Prepared) -> None:
+    """Refuse a cluster of an unknown kind, and a merge that cannot be shared out, on it or among devices.
 
     Raises:
         UsageError: It is one.
     """
-    if cluster != "files":
-        raise UsageError(f"must be files, not '{cluster}'", option="cluster")
-    refuse_undivided(recipe, "cluster")
+    option = "device" if cluster is None else "cluster"
+    if cluster not in (None, FILES):
+        if not is_ray(cluster):
+            raise UsageError(f"must be {FILES}, {RAY} or {RAY}=ADDRESS, not '{cluster}'", option=option)
+        if prepared.device not in ("auto", "cpu"):
+            raise UsageError(f"{RAY} hands out the cards that it has", option=option,
+                             hint=f"leave out {named('device')}, or name cpu")  # fmt: skip
+    refuse_undivided(prepared.recipe, option)
 
 
 def refuse_undivided(recipe: Recipe, option: str) -> None:
@@ -58,6 +71,33 @@ def refuse_undivided(recipe: Recipe, option: str) -> None:
     if recipe.as_lora is not None:
         why = "an adapter is one file, whose layout shows at the end"
         raise UsageError(f"cannot share out what {named('as_lora')} writes: {why}", option=option)
+
+
+def plan_of_units(prepared: Prepared, cluster: str | None) -> dict[str, Any]:
+    """What the plan of a merge says besides, where it is to be shared out: see `spread`.
+
+    Raises:
+        UsageError: It cannot be.
+    """
+    several = len(prepared.devices) if len(prepared.devices) > 1 else None
+    if cluster is None and several is None:
+        return {}
+    refuse_unshared(cluster, prepared)
+    return {"units": spread(prepared.job, several if cluster is None else None)}
+
+
+def on_local_card(prepared: Prepared, progress: Reporter) -> Prepared:
+    """The merge on the card that is this process's own, where a launcher starts several on this machine.
+
+    A card that is named stays.
+    """
+    chosen = local_card() if prepared.device in ("auto", "cuda") else None
+    if chosen is None or prepared.job.source.device.type != "cuda":
+        return prepared
+    card, variable = chosen
+    progress.note(f"this process takes {card}, by {variable}={os.environ[variable]}")
+    job = dataclasses.replace(prepared.job, source=source_of(prepared.job.plan, str(card)))
+    return dataclasses.replace(prepared, job=job)
 
 
 def share_out(
@@ -87,7 +127,8 @@ def share_out(
     fetch(plan, progress, beside="all", stream=prepared.stream)
     about = {
         "digest": digest, "force": force, "lease": lease(), "host": socket.gethostname(), "process": os.getpid(),
-        "circumstances": circumstances(prepared.job.source.device),
+        # Cards of one kind have the same bits, whatever their numbers.
+        "circumstances": circumstances(prepared.job.source.device) | {"device": prepared.job.source.device.type},
         "inputs": {f"{model.name}: {model.address(file)}": [stat.st_size, stat.st_mtime_ns]
                    for model in plan.models for file, stat in model.files.items()},
     }  # fmt: skip

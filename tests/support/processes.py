@@ -21,7 +21,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ class Run:
         if "code" in told:
             self.code = told["code"]
             raise AssertionError(f"the run ended too early, with {self.code}: {self.err()}")
+
+    def until(self, happens: Callable[[], bool]) -> None:
+        """Return when that is so; fail if it takes too long."""
+        until = time.monotonic() + PATIENCE
+        while not happens():
+            assert time.monotonic() < until, f"it does not happen: {self.err()}"
+            time.sleep(0.05)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal; a run that has stopped goes on with it."""

@@ -411,8 +411,8 @@ def test_what_cannot_be_shared_out_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="cluster cannot share out what as_lora writes"):
         modelmerge.merge(models[0], models[1:], tmp_path / "x", method="ties", as_lora=2, cluster="files")
-    with pytest.raises(UsageError, match="cluster must be files, not 'ray'"):
-        modelmerge.merge(models[0], models[1:], tmp_path / "x", method="ties", cluster="ray")
+    with pytest.raises(UsageError, match="cluster must be files, ray or ray=ADDRESS, not 'slurm'"):
+        modelmerge.merge(models[0], models[1:], tmp_path / "x", method="ties", cluster="slurm")
     monkeypatch.setenv("MODELMERGE_LEASE", "soon")
     with pytest.raises(UsageError, match="MODELMERGE_LEASE must be a number of seconds, not 'soon'"):
         modelmerge.merge(models[0], models[1:], tmp_path / "x", method="ties", cluster="files")
