@@ -13,6 +13,7 @@ either way.
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Any
 
 import torch
 
@@ -125,10 +126,28 @@ def within(bits: Tensor, first: int, stop: int) -> Tensor:
     """The int32 entries from `first`, which is not negative, to before `stop`."""
     if bits.device.type != "cpu":
         return bits[(bits >= first) & (bits < stop)]
+    return torch.from_numpy(bits.numpy()[_inside(bits, first, stop)])
+
+
+def places(bits: Tensor, first: int, stop: int) -> Tensor:
+    """Where the entries that `within` gives are."""
+    if bits.device.type != "cpu":
+        return ((bits >= first) & (bits < stop)).nonzero().flatten()
+    return torch.from_numpy(_inside(bits, first, stop).nonzero()[0])
+
+
+def from_least(values: Tensor, least: float) -> Tensor:
+    """Where the values [n] are no less than that."""
+    if values.device.type != "cpu":
+        return (values >= least).nonzero().flatten()
+    return torch.from_numpy((values.numpy() >= least).nonzero()[0])  # numpy compares seven times faster than torch
+
+
+def _inside(bits: Tensor, first: int, stop: int) -> Any:
     # On a CPU numpy selects five times faster than torch; as unsigned, one comparison finds both ends.
     values = bits.numpy()
     offset = values - first if first else values
-    return torch.from_numpy(values[offset.view("uint32") < max(stop - first, 0)])
+    return offset.view("uint32") < max(stop - first, 0)
 
 
 def at_least(bits: Tensor, bound: int) -> Tensor | int:
