@@ -9,7 +9,8 @@ import torch
 from modelmerge import interrupts
 from modelmerge.methods.contract import Tensor
 
-_BLOCK = 1 << 16  # elements; a GPU takes them all at once
+# Elements: what starts a step costs as much as some ten thousand of them. A GPU takes them all at once.
+_BLOCK = 1 << 17
 
 
 def in_blocks(taus: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:

@@ -100,7 +100,7 @@ Moments = Callable[[int, bool], Generator[Look, Any, Tensor]]
 
 
 class Gathered:
-    """What blocks hand over, from any thread, in whatever order, in memory of its own [n].
+    """What blocks hand over, from any thread, in whatever order, in memory of its own [*shape, n].
 
     Left where a thread has made it, it would keep blocks of memory that are used again and again from being joined.
     """
@@ -111,14 +111,14 @@ class Gathered:
     def add(self, values: Tensor) -> None:
         """Keep these, if there is room."""
         with self._mutex:
-            first, self._used = self._used, self._used + len(values)
-            if self._used <= len(self._memory):
-                self._memory[first : self._used] = values
+            first, self._used = self._used, self._used + values.shape[-1]
+            if self._used <= self._memory.shape[-1]:
+                self._memory[..., first : self._used] = values
 
     @property
     def values(self) -> Tensor | None:
         """All of them; None if there was no room."""
-        return self._memory[: self._used] if self._used <= len(self._memory) else None
+        return self._memory[..., : self._used] if self._used <= self._memory.shape[-1] else None
 
 
 def summed(measure: Callable[[Tensor, Tensor], Tensor]) -> Moments:

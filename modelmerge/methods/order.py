@@ -2,6 +2,7 @@
 
 The bits of a float32, with those of negative ones turned round, sort like the float itself. The first pass counts the
 upper 16 bits, which tells the bucket of each wanted rank; the second counts the lower 16 bits within those buckets.
+Of a large model the first counts only those near the buckets that a sample tells, and how many lie below.
 """
 
 from __future__ import annotations
@@ -10,43 +11,96 @@ from collections.abc import Callable, Generator, Sequence
 
 import torch
 
+from modelmerge.methods import threshold
 from modelmerge.methods.contract import Pass, Tensor
 
 _BITS = 16
 _BUCKETS = 1 << _BITS
+_INFINITE = 0xFF80  # its bucket
+# Standard errors on either side, of a sample of independent entries: those of a run are alike.
+_ERRORS = 20.0
 
 
 def by_rank(
-    numbers: Callable[[Tensor], Tensor], ranks: Sequence[int] | Sequence[Sequence[int]]
+    numbers: Callable[[Tensor], Tensor], ranks: Sequence[int] | Sequence[Sequence[int]], large: int | None = None
 ) -> Generator[Pass, Tensor, Tensor]:
     """The numbers of these ranks, counted from 1, that `numbers` makes of task vectors [T, n] -> [T, n]: [T, ranks].
 
-    The ranks are the same for all rows, or some for each.
+    The ranks are the same for all rows, or some for each. A `large` model with so many entries is sampled first.
     """
 
     def count_high(taus: Tensor, total: Tensor) -> None:
-        for sorted_bits, count in zip(_sorting(numbers(taus)), total, strict=True):
-            count.add_(torch.bincount((sorted_bits >> _BITS).add_(_BUCKETS // 2), minlength=_BUCKETS))
+        for row, count in zip(numbers(taus), total, strict=True):
+            count.add_(torch.bincount(_buckets(_sorting(row)), minlength=_BUCKETS))
 
-    high = yield Pass(count_high, _BUCKETS)
-    cumulative = high.cumsum(1)
-    places = torch.tensor(ranks, device=high.device).expand(len(high), -1).contiguous()
-    places = torch.minimum(places, cumulative[:, -1:])
-    buckets = torch.searchsorted(cumulative, places)
-    before = (cumulative - high).gather(1, buckets)
+    found = None
+    if large is not None:
+        sample = yield Pass(count_high, _BUCKETS, threshold.SHARE)
+        places = torch.tensor(ranks, device=sample.device).expand(len(sample), -1)
+        ranges = _around(sample, places / large)
+        near = yield Pass(
+            lambda taus, total: _count_near(numbers(taus), ranges, total), len(ranges[0]) * (_BUCKETS + 1)
+        )
+        found = _found_near(near.view(len(near), -1, _BUCKETS + 1), places)
+    if found is None:
+        high = yield Pass(count_high, _BUCKETS)
+        cumulative = high.cumsum(1)
+        places = torch.tensor(ranks, device=high.device).expand(len(high), -1).contiguous()
+        places = torch.minimum(places, cumulative[:, -1:])
+        buckets = torch.searchsorted(cumulative, places)
+        found = buckets, places - (cumulative - high).gather(1, buckets)
+    buckets, within = found
 
     def count_low(taus: Tensor, total: Tensor) -> None:
-        for sorted_bits, chosen, count in zip(_sorting(numbers(taus)), buckets.tolist(), total, strict=True):
-            place = (sorted_bits >> _BITS).add_(_BUCKETS // 2)
+        for row, chosen, count in zip(numbers(taus), buckets.tolist(), total, strict=True):
+            bits = _sorting(row)
             for bucket, part in zip(chosen, count.view(-1, _BUCKETS), strict=True):
-                inside = sorted_bits[place == bucket] & (_BUCKETS - 1)
+                inside = threshold.within(bits, _first(bucket), _first(bucket + 1)) & (_BUCKETS - 1)
                 part.index_add_(0, inside, torch.ones_like(inside, dtype=torch.int64))
 
-    low = yield Pass(count_low, places.shape[1] * _BUCKETS)
-    within = low.view(len(low), -1, _BUCKETS).cumsum(2)
-    lower = (within < (places - before)[:, :, None]).sum(2)
+    low = yield Pass(count_low, within.shape[1] * _BUCKETS)
+    lower = (low.view(len(low), -1, _BUCKETS).cumsum(2) < within[:, :, None]).sum(2)
     bits = (((buckets - _BUCKETS // 2) << _BITS) | lower).to(torch.int32)
     return _turned(bits).view(torch.float32)
+
+
+def _around(sample: Tensor, shares: Tensor) -> list[list[tuple[int, int]]]:
+    """The first and the last bucket, near enough, of the numbers below which these shares [T, ranks] lie."""
+    cumulative = sample.cumsum(1)
+    size = cumulative[:, -1:].double()
+    margin = _ERRORS * (shares * (1 - shares) * size).sqrt() + _ERRORS
+    first = torch.searchsorted(cumulative, (shares * size - margin).clamp(min=0).long())
+    last = torch.searchsorted(cumulative, (shares * size + margin).long()).clamp(max=_INFINITE)
+    return [list(zip(*each, strict=True)) for each in zip(first.tolist(), last.tolist(), strict=True)]
+
+
+def _count_near(rows: Tensor, ranges: Sequence[Sequence[tuple[int, int]]], total: Tensor) -> None:
+    """Adds to total [T, ranks (2^16 + 1)] how many of [T, n] lie in each bucket of a range; last, how many below it."""
+    for row, some, counts in zip(rows, ranges, total, strict=True):
+        bits = _sorting(row)
+        for (first, last), count in zip(some, counts.view(-1, _BUCKETS + 1), strict=True):
+            inside = _buckets(threshold.within(bits, _first(first), _first(last + 1)))
+            count[:-1] += torch.bincount(inside, minlength=_BUCKETS)
+            count[-1] += len(bits) - threshold.at_least(bits, _first(first))
+
+
+def _found_near(near: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The buckets of these places, and the places within them [T, ranks]; None if one is outside its range."""
+    counts, within = near[:, :, :-1], places - near[:, :, -1]
+    cumulative = counts.cumsum(2)
+    if not bool(((within > 0) & (within <= cumulative[:, :, -1])).all()):
+        return None
+    buckets = torch.searchsorted(cumulative, within[:, :, None])
+    return buckets.squeeze(2), within - (cumulative - counts).gather(2, buckets).squeeze(2)
+
+
+def _first(bucket: int) -> int:
+    """The least bits, as sorted, of a bucket."""
+    return (bucket - _BUCKETS // 2) << _BITS
+
+
+def _buckets(bits: Tensor) -> Tensor:
+    return (bits >> _BITS).add_(_BUCKETS // 2)
 
 
 def _sorting(numbers: Tensor) -> Tensor:
@@ -55,4 +109,4 @@ def _sorting(numbers: Tensor) -> Tensor:
 
 
 def _turned(bits: Tensor) -> Tensor:
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)

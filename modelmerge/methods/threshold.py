@@ -13,6 +13,7 @@ either way.
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ _LOW_BITS = 16
 _HIGH_BUCKETS = 1 << 15
 _LOW_BUCKETS = 1 << _LOW_BITS
 # A sample of one in so many entries; below so many entries in all, its threshold would often be too far off.
-_SHARE = 32
+SHARE = 32
 SAMPLED = 1 << 24
 _FEW = 1 << 10  # bytes: as words, fewer than 256
 
@@ -44,7 +45,7 @@ def survey(density: float | tuple[float, ...]) -> Survey | None:
     if density >= 1.0 if isinstance(density, float) else min(density) >= 1.0:
         return None
     return Survey(
-        find=lambda numel: _find(numel, density), reads=lambda numel: 2.0 if numel < SAMPLED else 1.0 + 2.0 / _SHARE
+        find=lambda numel: _find(numel, density), reads=lambda numel: 2.0 if numel < SAMPLED else 1.0 + 2.0 / SHARE
     )
 
 
@@ -56,7 +57,7 @@ def _ranks(numel: int, density: float | tuple[float, ...], counts: Tensor) -> Te
 
 def _find(numel: int, density: float | tuple[float, ...]) -> Generator[Pass, Tensor, Tensor]:
     if numel >= SAMPLED:
-        guess = yield from _count(density, _SHARE)
+        guess = yield from _count(density, SHARE)
         first = (guess.view(torch.int32) - _LOW_BUCKETS // 2).clamp(min=0)
         counts = yield Pass(lambda taus, total: _count_window(taus, first, total), _LOW_BUCKETS + 1)
         window, above = counts[:, :-1], counts[:, -1]
@@ -122,13 +123,31 @@ def _count_window(taus: Tensor, first: Tensor, total: Tensor) -> None:
 
 
 def within(bits: Tensor, first: int, stop: int) -> Tensor:
-    """The int32 entries from `first`, which is not negative, to before `stop`."""
+    """The int32 entries from `first` to before `stop`, which is less than 2^31 above it."""
     if bits.device.type != "cpu":
         return bits[(bits >= first) & (bits < stop)]
+    return torch.from_numpy(bits.numpy()[_inside(bits, first, stop)])
+
+
+def places(bits: Tensor, first: int, stop: int) -> Tensor:
+    """Where the entries that `within` gives are."""
+    if bits.device.type != "cpu":
+        return ((bits >= first) & (bits < stop)).nonzero().flatten()
+    return torch.from_numpy(_inside(bits, first, stop).nonzero()[0])
+
+
+def from_least(values: Tensor, least: float) -> Tensor:
+    """Where the values [n] are no less than that."""
+    if values.device.type != "cpu":
+        return (values >= least).nonzero().flatten()
+    return torch.from_numpy((values.numpy() >= least).nonzero()[0])  # numpy compares seven times faster than torch
+
+
+def _inside(bits: Tensor, first: int, stop: int) -> Any:
     # On a CPU numpy selects five times faster than torch; as unsigned, one comparison finds both ends.
     values = bits.numpy()
     offset = values - first if first else values
-    return torch.from_numpy(values[offset.view("uint32") < max(stop - first, 0)])
+    return offset.view("uint32") < max(stop - first, 0)
 
 
 def at_least(bits: Tensor, bound: int) -> Tensor | int:

@@ -27,6 +27,7 @@ from tests.support import mergekit_runs
 
 MODULE = "tests.benchmarks.mergekit_speed"
 RESULTS = Path(__file__).parent / "RESULTS-mergekit.md"
+PEERS = ("mergekit", "fusion_bench")
 FUSION_VERSION = "0.2.33"
 # What it needs to be imported, besides what this environment has: the rest of what it asks for is for training.
 FUSION_NEEDS = ("omegaconf", "hydra-core", "bidict", "lightning", "datasets", "matplotlib", "scipy", "h5py", "pillow")
@@ -153,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--runs", type=int, default=1, help="runs of each thing; the median counts (default: 1)")
     parser.add_argument("--methods", nargs="+", choices=registry.data_free(), help="only these")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="beside these (default: both)")
     parser.add_argument("--python", help="a Python that has mergekit")
     parser.add_argument("--fusion-python", help="a Python that has fusion_bench")
     parser.add_argument("--workdir", type=Path, help="keep the checkpoints here (default: a temporary directory)")
@@ -160,9 +162,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = parser.parse_args(argv)
     tables = []
     with merge_speed.work_directory(told.workdir) as work, tempfile.TemporaryDirectory() as scratch:
-        peers = (
-            told.python or mergekit_runs.installed(Path(scratch) / "mergekit"),
-            told.fusion_python or fusion_installed(Path(scratch) / "fusion"),
+        given = (told.python, told.fusion_python)
+        install = (mergekit_runs.installed, fusion_installed)
+        peers = tuple(
+            (python or install[i](Path(scratch) / name)) if name in told.peers else None
+            for i, (name, python) in enumerate(zip(PEERS, given, strict=True))
         )
         told.family, told.clip_experts = "llama", 0
         for title, size, known in (
@@ -199,7 +203,7 @@ class Row:
 
 
 def _measure(
-    work: Path, inputs: Inputs, trios: Sequence[Trio], told: argparse.Namespace, peers: tuple[str, str]
+    work: Path, inputs: Inputs, trios: Sequence[Trio], told: argparse.Namespace, peers: Sequence[str | None]
 ) -> list[Row]:
     """In every round each thing runs once, so that a busy minute hits all alike."""
     theirs = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -209,6 +213,8 @@ def _measure(
 
     def begin() -> None:
         for i, (python, imports) in enumerate(starts):
+            if python is None:
+                continue
             start.runs[i].append(merge_speed.run([python, "-c", imports], theirs if i else None))
 
     with merge_speed.cache(work) as ours:
@@ -228,7 +234,7 @@ def _run(
     work: Path,
     inputs: Inputs,
     row: Row,
-    peers: tuple[str, str],
+    peers: Sequence[str | None],
     ours: dict[str, str],
     theirs: dict[str, str],
     most: int,
@@ -239,10 +245,11 @@ def _run(
     row.runs[0].append(merge_speed.run_merge(work, some, trio.name, ours, trio.options))
     out = work / "out-theirs"
     for i, (peer, command) in enumerate(zip((trio.mergekit, trio.fusion), (_mergekit, _fusion), strict=True), 1):
-        if peer is None or i in row.failed:
+        python = peers[i - 1]
+        if peer is None or python is None or i in row.failed:
             continue
         try:
-            row.runs[i].append(merge_speed.run(command(work, some, peer, peers[i - 1], out), theirs))  # type: ignore[operator]
+            row.runs[i].append(merge_speed.run(command(work, some, peer, python, out), theirs))  # type: ignore[operator]
         except RuntimeError as error:  # a peer that cannot is a finding, not the end
             merge_speed.say(str(error)[-2000:])
             row.failed.add(i)

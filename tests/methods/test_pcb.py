@@ -57,6 +57,26 @@ def test_numbers_by_rank_are_those_of_a_sort() -> None:
     assert torch.equal(found, values.sort(1).values[:, [rank - 1 for rank in ranks]])
 
 
+@pytest.mark.parametrize("odd", [1.0, 3.0])  # of the latter the sample tells nothing
+def test_numbers_by_rank_of_a_large_model_are_those_of_a_sort(odd: float) -> None:
+    values = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(4))
+    values[0, :300] = -0.0
+    ranks = (1, 21, 100_000, 160_001, 199_980, 200_000)
+    search = order.by_rank(lambda taus: taus, ranks, values.shape[1])
+    trip, shares = next(search), []
+    while True:
+        shares.append(trip.share)
+        total = torch.zeros(2, trip.counters, dtype=torch.int64)
+        trip.measure(values[:, :: trip.share].contiguous() * (odd if trip.share > 1 else 1.0), total)
+        try:
+            trip = search.send(total)
+        except StopIteration as end:
+            got = end.value
+            break
+    assert torch.equal(got, values.sort(1).values[:, [rank - 1 for rank in ranks]])
+    assert len(shares) == (3 if odd == 1.0 else 4)
+
+
 def test_experts_without_a_change_have_no_say() -> None:
     taus = taus_of(3)
     taus[1] = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -31,21 +33,24 @@ def magnitudes(taus: Tensor) -> Iterator[Tensor]:
     return (tau.abs() for tau in taus)
 
 
-def found(values: Tensor, places: Any, sample: Tensor, *, positive: bool = False) -> tuple[Tensor, list[bool]]:
-    """What is found in blocks when a sample [R, runs, n] is seen, and which looks were samples."""
-    search = selection.by_place(magnitudes, places, values.shape[1], at_once=False, positive=positive)
+def found(
+    values: Tensor, search: Generator[Look, Any, Any], sample: Tensor, *, backwards: bool = False
+) -> tuple[Any, list[bool]]:
+    """What is found in blocks, seen in this order, when a sample [R, runs, n] is, and which looks were samples."""
     look, looks = next(search), []
     while True:
         looks.append(look.sampled)
-        parts = sample.unbind(1) if look.sampled else values.split(7000, dim=1)
-        total: Any = None
-        for part in parts:
-            sums = look.measure(part.contiguous(), part[0])
-            total = sums if total is None else total + sums
+        parts = [part.contiguous() for part in (sample.unbind(1) if look.sampled else values.split(7000, dim=1))]
+        order = range(len(parts))[:: -1 if backwards else 1]
+        sums = {i: look.measure(parts[i], parts[i][0]) for i in order}
         try:
-            look = search.send(total)
+            look = search.send(functools.reduce(operator.add, (sums[i] for i in range(len(parts)))))
         except StopIteration as end:
             return end.value, looks
+
+
+def placed(values: Tensor, places: Any, sample: Tensor) -> tuple[Tensor, list[bool]]:
+    return found(values, selection.by_place(magnitudes, places, values.shape[1], at_once=False), sample)
 
 
 def spread(values: Tensor) -> Tensor:
@@ -57,7 +62,9 @@ def spread(values: Tensor) -> Tensor:
 def test_entries_by_place_are_those_of_a_sort(kind: str, places: tuple[int, ...]) -> None:
     values = KINDS[kind]
     want = values.abs().sort(1, descending=True).values[:, [place - 1 for place in places]]
-    got, looks = found(values, lambda row, count: [max(place * count // 60_000, 1) for place in places], spread(values))
+    got, looks = placed(
+        values, lambda row, count: [max(place * count // 60_000, 1) for place in places], spread(values)
+    )
     assert torch.equal(got, want)
     assert looks == [True, False]
 
@@ -67,17 +74,33 @@ def test_what_a_sample_misses_is_counted() -> None:
     wrong = spread(SMOOTH) * 3
     uneven = spread(SMOOTH) * torch.linspace(0, 2, 40)[:, None]  # its runs differ: its windows would hold too much
     for sample, looks in ((wrong, [True, False, False, False]), (uneven, [True, False, False])):
-        assert found(SMOOTH, lambda row, count: [count // 5], sample)[0].equal(want)
-        assert found(SMOOTH, lambda row, count: [count // 5], sample)[1] == looks
+        assert placed(SMOOTH, lambda row, count: [count // 5], sample)[0].equal(want)
+        assert placed(SMOOTH, lambda row, count: [count // 5], sample)[1] == looks
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9, 1.0, 0.0])
 @pytest.mark.parametrize("odd", [1.0, 3.0])
-def test_places_among_positive_entries_are_those_of_a_sort(share: float, odd: float) -> None:
-    values = MOSTLY_ZERO[:1]
-    place = int(share * int(values.count_nonzero()))
-    got, _ = found(values, lambda row, count: [int(share * count)], spread(values) * odd, positive=True)
-    assert got.item() == (values.sort(1, descending=True).values[0, place - 1] if place else torch.inf)
+@pytest.mark.parametrize("kind", ["smooth", "steps", "alike", "mostly zero"])
+def test_the_largest_and_what_lies_beside_them_are_those_of_a_sort(kind: str, share: float, odd: float) -> None:
+    values = KINDS[kind]
+    numbers = values[0].clamp(min=0)
+    place = int(share * int(numbers.count_nonzero()))
+    search = selection.largest(lambda taus: taus[0].clamp(min=0), share, values.shape[1], at_once=False)
+    (limit, squares), _ = found(values, search, spread(values) * odd)
+    assert limit == (numbers.sort(descending=True).values[place - 1] if place else torch.inf)
+    assert torch.allclose(squares, torch.where(numbers >= limit, values.double(), 0.0).square().sum(1), rtol=1e-12)
+
+
+def test_sums_do_not_depend_on_which_block_is_done_first() -> None:
+    def with_squares(*, backwards: bool) -> tuple[float, Tensor]:
+        search = selection.largest(lambda taus: taus[0].abs(), 0.2, 60_000, at_once=False)
+        result, looks = found(SMOOTH, search, spread(SMOOTH), backwards=backwards)
+        assert looks == [True, False]
+        return result
+
+    one, other = (with_squares(backwards=backwards) for backwards in (False, True))
+    assert one[0] == other[0]
+    assert torch.equal(one[1], other[1])
 
 
 def test_a_tensor_that_is_there_as_a_whole_is_not_sampled() -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modelmerge.methods import order, signs
+from modelmerge.methods import order, signs, threshold
 from modelmerge.methods.blocks import blocks, in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Pass, Survey, Tensor
 from modelmerge.methods.options import option
@@ -45,10 +45,11 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 
 def _merged(taus: Tensor, limits: Tensor, ends: Tensor, weights: Sequence[float]) -> Tensor:
-    merged, divisor = torch.zeros_like(taus[0]), torch.zeros_like(taus[0])
-    for i, share in enumerate(_share(scores(taus, limits), ends)):
+    merged, divisor, sign = torch.zeros_like(taus[0]), torch.zeros_like(taus[0]), torch.empty_like(taus[0])
+    for i, (score, (low, high)) in enumerate(zip(scores(taus, limits), limits.tolist(), strict=True)):
+        share = _share(score, ends[i])
         divisor.add_(share)
-        cut = taus[i].abs().clamp_(limits[i, 0], limits[i, 1]).mul_(taus[i].sign())
+        cut = taus[i].abs().clamp_(low, high).mul_(torch.sign(taus[i], out=sign))
         merged.add_(share.mul_(signs.times(cut, weights[i])))
     return merged.div_(divisor.clamp_(min=1e-12))
 
@@ -65,27 +66,30 @@ def scores(taus: Tensor, limits: Tensor) -> Tensor:
     """Each entry's score [T, n], from task vectors [T, n] and the ends of their magnitudes [T, 2]."""
     count = taus.shape[1]
     padded = torch.nn.functional.pad(taus, (0, -count % _LANES)) if count % _LANES else taus
-    agreement = torch.mul(padded, weighted_sum(padded, (1.0,) * len(padded))).tanh_()
-    matters = _share(padded.abs(), limits).square_().mul_(len(taus)).exp_()
-    return agreement.mul_(matters)[:, :count]
+    total, found, part = weighted_sum(padded, (1.0,) * len(padded)), torch.empty_like(padded), None
+    for tau, score, ends in zip(padded, found, limits, strict=True):
+        part = torch.abs(tau, out=part)
+        matters = _share(part, ends).square_().mul_(len(taus)).exp_()
+        torch.mul(tau, total, out=score).tanh_().mul_(matters)
+    return found[:, :count]
 
 
 def _share(values: Tensor, ends: Tensor) -> Tensor:
-    """Where each value [T, n] lies between its task's ends [T, 2], from 0 to 1; 0 where the ends are one; in place."""
-    low, high = ends[:, :1], ends[:, 1:]
-    reach = torch.where(high > low, high - low, torch.inf)
-    return values.clamp_(low, high).sub_(low).div_(reach)
+    """Where each value [n] lies between the two ends, from 0 to 1; 0 where the ends are one; in place."""
+    low, high = ends.tolist()
+    return values.clamp_(low, high).sub_(low).div_(float(ends[1] - ends[0]) or torch.inf)
 
 
 def _survey(options: Options, each: Mapping[str, tuple[float, ...]]) -> Survey:
     def find(numel: int) -> Generator[Pass, Tensor, Tensor]:
+        large = numel if numel >= threshold.SAMPLED else None
         tails = (int(numel * _TAIL) + 1, max(int(numel * (1 - _TAIL) - 1), 0) + 1)
-        limits = yield from order.by_rank(lambda taus: taus.abs(), tails)
+        limits = yield from order.by_rank(lambda taus: taus.abs(), tails, large)
         kept = (min(int(numel * (1 - options.ratio)) + 1, numel), numel)
-        ends = yield from order.by_rank(lambda taus: _scores(taus, limits), kept)
+        ends = yield from order.by_rank(lambda taus: _scores(taus, limits), kept, large)
         return torch.cat([limits, ends], dim=1)
 
-    return Survey(find=find, reads=lambda numel: 4.0)
+    return Survey(find=find, reads=lambda numel: 4.0 if numel < threshold.SAMPLED else 4.0 + 2.0 / threshold.SHARE)
 
 
 METHOD = Method(

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from modelmerge.methods.blocks import blocks, in_blocks
+from modelmerge.methods import selection, threshold
+from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Look, Method, Moments, Tensor
 from modelmerge.methods.options import option
-from modelmerge.methods.selection import by_place
 from modelmerge.methods.sums import weighted_sum
 
 
@@ -46,15 +46,21 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     # The share of the largest, so that no weight underflows however small the task vectors are.
     most = max(squares)
     shares = [w * square / most if most else 0.0 for w, square in zip(context.weights, squares, strict=True)]
-    merged = in_blocks(taus, lambda block: _agreeing(block, selected(block, limit), shares))
-    return merged.mul_(options.scale)
+    return in_blocks(taus, lambda block: _merged(block, limit, shares)).mul_(options.scale)
 
 
-def _agreeing(taus: Tensor, mask: Tensor | None, shares: Sequence[float]) -> Tensor:
-    """The means [n] of the entries [T, n] that have their sum's sign, weighted by the shares, where `mask` is 1."""
+def _merged(taus: Tensor, limit: float, shares: Sequence[float]) -> Tensor:
+    """The entries [n] of [T, n], merged where their variance over the experts is no less than the limit."""
+    if limit < 0:
+        return _agreeing(taus, shares)
+    # Few are selected, as a rule: what is done with these alone costs less than a product of all with 1 and 0.
+    selected = threshold.from_least(variance(taus), limit)
+    return torch.zeros_like(taus[0]).scatter_(0, selected, _agreeing(taus[:, selected], shares))
+
+
+def _agreeing(taus: Tensor, shares: Sequence[float]) -> Tensor:
+    """The means [n] of the entries [T, n] that have their sum's sign, weighted by the shares."""
     sign = weighted_sum(taus, (1.0,) * len(taus)).sign_()
-    if mask is not None:
-        sign.mul_(mask)
     merged, divisor, part = torch.zeros_like(sign), torch.zeros_like(sign), torch.empty_like(sign)
     for tau, share in zip(taus, shares, strict=True):
         agrees = torch.mul(tau, sign, out=part)
@@ -68,28 +74,21 @@ def variance(taus: Tensor) -> Tensor:
     """Over the experts, times their number, [T, n] -> [n]; that of a single one, of which all is selected, is 1."""
     if len(taus) == 1:
         return torch.ones_like(taus[0])
-    mean, squares = taus.mean(0), torch.zeros_like(taus[0])
+    mean, part = weighted_sum(taus, (1.0,) * len(taus)).div_(len(taus)), torch.empty_like(taus[0])
+    squares = torch.zeros_like(mean)
     for tau in taus:
-        squares.add_((tau - mean).square_())
+        squares.add_(torch.sub(tau, mean, out=part).square_())
     return squares
-
-
-def selected(taus: Tensor, limit: float) -> Tensor | None:
-    """1.0 where the variance over the experts [T, n] is no less than the limit, 0.0 elsewhere: [n]; None for all."""
-    return None if limit < 0 else torch.ge(sizes := variance(taus), limit, out=sizes)
 
 
 def _moments(options: Options, each: Mapping[str, tuple[float, ...]]) -> Moments:
     """Measures the least variance that is selected, -1 for all, and the experts' sums of squares there: [1 + T]."""
 
     def find(numel: int, at_once: bool) -> Generator[Look, Any, Tensor]:
-        def places(row: int, count: int) -> tuple[int]:
-            return (int(count * options.density),)
-
-        limit = -1.0
         if options.density < 1.0:
-            limit = float((yield from by_place(_variances, places, numel, at_once=at_once, positive=True)))
-        squares = yield Look(lambda taus, base: _squares(taus, limit))
+            limit, squares = yield from selection.largest(_variances, options.density, numel, at_once=at_once)
+        else:
+            limit, squares = -1.0, (yield Look(lambda taus, base: selection.squares(taus)))
         if float(squares.sum()) < options.equal_below * numel:
             squares = torch.ones_like(squares)
         return torch.cat([squares.new_tensor([limit]), squares])
@@ -97,20 +96,8 @@ def _moments(options: Options, each: Mapping[str, tuple[float, ...]]) -> Moments
     return find
 
 
-def _variances(taus: Tensor) -> list[Tensor]:
-    return [in_blocks(taus, variance)]
-
-
-def _squares(taus: Tensor, limit: float) -> Tensor:
-    """The sums of squares [T] of the selected entries of [T, n], float64."""
-    total = torch.zeros(len(taus), dtype=torch.float64, device=taus.device)
-    for block in blocks(taus):
-        part = taus[:, block]
-        mask = selected(part, limit)
-        for tau, square in zip(part, total, strict=True):
-            kept = tau.double() if mask is None else torch.mul(tau, mask).double()
-            square.add_(torch.dot(kept, kept))
-    return total
+def _variances(taus: Tensor) -> Tensor:
+    return in_blocks(taus, variance)
 
 
 METHOD = Method(
