@@ -41,9 +41,9 @@ def test_agrees_with_float64(size: float, ratio: float) -> None:
 def test_scores_do_not_depend_on_where_a_block_ends() -> None:
     taus = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     limits = torch.tensor([[0.1, 2.0]]).repeat(3, 1)
-    whole = pcb.scores(taus, limits)
+    whole = pcb.scores(taus, pcb.ends_of(limits))
     for first, last in ((0, 1), (1, 8), (3, 777), (999, 1000), (17, 33)):
-        assert torch.equal(pcb.scores(taus[:, first:last].contiguous(), limits), whole[:, first:last])
+        assert torch.equal(pcb.scores(taus[:, first:last].contiguous(), pcb.ends_of(limits)), whole[:, first:last])
 
 
 def test_numbers_by_rank_are_those_of_a_sort() -> None:

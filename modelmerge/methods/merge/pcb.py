@@ -28,6 +28,8 @@ _TAIL = 1e-4  # the share of the magnitudes that is cut off at either end
 # the last bit, and where a block ends must not matter.
 _LANES = 64
 
+Ends = tuple[float, float, float]  # of a range, and its length in float32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -40,21 +42,27 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the mean of the task vectors, weighted by the scores that are kept."""
     assert context.measured is not None
-    limits, ends = context.measured[:, :2], context.measured[:, 2:]
+    measured = context.measured.cpu()
+    limits, ends = ends_of(measured[:, :2]), ends_of(measured[:, 2:])
     return in_blocks(taus, lambda block: _merged(block, limits, ends, context.weights).mul_(options.scale))
 
 
-def _merged(taus: Tensor, limits: Tensor, ends: Tensor, weights: Sequence[float]) -> Tensor:
+def _merged(taus: Tensor, limits: Sequence[Ends], ends: Sequence[Ends], weights: Sequence[float]) -> Tensor:
     merged, divisor, sign = torch.zeros_like(taus[0]), torch.zeros_like(taus[0]), torch.empty_like(taus[0])
-    for i, (score, (low, high)) in enumerate(zip(scores(taus, limits), limits.tolist(), strict=True)):
-        share = _share(score, ends[i])
+    for i, (score, (low, high, _)) in enumerate(zip(scores(taus, limits), limits, strict=True)):
+        share = _share(score, *ends[i])
         divisor.add_(share)
         cut = taus[i].abs().clamp_(low, high).mul_(torch.sign(taus[i], out=sign))
         merged.add_(share.mul_(signs.times(cut, weights[i])))
     return merged.div_(divisor.clamp_(min=1e-12))
 
 
-def _scores(taus: Tensor, limits: Tensor) -> Tensor:
+def ends_of(pairs: Tensor) -> list[Ends]:
+    """Two ends of each task [T, 2], and from one to the other: on the host at once, not where each is used."""
+    return [(low, high, reach) for low, high, reach in torch.cat([pairs, pairs.diff(dim=1)], dim=1).tolist()]
+
+
+def _scores(taus: Tensor, limits: Sequence[Ends]) -> Tensor:
     """`scores` of [T, n], a block at a time."""
     found = torch.empty_like(taus)
     for block in blocks(taus):
@@ -62,22 +70,24 @@ def _scores(taus: Tensor, limits: Tensor) -> Tensor:
     return found
 
 
-def scores(taus: Tensor, limits: Tensor) -> Tensor:
-    """Each entry's score [T, n], from task vectors [T, n] and the ends of their magnitudes [T, 2]."""
+def scores(taus: Tensor, limits: Sequence[Ends]) -> Tensor:
+    """Each entry's score [T, n], from task vectors [T, n] and the ends of their magnitudes."""
     count = taus.shape[1]
     padded = torch.nn.functional.pad(taus, (0, -count % _LANES)) if count % _LANES else taus
     total, found, part = weighted_sum(padded, (1.0,) * len(padded)), torch.empty_like(padded), None
     for tau, score, ends in zip(padded, found, limits, strict=True):
         part = torch.abs(tau, out=part)
-        matters = _share(part, ends).square_().mul_(len(taus)).exp_()
+        matters = _share(part, *ends).square_().mul_(len(taus)).exp_()
         torch.mul(tau, total, out=score).tanh_().mul_(matters)
     return found[:, :count]
 
 
-def _share(values: Tensor, ends: Tensor) -> Tensor:
-    """Where each value [n] lies between the two ends, from 0 to 1; 0 where the ends are one; in place."""
-    low, high = ends.tolist()
-    return values.clamp_(low, high).sub_(low).div_(float(ends[1] - ends[0]) or torch.inf)
+def _share(values: Tensor, low: float, high: float, reach: float) -> Tensor:
+    """Where each value [n] lies between two ends, from 0 to 1; 0 where the ends are one; in place.
+
+    `reach` is from one to the other, in float32.
+    """
+    return values.clamp_(low, high).sub_(low).div_(reach or torch.inf)
 
 
 def _survey(options: Options, each: Mapping[str, tuple[float, ...]]) -> Survey:
@@ -86,7 +96,8 @@ def _survey(options: Options, each: Mapping[str, tuple[float, ...]]) -> Survey:
         tails = (int(numel * _TAIL) + 1, max(int(numel * (1 - _TAIL) - 1), 0) + 1)
         limits = yield from order.by_rank(lambda taus: taus.abs(), tails, large)
         kept = (min(int(numel * (1 - options.ratio)) + 1, numel), numel)
-        ends = yield from order.by_rank(lambda taus: _scores(taus, limits), kept, large)
+        inside = ends_of(limits)
+        ends = yield from order.by_rank(lambda taus: _scores(taus, inside), kept, large)
         return torch.cat([limits, ends], dim=1)
 
     return Survey(find=find, reads=lambda numel: 4.0 if numel < threshold.SAMPLED else 4.0 + 2.0 / threshold.SHARE)
