@@ -170,7 +170,8 @@ def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Te
             for t in plan["tensors"]
         ]
         lines.append(table(None, ["tensor", "shape", "dtype", "action", "why"], rows, words=5))
-    times = f" ({plan['passes']:.3g} passes)" if "passes" in plan else ""
+    passes = f"{plan.get('passes', 0):.3g}"
+    times = f" ({passes} pass{'es' * (passes != '1')})" if "passes" in plan else ""
     files = f" in {many(len(plan['shards']), 'file')}" if "shards" in plan else " at most"
     peak = f"peak memory {size(memory['host'])}"
     if memory["device"]:
