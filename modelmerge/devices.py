@@ -111,10 +111,9 @@ def find_device(name: str) -> torch.device:
         return torch.device("cpu")
     if kind not in KINDS or (number and not number.isdigit()):
         raise DeviceError(f"{named('device')} '{name}' is no device", hint="use cpu, cuda, cuda:0, cuda:1, ... or auto")
-    count = KINDS[kind].count()
-    if int(number or 0) >= count:
-        seen = ", ".join(f"{kind}:{i}" for i in range(count))
-        have = f"there {'are' if count > 1 else 'is'} {seen}" if count else "this torch sees none"
+    seen = _names(kind)
+    if int(number or 0) >= len(seen):
+        have = f"there {'are' if len(seen) > 1 else 'is'} {', '.join(seen)}" if seen else "this torch sees none"
         raise DeviceError(f"{named('device')} {name}: no such {kind.upper()} device; {have}", hint="use cpu or auto")
     return torch.device(kind, int(number or 0))
 
@@ -128,7 +127,7 @@ def find_devices(names: str) -> tuple[torch.device, ...]:
         DeviceError: One is not there, or they are not alike, so that bits would depend on who does what.
     """
     if names == ALL_CARDS:
-        names = ",".join(_cards()) or "cuda"
+        names = ",".join(_names("cuda")) or "cuda"
     devices = tuple(find_device(name.strip()) for name in names.split(","))
     cards = [device for device in devices if device.type in KINDS]
     if len(set(cards)) < len(cards):
@@ -151,15 +150,15 @@ def local_card() -> tuple[torch.device, str] | None:
 
     None where there is one card at most, or no launcher that counts its processes.
     """
-    cards = _cards()
+    cards = _names("cuda")
     variable = next((name for name in _LOCAL_RANKS if os.environ.get(name, "").isdecimal()), None)
     if len(cards) < 2 or variable is None:
         return None
     return torch.device("cuda", int(os.environ[variable]) % len(cards)), variable
 
 
-def _cards() -> list[str]:
-    return [f"cuda:{i}" for i in range(KINDS["cuda"].count())]
+def _names(kind: str) -> list[str]:
+    return [f"{kind}:{i}" for i in range(KINDS[kind].count())]
 
 
 @contextlib.contextmanager

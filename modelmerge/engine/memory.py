@@ -6,6 +6,7 @@ tests/engine/test_memory.py watches real processes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from modelmerge.checkpoint.header import DTYPE_BITS, Change
 from modelmerge.devices import KINDS
 from modelmerge.engine.job import MODEST, Job, Source
 from modelmerge.engine.pieces import Sample
+from modelmerge.engine.units import done_on
 from modelmerge.errors import UsageError
 from modelmerge.methods import linalg, selection
 from modelmerge.methods.contract import Correction
@@ -169,7 +171,7 @@ def fit_correction(source: Source, tensors: Tensors, by: Correction, options: An
     return Needs(
         ((reads, tensors),), Bytes(working, working), 4 * count * max(at_once, largest),
         sum(matrix_bytes(tensor, count) for tensor in tensors),
-        sum((by.work(options, t.numel // t.row, t.row, len(source.plan.experts)) for t in tensors if t.numel), NOTHING),
+        sum((done_on(source.plan, t, functools.partial(by.work, options)) for t in tensors), NOTHING),
     )  # fmt: skip
 
 

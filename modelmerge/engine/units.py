@@ -184,7 +184,7 @@ def spread(job: Job, workers: int | None) -> dict[str, Any]:
 def work_of(job: Job, tensor: TensorPlan) -> Work:
     """What the tensor's method does on it."""
     group = job.group(tensor)
-    return _work(job.plan, tensor, functools.partial(group.method.work, group.options))
+    return done_on(job.plan, tensor, functools.partial(group.method.work, group.options))
 
 
 def merge_work(job: Job, tensor: TensorPlan) -> int:
@@ -194,10 +194,11 @@ def merge_work(job: Job, tensor: TensorPlan) -> int:
 
 def work_on(plan: Plan, tensor: TensorPlan, does: OnShape) -> int:
     """What is done on a tensor's task vectors, in bytes that take as long to read."""
-    return int(_work(plan, tensor, does).cost / _FLOPS)
+    return int(done_on(plan, tensor, does).cost / _FLOPS)
 
 
-def _work(plan: Plan, tensor: TensorPlan, does: OnShape) -> Work:
+def done_on(plan: Plan, tensor: TensorPlan, does: OnShape) -> Work:
+    """What is done on a tensor's task vectors, as a matrix of rows."""
     return does(max(tensor.numel // max(tensor.row, 1), 1), tensor.row, len(plan.experts_of(tensor)))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from modelmerge.checkpoint.components import PICKLED_INDEX
+from modelmerge.checkpoint.reader import MANIFEST
 
 State = dict[str, Tensor]
 
@@ -81,6 +83,19 @@ def read(directory: Path) -> State:
     for file in sorted(directory.glob("*.safetensors")):
         state.update(load_file(file))
     return state
+
+
+def manifest_at(output: Path) -> dict[str, Any]:
+    """The manifest of an output."""
+    manifest: dict[str, Any] = json.loads((output / MANIFEST).read_text())
+    return manifest
+
+
+def weights_at(output: Path) -> dict[str, str]:
+    """The sha256 of the weight files of an output beside which nothing is left."""
+    assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
+    files = manifest_at(output)["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
 
 
 def same_bits(left: State, right: State) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -24,7 +23,7 @@ from modelmerge.verbs.driver import threads_each
 from modelmerge.verbs.prepare import digest_of, prepare
 from modelmerge.verbs.recipes import prepare_file
 from tests.support import mergekit_runs
-from tests.support.checkpoints import base_state, expert_state, write
+from tests.support.checkpoints import base_state, expert_state, manifest_at, weights_at, write
 from tests.support.processes import PATIENCE, running
 from tests.support.scripts import searching
 
@@ -39,17 +38,6 @@ def _short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def words(models: list[Path], out: Path, method: str, *more: str) -> list[str]:
     return ["merge", method, *map(str, models), "-o", str(out), "--max-shard-size", "2KB", *more]
-
-
-def weights(out: Path) -> dict[str, str]:
-    """The sha256 of the weight files of an output beside which nothing is left."""
-    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
-    files = manifest_at(out)["files"]
-    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
-
-
-def manifest_at(out: Path) -> dict[str, Any]:
-    return json.loads((out / MANIFEST).read_text())
 
 
 def has_ended(pid: int) -> bool:
@@ -73,7 +61,7 @@ def test_a_process_on_each_device_writes_what_one_writes(models: list[Path], tmp
         with running(words(models, tmp_path / name, "kron", *more)) as run:
             assert run.end() == 0, run.err()
             lines[name] = run.out().replace(str(tmp_path / name), "OUT").splitlines()
-    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+    assert weights_at(tmp_path / "two") == weights_at(tmp_path / "one")
     assert [line for line in lines["two"] if " s on " not in line] == [
         line for line in lines["one"] if " s on " not in line
     ]
@@ -94,7 +82,7 @@ def test_children_and_a_process_that_was_started_by_hand_share_one_merge(models:
             assert driver.end() == 0, driver.err()
         first.send(signal.SIGCONT)
         assert first.end() == 0, first.err()
-    assert weights(out) == weights(tmp_path / "one")
+    assert weights_at(out) == weights_at(tmp_path / "one")
     assert len(manifest_at(out)["workers"]) >= 2
 
 
@@ -102,7 +90,7 @@ def test_children_and_a_process_that_was_started_by_hand_share_one_merge(models:
 def test_a_recipe_is_repeated_by_children_to_the_same_bits(models: list[Path], tmp_path: Path) -> None:
     modelmerge.merge(models[0], models[1:], tmp_path / "one", method="kron", max_shard_size="2KB", device="cpu")
     again = modelmerge.replay(tmp_path / "one" / MANIFEST, tmp_path / "again", device="cpu,cpu")
-    assert weights(tmp_path / "again") == weights(tmp_path / "one")
+    assert weights_at(tmp_path / "again") == weights_at(tmp_path / "one")
     assert again == manifest_at(tmp_path / "again")
 
 
@@ -144,7 +132,7 @@ def test_what_a_killed_child_was_at_is_done_by_another(tmp_path: Path) -> None:
     assert mark.exists()
     with running([*command, "-o", str(tmp_path / "one")]) as run:
         assert run.end() == 0, run.err()
-    assert weights(tmp_path / "out") == weights(tmp_path / "one")
+    assert weights_at(tmp_path / "out") == weights_at(tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -172,7 +160,7 @@ def test_an_interrupt_ends_the_children_and_the_same_command_goes_on(tmp_path: P
     assert not (tmp_path / "out").exists()
     with running(command) as run:
         assert run.end() == 0, run.err()
-    assert weights(tmp_path / "out")
+    assert weights_at(tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -235,7 +223,7 @@ def test_a_launcher_says_which_card_is_whose(monkeypatch: pytest.MonkeyPatch) ->
 def test_cards_write_what_one_card_writes(models: list[Path], tmp_path: Path) -> None:
     for name, device in (("one", "cuda:0"), ("all", "cuda:all")):
         modelmerge.merge(models[0], models[1:], tmp_path / name, method="kron", max_shard_size="2KB", device=device)
-    assert weights(tmp_path / "all") == weights(tmp_path / "one")
+    assert weights_at(tmp_path / "all") == weights_at(tmp_path / "one")
     assert all(worker["device"].startswith("cuda:") for worker in manifest_at(tmp_path / "all")["workers"])
 
 

@@ -7,15 +7,13 @@ import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import modelmerge
-from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.checkpoint.work import work_folder
 from modelmerge.errors import ModelMergeError, UsageError
-from tests.support.checkpoints import base_state, expert_state, write
+from tests.support.checkpoints import base_state, expert_state, manifest_at, weights_at, write
 from tests.support.processes import running
 from tests.support.scripts import searching
 
@@ -27,17 +25,6 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELMERGE_LEASE", "1.5")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-
-def weights(out: Path) -> dict[str, str]:
-    """The sha256 of the weight files of an output beside which nothing is left."""
-    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
-    files = manifest_at(out)["files"]
-    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
-
-
-def manifest_at(out: Path) -> dict[str, Any]:
-    return json.loads((out / MANIFEST).read_text())
 
 
 def test_without_the_package_one_error_says_what_to_install(
@@ -60,7 +47,7 @@ def test_workers_write_what_one_process_writes(models: list[Path], tmp_path: Pat
             assert run.end() == 0, run.err()
             manifest = json.loads(run.out())["manifest"]
     assert manifest == manifest_at(tmp_path / "out")
-    assert weights(tmp_path / "out") == weights(tmp_path / "one")
+    assert weights_at(tmp_path / "out") == weights_at(tmp_path / "one")
     assert {(worker["device"], worker["threads"]) for worker in manifest["workers"]} == {("cpu", 1)}
 
 
@@ -73,7 +60,7 @@ def test_what_a_killed_worker_was_at_is_done_by_another(tmp_path: Path) -> None:
     assert mark.exists()
     with running([*command, "-o", str(tmp_path / "one")]) as run:
         assert run.end() == 0, run.err()
-    assert weights(tmp_path / "out") == weights(tmp_path / "one")
+    assert weights_at(tmp_path / "out") == weights_at(tmp_path / "one")
 
 
 @needs_ray
@@ -90,7 +77,7 @@ def test_an_interrupt_leaves_what_is_finished_to_processes_of_any_kind(number: s
     assert not out.exists()
     with running([*command, "-o", str(out), "--cluster", "files"]) as run:
         assert run.end() == 0, run.err()
-    assert weights(out)
+    assert weights_at(out)
     assert not work_folder(out).exists()
 
 
