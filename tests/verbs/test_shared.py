@@ -19,7 +19,7 @@ from modelmerge.checkpoint.digest import FileDigest
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.checkpoint.work import work_folder
 from modelmerge.cli import main
-from modelmerge.engine import units
+from modelmerge.engine import corrections, shared_vector, survey, units
 from modelmerge.errors import CheckpointError, ModelMergeError, OutputError, UsageError
 from modelmerge.methods import registry, threshold
 from modelmerge.record import fingerprint
@@ -45,7 +45,7 @@ def _short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units as large models have them: several to each stage."""
     for name in ("LITTLE", "MUCH"):
-        for module in (units, modelmerge.engine.survey, modelmerge.engine.shared_vector, modelmerge.engine.corrections):
+        for module in (units, survey, shared_vector, corrections):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, 1)
 
