@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,16 +63,18 @@ class Staging(Publication):
         resume: Keep finished shards when interrupted, and take up those of a run with the same `fingerprint`.
         fingerprint: Digest of everything that determines the weights' bytes.
         beside: Bytes of the files beside the weights; they are kept free from the start.
+        hand_on: Hears of each weight file that is finished: its place in the output, and where it lies until then.
     """
 
     def __init__(
         self, output: Path, layout: Layout, *, force: bool = False, resume: bool = False, fingerprint: str = "",
-        beside: int = 0,
+        beside: int = 0, hand_on: Callable[[str, Path], object] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(output, hidden_beside(output.resolve(), "modelmerge"), layout, force=force)
         self._resume = resume
         self._fingerprint = fingerprint
         self._beside = beside
+        self._hand_on = hand_on
         self._files: dict[str, ShardFile] = {}  # by name, those that this run writes
         self._scratches: list[Scratch] = []
         self._reserve: Scratch | None = None  # room for the files beside the weights, until they are written
@@ -260,6 +262,8 @@ class Staging(Publication):
         with self._mutex:
             self.digests[file.shard.filename] = digest
             self._write_journal()
+        if self._hand_on is not None:
+            self._hand_on(file.shard.filename, self._directory / file.shard.filename)
 
     def _write_journal(self) -> None:
         if self._resume:

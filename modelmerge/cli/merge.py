@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from modelmerge.hub.upload import Target
+    from modelmerge.hub.upload import Target, Uploader
+    from modelmerge.progress import Reporter
     from modelmerge.verbs.prepare import Prepared
 
 MERGE = with_examples(
@@ -350,6 +351,18 @@ def checked(target: Target | None, *, create: bool = True) -> dict[str, Any] | N
     return check(target, create=create)
 
 
+@contextlib.contextmanager
+def _uploader(target: Target | None, progress: Reporter) -> Iterator[dict[str, Uploader]]:
+    """What `execute` is told of an upload that goes along with a merge; nothing where there is none."""
+    if target is None:
+        yield {}
+        return
+    from modelmerge.hub.upload import Uploader
+
+    with Uploader(target, progress) as uploader:
+        yield {"uploader": uploader}
+
+
 def carry_out(
     prepare: Callable[[], Any],
     execute: Callable[..., dict[str, Any]],
@@ -368,18 +381,21 @@ def carry_out(
     # An empty text is no part: who means one must not get the whole.
     ways: dict[str, Any] = {name: values.get(name) for name in ("cluster", "part", "finish")}
     divided = {name: value for name, value in ways.items() if value not in (None, [])}
-    if target is not None and (divided.get("cluster") == "files" or "part" in divided):
-        name, place = ("--part", "DIR") if "part" in divided else ("--cluster files", out)
-        raise UsageError(f"--push has no place beside {name}", hint=f"push once it is done: modelmerge push {place}")
+    if target is not None and "part" in divided:
+        raise UsageError("--push has no place beside --part", hint="push once it is done: modelmerge push DIR")
     resume = {"resume": values["resume"]} if "resume" in values else {}
     # What a function of the user's prints is no result.
     with Bars(sink) as bars, contextlib.redirect_stdout(sys.stderr):
         with bars.waiting("planning"):
             prepared = prepare()
         if not values["dry_run"]:
-            manifest = execute(
-                prepared, out, force=values["force"], **resume, **divided, ready=lambda: checked(target), progress=bars
-            )
+            # A search writes many files of which one model stays.
+            ahead = target if "cluster" in values else None
+            with _uploader(ahead, bars) as uploading:
+                manifest = execute(
+                    prepared, out, force=values["force"], **resume, **divided, **uploading,
+                    ready=lambda: checked(target), progress=bars,
+                )  # fmt: skip
     if values["dry_run"]:
         plan = {**describe(prepared, **divided), "push": checked(target, create=False)}
         prepared.close()
@@ -396,4 +412,6 @@ def carry_out(
 
         drawing.save([of_coefficients(manifest["recipe"])], plot)
         data, lines = {**data, "plot": str(plot)}, [*lines, line((str(plot), "bold"))]
+    if uploading and not uploading["uploader"].commits:
+        target, lines = None, [*lines, line("the process that put it in place pushes it")]
     finish(sink, target, out, data, [*lines, *next_lines(manifest, out)])

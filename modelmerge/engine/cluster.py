@@ -23,10 +23,20 @@ from modelmerge.progress import Reporter
 
 
 class Shared:
-    """The crew, as one of its processes sees it."""
+    """The crew, as one of its processes sees it.
 
-    def __init__(self, folder: WorkFolder, job: Job, progress: Reporter) -> None:
-        self._folder, self._progress = folder, progress
+    Args:
+        folder: The folder.
+        job: The merge.
+        progress: Shows the progress.
+        hand_on: Hears of each weight file that this process has finished: its place in the output, and where it lies
+            until then.
+    """
+
+    def __init__(
+        self, folder: WorkFolder, job: Job, progress: Reporter, hand_on: Callable[[str, Path], object] | None = None
+    ) -> None:
+        self._folder, self._progress, self._hand_on = folder, progress, hand_on
         self._plan = job.plan
         self._shards = {f"shard:{shard.filename}": shard for shard in job.plan.layout.shards}
         hashes = hash_units(job.plan)
@@ -85,7 +95,10 @@ class Shared:
             raise
         finally:
             file.close()
-        place.rename(self._folder.finished(shard.filename))
+        finished = self._folder.finished(shard.filename)
+        place.rename(finished)
+        if self._hand_on is not None:
+            self._hand_on(shard.filename, finished)
 
     def digests(self) -> list[dict[Path, str]]:
         """The sha256 of every weight file, by model."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import glob
+import queue
 import re
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import constants, get_token, utils
+from huggingface_hub import CommitOperationAdd, constants, get_token, utils
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from modelmerge.errors import HubError, UsageError, named
 from modelmerge.hub.ranges import Client, explained, patiently
+from modelmerge.progress import Reporter
 
 # What loaders take for a model's weights, or for what says where they are: of an older model, it would win or confuse.
 _WEIGHTS = re.compile(
@@ -100,6 +103,60 @@ def check(target: Target, *, create: bool = True) -> dict[str, Any]:
             hint=f"push to another name, or make it private first: {constants.ENDPOINT}/{name}/settings",
         )
     return {"repository": name, "new": new, "private": private, "pull_request": target.create_pr}
+
+
+class Uploader:
+    """Uploads the weight files of a push to come while others are being made: one at a time, from a thread of its own.
+
+    The Hub knows them by their digests, so that the commit finds them there. What is not there by then goes with the
+    commit, so nothing that fails here is an error.
+
+    Args:
+        target: Where to; `check` has allowed it before the first file is added.
+        progress: Hears of what failed.
+    """
+
+    def __init__(self, target: Target, progress: Reporter) -> None:
+        self.target = target
+        self.commits = True  # whether the commit is this process's to make; else that of one that shares the merge
+        self._progress = progress
+        self._waiting: queue.SimpleQueue[tuple[str, Path] | None] = queue.SimpleQueue()
+        self._closes = False
+        # A process that is told to end does not wait for it.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Uploader:
+        self._quiet = utils.are_progress_bars_disabled()
+        utils.disable_progress_bars()  # the merge has its own
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+
+    def add(self, place: str, file: Path) -> None:
+        """Upload a file that will be at that place in the repository, when its turn comes. From any thread."""
+        self._waiting.put((place, file))
+
+    def close(self) -> None:
+        """Wait for the file that is being uploaded, and leave the others to the commit."""
+        self._closes = True
+        self._waiting.put(None)
+        self._thread.join()
+        if not self._quiet:
+            utils.enable_progress_bars()
+
+    def _run(self) -> None:
+        api = Client()
+        while (entry := self._waiting.get()) is not None and not self._closes:
+            place, file = entry
+            try:
+                with explained(self.target.name, self.target.revision):
+                    addition = CommitOperationAdd(path_in_repo=place, path_or_fileobj=file)
+                    api.preupload_lfs_files(self.target.name, [addition], revision=self.target.revision)
+            except Exception as error:  # whatever it is, the commit meets it again
+                self._progress.note(f"{place} goes with the commit, for its upload failed: {error}")
 
 
 def upload(target: Target, directory: Path, instead: Mapping[str, bytes], message: str, *, progress: bool) -> Pushed:

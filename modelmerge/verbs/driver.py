@@ -25,6 +25,7 @@ import torch
 from modelmerge import interrupts
 from modelmerge.checkpoint.work import job_at, work_folder
 from modelmerge.errors import OutputError, UsageError, from_dict
+from modelmerge.hub.upload import Target, Uploader
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import Reporter
@@ -55,6 +56,7 @@ class Work:
         script: As for `prepare`; in a file.
         out: Where the output goes; absolute.
         force: Whether it replaces what is there.
+        push: Where its weight files are uploaded to, if anywhere; the driver commits them.
     """
 
     recipe: Recipe
@@ -64,6 +66,7 @@ class Work:
     script: str | None
     out: Path
     force: bool
+    push: Target | None
 
 
 class Workers(Protocol):
@@ -86,11 +89,12 @@ def drive(
     *,
     force: bool,
     ready: Callable[[], object] | None,
+    uploader: Uploader | None,
     progress: Reporter,
 ) -> dict[str, Any]:
     """Have a merge done by a worker on each of its devices, or by those of a Ray `cluster`; its manifest.
 
-    `force` and `ready` are as for `execute`.
+    `force` and `ready` are as for `execute`. The workers upload to where the `uploader` does.
 
     Raises:
         ModelMergeError: As for `merge`; or all workers have ended.
@@ -99,8 +103,9 @@ def drive(
     if script is not None and not isinstance(script, str):
         raise UsageError("must be FILE:FUNCTION where other processes are to run it", option="script")
     work = Work(
-        prepared.recipe, prepared.recorded, tuple(prepared.remarks), prepared.stream, script, out.absolute(), force
-    )
+        prepared.recipe, prepared.recorded, tuple(prepared.remarks), prepared.stream, script, out.absolute(), force,
+        None if uploader is None else uploader.target,
+    )  # fmt: skip
     if ready is not None:
         ready()
     workers: Workers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from modelmerge.checkpoint.work import job_at, work_folder
 from modelmerge.engine.merge import run
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError, named
+from modelmerge.hub.upload import Uploader
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
 from modelmerge.progress import SILENT, Reporter
@@ -250,13 +252,15 @@ def execute(
     part: str | None = None,
     finish: Sequence[str | Path] = (),
     ready: Callable[[], object] | None = None,
+    uploader: Uploader | None = None,
     progress: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Run a prepared merge into `out`, with others if it is a `cluster`'s; the manifest. The inputs are closed then.
 
     Or make a `part` of it, or put parts together.
 
-    `ready` is called once it is known that the work can begin.
+    `ready` is called once it is known that the work can begin. `uploader` is given the weight files as they are
+    finished, and closed before they are moved.
 
     Raises:
         ModelMergeError: As for `merge`.
@@ -269,7 +273,7 @@ def execute(
         if cluster is not None or several:
             refuse_unshared(cluster, prepared)
         if several or cluster not in (None, FILES):
-            return drive(prepared, cluster, out, force=force, ready=ready, progress=progress)
+            return drive(prepared, cluster, out, force=force, ready=ready, uploader=uploader, progress=progress)
         if cluster is not None:
             prepared = on_local_card(prepared, progress)
         share = parts.share_of(part, prepared) if part is not None else None
@@ -277,7 +281,9 @@ def execute(
             places = [Path(place).expanduser() for place in finish]
             return parts.put_together(prepared, places, out, force=force, resume=resume, ready=ready, progress=progress)
         if prepared.staged is not None:
-            return stages.run(prepared, out, execute, force=force, resume=resume, ready=ready, progress=progress)
+            return stages.run(
+                prepared, out, execute, force=force, resume=resume, ready=ready, uploader=uploader, progress=progress
+            )
         size = adapted.size_of(prepared.recipe)
         beside: Literal["all", "cards"] = "all" if size is None else "cards"
         with contextlib.ExitStack() as stack:
@@ -288,16 +294,20 @@ def execute(
                 return parts.make(prepared, share, out, force=force, resume=resume, ready=ready, progress=progress)
             script = recorded.script if recorded is not None else {}
             data = prepared.data.read(prepared.recipe.seed, script) if prepared.data is not None else None
+            take_part = functools.partial(
+                share_out, prepared, data, out, force=force, ready=ready, uploader=uploader, progress=progress
+            )
             if cluster is not None:
-                return share_out(prepared, data, out, force=force, ready=ready, progress=progress)
+                return take_part()
             if resume and (recorded is None or recorded.threads is None):
                 stack.enter_context(threads_of_leftovers(out, digest_of(prepared, data)))
             digest = digest_of(prepared, data)
             if resume and (job_at(out) or {}).get("digest") == digest:
                 progress.note(f"takes up what is finished in {work_folder(out)}")
-                return share_out(prepared, data, out, force=force, ready=ready, progress=progress)
+                return take_part()
             output = stack.enter_context(output_of(
-                prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=progress
+                prepared.job.plan, out, digest, force=force, resume=resume, ready=ready, progress=progress,
+                hand_on=None if uploader is None else uploader.add,
             ))  # fmt: skip
             if output.complete is not None:
                 return output.complete
@@ -321,6 +331,8 @@ def execute(
             manifest = complete(prepared, out, staging, findings, small, output.seconds, digest, digests)
             for note in manifest["notes"]:
                 progress.note(note)
+            if uploader is not None:
+                uploader.close()
             return output.publish(manifest)
     finally:
         prepared.close()

@@ -36,9 +36,10 @@ class Output:
 
     def __init__(
         self, plan: Plan, out: Path, digest: str, complete: dict[str, Any] | None, force: bool, resume: bool,
-        progress: Reporter,
+        progress: Reporter, hand_on: Callable[[str, Path], object] | None = None,
     ) -> None:  # fmt: skip
         self.complete = complete
+        self._hand_on = hand_on
         self._progress = progress
         self._plan, self._out, self._digest, self._force, self._resume = plan, out, digest, force, resume
         self._started = time.monotonic()
@@ -57,7 +58,7 @@ class Output:
         """
         staging = Staging(
             self._out, layout or Layout((), {}, {}), force=self._force, resume=self._resume and resume,
-            fingerprint=digest or self._digest, beside=beside_bytes(self._plan, companions),
+            fingerprint=digest or self._digest, beside=beside_bytes(self._plan, companions), hand_on=self._hand_on,
         )  # fmt: skip
         self._stack.push(lambda kind, error, trace: self._say_what_is_left(staging, error))
         with interrupts.held():  # once it is made, it is known to be cleared
@@ -101,6 +102,7 @@ def output_of(
     resume: bool,
     ready: Callable[[], object] | None,
     progress: Reporter,
+    hand_on: Callable[[str, Path], object] | None = None,
 ) -> Iterator[Output]:
     """Make the last checks before the work, and leave nothing half-written behind.
 
@@ -112,6 +114,7 @@ def output_of(
         resume: Take up what an interrupted run has finished.
         ready: Called once all else is known to be well.
         progress: Shows the progress.
+        hand_on: As for `Staging`.
 
     Raises:
         OutputError: The output would damage something.
@@ -124,7 +127,7 @@ def output_of(
         clear_remains(out)
         progress.note(f"{out} is complete already")
     prepare_process(sum(len(model.files) for model in plan.models) + len(plan.layout.shards))
-    output = Output(plan, out, digest, complete, force, resume, progress)
+    output = Output(plan, out, digest, complete, force, resume, progress, hand_on)
     with output._stack:
         yield output
 

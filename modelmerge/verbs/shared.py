@@ -23,6 +23,7 @@ from modelmerge.engine.merge import run_shared
 from modelmerge.engine.parallel import prepare_process, source_of
 from modelmerge.engine.units import Unit, spread
 from modelmerge.errors import OutputError, UsageError, named
+from modelmerge.hub.upload import Uploader
 from modelmerge.plan.downloads import fetch, input_paths
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import Reporter
@@ -107,9 +108,12 @@ def share_out(
     *,
     force: bool,
     ready: Callable[[], object] | None,
+    uploader: Uploader | None,
     progress: Reporter,
 ) -> dict[str, Any]:
     """Take part in a merge until its output is complete; the manifest.
+
+    What is uploaded is committed by the process that has put the output in place, or finds it there.
 
     Raises:
         ModelMergeError: As for `merge`; or the processes are not alike.
@@ -139,7 +143,7 @@ def share_out(
                 return manifest
             if folder.is_new:
                 check_room(folder.path.parent, plan.bytes_written + beside_bytes(plan, 1))
-            return _take_part(prepared, data, out, digest, folder, progress)
+            return _take_part(prepared, data, out, digest, folder, uploader, progress)
     except BaseException:
         if (job_at(out) or {}).get("digest") == digest:
             progress.note(f"what is finished is kept in {work_folder(out)}: the same command takes it up")
@@ -226,24 +230,32 @@ def _explained(folder: WorkFolder, out: Path, digest: str) -> Iterator[None]:
 
 
 def _take_part(
-    prepared: Prepared, data: coefficients.Read | None, out: Path, digest: str, folder: WorkFolder, progress: Reporter
-) -> dict[str, Any]:
+    prepared: Prepared, data: coefficients.Read | None, out: Path, digest: str, folder: WorkFolder,
+    uploader: Uploader | None, progress: Reporter,
+) -> dict[str, Any]:  # fmt: skip
     plan = prepared.job.plan
     prepare_process(sum(len(model.files) for model in plan.models))
     for part in (part for model in plan.models for part in model.parts):
         part.hashes_along = False
-    with contextlib.closing(Shared(folder, prepared.job, progress)) as crew:
+    hand_on = None
+    if uploader is not None:
+        hand_on, uploader.commits = uploader.add, False
+    with contextlib.closing(Shared(folder, prepared.job, progress, hand_on)) as crew:
         if data is not None:
             prepared = _with_coefficients(prepared, data, digest, out, crew, progress)
         findings = run_shared(prepared.job, crew, crew.shard, progress)
         digests = crew.digests()
+        if uploader is not None:
+            uploader.close()
         while (manifest := finished(out, digest, hashed=False)) is None:
             claim = folder.claim("publish")
             if claim is None:
                 folder.wait()
                 continue
             with claim:
-                _publish(prepared, out, digest, digests, findings, folder, crew, progress)
+                mine = _publish(prepared, out, digest, digests, findings, folder, crew, progress)
+            if uploader is not None:
+                uploader.commits = mine
         folder.remove()
         clear_remains(out)  # of a run of one process before
         return manifest
@@ -265,12 +277,12 @@ def _with_coefficients(
 def _publish(
     prepared: Prepared, out: Path, digest: str, digests: list[dict[Path, str]], findings: Findings,
     folder: WorkFolder, crew: Shared, progress: Reporter,
-) -> None:  # fmt: skip
-    """Put the output in place."""
+) -> bool:  # fmt: skip
+    """Put the output in place; False where somebody has done it."""
     layout = prepared.job.plan.layout
     publication = Publication(out, folder.take_files(), layout, force=bool(folder.job["force"]))
     if finished(out, digest, hashed=False) is not None:  # by somebody who has no hold of the files any more
-        return
+        return False
     publication.recover()
     publication.digests |= crew.shards()
     manifest = complete(prepared, out, publication, findings, None, 0.0, digest, digests)
@@ -279,3 +291,4 @@ def _publish(
     seconds = round(folder.seconds, 3)
     whole = {**manifest, "workers": crew.workers(), "seconds": seconds, "files": publication.listing()}
     publication.publish(as_file(whole))
+    return True

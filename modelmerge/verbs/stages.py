@@ -20,6 +20,7 @@ from modelmerge.checkpoint.output import check_output, finished
 from modelmerge.checkpoint.scratch import hidden_beside, reason
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import ModelMergeError, OutputError
+from modelmerge.hub.upload import Uploader
 from modelmerge.plan.downloads import input_paths
 from modelmerge.progress import Reporter
 from modelmerge.verbs.output import files_beside
@@ -121,7 +122,7 @@ def _draw(prepared: Prepared, folder: Path) -> None:
 
 def run(
     prepared: Prepared, out: Path, execute: Callable[..., dict[str, Any]], *, force: bool, resume: bool,
-    ready: Callable[[], object] | None, progress: Reporter,
+    ready: Callable[[], object] | None, uploader: Uploader | None, progress: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the stages of a merge and the merge itself, by `execute`; its manifest. The stages are removed then.
 
@@ -158,7 +159,7 @@ def run(
                 results[name] = execute(part, places[name], force=True, resume=resume, progress=progress)
             last = _with_recipes(staged.final(places), staged.plans)
             last = dataclasses.replace(last, before=before, results=results)
-            manifest = execute(last, out, force=force, resume=resume, progress=progress)
+            manifest = execute(last, out, force=force, resume=resume, uploader=uploader, progress=progress)
         except BaseException:
             if not resume:
                 _clear(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -10,9 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from modelmerge import interrupts
 from modelmerge.errors import ModelMergeError
+from modelmerge.hub.upload import Uploader
 from modelmerge.progress import Silent
 from modelmerge.verbs.driver import Message, Work
 from modelmerge.verbs.merge import execute
@@ -60,7 +63,11 @@ def take_part(work: Work, device: str, send: Callable[[Message], object]) -> Mes
             work.recipe, device=device, recorded=work.recorded, remarks=work.remarks, stream=work.stream,
             script=work.script,
         )  # fmt: skip
-        return {"manifest": execute(prepared, work.out, force=work.force, cluster="files", progress=Relay(send))}
+        progress = Relay(send)
+        with contextlib.ExitStack() as stack:
+            uploader = work.push and stack.enter_context(Uploader(work.push, progress))
+            how: dict[str, Any] = {"force": work.force, "uploader": uploader, "progress": progress}
+            return {"manifest": execute(prepared, work.out, cluster="files", **how)}
     except ModelMergeError as error:
         return {"error": error.to_dict()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 import modelmerge
+from modelmerge.checkpoint.shard_file import ShardFile
 from modelmerge.errors import HubError, OutputError
 from modelmerge.hub import ranges
+from modelmerge.hub.upload import Uploader, parse_target, upload
+from modelmerge.progress import Silent
 from tests.support.checkpoints import family
 from tests.support.commands import refused, run
 from tests.support.hub_server import OWNER, READER, FakeHub
+from tests.support.processes import running
 
 # The client's own, of the HTTP library it is built on.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -391,6 +396,76 @@ def test_an_upload_that_failed_is_taken_up_without_the_work(
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
     files = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
     assert files == hub.files("org/result").keys() - {".gitattributes"}
+
+
+# --- while the merge goes on ---
+
+
+def test_weight_files_are_uploaded_as_they_are_finished(
+    hub: FakeHub, local: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, finished = ShardFile.finish, []
+
+    def wait(file: ShardFile) -> str:
+        if len(finished) == 2:
+            hub.until(lambda: bool(hub.stored.keys() & set(finished)))
+        finished.append(finish(file))
+        return finished[-1]
+
+    monkeypatch.setattr(ShardFile, "finish", wait)
+    out = tmp_path / "out"
+    words = ("merge", "ties", *local, "-o", out, "--max-shard-size", "4kB", "--push", "org/merged", "-q")
+    assert run(capsys, *words)[::2] == (0, "")
+    assert len(finished) == 3
+    assert hub.repos["org/merged"].messages == ["initial commit", "Merge of 2 experts by ties"]
+    for file in out.glob("*.safetensors"):
+        assert hub.files("org/merged")[file.name] == file.read_bytes()
+    puts = [request.path for request in hub.asked("PUT /lfs")]
+    assert sorted(puts) == sorted(f"/lfs/{digest}" for digest in finished), "each is sent once"
+
+
+def test_an_early_upload_that_fails_is_made_up_for_by_the_commit(
+    hub: FakeHub, local: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.add("org/merged", {})
+    hub.fail("POST .*preupload", status=403)
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    target, file = parse_target("org/merged"), local[0] / "model.safetensors"
+    with Uploader(target, Notes()) as uploader:
+        uploader.add("model.safetensors", file)
+        hub.until(lambda: bool(hub.asked("POST .*preupload")))
+    assert [note.partition(":")[0] for note in notes] == [
+        "model.safetensors goes with the commit, for its upload failed"
+    ]
+    assert not hub.asked("PUT /lfs")
+    upload(target, local[0], {}, "by hand", progress=False)
+    assert hub.files("org/merged")["model.safetensors"] == file.read_bytes()
+
+
+def test_processes_that_share_a_merge_upload_and_one_commits(
+    hub: FakeHub, local: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "out"
+    words = ["merge", "ties", *map(str, local), "-o", str(out), "--max-shard-size", "4kB", "--cluster", "files"]
+    words += ["--push", "org/merged"]
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(running(words, hub=True, beside=i)) for i in range(2)]
+        assert [one.end() for one in runs] == [0, 0], [one.err() for one in runs]
+        told = [one.out() for one in runs]
+    assert hub.repos["org/merged"].messages == ["initial commit", "Merge of 2 experts by ties"]
+    assert hub.files("org/merged").keys() - {".gitattributes"} == {file.name for file in out.iterdir()}
+    pushed = [f"pushed to {hub.endpoint}/org/merged" in text for text in told]
+    # Who comes when all is done finds nothing to commit.
+    others = ["the process that put it in place pushes it" in text for text in told]
+    assert any(pushed)
+    assert all(a != b for a, b in zip(pushed, others, strict=True)), told
 
 
 def test_resume_takes_up_only_the_same_and_undamaged_output(local: list[Path], tmp_path: Path) -> None:

@@ -407,7 +407,7 @@ def test_nothing_is_left_by_a_merge_that_fails_at_once(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_shared_out_is_refused(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="cluster cannot share out what as_lora writes"):
         modelmerge.merge(models[0], models[1:], tmp_path / "x", method="ties", as_lora=2, cluster="files")
@@ -416,8 +416,6 @@ def test_what_cannot_be_shared_out_is_refused(
     monkeypatch.setenv("MODELMERGE_LEASE", "soon")
     with pytest.raises(UsageError, match="MODELMERGE_LEASE must be a number of seconds, not 'soon'"):
         modelmerge.merge(models[0], models[1:], tmp_path / "x", method="ties", cluster="files")
-    assert main([*words(models, tmp_path / "x"), "--push", "org/name"]) == 2
-    assert "--push has no place beside --cluster" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     assert not work_folder(tmp_path / "x").exists()
 
