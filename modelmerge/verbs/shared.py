@@ -170,10 +170,11 @@ def _joined(out: Path, about: Mapping[str, Any], progress: Reporter) -> Iterator
             if folder.job["digest"] == about["digest"]:
                 break
             try:
-                if folder.has_others():
-                    raise _refusal(folder, about, out)
-                progress.note(f"what another merge has left in {folder.path} is removed")
-                folder.remove()
+                with contextlib.suppress(Gone):  # that merge has become complete
+                    if folder.has_others():
+                        raise _refusal(folder, about, out)
+                    progress.note(f"what another merge has left in {folder.path} is removed")
+                    folder.remove()
             finally:
                 folder.leave()
     except OSError as error:
