@@ -124,11 +124,10 @@ def _coefficient_lines(manifest: Mapping[str, Any], verbose: bool) -> list[str |
 
 def _units_line(units: Mapping[str, Any]) -> str:
     """How a merge can be shared out."""
-    who = f"by {units['workers']} processes" if units["workers"] else "however many processes come"
-    return (
-        f"{many(units['count'], 'unit')} to share, the dearest ({units['dearest']}) {units['share']:.0%} of the merge: "
-        f"{who}, at most {units['speed_up']:.1f} times as fast; the memory is that of each"
-    )
+    count = many(units["count"], "unit")
+    shared = f"{count} for {units['workers']} processes" if units["workers"] else f"{count} to share"
+    dearest = f"the dearest, {units['share']:.0%} of the work, is {units['dearest']}"
+    return f"{shared}: up to {units['speed_up']:.1f} times as fast; {dearest}"
 
 
 def plan_lines(title: str, plan: dict[str, Any], verbose: bool) -> list[str | Text | Table]:
