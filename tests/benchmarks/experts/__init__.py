@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.benchmarks.experts.decoders import build_text
+from tests.benchmarks.experts.decoders import build_small_lora, build_text
+from tests.benchmarks.experts.encoders import build_encoder, build_encoder_lora
 from tests.benchmarks.experts.perceptrons import build_digits_strong, build_many
 from tests.benchmarks.experts.training import ExpertSet, save, shelved
 from tests.benchmarks.experts.views import build_digits, build_lora
@@ -23,6 +24,9 @@ SETS: dict[str, Callable[[int], ExpertSet]] = {
     "text": build_text,
     "many": build_many,
     "lora": build_lora,
+    "small-lora": build_small_lora,
+    "encoder": build_encoder,
+    "encoder-lora": build_encoder_lora,
 }
 
 
