@@ -160,7 +160,7 @@ METHOD = matrix_method(
         "Runxi Cheng and others",
         "ICML 2025",
     ),
-    workspace=lambda tasks: 12.0,
-    squares=3.0,
+    workspace=lambda options, tasks: 12.0,
+    squares=lambda options: 3.0,
     work=_work,
 )
