@@ -307,9 +307,9 @@ def _whole_bytes(job: Job, tensors: Tensors) -> int:
     def of_method(tensor: TensorPlan) -> float:
         """The method's own: copies of the tensor, and squares of its width."""
         group = job.group(tensor)
-        width = min(tensor.shape[1], tasks * tensor.shape[0]) if len(tensor.shape) == 2 else 0
-        copies, squares = group.method.workspace(group.options, tasks), group.method.squares(group.options)
-        return tensor.numel * 4 * copies + 8 * squares * width**2
+        copies = group.method.workspace(group.options, tasks)
+        squares = group.method.squares(group.options, *tensor.shape, tasks) if len(tensor.shape) == 2 else 0.0
+        return tensor.numel * 4 * copies + 8 * squares
 
     return _bytes_of_wholes(job.source, tensors, of_method)
 

@@ -189,8 +189,8 @@ class Method:
         workspace: Given the options and T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         work: Given the options, m, n and T, what `apply` does on [T, m, n]. Plans tell the time from it, progress goes
             by it, and whoever shares work out has the dearest done first.
-        squares: Given the options, how many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large
-            where m << n.
+        squares: Given the options, m, n and T, how many float64 numbers the matrices have that it needs besides, square
+            ones of a side: they are large where m << n.
         on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
             `modelmerge.methods.coefficients`.
     """
@@ -212,7 +212,7 @@ class Method:
     moments: Callable[[Any, Mapping[str, tuple[float, ...]]], Moments | None] = lambda options, each: None
     workspace: Callable[[Any, int], float] = lambda options, tasks: 3.0
     work: Callable[[Any, int, int, int], Work] = lambda options, m, n, tasks: Work(moved=16.0 * tasks * m * n)
-    squares: Callable[[Any], float] = lambda options: 0.0
+    squares: Callable[[Any, int, int, int], float] = lambda options, m, n, tasks: 0.0
     on_data: bool = False
 
 
