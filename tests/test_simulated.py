@@ -154,6 +154,8 @@ def test_a_simulated_device_without_memory_is_one_error(machine: Machine) -> Non
 # iterations that it tells of: what it has to know there to go on. A method that is not named never waits.
 _RANKS = "how many singular values count: that is the shape of what follows"
 WAITS: dict[str, tuple[int, float, str]] = {
+    "ace": (2, 0, f"norms; {_RANKS}"),
+    "actmat density=0.5": (1, 0, "the ends of all experts"),
     "apgd": (4, 1 / 8, "norms; the lambdas' scale; the residual, now and then; both norms of the bound"),
     "apgd adam": (3, 0, "norms; the lambdas' scale; the first loss; both norms of the bound"),
     "breadcrumbs": (1, 0, "the ends and factors of all experts"),
@@ -173,6 +175,9 @@ WAITS: dict[str, tuple[int, float, str]] = {
     "ramplus-tl": (1, 0, "the counts of all experts"),
     "sce": (2, 0, "the limit and the squares of all experts; which entries are above it"),
     "slerp": (1, 0, "inner products, from which the host finds the coefficients"),
+    "svc": (1, 0, _RANKS),
+    "svc of=ties": (2, 0, f"the thresholds of all experts; {_RANKS}"),
+    "svc of=tsv-m": (3 + EXPERTS, 0, _RANKS),
     "ties": (1, 0, "the thresholds of all experts"),
     "ties rescale=norm": (2, 0, "the thresholds, and the norms, of all experts"),
     "tsv-m": (2 + EXPERTS, 0, _RANKS),
@@ -181,7 +186,10 @@ WAITS: dict[str, tuple[int, float, str]] = {
 }
 # Algorithms that are options, in addition to those that each choice of a choice makes.
 MORE: dict[str, list[dict[str, Any]]] = {
+    "ace": [{"published": True}],
+    "actmat": [{"density": 0.5}],
     "apgd": [{"published": True, "steps": 50}, {"solver": "adam", "steps": 50}],
+    "svc": [{"published": True}, {"of": "ties"}, {"of": "tsv-m"}],
     "wudi": [{"published": True, "steps": 50}, {"solver": "adam", "steps": 50, "relative_lr": 0.1}],
 }
 ALGORITHMS = [

@@ -252,7 +252,8 @@ def _survey_bytes(source: Source, block: int) -> int:
 def merge_blocks(job: Job) -> Bytes:
     """Element-wise methods: a block for each worker."""
     tasks, block = len(job.plan.experts), _block(job)
-    workspace = max((group.method.workspace(tasks) for group in job.groups if group.blockwise), default=0.0)
+    blockwise = (group for group in job.groups if group.blockwise)
+    workspace = max((group.method.workspace(group.options, tasks) for group in blockwise), default=0.0)
     # At least what moments take of a block: some copies of it in float64.
     taus_and_base, of_method, bytes_as_stored = 4 * (tasks + 1), max(4 * workspace, 24), 12
     total = int(block * (taus_and_base + of_method + bytes_as_stored)) + unfolding(job.plan, block)
@@ -305,9 +306,10 @@ def _whole_bytes(job: Job, tensors: Tensors) -> int:
 
     def of_method(tensor: TensorPlan) -> float:
         """The method's own: copies of the tensor, and squares of its width."""
-        method = job.group(tensor).method
-        width = min(tensor.shape[1], tasks * tensor.shape[0]) if len(tensor.shape) == 2 else 0
-        return tensor.numel * 4 * method.workspace(tasks) + 8 * method.squares * width**2
+        group = job.group(tensor)
+        copies = group.method.workspace(group.options, tasks)
+        squares = group.method.squares(group.options, *tensor.shape, tasks) if len(tensor.shape) == 2 else 0.0
+        return tensor.numel * 4 * copies + 8 * squares
 
     return _bytes_of_wholes(job.source, tensors, of_method)
 
@@ -329,7 +331,7 @@ def _bytes_of_wholes(source: Source, tensors: Tensors, beside: Callable[[TensorP
 def merge_into_adapter(job: Job, size: Size) -> Bytes:
     """Merging matrix by matrix, each then split into factors."""
     tasks, plan, tensors = len(job.plan.experts), job.plan, job.merged()
-    workspace = max(group.method.workspace(tasks) for group in job.groups)
+    workspace = max(group.method.workspace(group.options, tasks) for group in job.groups)
     largest = max((t.numel for t in tensors), default=0)
     widest = max((model.stored_bytes(t.name) for t in tensors for model in plan.models), default=0)
     # Task vectors, theta_0 and the merged one, the method's own, bytes as stored.

@@ -186,10 +186,11 @@ class Method:
         survey: Given the options and, by option, the experts' values where they differ, the whole-model quantity that
             `apply` needs, if any.
         moments: Given the same of a tensor, what it has to be measured by first, if by anything.
-        workspace: Given T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
+        workspace: Given the options and T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         work: Given the options, m, n and T, what `apply` does on [T, m, n]. Plans tell the time from it, progress goes
             by it, and whoever shares work out has the dearest done first.
-        squares: How many float64 matrices [k, k] it needs besides, k = min(n, T m): they are large where m << n.
+        squares: Given the options, m, n and T, how many float64 numbers the matrices have that it needs besides, square
+            ones of a side: they are large where m << n.
         on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
             `modelmerge.methods.coefficients`.
     """
@@ -209,9 +210,9 @@ class Method:
     by_rows: Callable[[Any], bool] = lambda options: False
     survey: Callable[[Any, Mapping[str, tuple[float, ...]]], Survey | None] = lambda options, each: None
     moments: Callable[[Any, Mapping[str, tuple[float, ...]]], Moments | None] = lambda options, each: None
-    workspace: Callable[[int], float] = lambda tasks: 3.0
+    workspace: Callable[[Any, int], float] = lambda options, tasks: 3.0
     work: Callable[[Any, int, int, int], Work] = lambda options, m, n, tasks: Work(moved=16.0 * tasks * m * n)
-    squares: float = 0.0
+    squares: Callable[[Any, int, int, int], float] = lambda options, m, n, tasks: 0.0
     on_data: bool = False
 
 

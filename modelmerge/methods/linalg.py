@@ -8,7 +8,7 @@ broken off: what takes several looks for a signal before each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -191,6 +191,13 @@ def _eigen(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     count = int((s > SUPPORT * s[0]).sum()) if len(s) else 0
     # A copy: a view would keep all the vectors in memory.
     return vectors[:, len(squares) - count :].flip(1), s[:count]
+
+
+def through_eigenvalues(x: Tensor, gram: Tensor, factors: Callable[[Tensor], Tensor]) -> Tensor:
+    """`x V diag(f) V^T` of x [m, k] and the Gram matrix V diag(l) V^T [k, k], float64; `factors(l)` are f, l rising."""
+    interrupts.check()
+    values, vectors = torch.linalg.eigh(gram)
+    return (x @ vectors).mul_(factors(values)) @ vectors.T
 
 
 def balanced(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:

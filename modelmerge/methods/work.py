@@ -76,6 +76,11 @@ def polar(m: int, n: int) -> Work:
     return triplets(m, n, 0) + fine_product(k, k, k) + fine_product(k, k, g)
 
 
+def through_eigenvalues(m: int, k: int) -> Work:
+    """`linalg.through_eigenvalues` of [m, k]."""
+    return eigen(k) + fine_product(m, k, k) * 2.0
+
+
 def spectra(m: int, n: int, tasks: int) -> Work:
     """All singular values of each of [T, m, n]."""
     return triplets(m, n, 0) * tasks

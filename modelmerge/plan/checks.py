@@ -9,10 +9,10 @@ from modelmerge.errors import UsageError, named, suggestion
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options
+from modelmerge.methods.words import parse_transform
 from modelmerge.plan.overrides import BASE, Methods, Override, parse
 from modelmerge.plan.recipe import Recipe, parse_size
 from modelmerge.plan.tensors import DTYPES, ON_MISMATCH
-from modelmerge.plan.transforms import parse_transform
 
 
 def check_recipe(recipe: Recipe) -> list[Reference]:

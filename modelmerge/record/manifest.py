@@ -21,9 +21,9 @@ from modelmerge.errors import RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method, TransformSpec
 from modelmerge.methods.options import describe
+from modelmerge.methods.words import parse_transform
 from modelmerge.plan.recipe import FORMAT, Recipe
 from modelmerge.plan.tensors import DTYPES, ONLY_IN_BASE, Plan, TensorPlan
-from modelmerge.plan.transforms import parse_transform
 from modelmerge.record import card
 from modelmerge.record.command import command_of, flag, settings_of
 from modelmerge.record.fingerprint import circumstances, versions

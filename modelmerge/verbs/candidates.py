@@ -19,8 +19,8 @@ from modelmerge.evaluation.custom import Metric
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method, TransformSpec
 from modelmerge.methods.options import MOST, as_text, check_option, is_linear, option_types, read_values
+from modelmerge.methods.words import parse_transform, with_option
 from modelmerge.plan.recipe import Recipe
-from modelmerge.plan.transforms import parse_transform, with_option
 from modelmerge.verbs import adapted
 from modelmerge.verbs.auto import AUTO
 from modelmerge.verbs.measure import Measure, Scores, check_files, read_measures

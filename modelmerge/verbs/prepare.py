@@ -34,6 +34,7 @@ from modelmerge.evaluation.custom import Script
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options, option_types
+from modelmerge.methods.words import as_typed, parse_transform
 from modelmerge.plan.checks import check_choices, check_weights, refuse_beside_layers, refuse_many_experts, rest_of
 from modelmerge.plan.downloads import with_downloads
 from modelmerge.plan.layers import of_sources, stacked
@@ -42,7 +43,6 @@ from modelmerge.plan.overrides import Methods, Override, group_key, parse
 from modelmerge.plan.recipe import STORED, Recipe, parse_size
 from modelmerge.plan.tables import of_owners, refuse_parts
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan, make_plan
-from modelmerge.plan.transforms import as_typed, parse_transform
 from modelmerge.plan.vocabulary import remarks_on_tokens
 from modelmerge.record.command import flag
 from modelmerge.record.fingerprint import fingerprint, threads_in

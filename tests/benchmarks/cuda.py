@@ -204,8 +204,8 @@ def _timed(run: Run, name: str, values: Result, tasks: int, shapes: Sequence[tup
         flops += times * (work.single + work.double + work.eigen)
         planned += times * work.seconds(rates)
         read_bytes += times * taus.nbytes
-        width = min(n, tasks * m)
-        workspace = 4 * m * n * (tasks + 2 + chosen.workspace(tasks)) + 8 * chosen.squares * width**2
+        copies, squares = chosen.workspace(options, tasks), chosen.squares(options, m, n, tasks)
+        workspace = 4 * m * n * (tasks + 2 + copies) + 8 * squares
         promised = max(promised, int(workspace))
         taken = max(taken, run.peak(lambda t=taus, c=context: chosen.apply(t, options, c)) or 0)
     product, copied = _rates(run)

@@ -19,7 +19,7 @@ from modelmerge.cli import main
 from modelmerge.engine import job
 from modelmerge.errors import CheckpointError, OutputError, PlanError, ReferenceNotFound, UsageError
 from modelmerge.methods import registry
-from modelmerge.plan.transforms import parse_transform
+from modelmerge.methods.words import parse_transform
 from tests.support.checkpoints import State, base_state, expert_state, family, read, same_bits, write
 from tests.support.methods import takes, typed
 

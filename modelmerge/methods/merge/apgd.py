@@ -88,6 +88,6 @@ METHOD = matrix_method(
     rest=lambda options: "base" if options.published else "average",
     wants_base=True,
     survey=lambda options, each: threshold.survey(each.get("density", options.density)),
-    workspace=apgd.workspace,
+    workspace=lambda options, tasks: apgd.workspace(tasks),
     work=apgd.work_of,
 )

@@ -71,5 +71,5 @@ METHOD = Method(
     most_experts=1,
     wants_base=True,
     blockwise=lambda options: False,
-    workspace=lambda tasks: 4.0,
+    workspace=lambda options, tasks: 4.0,
 )

@@ -110,5 +110,5 @@ METHOD = Method(
     blockwise=lambda options: options.scope == "tensor",
     by_rows=lambda options: options.rescale == "none",
     moments=_moments,
-    workspace=lambda tasks: 4.0,
+    workspace=lambda options, tasks: 4.0,
 )

@@ -55,5 +55,5 @@ METHOD = Method(
     citation=Citation(
         "Localizing Task Information for Improved Model Merging and Compression", "Ke Wang and others", "ICML 2024"
     ),
-    workspace=lambda tasks: 7.0,
+    workspace=lambda options, tasks: 7.0,
 )

@@ -67,5 +67,5 @@ METHOD = Method(
         "Le Yu and others",
         "ICML 2024",
     ),
-    workspace=lambda tasks: 10.0,
+    workspace=lambda options, tasks: 10.0,
 )

@@ -43,6 +43,6 @@ METHOD = matrix_method(
         "Daniel Marczak and others",
         "ICML 2025",
     ),
-    workspace=lambda tasks: 16.0,
+    workspace=lambda options, tasks: 16.0,
     work=lambda options, m, n, tasks: work.polar(m, n),
 )

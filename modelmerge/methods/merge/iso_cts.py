@@ -72,6 +72,6 @@ METHOD = matrix_method(
     apply=apply,
     paper=iso_c.METHOD.paper,
     citation=iso_c.METHOD.citation,
-    workspace=lambda tasks: 25.0,
+    workspace=lambda options, tasks: 25.0,
     work=_work,
 )

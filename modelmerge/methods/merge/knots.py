@@ -59,6 +59,6 @@ METHOD = matrix_method(
     apply=apply,
     paper="https://arxiv.org/abs/2410.19735",
     citation=Citation("Model merging with SVD to tie the Knots", "George Stoica and others", "ICLR 2025"),
-    workspace=lambda tasks: 8.0 * tasks + 16.0,
+    workspace=lambda options, tasks: 8.0 * tasks + 16.0,
     work=_work,
 )

@@ -139,6 +139,6 @@ METHOD = matrix_method(
         "Merging Models with Fisher-Weighted Averaging", "Michael Matena and Colin Raffel", "NeurIPS 2022"
     ),
     wants_base=True,
-    workspace=lambda tasks: 2.0 * tasks + 12.0,
+    workspace=lambda options, tasks: 2.0 * tasks + 12.0,
     work=_work,
 )

@@ -92,5 +92,5 @@ METHOD = Method(
     moments=lambda options, each: (
         summed(lambda taus, base: gram(taus).flatten()) if options.scope == "tensor" else None
     ),
-    workspace=lambda tasks: 4.0,
+    workspace=lambda options, tasks: 4.0,
 )

@@ -50,5 +50,5 @@ METHOD = Method(
     wants_base=True,
     on_weights=lambda options: options.points == "weights",
     moments=lambda options, each: summed(sphere.moments),
-    workspace=lambda tasks: tasks + 4.0,
+    workspace=lambda options, tasks: tasks + 4.0,
 )

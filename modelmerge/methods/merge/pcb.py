@@ -109,5 +109,5 @@ METHOD = Method(
     paper="https://arxiv.org/abs/2410.02396",
     citation=Citation("Parameter Competition Balancing for Model Merging", "Guodong Du and others", "NeurIPS 2024"),
     survey=_survey,
-    workspace=lambda tasks: 8.0 * tasks + 8.0,
+    workspace=lambda options, tasks: 8.0 * tasks + 8.0,
 )

@@ -59,4 +59,4 @@ def changed(tau: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
     return torch.gt(sizes, threshold, out=sizes)
 
 
-METHOD = Method(options=Options, apply=apply, paper=PAPER, citation=CITATION, workspace=lambda tasks: 6.0)
+METHOD = Method(options=Options, apply=apply, paper=PAPER, citation=CITATION, workspace=lambda options, tasks: 6.0)

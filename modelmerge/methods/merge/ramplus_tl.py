@@ -54,5 +54,5 @@ METHOD = Method(
     paper=PAPER,
     citation=CITATION,
     moments=lambda options, each: summed(lambda taus, base: _counts(taus, options.threshold)),
-    workspace=lambda tasks: tasks + 6.0,
+    workspace=lambda options, tasks: tasks + 6.0,
 )

@@ -106,5 +106,5 @@ METHOD = Method(
     paper="https://arxiv.org/abs/2408.07990",
     citation=Citation("FuseChat: Knowledge Fusion of Chat Models", "Fanqi Wan and others", "arXiv 2024"),
     moments=_moments,
-    workspace=lambda tasks: 8.0,
+    workspace=lambda options, tasks: 8.0,
 )

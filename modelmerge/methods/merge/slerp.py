@@ -96,5 +96,5 @@ METHOD = Method(
     blockwise=lambda options: options.scope == "tensor",
     by_rows=lambda options: options.scope == "row",
     moments=lambda options, each: summed(sphere.moments) if options.scope == "tensor" else None,
-    workspace=lambda tasks: tasks + 4.0,
+    workspace=lambda options, tasks: tasks + 4.0,
 )

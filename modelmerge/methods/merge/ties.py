@@ -82,5 +82,5 @@ METHOD = Method(
         threshold.survey(each.get("density", options.density)) if options.trim_scope == "model" else None
     ),
     moments=_moments,
-    workspace=lambda tasks: 8.0,
+    workspace=lambda options, tasks: 8.0,
 )

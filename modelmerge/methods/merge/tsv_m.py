@@ -56,6 +56,6 @@ METHOD = matrix_method(
         "Antonio Andrea Gargiulo and others",
         "CVPR 2025",
     ),
-    workspace=lambda tasks: 22.0,
+    workspace=lambda options, tasks: 22.0,
     work=_work,
 )

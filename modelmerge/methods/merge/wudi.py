@@ -18,6 +18,14 @@ one Cholesky factorisation, whatever the size of the task vectors. r is `ridge` 
 
     M = M0 + sum_i (w_i tau_i - M0) C_i (sum_i C_i + r)^-1
 
+`--solver spectral` is SWUDI (Wei et al., arXiv 2606.07289): gradient flow from M0 for a `time` t, which follows an
+eigenvalue l of `sum_i C_i` by `f = 1 - exp(-l t)`, and not at all but for the leading `share` of the n eigenvalues.
+With `sum_i C_i = V diag(l) V^T`,
+
+    M = M0 + sum_i (w_i tau_i - M0) C_i V diag(f / l) V^T
+
+The defaults are the authors' for CLIP; for language models they take a share of 0.85 and a time of 300.
+
 The tensors that are not weights of linear layers are averaged, as fusion_bench's code does; the authors' script for
 vision leaves them at the base (`--rest base`).
 
@@ -29,6 +37,7 @@ left out of that weight, with a remark.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,10 +45,13 @@ import torch
 
 from modelmerge import interrupts
 from modelmerge.errors import named
-from modelmerge.methods import presence, work
+from modelmerge.methods import linalg, presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.sums import weighted_sum
+
+_ROUNDING = 1e-12  # eigenvalues below this share of the largest are none
+_OF_SOLVERS = {"exact": ["ridge"], "spectral": ["time", "share"], "adam": ["steps", "lr", "relative_lr"]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +62,18 @@ class Options:
         UsageError: An option has no effect with the solver.
     """
 
-    solver: Literal["exact", "adam"] | None = option(
-        None, "exact: a ridge solve; adam: the published descent. Default: exact; adam as published."
+    solver: Literal["exact", "adam", "spectral"] | None = option(
+        None, "exact: a ridge solve; spectral: SWUDI; adam: the published descent. Default: exact; adam as published."
     )
     published: bool = option(False, PUBLISHED)
     ridge: float | None = option(
         None,
         "exact: pull towards the sum of the task vectors, in units of the mean eigenvalue. Default: 0.3.",
         minimum=1e-9,
+    )
+    time: float | None = option(None, "spectral: how long to descend. Default: 1300.", above=0.0)
+    share: float | None = option(
+        None, "spectral: share of the eigenvalues that is descended along. Default: 0.65.", above=0.0, maximum=1.0
     )
     steps: int | None = option(None, "adam: steps. Default: 300.", minimum=0)
     lr: float | None = option(None, "adam: learning rate, in units of the weights. Default: 1e-5.", above=0.0)
@@ -68,11 +84,15 @@ class Options:
 
     def __post_init__(self) -> None:
         follow(self, solver="adam" if self.published else "exact")
+        for solver, names in _OF_SOLVERS.items():
+            if solver != self.solver:
+                refuse_idle(self, names, f"with {named('solver')} {self.solver}")
         if self.solver == "exact":
-            refuse_idle(self, ["steps", "lr", "relative_lr"], f"with {named('solver')} exact")
             follow(self, ridge=0.3)
             return
-        refuse_idle(self, ["ridge"], f"with {named('solver')} adam")
+        if self.solver == "spectral":
+            follow(self, time=1300.0, share=0.65)
+            return
         follow(self, steps=300)
         if self.relative_lr is None:
             follow(self, lr=1e-5)
@@ -88,15 +108,14 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     weights = [context.weights[i] for i in norms]
     vectors = taus if len(norms) == len(taus) else taus[list(norms)]
     start = weighted_sum(vectors, weights)
-    merge = solve if options.solver == "exact" else descend
+    merge = descend if options.solver == "adam" else solve
     return merge(vectors, list(norms.values()), weights, start, options).mul_(options.scale)
 
 
 def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
-    """The minimiser [m, n] with the ridge, from task vectors [T, m, n] and their sum."""
-    assert options.ridge is not None, "the exact solver has one"
+    """The minimiser [m, n] with the ridge or the filter, from task vectors [T, m, n] and their sum."""
     tasks, m, n = taus.shape
-    origin, ridge = start.double(), options.ridge * tasks / n
+    origin = start.double()
     if n <= tasks * m:
         inner, covariance = (origin.new_zeros(n, n) for _ in range(2))
         pull = torch.zeros_like(origin)
@@ -107,15 +126,31 @@ def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor,
             inner += covariance
             pull.addmm_(unit.mul_(weight * norm).sub_(origin), covariance)
         del covariance, unit
-        inner.diagonal().add_(ridge)
-        return origin.add_(torch.cholesky_solve(pull.T, torch.linalg.cholesky(inner)).T).float()
+        return origin.add_(_divided(pull, inner, tasks, n, options)).float()
     # Few rows: the same by the rows' own Gram matrix, A^T A + r = (A A^T + r) on the other side.
     rows = torch.cat([tau.double() / norm for tau, norm in zip(taus, norms, strict=True)])
     inner = rows @ rows.T
-    inner.diagonal().add_(ridge)
     each = zip(rows.split(m), norms, weights, strict=True)
     pull = torch.cat([(unit * (weight * norm) - origin) @ unit.T for unit, norm, weight in each], dim=1)
-    return origin.addmm_(torch.cholesky_solve(pull.T, torch.linalg.cholesky(inner)).T, rows).float()
+    return origin.addmm_(_divided(pull, inner, tasks, n, options), rows).float()
+
+
+def _divided(pull: Tensor, inner: Tensor, tasks: int, width: int, options: Options) -> Tensor:
+    """The pull [m, k] times the inverse of `inner` [k, k], with ridge or filter; its eigenvalues are `sum_i C_i`'s."""
+    if options.solver == "exact":
+        assert options.ridge is not None, "the exact solver has one"
+        inner.diagonal().add_(options.ridge * tasks / width)
+        return torch.cholesky_solve(pull.T, torch.linalg.cholesky(inner)).T
+    assert options.time is not None and options.share is not None, "the filter has them"  # noqa: PT018
+    time, followed = options.time, math.ceil(options.share * width - 1e-9)
+
+    def factors(values: Tensor) -> Tensor:
+        # Rounding leaves eigenvalues of none, of either sign: there f / l comes to t.
+        quotients = torch.where(values > _ROUNDING * values[-1:], -torch.expm1(-time * values) / values, time)
+        quotients[: max(len(values) - followed, 0)] = 0.0
+        return quotients
+
+    return linalg.through_eigenvalues(pull, inner, factors)
 
 
 def descend(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
@@ -144,11 +179,13 @@ def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
     if options.solver == "adam":
         step = work.product(m, n, n) + work.Work(moved=28.0 * m * n)
         return work.product(n, m, n) * 2.0 * tasks + step * float(options.steps or 0)
+    k = min(n, tasks * m)
+    solve = work.Work(double=k**3 / 3) + work.fine_product(m, k, k)
+    if options.solver == "spectral":
+        solve = work.through_eigenvalues(m, k)
     if n <= tasks * m:
-        return work.fine_product(n, m, n) * 2.0 * tasks + work.fine_product(m, n, n) + work.Work(double=n**3 / 3)
-    rows = tasks * m
-    solve = work.Work(double=rows**3 / 3) + work.fine_product(rows, rows, m)
-    return work.fine_product(rows, n, rows) + work.fine_product(m, n, rows) * 2.0 + solve
+        return work.fine_product(n, m, n) * 2.0 * tasks + solve
+    return work.fine_product(k, n, k) + work.fine_product(m, n, k) * 2.0 + solve
 
 
 METHOD = matrix_method(
@@ -160,7 +197,7 @@ METHOD = matrix_method(
         "Runxi Cheng and others",
         "ICML 2025",
     ),
-    workspace=lambda tasks: 12.0,
-    squares=3.0,
+    workspace=lambda options, tasks: 12.0,
+    squares=lambda options, m, n, tasks: (6.0 if options.solver == "spectral" else 3.0) * min(n, tasks * m) ** 2,
     work=_work,
 )
