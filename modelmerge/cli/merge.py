@@ -392,8 +392,9 @@ def carry_out(
         return
     lines = [*more(manifest), *result_lines(manifest, out, verbose=sink.verbose)]
     if plot is not None:
-        from modelmerge.charts.figures import of_coefficients
+        from modelmerge.charts.figures import of_coefficients, of_search
 
-        drawing.save([of_coefficients(manifest["recipe"])], plot)
+        searched = manifest.get("searched")
+        drawing.save([of_search(searched) if searched else of_coefficients(manifest["recipe"])], plot)
         data, lines = {**data, "plot": str(plot)}, [*lines, line((str(plot), "bold"))]
     finish(sink, target, out, data, [*lines, *next_lines(manifest, out)])
