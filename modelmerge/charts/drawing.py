@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from modelmerge.charts import colours
-from modelmerge.charts.figures import RADAR, Chart, Heatmap, Scores, Series, ticks
+from modelmerge.charts.figures import RADAR, Chart, Course, Heatmap, Scores, Series, ticks
 from modelmerge.charts.names import clean, shorten, wrap
 from modelmerge.checkpoint.output import replace_file
 from modelmerge.errors import OutputError, UsageError, named
@@ -80,7 +80,7 @@ def check_place(option: str, file: Path) -> None:
         raise OutputError(f"{place}: that is a directory", hint="name a file")
 
 
-def save(charts: Sequence[Chart], file: Path, *, kind: Kind = "auto") -> None:
+def save(charts: Sequence[Chart | Course], file: Path, *, kind: Kind = "auto") -> None:
     """Draw charts below one another into a file, in the format of its ending.
 
     Args:
@@ -118,7 +118,7 @@ def settings() -> Iterator[None]:
         yield
 
 
-def draw(charts: Sequence[Chart], *, kind: Kind = "auto") -> Figure:
+def draw(charts: Sequence[Chart | Course], *, kind: Kind = "auto") -> Figure:
     """The charts below one another, as a figure of matplotlib; to be called and saved within `settings()`.
 
     Raises:
@@ -139,6 +139,8 @@ def draw(charts: Sequence[Chart], *, kind: Kind = "auto") -> Figure:
     for chart in charts:
         if isinstance(chart, Heatmap):
             _heatmap(sheet, chart)
+        elif isinstance(chart, Course):
+            _course(sheet, chart)
         elif _is_radar(chart, kind):
             _radar(sheet, chart)
         elif kind == "auto" and chart.many():
@@ -278,6 +280,23 @@ def _dots(sheet: _Sheet, chart: Scores) -> None:
     title = wrap(chart.title + ("; dots are averages, ticks tasks" if chart.average else ""), 70, 3)
     drawn = axes.text(0.0, -0.08, title, ha="left", va="bottom", fontsize=_TITLE)
     sheet.put(axes, _WIDTH, height, above=sheet.size(drawn)[1] + 0.15, below=0.2)
+
+
+def _course(sheet: _Sheet, chart: Course) -> None:
+    """Candidates from left to right: a dot for the score of each, steps for the best so far, dots for the base."""
+    axes, places = sheet.axes(_WIDTH, _WIDTH / 2), range(1, len(chart.values) + 1)
+    axes.set_axis_on()
+    axes.set(xlim=(0.5, len(places) + 0.5), ylim=chart.reach(), yticks=ticks(*chart.reach()))
+    axes.grid(axis="y", color=_RULE, linewidth=0.6)
+    axes.tick_params(labelsize=_SMALL, color=_RULE)
+    axes.locator_params(axis="x", integer=True)
+    axes.step(places, chart.best, where="post", color=colours.INK, linewidth=1.0, label="best so far")
+    axes.plot(places, chart.values, "o", color=colours.SERIES[0], markersize=4, label="candidate")
+    if chart.base is not None:
+        axes.axhline(chart.base, color=colours.GREY, linestyle=":", label="base")
+    axes.legend(fontsize=_SMALL, loc="lower right", frameon=True, edgecolor=_RULE)
+    above = sheet.size(axes.set_title(wrap(chart.title, 70, 3), loc="left", fontsize=_TITLE))[1]
+    sheet.put(axes, _WIDTH, _WIDTH / 2, above=above + 0.15, below=0.2)
 
 
 def _bar(axes: Axes, series: Series, style: _Style, task: int, middle: float, low: float, scale: float) -> float:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from modelmerge.evaluation.report import ModelRow, Report, Role
 from modelmerge.evaluation.scores import mean, mean_error, plain, ranked, score_text
 from modelmerge.methods.coefficients import Options
@@ -110,6 +112,25 @@ class Heatmap:
     def text(self, value: float | None) -> str:
         """A figure for people, with as many digits as the shades need."""
         return "n/a" if value is None else f"{value:.{max(0, 2 - math.floor(math.log10(self.limit)))}f}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """A search: the mean of each candidate, in the order in which they were merged, NaN where there is none.
+
+    `best` is that of the best so far; `base` the base's.
+    """
+
+    title: str
+    values: tuple[float, ...]
+    best: tuple[float, ...]
+    base: float | None
+
+    def reach(self) -> tuple[float, float]:
+        """The ends of the axis, with a little room."""
+        ends = [v for v in (*self.values, self.base) if v is not None and not math.isnan(v)] or [0.0]
+        room = 0.05 * (max(ends) - min(ends)) or 0.5
+        return min(ends) - room, max(ends) + room
 
 
 Chart = Scores | Heatmap
@@ -259,6 +280,17 @@ def of_coefficients(recipe: Mapping[str, Any]) -> Heatmap:
     start = {"init": Options().init, **recipe["unlabelled"], **recipe["options"]}["init"]
     title = f"Coefficients found on unlabelled data, which started at {start:g}"
     return heatmap(title, [*rows], experts, [*rows.values()], what="coefficient", centre=start)
+
+
+def of_search(searched: Mapping[str, Any]) -> Course:
+    """The course of a search, of a manifest's `searched`."""
+    values = [math.nan if each["average"] is None else each["average"] for each in searched["results"]]
+    better = np.fmin if searched["less_is_better"] else np.fmax
+    on = ", ".join(text for each in searched["on"] for text in each["on"])
+    less = ", less is better" if searched["less_is_better"] else ""
+    title = f"Mean score on {on}{less}: of each candidate, and the best so far"
+    base = searched["base"] and searched["base"]["average"]
+    return Course(title=title, values=tuple(values), best=tuple(better.accumulate(values).tolist()), base=base)
 
 
 def ticks(low: float, high: float) -> list[float]:

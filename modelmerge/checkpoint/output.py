@@ -141,11 +141,12 @@ def _opened_alone(file: Path) -> Iterator[BinaryIO]:
 def finished(output: Path, fingerprint: str, *, hashed: bool = True) -> dict[str, Any] | None:
     """The manifest of an output that is complete, undamaged and of the job with that fingerprint; None otherwise.
 
-    Unless it is to be `hashed`, the size of each file is looked at alone.
+    The job may be the search that the output was chosen in. Unless it is to be `hashed`, the size of each file is
+    looked at alone.
     """
     try:
         manifest: dict[str, Any] = json.loads((output / MANIFEST).read_bytes())
-        if manifest["fingerprint"] != fingerprint:
+        if fingerprint not in (manifest["fingerprint"], manifest.get("searched", {}).get("fingerprint")):
             return None
         entries = [(output / name, entry) for name, entry in manifest["files"].items()]
         whole = all(is_recorded(*each) if hashed else each[0].stat().st_size == each[1]["bytes"] for each in entries)

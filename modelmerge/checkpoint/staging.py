@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from modelmerge import interrupts
 from modelmerge.checkpoint.digest import sha256
@@ -42,13 +42,18 @@ def clear_remains(output: Path) -> None:
 
 
 def fingerprints(output: Path) -> Iterator[str]:
-    """The fingerprints of what a resumed run may take up: shards, of a merge that was shared out too, or the whole."""
+    """The fingerprints of what a resumed run may take up.
+
+    Shards, of a merge that was shared out too, scores of a search, or the whole.
+    """
     target = output.resolve()
     if (job := job_at(output)) is not None:
         yield str(job.get("digest"))
     for file in (hidden_beside(target, "modelmerge") / _JOURNAL, target / MANIFEST):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            yield str(json.loads(file.read_bytes())["fingerprint"])
+            content = json.loads(file.read_bytes())
+            yield str(content["fingerprint"])
+            yield str(content["searched"]["fingerprint"])
 
 
 class Staging(Publication):
@@ -60,7 +65,8 @@ class Staging(Publication):
         output: Where the result will be.
         layout: Its weight files.
         force: Replace what is at `output`, even what appears there during the run.
-        resume: Keep finished shards when interrupted, and take up those of a run with the same `fingerprint`.
+        resume: Keep finished shards and what was noted down when interrupted, and take up that of a run with the same
+            `fingerprint`.
         fingerprint: Digest of everything that determines the weights' bytes.
         beside: Bytes of the files beside the weights; they are kept free from the start.
         hand_on: Hears of each weight file that is finished: its place in the output, and where it lies until then.
@@ -75,6 +81,7 @@ class Staging(Publication):
         self._fingerprint = fingerprint
         self._beside = beside
         self._hand_on = hand_on
+        self.noted: list[Any] = []  # what a resumed run finds again beside shards; plain data
         self._files: dict[str, ShardFile] = {}  # by name, those that this run writes
         self._scratches: list[Scratch] = []
         self._reserve: Scratch | None = None  # room for the files beside the weights, until they are written
@@ -140,6 +147,12 @@ class Staging(Publication):
         """A nameless file beside the output, for what cannot be laid out before all of it is known."""
         with self._explained("write beside the output"):
             return tempfile.TemporaryFile(dir=self._directory)
+
+    def note_down(self, entry: Any) -> None:
+        """Keep plain data for a run that takes this one up."""
+        with self._mutex, self._explained("note down what is done"):
+            self.noted.append(entry)
+            self._write_journal()
 
     def scratch(self, nbytes: int) -> Scratch:
         """Room of so many bytes beside the output, for as long as the staging directory is there.
@@ -224,6 +237,7 @@ class Staging(Publication):
             except (OSError, ValueError):
                 journal = {}
             if journal.get("fingerprint") == self._fingerprint:
+                self.noted = journal.get("noted", [])
                 for name, digest in journal["finished"].items():
                     if (self._directory / name).is_file() and sha256(self._directory / name) == digest:
                         self.digests[name] = digest
@@ -267,13 +281,13 @@ class Staging(Publication):
 
     def _write_journal(self) -> None:
         if self._resume:
-            journal = {"fingerprint": self._fingerprint, "finished": self.digests}
+            journal = {"fingerprint": self._fingerprint, "finished": self.digests, "noted": self.noted}
             temporary = self._directory / f"{_JOURNAL}.new"
             temporary.write_text(json.dumps(journal))
             os.replace(temporary, self._directory / _JOURNAL)
 
     def _abandon(self) -> None:
-        if not (self._resume and self.digests):
+        if not (self._resume and (self.digests or self.noted)):
             shutil.rmtree(self._directory, ignore_errors=True)
 
 

@@ -408,9 +408,10 @@ def carry_out(
         return
     lines = [*more(manifest), *result_lines(manifest, out, verbose=sink.verbose)]
     if plot is not None:
-        from modelmerge.charts.figures import of_coefficients
+        from modelmerge.charts.figures import of_coefficients, of_search
 
-        drawing.save([of_coefficients(manifest["recipe"])], plot)
+        searched = manifest.get("searched")
+        drawing.save([of_search(searched) if searched else of_coefficients(manifest["recipe"])], plot)
         data, lines = {**data, "plot": str(plot)}, [*lines, line((str(plot), "bold"))]
     if uploading and not uploading["uploader"].commits:
         target, lines = None, [*lines, line("the process that put it in place pushes it")]

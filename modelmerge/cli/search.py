@@ -14,6 +14,7 @@ from modelmerge.cli.help import with_examples
 from modelmerge.cli.output import Sink, flag, line, table
 from modelmerge.errors import UsageError
 from modelmerge.methods import registry
+from modelmerge.methods.options import as_key, as_word
 from modelmerge.verbs.auto import AUTO
 
 if TYPE_CHECKING:
@@ -29,9 +30,16 @@ SEARCH = with_examples(
 _option = opt.in_panel("What is tried, and how it is measured")
 Try = Annotated[list[str], _option(
     "--try", metavar="OPTION=VALUES",
-    help="scale=0.1:1.0:0.1 (first, last, step), scale=0.2,0.5, reduce=sum,mean, awd.alpha=0.1,0.2. Repeatable: "
-    "all combinations. Of equal ones the first.",
+    help="scale=0.1:1.0:0.1 (first, last, step), scale=0.2,0.5, reduce=sum,mean, awd.alpha=0.1,0.2, math.weight=0,1. "
+    "With --budget also scale=0.1..1.5, awd.alpha=0.01..10:log, '*.weight=0..1'. Repeatable: all combinations. Of "
+    "equal ones the first.",
 )]  # fmt: skip
+Budget = Annotated[int | None, _option(
+    metavar="N", help="Merge N candidates, each chosen by the scores of those before (extra search).",
+)]  # fmt: skip
+Plot = Annotated[
+    str | None, _option("--plot", metavar="FILE", help="Draw the scores and the best so far, as .svg, .png or .pdf.")
+]
 On = Annotated[list[str], _option(
     "--on", metavar="SUITE:WHAT",
     help="custom:FILE:FUNCTION, clip:TASK, clip:DATA or lm:TASK, with the settings of that suite in eval behind "
@@ -44,7 +52,7 @@ def command(name: str) -> Callable[..., None]:
     """The Typer command of a search with a merge method."""
     method = None if name == AUTO else registry.load(name)
 
-    def searched(tries: Try, on: On) -> None: ...
+    def searched(tries: Try, on: On, budget: Budget = None, plot: Plot = None) -> None: ...
 
     def run(sink: Sink, context: typer.Context, **values: Any) -> None:
         from modelmerge.verbs.candidates import prepare_search
@@ -55,12 +63,13 @@ def command(name: str) -> Callable[..., None]:
             raise UsageError(f"{flag(option)} is given, and tried", hint="leave one of them out")
         recipe = merge.recipe_of(name, method, values, context)
         place = {"device": values["device"], "stream": values["stream"], "look": not values["dry_run"]}
+        place["budget"] = values["budget"]
         merge.carry_out(
             lambda: prepare_search(recipe, tries, values["on"], **place), execute_search,
             lambda search: search.describe(), values, sink, lambda manifest: results(manifest["searched"]),
         )  # fmt: skip
 
-    parameters = [p for p in merge.parameters(method) if p.name not in ("resume", "cluster", "part", "finish")]
+    parameters = [p for p in merge.parameters(method) if p.name not in ("cluster", "part", "finish", "plot")]
     place = next(i for i, parameter in enumerate(parameters) if parameter.name == "output")
     return opt.command(run, [*parameters[:place], *opt.shared(searched), *parameters[place:]])
 
@@ -73,12 +82,12 @@ def parse_tries(texts: Sequence[str]) -> dict[str, str]:
     """
     values: dict[str, str] = {}
     for text in texts:
-        name, _, after = text.partition("=")
-        name = name.strip().removeprefix("--").replace("-", "_")
+        name, _, after = text.rpartition("=")
+        name = as_key(name.strip().removeprefix("--"))
         if not name or not after:
             raise UsageError(f"--try '{text}' is not OPTION=VALUES", hint="scale=0.1:1.0:0.1, or scale=0.2,0.5")
         if name in values:
-            raise UsageError(f"--try names '{name.replace('_', '-')}' twice", hint="with commas between its values")
+            raise UsageError(f"--try names '{as_word(name)}' twice", hint="with commas between its values")
         values[name] = after
     return values
 
@@ -103,8 +112,8 @@ def results(search: dict[str, Any]) -> list[str | Text | Table]:
         rows.append([Text(cell, style="bold" if values == search["chosen"] else "") for cell in row])
     metrics = sorted({score["metric"] for score in scores})
     title = f"{', '.join(metrics)}{', per cent' if share else ''}{', less is better' * search['less_is_better']}"
-    columns = [*(name.replace("_", "-") for name in options), *tasks, "mean"]
-    chosen = ", ".join(f"{name.replace('_', '-')}={_word(value)}" for name, value in search["chosen"].items())
+    columns = [*map(as_word, options), *tasks, "mean"]
+    chosen = ", ".join(f"{as_word(name)}={_word(value)}" for name, value in search["chosen"].items())
     equal = f", the first of {1 + len(search['equal'])} equal ones" if search["equal"] else ""
     best = line(("best", "bold green"), " ", (chosen, "bold"), f" of {len(search['results'])} candidates{equal}")
     return [table(title[0].upper() + title[1:], columns, rows, words=0), best]

@@ -21,6 +21,7 @@ MOST = 10_000  # values of an option in a range, and candidates of a search; mor
 PUBLISHED = "The published algorithm with its constants; options named beside it win."
 _DIGITS = 308  # no float64 has more before the point
 _RANGE = "a range is START:STOP:STEP, as 0.1:1.0:0.1"
+_BETWEEN = "write it like 0.1..1.5, or 1e-4..1e-1:log"
 
 
 def option(
@@ -243,6 +244,49 @@ def read_values(option: str, text: str, kind: Any) -> tuple[Any, ...]:
     return tuple(value for part in text.split(",") for value in _read_part(option, part.strip(), kind))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+    """All numbers from `low` to `high`, both included; with `log`, as many in each power of ten."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return f"{written(self.low)}..{written(self.high)}{':log' * self.log}"
+
+
+def read_range(option: str, text: str, kind: Any) -> Range | None:
+    """What `LOW..HIGH` or `LOW..HIGH:log` stands for; None where a text, or the option's type, has no such range.
+
+    Raises:
+        UsageError: An end is no number of that kind, or there is nothing between them; it begins with the option.
+    """
+    plain = _plain(kind)
+    between, colon, scale = text.strip().partition(":")
+    first, dots, last = between.partition("..")
+    if not dots or plain not in (int, float):
+        return None
+    low, high = (_number(option, _decimal(option, word, plain), plain) for word in (first, last))
+    if low >= high or (colon and (scale != "log" or low <= 0)):
+        what = "leads nowhere" if low >= high else "has no logarithms" if scale == "log" else "is no range"
+        raise UsageError(f"'{text}' {what}", option=option, hint=_BETWEEN)
+    return Range(low, high, log=bool(colon))
+
+
+def as_key(word: str) -> str:
+    """`OPTION` or `OWNER.OPTION` as typed, with the option's Python name."""
+    owner, dot, option = word.strip().rpartition(".")
+    return f"{owner}{dot}{option.replace('-', '_')}"
+
+
+def as_word(key: str) -> str:
+    """The same as it is typed."""
+    owner, dot, option = key.rpartition(".")
+    return f"{owner}{dot}{option.replace('_', '-')}"
+
+
 def _read_part(option: str, part: str, kind: Any) -> Iterator[Any]:
     plain = _plain(kind)
     words = part.split(":")
@@ -274,7 +318,7 @@ def _decimal(option: str, text: str, kind: type) -> Decimal:
     return value
 
 
-def _number(option: str, value: Decimal, kind: type) -> float:
+def _number(option: str, value: Decimal, kind: type) -> Any:
     if kind is int and value != value.to_integral_value():
         raise UsageError(f"must be {_noun(kind)}, not {value}", option=option)
     return kind(value)

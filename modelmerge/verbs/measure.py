@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from modelmerge.checkpoint.digest import sha256
 from modelmerge.errors import ModelMergeError, UsageError, named, suggestion
 from modelmerge.evaluation import image_tasks
-from modelmerge.evaluation.custom import Metric
+from modelmerge.evaluation.custom import Metric, find_script
 from modelmerge.evaluation.report import ModelRow
 from modelmerge.evaluation.scores import summarise
 from modelmerge.progress import Reporter
@@ -97,6 +98,23 @@ def check_files(measures: Sequence[Measure]) -> None:
         file = str(each.options.get("metric", "")).rpartition(":")[0]
         if file.endswith(".py") and not Path(file).expanduser().is_file():
             raise ModelMergeError(f"{named('on')} {each.texts[0]}: no such file: {file}")
+
+
+def identity(measures: Sequence[Measure], *, kept: bool) -> list[Any]:
+    """What is measured with, as plain data that another run can compare: the texts, and sha256 of the functions' files.
+
+    Raises:
+        UsageError: Scores are to be `kept` for another run, and a function has no file.
+    """
+    entries: list[Any] = []
+    for each in measures:
+        metric = each.options.get("metric") if each.suite == "custom" else None
+        if callable(metric) and kept:
+            what = "takes up what a function has measured, and one that is no FILE:FUNCTION could be another by now"
+            raise UsageError(what, option="resume", hint="name it by its file, as in metric.py:accuracy")
+        file = find_script(metric)[2] if isinstance(metric, str) else None
+        entries.append([each.texts, sha256(file) if file is not None else None])
+    return entries
 
 
 def _whats(measure: Measure) -> list[str]:

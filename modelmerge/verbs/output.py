@@ -67,9 +67,10 @@ class Output:
         return self.staging
 
     def _say_what_is_left(self, staging: Staging, error: BaseException | None) -> None:
-        if error is not None and staging.kept:
+        if error is not None and (staging.kept or (self._resume and staging.noted)):
             files = f"{staging.kept} of {len(self._plan.layout.shards)} weight files are finished and kept"
-            self._progress.note(f"{files}: the same command takes them up")
+            scores = f"the scores of {len(staging.noted)} candidates are kept"
+            self._progress.note(f"{files if staging.kept else scores}: the same command takes them up")
         elif isinstance(error, KeyboardInterrupt):
             self._progress.note(f"nothing is left of this run, and {self._out} is as it was")
 

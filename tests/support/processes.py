@@ -129,9 +129,11 @@ class _Parent:
 
     def __init__(self, hub: bool) -> None:
         words = ["hub"] if hub else []
+        # From where `tests` is found, wherever the test itself has gone.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-        )
+            [sys.executable, "-m", __name__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
         self._rest = b""
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -404,10 +404,6 @@ def test_the_plan_tells_what_a_search_needs(models: list[Path], capsys: pytest.C
         (("--try", "scale=0.1,0.2"), "Missing option '--on'"),
         (("--on", "custom:m.py:f"), "Missing option '--try'"),
         (("--try", "scale=0.1", "--scale", "1", "--on", "custom:m.py:f"), "--scale is given, and tried"),
-        (
-            ("--try", "scale=0.1,0.2", "--resume", "--on", "custom:modelmerge.evaluation.digits:scores"),
-            "No such option: --resume",
-        ),
         (("--try", "sclae=0.1", "--on", "custom:m.py:f"), "did you mean 'scale'?"),
         (("--try", "awd.alpha=0.1", "--on", "custom:m.py:f"), "'ties' has no option 'awd.alpha'"),
         (("--try", "scale", "--on", "custom:m.py:f"), "--try 'scale' is not OPTION=VALUES"),
