@@ -11,7 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.benchmarks.experts.decoders import build_text
+from tests.benchmarks.experts.decoders import build_small_lora, build_text
+from tests.benchmarks.experts.encoders import build_encoder, build_encoder_lora
 from tests.benchmarks.experts.few import build_vision_few, subset
 from tests.benchmarks.experts.perceptrons import build_digits_strong, build_many
 from tests.benchmarks.experts.training import ExpertSet, save, shelved
@@ -33,6 +34,9 @@ SETS: dict[str, Callable[[int], ExpertSet]] = {
     "vision-few-2": partial(build_vision_few, count=2),
     "vision-few-3": partial(build_vision_few, count=3),
     "vision-few-4": partial(build_vision_few, count=4),
+    "small-lora": build_small_lora,
+    "encoder": build_encoder,
+    "encoder-lora": build_encoder_lora,
 }
 
 

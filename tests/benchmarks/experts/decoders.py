@@ -1,4 +1,4 @@
-"""`text`: a decoder of characters on five domains of text."""
+"""`text` and `small-lora`: a decoder of characters on five domains of text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.benchmarks.experts.training import SPLITS, Batch, ExpertSet, Sampler, accuracy, adam, reproducible, train
+from tests.benchmarks.experts.training import (
+    SPLITS,
+    Batch,
+    Evaluate,
+    ExpertSet,
+    Sampler,
+    accuracy,
+    adam,
+    adapters,
+    reproducible,
+    train,
+    train_adapters,
+    with_loras,
+)
 
 _VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))
 _CONTEXT = 64
@@ -20,6 +33,9 @@ _TEXT_BASE_STEPS, _TEXT_STEPS, _TEXT_RATE = 250, 200, 2e-3
 # Windows of text in a batch. An expert goes on seeing a window of each domain beside its own: without them its first
 # lesson is that all text is of its domain, which merging cancels, and hardly a merge is better than the base.
 _BASE_WINDOWS, _OWN_WINDOWS, _OTHER_WINDOWS = 3, 11, 1
+
+# The rate leaves adapters at a few per cent of the weights' norm, as those of large models are.
+_SMALL_BASE_STEPS, _SMALL_STEPS, _SMALL_RATE, _SMALL_RANKS = 600, 120, 1e-3, (8, 16)
 
 
 class _Attention(nn.Module):
@@ -102,21 +118,32 @@ def _encode(text: str) -> dict[str, Tensor]:
     return {part: blocks[chosen].flatten() for part, chosen in parts.items()}
 
 
-def build_text(seed: int) -> ExpertSet:
-    """A decoder of characters, a little trained on all domains, fully fine-tuned on each with replay."""
-    texts = {domain: _encode(text) for domain, text in _texts().items()}
-    window = torch.arange(_CONTEXT + 1)
+def _windows(text: Tensor, starts: Tensor) -> Batch:
+    cut = text[starts[:, None] + torch.arange(_CONTEXT + 1)]
+    return cut[:, :-1], starts, cut[:, 1:]
 
-    def windows(text: Tensor, starts: Tensor) -> Batch:
-        cut = text[starts[:, None] + window]
-        return cut[:, :-1], starts, cut[:, 1:]
 
-    def sampler(domain: str, size: int) -> Sampler:
-        text = texts[domain]["train"]
-        return lambda order: windows(text, torch.randint(len(text) - _CONTEXT, (size,), generator=order))
+class _Domains:
+    """The domains' texts, and batches of them."""
 
-    def mixed(size: int, own: Sampler | None = None) -> Sampler:
-        samplers = [sampler(domain, size) for domain in texts] + ([own] if own else [])
+    def __init__(self) -> None:
+        self.texts = {domain: _encode(text) for domain, text in _texts().items()}
+        self._judged = {
+            split: {
+                domain: _windows(parts[split], torch.linspace(0, len(parts[split]) - _CONTEXT - 1, 120).long())
+                for domain, parts in self.texts.items()
+            }
+            for split in SPLITS
+        }
+
+    def sampler(self, domain: str, size: int) -> Sampler:
+        """So many windows of a domain."""
+        text = self.texts[domain]["train"]
+        return lambda order: _windows(text, torch.randint(len(text) - _CONTEXT, (size,), generator=order))
+
+    def mixed(self, size: int, own: Sampler | None = None) -> Sampler:
+        """So many windows of each domain, and those of a sampler."""
+        samplers = [self.sampler(domain, size) for domain in self.texts] + ([own] if own else [])
 
         def sample(order: torch.Generator) -> Batch:
             inputs, owners, answers = zip(*(draw(order) for draw in samplers), strict=True)
@@ -124,25 +151,49 @@ def build_text(seed: int) -> ExpertSet:
 
         return sample
 
-    judged = {
-        split: {
-            domain: windows(parts[split], torch.linspace(0, len(parts[split]) - _CONTEXT - 1, 120).long())
-            for domain, parts in texts.items()
-        }
-        for split in SPLITS
-    }
+    def judge(self, network: _Decoder) -> Evaluate:
+        """The share of characters that a state of the network foretells, by domain."""
+        return lambda state, split: accuracy(network, state, self._judged[split])
+
+
+def build_text(seed: int) -> ExpertSet:
+    """A decoder of characters, a little trained on all domains, fully fine-tuned on each with replay."""
+    domains = _Domains()
     with reproducible(seed):
         network = _Decoder()
-        base = train(network, adam(network, _TEXT_RATE), mixed(_BASE_WINDOWS), _TEXT_BASE_STEPS, seed)
+        base = train(network, adam(network, _TEXT_RATE), domains.mixed(_BASE_WINDOWS), _TEXT_BASE_STEPS, seed)
         experts = {}
-        for domain in texts:
+        for domain in domains.texts:
             network.load_state_dict(base)
-            sample = mixed(_OTHER_WINDOWS, sampler(domain, _OWN_WINDOWS))
+            sample = domains.mixed(_OTHER_WINDOWS, domains.sampler(domain, _OWN_WINDOWS))
             experts[domain] = train(network, adam(network, _TEXT_RATE), sample, _TEXT_STEPS, seed)
     return ExpertSet(
         "text",
         "character-level decoder, five domains of text, full fine-tuning with Adam",
         base,
         experts,
-        lambda state, split: accuracy(network, state, judged[split]),
+        domains.judge(network),
+    )
+
+
+def build_small_lora(seed: int) -> ExpertSet:
+    """The decoder, trained long on all domains, with adapters that change its weights by a few per cent."""
+    domains = _Domains()
+    with reproducible(seed):
+        network = _Decoder()
+        base = train(network, adam(network, _TEXT_RATE), domains.mixed(_BASE_WINDOWS), _SMALL_BASE_STEPS, seed)
+        network.load_state_dict(base)
+        experts, loras = {}, {}
+        for index, domain in enumerate(domains.texts):
+            sample = domains.mixed(_OTHER_WINDOWS, domains.sampler(domain, _OWN_WINDOWS))
+            new = adapters(network, _SMALL_RANKS[index % 2], lambda name: name.endswith("_proj.weight"))
+            loras[domain] = train_adapters(network, new, _SMALL_RATE, sample, _SMALL_STEPS, seed)
+            experts[domain] = with_loras(base, loras[domain])
+    return ExpertSet(
+        "small-lora",
+        "character-level decoder trained long, five domains of text, small LoRA of rank 8 and 16",
+        base,
+        experts,
+        domains.judge(network),
+        loras,
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 Sampler = Callable[[torch.Generator], Batch]
 Evaluate = Callable[[Mapping[str, Tensor], str], dict[str, float]]
 
+Built = TypeVar("Built")
+
 SPLITS = ("validation", "test")
 
 
@@ -31,7 +34,8 @@ class ExpertSet:
     """A base, its experts and the means to judge their merges.
 
     `evaluate` takes a state dict and a split, "validation" or "test", and gives the accuracy on each task, from 0
-    to 1. No expert has seen either split, so a setting may be chosen on the one and reported on the other.
+    to 1. No expert has seen either split, so a setting may be chosen on the one and reported on the other. `loras`
+    are, where experts are adapters, their factors by expert: `NAME.up` [m, r] and `NAME.down` [r, n].
     """
 
     name: str
@@ -39,6 +43,7 @@ class ExpertSet:
     base: State
     experts: dict[str, State]
     evaluate: Evaluate
+    loras: dict[str, State] = field(default_factory=dict)
 
 
 def save(expert_set: ExpertSet, directory: Path) -> None:
@@ -90,8 +95,8 @@ def keep(train: Callable[..., State]) -> Callable[..., State]:
     return remembered
 
 
-def shelved(name: str, seed: int, builder: Callable[[int], ExpertSet], cache: Path | None = None) -> ExpertSet:
-    """The set of that name; with a directory `cache`, trained once and then read from there.
+def shelved(name: str, seed: int, builder: Callable[[int], Built], cache: Path | None = None) -> Built:
+    """The set of that name, or what else is made; with a directory `cache`, trained once and then read from there.
 
     A builder that asks for another set shares its cache with it, so that no expert is trained twice.
     """
@@ -102,12 +107,12 @@ def shelved(name: str, seed: int, builder: Callable[[int], ExpertSet], cache: Pa
         _Shelf(cache, iter([load_file(file) for file in sorted(folder.iterdir())]) if folder and lies else None)
     )
     try:
-        expert_set = builder(seed)
+        built = builder(seed)
     finally:
         shelf = _open.pop()
     if folder and shelf.trained and not lies:
         _store(shelf.trained, folder)
-    return expert_set
+    return built
 
 
 def _store(states: Sequence[State], folder: Path) -> None:
@@ -133,6 +138,38 @@ def train(
     loras: State | None = None,
 ) -> State:
     """Trains the weights that the optimizer holds and returns the network's state dict."""
+    _fit(network, optimizer, sample, steps, seed, loras)
+    if loras is not None:
+        network.load_state_dict(with_loras(network.state_dict(), loras))
+    return {name: weight.detach().clone() for name, weight in network.state_dict().items()}
+
+
+@keep
+def train_adapters(network: nn.Module, loras: State, rate: float, sample: Sampler, steps: int, seed: int) -> State:
+    """Trains low-rank updates of a network that stays as it is, and returns them."""
+    _fit(network, torch.optim.Adam(loras.values(), lr=rate), sample, steps, seed, loras)
+    return {name: factor.detach().clone() for name, factor in loras.items()}
+
+
+def adapters(network: nn.Module, rank: int, wanted: Callable[[str], bool]) -> State:
+    """New low-rank updates of the weights [m, n] of these names: `NAME.up` [m, rank], zero, and `NAME.down`."""
+    loras: State = {}
+    for name, weight in network.state_dict().items():
+        if wanted(name):
+            m, n = weight.shape
+            loras[f"{name}.up"] = torch.zeros(m, rank, requires_grad=True)
+            loras[f"{name}.down"] = (torch.randn(rank, n) / math.sqrt(n)).requires_grad_()
+    return loras
+
+
+def _fit(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sample: Sampler,
+    steps: int,
+    seed: int,
+    loras: State | None = None,
+) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 10 * (step + 1) / steps) * (1 - step / steps)
     )
@@ -143,19 +180,17 @@ def train(
         if loras is None:
             scores = network(inputs, owners)
         else:
-            scores = functional_call(network, _with_loras(frozen, loras), (inputs, owners))
+            scores = functional_call(network, with_loras(frozen, loras), (inputs, owners))
         loss = functional.cross_entropy(scores.flatten(0, -2), answers.flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         schedule.step()
-    if loras is not None:
-        network.load_state_dict(_with_loras(frozen, loras))
-    return {name: weight.detach().clone() for name, weight in network.state_dict().items()}
 
 
-def _with_loras(base: Mapping[str, Tensor], loras: Mapping[str, Tensor]) -> State:
+def with_loras(base: Mapping[str, Tensor], loras: Mapping[str, Tensor]) -> State:
+    """The weights with the low-rank updates of some of them added."""
     return {
         name: weight + loras[f"{name}.up"] @ loras[f"{name}.down"] if f"{name}.up" in loras else weight
         for name, weight in base.items()
