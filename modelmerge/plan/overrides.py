@@ -97,6 +97,8 @@ def parse(text: str) -> Override:
     for word in words:
         target, equals, value = word.rpartition("=")
         expert, dot, option = target.rpartition(".")
+        if " " in option or "=" in option:  # the words of a value, as of svc's `of`: no option has such a name
+            (option, equals, value), expert, dot = word.partition("="), "", ""
         option = option.replace("-", "_")
         if not equals or not option or not value or bool(dot) != bool(expert):
             raise UsageError(f"'{text}': '{word}' is not OPTION=V", option="at", hint=_FORM)

@@ -41,7 +41,10 @@ HERE = Path(__file__).parent
 _LONG = 2.0  # seconds
 EXACT, CLOSE = 1e-5, 1e-4  # of methods that work entry by entry, and of those that decompose or descend
 MORE: dict[str, list[dict[str, Any]]] = {
+    "ace": [{"published": True}],
+    "actmat": [{"density": 0.5}],
     "apgd": [{"published": True, "steps": 50}, {"solver": "adam", "steps": 50}],
+    "svc": [{"published": True}, {"of": "ties"}, {"of": "kron"}],
     "wudi": [{"solver": "adam", "steps": 50}],
 }
 TIMED: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -93,6 +93,10 @@ SLOW = (
     ["merge", "average", "--disentangle", "awd"],
     *(["merge", name] for name in ("kron", "wudi", "tsv-m", "iso-c", "iso-cts", "knots")),
     ["merge", "wudi", "--solver", "adam", "--steps", "2"],
+    ["merge", "wudi", "--solver", "spectral"],
+    ["merge", "actmat", "--density", "0.5"],
+    ["merge", "ace"],
+    *(["merge", "svc", "--of", of] for of in ("task-arithmetic", "ties trim-scope=tensor", "kron")),
     ["merge", "average"],
     ["merge", "ties", "--trim-scope", "tensor"],
     *(

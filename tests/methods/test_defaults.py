@@ -22,7 +22,9 @@ from tests.support.checkpoints import State, read, same_bits, write
 from tests.support.methods import takes
 
 SHAPE = (36, 48)  # of all matrices, so that a rank which follows from the tensor is one number
-SOLVERS = {"exact": ("ridge",), "adam": ("steps", "lr", "relative_lr")}  # whose option belongs to one of them
+# Whose option belongs to one of them, or to the form that is not the published one.
+SOLVERS = {"exact": ("ridge",), "adam": ("steps", "lr", "relative_lr"), "spectral": ("time", "share")}
+UNPUBLISHED = {("ace", "ridge"), ("svc", "floor")}
 Case = tuple[str, str, bool, str]  # kind, method, published, option
 
 
@@ -101,7 +103,8 @@ def named_defaults() -> dict[Case, Any]:
     """The default of every option that has one to name."""
     values = {case: shown(*case[:2], case[3], case[2]) for case in all_options()}
     # `eta` belongs to the published form. None is off by default.
-    return {case: v for case, v in values.items() if v is not None and (case[3] != "eta" or case[2])}
+    idle = {c for c in values if (c[3] == "eta" and not c[2]) or (c[2] and (c[1], c[3]) in UNPUBLISHED)}
+    return {case: v for case, v in values.items() if v is not None and case not in idle}
 
 
 DEFAULTS = named_defaults()
@@ -137,10 +140,16 @@ def test_naming_all_defaults_changes_no_bit(
     assert same_bits(plain, merged(models, tmp_path / "named", kind, name, {**frame, **dict(together)}))
 
 
-@pytest.mark.parametrize("name", ["apgd", "wudi"])
+@pytest.mark.parametrize("name", ["ace", "apgd", "svc", "wudi"])
 def test_the_published_form_is_another_one(name: str, models: list[Path], tmp_path: Path) -> None:
     plain = merged(models, tmp_path / "a", "merge", name, {})
     assert not same_bits(plain, merged(models, tmp_path / "b", "merge", name, {"published": True}))
+
+
+@pytest.mark.parametrize(("name", "option"), sorted(UNPUBLISHED))
+def test_an_option_that_the_published_form_does_not_have_is_refused_there(name: str, option: str) -> None:
+    with pytest.raises(UsageError, match=f"^{option} has no effect with published$"):
+        make_options(registry.load(name), name, {"published": True, option: shown("merge", name, option, False)})
 
 
 OF_A_SOLVER = [

@@ -6,8 +6,8 @@ the `w_i tau_i`, direction k has these shares of the experts, by least squares i
 
     s_ki = <u_k^T M, w_i u_k^T tau_i> / ||w_i u_k^T tau_i||^2
 
-`--published` divides S_k by the mean over the experts of `max(floor, s_ki)`, with a floor of 1 / T. By default there is
-one share for all experts,
+`--published` divides S_k by the mean over the experts of `max(1 / T, s_ki)`. By default there is one share for all
+experts,
 
     s_k = sum_i <u_k^T M, w_i u_k^T tau_i> / sum_i ||w_i u_k^T tau_i||^2
 
@@ -31,10 +31,10 @@ from typing import Any
 import torch
 
 from modelmerge import interrupts
-from modelmerge.errors import UsageError
+from modelmerge.errors import UsageError, named
 from modelmerge.methods import linalg, work
 from modelmerge.methods.contract import Citation, Context, Method, Tensor, matrix_method
-from modelmerge.methods.options import PUBLISHED, follow, option
+from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.words import as_typed, parse_method
 
 
@@ -43,15 +43,14 @@ class Options:
     """Options of SVC; `of` is completed by the defaults of the method that it names.
 
     Raises:
-        UsageError: `of` names no method that can stand there, or an option that it does not have.
+        UsageError: `of` names no method that can stand there, or an option that it does not have; or `floor` is beside
+            `published`.
     """
 
     of: str = option("task-arithmetic", "The method that merges, with its options: 'ties density=0.1'.")
     published: bool = option(False, PUBLISHED)
     floor: float | None = option(
-        None,
-        "Least share of a direction: of the whole's, or as published of an expert. Default: 0.3; 1 / T as published.",
-        above=0.0,
+        None, "Least share that a direction is taken to have, in units of the whole's. Default: 0.3.", above=0.0
     )
     scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
 
@@ -62,7 +61,9 @@ class Options:
                 f"cannot be '{name}'", option="of", hint="name a method that takes any number of experts and no data"
             )
         object.__setattr__(self, "of", as_typed(name, options))  # frozen for everybody else
-        if not self.published:
+        if self.published:
+            refuse_idle(self, ["floor"], f"with {named('published')}")
+        else:
             follow(self, floor=0.3)
 
 
@@ -84,7 +85,7 @@ def calibrated(merged: Tensor, taus: Tensor, weights: tuple[float, ...], options
         squares[i] = part.square().sum(1, dtype=torch.float64)
         shared[i] = (part * columns).sum(1, dtype=torch.float64) * s
     if options.published:
-        shares = torch.where(squares > 0, shared / squares, 0.0).clamp(min=options.floor or 1.0 / len(taus)).mean(0)
+        shares = torch.where(squares > 0, shared / squares, 0.0).clamp(min=1.0 / len(taus)).mean(0)
     else:
         assert options.floor is not None, "it has one by default"
         whole = shared.sum() / squares.sum()
