@@ -131,7 +131,8 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
             raise UsageError("--recipe needs an output directory", hint="give -o DIR")
         else:
             names = {name for name in values if opt.typed(context, name)}
-            weights = {f"{name}.weight" for name in parse_weights(values["weight"] or ())}
+            weights = parse_weights(values["weight"] or ())
+            weighted = {"weight"} if isinstance(weights, str) else {f"{name}.weight" for name in weights}
 
             def prepared() -> Prepared:
                 from modelmerge.verbs.recipes import prepare_file
@@ -139,7 +140,7 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
                 return prepare_file(
                     Path(recipe).expanduser(), device=values["device"], stream=values["stream"],
                     change=lambda recipe: _changed(recipe, method, values, names),
-                    changed={*names, *weights} - {"weight"}, script=_script(values, context),
+                    changed={*names - {"weight"}, *weighted}, script=_script(values, context),
                     allow_different_bits=values["allow_different_bits"],
                 )  # fmt: skip
 
@@ -177,7 +178,7 @@ def _method_of(file: Path) -> Method | None:
 def _changed(recipe: Recipe, method: Method | None, values: Mapping[str, Any], names: set[str]) -> Recipe:
     """The recipe of a file with the options that were typed in place of its own."""
     fields = _fields(values)
-    if "weights" in fields:
+    if isinstance(fields.get("weights"), dict) and isinstance(recipe.weights, dict):
         fields["weights"] = {**recipe.weights, **fields["weights"]}
     options = opt.of_values(method, values, names) if method else {}
     if method and method.on_data:
@@ -186,7 +187,8 @@ def _changed(recipe: Recipe, method: Method | None, values: Mapping[str, Any], n
         elif options:
             fields["coefficients"] = {}
     if method and options:
-        fields["options"] = dataclasses.asdict(change_options(method, recipe.method, recipe.options, options))
+        changed = change_options(method, recipe.method, recipe.options, options, len(recipe.experts))
+        fields["options"] = dataclasses.asdict(changed)
     return dataclasses.replace(recipe, **fields)
 
 

@@ -136,7 +136,7 @@ def prepare_search(
     first = prepare(recipe, device=device, stream=stream, opened=opened, look=look)
     resolved = dataclasses.replace(
         recipe, method=first.recipe.method, base=first.recipe.base, experts=first.recipe.experts,
-        options=first.recipe.options if recipe.method == AUTO else recipe.options,
+        options=first.recipe.options if recipe.method == AUTO else recipe.options, weights=first.recipe.weights,
     )  # fmt: skip
     axes = {name.replace("-", "_"): _axis(resolved, name, values) for name, values in tries.items()}
     count = math.prod(map(len, axes.values()))

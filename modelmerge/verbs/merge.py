@@ -17,7 +17,7 @@ from modelmerge.engine.merge import run
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError, named
 from modelmerge.plan.downloads import fetch
-from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
+from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe, Weights
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.verbs import adapted, coefficients, parts, stages
 from modelmerge.verbs.driver import drive
@@ -41,7 +41,7 @@ def merge(
     out: str | Path | None = None,
     *,
     method: str,
-    weights: Mapping[str, float] | None = None,
+    weights: Weights | None = None,
     disentangle: str | Sequence[str] = (),
     at: Sequence[str] = (),
     layers: Sequence[str] = (),
@@ -78,7 +78,8 @@ def merge(
             base is tensors).
         out: Where the merged checkpoint shall be; None for tensors in memory.
         method: A merge method's name, or `auto`; `options` are the method's own, by their Python names.
-        weights: Weight of each expert by name; 1 where none is given.
+        weights: Weight of each expert by name; 1 where none is given. "balanced": an expert that went more than 1.5
+            times as far from the base as the one in the middle weighs less by how many times.
         disentangle: Transforms of the task vectors before they are merged, in their order, `NAME [OPTION=V ...]` each,
             as in "awd alpha=0.2".
         at: Overrides, `GLOB: [METHOD] [OPTION=V[,V...]] [EXPERT.OPTION=V[,V...]]` each: another method or other values
@@ -141,7 +142,7 @@ def merge(
 
     def make(base: str, experts: Sequence[str | Named], place: Path) -> dict[str, Any]:
         recipe = Recipe(
-            method=method, base=base, experts=tuple(experts), options=options, weights=dict(weights or {}),
+            method=method, base=base, experts=tuple(experts), options=options, weights=weights or {},
             disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
             layers=tuple(layers), rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude),
             on_mismatch=on_mismatch, vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed,

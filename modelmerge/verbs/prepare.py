@@ -51,6 +51,7 @@ from modelmerge.record.recorded import Recorded
 from modelmerge.text import duration
 from modelmerge.verbs import adapted, coefficients
 from modelmerge.verbs.auto import AUTO, choose
+from modelmerge.verbs.balanced import balanced
 
 if TYPE_CHECKING:
     from modelmerge.verbs.stages import Staged
@@ -106,6 +107,7 @@ class Prepared:
         entry = {
             "method": self.recipe.method,
             "disentangle": list(self.recipe.disentangle),
+            "weights": dict(zip(self.job.experts, self.job.weights, strict=True)),
             "groups": groups_of(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in plan.tensors.values())),
             "at": list(self.recipe.at),
@@ -171,7 +173,7 @@ def prepare(
         method = f"{choice.method} with {options}" if options else choice.method
         remarks = [*remarks, f"The method is {method}: {choice.reason}."]
     chosen = registry.load(recipe.method)
-    options = make_options(chosen, recipe.method, recipe.options)
+    make_options(chosen, recipe.method, recipe.options)  # refused before models are opened
     transforms = tuple(transform_of(*parse_transform(text)) for text in recipe.disentangle)
     check_choices(recipe)
     adapted.size_of(recipe)
@@ -188,7 +190,6 @@ def prepare(
         base, experts, remarks = stack.base, stack.experts, [*remarks, *stack.remarks]
     names = [expert.name for expert in experts]
     check_weights(recipe, names)
-    weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
     if overrides is not None:
         linear = {tensor.name: is_linear(tensor, recipe.include) for tensor in base.tensors.values()}
         overrides_read += [parse(text) for text in overrides(linear)]
@@ -202,6 +203,11 @@ def prepare(
         on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from,
         tables=recipe.tables, strict=strict, stack=stack,
     )  # fmt: skip
+    named_weights = recipe.weights
+    if isinstance(named_weights, str):
+        named_weights, why = balanced(plan, look=look)
+        remarks = [*remarks, why]
+    weights = tuple(float(named_weights.get(name, 1.0)) for name in names)
     foreign = (name != piece.diffusers.partition("/")[2] for network in networks(plan.base.tensors) if network.single
                for name, (piece, *_) in network.pieces.items())  # fmt: skip
     if recipe.as_lora is not None and any(foreign):
@@ -254,9 +260,9 @@ def prepare(
         recipe,
         base=_pinned(recipe.base, base),
         experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
-        options=dataclasses.asdict(options),
+        options=dataclasses.asdict(methods.main.options),
         disentangle=tuple(as_typed(transform.name, transform.options) for transform in transforms),
-        weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
+        weights=dict(zip(names, weights, strict=True)) if named_weights else {},
     )
     return Prepared(complete, job, recorded, remarks, stream, device, data)
 
