@@ -2,7 +2,7 @@
 
 A task vector that was a product B A of rank r is still one in every run of rows, but for what storing the expert has
 rounded away; and how much that is, the stored weights tell themselves. What full fine-tuning leaves has a spectrum that
-falls without an end: of the sets of `tests/benchmarks/experts.py`, stored in 32 and in 16 bits, the fewest directions
+falls without an end: of the sets of `tests/benchmarks/experts`, stored in 32 and in 16 bits, the fewest directions
 that stood out of rounding were a seventh of all, and mostly all.
 """
 

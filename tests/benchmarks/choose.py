@@ -3,7 +3,7 @@
     python -m tests.benchmarks.choose disentangle     AWD in front of task arithmetic and TIES, by scale
     python -m tests.benchmarks.choose apgd            solver, density and shared rank of APGD
 
-Every set of `tests/benchmarks/experts.py` is trained with each seed, merged by the package's own mathematics, and
+Every set of `tests/benchmarks/experts` is trained with each seed, merged by the package's own mathematics, and
 judged on its test split. The mean over tasks is given, averaged over seeds, with the standard deviation over seeds.
 Written to `RESULTS-disentangle.md` and `RESULTS-apgd.md` beside this file. Defaults were chosen on seeds 0 and 1;
 seeds 2 and 3, with other bases, experts and splits, confirm them (`--confirm`: `RESULTS-apgd-confirmed.md`).

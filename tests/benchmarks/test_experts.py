@@ -1,0 +1,83 @@
+"""The sets of experts are what the defaults are chosen on: their pictures, their keeping, and how good they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+
+from tests.benchmarks.choose import vectors_of
+from tests.benchmarks.experts import SETS, ExpertSet, build, pictures, subset
+from tests.benchmarks.grid import full
+
+TASKS = [*pictures.FIRST.items(), *pictures.SECOND.items()]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experts")
+
+
+def own(expert_set: ExpertSet) -> dict[str, float]:
+    return {name: expert_set.evaluate(state, "test")[name] for name, state in expert_set.experts.items()}
+
+
+def length(expert_set: ExpertSet, name: str) -> float:
+    return (
+        sum((expert_set.experts[name][key] - tensor).square().sum().item() for key, tensor in expert_set.base.items())
+        ** 0.5
+    )
+
+
+@pytest.mark.parametrize(("name", "task"), TASKS, ids=[name for name, _ in TASKS])
+def test_pictures_are_finite_and_new_in_every_part(name: str, task: pictures.Task) -> None:
+    drawn = {}
+    for part in ("train", "validation", "test"):
+        images, labels = task.draw(torch.Generator().manual_seed(0), 300, part, 0.3)
+        assert images.shape == (300, 3, pictures.SIZE, pictures.SIZE)
+        assert images.isfinite().all()
+        assert set(labels.tolist()) == set(range(task.labels))
+        drawn[part] = images
+    # Where pictures are taken and not made, the same draw takes others for each part.
+    taken = name in ("digits", "mirrored", "photographs", "filters")
+    assert torch.equal(drawn["train"], drawn["test"]) != taken
+    assert torch.equal(drawn["train"], drawn["validation"]) != taken
+
+
+def test_a_set_is_trained_once_and_its_subset_is_judged_on_its_tasks(cache: Path) -> None:
+    first = build("digits", 0, cache)
+    files = {file: file.stat().st_mtime_ns for file in (cache / "digits-0").iterdir()}
+    again = build("digits", 0, cache)
+    assert {file: file.stat().st_mtime_ns for file in (cache / "digits-0").iterdir()} == files
+    for name, expert in first.experts.items():
+        assert all(torch.equal(expert[key], again.experts[name][key]) for key in expert)
+    few = subset(first, list(first.experts)[1:3])
+    assert list(few.experts) == list(first.experts)[1:3]
+    whole = first.evaluate(few.base, "test")
+    assert few.evaluate(few.base, "test") == {name: whole[name] for name in few.experts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SETS))
+def test_experts_are_better_than_the_base_and_merges_lie_between(name: str, cache: Path) -> None:
+    expert_set = build(name, 0, cache)
+    base, experts = expert_set.evaluate(expert_set.base, "test"), own(expert_set)
+    assert list(base) == list(expert_set.experts)
+    assert mean(experts.values()) > mean(base.values()) + 0.05
+    vectors = vectors_of(expert_set)
+    merges = [mean(expert_set.evaluate(full(vectors, method), "test").values()) for method in ("average", "kron")]
+    assert mean(base.values()) < max(merges) < mean(experts.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "far"), [("unequal", 1), ("unequal-2", 2)])
+def test_unequal_experts_are_those_of_the_even_set_but_for_some_that_went_far(name: str, far: int, cache: Path) -> None:
+    even, unequal = build("vision", 1, cache), build(name, 1, cache)
+    ratios = {task: length(unequal, task) / length(even, task) for task in even.experts}
+    assert len([ratio for ratio in ratios.values() if 6 <= ratio <= 9]) == far
+    assert len([ratio for ratio in ratios.values() if ratio == 1]) == len(ratios) - far
+    assert mean(own(unequal).values()) > mean(own(even).values()) - 0.01
+    # The even experts are read from the cache.
+    assert len(list((cache / f"{name}-1").iterdir())) == far
