@@ -23,7 +23,7 @@ from modelmerge.methods.contract import Method
 from modelmerge.methods.options import change_options
 from modelmerge.plan import presets
 from modelmerge.plan.recipe import Recipe, parse_weights
-from modelmerge.verbs.auto import AUTO, SUMMARY
+from modelmerge.verbs.auto import AUTO, SUMMARY, refuse_within
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -203,6 +203,9 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         recipe = recipe_of(name, method, values, context)
         refuse_early(recipe, values)
         place = {"device": values["device"], "stream": values["stream"], "look": not values["dry_run"]}
+        if (within := values.get("within")) is not None:
+            refuse_within(name, within, {way: values[way] for way in ("cluster", "part", "finish")})
+            place["within"] = within
         place["script"] = _script(values, context)
 
         def prepared() -> Prepared:
@@ -227,7 +230,8 @@ def parameters(method: Method | None, *, preset: bool = False) -> list[Any]:
     def output(output: opt.Output, preset: opt.Preset = None) -> None: ...
 
     return [
-        *first, *(_of_method(method) if method else []), *opt.shared(output), *opt.shared(opt.divided),
+        *first, *(_of_method(method) if method else opt.shared(opt.chosen)), *opt.shared(output),
+        *opt.shared(opt.divided),
         *opt.shared(opt.merged), *opt.shared(opt.written),
     ]  # fmt: skip
 

@@ -215,6 +215,20 @@ def unlabelled(
     """What tells a method of unlabelled data; for its signature alone."""
 
 
+def chosen(
+    within: Annotated[
+        float | None,
+        typer.Option(
+            "--within",
+            metavar="MINUTES",
+            show_default=False,
+            help="The best method that takes no longer than this on the device.",
+        ),
+    ] = None,
+) -> None:
+    """What `auto` takes besides; for its signature alone."""
+
+
 def drawn(
     plot: Annotated[
         str | None,

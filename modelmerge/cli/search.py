@@ -60,7 +60,9 @@ def command(name: str) -> Callable[..., None]:
             lambda search: search.describe(), values, sink, lambda manifest: results(manifest["searched"]),
         )  # fmt: skip
 
-    parameters = [p for p in merge.parameters(method) if p.name not in ("resume", "cluster", "part", "finish")]
+    parameters = [
+        p for p in merge.parameters(method) if p.name not in ("resume", "cluster", "part", "finish", "within")
+    ]
     place = next(i for i, parameter in enumerate(parameters) if parameter.name == "output")
     return opt.command(run, [*parameters[:place], *opt.shared(searched), *parameters[place:]])
 

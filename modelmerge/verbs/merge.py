@@ -20,6 +20,7 @@ from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe, Weights
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.verbs import adapted, coefficients, parts, stages
+from modelmerge.verbs.auto import refuse_within
 from modelmerge.verbs.driver import drive
 from modelmerge.verbs.output import complete, output_of
 from modelmerge.verbs.prepare import (
@@ -63,6 +64,7 @@ def merge(
     cluster: str | None = None,
     part: str | None = None,
     finish: Sequence[str | Path] = (),
+    within: float | None = None,
     dry_run: bool = False,
     progress: Reporter = SILENT,
     **options: Any,
@@ -130,6 +132,7 @@ def merge(
         finish: The directories of all parts: copy them into one output at `out`. Nothing is merged then, and the parts
             stay. The models must be the same, wherever they lie, and so must the options, the versions and the number
             of threads.
+        within: Minutes that the method may take which `auto` chooses, on this device.
         dry_run: Write nothing, and return the plan: tensors and why, bytes, peak memory.
         progress: Hears of the progress.
         **options: The method's options.
@@ -138,6 +141,7 @@ def merge(
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
     refuse_unknown(merge, method, options)
+    refuse_within(method, within, {"cluster": cluster, "part": part, "finish": finish})
     data, script = coefficients.to_recipe(unlabelled or {})
 
     def make(base: str, experts: Sequence[str | Named], place: Path) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def merge(
             on_mismatch=on_mismatch, vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed,
             as_lora=as_lora, unlabelled=data,
         )  # fmt: skip
-        prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
+        prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run, within=within)
         if dry_run:
             with contextlib.closing(prepared):
                 return describe(prepared, cluster=cluster, part=part, finish=finish)

@@ -112,7 +112,7 @@ def test_on_the_hub_a_dry_run_says_what_looking_might_change(
     plan = json.loads(capsys.readouterr().out)["plan"]
     assert not looked
     assert plan["method"] == "kron"
-    assert any("should all experts turn out to be of low rank" in remark for remark in plan["remarks"])
+    assert any("Should all experts turn out to be of low rank" in remark for remark in plan["remarks"])
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["manifest"]["recipe"]["method"] == "task-arithmetic"
     assert looked == [0, 1]
