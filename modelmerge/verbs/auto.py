@@ -44,7 +44,7 @@ CHOICES: Mapping[Kind, tuple[Choice, ...]] = {
     ),
     "low-rank": (
         Choice("apgd", "for adapters it was level with the best at its defaults, or ahead of all others"),
-        Choice("task-arithmetic", "it takes no longer than to read the models, and was level with `apgd` on most adapters"),
+        Choice("task-arithmetic", "it takes no longer than to read the models, and was level with `apgd` on most"),
     ),
 }  # fmt: skip
 _LANGUAGE = (

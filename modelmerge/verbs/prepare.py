@@ -150,11 +150,11 @@ def prepare(
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
     `script` is a function that gives unlabelled data, or FILE:FUNCTION, as whoever runs this has named it: one that
-    only the recipe names is refused. No script is run. With `look`, `auto` and balanced
-    weights may read a few megabytes of weights on the Hub. `opened` are the base and the experts, where they have been opened before.
+    only the recipe names is refused. No script is run. With `look`, `auto` and balanced weights may read a few
+    megabytes of weights on the Hub. `opened` are the base and the experts, where they have been opened before.
     `overrides` gives overrides that follow the recipe's, where they follow from the names of the tensors (and from
-    which are weights of linear layers). `stages` are the places of the merges before it. `within` so many minutes `auto`
-    takes the best method that it knows.
+    which are weights of linear layers). `stages` are the places of the merges before it. `within` so many minutes
+    `auto` takes the best method that it knows.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
