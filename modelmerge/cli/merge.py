@@ -23,7 +23,7 @@ from modelmerge.methods.contract import Method
 from modelmerge.methods.options import change_options
 from modelmerge.plan import presets
 from modelmerge.plan.recipe import Recipe, parse_weights
-from modelmerge.verbs.auto import AUTO, SUMMARY
+from modelmerge.verbs.auto import AUTO, SUMMARY, refuse_within
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -132,7 +132,8 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
             raise UsageError("--recipe needs an output directory", hint="give -o DIR")
         else:
             names = {name for name in values if opt.typed(context, name)}
-            weights = {f"{name}.weight" for name in parse_weights(values["weight"] or ())}
+            weights = parse_weights(values["weight"] or ())
+            weighted = {"weight"} if isinstance(weights, str) else {f"{name}.weight" for name in weights}
 
             def prepared() -> Prepared:
                 from modelmerge.verbs.recipes import prepare_file
@@ -140,7 +141,7 @@ def replay_or_list(words: Sequence[str]) -> Callable[..., None]:
                 return prepare_file(
                     Path(recipe).expanduser(), device=values["device"], stream=values["stream"],
                     change=lambda recipe: _changed(recipe, method, values, names),
-                    changed={*names, *weights} - {"weight"}, script=_script(values, context),
+                    changed={*names - {"weight"}, *weighted}, script=_script(values, context),
                     allow_different_bits=values["allow_different_bits"],
                 )  # fmt: skip
 
@@ -178,7 +179,7 @@ def _method_of(file: Path) -> Method | None:
 def _changed(recipe: Recipe, method: Method | None, values: Mapping[str, Any], names: set[str]) -> Recipe:
     """The recipe of a file with the options that were typed in place of its own."""
     fields = _fields(values)
-    if "weights" in fields:
+    if isinstance(fields.get("weights"), dict) and isinstance(recipe.weights, dict):
         fields["weights"] = {**recipe.weights, **fields["weights"]}
     options = opt.of_values(method, values, names) if method else {}
     if method and method.on_data:
@@ -187,7 +188,8 @@ def _changed(recipe: Recipe, method: Method | None, values: Mapping[str, Any], n
         elif options:
             fields["coefficients"] = {}
     if method and options:
-        fields["options"] = dataclasses.asdict(change_options(method, recipe.method, recipe.options, options))
+        changed = change_options(method, recipe.method, recipe.options, options, len(recipe.experts))
+        fields["options"] = dataclasses.asdict(changed)
     return dataclasses.replace(recipe, **fields)
 
 
@@ -202,6 +204,9 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         recipe = recipe_of(name, method, values, context)
         refuse_early(recipe, values)
         place = {"device": values["device"], "stream": values["stream"], "look": not values["dry_run"]}
+        if (within := values.get("within")) is not None:
+            refuse_within(name, within, {way: values[way] for way in ("cluster", "part", "finish")})
+            place["within"] = within
         place["script"] = _script(values, context)
 
         def prepared() -> Prepared:
@@ -226,7 +231,8 @@ def parameters(method: Method | None, *, preset: bool = False) -> list[Any]:
     def output(output: opt.Output, preset: opt.Preset = None) -> None: ...
 
     return [
-        *first, *(_of_method(method) if method else []), *opt.shared(output), *opt.shared(opt.divided),
+        *first, *(_of_method(method) if method else opt.shared(opt.chosen)), *opt.shared(output),
+        *opt.shared(opt.divided),
         *opt.shared(opt.merged), *opt.shared(opt.written),
     ]  # fmt: skip
 

@@ -113,9 +113,9 @@ AsLora = Annotated[str | None, _merge_option(
     "--as-lora", metavar="RANK",
     help="Write a PEFT adapter: of this rank, or below 1 so large that it keeps this share.",
 )]  # fmt: skip
-Weight = Annotated[
-    list[str] | None, _merge_option(help="Weight of an expert, 1 by default. Repeatable.", metavar="NAME=W")
-]
+Weight = Annotated[list[str] | None, _merge_option(
+    metavar="NAME=W", help="Weight of an expert, 1 by default. Repeatable. Or balanced: by how far each went.",
+)]  # fmt: skip
 Preset = Annotated[str | None, _run_option(
     metavar="NAME", show_default=False,
     autocompletion=_offering(lambda: [(name, presets.load(name).summary) for name in presets.names()]),
@@ -213,6 +213,20 @@ def unlabelled(
     limit: ImageLimit = None,
 ) -> None:
     """What tells a method of unlabelled data; for its signature alone."""
+
+
+def chosen(
+    within: Annotated[
+        float | None,
+        typer.Option(
+            "--within",
+            metavar="MINUTES",
+            show_default=False,
+            help="The best method that takes no longer than this on the device.",
+        ),
+    ] = None,
+) -> None:
+    """What `auto` takes besides; for its signature alone."""
 
 
 def drawn(

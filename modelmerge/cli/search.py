@@ -69,7 +69,7 @@ def command(name: str) -> Callable[..., None]:
             lambda search: search.describe(), values, sink, lambda manifest: results(manifest["searched"]),
         )  # fmt: skip
 
-    parameters = [p for p in merge.parameters(method) if p.name not in ("cluster", "part", "finish", "plot")]
+    parameters = [p for p in merge.parameters(method) if p.name not in ("cluster", "part", "finish", "plot", "within")]
     place = next(i for i, parameter in enumerate(parameters) if parameter.name == "output")
     return opt.command(run, [*parameters[:place], *opt.shared(searched), *parameters[place:]])
 

@@ -70,6 +70,37 @@ def follow(options: Any, **defaults: Any) -> None:
             object.__setattr__(options, name, value)  # frozen for everybody else
 
 
+def sum_scale(published: float, *, reduces: bool = True) -> Any:
+    """The field of the scale of a sum of task vectors, which `follow_sum` and `with_experts` put in place."""
+    mean = "; 1 with reduce mean" if reduces else ""
+    words = f"Factor on the merged task vector. Default: 1 / sqrt(T) of T experts; {published:g} as published{mean}."
+    return option(None, words, varies="tensor", linear=True)
+
+
+def follow_sum(options: Any, published: float) -> None:
+    """Put the scale of a mean, or that of the published sum, in the place of None."""
+    if getattr(options, "reduce", "sum") == "mean":
+        follow(options, scale=1.0)
+    elif options.published:
+        follow(options, scale=published)
+
+
+def scale_of(options: Any, experts: int) -> float:
+    """The scale of a sum of task vectors: 1 / sqrt(T) where the options leave it to the number of experts.
+
+    Vectors at right angles that are equally long add up to that length then. In three digits, as it is told.
+    """
+    scale: float | None = options.scale
+    return round(max(experts, 1) ** -0.5, 3) if scale is None else scale
+
+
+def with_experts(options: Any, experts: int) -> Any:
+    """The options with what follows from the number of experts in the place of None."""
+    if getattr(options, "scale", 1.0) is not None:
+        return options
+    return dataclasses.replace(options, scale=scale_of(options, experts))
+
+
 def refuse_idle(options: Any, names: Sequence[str], reason: str) -> None:
     """Refuse options that have no effect; for the `__post_init__` of an options class.
 
@@ -95,22 +126,22 @@ def make_options(method: Method | TransformSpec, name: str, values: Mapping[str,
 
 
 def change_options(
-    method: Method | TransformSpec, name: str, values: Mapping[str, Any], changes: Mapping[str, Any]
+    method: Method | TransformSpec, name: str, values: Mapping[str, Any], changes: Mapping[str, Any], experts: int
 ) -> Any:
     """The options that `values` make, with `changes` in place, checked; what followed from others follows anew.
 
     So recorded options, which hold what followed, can be changed: of APGD's exact solver, with its ridge, `solver:
-    adam` makes Adam, without one.
+    adam` makes Adam, without one. What followed from the number of `experts` follows anew, too.
 
     Raises:
         UsageError: As for `make_options`.
     """
-    options = make_options(method, name, values)
+    options = with_experts(make_options(method, name, values), experts)
     fewest = dataclasses.asdict(options)
     for key in reversed(list(fewest)):
         fewer = {other: value for other, value in fewest.items() if other != key}
         try:
-            same = method.options(**fewer) == options
+            same = with_experts(method.options(**fewer), experts) == options
         except UsageError:  # another option has an effect only beside this one
             continue
         fewest = fewer if same else fewest

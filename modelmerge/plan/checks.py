@@ -11,7 +11,7 @@ from modelmerge.methods.contract import Method
 from modelmerge.methods.options import make_options
 from modelmerge.methods.words import parse_transform
 from modelmerge.plan.overrides import BASE, Methods, Override, parse
-from modelmerge.plan.recipe import Recipe, parse_size
+from modelmerge.plan.recipe import BALANCED, Recipe, parse_size
 from modelmerge.plan.tensors import DTYPES, ON_MISMATCH
 
 
@@ -63,6 +63,13 @@ def check_weights(recipe: Recipe, names: Sequence[str]) -> None:
     Raises:
         UsageError: There is one.
     """
+    if isinstance(recipe.weights, str):
+        if recipe.weights != BALANCED:
+            hint = f"give a weight by expert, or {BALANCED}"
+            raise UsageError(
+                f"must be {BALANCED} where it is a word, not '{recipe.weights}'", option="weights", hint=hint
+            )
+        return
     for name in recipe.weights:
         if name not in names:
             hint = suggestion(name, names, f"the experts are: {', '.join(names)}")
@@ -91,7 +98,11 @@ def refuse_beside_layers(recipe: Recipe) -> None:
     """
     if not recipe.layers:
         return
-    for option, is_asked in (("as_lora", recipe.as_lora is not None), ("disentangle", bool(recipe.disentangle))):
+    asked = {
+        "as_lora": recipe.as_lora is not None, "disentangle": bool(recipe.disentangle),
+        "weights": recipe.weights == BALANCED,
+    }  # fmt: skip
+    for option, is_asked in asked.items():
         if is_asked:
             raise UsageError("needs the base's own layers", option=option, hint=f"leave out {named('layers')}")
     method = _method(recipe.method)

@@ -62,7 +62,7 @@ class Translated:
         return tuple(map(str, merged_overrides(names, spread(self.variations, names, self.layers))))
 
     def without(self, options: Collection[str]) -> Translated:
-        """The same, less what it varies of these options (`scale`, or of one expert `NAME.weight`)."""
+        """The same, less what it varies of these options (`scale`, or of one expert `NAME.weight`, of all `weight`)."""
         kept = [v for v in self.variations if not {v.option, f"{v.expert}.{v.option}"} & set(options)]
         return replace(self, variations=tuple(kept))
 

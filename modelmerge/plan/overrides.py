@@ -34,6 +34,7 @@ from modelmerge.methods.options import (
     no_such_option,
     option_types,
     read_option,
+    with_experts,
     written,
 )
 
@@ -168,9 +169,9 @@ class Methods:
         experts: Sequence[str],
     ) -> None:
         method = registry.load(name)
-        self.main = Choice(name, method, make_options(method, name, options))
         self.overrides = tuple(overrides)
         self._options, self._rest, self._experts = dict(options), rest, experts
+        self.main = Choice(name, method, with_experts(make_options(method, name, options), len(experts)))
         self._choices = [self._bound(place, override) for place, override in enumerate(overrides)]
 
     def _bound(self, place: int, override: Override) -> Choice | None:
@@ -214,7 +215,9 @@ class Methods:
                     )
                 self._check_curve(method, name, option, values)
             experts[expert, option] = Curve(values)
-        options = change_options(method, name, self._options if override.method is None else {}, plain)
+        count = len(self._experts)
+        same = self._options if override.method is None else {}
+        options = with_experts(change_options(method, name, same, plain, count), count)
         for option, curve in {**curves, **{option: curve for (_, option), curve in experts.items()}}.items():
             if _varies(method).get(option) == "expert" and len(curve.values) > 1 and method.survey(options, {}):
                 raise UsageError(
@@ -255,7 +258,8 @@ class Methods:
         method = registry.load(rest)
         weights = {WEIGHT: choice.curves[WEIGHT]} if WEIGHT in choice.curves else {}
         experts = {key: curve for key, curve in choice.experts.items() if key[1] == WEIGHT}
-        return Choice(rest, method, method.options(), place, weights, experts, rest=True)
+        options = with_experts(method.options(), len(self._experts))
+        return Choice(rest, method, options, place, weights, experts, rest=True)
 
     def recorded(self) -> tuple[str, ...]:
         """The overrides as text; where one names a method, with all its options: defaults may change."""

@@ -24,6 +24,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 _GIVE = "give the modelmerge.json of a merged checkpoint"
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 OnMismatch = Literal["error", "copy", "common-rows"]
+BALANCED: Literal["balanced"] = "balanced"  # weights that take back experts that went much farther than the others
+Weights = Mapping[str, float] | Literal["balanced"]
 
 
 class TokenRow(TypedDict, total=False):
@@ -67,28 +69,29 @@ class Recipe:
     """Everything that determines the merged weights, and nothing else.
 
     `base` and `experts`, in their order, are `[NAME=]REF` each, or name and reference apart; `options` are the
-    method's, and the method for the rest runs at its defaults. `at` are overrides, in the order in which they are
-    asked: `modelmerge.plan.overrides`. `layers` are the runs of layers that the output has, in order, or none for the
-    base's own: `modelmerge.plan.layers`. `disentangle` are the transforms before the method, in order, `NAME [OPTION=V
-    ...]` each. `rest` is the method for what a method for linear layers leaves, base, or None for the method's choice.
-    `dtype` is float64, float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what becomes of tensors
-    whose shapes differ. `vocab` is whose tokens embeddings and heads have: base, union, an expert's name, or None for
-    rows that go by their number. `files_from` is whose tokenizer, chat template and generation config the output gets:
-    base, or an expert's name. `tables` is how mergekit puts embeddings and heads together, where it is asked for, and
-    `chat_template` a Jinja template in place of the tokenizer's, the name of one, or auto for the most common among the
-    models (`modelmerge.checkpoint.templates`). `max_shard_size` is the size of the largest file, or None for what is
-    usual: 5GB, and one file for a base that is one. `as_lora` is the rank of the PEFT adapter to write instead of a
-    checkpoint or, below 1, the share of the squared norm that it keeps. `unlabelled` tells the data of a method that
-    finds the experts' weights on them, see `modelmerge.verbs.coefficients`; `coefficients` are what it found, by tensor
-    and expert, and with them no data are needed. `stages` are merged before, in their order, by the names that
-    `stage:NAME` refers to.
+    method's, and the method for the rest runs at its defaults. `weights` are by expert, 1 where none is named, or
+    balanced until the experts have been measured (`modelmerge.engine.lengths`). `at` are overrides, in the order in
+    which they are asked: `modelmerge.plan.overrides`. `layers` are the runs of layers that the output has, in order, or
+    none for the base's own: `modelmerge.plan.layers`. `disentangle` are the transforms before the method, in order,
+    `NAME [OPTION=V ...]` each. `rest` is the method for what a method for linear layers leaves, base, or None for the
+    method's choice. `dtype` is float64, float32, float16, bfloat16 or None for the base's own. `on_mismatch` is what
+    becomes of tensors whose shapes differ. `vocab` is whose tokens embeddings and heads have: base, union, an expert's
+    name, or None for rows that go by their number. `files_from` is whose tokenizer, chat template and generation config
+    the output gets: base, or an expert's name. `tables` is how mergekit puts embeddings and heads together, where it is
+    asked for, and `chat_template` a Jinja template in place of the tokenizer's, the name of one, or auto for the most
+    common among the models (`modelmerge.checkpoint.templates`). `max_shard_size` is the size of the largest file, or
+    None for what is usual: 5GB, and one file for a base that is one. `as_lora` is the rank of the PEFT adapter to write
+    instead of a checkpoint or, below 1, the share of the squared norm that it keeps. `unlabelled` tells the data of a
+    method that finds the experts' weights on them, see `modelmerge.verbs.coefficients`; `coefficients` are what it
+    found, by tensor and expert, and with them no data are needed. `stages` are merged before, in their order, by the
+    names that `stage:NAME` refers to.
     """
 
     method: str
     base: str | Named
     experts: tuple[str | Named, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
     disentangle: tuple[str, ...] = ()
     at: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
@@ -208,12 +211,16 @@ def parse_size(text: str | None) -> int | None:
     return size
 
 
-def parse_weights(texts: Sequence[str]) -> dict[str, float]:
-    """Weights by expert's name, of `NAME=W` each.
+def parse_weights(texts: Sequence[str]) -> Weights:
+    """Weights by expert's name, of `NAME=W` each; or balanced, which goes alone.
 
     Raises:
         UsageError: One is not of that form, or a name comes twice.
     """
+    if list(texts) == [BALANCED]:
+        return BALANCED
+    if BALANCED in texts:
+        raise UsageError(f"{BALANCED} sets the weights of all experts", option="weights", hint="leave the others out")
     weights: dict[str, float] = {}
     for text in texts:
         name, _, number = text.rpartition("=")
@@ -222,7 +229,8 @@ def parse_weights(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             value = float("nan")
         if not name or value != value or value in (float("inf"), float("-inf")):
-            raise UsageError(f"'{text}' is not NAME=W", option="weights", hint="write it like math=0.5")
+            hint = f"write it like math=0.5, or {BALANCED}"
+            raise UsageError(f"'{text}' is not NAME=W", option="weights", hint=hint)
         if name in weights:
             raise UsageError(f"names '{name}' twice", option="weights")
         weights[name] = value

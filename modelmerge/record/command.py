@@ -50,10 +50,13 @@ def command_of(recipe: Recipe, output: str) -> str:
     words = ["modelmerge", "merge", recipe.method, *models]
     names = ("rest", "dtype", "on_mismatch", "vocab", "files_from", "max_shard_size", "seed", "as_lora", "include",
              "exclude")  # fmt: skip
+    weights: Any = recipe.weights
+    if not isinstance(weights, str):
+        weights = [f"{name}={written(weight)}" for name, weight in weights.items()]
     options = [
         *recipe.options.items(),
         ("disentangle", recipe.disentangle),
-        ("weight", [f"{name}={written(weight)}" for name, weight in recipe.weights.items()]),
+        ("weight", weights),
         ("at", recipe.at),
         ("layers", recipe.layers),
         *settings_of(recipe, *names).items(),

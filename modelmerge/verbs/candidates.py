@@ -218,7 +218,7 @@ def prepare_search(
     first = prepare(recipe, device=device, stream=stream, opened=opened, look=look)
     resolved = dataclasses.replace(
         recipe, method=first.recipe.method, base=first.recipe.base, experts=first.recipe.experts,
-        options=first.recipe.options if recipe.method == AUTO else recipe.options,
+        options=first.recipe.options if recipe.method == AUTO else recipe.options, weights=first.recipe.weights,
     )  # fmt: skip
     experts = [expert.name for expert in first.job.plan.experts]
     axes = _axes(resolved, tries, experts)
@@ -276,6 +276,7 @@ def _candidate(
     stream: bool,
 ) -> Candidate:
     options, transforms, places = dict(recipe.options), list(recipe.disentangle), _transforms(recipe)
+    assert not isinstance(recipe.weights, str), "balanced weights are those of the first"
     weights = dict(recipe.weights)
     for name, value in values.items():
         owner, dot, option = name.rpartition(".")

@@ -19,9 +19,10 @@ from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError, named
 from modelmerge.hub.upload import Uploader
 from modelmerge.plan.downloads import fetch
-from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
+from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe, Weights
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.verbs import adapted, coefficients, parts, stages
+from modelmerge.verbs.auto import refuse_within
 from modelmerge.verbs.driver import drive
 from modelmerge.verbs.output import complete, output_of
 from modelmerge.verbs.prepare import (
@@ -43,7 +44,7 @@ def merge(
     out: str | Path | None = None,
     *,
     method: str,
-    weights: Mapping[str, float] | None = None,
+    weights: Weights | None = None,
     disentangle: str | Sequence[str] = (),
     at: Sequence[str] = (),
     layers: Sequence[str] = (),
@@ -65,6 +66,7 @@ def merge(
     cluster: str | None = None,
     part: str | None = None,
     finish: Sequence[str | Path] = (),
+    within: float | None = None,
     dry_run: bool = False,
     progress: Reporter = SILENT,
     **options: Any,
@@ -80,7 +82,8 @@ def merge(
             base is tensors).
         out: Where the merged checkpoint shall be; None for tensors in memory.
         method: A merge method's name, or `auto`; `options` are the method's own, by their Python names.
-        weights: Weight of each expert by name; 1 where none is given.
+        weights: Weight of each expert by name; 1 where none is given. "balanced": an expert that went more than 1.5
+            times as far from the base as the one in the middle weighs less by how many times.
         disentangle: Transforms of the task vectors before they are merged, in their order, `NAME [OPTION=V ...]` each,
             as in "awd alpha=0.2".
         at: Overrides, `GLOB: [METHOD] [OPTION=V[,V...]] [EXPERT.OPTION=V[,V...]]` each: another method or other values
@@ -131,6 +134,7 @@ def merge(
         finish: The directories of all parts: copy them into one output at `out`. Nothing is merged then, and the parts
             stay. The models must be the same, wherever they lie, and so must the options, the versions and the number
             of threads.
+        within: Minutes that the method may take which `auto` chooses, on this device.
         dry_run: Write nothing, and return the plan: tensors and why, bytes, peak memory.
         progress: Hears of the progress.
         **options: The method's options.
@@ -139,17 +143,18 @@ def merge(
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
     refuse_unknown(merge, method, options)
+    refuse_within(method, within, {"cluster": cluster, "part": part, "finish": finish})
     data, script = coefficients.to_recipe(unlabelled or {})
 
     def make(base: str, experts: Sequence[str | Named], place: Path) -> dict[str, Any]:
         recipe = Recipe(
-            method=method, base=base, experts=tuple(experts), options=options, weights=dict(weights or {}),
+            method=method, base=base, experts=tuple(experts), options=options, weights=weights or {},
             disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle), at=tuple(at),
             layers=tuple(layers), rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude),
             on_mismatch=on_mismatch, vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed,
             as_lora=as_lora, unlabelled=data,
         )  # fmt: skip
-        prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run)
+        prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run, within=within)
         if dry_run:
             with contextlib.closing(prepared):
                 return describe(prepared, cluster=cluster, part=part, finish=finish)

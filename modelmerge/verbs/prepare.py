@@ -49,8 +49,9 @@ from modelmerge.record.fingerprint import fingerprint, threads_in
 from modelmerge.record.manifest import groups_of, listing, remarks
 from modelmerge.record.recorded import Recorded
 from modelmerge.text import duration
-from modelmerge.verbs import adapted, coefficients
-from modelmerge.verbs.auto import AUTO, choose
+from modelmerge.verbs import adapted, auto, coefficients
+from modelmerge.verbs.auto import AUTO, CHOICES, kind_of
+from modelmerge.verbs.balanced import balanced
 
 if TYPE_CHECKING:
     from modelmerge.verbs.stages import Staged
@@ -106,6 +107,7 @@ class Prepared:
         entry = {
             "method": self.recipe.method,
             "disentangle": list(self.recipe.disentangle),
+            "weights": dict(zip(self.job.experts, self.job.weights, strict=True)),
             "groups": groups_of(self.job),
             **listing(self.job.source, ((t, t.out_dtype, t.action) for t in plan.tensors.values())),
             "at": list(self.recipe.at),
@@ -143,35 +145,27 @@ def prepare(
     opened: tuple[Checkpoint, tuple[Checkpoint, ...]] | None = None,
     overrides: Callable[[Mapping[str, bool]], Sequence[str]] | None = None,
     stages: Mapping[str, Path] = NO_STAGES,
+    within: float | None = None,
 ) -> Prepared:
     """Read the headers of all models and plan the merge; nothing is written, and no weights are downloaded.
 
     `script` is a function that gives unlabelled data, or FILE:FUNCTION, as whoever runs this has named it: one that
-    only the recipe names is refused. No script is run. With `look`, `auto` may read a few megabytes of weights on the
-    Hub to see of what kind they are. `opened` are the base and the experts, where they have been opened before.
+    only the recipe names is refused. No script is run. With `look`, `auto` and balanced weights may read a few
+    megabytes of weights on the Hub. `opened` are the base and the experts, where they have been opened before.
     `overrides` gives overrides that follow the recipe's, where they follow from the names of the tensors (and from
-    which are weights of linear layers). `stages` are the places of the merges before it.
+    which are weights of linear layers). `stages` are the places of the merges before it. `within` so many minutes
+    `auto` takes the best method that it knows.
 
     Raises:
         ModelMergeError: Whatever can be known to be wrong before a tensor is read.
     """
     first_device = str(find_devices(device)[0])
     if recipe.method == AUTO:
-        if recipe.options:
-            raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
-        check_choices(recipe)
-        opened = opened or open_models(recipe.base, recipe.experts, recipe.exclude, stages)
-        shared = make_plan(
-            *opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch,
-            vocab=recipe.vocab, files_from=recipe.files_from, tables=recipe.tables,
-        )  # fmt: skip
-        choice = choose(shared, look=look)
-        recipe = dataclasses.replace(recipe, method=choice.method, options=choice.options)
-        options = ", ".join(f"{name}={value}" for name, value in choice.options.items())
-        method = f"{choice.method} with {options}" if options else choice.method
-        remarks = [*remarks, f"The method is {method}: {choice.reason}."]
+        how = {"device": device, "recorded": recorded, "stream": stream, "script": script, "look": look,
+               "overrides": overrides, "stages": stages}  # fmt: skip
+        return _prepare_auto(recipe, opened, remarks, within, how)
     chosen = registry.load(recipe.method)
-    options = make_options(chosen, recipe.method, recipe.options)
+    make_options(chosen, recipe.method, recipe.options)  # refused before models are opened
     transforms = tuple(transform_of(*parse_transform(text)) for text in recipe.disentangle)
     check_choices(recipe)
     adapted.size_of(recipe)
@@ -188,7 +182,6 @@ def prepare(
         base, experts, remarks = stack.base, stack.experts, [*remarks, *stack.remarks]
     names = [expert.name for expert in experts]
     check_weights(recipe, names)
-    weights = tuple(float(recipe.weights.get(name, 1.0)) for name in names)
     if overrides is not None:
         linear = {tensor.name: is_linear(tensor, recipe.include) for tensor in base.tensors.values()}
         overrides_read += [parse(text) for text in overrides(linear)]
@@ -202,6 +195,11 @@ def prepare(
         on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from,
         tables=recipe.tables, strict=strict, stack=stack,
     )  # fmt: skip
+    named_weights = recipe.weights
+    if isinstance(named_weights, str):
+        named_weights, why = balanced(plan, look=look)
+        remarks = [*remarks, why]
+    weights = tuple(float(named_weights.get(name, 1.0)) for name in names)
     foreign = (name != piece.diffusers.partition("/")[2] for network in networks(plan.base.tensors) if network.single
                for name, (piece, *_) in network.pieces.items())  # fmt: skip
     if recipe.as_lora is not None and any(foreign):
@@ -254,11 +252,44 @@ def prepare(
         recipe,
         base=_pinned(recipe.base, base),
         experts=tuple(_pinned(text, expert) for text, expert in zip(recipe.experts, experts, strict=True)),
-        options=dataclasses.asdict(options),
+        options=dataclasses.asdict(methods.main.options),
         disentangle=tuple(as_typed(transform.name, transform.options) for transform in transforms),
-        weights={e.name: w for e, w in zip(experts, weights, strict=True)} if recipe.weights else {},
+        weights=dict(zip(names, weights, strict=True)) if named_weights else {},
     )
     return Prepared(complete, job, recorded, remarks, stream, device, data)
+
+
+def _prepare_auto(
+    recipe: Recipe,
+    opened: tuple[Checkpoint, tuple[Checkpoint, ...]] | None,
+    remarks: Sequence[str],
+    within: float | None,
+    how: Mapping[str, Any],
+) -> Prepared:
+    """The merge by the best method for what the models are, of those that take no longer than `within` minutes."""
+    if recipe.options:
+        raise UsageError(f"'{AUTO}' has no options of a method", hint="name the method to set its options")
+    check_choices(recipe)
+    base, experts = opened = opened or open_models(recipe.base, recipe.experts, recipe.exclude, how["stages"])
+    shared = make_plan(
+        *opened, include=recipe.include, exclude=recipe.exclude, on_mismatch=recipe.on_mismatch,
+        vocab=recipe.vocab, files_from=recipe.files_from, tables=recipe.tables,
+    )  # fmt: skip
+    kind, why = kind_of(shared, look=how["look"])
+    remarks = [*remarks, *([why] if why else []), *(auto.about_language(base.config) if len(experts) > 1 else [])]
+    if len(experts) > 1 and not (recipe.weights or recipe.layers or any(m.reference.is_stage for m in shared.models)):
+        weights, why = balanced(shared, look=how["look"])
+        if set(weights.values()) != {1.0}:
+            recipe, remarks = dataclasses.replace(recipe, weights=weights), [*remarks, why]
+    times: list[float | None] = []
+    for choice in CHOICES[kind]:
+        one = dataclasses.replace(recipe, method=choice.method, options=choice.options)
+        prepared = prepare(one, opened=opened, remarks=remarks, **how)
+        times.append(seconds(prepared.job, prepared.job.plan.in_order()))
+        if within is None or times[-1] is None or times[-1] <= within * 60:
+            break
+    reason = auto.told(CHOICES[kind][: len(times)], times, within, str(prepared.job.source.device))
+    return dataclasses.replace(prepared, remarks=[reason, *prepared.remarks])
 
 
 def refuse_unknown(verb: Callable[..., Any], method: str, options: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from modelmerge.evaluation.custom import Metric
 from modelmerge.methods import registry
 from modelmerge.methods.options import Range
 from modelmerge.plan.downloads import fetch
-from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe
+from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe, Weights
 from modelmerge.progress import SILENT, Reporter
 from modelmerge.record.manifest import as_file, write_card
 from modelmerge.record.redaction import placeless
@@ -55,7 +55,7 @@ def search(
     on: Sequence[str] = (),
     metric: Metric | str | None = None,
     budget: int | None = None,
-    weights: Mapping[str, float] | None = None,
+    weights: Weights | None = None,
     at: Sequence[str] = (),
     rest: str | None = None,
     disentangle: str | Sequence[str] = (),
@@ -120,7 +120,7 @@ def search(
     if twice := sorted(options.keys() & tries.keys()):
         raise UsageError(f"'{twice[0]}' is given, and tried", hint="leave one of them out")
     recipe = Recipe(
-        method=method, base=str(base), experts=as_references(experts), options=options, weights=dict(weights or {}),
+        method=method, base=str(base), experts=as_references(experts), options=options, weights=weights or {},
         at=tuple(at), disentangle=(disentangle,) if isinstance(disentangle, str) else tuple(disentangle),
         rest=rest, dtype=dtype, include=tuple(include), exclude=tuple(exclude), on_mismatch=on_mismatch,
         vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed, as_lora=as_lora,

@@ -17,10 +17,11 @@ from torch import Tensor
 import modelmerge
 from modelmerge.errors import UsageError
 from modelmerge.methods import registry
-from modelmerge.methods.options import as_text, is_linear, make_options, option_types, read_value
+from modelmerge.methods.options import as_text, is_linear, make_options, option_types, read_value, with_experts
 from tests.support.checkpoints import State, read, same_bits, write
 from tests.support.methods import takes
 
+EXPERTS = 3
 SHAPE = (36, 48)  # of all matrices, so that a rank which follows from the tensor is one number
 # Whose option belongs to one of them, or to the form that is not the published one.
 SOLVERS = {"exact": ("ridge",), "adam": ("steps", "lr", "relative_lr"), "spectral": ("time", "share")}
@@ -39,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     base: State = {f"layers.{i}.proj.weight": random(*SHAPE) * 0.1 for i in range(3)} | {"norm.weight": random(48)}
     experts = [
         {name: tensor + random(*tensor.shape) * (0.1 if "layers.0" in name else 5e-3) for name, tensor in base.items()}
-        for _ in range(3)
+        for _ in range(EXPERTS)
     ]
     return [write(root / name, state) for name, state in zip("bxyz", [base, *experts], strict=True)]
 
@@ -64,6 +65,8 @@ def shown(kind: str, name: str, option: str, published: bool) -> Any:
     assert words, f"help does not show the default of {option}"
     plain, *others = words[1].split("; ")
     text = next((other.removesuffix(" as published") for other in others), plain) if published else plain
+    if text == "1 / sqrt(T) of T experts":
+        return round(EXPERTS**-0.5, 3)
     if rank := re.fullmatch(r"min\(m, n\) / (\d+)", text):
         return min(SHAPE) // int(rank[1])
     return None if text == "none" else read_value(option, text, option_types(registry.load(name, kind).options)[option])
@@ -84,7 +87,7 @@ def merged(models: list[Path], out: Path, kind: str, name: str, values: dict[str
     key = f"{kind} {name} {sorted(values.items())}"
     if key not in _PLAIN:
         if kind == "merge":
-            chosen = models[: 1 + takes(name, 3)]
+            chosen = models[: 1 + takes(name, EXPERTS)]
             modelmerge.merge(chosen[0], chosen[1:], out, method=name, **values)
         else:
             words = [f"{option.replace('_', '-')}={as_text(value)}" for option, value in values.items()]
@@ -114,7 +117,10 @@ DEFAULTS = named_defaults()
 def test_naming_a_default_changes_no_option(case: Case, models: list[Path], tmp_path: Path) -> None:
     kind, name, _, option = case
     chosen, frame = registry.load(name, kind), frame_of(*case)
-    plain, named = (make_options(chosen, name, values) for values in (frame, {**frame, option: DEFAULTS[case]}))
+    plain, named = (
+        with_experts(make_options(chosen, name, values), EXPERTS)
+        for values in (frame, {**frame, option: DEFAULTS[case]})
+    )
     if option == "shared_rank":  # which is found for each tensor where it is not named: the bits are the same
         one = merged(models, tmp_path / "plain", kind, name, frame)
         assert same_bits(one, merged(models, tmp_path / "named", kind, name, {**frame, option: DEFAULTS[case]}))
@@ -140,7 +146,7 @@ def test_naming_all_defaults_changes_no_bit(
     assert same_bits(plain, merged(models, tmp_path / "named", kind, name, {**frame, **dict(together)}))
 
 
-@pytest.mark.parametrize("name", ["ace", "apgd", "svc", "wudi"])
+@pytest.mark.parametrize("name", ["ace", "apgd", "breadcrumbs", "consensus", "svc", "task-arithmetic", "ties", "wudi"])
 def test_the_published_form_is_another_one(name: str, models: list[Path], tmp_path: Path) -> None:
     plain = merged(models, tmp_path / "a", "merge", name, {})
     assert not same_bits(plain, merged(models, tmp_path / "b", "merge", name, {"published": True}))
@@ -187,7 +193,7 @@ def test_the_scale_is_linear_to_the_bit(name: str, published: bool, models: list
     zeros = write(tmp_path / "zeros", {key: torch.zeros_like(tensor) for key, tensor in read(models[0]).items()})
     experts = [
         write(tmp_path / path.name, {key: tensor - read(models[0])[key] for key, tensor in read(path).items()})
-        for path in models[1 : 1 + takes(name, 3)]
+        for path in models[1 : 1 + takes(name, EXPERTS)]
     ]
     values: dict[str, Any] = {"published": True} if published else {}
     values |= {"steps": 20} if published and "steps" in option_types(chosen.options) else {}

@@ -12,6 +12,7 @@ import modelmerge
 from modelmerge.cli import main
 from modelmerge.engine import lowrank
 from modelmerge.errors import UsageError
+from modelmerge.verbs.auto import CHOICES
 from tests.support.checkpoints import State, read, write
 from tests.support.hub_server import FakeHub
 
@@ -37,12 +38,11 @@ def test_full_experts_go_to_kron(models: list[Path], tmp_path: Path, capsys: pyt
     assert same(tmp_path / "auto", tmp_path / "again")
 
 
-def test_low_rank_experts_go_to_task_arithmetic(models: list[Path], tmp_path: Path) -> None:
+def test_low_rank_experts_go_to_apgd(models: list[Path], tmp_path: Path) -> None:
     modelmerge.extract(models[0], models[1:], tmp_path / "vectors", rank=2)
     vectors = [tmp_path / "vectors" / model.name for model in models[1:]]
     manifest = modelmerge.merge(models[0], vectors, tmp_path / "auto", method="auto")
-    assert manifest["recipe"]["method"] == "task-arithmetic"
-    assert manifest["recipe"]["options"]["scale"] == 0.3
+    assert manifest["recipe"]["method"] == "apgd"
     mixed = modelmerge.merge(models[0], [vectors[0], models[2]], tmp_path / "mixed", method="auto")
     assert mixed["recipe"]["method"] == "kron"
 
@@ -76,15 +76,15 @@ def test_adapters_merged_into_checkpoints_are_told_as_adapters_are(
     base = write(tmp_path / "base", wide_base(dtype))
     experts = [write(tmp_path / f"e{i}", with_loras(wide_base(dtype), i, dtype, only)) for i in range(2)]
     manifest = modelmerge.merge(base, experts, tmp_path / "auto", method="auto")
-    assert manifest["recipe"]["method"] == "task-arithmetic"
-    assert any("all experts are of low rank, as merged LoRA adapters are" in note for note in manifest["notes"])
-    modelmerge.merge(base, experts, tmp_path / "plain", method="task-arithmetic", scale=0.3)
+    assert manifest["recipe"]["method"] == "apgd"
+    assert any("All experts are of low rank, as merged LoRA adapters are" in note for note in manifest["notes"])
+    modelmerge.merge(base, experts, tmp_path / "plain", method="apgd")
     assert same(tmp_path / "auto", tmp_path / "plain")
     # Beside an adapter's factors, and as task vectors, they are what they are.
     modelmerge.extract(base, experts, tmp_path / "vectors", rank=2)
     for mixed in ([experts[0], tmp_path / "vectors" / "e1"], [tmp_path / "vectors" / "e0", experts[1]]):
         told = modelmerge.merge(base, mixed, tmp_path / "mixed", method="auto", force=True)
-        assert told["recipe"]["method"] == "task-arithmetic"
+        assert told["recipe"]["method"] == "apgd"
     # Not beside one that was trained in full.
     full = {k: v + 1e-3 * torch.randn(v.shape).to(v.dtype) if v.dim() == 2 else v for k, v in wide_base(dtype).items()}
     other = write(tmp_path / "full", full)
@@ -112,18 +112,46 @@ def test_on_the_hub_a_dry_run_says_what_looking_might_change(
     plan = json.loads(capsys.readouterr().out)["plan"]
     assert not looked
     assert plan["method"] == "kron"
-    assert any("should all experts turn out to be of low rank" in remark for remark in plan["remarks"])
+    assert any("Should all experts turn out to be of low rank" in remark for remark in plan["remarks"])
     assert main(words) == 0
-    assert json.loads(capsys.readouterr().out)["manifest"]["recipe"]["method"] == "task-arithmetic"
+    assert json.loads(capsys.readouterr().out)["manifest"]["recipe"]["method"] == "apgd"
     assert looked == [0, 1]
     assert main([*words, "--dry-run", "--force"]) == 0
-    assert json.loads(capsys.readouterr().out)["plan"]["method"] == "task-arithmetic", "all is in the cache now"
+    assert json.loads(capsys.readouterr().out)["plan"]["method"] == "apgd", "all is in the cache now"
 
 
 def test_one_expert_is_taken_as_it_is(models: list[Path], tmp_path: Path) -> None:
     modelmerge.merge(models[0], models[1:2], tmp_path / "auto", method="auto")
     got, want = read(tmp_path / "auto"), read(models[1])
     assert all(torch.allclose(got[key].double(), want[key].double(), atol=1e-6) for key in want)
+
+
+def test_it_takes_what_is_done_in_time_and_says_what_was_too_slow(models: list[Path], tmp_path: Path) -> None:
+    notes = modelmerge.merge(models[0], models[1:], tmp_path / "long", method="auto", within=60)["notes"]
+    assert any("It takes about " in note and "too short" not in note for note in notes)
+    short = modelmerge.merge(models[0], models[1:], tmp_path / "short", method="auto", within=1e-9)
+    assert short["recipe"]["method"] == CHOICES["full"][-1].method
+    [why] = [note for note in short["notes"] if note.startswith("The method is")]
+    assert "too short for what is better: kron about 1 s" in why
+    assert why.endswith("nothing that is known here takes less.")
+    modelmerge.merge(models[0], models[1:], tmp_path / "plain", method=CHOICES["full"][-1].method)
+    assert same(tmp_path / "short", tmp_path / "plain")
+
+
+def test_a_limit_of_time_is_for_auto_in_one_process(models: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is for 'auto'"):
+        modelmerge.merge(models[0], models[1:], tmp_path / "out", method="ties", within=1)
+    with pytest.raises(UsageError, match="must be above 0"):
+        modelmerge.merge(models[0], models[1:], tmp_path / "out", method="auto", within=0)
+    words = ["merge", "auto", *map(str, models), "-o", str(tmp_path / "out"), "--within", "1"]
+    assert main([*words, "--part", "1/2"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_language_models_are_told_what_holds_for_large_ones(models: list[Path], tmp_path: Path) -> None:
+    (models[0] / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    notes = modelmerge.merge(models[0], models[1:], tmp_path / "out", method="auto", on_mismatch="copy")["notes"]
+    assert any("arXiv 2511.21437" in note for note in notes)
 
 
 def test_it_is_listed_and_has_no_options(

@@ -20,7 +20,7 @@ went far from the base (from about a seventh of its norm), where all methods wan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,12 +50,17 @@ class Options(apgd.CorrectionOptions):
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    merged = torch.zeros_like(taus[0])
-    fit = apgd.fit(taus, options, context)
+    merged, vectors = torch.zeros_like(taus[0]), taus
+    if not options.published and any(weight not in (0.0, 1.0) for weight in context.weights):
+        # D keeps a weighted task vector then, not the whole of one that shall count less.
+        factors = torch.tensor([weight or 1.0 for weight in context.weights]).to(taus)
+        vectors = taus * factors[:, None, None]
+        context = replace(context, weights=tuple(float(weight != 0.0) for weight in context.weights))
+    fit = apgd.fit(vectors, options, context)
     if fit is None:
         return merged
     for i, lam in zip(fit.active, fit.lambdas, strict=True):
-        part = taus[i] + fit.correction
+        part = vectors[i] + fit.correction
         if fit.thresholds is not None:
             part.mul_(taus[i].abs() >= fit.thresholds[i])
         merged.add_(part.mul_(lam))

@@ -23,7 +23,7 @@ import torch
 from modelmerge.methods import norms, signs, threshold, trims
 from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Moments, Tensor
-from modelmerge.methods.options import option
+from modelmerge.methods.options import PUBLISHED, follow_sum, option, scale_of, sum_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +34,15 @@ class Options:
     gamma: float = option(
         0.006, "Share of the largest entries that is dropped.", minimum=0.0, maximum=1.0, varies="expert"
     )
-    scale: float = option(0.2, "Factor on the merged task vector.", varies="tensor", linear=True)
+    scale: float | None = sum_scale(0.2)
+    published: bool = option(False, PUBLISHED)
     consensus: Literal["linear", "ties"] = option("linear", "Add everything up, or only what agrees in sign.")
     scope: Literal["tensor", "row"] = option("tensor", "Where the shares are counted: in each tensor, or each row.")
     reduce: Literal["sum", "mean"] = option("sum", "Add what is left up, or take its mean by the weights.")
     rescale: Literal["none", "norm"] = option("none", "Give each tensor its L1 norm back.")
+
+    def __post_init__(self) -> None:
+        follow_sum(self, 0.2)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
@@ -66,7 +70,7 @@ def _merged(
     each = zip(taus, limits, factors, strict=True)
     trimmed = (signs.times(middle(tau, limit), factor) for tau, limit, factor in each)
     merged = signs.consensus(trimmed, context.weights, taus[0], options.consensus, options.reduce)
-    return merged.mul_(options.scale)
+    return merged.mul_(scale_of(options, len(taus)))
 
 
 def places(count: int, density: float, gamma: float) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from modelmerge.methods.contract import Citation, Context, Method, Tensor
-from modelmerge.methods.options import option
+from modelmerge.methods.options import PUBLISHED, follow_sum, option, scale_of, sum_scale
 from modelmerge.methods.sums import weighted_sum
 
 
@@ -28,7 +28,11 @@ class Options:
         0.4, "How far an entry must stand out from the other tasks' to be wanted.", minimum=0.0, varies="tensor"
     )
     min_tasks: int = option(2, "Entries are kept that so many tasks want.", minimum=0)
-    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor", linear=True)
+    scale: float | None = sum_scale(0.3, reduces=False)
+    published: bool = option(False, PUBLISHED)
+
+    def __post_init__(self) -> None:
+        follow_sum(self, 0.3)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
@@ -38,7 +42,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     for tau, weight in zip(taus, context.weights, strict=True):
         votes.add_(tall_mask(tau if weight == 1.0 else torch.mul(tau, weight, out=part), total, options.tall_lambda))
     mask = torch.ge(votes, min(options.min_tasks, len(taus)), out=votes)
-    return total.mul_(mask).mul_(options.scale)
+    return total.mul_(mask).mul_(scale_of(options, len(taus)))
 
 
 def tall_mask(tau: Tensor, total: Tensor, tall_lambda: float) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Literal
 from modelmerge.methods import norms, signs, threshold, trims
 from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Moments, Tensor
-from modelmerge.methods.options import option
+from modelmerge.methods.options import PUBLISHED, follow_sum, option, scale_of, sum_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +28,16 @@ class Options:
     """Options of TIES."""
 
     density: float = option(0.2, "Share of the entries that is kept.", above=0.0, maximum=1.0, varies="expert")
-    scale: float = option(0.3, "Factor on the merged task vector.", varies="tensor", linear=True)
+    scale: float | None = sum_scale(0.3)
+    published: bool = option(False, PUBLISHED)
     reduce: Literal["sum", "mean"] = option("sum", "What becomes of the entries that agree in sign.")
     trim_scope: Literal["model", "tensor"] = option(
         "model", "Where the share is counted: over the whole task vector, or in each tensor."
     )
     rescale: Literal["none", "norm"] = option("none", "Give each tensor its L1 norm back.")
+
+    def __post_init__(self) -> None:
+        follow_sum(self, 0.3)
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
@@ -55,7 +59,7 @@ def _merged(
         signs.times(threshold.trim(taus[i], None if thresholds is None else thresholds[i]), factor)
         for i, factor in enumerate(factors)
     )
-    return signs.elect(trimmed, context.weights, taus[0], options.reduce).mul_(options.scale)
+    return signs.elect(trimmed, context.weights, taus[0], options.reduce).mul_(scale_of(options, len(taus)))
 
 
 def _moments(options: Options, each: Mapping[str, tuple[float, ...]]) -> Moments | None:

@@ -1,0 +1,99 @@
+"""How far each expert went from the base, and weights that take back one that went much farther than the others.
+
+A task vector several times as long as the others drowns them, whatever the method. Its expert's weight becomes the
+inverse of how many times as long it is as that of the expert in the middle. The lengths are Frobenius norms over the
+weights of linear layers, from some rows of a few matrices of each type: kilobytes to some megabytes of each model.
+Whether they are measured on these or on all that is merged changes a ratio by a few per cent (tests/benchmarks/
+balanced.md).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median_low
+
+import torch
+
+from modelmerge.checkpoint.names import layer_type
+from modelmerge.engine.job import Source
+from modelmerge.engine.loader import Loader
+from modelmerge.engine.parallel import threads
+from modelmerge.engine.pieces import Piece, piece_bytes
+from modelmerge.plan.tensors import Plan, TensorPlan
+
+# So many rows of a matrix are read, of so many matrices of a type: the first layer's, the last's and between.
+_ROWS, _EACH = 64, 3
+# Experts that went up to so many times as far as the one in the middle keep their weight: even sets stay as they are.
+FAR = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """An expert's weight, and why: `ratio` is its length in units of that of the expert in the middle."""
+
+    ratio: float
+    weight: float
+
+
+def balance(plan: Plan) -> tuple[Balance, ...]:
+    """Each expert's weight by its length. The bytes of the rows that are looked at are read, and no others.
+
+    Of an even number of experts the shorter of the two in the middle is the measure. An expert that changed nothing
+    that was looked at counts for nothing and keeps its weight.
+
+    Raises:
+        CheckpointError: A weight cannot be read.
+    """
+    found = lengths(plan)
+    middle = median_low(sorted(length for length in found if length > 0) or [1.0])
+    # In three digits, as they are told, so that a rounding of the lengths makes no other weight.
+    ratios = [float(f"{length / middle:.3g}") for length in found]
+    return tuple(Balance(ratio, float(f"{1 / ratio:.3g}") if ratio > FAR else 1.0) for ratio in ratios)
+
+
+def lengths(plan: Plan) -> tuple[float, ...]:
+    """The Frobenius norm of each expert's task vector over the matrices of the plan, as far as a sample tells it.
+
+    Raises:
+        CheckpointError: A weight cannot be read.
+    """
+    types = _by_type(plan)
+    looked = [tensor for tensors in types for tensor in _some(tensors)]
+    cpu, elements = torch.device("cpu"), max((_sample(tensor).stop for tensor in looked), default=0)
+    loader = Loader(Source(plan, cpu, 1), elements, elements * 8, cpu)
+    total = torch.zeros(len(plan.experts), dtype=torch.float64)
+    with threads(1):
+        for tensors in types:
+            some = _some(tensors)
+            for tensor in some:
+                piece = _sample(tensor)
+                _, taus = loader.load(piece, check=False)
+                share = len(tensors) / len(some) * tensor.numel / piece.stop
+                total += taus.double().square().sum(1) * share
+    return tuple(total.sqrt().nan_to_num(0.0, 0.0, 0.0).tolist())
+
+
+def look_bytes(plan: Plan) -> int:
+    """Bytes that `balance` reads of all models."""
+    return sum(piece_bytes(plan, _sample(tensor)) for tensors in _by_type(plan) for tensor in _some(tensors))
+
+
+def _by_type(plan: Plan) -> list[list[TensorPlan]]:
+    """The weights of linear layers that are merged, by the type of layer; of a model without any, all weights."""
+    merged = [tensor for tensor in plan.select("merge") if tensor.numel and not tensor.new and tensor.twin is None]
+    types: dict[str, list[TensorPlan]] = defaultdict(list)
+    for tensor in [tensor for tensor in merged if tensor.linear] or merged:
+        types[layer_type(tensor.name)].append(tensor)
+    return list(types.values())
+
+
+def _some(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
+    """A few of them, evenly spread."""
+    last = len(tensors) - 1
+    return [tensors[place] for place in sorted({last * i // (_EACH - 1) for i in range(_EACH)})]
+
+
+def _sample(tensor: TensorPlan) -> Piece:
+    return Piece(tensor, 0, min(_ROWS * tensor.row, tensor.numel), sampled=True)

@@ -1,0 +1,54 @@
+"""Weights that take back experts which went much farther than the others: `--weight balanced`, and what `auto` does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from modelmerge.engine.lengths import FAR, Balance, balance, look_bytes
+from modelmerge.errors import UsageError
+from modelmerge.methods.options import written
+from modelmerge.plan.recipe import BALANCED
+
+if TYPE_CHECKING:
+    from modelmerge.plan.tensors import Plan
+
+
+def balanced(plan: Plan, *, look: bool) -> tuple[dict[str, float], str]:
+    """The weights of the experts by name, and a sentence that says why; none yet where it may not look.
+
+    Args:
+        plan: All that is merged.
+        look: Read weights on the Hub too, over ranges; otherwise say that they are to be read.
+
+    Raises:
+        UsageError: A model is merged before, so that its weights are not there yet.
+        CheckpointError: A weight cannot be read.
+    """
+    if stage := next((model.name for model in plan.models if model.reference.is_stage), None):
+        raise UsageError(
+            f"{BALANCED} measures the experts before they are merged, and '{stage}' is made by another merge first",
+            option="weights", hint="give its weight as NAME=W",
+        )  # fmt: skip
+    if not look and any(model.streamed for model in plan.models):
+        size = look_bytes(plan) / 1e6
+        return {}, (
+            f"An expert that turns out to have gone more than {FAR:g} times as far from the base as the one in the "
+            f"middle, when the merge looks at some {size:.1f} MB of them on the Hub, will have a smaller weight."
+        )
+    found = dict(zip((expert.name for expert in plan.experts), balance(plan), strict=True))
+    return {name: each.weight for name, each in found.items()}, _told(found)
+
+
+def _told(found: dict[str, Balance]) -> str:
+    """How far each expert went, and what it counts."""
+    far = {name: each for name, each in found.items() if each.weight != 1.0}
+    others = sorted(each.ratio for name, each in found.items() if name not in far)
+    reach = " to ".join(dict.fromkeys(map(written, (others[0], others[-1])))) if others else ""
+    if not far:
+        return f"All experts went about as far from the base, {reach} times as the one in the middle: all weigh 1."
+    each = "; ".join(
+        f"'{name}' went {written(one.ratio)} times as far from the base as the expert in the middle and weighs "
+        f"{written(one.weight)}"
+        for name, one in far.items()
+    )
+    return f"{each}. The others, at {reach} times, weigh 1."
