@@ -191,6 +191,7 @@ class Method:
             by it, and whoever shares work out has the dearest done first.
         squares: Given the options, m, n and T, how many float64 numbers the matrices have that it needs besides, square
             ones of a side: they are large where m << n.
+        behind: Given the options, the name of the method that it calls first, if any; cards cite both.
         on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
             `modelmerge.methods.coefficients`.
     """
@@ -213,6 +214,7 @@ class Method:
     workspace: Callable[[Any, int], float] = lambda options, tasks: 3.0
     work: Callable[[Any, int, int, int], Work] = lambda options, m, n, tasks: Work(moved=16.0 * tasks * m * n)
     squares: Callable[[Any, int, int, int], float] = lambda options, m, n, tasks: 0.0
+    behind: Callable[[Any], str | None] = lambda options: None
     on_data: bool = False
 
 

@@ -180,8 +180,9 @@ def write_card(
     ]
     methods = [_applied(recipe.method, "merge", registry.load(recipe.method), recipe.options)]
     for group in job.groups:  # an override is said with its options among the settings
-        if group.name not in [source.name for source in methods]:
-            methods.append(_applied(group.name, "merge", group.method, {}))
+        for name in (group.name, group.method.behind(group.options)):
+            if name is not None and name not in [source.name for source in methods]:
+                methods.append(_applied(name, "merge", registry.load(name), {}))
     if recipe.coefficients:
         note = f"The coefficients of {len(recipe.coefficients)} tensors were found on unlabelled data"
         notes = [*notes, f"{note}; modelmerge.json has them."]

@@ -140,3 +140,5 @@ def test_it_stands_in_an_override_and_in_a_recipe(tmp_path: Path) -> None:
     assert main(["merge", "--recipe", recipe, "-o", str(tmp_path / "again"), "-q"]) == 0
     one, *others = (read(tmp_path / name) for name in ("alone", "override", "again"))
     assert all(torch.equal(one[key], other[key]) for other in others for key in one)
+    card = (tmp_path / "alone" / "README.md").read_text()
+    assert all(name in card for name in ("@misc{li2026", "@misc{yadav2023", "arxiv.org/abs/2306.01708"))

@@ -96,13 +96,13 @@ def calibrated(merged: Tensor, taus: Tensor, weights: tuple[float, ...], options
 
 
 @functools.lru_cache
-def _method_of(text: str) -> tuple[Method, Any]:
-    return parse_method(text, "of")[1:]
+def _read(text: str) -> tuple[str, Method, Any]:
+    return parse_method(text, "of")
 
 
 def _of(options: Options) -> tuple[Method, Any]:
     """The method that merges, and its options."""
-    return _method_of(options.of)
+    return _read(options.of)[1:]
 
 
 def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
@@ -123,6 +123,7 @@ METHOD = matrix_method(
     citation=Citation(
         "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", "Yayuan Li and others", "ICML 2026"
     ),
+    behind=lambda options: _read(options.of)[0],
     normalises=lambda options: _of(options)[0].normalises(_of(options)[1]),
     wants_base=True,
     survey=lambda options, each: _of(options)[0].survey(_of(options)[1], each),
