@@ -119,8 +119,8 @@ def main() -> None:
     head = (
         "# Experts that went far\n\nWritten by `python -m tests.benchmarks.balanced --sets "
         f"{' '.join(options.sets)} --seeds {seeds}`.\nMean accuracy over tasks and seeds, per cent. Even: all experts "
-        "trained alike. The last column is the mean of the\ndifferences between balanced and even over tasks and seeds, "
-        "with its standard error.\n"
+        "trained alike. The last column is the mean of the\ndifferences between balanced and even over tasks and "
+        "seeds, with its standard error.\n"
     )
     (HERE / "RESULTS-balanced.md").write_text("\n".join([head, *lines]) + "\n")
     print("\n".join(lines))
