@@ -40,16 +40,21 @@ class Balance:
 def balance(plan: Plan) -> tuple[Balance, ...]:
     """Each expert's weight by its length. The bytes of the rows that are looked at are read, and no others.
 
-    Of an even number of experts the shorter of the two in the middle is the measure. An expert that changed nothing
-    that was looked at counts for nothing and keeps its weight.
-
     Raises:
         CheckpointError: A weight cannot be read.
     """
-    found = lengths(plan)
-    middle = median_low(sorted(length for length in found if length > 0) or [1.0])
+    return weigh(lengths(plan))
+
+
+def weigh(norms: Sequence[float]) -> tuple[Balance, ...]:
+    """The weights of task vectors of these lengths.
+
+    Of an even number of experts the shorter of the two in the middle is the measure. An expert that changed nothing
+    that was looked at counts for nothing and keeps its weight.
+    """
+    middle = median_low(sorted(norm for norm in norms if norm > 0) or [1.0])
     # In three digits, as they are told, so that a rounding of the lengths makes no other weight.
-    ratios = [float(f"{length / middle:.3g}") for length in found]
+    ratios = [float(f"{norm / middle:.3g}") for norm in norms]
     return tuple(Balance(ratio, float(f"{1 / ratio:.3g}") if ratio > FAR else 1.0) for ratio in ratios)
 
 

@@ -84,7 +84,7 @@ def kind_of(shared: Plan, *, look: bool) -> tuple[Kind, str]:
     )
 
 
-def told(choices: Sequence[Choice], seconds: Sequence[float | None], within: float | None, device: str) -> str:
+def sentence(choices: Sequence[Choice], seconds: Sequence[float | None], within: float | None, device: str) -> str:
     """Why the last of these was taken, of which each before it takes too long; `within` so many minutes."""
     choice, long = choices[-1], [f"about {duration(each)}" if each is not None else "a time" for each in seconds]
     text = f"The method is {choice}: {choice.reason}. It takes {long[-1]} on {device}"

@@ -35,14 +35,14 @@ def balanced(plan: Plan, *, look: bool) -> tuple[dict[str, float], str]:
             f"An expert that turns out to have gone more than {FAR:g} times as far from the base as the one in the "
             f"middle, when the merge looks at some {size:.1f} MB of them on the Hub, will have a smaller weight."
         )
-    found = dict(zip((expert.name for expert in plan.experts), balance(plan), strict=True))
-    return {name: each.weight for name, each in found.items()}, _told(found)
+    balances = dict(zip((expert.name for expert in plan.experts), balance(plan), strict=True))
+    return {name: each.weight for name, each in balances.items()}, _sentence(balances)
 
 
-def _told(found: dict[str, Balance]) -> str:
+def _sentence(balances: dict[str, Balance]) -> str:
     """How far each expert went, and what it counts."""
-    far = {name: each for name, each in found.items() if each.weight != 1.0}
-    others = sorted(each.ratio for name, each in found.items() if name not in far)
+    far = {name: each for name, each in balances.items() if each.weight != 1.0}
+    others = sorted(each.ratio for name, each in balances.items() if name not in far)
     reach = " to ".join(dict.fromkeys(map(written, (others[0], others[-1])))) if others else ""
     if not far:
         return f"All experts went about as far from the base, {reach} times as the one in the middle: all weigh 1."

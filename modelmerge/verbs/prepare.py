@@ -288,7 +288,7 @@ def _prepare_auto(
         times.append(seconds(prepared.job, prepared.job.plan.in_order()))
         if within is None or times[-1] is None or times[-1] <= within * 60:
             break
-    reason = auto.told(CHOICES[kind][: len(times)], times, within, str(prepared.job.source.device))
+    reason = auto.sentence(CHOICES[kind][: len(times)], times, within, str(prepared.job.source.device))
     return dataclasses.replace(prepared, remarks=[reason, *prepared.remarks])
 
 

@@ -2,16 +2,19 @@
 
     python -m tests.benchmarks.choose disentangle     AWD in front of task arithmetic and TIES, by scale
     python -m tests.benchmarks.choose apgd            solver, density and shared rank of APGD
+    python -m tests.benchmarks.choose scales          the scale of sums, by the number of experts
 
 Every set of `tests/benchmarks/experts` is trained with each seed, merged by the package's own mathematics, and
 judged on its test split. The mean over tasks is given, averaged over seeds, with the standard deviation over seeds.
-Written to `RESULTS-disentangle.md` and `RESULTS-apgd.md` beside this file. Defaults were chosen on seeds 0 and 1;
-seeds 2 and 3, with other bases, experts and splits, confirm them (`--confirm`: `RESULTS-apgd-confirmed.md`).
+Written to `RESULTS-disentangle.md`, `RESULTS-apgd.md` and `RESULTS-scales.md` beside this file. Defaults were chosen on
+seeds 0 and 1; seeds 2 and 3, with other bases, experts and splits, confirm them (`--confirm`:
+`RESULTS-apgd-confirmed.md`).
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from modelmerge.methods import registry
 from modelmerge.methods.contract import Context, Correction, SharedVector, measured_at_once
 from modelmerge.methods.options import make_options
 from modelmerge.plan.linear import is_linear
-from tests.benchmarks.experts import SETS, ExpertSet, build
+from tests.benchmarks.experts import SETS, ExpertSet, build, subset
 from tests.support.methods import surveyed
 
 HERE = Path(__file__).parent
@@ -202,7 +205,23 @@ def whole(vectors: Vectors, name: str, rest: str | None = None, share: int | Non
     return state | {key: made[key] for key in vectors.linear}
 
 
-LOOKS: dict[str, Callable[[ExpertSet], dict[str, float]]] = {"disentangle": look_at_disentangling, "apgd": look_at_apgd}
+def look_at_scales(expert_set: ExpertSet) -> dict[str, float]:
+    """Sums with the published scale and with the one that follows from the number of experts, for a few and for all."""
+    scores: dict[str, float] = {}
+    for count in (2, 4, None):
+        names = list(expert_set.experts)
+        few = subset(expert_set, random.Random(count).sample(names, count or len(names)))
+        vectors = vectors_of(few)
+        for name in ("task-arithmetic", "ties", "breadcrumbs", "consensus"):
+            for label, published in (("as published", True), ("1 / sqrt(T)", False)):
+                label = f"{name}, {count or 'all'} experts, {label}"
+                scores[label] = score(few, merged(vectors, name, published=published))
+    return scores
+
+
+LOOKS: dict[str, Callable[[ExpertSet], dict[str, float]]] = {
+    "disentangle": look_at_disentangling, "apgd": look_at_apgd, "scales": look_at_scales,
+}  # fmt: skip
 
 
 def main() -> None:
