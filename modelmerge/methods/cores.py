@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from modelmerge.methods import linalg
 from modelmerge.methods.contract import Context, Tensor
@@ -90,27 +91,31 @@ def of(
 def factors(taus: Tensor, context: Context, active: Sequence[int]) -> tuple[Pair | None, ...]:
     """The factors of each expert's task vector [m, n], [m, r] and [r, n]; None for those that are not of low rank.
 
-    A rank above half of the smaller side is not low either.
+    The columns of the first are orthogonal, the rows of the second orthonormal. A rank above half of the smaller side
+    is not low either.
     """
     limit = min(taus.shape[1:]) // 2
     given = [context.factors[i] if context.factors else None for i in active]
     stored = [i for i, pair in enumerate(given) if pair is None]
-    found = dict(zip(stored, _products([taus[i] for i in stored], context.base), strict=True))
-    return tuple(
-        found[i] if pair is None else (pair if pair[0].shape[1] <= limit else None) for i, pair in enumerate(given)
-    )
+    pairs = dict(zip(stored, _products([taus[i] for i in stored], context.base), strict=True))
+    for i, pair in enumerate(given):
+        if pair is not None:
+            low = pair[0].shape[1] <= limit
+            pairs[i] = _pair(*linalg.leading_triplets(taus[i], limit, pair)) if low else None
+    return tuple(pairs[i] for i in range(len(given)))
+
+
+def _pair(left: Tensor, s: Tensor, right: Tensor) -> Pair:
+    return (left * s).float(), right.float()
 
 
 def _span(factors: Sequence[Tensor]) -> Tensor:
-    """An orthonormal basis [m, p] of the directions of factors [m, r], float64; each factor counts alike."""
-    bases = [linalg.leading_triplets(factor.double(), min(factor.shape))[0] for factor in factors]
-    beside = torch.cat(bases, dim=1)
-    gram = beside.T @ beside if beside.shape[0] > beside.shape[1] else beside @ beside.T
-    squares, vectors = torch.linalg.eigh(gram)
-    kept = squares > _SAME**2
-    if beside.shape[0] <= beside.shape[1]:
-        return vectors[:, kept]
-    return torch.linalg.qr(beside @ vectors[:, kept]).Q
+    """An orthonormal basis [m, p] of the directions of factors [m, r] of orthogonal columns, float64."""
+    beside = torch.cat([functional.normalize(factor.double(), dim=0) for factor in factors], dim=1)
+    tall = beside.shape[0] > beside.shape[1]
+    squares, vectors = torch.linalg.eigh(beside.T @ beside if tall else beside @ beside.T)
+    vectors = vectors[:, squares > _SAME**2]
+    return torch.linalg.qr(beside @ vectors).Q if tall else vectors
 
 
 def _products(taus: Sequence[Tensor], base: Tensor | None) -> list[Pair | None]:
@@ -129,7 +134,7 @@ def _products(taus: Sequence[Tensor], base: Tensor | None) -> list[Pair | None]:
             rank = sum(value > max(MARGIN * noise * (m**0.5 + n**0.5), FLOOR * values[0]) for value in values)
             rest = norm**2 - sum(value**2 for value in values[:rank])
             if rank <= highest and rest <= _DROPPED * noise**2 * m * n + _NOTHING * norm**2:
-                pairs[i] = ((left[:, :rank] * s[:rank]).float(), right[:rank].float())
+                pairs[i] = _pair(left[:, :rank], s[:rank], right[:rank])
     return pairs
 
 

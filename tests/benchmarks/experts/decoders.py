@@ -35,7 +35,7 @@ _TEXT_BASE_STEPS, _TEXT_STEPS, _TEXT_RATE = 250, 200, 2e-3
 _BASE_WINDOWS, _OWN_WINDOWS, _OTHER_WINDOWS = 3, 11, 1
 
 # The rate leaves adapters at a few per cent of the weights' norm, as those of large models are.
-_SMALL_BASE_STEPS, _SMALL_STEPS, _SMALL_RATE, _SMALL_RANKS = 500, 120, 2e-3, (8, 16)
+_SMALL_BASE_STEPS, _SMALL_STEPS, _SMALL_RATE, _SMALL_RANKS = 500, 120, 1e-3, (8, 16)
 
 
 class _Attention(nn.Module):
