@@ -178,7 +178,7 @@ WAITS: dict[str, tuple[int, float, str]] = {
     "slerp": (1, 0, "inner products, from which the host finds the coefficients"),
     "svc": (1, 0, _RANKS),
     "svc of=ties": (2, 0, f"the thresholds of all experts; {_RANKS}"),
-    "svc of=tsv-m": (3 + EXPERTS, 0, _RANKS),
+    "svc of=tsv-m": (4 + EXPERTS, 0, f"{_LOW}; {_RANKS}"),
     "ties": (1, 0, "the thresholds of all experts"),
     "ties rescale=norm": (2, 0, "the thresholds, and the norms, of all experts"),
     "tsv-m": (3 + EXPERTS, 0, f"{_LOW}; {_RANKS}"),

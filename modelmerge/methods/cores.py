@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from modelmerge.methods import linalg
 from modelmerge.methods.contract import Context, Tensor
@@ -111,7 +110,7 @@ def _pair(left: Tensor, s: Tensor, right: Tensor) -> Pair:
 
 def _span(factors: Sequence[Tensor]) -> Tensor:
     """An orthonormal basis [m, p] of the directions of factors [m, r] of orthogonal columns, float64."""
-    beside = torch.cat([functional.normalize(factor.double(), dim=0) for factor in factors], dim=1)
+    beside = torch.cat([torch.nn.functional.normalize(factor.double(), dim=0) for factor in factors], dim=1)
     tall = beside.shape[0] > beside.shape[1]
     squares, vectors = torch.linalg.eigh(beside.T @ beside if tall else beside @ beside.T)
     vectors = vectors[:, squares > _SAME**2]
