@@ -337,7 +337,9 @@ def test_what_followed_follows_anew_when_recorded_options_are_changed() -> None:
         ({"ridge": 0.5}, {"density": 0.2}),
     ):
         recorded = dataclasses.asdict(make_options(chosen, "apgd", values))
-        assert change_options(chosen, "apgd", recorded, changes) == make_options(chosen, "apgd", {**values, **changes})
+        assert change_options(chosen, "apgd", recorded, changes, 2) == make_options(
+            chosen, "apgd", {**values, **changes}
+        )
 
 
 def test_what_runs_is_described_with_what_follows_from_it() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import pytest
 
 from modelmerge.errors import UsageError, spelled
 from modelmerge.methods import registry
-from modelmerge.methods.options import make_options, read_option, read_value, read_values
+from modelmerge.methods.options import change_options, make_options, read_option, read_value, read_values, with_experts
 
 Choice = Literal["sum", "mean"]
 
@@ -74,3 +75,21 @@ def test_an_option_is_read_by_its_type_and_checked() -> None:
         assert refused.value.hint == "did you mean 'shared_rank'?"
     awd = registry.load("awd", "transform")
     assert read_option(awd, "awd", "granularity", "row") == "row"
+
+
+def test_a_change_to_recorded_options_lets_go_of_what_followed_from_the_number_of_experts() -> None:
+    ties = registry.load("ties")
+    recorded = dataclasses.asdict(with_experts(make_options(ties, "ties", {"density": 0.5}), 4))
+    assert recorded["scale"] == 0.5
+    changed = change_options(ties, "ties", recorded, {"reduce": "mean"}, 4)
+    assert (changed.scale, changed.density) == (1.0, 0.5)
+    assert change_options(ties, "ties", recorded, {"published": True}, 4).scale == 0.3
+    named = dataclasses.asdict(make_options(ties, "ties", {"scale": 0.7}))
+    assert change_options(ties, "ties", named, {"published": True}, 4).scale == 0.7
+
+
+@pytest.mark.parametrize(("experts", "scale"), [(1, 1.0), (2, 0.707), (4, 0.5), (8, 0.354), (16, 0.25)])
+def test_the_scale_of_a_sum_follows_from_the_number_of_experts(experts: int, scale: float) -> None:
+    for name in ("task-arithmetic", "ties", "breadcrumbs", "consensus"):
+        assert with_experts(make_options(registry.load(name), name, {}), experts).scale == scale
+    assert with_experts(make_options(registry.load("kron"), "kron", {}), experts).scale == 1.0
