@@ -140,7 +140,7 @@ def test_the_terminal_shows_the_guides(topic: str, capsys: pytest.CaptureFixture
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """Every option of every command, by the help pages."""
-    pages = [["merge", name] for name in registry.names("merge")]
+    pages = [["merge", name] for name in [*registry.names("merge"), "auto"]]
     pages += [["search", "ties"]]  # the options of the methods are those of merge
     pages += [["disentangle", name] for name in registry.names("transform")]
     pages += [["eval", suite] for suite in ("weights", "clip", "custom", "lm", "report")]
