@@ -218,10 +218,15 @@ def main() -> None:
             for seed in asked.seeds
         }
         for job in as_completed(jobs):
-            found[jobs[job]] = job.result()
-            print(f"{jobs[job][0]} seed {jobs[job][1]}: there after {time.monotonic() - started:.0f} s", flush=True)
-    columns = {name: [found[name, seed] for seed in asked.seeds] for name in asked.sets}
-    command = f"--sets {' '.join(asked.sets)} --seeds {' '.join(map(str, asked.seeds))}"
+            name, seed = jobs[job]
+            try:
+                found[name, seed] = job.result()
+                print(f"{name} seed {seed}: there after {time.monotonic() - started:.0f} s", flush=True)
+            except ModuleNotFoundError as error:  # of a set whose model is a package
+                print(f"left out: {error}", flush=True)
+    sets = [name for name in asked.sets if all((name, seed) in found for seed in asked.seeds)]
+    columns = {name: [found[name, seed] for seed in asked.seeds] for name in sets}
+    command = f"--sets {' '.join(sets)} --seeds {' '.join(map(str, asked.seeds))}"
     if len(asked.methods) < len(names):
         command += f" --methods {' '.join(asked.methods)}"
     lines = [
