@@ -26,7 +26,7 @@ _HIDDEN, _LAYERS, _PATCH = 96, 4, 4
 _POOLS = {"train": 2000, "validation": 250, "test": 500}
 _BASE_RATE, _BASE_BATCH, _BATCH = 1e-3, 64, 32
 # How many times the steps and the rate of an expert that goes far.
-_FAR = (3, 5.5)
+_FAR = (3, 7.0)
 
 
 @dataclass(frozen=True)
