@@ -72,6 +72,8 @@ def test_figures_are_kept_and_the_table_marks_what_is_level_with_the_best(cache:
     ]  # fmt: skip
     assert lines[4].count("*") == 2  # at the defaults and at the best scale
     assert "*" not in lines[5]
+    (_, _, lead) = grid.leads({"digits": [figures]}, "", methods, "kron")
+    assert lead.startswith("| average | +")
     column = {
         "best": [{"one": 90.0, "two": 80.0}],
         "level": [{"one": 88.0, "two": 81.0}],
@@ -101,7 +103,7 @@ def test_experts_are_better_than_the_base_and_merges_lie_between(name: str, cach
 def test_unequal_experts_are_those_of_the_even_set_but_for_some_that_went_far(name: str, far: int, cache: Path) -> None:
     even, unequal = build("vision", 1, cache), build(name, 1, cache)
     ratios = {task: length(unequal, task) / length(even, task) for task in even.experts}
-    assert len([ratio for ratio in ratios.values() if 6 <= ratio <= 9]) == far
+    assert len([ratio for ratio in ratios.values() if 5 <= ratio <= 9]) == far
     assert len([ratio for ratio in ratios.values() if ratio == 1]) == len(ratios) - far
     assert mean(own(unequal).values()) > mean(own(even).values()) - 0.01
     # All others are read from the cache.

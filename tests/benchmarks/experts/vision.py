@@ -174,7 +174,7 @@ def build_vision_2(seed: int) -> ExpertSet:
 
 
 def build_unequal(seed: int, far: int = 1) -> ExpertSet:
-    """The experts of `vision`, its even twin, but one or two of them trained six to nine times as far by their norm."""
+    """The experts of `vision`, its even twin, but one or two trained five to nine times as far by norm."""
     fewer = shelved("unequal", seed, build_unequal) if far > 1 else shelved(_FIRST.name, seed, build_vision)
     tasks = list(fewer.experts)
     task = tasks[(seed + 3 * (far - 1)) % len(tasks)]
