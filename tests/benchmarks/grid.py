@@ -1,7 +1,7 @@
 """Every merge method on every set of small real experts: at its defaults and at its best scale, in one table.
 
     python -m tests.benchmarks.grid --keep DIR --jobs 2        all methods, all sets, seeds 0 and 1
-    python -m tests.benchmarks.grid --methods kron wudi --sets many
+    python -m tests.benchmarks.grid --methods kron wudi --sets many --leads kron
     python -m tests.benchmarks.grid --fronts --out RESULTS-fronts.md      behind AWD and APGD
 
 The table goes to `RESULTS-grid.md` beside this file, or to `--out`. The best scale is a factor on the merged task
@@ -197,12 +197,30 @@ def table(columns: Mapping[str, Sequence[Figures]], front: str, methods: Sequenc
     return lines
 
 
+def leads(columns: Mapping[str, Sequence[Figures]], front: str, methods: Sequence[str], chosen: str) -> list[str]:
+    """How far a method is ahead of each other one, with the standard error, at the defaults / at the best scale."""
+
+    def cell(seeds: Sequence[Figures], other: str) -> str:
+        pairs = [
+            behind(*([figures[front][method][form] for figures in seeds] for method in (chosen, other)))
+            for form in (DEFAULTS, BEST)
+        ]
+        return " / ".join(f"{lead:+.1f} ± {error:.1f}" for lead, error in pairs)
+
+    lines = [f"| {chosen} less | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for other in methods:
+        if other != chosen:
+            lines.append(f"| {other} | " + " | ".join(cell(seeds, other) for seeds in columns.values()) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     names = [name for name in registry.data_free() if registry.load(name).most_experts is None]
     parser.add_argument("--methods", nargs="+", default=names, choices=names)
+    parser.add_argument("--leads", metavar="METHOD", choices=names, help="one of them beside each other one too")
     parser.add_argument("--fronts", action="store_true", help="behind AWD and APGD, in place of the plain methods")
     parser.add_argument("--out", type=Path, default=Path("RESULTS-grid.md"), help="the table's file beside this one")
     parser.add_argument("--keep", type=Path, help="directory for trained experts and figures")
@@ -218,12 +236,18 @@ def main() -> None:
             for seed in asked.seeds
         }
         for job in as_completed(jobs):
-            found[jobs[job]] = job.result()
-            print(f"{jobs[job][0]} seed {jobs[job][1]}: there after {time.monotonic() - started:.0f} s", flush=True)
-    columns = {name: [found[name, seed] for seed in asked.seeds] for name in asked.sets}
-    command = f"--sets {' '.join(asked.sets)} --seeds {' '.join(map(str, asked.seeds))}"
+            name, seed = jobs[job]
+            try:
+                found[name, seed] = job.result()
+                print(f"{name} seed {seed}: there after {time.monotonic() - started:.0f} s", flush=True)
+            except ModuleNotFoundError as error:  # of a set whose model is a package
+                print(f"left out: {error}", flush=True)
+    sets = [name for name in asked.sets if all((name, seed) in found for seed in asked.seeds)]
+    columns = {name: [found[name, seed] for seed in asked.seeds] for name in sets}
+    command = f"--sets {' '.join(sets)} --seeds {' '.join(map(str, asked.seeds))}"
     if len(asked.methods) < len(names):
         command += f" --methods {' '.join(asked.methods)}"
+    command += f" --leads {asked.leads}" if asked.leads else ""
     lines = [
         "# Every method on every set",
         "",
@@ -237,6 +261,7 @@ def main() -> None:
     for front in fronts:
         lines += ["", f'## Behind `--disentangle "{front}"`'] if front else []
         lines += ["", *table(columns, front, asked.methods)]
+        lines += ["", *leads(columns, front, asked.methods, asked.leads)] if asked.leads else []
     (HERE / asked.out).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

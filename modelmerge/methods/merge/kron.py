@@ -16,8 +16,12 @@ where for adapters m and n are the directions that they take up (`modelmerge.met
 `scale / (1 + damping * ||M|| / ||theta_0||)`, in spectral norms: where the update is as large as
 the weight it is added to, the experts' features no longer add up, and half of it serves all of them better.
 
-WUDI is this without L_i, with tau^T tau for the inputs and without the damping. It is this package's own: no paper
-describes it. `tests/benchmarks/kron.md` has the reasons, the figures on small real experts, and what else was tried.
+WUDI is this without L_i, with tau^T tau for the inputs and without the damping. Its other neighbours: MaTS (Tam et al.,
+arXiv 2312.04339) solves the same linear system by conjugate gradients, with both covariances from data; ACTMat (Hameed
+et al., arXiv 2604.01329) and ACE-Merging (Xu et al., CVPR 2026) take tau^T tau for the inputs' covariance as WUDI does,
+in closed form. Both sides from the task vectors, with square roots and damping, are this package's own: no paper that
+could be found describes it. `tests/benchmarks/kron.md` has the reasons, the figures on small real experts, and what
+else was tried.
 
 Each iteration costs 4 T m n min(m, n) + 2 T min(m, n)^3 FLOP, and 15 to 30 are taken. An expert that did not change a
 weight is left out of it, and said. The tensors that are not weights of linear layers are

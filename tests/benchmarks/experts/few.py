@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -20,9 +19,8 @@ def subset(expert_set: ExpertSet, names: Collection[str]) -> ExpertSet:
         return {name: value for name, value in expert_set.evaluate(state, split).items() if name in experts}
 
     about = f"{len(experts)} experts of {expert_set.name}: {', '.join(experts)}"
-    return replace(
-        expert_set, name=f"{expert_set.name}-few-{len(experts)}", description=about, experts=experts, evaluate=evaluate
-    )
+    loras = {name: factors for name, factors in expert_set.loras.items() if name in experts}
+    return ExpertSet(f"{expert_set.name}-few-{len(experts)}", about, expert_set.base, experts, evaluate, loras)
 
 
 def build_vision_few(seed: int, count: int) -> ExpertSet:

@@ -8,9 +8,9 @@ from statistics import mean
 import pytest
 import torch
 
+from tests.benchmarks import grid
 from tests.benchmarks.choose import vectors_of
 from tests.benchmarks.experts import SETS, ExpertSet, build, pictures, subset
-from tests.benchmarks.grid import full
 
 TASKS = [*pictures.FIRST.items(), *pictures.SECOND.items()]
 
@@ -59,15 +59,42 @@ def test_a_set_is_trained_once_and_its_subset_is_judged_on_its_tasks(cache: Path
     assert few.evaluate(few.base, "test") == {name: whole[name] for name in few.experts}
 
 
+def test_figures_are_kept_and_the_table_marks_what_is_level_with_the_best(cache: Path) -> None:
+    methods = ["average", "kron"]
+    figures = grid.figures_of("digits", 0, methods, [""], cache)
+    (file,) = cache.glob("figures-*.json")
+    written = file.stat().st_mtime_ns
+    assert grid.figures_of("digits", 0, methods, [""], cache) == figures
+    assert file.stat().st_mtime_ns == written
+    lines = grid.table({"digits": [figures]}, "", methods)
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| (each expert on its own task)", "| (base)", "| kron", "| average", "| (standard error)"
+    ]  # fmt: skip
+    assert lines[4].count("*") == 2  # at the defaults and at the best scale
+    assert "*" not in lines[5]
+    (_, _, lead) = grid.leads({"digits": [figures]}, "", methods, "kron")
+    assert lead.startswith("| average | +")
+    column = {
+        "best": [{"one": 90.0, "two": 80.0}],
+        "level": [{"one": 88.0, "two": 81.0}],
+        "behind": [{"one": 80.0, "two": 71.0}],
+    }
+    assert grid.level(column) == {"best", "level"}
+    assert grid.behind(column["best"], column["behind"]) == (9.5, 0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SETS))
 def test_experts_are_better_than_the_base_and_merges_lie_between(name: str, cache: Path) -> None:
-    expert_set = build(name, 0, cache)
+    try:
+        expert_set = build(name, 0, cache)
+    except ModuleNotFoundError as error:  # the model is a package of its own
+        pytest.skip(str(error))
     base, experts = expert_set.evaluate(expert_set.base, "test"), own(expert_set)
     assert list(base) == list(expert_set.experts)
     assert mean(experts.values()) > mean(base.values()) + 0.05
     vectors = vectors_of(expert_set)
-    merges = [mean(expert_set.evaluate(full(vectors, method), "test").values()) for method in ("average", "kron")]
+    merges = [mean(expert_set.evaluate(grid.full(vectors, method), "test").values()) for method in ("average", "kron")]
     assert mean(base.values()) < max(merges) < mean(experts.values())
 
 
@@ -76,8 +103,8 @@ def test_experts_are_better_than_the_base_and_merges_lie_between(name: str, cach
 def test_unequal_experts_are_those_of_the_even_set_but_for_some_that_went_far(name: str, far: int, cache: Path) -> None:
     even, unequal = build("vision", 1, cache), build(name, 1, cache)
     ratios = {task: length(unequal, task) / length(even, task) for task in even.experts}
-    assert len([ratio for ratio in ratios.values() if 6 <= ratio <= 9]) == far
+    assert len([ratio for ratio in ratios.values() if 5 <= ratio <= 9]) == far
     assert len([ratio for ratio in ratios.values() if ratio == 1]) == len(ratios) - far
     assert mean(own(unequal).values()) > mean(own(even).values()) - 0.01
-    # The even experts are read from the cache.
-    assert len(list((cache / f"{name}-1").iterdir())) == far
+    # All others are read from the cache.
+    assert len(list((cache / f"{name}-1").iterdir())) == 1
