@@ -155,7 +155,8 @@ def test_a_simulated_device_without_memory_is_one_error(machine: Machine) -> Non
 _RANKS = "how many singular values count: that is the shape of what follows"
 _LOW = "who is of low rank"
 WAITS: dict[str, tuple[int, float, str]] = {
-    "ace": (2, 0, f"norms; {_RANKS}"),
+    "ace": (3, 0, f"norms; {_LOW}; {_RANKS}"),
+    "actmat": (1, 0, _LOW),
     "actmat density=0.5": (1, 0, "the ends of all experts"),
     "apgd": (5, 1 / 8, f"norms; {_LOW}; the lambdas' scale; the residual, now and then; both norms of the bound"),
     "apgd adam": (4, 0, f"norms; {_LOW}; the lambdas' scale; the first loss; both norms of the bound"),

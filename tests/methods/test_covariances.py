@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.methods import registry
+from modelmerge.methods.options import make_options
 from tests.support.methods import context_of, merged, taus_of
 
 SHAPES = [(24, 18), (18, 24), (20, 20), (2, 50), (50, 2)]
@@ -168,3 +169,20 @@ def test_ace_leaves_a_negligible_task_vector_out_and_says_so() -> None:
     with_it = chosen.apply(taus, options, context)
     assert told == [(2, "it hardly changed this weight")]
     assert torch.equal(with_it, merged("ace", taus[[0, 1, 3]]))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
+def test_adapters_give_the_same_merge_as_factors_and_as_a_whole(shape: tuple[int, int], name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    pairs = [(torch.randn(shape[0], 3, generator=generator), torch.randn(3, shape[1], generator=generator) * 1e-3)
+             for _ in range(3)]  # fmt: skip
+    taus, chosen = torch.stack([left @ right for left, right in pairs]), registry.load(name)
+    options = make_options(chosen, name, CASES[name])
+    whole = chosen.apply(taus, options, context_of(chosen, options, taus))
+    factored = chosen.apply(taus, options, context_of(chosen, options, taus, factors=tuple(pairs)))
+    assert (factored - whole).norm() <= 1e-4 * whole.norm()
+    assert int((torch.linalg.svdvals(whole.double()) > 1e-5 * whole.norm()).sum()) == 9
+    if name == "actmat":
+        want = float64_actmat(taus, 1.0, 0.01)
+        assert (factored.double() - want).norm() <= 1e-4 * want.norm()

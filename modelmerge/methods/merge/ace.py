@@ -30,7 +30,7 @@ import torch
 
 from modelmerge import interrupts
 from modelmerge.errors import named
-from modelmerge.methods import linalg, presence, work
+from modelmerge.methods import cores, linalg, presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 
@@ -65,12 +65,14 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     if not norms:
         return torch.zeros_like(taus[0])
     squares = [norm**2 for norm in norms.values()]
-    uneven, tasks, (m, n) = not options.published or _are_uneven(squares), len(norms), taus.shape[1:]
+    # The rows have a mean in their own basis alone.
+    core = cores.of(taus if len(norms) == len(taus) else taus[list(norms)], context, list(norms), left=False)
+    uneven, (tasks, m, n) = not options.published or _are_uneven(squares), core.taus.shape
     covariances, fitted, pull, total = (taus.new_zeros(size, n, dtype=torch.float64) for size in (n, m, m, m))
     ridges = covariances.new_zeros(())
-    for i in norms:
+    for i, vector in zip(norms, core.taus, strict=True):
         interrupts.check()
-        tau = taus[i].double()
+        tau = vector.double()
         centred = tau - tau.mean(0)
         covariance, square = centred.T @ centred, centred.square().sum()
         ridge = square * 0.0 + (_RIDGE if options.published else (options.ridge or 0.0) / n)
@@ -95,7 +97,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         residual = fitted.add_(merged).addmm_(total, covariances, alpha=-1.0 / tasks)
         left, s, right = linalg.leading_triplets(residual, count)
         merged += (left * s.sum().div(count)) @ right
-    return merged.float().mul_(options.scale)
+    return core.whole(merged).float().mul_(options.scale)
 
 
 def _are_uneven(squares: Sequence[float]) -> bool:
@@ -118,6 +120,7 @@ METHOD = matrix_method(
     citation=Citation(
         "ACE-Merging: Data-Free Model Merging with Adaptive Covariance Estimation", "Bo Xu and others", "CVPR 2026"
     ),
+    wants_base=True,
     workspace=lambda options, tasks: 24.0,
     squares=lambda options, m, n, tasks: 4.0 * n**2,
     work=_work,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from modelmerge import interrupts
-from modelmerge.methods import linalg, threshold, trims, work
+from modelmerge.methods import cores, linalg, threshold, trims, work
 from modelmerge.methods.contract import Citation, Context, Moments, Tensor, matrix_method
 from modelmerge.methods.merge import ties
 from modelmerge.methods.options import option
@@ -44,6 +44,14 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
+    if options.density >= 1.0:
+        core = cores.of(taus, context)
+        return core.whole(_fitted(core.taus, options, context)).mul_(options.scale)
+    return _fitted(taus, options, context).mul_(options.scale)
+
+
+def _fitted(taus: Tensor, options: Options, context: Context) -> Tensor:
+    """The least-squares solution [m, n], from task vectors [T, m, n]."""
     ends = None if context.measured is None else trims.ends_and_factors(context.measured, context.weights)[0]
     trimmed = (threshold.trim(tau, None if ends is None else ends[i, 0]) for i, tau in enumerate(taus))
 
@@ -58,12 +66,12 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
             covariance = kept.double().T @ kept.double()
             covariances += covariance
             pull.addmm_(tau.double(), covariance, alpha=weight)
-        return linalg.through_eigenvalues(pull, covariances, inverse).float().mul_(options.scale)
+        return linalg.through_eigenvalues(pull, covariances, inverse).float()
     # Few rows: the same by the rows' own Gram matrix, A (A^T A)^+ = (A A^T)^+ A.
     rows = torch.cat([kept.double() for kept in trimmed])
     each = zip(taus, rows.split(m), context.weights, strict=True)
     pull = torch.cat([tau.double() @ kept.T * weight for tau, kept, weight in each], dim=1)
-    return (linalg.through_eigenvalues(pull, rows @ rows.T, inverse) @ rows).float().mul_(options.scale)
+    return (linalg.through_eigenvalues(pull, rows @ rows.T, inverse) @ rows).float()
 
 
 def _moments(options: Options, each: Mapping[str, tuple[float, ...]]) -> Moments | None:
@@ -84,6 +92,7 @@ METHOD = matrix_method(
     citation=Citation(
         "Model Merging via Data-Free Covariance Estimation", "Marawan Gamal Abdel Hameed and others", "2026"
     ),
+    wants_base=True,
     moments=_moments,
     workspace=lambda options, tasks: 12.0,
     squares=lambda options, m, n, tasks: 6.0 * min(n, tasks * m) ** 2,
