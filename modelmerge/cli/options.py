@@ -114,7 +114,7 @@ AsLora = Annotated[str | None, _merge_option(
     help="Write a PEFT adapter: of this rank, or below 1 so large that it keeps this share.",
 )]  # fmt: skip
 Weight = Annotated[list[str] | None, _merge_option(
-    metavar="NAME=W", help="Weight of an expert, 1 by default. Repeatable. Or balanced: by how far each went.",
+    metavar="NAME=W", help="Weight of an expert, 1 by default. Repeatable. Or balanced.",
 )]  # fmt: skip
 Preset = Annotated[str | None, _run_option(
     metavar="NAME", show_default=False,

@@ -19,6 +19,7 @@ from modelmerge.methods.contract import Method, TransformSpec
 
 MOST = 10_000  # values of an option in a range, and candidates of a search; more are a slip of the keyboard
 PUBLISHED = "The published algorithm with its constants; options named beside it win."
+PUBLISHED_SCALE = "The scale of the paper."
 _DIGITS = 308  # no float64 has more before the point
 _RANGE = "a range is START:STOP:STEP, as 0.1:1.0:0.1"
 _BETWEEN = "write it like 0.1..1.5, or 1e-4..1e-1:log"
@@ -70,10 +71,9 @@ def follow(options: Any, **defaults: Any) -> None:
             object.__setattr__(options, name, value)  # frozen for everybody else
 
 
-def sum_scale(published: float, *, reduces: bool = True) -> Any:
+def sum_scale(published: float) -> Any:
     """The field of the scale of a sum of task vectors, which `follow_sum` and `with_experts` put in place."""
-    mean = "; 1 with reduce mean" if reduces else ""
-    words = f"Factor on the merged task vector. Default: 1 / sqrt(T) of T experts; {published:g} as published{mean}."
+    words = f"Factor. Default: 1 / sqrt(experts); {published:g} as published."
     return option(None, words, varies="tensor", linear=True)
 
 

@@ -23,7 +23,7 @@ import torch
 from modelmerge.methods import norms, signs, threshold, trims
 from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Moments, Tensor
-from modelmerge.methods.options import PUBLISHED, follow_sum, option, scale_of, sum_scale
+from modelmerge.methods.options import PUBLISHED_SCALE, follow_sum, option, scale_of, sum_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +35,10 @@ class Options:
         0.006, "Share of the largest entries that is dropped.", minimum=0.0, maximum=1.0, varies="expert"
     )
     scale: float | None = sum_scale(0.2)
-    published: bool = option(False, PUBLISHED)
+    published: bool = option(False, PUBLISHED_SCALE)
     consensus: Literal["linear", "ties"] = option("linear", "Add everything up, or only what agrees in sign.")
     scope: Literal["tensor", "row"] = option("tensor", "Where the shares are counted: in each tensor, or each row.")
-    reduce: Literal["sum", "mean"] = option("sum", "Add what is left up, or take its mean by the weights.")
+    reduce: Literal["sum", "mean"] = option("sum", "Add what is left up, or take its mean (with scale 1).")
     rescale: Literal["none", "norm"] = option("none", "Give each tensor its L1 norm back.")
 
     def __post_init__(self) -> None:

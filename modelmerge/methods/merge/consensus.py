@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from modelmerge.methods.contract import Citation, Context, Method, Tensor
-from modelmerge.methods.options import PUBLISHED, follow_sum, option, scale_of, sum_scale
+from modelmerge.methods.options import PUBLISHED_SCALE, follow_sum, option, scale_of, sum_scale
 from modelmerge.methods.sums import weighted_sum
 
 
@@ -28,8 +28,8 @@ class Options:
         0.4, "How far an entry must stand out from the other tasks' to be wanted.", minimum=0.0, varies="tensor"
     )
     min_tasks: int = option(2, "Entries are kept that so many tasks want.", minimum=0)
-    scale: float | None = sum_scale(0.3, reduces=False)
-    published: bool = option(False, PUBLISHED)
+    scale: float | None = sum_scale(0.3)
+    published: bool = option(False, PUBLISHED_SCALE)
 
     def __post_init__(self) -> None:
         follow_sum(self, 0.3)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modelmerge.methods.contract import Citation, Context, Method, Tensor
-from modelmerge.methods.options import PUBLISHED, follow_sum, option, scale_of, sum_scale
+from modelmerge.methods.options import PUBLISHED_SCALE, follow_sum, option, scale_of, sum_scale
 from modelmerge.methods.sums import divisor, weighted_sum
 
 
@@ -19,8 +19,8 @@ class Options:
     """Options of task arithmetic."""
 
     scale: float | None = sum_scale(0.3)
-    published: bool = option(False, PUBLISHED)
-    reduce: Literal["sum", "mean"] = option("sum", "Add the task vectors up, or take their mean by the weights.")
+    published: bool = option(False, PUBLISHED_SCALE)
+    reduce: Literal["sum", "mean"] = option("sum", "Add the task vectors up, or take their mean (with scale 1).")
 
     def __post_init__(self) -> None:
         follow_sum(self, 0.3)

@@ -20,7 +20,7 @@ from typing import Literal
 from modelmerge.methods import norms, signs, threshold, trims
 from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Moments, Tensor
-from modelmerge.methods.options import PUBLISHED, follow_sum, option, scale_of, sum_scale
+from modelmerge.methods.options import PUBLISHED_SCALE, follow_sum, option, scale_of, sum_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +29,8 @@ class Options:
 
     density: float = option(0.2, "Share of the entries that is kept.", above=0.0, maximum=1.0, varies="expert")
     scale: float | None = sum_scale(0.3)
-    published: bool = option(False, PUBLISHED)
-    reduce: Literal["sum", "mean"] = option("sum", "What becomes of the entries that agree in sign.")
+    published: bool = option(False, PUBLISHED_SCALE)
+    reduce: Literal["sum", "mean"] = option("sum", "Sum, or mean with scale 1, of entries that agree in sign.")
     trim_scope: Literal["model", "tensor"] = option(
         "model", "Where the share is counted: over the whole task vector, or in each tensor."
     )
