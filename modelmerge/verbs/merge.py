@@ -271,13 +271,15 @@ def execute(
         if several or cluster not in (None, FILES):
             return drive(prepared, cluster, out, force=force, ready=ready, progress=progress)
         if cluster is not None:
-            prepared = on_local_card(prepared, progress)
+            prepared = dataclasses.replace(prepared, job=on_local_card(prepared.job, prepared.device, progress))
         share = parts.share_of(part, prepared) if part is not None else None
         if finish:
             places = [Path(place).expanduser() for place in finish]
             return parts.put_together(prepared, places, out, force=force, resume=resume, ready=ready, progress=progress)
         if prepared.staged is not None:
-            return stages.run(prepared, out, execute, force=force, resume=resume, ready=ready, progress=progress)
+            return stages.run(
+                prepared, out, execute, force=force, resume=resume, cluster=cluster, ready=ready, progress=progress
+            )
         size = adapted.size_of(prepared.recipe)
         beside: Literal["all", "cards"] = "all" if size is None else "cards"
         with contextlib.ExitStack() as stack:

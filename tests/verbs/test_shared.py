@@ -234,6 +234,18 @@ def test_who_sleeps_beyond_the_lease_does_no_damage(stop: str, call: int, models
     assert out.stat().st_ino == inode
 
 
+def test_what_is_left_of_a_folder_that_was_being_removed_goes_with_the_next(models: list[Path], tmp_path: Path) -> None:
+    want, out = alone(models, tmp_path / "alone"), tmp_path / "out"
+    with running(words(models, out), stop="modelmerge.checkpoint.work:shutil.rmtree") as first:
+        first.until_stopped()
+        first.send(signal.SIGKILL)
+        first.end()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".out.")]
+    with running(words(models, out)) as again:
+        finish([again])
+    assert weights(manifest_at(out)) == want
+
+
 def test_two_who_publish_in_turn_publish_once(models: list[Path], tmp_path: Path) -> None:
     want, out = alone(models, tmp_path / "alone"), write(tmp_path / "out", base_state())
     command = words(models, out, "ties", "--force")
