@@ -144,8 +144,16 @@ def run(
         if keep and finished(out, digest_of(same), hashed=resume):
             _clear(work)
             return execute(same, out, force=force, ready=ready, **how)
-        for plan in (*staged.plans.values(), prepared):
-            check_output(out, [path for path in input_paths(plan.job.plan) if not _is_in(path, staged)], force=force)
+        try:
+            for plan in (*staged.plans.values(), prepared):
+                paths = [path for path in input_paths(plan.job.plan) if not _is_in(path, staged)]
+                check_output(out, paths, force=force)
+        except OutputError:
+            if cluster is None or not finished(
+                out, digest_of(same), hashed=False
+            ):  # by others, since it was looked for
+                raise
+            return execute(same, out, force=force, **how)
         if ready is not None:
             ready()
         try:

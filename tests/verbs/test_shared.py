@@ -246,6 +246,18 @@ def test_what_is_left_of_a_folder_that_was_being_removed_goes_with_the_next(mode
     assert weights(manifest_at(out)) == want
 
 
+def test_who_comes_while_the_output_is_published_finds_it_complete(models: list[Path], tmp_path: Path) -> None:
+    """He looks for it just before, and at the place just after."""
+    want, out = alone(models, tmp_path / "alone"), tmp_path / "out"
+    with running(words(models, out), stop="modelmerge.verbs.shared:check_output") as late:
+        late.until_stopped()
+        with running(words(models, out), beside=1) as other:
+            finish([other])
+        late.send(signal.SIGCONT)
+        finish([late])
+    assert weights(manifest_at(out)) == want
+
+
 def test_two_who_publish_in_turn_publish_once(models: list[Path], tmp_path: Path) -> None:
     want, out = alone(models, tmp_path / "alone"), write(tmp_path / "out", base_state())
     command = words(models, out, "ties", "--force")
