@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from modelmerge.methods import registry, threshold
 from modelmerge.record import fingerprint
 from modelmerge.record.redaction import published
 from tests.support.checkpoints import base_state, expert_state, family, read, same_bits, write
-from tests.support.processes import Run, running
+from tests.support.processes import finish, running, started
 
 LEASE = "1.5"  # seconds
 SURVEY = "modelmerge.engine.survey:in_parallel"
@@ -75,16 +74,6 @@ def manifest_at(out: Path) -> dict[str, Any]:
     manifest = json.loads((out / MANIFEST).read_text())
     assert {path.name for path in out.iterdir()} == {*manifest["files"], MANIFEST}
     return manifest
-
-
-@contextlib.contextmanager
-def started(command: list[str], count: int, first: int = 0) -> Iterator[list[Run]]:
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(running(command, beside=first + i)) for i in range(count)]
-
-
-def finish(runs: list[Run]) -> None:
-    assert [run.end() for run in runs] == [0] * len(runs), [run.err() for run in runs]
 
 
 # --- as one process ---

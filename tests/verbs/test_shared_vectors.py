@@ -17,10 +17,13 @@ from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError
 from tests.support.checkpoints import read, write
 from tests.support.commands import run
-from tests.support.processes import running
-from tests.verbs.test_shared import DONE, LEASE, SURVEY, SWAP, WRITE, finish, started, weights
+from tests.support.processes import finish, running, started
 
-SURVEY = SURVEY.replace("engine.survey:in_parallel", "engine.vectors:summed")
+LEASE = "1.5"  # seconds
+MEASURE = "modelmerge.engine.vectors:summed"
+WRITE = "modelmerge.checkpoint.shard_file:ShardFile.write"
+DONE = "modelmerge.checkpoint.work:Claim.finish"
+SWAP = "modelmerge.checkpoint.publication:Publication._swap"
 WAYS: list[dict[str, Any]] = [{}, {"rank": 2}, {"energy": 0.9}]
 
 
@@ -48,6 +51,10 @@ def manifest_at(out: Path) -> dict[str, Any]:
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert files == {*manifest["files"], MANIFEST}
     return manifest
+
+
+def weights(manifest: dict[str, Any]) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
 
 
 def as_alone(out: Path, want: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +96,7 @@ def test_factors_that_lie_in_two_files_and_experts_that_stayed_are_as_alone(mode
 
 
 @pytest.mark.parametrize(("stop", "call"), [
-    pytest.param(SURVEY, 1, id="measuring"),
+    pytest.param(MEASURE, 1, id="measuring"),
     pytest.param(WRITE, 4, id="in a shard"),
     pytest.param(DONE, 4, id="before the marker", marks=pytest.mark.slow),
     pytest.param(SWAP, 1, id="in publishing", marks=pytest.mark.slow),
@@ -121,7 +128,10 @@ def test_the_only_process_is_interrupted_and_started_anew(models: list[Path], tm
     as_alone(out, want)
 
 
-def test_a_process_with_other_options_is_refused(models: list[Path], tmp_path: Path) -> None:
+def test_a_process_with_other_options_is_refused(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELMERGE_LEASE", "60")  # the first one sleeps, and counts as alive
     out = tmp_path / "out"
     with running(words(models, out), stop=WRITE, call=2) as first:
         first.until_stopped()
