@@ -4,6 +4,7 @@ One process imports torch, and every run is a fork of it that goes on as `python
 at a random moment or before one of its file operations: it is killed, sent a signal, told that the disk is full, or has
 an input changed under it; or another run writes into the same output. What lies at the output afterwards must be
 nothing, the old content, or the whole new one, and the next run must succeed, with the right bits and nothing beside.
+With `--merges` three processes share each merge out instead: `tests.soak_shared`.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ class Running:
     def __init__(self, words: Sequence[str], place: Path, log: Path, strike: Strike, *, exchange: bool = True) -> None:
         self._log, self._started = log, time.monotonic()
         log.write_bytes(b"")
-        self._pid = os.fork()
-        if not self._pid:
+        self.pid = os.fork()
+        if not self.pid:
             code = 70
             try:
                 code = self._become(words, place, strike, exchange)
@@ -170,18 +171,22 @@ class Running:
             return int(end.code or 0)
         raise AssertionError("a program ends by SystemExit")
 
+    def said(self) -> str:
+        """What it has written to stderr so far."""
+        return self._log.read_text(errors="replace")
+
     def end(self) -> End:
         """Strike, if that is to be from here, and wait for the end."""
         if self._strike.seconds is not None:
             time.sleep(max(self._started + self._strike.seconds - time.monotonic(), 0))
-            os.kill(self._pid, self._strike.number)
+            os.kill(self.pid, self._strike.number)
         while True:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 break
             if time.monotonic() - self._started > PATIENCE:
-                os.kill(self._pid, signal.SIGKILL)
-                os.waitpid(self._pid, 0)
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
                 return End(-1000, f"hangs: {self._log.read_text(errors='replace')}", 0, PATIENCE)
             time.sleep(0.002)
         count, err = self._log.with_suffix(".count"), self._log.read_text(errors="replace")
@@ -411,13 +416,19 @@ class Soak:
         print(f"{kind}: {what}", flush=True)
 
 
+def _room() -> Path:
+    """A folder, with a cache and a place for temporary files in it that this process and its forks have."""
+    root = Path(tempfile.mkdtemp(prefix="modelmerge-soak-"))  # no TemporaryDirectory: forks would clear it at exit
+    os.environ |= {"MODELMERGE_CACHE": f"{root}/cache", "TMPDIR": f"{root}/tmp"}
+    (root / "tmp").mkdir()
+    tempfile.tempdir = None
+    return root
+
+
 def soak(kills: int, seconds: float, seed: int) -> int:
     """Strike until there are so many kills or the time is over; 1 if anything was wrong."""
-    root = Path(tempfile.mkdtemp(prefix="modelmerge-soak-"))  # no TemporaryDirectory: forks would clear it at exit
+    root = _room()
     try:
-        os.environ |= {"MODELMERGE_CACHE": f"{root}/cache", "TMPDIR": f"{root}/tmp"}
-        (root / "tmp").mkdir()
-        tempfile.tempdir = None
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
             trials, end = Soak(root, random.Random(seed)), time.monotonic() + seconds
         while trials.kills < kills and time.monotonic() < end:
@@ -433,7 +444,12 @@ def soak(kills: int, seconds: float, seed: int) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="end after so many runs that were killed")
-    parser.add_argument("--seconds", type=float, default=3600, help="or after so long")
+    parser.add_argument("--merges", type=int, help="share merges out, and end after so many")
+    parser.add_argument("--minutes", type=float, default=60, help="or after so long")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    sys.exit(soak(options.kills, options.seconds, options.seed))
+    if options.merges is None:
+        sys.exit(soak(options.kills, 60 * options.minutes, options.seed))
+    from tests import soak_shared
+
+    sys.exit(soak_shared.soak(_room(), options.merges, 60 * options.minutes, options.seed))

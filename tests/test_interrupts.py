@@ -173,7 +173,7 @@ def test_the_exit_code_is_the_signals_wherever_it_came() -> None:
 
 @pytest.mark.slow
 def test_hundreds_of_kills_leave_no_output_that_is_not_what_it_seems() -> None:
-    command = [sys.executable, "-m", "tests.soak", "--kills", "150", "--seconds", "600", "--seed", "1"]
+    command = [sys.executable, "-m", "tests.soak", "--kills", "150", "--minutes", "10", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("0 broken outputs, 0 lost, 0 strays\n")

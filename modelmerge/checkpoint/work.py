@@ -352,8 +352,9 @@ class Claim:
 
     @property
     def is_lost(self) -> bool:
-        """Whether somebody else has taken the unit over, or the folder is gone."""
-        return self._folder._unit(self._name, f"claim-{self._attempt + 1}").exists() or not self._path.exists()
+        """Whether somebody else has taken the unit over, and may be done with it, or the folder is gone."""
+        others = [self._folder._unit(self._name, ending) for ending in (f"claim-{self._attempt + 1}", "json")]
+        return any(file.exists() for file in others) or not self._path.exists()
 
     def release(self) -> None:
         """Give the unit back."""

@@ -16,6 +16,7 @@ from modelmerge.cli.help import with_examples
 from modelmerge.cli.merge import checked, destination, finish
 from modelmerge.cli.output import Sink, line, table
 from modelmerge.cli.plan import plan_lines
+from modelmerge.errors import UsageError
 from modelmerge.methods import registry
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ DISENTANGLE = with_examples(
 )
 _MODELS = (opt.argument("base", opt.Base), opt.argument("experts", opt.Experts))
 _option = opt.in_panel("What is written")
+Cluster = Annotated[str | None, opt.in_panel("How it is run")(
+    "--cluster", metavar="HOW", help="Share the work among processes: files.",
+)]  # fmt: skip
 _WRITTEN = (opt.argument("output", opt.Output), *opt.shared(opt.written))
 _SHOWN_COSINES = 12  # experts: a wider matrix does not fit a terminal, and is in the JSON
 
@@ -51,13 +55,17 @@ def extract() -> Callable[..., None]:
         energy: Annotated[float | None, _option(help="As factors that keep this share of the squared norm.")] = None,
         include: opt.Include = None,
         exclude: opt.Exclude = None,
+        cluster: Cluster = None,
     ) -> None: ...
 
     def run(sink: Sink, **values: Any) -> None:
         from modelmerge.verbs.vectors import extract
 
-        low_rank = {"rank": values["rank"], "energy": values["energy"]}
-        _write(functools.partial(extract, **low_rank), values, "extract", _extracted, sink)
+        if values["cluster"] is not None and values["push"] is not None:
+            hint = f"push once it is done: modelmerge push {values['output']}"
+            raise UsageError("--push has no place beside --cluster", hint=hint)
+        more = {name: values[name] for name in ("rank", "energy", "cluster")}
+        _write(functools.partial(extract, **more), values, "extract", _extracted, sink)
 
     return opt.command(run, [*_MODELS, *opt.shared(extracted), *_WRITTEN])
 

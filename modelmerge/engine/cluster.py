@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from modelmerge import interrupts
+from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.scratch import NamedScratch, reason
 from modelmerge.checkpoint.shard_file import ShardFile
 from modelmerge.checkpoint.work import WorkFolder, key
@@ -38,7 +39,7 @@ class Shared:
     ) -> None:
         self._folder, self._progress, self._hand_on = folder, progress, hand_on
         self._plan = job.plan
-        self._shards = {f"shard:{shard.filename}": shard for shard in job.plan.layout.shards}
+        self.lay_out(job.plan.layout)
         hashes = hash_units(job.plan)
         self._hashes = [unit for unit, _, _ in hashes]
         self._files = {unit.name: (model, file) for unit, model, file in hashes}
@@ -47,6 +48,10 @@ class Shared:
         self._rooms: dict[str, NamedScratch] = {}  # by unit, what this process is writing
         self._open: list[NamedScratch] = []
         self._about: dict[str, Any] = {}  # what the marker of the unit at hand says besides
+
+    def lay_out(self, layout: Layout) -> None:
+        """Write these weight files, and not those of the plan."""
+        self._shards = {f"shard:{shard.filename}": shard for shard in layout.shards}
 
     def close(self) -> None:
         """Let go of the files."""

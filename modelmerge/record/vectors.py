@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,8 +132,9 @@ def _summary(gram: Tensor) -> dict[str, float | None]:
 
 
 def vector_manifests(
-    verb: str, plan: Plan, device: object, unchanged: Mapping[str, Sequence[str]], ranks: Ranks
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    verb: str, plan: Plan, device: object, unchanged: Mapping[str, Sequence[str]], ranks: Ranks,
+    digests: Sequence[Mapping[Path, str]],
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """The manifest of each directory of a task vector, by its name, and the beginning of that of the whole.
 
     Args:
@@ -141,8 +143,9 @@ def vector_manifests(
         device: Where the work was done.
         unchanged: By directory, the tensors that it leaves out: those of the experts, and others.
         ranks: Of tensors that are written as factors.
+        digests: Those of each model's files.
     """
-    base, *experts = (record(model, model.digests()) for model in plan.models)
+    base, *experts = map(record, plan.models, digests)
     common, places = stamp(device), {expert.name: i for i, expert in enumerate(plan.experts)}
     each = {
         name: {

@@ -280,15 +280,16 @@ def execute(
         if several or cluster not in (None, FILES):
             return drive(prepared, cluster, out, force=force, ready=ready, uploader=uploader, progress=progress)
         if cluster is not None:
-            prepared = on_local_card(prepared, progress)
+            prepared = dataclasses.replace(prepared, job=on_local_card(prepared.job, prepared.device, progress))
         share = parts.share_of(part, prepared) if part is not None else None
         if finish:
             places = [Path(place).expanduser() for place in finish]
             return parts.put_together(prepared, places, out, force=force, resume=resume, ready=ready, progress=progress)
         if prepared.staged is not None:
             return stages.run(
-                prepared, out, execute, force=force, resume=resume, ready=ready, uploader=uploader, progress=progress
-            )
+                prepared, out, execute, force=force, resume=resume, cluster=cluster, ready=ready, uploader=uploader,
+                progress=progress,
+            )  # fmt: skip
         size = adapted.size_of(prepared.recipe)
         beside: Literal["all", "cards"] = "all" if size is None else "cards"
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,7 @@
-"""merge --cluster: one merge among processes that see the same files, each started by the same command line."""
+"""--cluster: one merge, or one set of task vectors, among processes that see the same files.
+
+Each is started by the same command line.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.output import check_output, finished
 from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.scratch import check_room, reason, scratches
@@ -18,7 +23,7 @@ from modelmerge.checkpoint.staging import clear_remains
 from modelmerge.checkpoint.work import Gone, WorkFolder, job_at, lease, remove_work, work_folder
 from modelmerge.devices import local_card
 from modelmerge.engine.cluster import Shared
-from modelmerge.engine.job import Findings
+from modelmerge.engine.job import Job
 from modelmerge.engine.merge import run_shared
 from modelmerge.engine.parallel import prepare_process, source_of
 from modelmerge.engine.units import Unit, spread
@@ -34,6 +39,29 @@ from modelmerge.verbs.output import beside_bytes, complete
 from modelmerge.verbs.prepare import Prepared, digest_of, with_coefficients
 
 FILES, RAY = "files", "ray"
+Digests = list[dict[Path, str]]  # of the files of each model
+Finish = Callable[[Publication, Digests], dict[str, Any]]  # writes what goes beside the weights; the manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undertaking:
+    """What processes do together.
+
+    Args:
+        job: The models, and where they are worked on.
+        digest: Of all that determines the output.
+        stream: As for `merge`.
+        beside: What the output gets from the models beside their weights.
+        nbytes: Bytes that the output takes, as far as it is known beforehand.
+        do: Does all units with the others; the weight files of the output, and what finishes it.
+    """
+
+    job: Job
+    digest: str
+    stream: bool
+    beside: Literal["all", "nothing"]
+    nbytes: int
+    do: Callable[[Shared], tuple[Layout, Finish]]
 
 
 def is_ray(cluster: str) -> bool:
@@ -55,20 +83,22 @@ def refuse_unshared(cluster: str | None, prepared: Prepared) -> None:
         if prepared.device not in ("auto", "cpu"):
             raise UsageError(f"{RAY} hands out the cards that it has", option=option,
                              hint=f"leave out {named('device')}, or name cpu")  # fmt: skip
-    refuse_undivided(prepared.recipe, option)
+    refuse_undivided(prepared.recipe, option, in_turn=cluster == FILES and len(prepared.devices) == 1)
 
 
-def refuse_undivided(recipe: Recipe, option: str) -> None:
+def refuse_undivided(recipe: Recipe, option: str, *, in_turn: bool = False) -> None:
     """Refuse a merge that cannot be shared out, as the option asks.
+
+    Merges before it can be, where all processes do one after the other, `in_turn`.
 
     Raises:
         UsageError: It is one.
     """
-    if recipe.stages:
+    if recipe.stages and not in_turn:
         first = f"'{next(iter(recipe.stages))}'"
-        why = f"{first} is merged first, by one process, and gone then"
-        raise UsageError(f"cannot share out merges of merges: {why}", option=option,
-                         hint="merge what comes first by commands of their own")  # fmt: skip
+        why = f"{first} is merged first, and gone then"
+        hint = f"{named('cluster')} {FILES} shares them out in turn; or merge what comes first by commands of their own"
+        raise UsageError(f"cannot share out merges of merges: {why}", option=option, hint=hint)
     if recipe.as_lora is not None:
         why = "an adapter is one file, whose layout shows at the end"
         raise UsageError(f"cannot share out what {named('as_lora')} writes: {why}", option=option)
@@ -87,18 +117,17 @@ def plan_of_units(prepared: Prepared, cluster: str | None) -> dict[str, Any]:
     return {"units": spread(prepared.job, several if cluster is None else None)}
 
 
-def on_local_card(prepared: Prepared, progress: Reporter) -> Prepared:
-    """The merge on the card that is this process's own, where a launcher starts several on this machine.
+def on_local_card(job: Job, device: str, progress: Reporter) -> Job:
+    """The job on the card that is this process's own, where a launcher starts several on this machine.
 
-    A card that is named stays.
+    A card that is named as the `device` stays.
     """
-    chosen = local_card() if prepared.device in ("auto", "cuda") else None
-    if chosen is None or prepared.job.source.device.type != "cuda":
-        return prepared
+    chosen = local_card() if device in ("auto", "cuda") else None
+    if chosen is None or job.source.device.type != "cuda":
+        return job
     card, variable = chosen
     progress.note(f"this process takes {card}, by {variable}={os.environ[variable]}")
-    job = dataclasses.replace(prepared.job, source=source_of(prepared.job.plan, str(card)))
-    return dataclasses.replace(prepared, job=job)
+    return dataclasses.replace(job, source=source_of(job.plan, str(card)))
 
 
 def share_out(
@@ -113,26 +142,66 @@ def share_out(
 ) -> dict[str, Any]:
     """Take part in a merge until its output is complete; the manifest.
 
-    What is uploaded is committed by the process that has put the output in place, or finds it there.
-
     Raises:
         ModelMergeError: As for `merge`; or the processes are not alike.
     """
-    plan, digest = prepared.job.plan, digest_of(prepared, data)
+    job, digest = prepared.job, digest_of(prepared, data)
+
+    def do(crew: Shared) -> tuple[Layout, Finish]:
+        merge = prepared if data is None else _with_coefficients(prepared, data, digest, out, crew, progress)
+        findings = run_shared(merge.job, crew, crew.shard, progress)
+
+        def finish(publication: Publication, digests: Digests) -> dict[str, Any]:
+            manifest = complete(merge, out, publication, findings, None, 0.0, digest, digests)
+            for note in manifest["notes"]:
+                progress.note(note)
+            return manifest
+
+        return job.plan.layout, finish
+
+    undertaking = Undertaking(
+        job=job, digest=digest, stream=prepared.stream, beside="all", nbytes=job.plan.bytes_written, do=do
+    )
+    return undertake(undertaking, out, force=force, ready=ready, uploader=uploader, progress=progress)
+
+
+def undertake(
+    work: Undertaking,
+    out: Path,
+    *,
+    force: bool,
+    ready: Callable[[], object] | None,
+    uploader: Uploader | None = None,
+    progress: Reporter,
+) -> dict[str, Any]:
+    """Take part in work until its output is complete; the manifest.
+
+    What is uploaded is committed by the process that has put the output in place, or finds it there.
+
+    Raises:
+        ModelMergeError: As for the verb; or the processes are not alike.
+    """
+    plan, digest, source = work.job.plan, work.digest, work.job.source
     manifest = _complete(out, digest)
     if manifest is not None:
         progress.note(f"{out} is complete already")
         return manifest
     begun = job_at(out) or {}
     mine = begun.get("digest") != digest  # else `force` is for whoever began to say
-    check_output(out, input_paths(plan), force=force if mine else bool(begun["force"]))
+    try:
+        check_output(out, input_paths(plan), force=force if mine else bool(begun["force"]))
+    except OutputError:
+        manifest = _complete(out, digest)  # since it was looked for
+        if manifest is None:
+            raise
+        return manifest
     if ready is not None:
         ready()
-    fetch(plan, progress, beside="all", stream=prepared.stream)
+    fetch(plan, progress, beside=work.beside, stream=work.stream)
     about = {
         "digest": digest, "force": force, "lease": lease(), "host": socket.gethostname(), "process": os.getpid(),
         # Cards of one kind have the same bits, whatever their numbers.
-        "circumstances": circumstances(prepared.job.source.device) | {"device": prepared.job.source.device.type},
+        "circumstances": circumstances(source.device) | {"device": source.device.type},
         "inputs": {f"{model.name}: {model.address(file)}": [stat.st_size, stat.st_mtime_ns]
                    for model in plan.models for file, stat in model.files.items()},
     }  # fmt: skip
@@ -142,8 +211,8 @@ def share_out(
             if manifest is not None:
                 return manifest
             if folder.is_new:
-                check_room(folder.path.parent, plan.bytes_written + beside_bytes(plan, 1))
-            return _take_part(prepared, data, out, digest, folder, uploader, progress)
+                check_room(folder.path.parent, work.nbytes + beside_bytes(plan, work.beside == "all"))
+            return _take_part(work, out, folder, uploader, progress)
     except BaseException:
         if (job_at(out) or {}).get("digest") == digest:
             progress.note(f"what is finished is kept in {work_folder(out)}: the same command takes it up")
@@ -155,8 +224,9 @@ def share_out(
 
 def _complete(out: Path, digest: str) -> dict[str, Any] | None:
     """The manifest of the output if it is this merge's; what is left of the work on it goes."""
-    manifest = finished(out, digest, hashed=False)
-    if manifest is not None and (job_at(out) or {}).get("digest") == digest:
+    manifest, job = finished(out, digest, hashed=False), job_at(out)
+    # Who was killed while he removed the folder has left it under another name.
+    if manifest is not None and (job is None or job.get("digest") == digest):
         remove_work(out, uuid.uuid4().hex)
     return manifest
 
@@ -231,30 +301,27 @@ def _explained(folder: WorkFolder, out: Path, digest: str) -> Iterator[None]:
 
 
 def _take_part(
-    prepared: Prepared, data: coefficients.Read | None, out: Path, digest: str, folder: WorkFolder,
-    uploader: Uploader | None, progress: Reporter,
-) -> dict[str, Any]:  # fmt: skip
-    plan = prepared.job.plan
+    work: Undertaking, out: Path, folder: WorkFolder, uploader: Uploader | None, progress: Reporter
+) -> dict[str, Any]:
+    plan = work.job.plan
     prepare_process(sum(len(model.files) for model in plan.models))
     for part in (part for model in plan.models for part in model.parts):
         part.hashes_along = False
     hand_on = None
     if uploader is not None:
         hand_on, uploader.commits = uploader.add, False
-    with contextlib.closing(Shared(folder, prepared.job, progress, hand_on)) as crew:
-        if data is not None:
-            prepared = _with_coefficients(prepared, data, digest, out, crew, progress)
-        findings = run_shared(prepared.job, crew, crew.shard, progress)
+    with contextlib.closing(Shared(folder, work.job, progress, hand_on)) as crew:
+        layout, finish = work.do(crew)
         digests = crew.digests()
         if uploader is not None:
             uploader.close()
-        while (manifest := finished(out, digest, hashed=False)) is None:
+        while (manifest := finished(out, work.digest, hashed=False)) is None:
             claim = folder.claim("publish")
             if claim is None:
                 folder.wait()
                 continue
             with claim:
-                mine = _publish(prepared, out, digest, digests, findings, folder, crew, progress)
+                mine = _publish(work, layout, lambda publication: finish(publication, digests), out, folder, crew)
             if uploader is not None:
                 uploader.commits = mine
         folder.remove()
@@ -276,19 +343,16 @@ def _with_coefficients(
 
 
 def _publish(
-    prepared: Prepared, out: Path, digest: str, digests: list[dict[Path, str]], findings: Findings,
-    folder: WorkFolder, crew: Shared, progress: Reporter,
+    work: Undertaking, layout: Layout, finish: Callable[[Publication], dict[str, Any]], out: Path, folder: WorkFolder,
+    crew: Shared,
 ) -> bool:  # fmt: skip
     """Put the output in place; False where somebody has done it."""
-    layout = prepared.job.plan.layout
     publication = Publication(out, folder.take_files(), layout, force=bool(folder.job["force"]))
-    if finished(out, digest, hashed=False) is not None:  # by somebody who has no hold of the files any more
+    if finished(out, work.digest, hashed=False) is not None:  # by somebody who has no hold of the files any more
         return False
     publication.recover()
     publication.digests |= crew.shards()
-    manifest = complete(prepared, out, publication, findings, None, 0.0, digest, digests)
-    for note in manifest["notes"]:
-        progress.note(note)
+    manifest = finish(publication)
     seconds = round(folder.seconds, 3)
     whole = {**manifest, "workers": crew.workers(), "seconds": seconds, "files": publication.listing()}
     publication.publish(as_file(whole))

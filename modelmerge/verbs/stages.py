@@ -122,11 +122,11 @@ def _draw(prepared: Prepared, folder: Path) -> None:
 
 def run(
     prepared: Prepared, out: Path, execute: Callable[..., dict[str, Any]], *, force: bool, resume: bool,
-    ready: Callable[[], object] | None, uploader: Uploader | None, progress: Reporter,
+    cluster: str | None, ready: Callable[[], object] | None, uploader: Uploader | None, progress: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the stages of a merge and the merge itself, by `execute`; its manifest. The stages are removed then.
 
-    Where a run with `resume` is interrupted, they stay and are taken up by the next.
+    Where a run with `resume`, or with others of a `cluster`, is interrupted, they stay and are taken up by the next.
 
     Raises:
         ModelMergeError: As for `merge`.
@@ -141,27 +141,38 @@ def run(
         same = dataclasses.replace(prepared, staged=None, before=before)
         if resume:
             stack.enter_context(threads_of_leftovers(out, digest_of(same)))
-        if resume and finished(out, digest_of(same)):
+        keep, how = resume or cluster is not None, {"resume": resume, "cluster": cluster, "progress": progress}
+        if keep and finished(out, digest_of(same), hashed=resume):
             _clear(work)
-            return execute(same, out, resume=True, force=force, ready=ready, progress=progress)
-        for plan in (*staged.plans.values(), prepared):
-            check_output(out, [path for path in input_paths(plan.job.plan) if not _is_in(path, staged)], force=force)
+            return execute(same, out, force=force, ready=ready, **how)
+        try:
+            for plan in (*staged.plans.values(), prepared):
+                paths = [path for path in input_paths(plan.job.plan) if not _is_in(path, staged)]
+                check_output(out, paths, force=force)
+        except OutputError:
+            if cluster is None or not finished(
+                out, digest_of(same), hashed=False
+            ):  # by others, since it was looked for
+                raise
+            return execute(same, out, force=force, **how)
         if ready is not None:
             ready()
         try:
-            _make_room(work, 0 if resume else staged.bytes_kept + prepared.job.plan.bytes_written)
+            _make_room(work, 0 if keep else staged.bytes_kept + prepared.job.plan.bytes_written)
             places: dict[str, Path] = {}
             results: dict[str, dict[str, Any]] = {}
             for i, (name, make) in enumerate(staged.makes.items()):
                 part = dataclasses.replace(_made(name, make, places), before=before[:i])
                 places[name] = work / name
                 progress.note(f"'{name}' is merged first, {i + 1} of {len(staged.makes)}")
-                results[name] = execute(part, places[name], force=True, resume=resume, progress=progress)
+                results[name] = execute(part, places[name], force=True, **how)
             last = _with_recipes(staged.final(places), staged.plans)
             last = dataclasses.replace(last, before=before, results=results)
-            manifest = execute(last, out, force=force, resume=resume, uploader=uploader, progress=progress)
-        except BaseException:
-            if not resume:
+            manifest = execute(last, out, force=force, uploader=uploader, **how)
+        except BaseException as error:
+            if cluster is not None and isinstance(error, Exception) and finished(out, digest_of(same), hashed=False):
+                return execute(same, out, force=force, **how)  # others have finished it and removed the stages
+            if not keep:
                 _clear(work)
             raise
         _clear(work)

@@ -5,95 +5,40 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from modelmerge.checkpoint.companions import companions, remarks_on_origin
 from modelmerge.checkpoint.layout import Entry, Layout, lay_out, lay_out_model, together
-from modelmerge.checkpoint.opening import as_references, open_models
 from modelmerge.checkpoint.portable import portable
 from modelmerge.checkpoint.reader import LEFT, MANIFEST, RIGHT
 from modelmerge.checkpoint.staging import Staging
-from modelmerge.devices import current
 from modelmerge.engine import vectors
+from modelmerge.engine.cluster import Shared
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import fitting_bytes, scratch_bytes, vector_memory
-from modelmerge.engine.parallel import prepare_process, source_of
-from modelmerge.engine.transforms import Chain, Transform, transform_of
-from modelmerge.engine.units import Alone
+from modelmerge.engine.transforms import Chain, transform_of
+from modelmerge.engine.units import Alone, Crew
 from modelmerge.engine.vectors import Measured
 from modelmerge.errors import UsageError, named
 from modelmerge.methods import registry
 from modelmerge.methods.options import make_options
-from modelmerge.plan.downloads import fetch, with_downloads
+from modelmerge.plan.downloads import with_downloads
 from modelmerge.plan.recipe import parse_size
 from modelmerge.plan.stacks import entries
-from modelmerge.plan.tensors import TensorPlan, make_plan
+from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import SILENT, Reporter
-from modelmerge.record.fingerprint import fingerprint
-from modelmerge.record.manifest import as_file, listing, remarks
-from modelmerge.record.vectors import (
-    Ranks,
-    low_rank_report,
-    measured_report,
-    numerical_ranks,
-    transform_report,
-    vector_manifests,
-)
-from modelmerge.verbs.output import output_of
-from modelmerge.verbs.prepare import threads_of_leftovers
+from modelmerge.record.manifest import listing
+from modelmerge.record.vectors import Ranks, low_rank_report, measured_report, numerical_ranks, transform_report
+from modelmerge.verbs.shared import FILES, on_local_card
+from modelmerge.verbs.vector_output import Frame, Opened, Result, opened_models, run_alone, run_shared
 
 REDUNDANT = "redundant"  # the folder of the vector that disentangling subtracts from all
 FULL = "experts"  # the folder of base + disentangled task vector
 _RANKED_LAYERS = 3  # so many of the largest matrices have their rank reported; each costs an eigendecomposition
 _RANKED_SIDE = 4096  # and none whose smaller side is longer than this
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """Models that are ready to be subtracted."""
-
-    job: Job
-    tensors: list[TensorPlan]  # what base and experts share, in the base's order
-    empty: list[str]  # shared tensors without elements, which cannot change
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(expert.name for expert in self.job.plan.experts)
-
-    @property
-    def linear(self) -> list[TensorPlan]:
-        return [tensor for tensor in self.tensors if tensor.linear]
-
-    def unchanged(self, measured: Mapping[str, Measured], expert: int) -> list[str]:
-        return [*self.empty, *(t.name for t in self.tensors if not measured[t.name].nonzero[expert])]
-
-
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    """What both verbs take besides the models."""
-
-    out: Path
-    include: Sequence[str]
-    exclude: Sequence[str]
-    max_shard_size: str | None
-    force: bool
-    resume: bool
-    stream: bool
-    ready: Callable[[], object] | None
-    progress: Reporter
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """What a verb has written: its report, by directory the tensors that are left out, the ranks of factors."""
-
-    report: dict[str, Any]
-    unchanged: Mapping[str, Sequence[str]]
-    ranks: Ranks
 
 
 def extract(
@@ -110,6 +55,7 @@ def extract(
     force: bool = False,
     resume: bool = False,
     stream: bool = False,
+    cluster: str | None = None,
     dry_run: bool = False,
     ready: Callable[[], object] | None = None,
     progress: Reporter = SILENT,
@@ -129,6 +75,7 @@ def extract(
         force: Replace what is at `out`.
         resume: Keep finished shards when interrupted, and take up those of an interrupted run.
         stream: Read weights on the Hub over ranges, without storing them in the cache.
+        cluster: `files`: share the work with all processes that are given the same, and return once it is complete.
         dry_run: Write nothing, and give the plan instead: tensors and why, bytes, peak memory.
         ready: Called once it is known that the work can begin.
         progress: Shows the progress.
@@ -136,38 +83,63 @@ def extract(
     Raises:
         ModelMergeError: See `modelmerge.errors` for the kinds.
     """
+    if cluster not in (None, FILES):
+        raise UsageError(f"of task vectors must be {FILES}, not '{cluster}'", option="cluster")
+    if cluster is not None and resume:
+        hint = f"with {named('cluster')} what is finished is kept anyhow, and the same command takes it up"
+        raise UsageError(f"{named('resume')} and {named('cluster')} exclude each other", hint=hint)
     if rank is not None and energy is not None:
         raise UsageError(f"{named('rank')} and {named('energy')} exclude each other", hint="give one of them")
     if rank is not None and rank < 1:
         raise UsageError(f"must be at least 1, not {rank}", option="rank")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"must be above 0 and at most 1, not {energy:g}", option="energy")
-    frame = _Frame(Path(out), include, exclude, max_shard_size, force, resume, stream, ready, progress)
-    opened = _open(base, experts, include, exclude, device)
+    frame = Frame(Path(out), include, exclude, max_shard_size, force, resume, stream, ready, progress)
+    opened = opened_models(base, experts, include, exclude, device)
+    if cluster is not None:
+        opened = dataclasses.replace(opened, job=on_local_card(opened.job, device, progress))
     source, linear, names = opened.job.source, opened.linear, opened.names
     ranked = sorted((t for t in linear if min(t.shape) <= _RANKED_SIDE), key=lambda t: -t.numel)[:_RANKED_LAYERS]
     decomposed = linear if energy is not None else ranked
 
-    def write(stage: Callable[..., Staging]) -> _Result:
-        measured = vectors.measure(source, opened.tensors, progress)
-        spectra = vectors.spectra(source, decomposed, progress)
+    def write(stage: Callable[..., Staging]) -> Result:
+        staging = stage()
+
+        def put(places: vectors.Places, layout: Layout) -> vectors.Errors:
+            staging.lay_out(layout)
+            return vectors.write(source, opened.tensors, None, places, staging, progress)
+
+        return make(Alone(staging.scratch), put)[1]
+
+    def share(crew: Shared) -> tuple[Layout, Result]:
+        def put(places: vectors.Places, layout: Layout) -> vectors.Errors:
+            crew.lay_out(layout)
+            return vectors.write_shared(source, opened.tensors, places, layout, crew, crew.shard, progress)
+
+        return make(crew, put)
+
+    def make(crew: Crew, put: Callable[[vectors.Places, Layout], vectors.Errors]) -> tuple[Layout, Result]:
+        measured = vectors.measure(source, opened.tensors, crew, progress)
+        spectra = vectors.spectra(source, decomposed, crew, progress)
         ranks = _ranks(linear, measured, spectra, rank, energy)
-        staging = stage(together(_layouts(opened, measured, ranks, parse_size(max_shard_size))))
-        places = vectors.Places(tuple(f"{name}/" for name in names), ranks=ranks)
-        errors = vectors.write(source, opened.tensors, None, places, staging, progress)
+        layout = together(_layouts(opened, measured, ranks, parse_size(max_shard_size)))
+        errors = put(vectors.Places(tuple(f"{name}/" for name in names), ranks=ranks), layout)
         report = {
             **measured_report(names, opened.tensors, measured),
             "ranks": numerical_ranks(names, [t for t in decomposed if t in ranked], spectra),
             "low_rank": low_rank_report(names, measured, ranks, errors),
         }
-        return _Result(report, {name: opened.unchanged(measured, i) for i, name in enumerate(names)}, ranks)
+        unchanged = {name: opened.unchanged(measured, i) for i, name in enumerate(names)}
+        return layout, Result(report, unchanged, ranks)
 
     with contextlib.closing(opened.job.plan):
         _refuse_names(names)
         if dry_run:
             factored = linear if rank is not None or energy is not None else []
             return _plan(opened, decomposed, factored, stream=stream)
-        return _run("extract", opened, frame, [rank, energy], write)
+        if cluster is not None:
+            return run_shared("extract", opened, frame, [rank, energy], share)
+        return run_alone("extract", opened, frame, [rank, energy], write)
 
 
 def disentangle(
@@ -215,16 +187,17 @@ def disentangle(
     """
     spec = registry.load(method, "transform")
     transform = transform_of(method, spec, make_options(spec, method, options))
-    frame = _Frame(Path(out), include, exclude, max_shard_size, force, resume, stream, ready, progress)
-    opened = _open(base, experts, include, exclude, device, (transform,))
+    frame = Frame(Path(out), include, exclude, max_shard_size, force, resume, stream, ready, progress)
+    opened = opened_models(base, experts, include, exclude, device, (transform,))
     job, names = opened.job, opened.names
 
-    def write(stage: Callable[..., Staging]) -> _Result:
+    def write(stage: Callable[..., Staging]) -> Result:
         staging = stage(companions=full_experts * len(names))  # what there is to write shows once the vectors are there
-        fitted = transform.fit(job, opened.linear, Chain(), Alone(staging.scratch), progress)
+        crew = Alone(staging.scratch)
+        fitted = transform.fit(job, opened.linear, Chain(), crew, progress)
         figures = fitted.figures()
         measured = _changes(figures.entanglement)
-        measured |= vectors.measure(job.source, [t for t in opened.tensors if not t.linear], progress)
+        measured |= vectors.measure(job.source, [t for t in opened.tensors if not t.linear], crew, progress)
         everything, size = list(job.plan.tensors.values()), parse_size(max_shard_size)
         layouts = list(_layouts(opened, measured, {}, size))
         if transform.shares_vector:
@@ -250,7 +223,7 @@ def disentangle(
         if transform.shares_vector:
             unchanged[REDUNDANT] = [*opened.empty, *(t.name for t in opened.tensors if not t.linear)]
         report = transform_report(names, method, dataclasses.asdict(transform.options), figures)
-        return _Result(report, unchanged, {})
+        return Result(report, unchanged, {})
 
     with contextlib.closing(job.plan):
         if len(names) < 2:
@@ -266,7 +239,7 @@ def disentangle(
             plan["plan"]["remarks"] += remarks_on_origin(job.plan.base) if full_experts else []
             return plan
         settings = [method, dataclasses.asdict(transform.options), full_experts]
-        return _run("disentangle", opened, frame, settings, write, beside="all" if full_experts else "nothing")
+        return run_alone("disentangle", opened, frame, settings, write, beside="all" if full_experts else "nothing")
 
 
 def _refuse_names(names: Sequence[str], *others: str) -> None:
@@ -276,63 +249,8 @@ def _refuse_names(names: Sequence[str], *others: str) -> None:
             raise UsageError(f"an expert cannot be called '{name}' here", hint=f"rename it: other={name}")
 
 
-def _open(
-    base: str | Path,
-    experts: Sequence[str | Path] | Mapping[str, str | Path],
-    include: Sequence[str],
-    exclude: Sequence[str],
-    device: str,
-    transforms: tuple[Transform, ...] = (),
-) -> _Opened:
-    prepare_process()
-    origin, others = open_models(str(base), as_references(experts), exclude)
-    plan = make_plan(origin, others, include=include, exclude=exclude)
-    shared = [tensor for tensor in plan.tensors.values() if tensor.action == "merge"]
-    empty = [tensor.name for tensor in shared if not tensor.numel]
-    job = Job(source_of(plan, device), (), (1.0,) * len(others), transforms)
-    return _Opened(job, [tensor for tensor in shared if tensor.numel], empty)
-
-
-def _run(
-    verb: str,
-    opened: _Opened,
-    frame: _Frame,
-    settings: Sequence[Any],
-    write: Callable[[Callable[..., Staging]], _Result],
-    *,
-    beside: Literal["all", "nothing"] = "nothing",
-) -> dict[str, Any]:
-    """Check, download, write, and publish with a manifest for every directory and one for the whole; the report.
-
-    `write` is given what prepares the output with a layout.
-    """
-    plan, progress = opened.job.plan, frame.progress
-    device, asked = opened.job.source.device, [verb, *settings, frame.include, frame.exclude, frame.max_shard_size]
-    with contextlib.ExitStack() as stack:
-        if frame.resume:
-            stack.enter_context(threads_of_leftovers(frame.out, fingerprint(plan, device, *asked)))
-        digest = fingerprint(plan, device, *asked)
-        output = stack.enter_context(output_of(
-            plan, frame.out, digest, force=frame.force, resume=frame.resume, ready=frame.ready, progress=progress
-        ))  # fmt: skip
-        if output.complete is not None:
-            return output.complete["report"]
-        for remark in [*remarks(plan), *(remarks_on_origin(plan.base) if beside == "all" else [])]:
-            progress.note(remark)
-        fetch(plan, progress, beside=beside, stream=frame.stream)
-        with current(device):
-            result = write(output.stage)
-        output.staging.write_indices()
-        each, whole = vector_manifests(verb, plan, device, result.unchanged, result.ranks)
-        for name, manifest in each.items():
-            output.staging.write_file(f"{name}/{MANIFEST}", as_file(manifest))
-        globs = {"include": list(frame.include), "exclude": list(frame.exclude)}
-        output.publish({**whole, **globs, "report": result.report, "fingerprint": digest})
-        return result.report
-
-
 def _plan(
-    opened: _Opened, ranked: Sequence[TensorPlan] = (), factored: Sequence[TensorPlan] = (), *, stream: bool
+    opened: Opened, ranked: Sequence[TensorPlan] = (), factored: Sequence[TensorPlan] = (), *, stream: bool
 ) -> dict[str, Any]:
     """What a run would do; `write` is what it writes at most, for unchanged tensors are known only once read."""
     job, plan = opened.job, opened.job.plan
@@ -393,7 +311,7 @@ def _ranks(
     return ranks
 
 
-def _layouts(opened: _Opened, measured: Mapping[str, Measured], ranks: Ranks, size: int | None) -> Iterable[Layout]:
+def _layouts(opened: Opened, measured: Mapping[str, Measured], ranks: Ranks, size: int | None) -> Iterable[Layout]:
     """The files of each expert's directory: changed tensors, whole or as factors."""
     for i, name in enumerate(opened.names):
         changed: dict[str, Entry] = {}
@@ -409,7 +327,7 @@ def _layouts(opened: _Opened, measured: Mapping[str, Measured], ranks: Ranks, si
         yield lay_out(changed, size, folder=f"{name}/")
 
 
-def _copy_companions(opened: _Opened, staging: Staging) -> None:
+def _copy_companions(opened: Opened, staging: Staging) -> None:
     for place, file in companions(opened.job.plan.base).items():
         content = portable(place, file)
         for name in opened.names:

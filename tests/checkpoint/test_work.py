@@ -52,10 +52,13 @@ def test_a_claim_without_signs_of_life_is_taken_over_and_lost(out: Path) -> None
         old = claimed(first)
         assert second.claim(UNIT) is None
         die(first)
-        with claimed(second):
+        with claimed(second) as claim:
             assert old.is_lost
             assert first.claim(UNIT) is None
-        old.release()
+            claim.finish({}, b"")
+        assert old.is_lost, "also once the other is done"
+        with old:
+            raise OutputError("the files that it has gone on writing are published by now")
 
 
 def test_a_claim_stays_young_while_its_process_lives(out: Path) -> None:

@@ -124,6 +124,18 @@ def running(words: Sequence[str], **how: Any) -> Iterator[Run]:
         run.close()
 
 
+@contextlib.contextmanager
+def started(words: Sequence[str], count: int, first: int = 0) -> Iterator[list[Run]]:
+    """So many runs of the same at the same time, over when the block is; `first` is the number of the first."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(running(words, beside=first + i)) for i in range(count)]
+
+
+def finish(runs: Sequence[Run]) -> None:
+    """Wait for the end of all; fail unless it is a good one."""
+    assert [run.end() for run in runs] == [0] * len(runs), [run.err() for run in runs]
+
+
 class _Parent:
     """The process that is forked, and what it tells of its child: a line for each thing that happens."""
 

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from modelmerge.methods import registry, threshold
 from modelmerge.record import fingerprint
 from modelmerge.record.redaction import published
 from tests.support.checkpoints import base_state, expert_state, family, read, same_bits, write
-from tests.support.processes import Run, running
+from tests.support.processes import finish, running, started
 
 LEASE = "1.5"  # seconds
 SURVEY = "modelmerge.engine.survey:in_parallel"
@@ -75,16 +74,6 @@ def manifest_at(out: Path) -> dict[str, Any]:
     manifest = json.loads((out / MANIFEST).read_text())
     assert {path.name for path in out.iterdir()} == {*manifest["files"], MANIFEST}
     return manifest
-
-
-@contextlib.contextmanager
-def started(command: list[str], count: int, first: int = 0) -> Iterator[list[Run]]:
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(running(command, beside=first + i)) for i in range(count)]
-
-
-def finish(runs: list[Run]) -> None:
-    assert [run.end() for run in runs] == [0] * len(runs), [run.err() for run in runs]
 
 
 # --- as one process ---
@@ -232,6 +221,30 @@ def test_who_sleeps_beyond_the_lease_does_no_damage(stop: str, call: int, models
         finish([first])
     assert weights(manifest_at(out)) == want
     assert out.stat().st_ino == inode
+
+
+def test_what_is_left_of_a_folder_that_was_being_removed_goes_with_the_next(models: list[Path], tmp_path: Path) -> None:
+    want, out = alone(models, tmp_path / "alone"), tmp_path / "out"
+    with running(words(models, out), stop="modelmerge.checkpoint.work:shutil.rmtree") as first:
+        first.until_stopped()
+        first.send(signal.SIGKILL)
+        first.end()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".out.")]
+    with running(words(models, out)) as again:
+        finish([again])
+    assert weights(manifest_at(out)) == want
+
+
+def test_who_comes_while_the_output_is_published_finds_it_complete(models: list[Path], tmp_path: Path) -> None:
+    """He looks for it just before, and at the place just after."""
+    want, out = alone(models, tmp_path / "alone"), tmp_path / "out"
+    with running(words(models, out), stop="modelmerge.verbs.shared:check_output") as late:
+        late.until_stopped()
+        with running(words(models, out), beside=1) as other:
+            finish([other])
+        late.send(signal.SIGCONT)
+        finish([late])
+    assert weights(manifest_at(out)) == want
 
 
 def test_two_who_publish_in_turn_publish_once(models: list[Path], tmp_path: Path) -> None:

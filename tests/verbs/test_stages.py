@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,13 @@ from safetensors.torch import load_file
 import modelmerge
 from modelmerge.checkpoint.output import CARD
 from modelmerge.cli import main
+from modelmerge.engine.parallel import threads
 from modelmerge.errors import OutputError, PlanError, RecipeError, UsageError
 from modelmerge.plan import mergekit
 from modelmerge.record import card, redaction
 from modelmerge.verbs import stages
 from tests.support.checkpoints import expert_state, family, read, write
+from tests.support.processes import running
 
 TWO = """
 name: first
@@ -217,6 +220,50 @@ def test_an_interrupted_run_goes_on_behind_its_finished_stages(here: Path, monke
     assert merged == ["average", "task-arithmetic", "ties", "average"]
 
 
+def shared(*more: str) -> list[str]:
+    return ["merge", "--recipe", "multi.yml", "-o", "out", "--max-shard-size", "4KB", "--cluster", "files", *more]
+
+
+@pytest.mark.parametrize(
+    ("stop", "call"),
+    [
+        pytest.param("modelmerge.checkpoint.shard_file:ShardFile.write", 3, id="in the first"),
+        pytest.param("modelmerge.checkpoint.publication:Publication._swap", 2, id="publishing the second"),
+        pytest.param("modelmerge.verbs.stages:_clear", 1, id="when all is done"),
+    ],
+)
+def test_processes_share_the_stages_out_in_turn(
+    stop: str, call: int, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is killed, and the only one that was at it; others take its work over, and a late one finds all done."""
+    monkeypatch.setenv("MODELMERGE_LEASE", "1.5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with threads(1):
+        whole = modelmerge.replay("multi.yml", "whole")
+    with running(shared(), stop=stop, call=call) as first:
+        first.until_stopped()
+        first.send(signal.SIGKILL)
+        first.end()
+    with running(shared(), beside=1) as second, running(shared(), beside=2) as third:
+        assert [second.end(), third.end()] == [0, 0], (second.err(), third.err())
+    assert read(Path("out")).keys() == read(Path("whole")).keys()
+    assert all(torch.equal(tensor, read(Path("out"))[name]) for name, tensor in read(Path("whole")).items())
+    manifest = _manifest("out")
+    assert manifest["stages"].keys() == whole["stages"].keys()
+    assert manifest["workers"]
+    with running(shared()) as late:
+        assert late.end() == 0, late.err()
+    assert sorted(path.name for path in Path().iterdir()) == ["models", "multi.yml", "out", "whole"]
+
+
+def test_stages_are_not_shared_out_among_devices(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in (["--device", "cpu,cpu"], ["--cluster", "ray"], ["--part", "1/2"]):
+        assert main([*shared()[:7], *more]) == 2
+        assert "cannot share out merges of merges: 'first' is merged first, and gone then" in " ".join(
+            capsys.readouterr().err.split()
+        )
+
+
 def test_what_is_wrong_with_a_later_document_shows_before_the_first_is_merged(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,7 +347,7 @@ def test_what_a_stage_that_is_gone_cannot_be_is_an_error(here: Path) -> None:
     last = FIRST.replace("name: first", "").replace("models/base", "first")
     Path("multi.yml").write_text(f"{FIRST}---\n{last}")
     assert main(["merge", "--recipe", "multi.yml", "-o", "small", "--as-lora", "2"]) == 2
-    assert main(["merge", "--recipe", "multi.yml", "-o", "small", "--cluster", "files"]) == 2
+    assert main(["merge", "--recipe", "multi.yml", "-o", "small", "--part", "1/2"]) == 2
     assert not Path("small").exists()
 
 
