@@ -54,6 +54,17 @@ class Cores:
         core = core if self.left is None else self.left.to(core.dtype) @ core
         return core if self.right is None else core @ self.right.to(core.dtype)
 
+    def shortened(self, core: Tensor, lengths: Sequence[float]) -> Tensor:
+        """A core that is no longer than the task vectors are on average, if all are of low rank; in place.
+
+        Their directions are mostly no other's, so that nothing in a method shortens what it sums: the more experts,
+        the further it takes the weight out of where any of them was trained.
+        """
+        if self.rank is None:
+            return core
+        norm = torch.linalg.vector_norm(core, dtype=torch.float64)
+        return core.mul_((sum(lengths) / len(lengths) / norm).clamp(max=1.0))
+
 
 def of(
     taus: Tensor, context: Context, active: Sequence[int] | None = None, *, left: bool = True, right: bool = True

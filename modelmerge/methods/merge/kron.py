@@ -12,9 +12,10 @@ the merged task vector M minimises, by conjugate gradients,
 
     sum_i tr (M - w_i tau_i)^T L_i (M - w_i tau_i) R_i  +  ridge * u * ||M - M0||^2
 
-where for adapters m and n are the directions that they take up (`modelmerge.methods.cores`), and is multiplied by
-`scale / (1 + damping * ||M|| / ||theta_0||)`, in spectral norms: where the update is as large as
-the weight it is added to, the experts' features no longer add up, and half of it serves all of them better.
+and is multiplied by `scale / (1 + damping * ||M|| / ||theta_0||)`, in spectral norms: where the update is as large as
+the weight it is added to, the experts' features no longer add up, and half of it serves all of them better. m and n
+count the directions that experts of low rank take up (`modelmerge.methods.cores`), and what these make is no longer
+than they are on average.
 
 WUDI is this without L_i, with tau^T tau for the inputs and without the damping. Its other neighbours: MaTS (Tam et al.,
 arXiv 2312.04339) solves the same linear system by conjugate gradients, with both covariances from data; ACTMat (Hameed
@@ -71,7 +72,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         # A weight that is zero at the base has no features to disturb.
         size = linalg.spectral_norm(context.base)
         merged.mul_(1.0 / (1.0 + options.damping * linalg.spectral_norm(merged) / size) if size else 1.0)
-    return core.whole(merged).mul_(options.scale)
+    lengths = [norm * abs(weight) for norm, weight in zip(norms.values(), weights, strict=True)]
+    return core.whole(core.shortened(merged, lengths)).mul_(options.scale)
 
 
 def solve(
