@@ -153,19 +153,20 @@ def test_a_simulated_device_without_memory_is_one_error(machine: Machine) -> Non
 # How often the processor waits for the device while a method is at one tensor of so many experts, and for each of the
 # iterations that it tells of: what it has to know there to go on. A method that is not named never waits.
 _RANKS = "how many singular values count: that is the shape of what follows"
+_LOW = "who is of low rank"
 WAITS: dict[str, tuple[int, float, str]] = {
-    "apgd": (4, 1 / 8, "norms; the lambdas' scale; the residual, now and then; both norms of the bound"),
-    "apgd adam": (3, 0, "norms; the lambdas' scale; the first loss; both norms of the bound"),
+    "apgd": (5, 1 / 8, f"norms; {_LOW}; the lambdas' scale; the residual, now and then; both norms of the bound"),
+    "apgd adam": (4, 0, f"norms; {_LOW}; the lambdas' scale; the first loss; both norms of the bound"),
     "breadcrumbs": (1, 0, "the ends and factors of all experts"),
     "della rescale=norm": (2 * EXPERTS, 0, "the norms before and after, of each expert in its turn"),
-    "iso-c": (1, 0, _RANKS),
-    "iso-cts": (3 + 2 * EXPERTS, 0, f"{_RANKS}; whether anything of an expert remains"),
+    "iso-c": (2, 0, f"{_LOW}; {_RANKS}"),
+    "iso-cts": (4 + 2 * EXPERTS, 0, f"{_LOW}; {_RANKS}; whether anything of an expert remains"),
     "karcher": (1, 0, "inner products, from which the host finds the coefficients"),
-    "knots": (2, 0, f"{_RANKS}; the ends of all experts"),
+    "knots": (3, 0, f"{_LOW}; {_RANKS}; the ends of all experts"),
     "kron": (
-        5 + EXPERTS,
+        6 + EXPERTS,
         2,
-        f"norms; {_RANKS}; two spectral norms; in each iteration, of T x 6 products, its two numbers",
+        f"norms; {_LOW}; {_RANKS}; two spectral norms; in each iteration, of T x 6 products, its two numbers",
     ),
     "model-stock": (2, 0, "who changed the tensor; the ratio, of which the user hears"),
     "multislerp": (1, 0, "inner products, from which the host finds the coefficients"),
@@ -175,8 +176,8 @@ WAITS: dict[str, tuple[int, float, str]] = {
     "slerp": (1, 0, "inner products, from which the host finds the coefficients"),
     "ties": (1, 0, "the thresholds of all experts"),
     "ties rescale=norm": (2, 0, "the thresholds, and the norms, of all experts"),
-    "tsv-m": (2 + EXPERTS, 0, _RANKS),
-    "wudi": (1, 0, "norms"),
+    "tsv-m": (3 + EXPERTS, 0, f"{_LOW}; {_RANKS}"),
+    "wudi": (2, 0, f"norms; {_LOW}"),
     "wudi adam": (2, 0, "norms; the size of the task vectors, of which the learning rate is a share"),
 }
 # Algorithms that are options, in addition to those that each choice of a choice makes.

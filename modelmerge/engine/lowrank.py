@@ -19,29 +19,23 @@ from modelmerge.engine.job import Source
 from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import threads
 from modelmerge.engine.pieces import Piece
-from modelmerge.methods import linalg
+from modelmerge.methods import cores
 from modelmerge.plan.tensors import Plan, TensorPlan
 
 # So many rows of a matrix are looked at: enough for an adapter of rank 64, and done in milliseconds.
 ROWS = 512
 # Of so many matrices that the expert changed, each of another type; and no more types than that are tried.
 _CHANGED, _TYPES = 3, 12
-# Low is a rank of at most one in so many.
-_LOW = 8
-# Singular values that stand out of rounding's by that factor count; so do none below that share of the first.
-_MARGIN, _FLOOR = 1.5, 1e-6
 # Where rounding is a larger share of the squared norm, the end of a falling spectrum may lie hidden in it. To take what
 # is of full rank for an adapter would cost more than the other way round.
 _HIDDEN = 0.02
-# Explicit bits of the mantissa of what weights are stored in.
-_MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 
 
 def looked_at(plan: Plan) -> list[TensorPlan]:
     """The matrices that `is_low_rank` looks at, at most: the first of each type, the narrow ones first."""
     first: dict[str, TensorPlan] = {}
     for tensor in plan.select("merge"):
-        if tensor.linear and min(tensor.shape) >= 2 * _LOW:
+        if tensor.linear and min(tensor.shape) >= 2 * cores.LOW:
             first.setdefault(layer_type(tensor.name), tensor)
     return sorted(first.values(), key=lambda tensor: (tensor.shape[1], tensor.name))[:_TYPES]
 
@@ -85,18 +79,7 @@ def is_low_rank(plan: Plan, expert: int) -> bool:
 
 def _stands_out_little(tau: Tensor, theta_0: Tensor) -> bool:
     """Whether few singular values of [m, n] stand out of those of rounding, and rounding is small beside them."""
-    m, n = tau.shape
-    values, rounding = linalg.singular_values(tau), _rounding(tau.double() + theta_0)
-    if rounding**2 * m * n > _HIDDEN * float(values.square().sum()):
+    noise = cores.rounding(tau.double() + theta_0)
+    if bool(noise**2 * tau.numel() > _HIDDEN * tau.double().square().sum()):
         return False
-    # Rounding errors are like noise, whose largest singular value is about its size times sqrt(m) + sqrt(n).
-    limit = max(_MARGIN * rounding * (m**0.5 + n**0.5), _FLOOR * float(values[0]))
-    return int((values > limit).sum()) <= min(m, n) // _LOW
-
-
-def _rounding(theta: Tensor) -> float:
-    """Root mean square of what storing weights has rounded away, by how many bits of them are used."""
-    same = ((bits, theta.to(dtype).double() == theta) for dtype, bits in _MANTISSA.items())
-    bits = next((bits for bits, equal in same if float(equal.double().mean()) > 0.99), _MANTISSA[torch.float32])
-    step = torch.exp2(torch.floor(torch.log2(theta.abs().clamp(min=1e-30))) - bits)
-    return float(step.square().mean() / 12) ** 0.5
+    return int(cores.standing_out(tau, noise)) <= min(tau.shape) // cores.LOW

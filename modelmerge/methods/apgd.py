@@ -30,7 +30,7 @@ import torch
 
 from modelmerge import devices, interrupts
 from modelmerge.errors import named
-from modelmerge.methods import linalg, presence, work
+from modelmerge.methods import cores, linalg, presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 
@@ -132,10 +132,12 @@ def fit(taus: Tensor, options: CorrectionOptions, context: Context, *, each: boo
     vectors = taus if len(active) == len(taus) else taus[active]
     lengths = [norms[i] for i in active]
     lambdas = task_lambdas(vectors, lengths, [context.weights[i] for i in active], options)
-    factors = context.factors and [context.factors[i] for i in active]
-    basis = task_basis(vectors, options, factors)
+    # What is faithful to the paper takes task vectors as they are.
+    core = cores.Cores(vectors) if options.published else cores.of(vectors, context, active, left=False)
+    pairs = core.pairs or (context.factors and [context.factors[i] for i in active])
+    basis = task_basis(vectors, options, pairs, core.rank)
     if options.solver == "exact":
-        correction = solve(vectors, lambdas, basis, options, context)
+        correction = core.whole(solve(core.taus, lambdas, basis, options, context))
     else:
         correction = descend(vectors, lambdas, basis, options, context, each=each)
     return Fit(tuple(active), tuple(lengths), tuple(lambdas), context.measured, correction)
@@ -153,12 +155,20 @@ def task_lambdas(taus: Tensor, norms: list[float], weights: list[float], options
 
 
 def task_basis(
-    taus: Tensor, options: CorrectionOptions, factors: Sequence[tuple[Tensor, Tensor] | None] | None = None
+    taus: Tensor,
+    options: CorrectionOptions,
+    factors: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    occupied: int | None = None,
 ) -> Tensor:
-    """Basis of the shared subspace, float32 [m, k], from task vectors [T, m, n] or factors of them."""
+    """Basis of the shared subspace, float32 [m, k], from task vectors [T, m, n] or factors of them.
+
+    Where they take up only so many directions between them, half of those at most is shared: in a basis of all of them
+    D has nothing left to do.
+    """
     smaller, shared_rank = min(taus[0].shape), options.shared_rank
     if shared_rank is None:
         shared_rank = smaller // (options.rank_divisor or len(taus))
+        shared_rank = shared_rank if occupied is None else min(shared_rank, occupied // 2)
     # What is faithful to the paper is so to its singular vectors too.
     approximate = not options.published
     rank = smaller // len(taus)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modelmerge.methods import linalg, work
+from modelmerge.methods import cores, linalg, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
@@ -30,8 +30,9 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    factor, s = linalg.polar(weighted_sum(taus, context.weights))
-    return factor.mul_(s.mean() if len(s) else 0.0).float().mul_(options.scale)
+    core = cores.of(taus, context)
+    factor, s = linalg.polar(weighted_sum(core.taus, context.weights))
+    return core.whole(factor.mul_(s.mean() if len(s) else 0.0)).float().mul_(options.scale)
 
 
 METHOD = matrix_method(
@@ -43,6 +44,7 @@ METHOD = matrix_method(
         "Daniel Marczak and others",
         "ICML 2025",
     ),
+    wants_base=True,
     workspace=lambda tasks: 16.0,
     work=lambda options, m, n, tasks: work.polar(m, n),
 )

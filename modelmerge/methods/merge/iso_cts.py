@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modelmerge.methods import linalg, work
+from modelmerge.methods import cores, linalg, work
 from modelmerge.methods.contract import Context, Tensor, matrix_method
 from modelmerge.methods.merge import iso_c
 from modelmerge.methods.options import option
@@ -38,6 +38,8 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
+    core = cores.of(taus, context)
+    taus = core.taus
     common, specific = ranks(min(taus.shape[1:]), len(taus), options.common_fraction)
     total = weighted_sum(taus, context.weights)
     triplets = [linalg.leading_triplets(total, common)]
@@ -50,7 +52,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     lefts, values, rights = zip(*triplets, strict=True)
     mean = torch.cat(list(values)).mean() if any(map(len, values)) else 0.0
     left, right = linalg.nearest_orthogonal(lefts, rights)
-    return (left @ right).mul_(mean).float().mul_(options.scale)
+    return core.whole((left @ right).mul_(mean)).float().mul_(options.scale)
 
 
 def ranks(smaller: int, tasks: int, fraction: float) -> tuple[int, int]:
@@ -72,6 +74,7 @@ METHOD = matrix_method(
     apply=apply,
     paper=iso_c.METHOD.paper,
     citation=iso_c.METHOD.citation,
+    wants_base=True,
     workspace=lambda tasks: 25.0,
     work=_work,
 )

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from modelmerge.methods import linalg, work
+from modelmerge.methods import cores, linalg, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method, measured_at_once
 from modelmerge.methods.merge import ties
 from modelmerge.methods.options import option
@@ -37,14 +37,16 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    basis = linalg.joint_left_vectors(taus).float()
-    coordinates = torch.stack([basis.T @ tau for tau in taus])
+    core = cores.of(taus, context, right=False)
+    basis = linalg.joint_left_vectors(core.taus).float()
+    coordinates = torch.stack([basis.T @ tau for tau in core.taus])
     trim = ties.Options(density=options.density, scale=1.0, reduce=options.reduce, trim_scope="tensor")
     if not coordinates.numel():  # nothing has changed
         return torch.zeros_like(taus[0])
     moments = ties.METHOD.moments(trim, {})
     limits = moments and measured_at_once(moments, coordinates.flatten(1), coordinates[0].flatten())
-    return (basis @ ties.apply(coordinates, trim, replace(context, measured=limits))).mul_(options.scale)
+    merged = basis @ ties.apply(coordinates, trim, replace(context, measured=limits))
+    return core.whole(merged).mul_(options.scale)
 
 
 def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
@@ -59,6 +61,7 @@ METHOD = matrix_method(
     apply=apply,
     paper="https://arxiv.org/abs/2410.19735",
     citation=Citation("Model merging with SVD to tie the Knots", "George Stoica and others", "ICLR 2025"),
+    wants_base=True,
     workspace=lambda tasks: 8.0 * tasks + 16.0,
     work=_work,
 )

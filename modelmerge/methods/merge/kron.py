@@ -12,7 +12,8 @@ the merged task vector M minimises, by conjugate gradients,
 
     sum_i tr (M - w_i tau_i)^T L_i (M - w_i tau_i) R_i  +  ridge * u * ||M - M0||^2
 
-and is multiplied by `scale / (1 + damping * ||M|| / ||theta_0||)`, in spectral norms: where the update is as large as
+where for adapters m and n are the directions that they take up (`modelmerge.methods.cores`), and is multiplied by
+`scale / (1 + damping * ||M|| / ||theta_0||)`, in spectral norms: where the update is as large as
 the weight it is added to, the experts' features no longer add up, and half of it serves all of them better.
 
 WUDI is this without L_i, with tau^T tau for the inputs and without the damping. It is this package's own: no paper
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from modelmerge import interrupts
-from modelmerge.methods import linalg, presence, work
+from modelmerge.methods import cores, linalg, presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
@@ -57,14 +58,16 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         return torch.zeros_like(taus[0])
     vectors = taus if len(norms) == len(taus) else taus[list(norms)]
     weights = [context.weights[i] for i in norms]
-    factors = [context.factors[i] if context.factors else None for i in norms]
-    merged = solve(vectors, weights, factors, options, context)
+    core = cores.of(vectors, context, list(norms))
+    # The factors of cores would be no smaller than they are.
+    factors = core.pairs if core.left is core.right is None else [None] * len(vectors)
+    merged = solve(core.taus, weights, factors, options, context)
     if options.damping:
         assert context.base is not None, "the method wants the base"
         # A weight that is zero at the base has no features to disturb.
         size = linalg.spectral_norm(context.base)
         merged.mul_(1.0 / (1.0 + options.damping * linalg.spectral_norm(merged) / size) if size else 1.0)
-    return merged.mul_(options.scale)
+    return core.whole(merged).mul_(options.scale)
 
 
 def solve(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modelmerge.methods import linalg, work
+from modelmerge.methods import cores, linalg, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
 
@@ -33,12 +33,14 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     rank = max(min(taus.shape[1:]) // len(taus), 1)
-    factors = context.factors or (None,) * len(taus)
-    triplets = [linalg.leading_triplets(tau, rank, pair) for tau, pair in zip(taus, factors, strict=True)]
+    core = cores.of(taus, context)
+    # The factors of cores would be no smaller than they are.
+    pairs = core.pairs if core.left is core.right is None else (None,) * len(taus)
+    triplets = [linalg.leading_triplets(tau, rank, pair) for tau, pair in zip(core.taus, pairs, strict=True)]
     lefts, values, rights = zip(*triplets, strict=True)
     left, right = linalg.nearest_orthogonal(lefts, rights)
     weighted = [s * weight for s, weight in zip(values, context.weights, strict=True)]
-    return ((left * torch.cat(weighted)) @ right).float().mul_(options.scale)
+    return core.whole((left * torch.cat(weighted)) @ right).float().mul_(options.scale)
 
 
 def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
@@ -56,6 +58,7 @@ METHOD = matrix_method(
         "Antonio Andrea Gargiulo and others",
         "CVPR 2025",
     ),
+    wants_base=True,
     workspace=lambda tasks: 22.0,
     work=_work,
 )

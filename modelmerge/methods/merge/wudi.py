@@ -14,7 +14,8 @@ m^2 n and a backward pass. Adam's constants fit task vectors of CLIP's size; `--
 
 `--solver exact`, the default, replaces the steps by a ridge towards M0: `r ||M - M0||^2` is added, and M follows from
 one Cholesky factorisation, whatever the size of the task vectors. r is `ridge` times the mean eigenvalue of
-`sum_i C_i`, which is T / n, so that wide and narrow weights are treated alike:
+`sum_i C_i`, which is T / n, so that wide and narrow weights are treated alike; for adapters of rank r, which take up
+T r directions and not n, T / (T r) (`modelmerge.methods.cores`):
 
     M = M0 + sum_i (w_i tau_i - M0) C_i (sum_i C_i + r)^-1
 
@@ -36,7 +37,7 @@ import torch
 
 from modelmerge import interrupts
 from modelmerge.errors import named
-from modelmerge.methods import presence, work
+from modelmerge.methods import cores, presence, work
 from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.sums import weighted_sum
@@ -87,9 +88,12 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         return torch.zeros_like(taus[0])
     weights = [context.weights[i] for i in norms]
     vectors = taus if len(norms) == len(taus) else taus[list(norms)]
-    start = weighted_sum(vectors, weights)
-    merge = solve if options.solver == "exact" else descend
-    return merge(vectors, list(norms.values()), weights, start, options).mul_(options.scale)
+    if options.solver == "adam":
+        start = weighted_sum(vectors, weights)
+        return descend(vectors, list(norms.values()), weights, start, options).mul_(options.scale)
+    core = cores.of(vectors, context, list(norms))
+    merged = solve(core.taus, list(norms.values()), weights, weighted_sum(core.taus, weights), options)
+    return core.whole(merged).mul_(options.scale)
 
 
 def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
@@ -160,6 +164,7 @@ METHOD = matrix_method(
         "Runxi Cheng and others",
         "ICML 2025",
     ),
+    wants_base=True,
     workspace=lambda tasks: 12.0,
     squares=3.0,
     work=_work,

@@ -35,7 +35,7 @@ _TEXT_BASE_STEPS, _TEXT_STEPS, _TEXT_RATE = 250, 200, 2e-3
 _BASE_WINDOWS, _OWN_WINDOWS, _OTHER_WINDOWS = 3, 11, 1
 
 # The rate leaves adapters at a few per cent of the weights' norm, as those of large models are.
-_SMALL_BASE_STEPS, _SMALL_STEPS, _SMALL_RATE, _SMALL_RANKS = 600, 120, 1e-3, (8, 16)
+_SMALL_BASE_STEPS, _SMALL_STEPS, _SMALL_RATE, _SMALL_RANKS = 500, 120, 1e-3, (8, 16)
 
 
 class _Attention(nn.Module):
@@ -91,19 +91,20 @@ class _Decoder(nn.Module):
         return self.lm_head(self.model.norm(hidden))
 
 
+def _sources(pattern: str) -> str:
+    """Modules of Python's library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return "".join(path.read_text("utf-8") for path in sorted(library.glob(pattern)))
+
+
 def _texts() -> dict[str, str]:
     """The domains: text that comes with every Python."""
-    library = Path(sysconfig.get_path("stdlib"))
-
-    def sources(pattern: str) -> str:
-        return "".join(path.read_text("utf-8") for path in sorted(library.glob(pattern)))
-
     names = (unicodedata.name(chr(code), "") for code in range(0xA0, 0x2E00))
     return {
-        "asyncio": sources("asyncio/*.py"),
-        "email": sources("email/*.py"),
+        "asyncio": _sources("asyncio/*.py"),
+        "email": _sources("email/*.py"),
         "reference": "\n".join(topics[name] for name in sorted(topics)),
-        "tables": sources("encodings/cp*.py"),
+        "tables": _sources("encodings/cp*.py"),
         "names": "\n".join(filter(None, names)),
     }
 
@@ -123,6 +124,10 @@ def _windows(text: Tensor, starts: Tensor) -> Batch:
     return cut[:, :-1], starts, cut[:, 1:]
 
 
+def _sampler(text: Tensor, size: int) -> Sampler:
+    return lambda order: _windows(text, torch.randint(len(text) - _CONTEXT, (size,), generator=order))
+
+
 class _Domains:
     """The domains' texts, and batches of them."""
 
@@ -138,8 +143,7 @@ class _Domains:
 
     def sampler(self, domain: str, size: int) -> Sampler:
         """So many windows of a domain."""
-        text = self.texts[domain]["train"]
-        return lambda order: _windows(text, torch.randint(len(text) - _CONTEXT, (size,), generator=order))
+        return _sampler(self.texts[domain]["train"], size)
 
     def mixed(self, size: int, own: Sampler | None = None) -> Sampler:
         """So many windows of each domain, and those of a sampler."""
@@ -177,11 +181,12 @@ def build_text(seed: int) -> ExpertSet:
 
 
 def build_small_lora(seed: int) -> ExpertSet:
-    """The decoder, trained long on all domains, with adapters that change its weights by a few per cent."""
+    """The decoder, trained long on other text, with adapters a few per cent as large as its weights."""
     domains = _Domains()
     with reproducible(seed):
         network = _Decoder()
-        base = train(network, adam(network, _TEXT_RATE), domains.mixed(_BASE_WINDOWS), _SMALL_BASE_STEPS, seed)
+        general = _encode(_sources("[a-z]*.py"))["train"]
+        base = train(network, adam(network, _TEXT_RATE), _sampler(general, 15), _SMALL_BASE_STEPS, seed)
         network.load_state_dict(base)
         experts, loras = {}, {}
         for index, domain in enumerate(domains.texts):

@@ -1,0 +1,171 @@
+"""Low rank as low rank: task vectors that are products go through a method as small cores.
+
+Adapters of rank r take up T r directions of a weight [m, n] between them. A method that is the same in any orthonormal
+basis then gives the same in a basis of these directions, where a task vector is [T r, T r] at most (Core Space,
+Panariello et al., NeurIPS 2025, arXiv 2509.17786); what a method measures against the mean over all directions is
+measured against those that are taken up.
+
+An expert is of low rank if it comes as factors, or if it is stored as a whole and all but a few of its singular values
+lie within what storing has rounded away, so that both give the same but for that rounding. What full fine-tuning leaves
+has a spectrum that falls without an end, and goes through a method as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from modelmerge.methods import linalg
+from modelmerge.methods.contract import Context, Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+# Low is a rank of at most one in so many; where storing has rounded away next to nothing, also such a rank.
+LOW, _SMALL, _NOTHING = 8, 64, 1e-6
+# Singular values that stand out of rounding's by that factor count; so do none below that share of the first.
+MARGIN, FLOOR = 1.5, 1e-6
+# Where rounding is a larger share of the squared norm, the end of a falling spectrum may lie hidden in it. To take what
+# is of full rank for an adapter would cost more than the other way round. What is dropped may be so many times as much.
+_HIDDEN, _DROPPED = 0.1, 1.2
+# Directions of several experts that agree to that share count as one.
+_SAME = 1e-4
+# Explicit bits of the mantissa of what weights are stored in, and of float32's.
+_MANTISSA, _BITS = {torch.float16: 10, torch.bfloat16: 7}, 23
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Task vectors [T, p, q] in bases of the directions that they take up: `tau_i = left @ taus[i] @ right`.
+
+    A base that is None is not needed: that side is as it was. `pairs` are the experts' factors, [m, r] and [r, n], as
+    far as they have any; `rank` is how many directions are taken up, None where some expert takes up all.
+    """
+
+    taus: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
+    pairs: tuple[Pair | None, ...] = ()
+    rank: int | None = None
+
+    def whole(self, core: Tensor) -> Tensor:
+        """What a core [p, q] is of the weight, [m, n]."""
+        core = core if self.left is None else self.left.to(core.dtype) @ core
+        return core if self.right is None else core @ self.right.to(core.dtype)
+
+
+def of(
+    taus: Tensor, context: Context, active: Sequence[int] | None = None, *, left: bool = True, right: bool = True
+) -> Cores:
+    """Task vectors [T, m, n] as cores, on the sides that are asked for.
+
+    Args:
+        taus: Those of the experts at the positions `active`, or of all.
+        context: Their base and factors.
+        active: The experts' positions in the context.
+        left: Whether the method is the same in any basis of the m rows.
+        right: The same of the n columns.
+    """
+    pairs = factors(taus, context, range(len(taus)) if active is None else active)
+    known = [pair for pair in pairs if pair is not None]
+    if len(known) < len(pairs):
+        return Cores(taus, pairs=pairs)
+    m, n = taus.shape[1:]
+    lefts, rights = (_span(each) for each in zip(*((a, b.T) for a, b in known), strict=True))
+    rank = min(lefts.shape[1], rights.shape[1])
+    if not rank:
+        return Cores(taus, pairs=pairs)
+    outer = lefts if left and lefts.shape[1] < m else None
+    across = rights.T.contiguous() if right and rights.shape[1] < n else None
+    if outer is None and across is None:
+        return Cores(taus, pairs=pairs, rank=rank)
+    sides = (
+        (a.double() if outer is None else outer.T @ a.double(), b.double() if across is None else b.double() @ across.T)
+        for a, b in known
+    )
+    return Cores(torch.stack([(a @ b).float() for a, b in sides]), outer, across, pairs, rank)
+
+
+def factors(taus: Tensor, context: Context, active: Sequence[int]) -> tuple[Pair | None, ...]:
+    """The factors of each expert's task vector [m, n], [m, r] and [r, n]; None for those that are not of low rank.
+
+    The columns of the first are orthogonal, the rows of the second orthonormal. A rank above half of the smaller side
+    is not low either.
+    """
+    limit = min(taus.shape[1:]) // 2
+    given = [context.factors[i] if context.factors else None for i in active]
+    stored = [i for i, pair in enumerate(given) if pair is None]
+    pairs = dict(zip(stored, _products([taus[i] for i in stored], context.base), strict=True))
+    for i, pair in enumerate(given):
+        if pair is not None:
+            low = pair[0].shape[1] <= limit
+            pairs[i] = _pair(*linalg.leading_triplets(taus[i], limit, pair)) if low else None
+    return tuple(pairs[i] for i in range(len(given)))
+
+
+def _pair(left: Tensor, s: Tensor, right: Tensor) -> Pair:
+    return (left * s).float(), right.float()
+
+
+def _span(factors: Sequence[Tensor]) -> Tensor:
+    """An orthonormal basis [m, p] of the directions of factors [m, r] of orthogonal columns, float64."""
+    beside = torch.cat([functional.normalize(factor.double(), dim=0) for factor in factors], dim=1)
+    tall = beside.shape[0] > beside.shape[1]
+    squares, vectors = torch.linalg.eigh(beside.T @ beside if tall else beside @ beside.T)
+    vectors = vectors[:, squares > _SAME**2]
+    return torch.linalg.qr(beside @ vectors).Q if tall else vectors
+
+
+def _products(taus: Sequence[Tensor], base: Tensor | None) -> list[Pair | None]:
+    """Task vectors [m, n] that are products but for what storing has rounded away, as factors; None for the others."""
+    pairs: list[Pair | None] = [None] * len(taus)
+    if not taus or min(taus[0].shape) < 2 * LOW:
+        return pairs
+    m, n = taus[0].shape
+    # A few rows tell most of what is of full rank, and a device is waited for once.
+    for i, (highest, noise, norm) in enumerate(torch.stack([_glance(tau, base) for tau in taus]).tolist()):
+        if norm == 0.0:
+            pairs[i] = (taus[i].new_zeros(m, 0), taus[i].new_zeros(0, n))
+        elif highest:
+            left, s, right = linalg.quick_triplets(taus[i], int(highest) + 1)
+            values = s.tolist()
+            rank = sum(value > max(MARGIN * noise * (m**0.5 + n**0.5), FLOOR * values[0]) for value in values)
+            rest = norm**2 - sum(value**2 for value in values[:rank])
+            if rank <= highest and rest <= _DROPPED * noise**2 * m * n + _NOTHING * norm**2:
+                pairs[i] = _pair(left[:, :rank], s[:rank], right[:rank])
+    return pairs
+
+
+def _glance(tau: Tensor, base: Tensor | None) -> Tensor:
+    """The highest rank of a task vector [m, n] that is a low one, 0 if some rows have a higher; its noise and its norm.
+
+    float64 [3]. The noise is what storing has rounded away, root mean square.
+    """
+    smaller = min(tau.shape)
+    small = max(smaller // LOW, min(_SMALL, smaller // 2))
+    step = max(len(tau) // (small + LOW), 1)
+    rows = tau[::step].double()
+    noise = rounding(rows if base is None else rows + base[::step])
+    norm = torch.linalg.vector_norm(tau, dtype=torch.float64)
+    share = noise**2 * tau.numel() / norm**2
+    highest = torch.where(share > _HIDDEN, 0.0, torch.where(share > _NOTHING, float(smaller // LOW), float(small)))
+    return torch.stack([torch.where(standing_out(rows, noise) <= highest, highest, 0.0), noise, norm])
+
+
+def standing_out(x: Tensor, noise: Tensor) -> Tensor:
+    """How many singular values of x [m, n] stand out of those of rounding errors of that root mean square."""
+    values = linalg.singular_values(x)
+    # Rounding errors are like noise, whose largest singular value is about its size times sqrt(m) + sqrt(n).
+    limit = torch.maximum(MARGIN * noise * (x.shape[0] ** 0.5 + x.shape[1] ** 0.5), FLOOR * values[0])
+    return (values > limit).sum()
+
+
+def rounding(theta: Tensor) -> Tensor:
+    """Root mean square of what storing weights has rounded away, by how many bits of them are used; float64 scalar."""
+    bits = theta.new_full((), float(_BITS))
+    for dtype, fewer in _MANTISSA.items():
+        bits = torch.where((theta.to(dtype).double() == theta).double().mean() > 0.99, float(fewer), bits)
+    step = torch.exp2(torch.floor(torch.log2(theta.abs().clamp(min=1e-30))) - bits)
+    return (step.double().square().mean() / 12).sqrt()
