@@ -6,7 +6,8 @@ Wei et al., ICML 2025, arXiv 2501.01230; its code calls it DOGE. Per weight [m, 
    `eta * w_i / ||tau_i||`. By default `scale * w_i * mean_j ||tau_j|| / ||tau_i||` with the scale at which
    `sum_i lambda_i tau_i` is as long as the task vectors are on average: 1 / sqrt(T) for tasks at right angles, 1 / T
    for tasks that agree. That does not depend on the size of the task vectors.
-2. B: basis of the subspace the tasks share (`linalg.shared_subspace`), from min(m, n) / T directions of each task.
+2. B: basis of the subspace the tasks share (`linalg.shared_subspace`), from min(m, n) / T directions of each task. By
+   default it has at most half of the directions that experts of low rank take up (`modelmerge.methods.cores`).
 3. D [m, n] minimises `sum_j sum_rows (<tau_j, sum_i lambda_i (tau_i + D) - tau_j>_row)^2` off B. The solver `adam` is
    the published descent: Adam from zero on the gradient without its part in B. The solver `exact` goes to the shortest
    minimiser at once: D = (I - B B^T) A with A in the span of the task vectors, row by row, by preconditioned

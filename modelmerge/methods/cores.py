@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from modelmerge.methods import linalg
 from modelmerge.methods.contract import Context, Tensor
@@ -33,7 +32,7 @@ _HIDDEN, _DROPPED = 0.1, 1.2
 # Directions of several experts that agree to that share count as one.
 _SAME = 1e-4
 # Explicit bits of the mantissa of what weights are stored in, and of float32's.
-_MANTISSA, _BITS = {torch.float16: 10, torch.bfloat16: 7}, 23
+_MANTISSA, _BITS = {"float16": 10, "bfloat16": 7}, 23  # by name: the import of a method asks nothing of torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,17 @@ class Cores:
         """What a core [p, q] is of the weight, [m, n]."""
         core = core if self.left is None else self.left.to(core.dtype) @ core
         return core if self.right is None else core @ self.right.to(core.dtype)
+
+    def shortened(self, core: Tensor, lengths: Sequence[float]) -> Tensor:
+        """A core that is no longer than the task vectors are on average, if all are of low rank; in place.
+
+        Their directions are mostly no other's, so that nothing in a method shortens what it sums: the more experts,
+        the further it takes the weight out of where any of them was trained.
+        """
+        if self.rank is None:
+            return core
+        norm = torch.linalg.vector_norm(core, dtype=torch.float64)
+        return core.mul_((sum(lengths) / len(lengths) / norm).clamp(max=1.0))
 
 
 def of(
@@ -111,7 +121,7 @@ def _pair(left: Tensor, s: Tensor, right: Tensor) -> Pair:
 
 def _span(factors: Sequence[Tensor]) -> Tensor:
     """An orthonormal basis [m, p] of the directions of factors [m, r] of orthogonal columns, float64."""
-    beside = torch.cat([functional.normalize(factor.double(), dim=0) for factor in factors], dim=1)
+    beside = torch.cat([torch.nn.functional.normalize(factor.double(), dim=0) for factor in factors], dim=1)
     tall = beside.shape[0] > beside.shape[1]
     squares, vectors = torch.linalg.eigh(beside.T @ beside if tall else beside @ beside.T)
     vectors = vectors[:, squares > _SAME**2]
@@ -166,6 +176,8 @@ def rounding(theta: Tensor) -> Tensor:
     """Root mean square of what storing weights has rounded away, by how many bits of them are used; float64 scalar."""
     bits = theta.new_full((), float(_BITS))
     for dtype, fewer in _MANTISSA.items():
-        bits = torch.where((theta.to(dtype).double() == theta).double().mean() > 0.99, float(fewer), bits)
+        bits = torch.where(
+            (theta.to(getattr(torch, dtype)).double() == theta).double().mean() > 0.99, float(fewer), bits
+        )
     step = torch.exp2(torch.floor(torch.log2(theta.abs().clamp(min=1e-30))) - bits)
     return (step.double().square().mean() / 12).sqrt()

@@ -14,11 +14,12 @@ values between for shapes between, the merged task vector M minimises, by conjug
 
     sum_i tr (M - w_i tau_i)^T L_i (M - w_i tau_i) R_i  +  ridge * u * ||M - M0||^2
 
-where for adapters m and n are the directions that they take up (`modelmerge.methods.cores`). It is multiplied by
-`scale / (1 + damping * (1 - share^2 / 2) * ||M|| / ||theta_0||)`, in spectral norms: where the update is as large as
-the weight it is added to, the experts' features no longer add up, and less of it serves all of them better. `share` is
-that of the weight's directions which the experts take up, sum_i ||tau_i||_*^2 / ||tau_i||^2 over min(m, n), 1 at most:
-what they do to one another in directions that they do not take up is not in the sum above.
+and is multiplied by `scale / (1 + damping * (1 - share^2 / 2) * ||M|| / ||theta_0||)`, in spectral norms: where the
+update is as large as the weight it is added to, the experts' features no longer add up, and less of it serves all of
+them better. `share` is that of the weight's directions which the experts take up, sum_i ||tau_i||_*^2 / ||tau_i||^2
+over min(m, n), 1 at most: what they do to one another in other directions is not in the sum above. m and n of u count
+the directions that experts of low rank take up (`modelmerge.methods.cores`), and what these make is no longer than they
+are on average.
 
 WUDI is this without L_i, with tau^T tau for the inputs and without the damping. It is this package's own: no paper
 describes it. `tests/benchmarks/kron.md` has the reasons, the figures on small real experts, and what else was tried.
@@ -75,7 +76,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         share = min(directions / min(m, n), 1.0)
         damping = options.damping * (1.0 - share**2 / 2)
         merged.mul_(1.0 / (1.0 + damping * linalg.spectral_norm(merged) / size) if size else 1.0)
-    return core.whole(merged).mul_(options.scale)
+    lengths = [norm * abs(weight) for norm, weight in zip(norms.values(), weights, strict=True)]
+    return core.whole(core.shortened(merged, lengths)).mul_(options.scale)
 
 
 def solve(

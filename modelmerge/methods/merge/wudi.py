@@ -14,8 +14,8 @@ m^2 n and a backward pass. Adam's constants fit task vectors of CLIP's size; `--
 
 `--solver exact`, the default, replaces the steps by a ridge towards M0: `r ||M - M0||^2` is added, and M follows from
 one Cholesky factorisation, whatever the size of the task vectors. r is `ridge` times the mean eigenvalue of
-`sum_i C_i`, which is T / n, so that wide and narrow weights are treated alike; for adapters of rank r, which take up
-T r directions and not n, T / (T r) (`modelmerge.methods.cores`):
+`sum_i C_i`, which is T / n, so that wide and narrow weights are treated alike; n counts the directions that experts of
+low rank take up (`modelmerge.methods.cores`), and what these make is no longer than they are on average:
 
     M = M0 + sum_i (w_i tau_i - M0) C_i (sum_i C_i + r)^-1
 
@@ -93,7 +93,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         return descend(vectors, list(norms.values()), weights, start, options).mul_(options.scale)
     core = cores.of(vectors, context, list(norms))
     merged = solve(core.taus, list(norms.values()), weights, weighted_sum(core.taus, weights), options)
-    return core.whole(merged).mul_(options.scale)
+    lengths = [norm * abs(weight) for norm, weight in zip(norms.values(), weights, strict=True)]
+    return core.whole(core.shortened(merged, lengths)).mul_(options.scale)
 
 
 def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
