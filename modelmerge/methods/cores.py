@@ -176,8 +176,7 @@ def rounding(theta: Tensor) -> Tensor:
     """Root mean square of what storing weights has rounded away, by how many bits of them are used; float64 scalar."""
     bits = theta.new_full((), float(_BITS))
     for dtype, fewer in _MANTISSA.items():
-        bits = torch.where(
-            (theta.to(getattr(torch, dtype)).double() == theta).double().mean() > 0.99, float(fewer), bits
-        )
+        stored = theta.to(getattr(torch, dtype)).double()
+        bits = torch.where((stored == theta).double().mean() > 0.99, float(fewer), bits)
     step = torch.exp2(torch.floor(torch.log2(theta.abs().clamp(min=1e-30))) - bits)
     return (step.double().square().mean() / 12).sqrt()
