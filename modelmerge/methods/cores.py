@@ -32,7 +32,7 @@ _HIDDEN, _DROPPED = 0.1, 1.2
 # Directions of several experts that agree to that share count as one.
 _SAME = 1e-4
 # Explicit bits of the mantissa of what weights are stored in, and of float32's.
-_MANTISSA, _BITS = {"float16": 10, "bfloat16": 7}, 23
+_MANTISSA, _BITS = {"float16": 10, "bfloat16": 7}, 23  # by name: the import of a method asks nothing of torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +176,7 @@ def rounding(theta: Tensor) -> Tensor:
     """Root mean square of what storing weights has rounded away, by how many bits of them are used; float64 scalar."""
     bits = theta.new_full((), float(_BITS))
     for dtype, fewer in _MANTISSA.items():
-        bits = torch.where(
-            (theta.to(getattr(torch, dtype)).double() == theta).double().mean() > 0.99, float(fewer), bits
-        )
+        stored = theta.to(getattr(torch, dtype)).double()
+        bits = torch.where((stored == theta).double().mean() > 0.99, float(fewer), bits)
     step = torch.exp2(torch.floor(torch.log2(theta.abs().clamp(min=1e-30))) - bits)
     return (step.double().square().mean() / 12).sqrt()

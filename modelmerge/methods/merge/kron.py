@@ -2,20 +2,24 @@
 
 Fisher merging (Matena & Raffel, NeurIPS 2022) weights each expert's parameters by how much its loss would suffer from
 a change there, which takes data. Here the weighting is read off the task vectors. A step of training on one weight
-[m, n] is a sum of outer products of output gradients and inputs, so after training (tau tau^T)^1/2 stands for the
-covariance of the gradients and (tau^T tau)^1/2 for that of the inputs: the estimate that Shampoo (Gupta et al.,
-arXiv 1802.09568) makes of a gradient's curvature, from the one sum of gradients there is. With
+[m, n] is a sum of outer products of output gradients and inputs, so after training a power of tau tau^T stands for the
+covariance of the gradients and one of tau^T tau for that of the inputs. The square roots are the estimate that Shampoo
+(Gupta et al., arXiv 1802.09568) makes of a gradient's curvature, from the one sum of gradients there is; on the
+narrower side of a weight the covariance falls faster than that, on the wider side slower (`kron.md`). With
 
-    L_i = (tau_i tau_i^T)^1/2 / tr    R_i = (tau_i^T tau_i)^1/2 / tr    M0 = sum_i w_i tau_i    u = T / (m n)
+    L_i = (tau_i tau_i^T)^a / tr    R_i = (tau_i^T tau_i)^b / tr    M0 = sum_i w_i tau_i    u = T / (m n)
 
-the merged task vector M minimises, by conjugate gradients,
+a = b = 9/16 for a square weight, 3/4 on the narrower side and 3/8 on the wider where that is twice as wide or more, and
+values between for shapes between, the merged task vector M minimises, by conjugate gradients,
 
     sum_i tr (M - w_i tau_i)^T L_i (M - w_i tau_i) R_i  +  ridge * u * ||M - M0||^2
 
-and is multiplied by `scale / (1 + damping * ||M|| / ||theta_0||)`, in spectral norms: where the update is as large as
-the weight it is added to, the experts' features no longer add up, and half of it serves all of them better. m and n
-count the directions that experts of low rank take up (`modelmerge.methods.cores`), and what these make is no longer
-than they are on average.
+and is multiplied by `scale / (1 + damping * (1 - share^2 / 2) * ||M|| / ||theta_0||)`, in spectral norms: where the
+update is as large as the weight it is added to, the experts' features no longer add up, and less of it serves all of
+them better. `share` is that of the weight's directions which the experts take up, sum_i ||tau_i||_*^2 / ||tau_i||^2
+over min(m, n), 1 at most: what they do to one another in other directions is not in the sum above. m and n of u count
+the directions that experts of low rank take up (`modelmerge.methods.cores`), and what these make is no longer than they
+are on average.
 
 WUDI is this without L_i, with tau^T tau for the inputs and without the damping. Its other neighbours: MaTS (Tam et al.,
 arXiv 2312.04339) solves the same linear system by conjugate gradients, with both covariances from data; ACTMat (Hameed
@@ -24,13 +28,14 @@ in closed form. Both sides from the task vectors, with square roots and damping,
 could be found describes it. `tests/benchmarks/kron.md` has the reasons, the figures on small real experts, and what
 else was tried.
 
-Each iteration costs 4 T m n min(m, n) + 2 T min(m, n)^3 FLOP, and 15 to 30 are taken. An expert that did not change a
+Each iteration costs 4 T m n min(m, n) + 2 T min(m, n)^3 FLOP, and 20 to 60 are taken. An expert that did not change a
 weight is left out of it, and said. The tensors that are not weights of linear layers are
 averaged.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,15 +47,15 @@ from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
 
-_ITERATIONS = 200  # a bound; a tolerance of 1e-3 takes 15 to 30
-_USUAL = 20
+_ITERATIONS = 200  # a bound; a tolerance of 1e-3 takes 20 to 60
+_USUAL = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of kron."""
 
-    ridge: float = option(1.0, "Pull towards the sum of the task vectors, in units of the mean weighting.", above=0.0)
+    ridge: float = option(0.3, "Pull towards the sum of the task vectors, in units of the mean weighting.", above=0.0)
     damping: float = option(1.0, "How much a merged vector as large as its weight is shortened.", minimum=0.0)
     scale: float = option(1.0, "Factor on the merged task vector.", varies="tensor", linear=True)
     tolerance: float = option(1e-3, "Conjugate gradients stop at this relative residual.", above=0.0)
@@ -66,12 +71,15 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     core = cores.of(vectors, context, list(norms))
     # The factors of cores would be no smaller than they are.
     factors = core.pairs if core.left is core.right is None else [None] * len(vectors)
-    merged = solve(core.taus, weights, factors, options, context)
+    m, n = taus.shape[1:]
+    merged, directions = solve(core.taus, weights, factors, _exponents(m, n), options, context)
     if options.damping:
         assert context.base is not None, "the method wants the base"
         # A weight that is zero at the base has no features to disturb.
         size = linalg.spectral_norm(context.base)
-        merged.mul_(1.0 / (1.0 + options.damping * linalg.spectral_norm(merged) / size) if size else 1.0)
+        share = min(directions / min(m, n), 1.0)
+        damping = options.damping * (1.0 - share**2 / 2)
+        merged.mul_(1.0 / (1.0 + damping * linalg.spectral_norm(merged) / size) if size else 1.0)
     lengths = [norm * abs(weight) for norm, weight in zip(norms.values(), weights, strict=True)]
     return core.whole(core.shortened(merged, lengths)).mul_(options.scale)
 
@@ -80,16 +88,23 @@ def solve(
     taus: Tensor,
     weights: list[float],
     factors: Sequence[tuple[Tensor, Tensor] | None],
+    exponents: tuple[float, float],
     options: Options,
     context: Context,
-) -> Tensor:
-    """The minimiser [m, n], from task vectors [T, m, n] and what is known of their factors."""
+) -> tuple[Tensor, float]:
+    """The minimiser [m, n], from task vectors [T, m, n] and what is known of their factors.
+
+    Also how many directions the task vectors take up together, each counted by `(sum s)^2 / sum s^2`. `exponents` are
+    those of the singular values in the weighting of the rows and in that of the columns.
+    """
     if taus.shape[1] > taus.shape[2]:
         turned = [(pair[1].T, pair[0].T) if pair else None for pair in factors]
-        return solve(taus.mT, weights, turned, options, context).T.contiguous()
+        merged, directions = solve(taus.mT, weights, turned, exponents[::-1], options, context)
+        return merged.T.contiguous(), directions
     tasks, m, n = taus.shape
     ridge = options.ridge * tasks / (m * n)
-    halves = [_half_weightings(tau, pair) for tau, pair in zip(taus, factors, strict=True)]
+    each = [_half_weightings(tau, pair, exponents) for tau, pair in zip(taus, factors, strict=True)]
+    halves = [(left, right) for left, right, _ in each]
 
     def weighted(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """L_i x R_i."""
@@ -118,14 +133,27 @@ def solve(
         direction.mul_(square / before).add_(residual)
         taken += 1
     context.tell({"iterations": taken})
-    return merged
+    return merged, float(torch.stack([directions for *_, directions in each]).sum())
 
 
-def _half_weightings(tau: Tensor, factors: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """L [m, m] and a factor W [k, n] of R = W^T W, both of trace 1, of a task vector [m, n] with m <= n; float32."""
+def _exponents(m: int, n: int) -> tuple[float, float]:
+    """Those of the singular values in L and in R, of a weight [m, n]: twice the powers of the Gram matrices."""
+    unlike = max(-1.0, min(1.0, math.log2(n / m)))
+    return (9 + 3 * unlike) / 8, (9 - 3 * unlike) / 8
+
+
+def _half_weightings(
+    tau: Tensor, factors: tuple[Tensor, Tensor] | None, exponents: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L [m, m] and a factor W [k, n] of R = W^T W, both of trace 1, of a task vector [m, n] with m <= n; float32.
+
+    Also how many directions it takes up.
+    """
     left, s, right = linalg.leading_triplets(tau, tau.shape[0], factors)
     s = s / s.sum()
-    return ((left * s) @ left.T).float(), (right * s.sqrt()[:, None]).float()
+    rows, columns = (s**exponent / (s**exponent).sum() for exponent in exponents)
+    weighting = ((left * rows) @ left.T).float()
+    return weighting, (right * columns.sqrt()[:, None]).float(), 1.0 / s.square().sum()
 
 
 def _square(x: Tensor) -> float:
