@@ -167,9 +167,10 @@ WAITS: dict[str, tuple[int, float, str]] = {
     "karcher": (1, 0, "inner products, from which the host finds the coefficients"),
     "knots": (3, 0, f"{_LOW}; {_RANKS}; the ends of all experts"),
     "kron": (
-        6 + EXPERTS,
+        7 + EXPERTS,
         2,
-        f"norms; {_LOW}; {_RANKS}; two spectral norms; in each iteration, of T x 6 products, its two numbers",
+        f"norms; {_LOW}; {_RANKS}; the directions of all; two spectral norms; in each iteration, of T x 6 products, "
+        "its two numbers",
     ),
     "model-stock": (2, 0, "who changed the tensor; the ratio, of which the user hears"),
     "multislerp": (1, 0, "inner products, from which the host finds the coefficients"),

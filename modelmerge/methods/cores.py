@@ -102,9 +102,10 @@ def factors(taus: Tensor, context: Context, active: Sequence[int]) -> tuple[Pair
     """The factors of each expert's task vector [m, n], [m, r] and [r, n]; None for those that are not of low rank.
 
     The columns of the first are orthogonal, the rows of the second orthonormal. A rank above half of the smaller side
-    is not low either.
+    is not low either, nor is any in a weight so small that none could be told of stored experts.
     """
-    limit = min(taus.shape[1:]) // 2
+    smaller = min(taus.shape[1:])
+    limit = smaller // 2 if smaller >= 2 * LOW else 0
     given = [context.factors[i] if context.factors else None for i in active]
     stored = [i for i, pair in enumerate(given) if pair is None]
     pairs = dict(zip(stored, _products([taus[i] for i in stored], context.base), strict=True))

@@ -145,7 +145,7 @@ def change_options(
         except UsageError:  # another option has an effect only beside this one
             continue
         fewest = fewer if same else fewest
-    return make_options(method, name, {**fewest, **changes})
+    return with_experts(make_options(method, name, {**fewest, **changes}), experts)
 
 
 def describe(options: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from modelmerge.checkpoint.documents import shown
 from modelmerge.errors import RecipeError
+from modelmerge.methods.options import as_text
 from modelmerge.plan.format_1 import Variation, merged_overrides
 from modelmerge.plan.mergekit_documents import Document, References, read_documents
 from modelmerge.plan.mergekit_methods import KEYS, METHODS, Row
@@ -59,7 +60,15 @@ class Translated:
     def overrides(self, tensors: Iterable[str]) -> tuple[str, ...]:
         """The overrides of the recipe, for a base with tensors of these names."""
         names = list(tensors)
-        return tuple(map(str, merged_overrides(names, spread(self.variations, names, self.layers))))
+        overrides = merged_overrides(names, spread(self.variations, names, self.layers))
+        scale = self.recipe.options.get("scale")
+        if scale is not None:
+            # Where another `reduce` is named, the scale would follow from the number of experts; mergekit's stays.
+            overrides = [
+                replace(each, values={"scale": as_text(scale), **each.values}) if "reduce" in each.values else each
+                for each in overrides
+            ]
+        return tuple(map(str, overrides))
 
     def without(self, options: Collection[str]) -> Translated:
         """The same, less what it varies of these options (`scale`, or of one expert `NAME.weight`, of all `weight`)."""

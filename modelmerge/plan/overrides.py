@@ -217,7 +217,7 @@ class Methods:
             experts[expert, option] = Curve(values)
         count = len(self._experts)
         same = self._options if override.method is None else {}
-        options = with_experts(change_options(method, name, same, plain, count), count)
+        options = change_options(method, name, same, plain, count)
         for option, curve in {**curves, **{option: curve for (_, option), curve in experts.items()}}.items():
             if _varies(method).get(option) == "expert" and len(curve.values) > 1 and method.survey(options, {}):
                 raise UsageError(

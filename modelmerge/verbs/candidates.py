@@ -32,7 +32,7 @@ from modelmerge.methods.options import (
 )
 from modelmerge.methods.words import parse_transform, with_option
 from modelmerge.plan.overrides import WEIGHT, Setting
-from modelmerge.plan.recipe import Recipe
+from modelmerge.plan.recipe import BALANCED, Recipe
 from modelmerge.verbs import adapted
 from modelmerge.verbs.auto import AUTO
 from modelmerge.verbs.measure import Measure, Scores, average, check_files, read_measures, sign_of
@@ -221,7 +221,7 @@ def prepare_search(
         options=first.recipe.options if recipe.method == AUTO else recipe.options, weights=first.recipe.weights,
     )  # fmt: skip
     experts = [expert.name for expert in first.job.plan.experts]
-    axes = _axes(resolved, tries, experts)
+    axes = _axes(resolved, tries, experts, experts if recipe.weights == BALANCED else list(recipe.weights))
     between = next((name for name, axis in axes.items() if isinstance(axis, Range)), None)
     if between is not None and budget is None:
         what = f"'{as_word(between)}={axes[between]}' is all numbers between two"
@@ -330,8 +330,10 @@ def _refuse_idle(name: str, candidates: Sequence[Candidate], experts: Sequence[s
         )  # fmt: skip
 
 
-def _axes(recipe: Recipe, tries: Mapping[str, Values], experts: Sequence[str]) -> dict[str, Axis]:
-    """What is tried of each option, of one that is for all experts of each of them.
+def _axes(
+    recipe: Recipe, tries: Mapping[str, Values], experts: Sequence[str], weighted: Sequence[str]
+) -> dict[str, Axis]:
+    """What is tried of each option, of one that is for all experts of each of them; `weighted` are given their weights.
 
     Raises:
         UsageError: See `_axis`; or an expert's weight is given besides, or named twice.
@@ -341,7 +343,7 @@ def _axes(recipe: Recipe, tries: Mapping[str, Values], experts: Sequence[str]) -
         key = as_key(word)
         names = [f"{expert}.{WEIGHT}" for expert in experts] if key == f"{_ALL}.{WEIGHT}" else [key]
         for name in names:
-            if name in axes or (_is_weight(name) and name.rpartition(".")[0] in recipe.weights):
+            if name in axes or (_is_weight(name) and name.rpartition(".")[0] in weighted):
                 what = "tried twice" if name in axes else "given, and tried"
                 raise UsageError(f"'{as_word(name)}' is {what}", hint="leave one of them out")
             axes[name] = _axis(recipe, name, values, experts)

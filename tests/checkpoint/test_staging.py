@@ -95,9 +95,9 @@ def ready(models: Sequence[Path], method: str = "task-arithmetic", **told: Any) 
     return prepare(recipe, device="cpu")
 
 
-def task_arithmetic(base: State, experts: Sequence[State], scale: float = 0.3) -> State:
+def task_arithmetic(base: State, experts: Sequence[State], scale: float | None = None) -> State:
     """The merge of the small models, in memory, to the bit."""
-    merged = {}
+    merged, scale = {}, round(len(experts) ** -0.5, 3) if scale is None else scale
     for name, theta_0 in base.items():
         if not theta_0.is_floating_point():
             merged[name] = theta_0
@@ -164,7 +164,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Many:
         limit = tau.abs().kthvalue(len(tau) - int(0.2 * len(tau))).values
         trimmed.append(tau * (tau.abs() >= limit))
     sign = sum(trimmed).sign()
-    want = 0.3 * sum(tau * (tau.sign() == sign) for tau in trimmed)
+    want = round(len(experts) ** -0.5, 3) * sum(tau * (tau.sign() == sign) for tau in trimmed)
     got = torch.cat([(found[name] - base[name]).flatten() for name in base])
     torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
     return Many(models, digests(root / "merged"))

@@ -21,6 +21,7 @@ from modelmerge.engine.merge import run
 from modelmerge.engine.parallel import in_order, source_of
 from modelmerge.engine.pieces import Pieces, Sample
 from modelmerge.engine.rounding import ExactSum
+from modelmerge.engine.units import Alone
 from modelmerge.errors import CheckpointError
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import make_plan
@@ -81,10 +82,14 @@ def merge(paths: list[str], method: str, disentangle: tuple[str, ...] = ()) -> i
     return output.blocks
 
 
+def no_room(nbytes: int) -> Any:
+    raise AssertionError("nothing is kept")
+
+
 def extract(paths: list[str]) -> int:
     plan = make_plan(*open_models(paths[0], as_references(paths[1:])))
     source = source_of(plan, "cpu")
-    measured = vectors.measure(source, plan.select("merge"), SILENT)
+    measured = vectors.measure(source, plan.select("merge"), Alone(no_room), SILENT)
     blocks = sum(each.nonzero[0] for each in measured.values())  # every block has one element
     plan.close()
     return blocks

@@ -249,7 +249,9 @@ def test_the_manifest_tells_the_whole_merge(models: list[Path], tmp_path: Path) 
     base, *experts = models
     manifest = modelmerge.merge(base, experts, tmp_path / "out", method="ties", density=0.5)
     assert manifest == json.loads((tmp_path / "out" / "modelmerge.json").read_bytes())
-    options = {"density": 0.5, "scale": 0.3, "reduce": "sum", "trim_scope": "model", "rescale": "none"}
+    options = {
+        "density": 0.5, "scale": 0.577, "published": False, "reduce": "sum", "trim_scope": "model", "rescale": "none",
+    }  # fmt: skip
     assert manifest["recipe"]["options"] == options
     assert manifest["tensors"]["merged"] == 8
     assert manifest["tensors"]["copied"] == {"position_ids": "I64, not floating"}

@@ -99,8 +99,9 @@ def test_a_share_of_a_task_vector_counts_where_the_same_models_are_merged(
     tmp_path: Path, family: dict[str, Path]
 ) -> None:
     got = merge(family, tmp_path / "out", "ties", "base:0-2 math:0-2", "code:0-1", "base:2-4 math:2-4",
-                density=0.3)  # fmt: skip
-    alone = merge({name: family[name] for name in ("base", "math")}, tmp_path / "alone", "ties", density=0.3)
+                density=0.3, scale=0.7)  # fmt: skip
+    pair = {name: family[name] for name in ("base", "math")}
+    alone = merge(pair, tmp_path / "alone", "ties", density=0.3, scale=0.7)
     assert all(same(layer(got, i + (i > 1)), layer(alone, i)) for i in range(LAYERS))
 
 

@@ -403,7 +403,8 @@ def test_words_for_true_and_false_are_taken_as_mergekit_takes_them(written: str,
 def test_what_steps_from_layer_to_layer_becomes_one_override_for_each(beside_models: Path) -> None:
     translated = mergekit.read(mergekit_runs.CONFIGS / "task-arithmetic-normalize-by-layer.yml")
     overrides = translated.overrides(read(ORACLE / "models" / "base"))
-    assert overrides[-4:] == tuple(f"model.layers.{i}.*: reduce={'sum' if i == 2 else 'mean'}" for i in range(4))
+    reduces = ["mean", "mean", "sum", "mean"]
+    assert overrides[-4:] == tuple(f"model.layers.{i}.*: scale=1 reduce={how}" for i, how in enumerate(reduces))
     assert all(override.endswith(".weight: reduce=mean") for override in overrides[:-4])
 
 

@@ -166,7 +166,7 @@ def test_without_a_method_the_commands_options_stay(models: list[Path], tmp_path
         want = read(models[0])[key].double() + scale * sum(taus(models, key))
         assert torch.allclose(got[key].double(), want, atol=1e-6)
     named = merged(models, tmp_path / "named", method="task-arithmetic", scale=0.5, at=["*mlp*: task-arithmetic"])
-    want = read(models[0])[UP].double() + 0.3 * sum(taus(models, UP))  # the method's default, for it is named
+    want = read(models[0])[UP].double() + 0.577 * sum(taus(models, UP))  # the method's default, for it is named
     assert torch.allclose(named[UP].double(), want, atol=1e-6)
 
 

@@ -67,7 +67,9 @@ def test_a_preset_stands_for_references_and_settings(
 def test_the_command_line_wins(hub_here: presets.Preset, capsys: pytest.CaptureFixture[str]) -> None:
     assert merge(capsys, "iso-c", "--scale", "1")["recipe"]["options"]["scale"] == 1.0
     told = merge(capsys, "ties", "--density", "0.5", "--weight", "svhn=2")["recipe"]
-    assert told["options"] == {"density": 0.5, "scale": 0.3, "reduce": "sum", "trim_scope": "model", "rescale": "none"}
+    assert told["options"] == {
+        "density": 0.5, "scale": 0.3, "published": False, "reduce": "sum", "trim_scope": "model", "rescale": "none",
+    }  # fmt: skip
     assert told["weights"]["svhn"] == 2.0
 
 

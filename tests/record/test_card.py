@@ -111,7 +111,7 @@ def test_the_front_matter_of_the_models_is_read_from_their_cards(models: list[Pa
     assert front(text)["pipeline_tag"] == "text-generation"
     for option in (
         "`--density` | 0.5",
-        "`--scale` | 0.3",
+        "`--scale` | 0.577",
         "`--reduce` | sum",
         "`--trim-scope` | model",
         "`--seed` | 3",

@@ -1,4 +1,4 @@
-"""Average the task vectors, each weighted by the covariance of the inputs that it tells of, then lift what is strong.
+"""Average task vectors by the covariances of their inputs, lift what is strong.
 
 ACE-Merging (Xu et al., CVPR 2026). As in `actmat` a task vector stands for the covariance of the inputs that an expert
 was trained on, without the mean of its rows. Per weight [m, n], with

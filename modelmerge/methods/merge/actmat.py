@@ -1,4 +1,4 @@
-"""Fit each task vector on the inputs that it tells of itself, by one least-squares solution.
+"""Fit each task vector on the inputs that it tells of, by least squares.
 
 ACTMat (Hameed et al., arXiv 2604.01329). A task vector is a sum of outer products of gradients and inputs, so that
 `C_i = tau_i^T tau_i` stands for the covariance of the inputs that expert i was trained on. Per weight [m, n] the merged

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from modelmerge.methods import apgd, threshold
+from modelmerge.methods import apgd, cores, threshold
 from modelmerge.methods.contract import Context, Tensor, matrix_method
 from modelmerge.methods.options import follow, option
 
@@ -55,7 +55,13 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         # D keeps a weighted task vector then, not the whole of one that shall count less.
         factors = torch.tensor([weight or 1.0 for weight in context.weights]).to(taus)
         vectors = taus * factors[:, None, None]
-        context = replace(context, weights=tuple(float(weight != 0.0) for weight in context.weights))
+        # Who is of low rank shows in what is stored, before it is multiplied.
+        pairs = tuple(
+            pair and (pair[0] * (weight or 1.0), pair[1])
+            for pair, weight in zip(cores.factors(taus, context, range(len(taus))), context.weights, strict=True)
+        )
+        even = tuple(float(weight != 0.0) for weight in context.weights)
+        context = replace(context, weights=even, factors=pairs)
     fit = apgd.fit(vectors, options, context)
     if fit is None:
         return merged

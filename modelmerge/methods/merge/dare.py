@@ -1,4 +1,4 @@
-"""Drop entries of the task vectors at random, make up for it by rescaling, then add up.
+"""Drop entries of the task vectors at random, rescale the others, then add up.
 
 DARE (Yu et al., ICML 2024). Each entry of each task vector is dropped with probability 1 - `--density` (the paper's
 drop rate p), and those that are kept are divided by the density, so that their expectation stays. What is left is

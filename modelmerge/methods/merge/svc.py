@@ -1,8 +1,9 @@
-"""Merge by another method, then calibrate the singular values: what the experts share is counted once.
+"""Calibrate the singular values of what another method makes.
 
 Singular Value Calibration (Li et al., ICML 2026). Where task vectors share singular directions, a sum counts these once
-for each expert. Per weight [m, n]: with `M = U S V^T` the singular value decomposition of what the method `of` makes of
-the `w_i tau_i`, direction k has these shares of the experts, by least squares in its row space:
+for each expert, and should count them once. Per weight [m, n]: with `M = U S V^T` the singular value decomposition of
+what the method `of` makes of the `w_i tau_i`, direction k has these shares of the experts, by least squares in its row
+space:
 
     s_ki = <u_k^T M, w_i u_k^T tau_i> / ||w_i u_k^T tau_i||^2
 

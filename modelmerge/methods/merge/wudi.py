@@ -1,4 +1,4 @@
-"""Find the task vector that acts like each expert's on the inputs that expert was trained on.
+"""Act like each expert on the inputs that it was trained on.
 
 WUDI-Merging (Cheng et al., ICML 2025). The rows of a task vector lie in the span of the inputs it was trained on, so
 tau_i^T tau_i stands for their covariance, without data. Per weight [m, n], with `C_i = tau_i^T tau_i / ||tau_i||^2`,
@@ -113,8 +113,10 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         return descend(vectors, list(norms.values()), weights, start, options).mul_(options.scale)
     core = cores.of(vectors, context, list(norms))
     merged = solve(core.taus, list(norms.values()), weights, weighted_sum(core.taus, weights), options)
-    lengths = [norm * abs(weight) for norm, weight in zip(norms.values(), weights, strict=True)]
-    return core.whole(core.shortened(merged, lengths)).mul_(options.scale)
+    if options.solver == "exact":  # the filter is as published
+        lengths = [norm * abs(weight) for norm, weight in zip(norms.values(), weights, strict=True)]
+        merged = core.shortened(merged, lengths)
+    return core.whole(merged).mul_(options.scale)
 
 
 def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
