@@ -405,7 +405,7 @@ def test_what_steps_from_layer_to_layer_becomes_one_override_for_each(beside_mod
     overrides = translated.overrides(read(ORACLE / "models" / "base"))
     reduces = ["mean", "mean", "sum", "mean"]
     assert overrides[-4:] == tuple(f"model.layers.{i}.*: scale=1 reduce={how}" for i, how in enumerate(reduces))
-    assert all(override.endswith(".weight: reduce=mean") for override in overrides[:-4])
+    assert all(override.endswith(".weight: scale=1 reduce=mean") for override in overrides[:-4])
 
 
 def test_float64_is_stored_with_a_remark(beside_models: Path) -> None:
