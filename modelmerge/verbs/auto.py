@@ -38,13 +38,13 @@ class Choice:
 CHOICES: Mapping[Kind, tuple[Choice, ...]] = {
     "one": (Choice("task-arithmetic", "there is one expert: base and task vector add up to it", {"scale": 1.0}),),
     "full": (
-        Choice("kron", "of all methods at their defaults it kept most of what the experts can do, or as much"),
-        Choice("wudi", "of the faster methods it kept most of what the experts can do"),
-        Choice("task-arithmetic", "it takes no longer than to read the models, and keeps less of what they can do"),
+        Choice("kron", "of all methods at their defaults it kept most of what small networks can do, or as much"),
+        Choice("wudi", "of the faster methods it kept most of what small networks can do"),
+        Choice("task-arithmetic", "it takes as long as reading the models, and kept less of what small ones can do"),
     ),
     "low-rank": (
-        Choice("apgd", "for adapters it was level with the best at its defaults, or ahead of all others"),
-        Choice("task-arithmetic", "it takes no longer than to read the models, and was level with `apgd` on most"),
+        Choice("apgd", "on adapters of small networks it was level with the best at its defaults"),
+        Choice("task-arithmetic", "it takes as long as reading the models, and on small networks it was near `apgd`"),
     ),
 }  # fmt: skip
 _LANGUAGE = (
