@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modelmerge.methods import registry
 from modelmerge.methods.options import make_options
-from tests.support.methods import context_of, merged, taus_of
+from tests.support.methods import context_of, leaves_out_and_says, merged, taus_of
 
 SHAPES = [(24, 18), (18, 24), (20, 20), (2, 50), (50, 2)]
 
@@ -160,15 +160,7 @@ def test_low_rank_experts_of_unlike_inputs_come_out_as_their_sum() -> None:
 
 
 def test_ace_leaves_a_negligible_task_vector_out_and_says_so() -> None:
-    taus = taus_of(4)
-    taus[2] *= 1e-5
-    told: list[tuple[int, str]] = []
-    chosen = registry.load("ace")
-    options = chosen.options()
-    context = context_of(chosen, options, taus, leave_out=lambda i, why: told.append((i, why)))
-    with_it = chosen.apply(taus, options, context)
-    assert told == [(2, "it hardly changed this weight")]
-    assert torch.equal(with_it, merged("ace", taus[[0, 1, 3]]))
+    leaves_out_and_says("ace")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.methods import registry
-from tests.support.methods import context_of, merged, taus_of
+from tests.support.methods import context_of, leaves_out_and_says, merged, taus_of
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
@@ -129,12 +129,4 @@ def test_awkward_task_vectors(make: object) -> None:
 
 
 def test_a_negligible_task_vector_is_left_out_and_said() -> None:
-    taus = taus_of(4)
-    taus[2] *= 1e-5
-    told: list[tuple[int, str]] = []
-    chosen = registry.load("kron")
-    options = chosen.options()
-    context = context_of(chosen, options, taus, leave_out=lambda i, why: told.append((i, why)))
-    with_it = chosen.apply(taus, options, context)
-    assert told == [(2, "it hardly changed this weight")]
-    assert torch.equal(with_it, merged("kron", taus[[0, 1, 3]]))
+    leaves_out_and_says("kron")

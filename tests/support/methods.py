@@ -95,6 +95,19 @@ def merged(
     return chosen.apply(taus, options, context_of(chosen, options, taus, seed=seed, **told))
 
 
+def leaves_out_and_says(name: str) -> None:
+    """Assert that a method leaves a negligible task vector out, says so, and merges the others as without it."""
+    taus = taus_of(4)
+    taus[2] *= 1e-5
+    remarks: list[tuple[int, str]] = []
+    chosen = registry.load(name)
+    options = chosen.options()
+    context = context_of(chosen, options, taus, leave_out=lambda i, why: remarks.append((i, why)))
+    with_it = chosen.apply(taus, options, context)
+    assert remarks == [(2, "it hardly changed this weight")]
+    assert torch.equal(with_it, merged(name, taus[[0, 1, 3]]))
+
+
 def choices(chosen: Method) -> list[dict[str, Any]]:
     """The defaults, and each choice of each option that is a choice."""
     kinds = option_types(chosen.options).items()
