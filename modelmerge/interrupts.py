@@ -15,20 +15,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 MEANINGS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+Result = TypeVar("Result")
+_LOOK = 0.1  # seconds between two looks at whether a signal has come
 _ECHO = 0.2  # seconds: `timeout`, shells and service managers send one signal, or two of these, twice
 _received: list[int] = []
 _moment = 0.0  # when the first came
-_raised = _finished = False
+_installed = _raised = _finished = False
 _held = 0
 _acknowledge: Callable[[], None] | None = None
 
 
 def install() -> None:
     """Handle the signals of this process; those that it ignores, as under nohup, it goes on ignoring."""
+    global _installed
+    _installed = True
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -64,6 +69,31 @@ def check() -> None:
     """
     if _received:
         raise KeyboardInterrupt
+
+
+def abandonable(work: Callable[[], Result]) -> Result:
+    """What `work` returns; it is waited for no longer once a signal has come.
+
+    It runs on a thread of its own, which ends with the process. Where no signals are handled, as in a notebook,
+    nothing would end it: there it runs here.
+
+    Raises:
+        KeyboardInterrupt: A signal has come.
+    """
+    if not _installed:
+        return work()
+    outcome: futures.Future[Result] = futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not futures.wait([outcome], _LOOK).done:
+        check()
+    return outcome.result()
 
 
 def finish(code: int) -> NoReturn:

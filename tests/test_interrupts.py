@@ -110,6 +110,33 @@ def test_a_method_at_one_matrix_looks_for_the_signal(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base and an expert of one matrix, whose decomposition takes longer than the runs may."""
+    root, generator = tmp_path_factory.mktemp("huge"), torch.Generator().manual_seed(0)
+    base = torch.randn(3072, 3072, generator=generator).mul_(0.1)
+    states = {"base": base, "a": base + 0.01 * torch.randn(3072, 3072, generator=generator)}
+    return [write(root / name, {"model.layers.0.q_proj.weight": state}) for name, state in states.items()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_decomposition_is_not_waited_for(huge: list[Path], tmp_path: Path) -> None:
+    """It takes twice the processor's time that the run is allowed from there on."""
+    out = tmp_path / "out"
+    command = ["merge", "tsv-m", *map(str, huge), "-o", str(out), "--device", "cpu"]
+    with running(command, stop="torch.linalg:eigh") as run:
+        run.until_stopped()
+        begun = run.processor_seconds()
+        run.allow(begun + 3.0)
+        run.send(signal.SIGCONT)
+        run.until(lambda: run.processor_seconds() > begun + 0.5)
+        run.send(signal.SIGINT)
+        assert run.end() == 130
+        lines = ["stopping", f"note: nothing is left of this run, and {out} is as it was", "error: interrupted"]
+        assert run.err().splitlines() == lines
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupt_while_an_object_is_cleared_away_is_neither_shown_nor_lost() -> None:
     done = script(
         PRELUDE + "class Thing:\n"

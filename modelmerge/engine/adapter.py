@@ -18,7 +18,7 @@ from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import loaded, rounded, whole
 from modelmerge.engine.memory import PRODUCT_RUN
 from modelmerge.engine.merge import merged_vector
-from modelmerge.engine.parallel import prepare_process, threads
+from modelmerge.engine.parallel import prepare_process, run_interruptibly, threads
 from modelmerge.engine.rounding import squared
 from modelmerge.engine.transforms import fit
 from modelmerge.engine.units import Alone, merge_work, piece_cost
@@ -126,10 +126,10 @@ def _spool_factors(
     if size.rank is not None:
         rank = min(size.rank, *tensor.shape)
     else:
-        shares = linalg.singular_values(delta).square().cumsum(0)
+        shares = run_interruptibly(linalg.singular_values, delta).square().cumsum(0)
         # The smallest rank whose share reaches the energy, but for rounding of the sums.
         rank = int((shares >= shares[-1] * ((size.energy or 0.0) - 1e-12)).float().argmax()) + 1
-    left, right = (factor.to(TORCH_DTYPES[dtype]) for factor in linalg.balanced(delta, rank))
+    left, right = (factor.to(TORCH_DTYPES[dtype]) for factor in run_interruptibly(linalg.balanced, delta, rank))
     adapted.ranks[tensor.name] = rank
     step, error = max(PRODUCT_RUN // tensor.shape[1], 1), 0.0
     for first in range(0, len(delta), step):

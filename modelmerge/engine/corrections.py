@@ -20,7 +20,7 @@ from modelmerge.engine import memory
 from modelmerge.engine.figures import Entanglement, Figures
 from modelmerge.engine.job import SMALL, Job
 from modelmerge.engine.loader import factors_of, whole, wholes
-from modelmerge.engine.parallel import side_by_side, threads
+from modelmerge.engine.parallel import run_interruptibly, side_by_side, threads
 from modelmerge.engine.pieces import Piece
 from modelmerge.engine.survey import run_survey
 from modelmerge.engine.units import LITTLE, Crew, Unit, cut, piece_cost, work_on
@@ -138,7 +138,7 @@ class CorrectionTransform:
                 tensor=name, weights=(1.0,) * tasks, experts=job.experts, factors=factors,
                 measured=None if measured is None else measured.to(taus.device),
             )  # fmt: skip
-            solved = self.by.find(taus, self.options, context)
+            solved = run_interruptibly(self.by.find, taus, self.options, context)
             flat = taus.view(tasks, -1)
             gram, square = _gram(flat), float(_gram(solved.matrices.view(count, -1)).trace()) / count
             scratch.write(starts[name], as_bytes(solved.matrices.flatten().cpu()))

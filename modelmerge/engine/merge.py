@@ -19,7 +19,7 @@ from modelmerge.devices import Sender, current
 from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import Loader, expert_values, loader_of, rounded, whole
 from modelmerge.engine.memory import beyond_device, together
-from modelmerge.engine.parallel import in_parallel, prepare_process, side_by_side, threads
+from modelmerge.engine.parallel import in_parallel, prepare_process, run_interruptibly, side_by_side, threads
 from modelmerge.engine.pieces import Piece, Pieces, item_bytes
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.transforms import Factors, FittedJob, fit
@@ -338,7 +338,10 @@ def merged_vector(
         base=theta_0 if group.method.wants_base else None, factors=factors, seed=job.seed, start=piece.start,
         leave_out=leave_out, tell=tell, varied=setting.each,
     )  # fmt: skip
-    delta = group.method.apply(taus, setting.options, context)
+    if group.blockwise:
+        delta = group.method.apply(taus, setting.options, context)
+    else:
+        delta = run_interruptibly(group.method.apply, taus, setting.options, context)
     if piece.tensor.rows is not None:
         delta = delta.contiguous()
         delta.view(-1)[max(piece.tensor.common - piece.start, 0) :] = 0

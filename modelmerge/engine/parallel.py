@@ -15,13 +15,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from modelmerge import interrupts
 from modelmerge.devices import current, find_device
-from modelmerge.engine.job import Source
+from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import Loader
 from modelmerge.engine.pieces import Piece, Pieces, Sample
 from modelmerge.errors import OutputError, named
 from modelmerge.plan.tensors import Plan, TensorPlan
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MOST_THREADS = 1024  # that torch is given because a file says so
 
@@ -44,6 +49,19 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def run_interruptibly(work: Callable[..., Result], x: Tensor, *more: Any) -> Result:
+    """`work(x, *more)`, which a signal need not wait for: no decomposition of a matrix can be broken off.
+
+    Small ones are done soon; and work on a device belongs to the thread that has chosen it.
+
+    Raises:
+        KeyboardInterrupt: A signal has come.
+    """
+    if x.numel() <= SMALL or x.device.type != "cpu":
+        return work(x, *more)
+    return interrupts.abandonable(lambda: work(x, *more))
 
 
 def prepare_process(files: int = 0) -> None:
@@ -79,8 +97,6 @@ def prepare_process(files: int = 0) -> None:
 _MANY_FILES = 1 << 16
 _OTHER_FILES = 32  # of Python, libraries, and what is written beside the weights
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 _AHEAD = 8  # pieces that each worker may be ahead of what has been taken up
 
 

@@ -17,7 +17,7 @@ from modelmerge.checkpoint.reader import LEFT, RIGHT
 from modelmerge.checkpoint.shard_file import ShardFile
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import Loader, loader_of, rounded
-from modelmerge.engine.parallel import in_parallel, summed, threads
+from modelmerge.engine.parallel import in_parallel, run_interruptibly, summed, threads
 from modelmerge.engine.pieces import Piece, Pieces, item_bytes, piece_bytes
 from modelmerge.engine.transforms import Fitted
 from modelmerge.engine.units import LITTLE, Crew, Unit, cut, work_on
@@ -93,18 +93,20 @@ def spectra(source: Source, tensors: Sequence[TensorPlan], crew: Crew, progress:
     costs = {t.name: source.plan.stored_bytes(t, experts=True) + work_on(source.plan, t, spectra_work) for t in tensors}
     progress.stage("spectra", sum(costs.values()), "work")
 
-    def decompose(unit: Unit) -> dict[str, Tensor]:
+    def find(unit: Unit) -> dict[str, Tensor]:
         values, loader = {}, loader_of(source, unit.tensors)
         for tensor in unit.tensors:
             progress.begin(tensor.name)
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
                 taus = loader.each(tensor, check=False)
-                values[tensor.name] = torch.stack([linalg.singular_values(tau.to(source.device)).cpu() for tau in taus])
+                values[tensor.name] = torch.stack(
+                    [run_interruptibly(linalg.singular_values, tau.to(source.device)).cpu() for tau in taus]
+                )
             progress.advance(costs[tensor.name], tensor.name)
         return values
 
     units = cut("spectra", source.plan, tensors, LITTLE, does=spectra_work)
-    return {name: each for _, part in crew.share(units, decompose) for name, each in part.items()}
+    return {name: each for _, part in crew.share(units, find) for name, each in part.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +247,7 @@ def _write_factors(staging: Written, key: str, tau: Tensor, rank: int) -> float:
     if rank == 0:  # the tensor did not change and is left out
         return 0.0
     with threads(1 if tau.numel() <= SMALL else torch.get_num_threads()):
-        left, right = (factor.float().contiguous() for factor in linalg.low_rank(tau, rank))
+        left, right = (factor.float().contiguous() for factor in run_interruptibly(linalg.low_rank, tau, rank))
         error = float((tau.double() - left.double() @ right.double()).square().sum())
     staging.write(f"{key}{LEFT}", 0, as_bytes(left.flatten().cpu()))
     staging.write(f"{key}{RIGHT}", 0, as_bytes(right.flatten().cpu()))

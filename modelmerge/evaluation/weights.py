@@ -28,7 +28,7 @@ from modelmerge.devices import current
 from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
 from modelmerge.engine.loader import Loader, wholes
-from modelmerge.engine.parallel import prepare_process, source_of, summed, threads
+from modelmerge.engine.parallel import prepare_process, run_interruptibly, source_of, summed, threads
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.errors import UsageError, named
 from modelmerge.evaluation import interference
@@ -205,7 +205,9 @@ def measure(
             step = max(source.block // piece.tensor.row, 1)
             rows = zip(theta_0.split(step), taus.split(step, dim=1), strict=True)
             part = _sum(_look(source, experts, piece, *some) for some in rows)
-            sums[piece.tensor.name] = _decompose(part, piece, theta_0, taus[:experts], taus[experts:])
+            sums[piece.tensor.name] = run_interruptibly(
+                _conflicts, taus[:experts], taus[experts:], theta_0, part, piece.tensor.name
+            )
         progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
     for name, part in sums.items():
         # A tensor that a model has not changed was not rounded either.
@@ -233,7 +235,7 @@ def _look(source: Source, experts: int, piece: Piece, theta_0: Tensor, taus: Ten
     )  # fmt: skip
 
 
-def _decompose(part: Sums, piece: Piece, theta_0: Tensor, taus: Tensor, models: Tensor) -> Sums:
+def _conflicts(taus: Tensor, models: Tensor, theta_0: Tensor, part: Sums, tensor: str) -> Sums:
     if not bool(taus.any()):  # nobody changed it: no conflict to speak of
         return part
     rows = [interference.subspace_alignment(taus, merge).cpu() for merge in models]
@@ -241,7 +243,7 @@ def _decompose(part: Sums, piece: Piece, theta_0: Tensor, taus: Tensor, models: 
     counts = ~alignments.isnan()
     return replace(
         part,
-        apgd=torch.tensor(interference.apgd_gaps(taus, theta_0, piece.tensor.name), dtype=torch.float64),
+        apgd=torch.tensor(interference.apgd_gaps(taus, theta_0, tensor), dtype=torch.float64),
         apgd_base=float(part.gaps[-1]),
         alignments=alignments.nan_to_num(0.0), ratios=counts.long(),
         interference=torch.tensor(interference.singular_interference(taus), dtype=torch.float64), matrices=1,

@@ -3,7 +3,7 @@
 Everything goes through the float64 eigendecomposition of a Gram matrix on the smaller side. That squares the condition
 number, which float64 can afford: singular values down to 1e-7 of the largest keep apart. For x [m, n] with s the
 smaller side it costs 2 m n s + 9 s^3 FLOP, where a full SVD costs two to ten times as much. A decomposition cannot be
-broken off: what takes several looks for a signal before each.
+broken off: what takes several looks for a signal before each, so that one that nobody waits for any more ends soon.
 """
 
 from __future__ import annotations

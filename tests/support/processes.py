@@ -14,7 +14,9 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
+import resource
 import runpy
 import select
 import signal
@@ -90,6 +92,15 @@ class Run:
         os.kill(self._pid, number)
         if number not in (signal.SIGKILL, signal.SIGCONT):
             os.kill(self._pid, signal.SIGCONT)
+
+    def processor_seconds(self) -> float:
+        """The processor's time that it has taken so far."""
+        words = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+    def allow(self, seconds: float) -> None:
+        """Have the system kill it once it has taken that much of the processor's time, in all."""
+        resource.prlimit(self._pid, resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds)))
 
     def end(self) -> int:
         """Wait for the end; the exit code, negative for a signal."""
