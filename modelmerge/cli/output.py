@@ -153,8 +153,9 @@ def line(*parts: str | tuple[str, str]) -> Text:
 class Grid(Table):
     """A plain table in which no word that one must type, and no number, is ever cut.
 
-    Where the terminal is too narrow, the last of the columns that are words is folded; where that is not enough, each
-    row becomes a paragraph.
+    Where the terminal is too narrow, the last of the columns that are words is folded. Where that is not enough, the
+    columns of numbers go below one another, some at a time beside the names of the rows that have any. Where a name has
+    no room for a number beside it, and where rows have more words, each row becomes a paragraph.
     """
 
     def __init__(self, title: str | None, columns: Sequence[str], words: int) -> None:
@@ -162,6 +163,7 @@ class Grid(Table):
             title=title and visible(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1),
             header_style="bold",
         )  # fmt: skip
+        self._words = words
         self._cells: list[list[Text]] = []
         self._headers = [visible(column) for column in columns]
         for i, column in enumerate(self._headers):
@@ -180,6 +182,12 @@ class Grid(Table):
             return
         if self.title:
             yield Text(str(self.title), "italic")
+        if blocks := self._blocks(options.max_width):
+            for i, block in enumerate(blocks):
+                if i:
+                    yield ""
+                yield self._part(block, whole=i == 0)
+            return
         for cells in self._cells:
             yield Text.assemble((cells[0].plain, "bold"), overflow="fold")
             width = max(map(len, self._headers[1:]), default=0)
@@ -193,6 +201,28 @@ class Grid(Table):
             _FOLDED if column.no_wrap is False else width for column, width in zip(self.columns, widths, strict=True)
         ]
         return sum(map(min, folded, widths)) + 2 * len(widths) - 1
+
+    def _blocks(self, room: int) -> list[list[int]]:
+        """The columns of each table that has room, the first of them in all; none where that cannot be."""
+        name, *widths = (max(map(cell_len, column)) for column in self._columns_of_text())
+        if self._words > 1 or name + 2 + max(widths, default=0) > room:
+            return []
+        blocks, used = [[0]], name
+        for j, width in enumerate(widths, 1):
+            if used + 2 + width > room:
+                blocks.append([0])
+                used = name
+            blocks[-1].append(j)
+            used += 2 + width
+        return blocks
+
+    def _part(self, columns: list[int], *, whole: bool) -> Grid:
+        """Some of its columns; of the rows, where they are not to be whole, those that have something there."""
+        grid = Grid(None, [self._headers[j] for j in columns], 1)
+        for cells in self._cells:
+            if whole or any(cells[j].plain not in ("", "-") for j in columns[1:]):
+                grid.add_cells([cells[j] for j in columns])
+        return grid
 
     def _columns_of_text(self) -> list[list[str]]:
         rows = [self._headers, *([cell.plain for cell in cells] for cells in self._cells)]

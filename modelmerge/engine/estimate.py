@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from modelmerge.engine.job import Job
+from modelmerge.engine.job import SMALL, Job
 from modelmerge.engine.memory import beyond_device, bytes_read, needs_of
+from modelmerge.engine.parallel import threads
 from modelmerge.engine.units import work_of
 from modelmerge.methods.work import NOTHING, Work
 from modelmerge.plan.tensors import TensorPlan, Tensors
@@ -20,7 +21,9 @@ _MOVED = 6.0
 # The side of the matrices that rates are measured on, at most: larger ones do not go much faster.
 _LEAST_SIDE, _MOST_SIDE = 64, 512
 _LONG = 1 << 22  # entries of a vector that fits in no cache
-_TIMES = 3
+# Runs of each kind of work, of which the shortest counts: so many at least, and for so many seconds. On a busy machine
+# short runs are broken off by others now and then, but not each of many.
+_TIMES, _WHILE = 3, 0.02
 
 
 def seconds(job: Job, todo: Tensors) -> float | None:
@@ -63,18 +66,19 @@ def rates_of(device: torch.device, side: int) -> Work:
     fine, long = x.double(), torch.zeros(_LONG, device=device)
     gram, doubled = fine @ fine.T, torch.empty_like(long)
     product = 2.0 * side**3
-    return Work(
-        product / _shortest(lambda: x @ x),
-        product / _shortest(lambda: fine @ fine),
-        9.0 * side**3 / _shortest(lambda: torch.linalg.eigh(gram).eigenvalues),
-        3.0 * long.nbytes / _shortest(lambda: torch.add(long, long, out=doubled)),
-    )
+    with threads(1 if side**2 <= SMALL else torch.get_num_threads()):  # as in a merge
+        return Work(
+            product / _shortest(lambda: x @ x),
+            product / _shortest(lambda: fine @ fine),
+            9.0 * side**3 / _shortest(lambda: torch.linalg.eigh(gram).eigenvalues),
+            3.0 * long.nbytes / _shortest(lambda: torch.add(long, long, out=doubled)),
+        )
 
 
 def _shortest(do: Callable[[], torch.Tensor]) -> float:
     """Seconds of the shortest of some runs, after one that sets things up; to look at a result waits for a device."""
-    took = []
-    for _ in range(1 + _TIMES):
+    took: list[float] = []
+    while len(took) <= _TIMES or sum(took) < _WHILE:
         start = time.perf_counter()
         do().flatten()[0].item()
         took.append(time.perf_counter() - start)

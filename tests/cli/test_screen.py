@@ -41,6 +41,22 @@ def test_tables_never_cut_a_name_or_a_number(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
 
 
+def test_columns_without_room_go_below_one_another() -> None:
+    rows = [["whole model", "73.4 %", "0.047"], ["a.bias", "-", "-"], ["b.weight", "71.2 %", "-"]]
+    lines = printed(table("Conflicts", ["", "sign conflict", "mean |cos|"], rows), 28).splitlines()
+    assert [line.split() for line in lines] == [
+        ["Conflicts"],
+        ["sign", "conflict"], ["whole", "model", "73.4", "%"], ["a.bias", "-"], ["b.weight", "71.2", "%"],
+        [],
+        ["mean", "|cos|"], ["whole", "model", "0.047"],
+    ]  # fmt: skip
+
+
+def test_a_name_without_room_beside_it_heads_a_paragraph() -> None:
+    text = printed(table(None, ["model", "accuracy"], [["a-model-of-some-length", "73.4 %"]]), 26)
+    assert text.splitlines() == ["a-model-of-some-length", "  accuracy  73.4 %"]
+
+
 @pytest.mark.parametrize("width", [60, 80])
 def test_methods_are_listed_by_their_whole_names(width: int) -> None:
     sink = Sink("human")
