@@ -80,7 +80,7 @@ def check_place(option: str, file: Path) -> None:
         raise OutputError(f"{place}: that is a directory", hint="name a file")
 
 
-def save(charts: Sequence[Chart | Course], file: Path, *, kind: Kind = "auto") -> None:
+def save(charts: Sequence[Chart], file: Path, *, kind: Kind = "auto") -> None:
     """Draw charts below one another into a file, in the format of its ending.
 
     Args:
@@ -118,7 +118,7 @@ def settings() -> Iterator[None]:
         yield
 
 
-def draw(charts: Sequence[Chart | Course], *, kind: Kind = "auto") -> Figure:
+def draw(charts: Sequence[Chart], *, kind: Kind = "auto") -> Figure:
     """The charts below one another, as a figure of matplotlib; to be called and saved within `settings()`.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from modelmerge.charts import tables
 from modelmerge.evaluation.conclusions import conclusion, verdicts
-from modelmerge.evaluation.report import Report
+from modelmerge.evaluation.report import Report, command
 from modelmerge.record.markdown import table, words
 from modelmerge.record.redaction import published_report
 
@@ -17,7 +17,7 @@ from modelmerge.record.redaction import published_report
 def markdown(report: Report) -> str:
     """What a report comes to, its gates, tables and notes: to be shown to others, and so without folders of here."""
     report = cast(Report, published_report(report))
-    parts = [f"### modelmerge eval {report['suite']}", " ".join(map(words, conclusion(report)))]
+    parts = [f"### {command(report)}", " ".join(map(words, conclusion(report)))]
     if "gate" in report:
         failures = verdicts(report)
         said = "; ".join(failures or report["gate"]["gates"])

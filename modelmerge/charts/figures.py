@@ -133,7 +133,7 @@ class Course:
         return min(ends) - room, max(ends) + room
 
 
-Chart = Scores | Heatmap
+Chart = Scores | Heatmap | Course
 
 
 def heatmap(
@@ -157,8 +157,10 @@ def heatmap(
 
 
 def of_report(report: Report) -> list[Chart]:
-    """The charts of a report of `modelmerge eval`."""
-    return [*of_weights(report)] if report["suite"] == "weights" else [*of_scores(report)]
+    """The charts of a report of `modelmerge eval` or of a search."""
+    if report["suite"] == "weights":
+        return [*of_weights(report)]
+    return [*([of_search(report["searched"])] if "searched" in report else []), *of_scores(report)]
 
 
 def of_scores(report: Report) -> list[Scores]:

@@ -21,10 +21,11 @@ from jinja2 import UndefinedError as Incomplete
 from markupsafe import Markup, escape
 
 from modelmerge.charts import colours, tables
-from modelmerge.charts.figures import Heatmap, Scores, Series, of_report, ticks
+from modelmerge.charts.figures import Chart, Course, Heatmap, Scores, Series, of_report, ticks
 from modelmerge.charts.names import clean, wrap
 from modelmerge.evaluation.conclusions import conclusion, verdicts
-from modelmerge.evaluation.report import Report
+from modelmerge.evaluation.report import Report, command
+from modelmerge.evaluation.scores import in_shares, score_text
 from modelmerge.record.redaction import published_report
 from modelmerge.text import visible_lines
 
@@ -33,7 +34,7 @@ _HERE = Path(__file__).parent
 # Of a report, what is in its tables, charts and notes; all else are settings.
 _NO_SETTINGS = {
     "suite", "format", "created", "device", "versions", "tasks", "models", "notes", "comparison", "gate", "base",
-    "experts", "model", "layer_types", "tensors", "remark", "own_experts",
+    "experts", "model", "layer_types", "tensors", "remark", "own_experts", "searched",
 }  # fmt: skip
 # Of a model, what is in the tables, or stands for what is.
 _OF_INPUTS = {
@@ -58,7 +59,7 @@ def render(report: Report) -> str:
         report=report, title=head.removesuffix("."), conclusion=more, verdicts=verdicts(report), script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=(_HERE / "page.css").read_text(encoding="utf-8"), colours=colours,
-        figures=[{"chart": chart} if isinstance(chart, Heatmap) else _scores(chart) for chart in of_report(report)],
+        figures=[_figure(chart, report) for chart in of_report(report)], command=command(report),
         tables=tables.of_report(report), scores=_every_score(report),
         files=_files(report),
         beside=[(entry["name"], [(k, *_setting(v)) for k, v in entry.items() if v and k not in _OF_INPUTS])
@@ -76,6 +77,36 @@ def _breakable(name: str) -> Markup:
     """A name that a line may end in, after a sign."""
     parts = re.findall(r".*?[_/.:-]+(?=\w)|.+", visible_lines(name), flags=re.DOTALL)
     return Markup("<wbr>").join(map(escape, parts))
+
+
+def _figure(chart: Chart, report: Report) -> dict[str, Any]:
+    """What the template shows of a chart."""
+    if isinstance(chart, Heatmap):
+        return {"chart": chart}
+    return _course(chart, in_shares(report)) if isinstance(chart, Course) else _scores(chart)
+
+
+def _course(chart: Course, share: bool) -> dict[str, Any]:
+    """A search, in SVG's coordinates: the candidates from left to right, the best so far as steps."""
+    low, high = chart.reach()
+    count = len(chart.values)
+
+    def across(place: float) -> float:
+        return round(60 + 640 * (place + 0.5) / count, 2)
+
+    def down(value: float) -> float:
+        return round(10 + 240 * (high - value) / (high - low), 2)
+
+    best = [(i, value) for i, value in enumerate(chart.best) if not math.isnan(value)]
+    steps = "H".join(f"{across(i)}V{down(value)}" for i, value in best) + f"H{across(count - 0.5)}"
+    points = [(across(i), down(v), i + 1, score_text(v, share=share))
+              for i, v in enumerate(chart.values) if not math.isnan(v)]  # fmt: skip
+    return {
+        "chart": chart, "path": f"M{across(best[0][0])} {down(best[0][1])}H{steps}" if best else "", "points": points,
+        "base": None if chart.base is None else down(chart.base),
+        "rules": [(down(tick), score_text(tick, share=share)) for tick in ticks(low, high)],
+        "places": [(across(int(i) - 1), int(i)) for i in ticks(1, count) if i == int(i)] if count > 1 else [],
+    }  # fmt: skip
 
 
 def _scores(chart: Scores) -> dict[str, Any]:
@@ -211,9 +242,10 @@ def _exact(value: float | None, none: str = "n/a") -> str:
 
 
 def _inputs(report: Report) -> list[Mapping[str, Any]]:
-    if report["suite"] != "weights":
+    if "experts" not in report:
         return [*report["models"]]
-    roles = {"base": [report["base"]], "expert": report["experts"], "model": report["models"]}
+    models = [] if "searched" in report else report["models"]
+    roles = {"base": [report["base"]], "expert": report["experts"], "model": models}
     return [{**entry, "role": role} for role, entries in roles.items() for entry in entries]
 
 

@@ -379,11 +379,11 @@ def carry_out(
 ) -> None:
     """Prepare a merge or a search, and print its plan or do it; `more` goes above what is printed of the result."""
     target, out = destination(values), Path(values["output"]).expanduser()
-    plot = Path(values["plot"]).expanduser() if values.get("plot") else None
-    if plot is not None:
-        from modelmerge.charts import drawing
+    pictures = None
+    if values.get("plot") or values.get("page"):
+        from modelmerge.verbs.render import pictures_at
 
-        drawing.check(plot)
+        pictures = pictures_at(values["plot"], "auto", values.get("page"))
     # An empty text is no part: who means one must not get the whole.
     ways: dict[str, Any] = {name: values.get(name) for name in ("cluster", "part", "finish")}
     divided = {name: value for name, value in ways.items() if value not in (None, [])}
@@ -413,12 +413,9 @@ def carry_out(
         sink.result(data, quiet=str(out), human=part_lines(manifest, out))
         return
     lines = [*more(manifest), *result_lines(manifest, out, verbose=sink.verbose)]
-    if plot is not None:
-        from modelmerge.charts.figures import of_coefficients, of_search
-
-        searched = manifest.get("searched")
-        drawing.save([of_search(searched) if searched else of_coefficients(manifest["recipe"])], plot)
-        data, lines = {**data, "plot": str(plot)}, [*lines, line((str(plot), "bold"))]
+    if pictures is not None:
+        files = pictures.write_of(manifest)
+        data, lines = {**data, "pictures": [*map(str, files)]}, [*lines, *(line((str(f), "bold")) for f in files)]
     if uploading and not uploading["uploader"].commits:
         target, lines = None, [*lines, line("the process that put it in place pushes it")]
     finish(sink, target, out, data, [*lines, *next_lines(manifest, out)])

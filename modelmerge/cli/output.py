@@ -205,7 +205,7 @@ class Grid(Table):
     def _blocks(self, room: int) -> list[list[int]]:
         """The columns of each table that has room, the first of them in all; none where that cannot be."""
         name, *widths = (max(map(cell_len, column)) for column in self._columns_of_text())
-        if self._words > 1 or name + 2 + max(widths, default=0) > room:
+        if self._words != 1 or name + 2 + max(widths, default=0) > room:
             return []
         blocks, used = [[0]], name
         for j, width in enumerate(widths, 1):

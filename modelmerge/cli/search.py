@@ -40,6 +40,9 @@ Budget = Annotated[int | None, _option(
 Plot = Annotated[
     str | None, _option("--plot", metavar="FILE", help="Draw the scores and the best so far, as .svg, .png or .pdf.")
 ]
+Report = Annotated[list[str] | None, _option(
+    "--report", metavar="FILE", help="Write what was found: .html is a page with the course, .md tables, .csv figures.",
+)]  # fmt: skip
 On = Annotated[list[str], _option(
     "--on", metavar="SUITE:WHAT",
     help="custom:FILE:FUNCTION, clip:TASK, clip:DATA or lm:TASK, with the settings of that suite in eval behind "
@@ -52,7 +55,7 @@ def command(name: str) -> Callable[..., None]:
     """The Typer command of a search with a merge method."""
     method = None if name == AUTO else registry.load(name)
 
-    def searched(tries: Try, on: On, budget: Budget = None, plot: Plot = None) -> None: ...
+    def searched(tries: Try, on: On, budget: Budget = None, plot: Plot = None, page: Report = None) -> None: ...
 
     def run(sink: Sink, context: typer.Context, **values: Any) -> None:
         from modelmerge.verbs.candidates import prepare_search

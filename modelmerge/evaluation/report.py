@@ -1,4 +1,4 @@
-"""The report of a suite, as plain data: what `evaluate` returns, and `eval SUITE` prints as JSON."""
+"""The report of a suite or of a search, as plain data: what `evaluate` returns, and `eval SUITE` prints as JSON."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Report(TypedDict, total=False):
     Of suites of scores: `seed`, `tasks`; `own_experts`, by task; `comparison` `with` an earlier report: of each of
     `models` the differences at `tasks` and of the `average`; `gate`, whether all models `passed`, and the `failures`.
     Of `weights`: `base`, `experts`, `remark`, `left_out`, and the figures of the `model`, of `layer_types` and of
-    `tensors`: those of the `experts` and of each of the `models`.
+    `tensors`: those of the `experts` and of each of the `models`. Of a search: `searched`, `base` and `experts` as its
+    manifest has them, the `models` being the base and the candidates.
     """
 
     suite: str
@@ -66,6 +67,7 @@ class Report(TypedDict, total=False):
     own_experts: dict[str, str]
     comparison: dict[str, Any]
     gate: dict[str, Any]
+    searched: dict[str, Any]
     published: dict[str, Any]
     base: ModelRow
     experts: list[ModelRow]
@@ -74,3 +76,8 @@ class Report(TypedDict, total=False):
     model: dict[str, Any]
     layer_types: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, Any]]
+
+
+def command(report: Report) -> str:
+    """The command that made a report."""
+    return "modelmerge search" if "searched" in report else f"modelmerge eval {report['suite']}"

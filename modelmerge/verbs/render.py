@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from modelmerge.charts import drawing, exports, page
-from modelmerge.charts.figures import of_report
+from modelmerge.charts.figures import of_coefficients, of_report
 from modelmerge.checkpoint.documents import read_json
 from modelmerge.checkpoint.output import replace_file
 from modelmerge.errors import ModelMergeError, UsageError, named
 from modelmerge.evaluation.bench import SAVE
-from modelmerge.evaluation.report import Report
+from modelmerge.evaluation.report import ModelRow, Report, Role
+from modelmerge.verbs.candidates import label_of
 
 _PAGES = {".html": page.render, ".htm": page.render, ".md": exports.markdown, ".csv": exports.values}
 
@@ -52,11 +54,24 @@ class Pictures:
         if self.plot is not None:
             if self.chart != "auto" and report["suite"] == "weights":
                 raise UsageError("is of scores, and a report of weights has heatmaps alone", option="chart")
-            drawing.save(of_report(report), self.plot, kind=self.chart)
+            charts = of_report(report)
+            drawing.save(charts[:1] if "searched" in report else charts, self.plot, kind=self.chart)
         for file in self.pages:
             text = _PAGES[file.suffix.lower()](report)
             replace_file(file.parent, file.name, text.encode(errors="backslashreplace"))
         return [*([self.plot] if self.plot is not None else []), *self.pages]
+
+    def write_of(self, manifest: Mapping[str, Any]) -> list[Path]:
+        """The same of what a merge has found: the course of a search, or coefficients, which are a chart alone.
+
+        Raises:
+            OutputError: A file cannot be written.
+        """
+        if "searched" in manifest:
+            return self.write(report_of_search(manifest))
+        assert self.plot is not None, "a merge has no pages"
+        drawing.save([of_coefficients(manifest["recipe"])], self.plot)
+        return [self.plot]
 
 
 def pictures_at(
@@ -66,6 +81,28 @@ def pictures_at(
     pages = [page] if isinstance(page, str | Path) else page or ()
     place = None if plot is None else Path(plot).expanduser()
     return Pictures(place, chart, tuple(Path(file).expanduser() for file in pages))
+
+
+def report_of_search(manifest: Mapping[str, Any]) -> Report:
+    """What a search found, of its manifest, as a report; its candidates are named by their options."""
+    searched, inputs = manifest["searched"], manifest["inputs"]
+    tasks = [*searched["results"][0]["scores"]]
+
+    def row(entry: Mapping[str, Any], name: str, role: Role) -> ModelRow:
+        # Where less is better, there is no average: models are ranked by their scores.
+        average = None if searched["less_is_better"] else entry["average"]
+        return {
+            "name": name, "role": role, "reference": name, "files": {}, "normalised": None,
+            "scores": entry["scores"], "average": average, "average_stderr": entry["average_stderr"],
+        }  # fmt: skip
+
+    models = [row(each, label_of(each["options"]), "model") for each in searched["results"]]
+    if searched["base"]:
+        models.insert(0, row(searched["base"], "base", "base"))
+    taken = {name: manifest[name] for name in ("device", "created", "versions", "command", "notes")}
+    settings = {"chosen": label_of(searched["chosen"]), "tried": searched["options"], "on": searched["on"]}
+    report = {"suite": "search", "tasks": tasks, "models": models, "searched": searched, **inputs, **taken, **settings}
+    return cast(Report, report)
 
 
 def append_summary(report: Report, file: Path) -> None:

@@ -16,7 +16,7 @@ from modelmerge.charts import colours, page
 from modelmerge.cli import main
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.verbs.evaluate import evaluate
-from modelmerge.verbs.render import render
+from modelmerge.verbs.render import render, report_of_search
 from tests.support import chromium
 from tests.support.chromium import Browser
 from tests.support.reports import EIGHT, scores
@@ -56,9 +56,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     render(scores((EVIL,), ("merged",), experts=False, base=False, gate=FAILED), page=root / "one.html")
     render(scores(EIGHT, tuple(f"m{i}" for i in range(19)), missing=(("m7", "svhn"),)), page=root / "many.html")
+    render(report_of_search(SEARCH), page=root / "search.html")
     return root
 
 
+SEARCH = {
+    "device": "cpu", "created": "2026-01-02T03:04:05+00:00", "versions": {"modelmerge": "1"}, "notes": [EVIL],
+    "command": "modelmerge merge ties",
+    "inputs": {"base": {"name": EVIL, "reference": "b", "files": {}}, "experts": []},
+    "searched": {
+        "options": {"scale": {"low": 0.1, "high": 1.0, "log": False}}, "chosen": {"scale": 0.5},
+        "less_is_better": False, "on": [{"on": [EVIL]}], "base": None,
+        "results": [
+            {"options": {"scale": scale}, "average": value, "average_stderr": None, "scores": {
+                EVIL: {"score": value, "stderr": None, "count": None, "metric": "accuracy"},
+            }} for scale, value in ((0.3, None), (0.4, 0.5), (0.5, 0.75), (0.6, 0.25))
+        ],
+    },
+}  # fmt: skip
 FAILED = {"gates": ["avg=0.99"], "passed": False,
           "failures": [{"model": "merged", "gate": "avg=0.99", "value": None}]}  # fmt: skip
 
@@ -81,7 +96,7 @@ def as_hex(colour: str) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["eight", "long", "one", "many"])
+@pytest.mark.parametrize("name", ["eight", "long", "one", "many", "search"])
 def test_nothing_is_asked_for_and_nothing_complained_of(
     name: str, scheme: Literal["light", "dark"], made: Path, browser: Browser
 ) -> None:
@@ -91,6 +106,21 @@ def test_nothing_is_asked_for_and_nothing_complained_of(
     assert browser.requests() == [file.as_uri()]
     assert browser.ask("document.scripts.length") == 1
     assert browser.ask("window.evil") is None
+
+
+def test_a_search_has_a_dot_for_each_score_and_steps_for_the_best_so_far(made: Path, browser: Browser) -> None:
+    browser.open(made / "search.html")
+    boxes = browser.ask(
+        "[...document.querySelectorAll('.course .marker')].map(m => [m.textContent, m.getBoundingClientRect().top])"
+    )
+    assert [text for text, _ in boxes] == ["2: 50.0", "3: 75.0", "4: 25.0"]
+    first, second, third = (top for _, top in boxes)
+    assert second < first < third, "higher is better"
+    assert first - second == pytest.approx(0.5 * (third - second), abs=1.0)
+    steps = browser.ask("document.querySelector('.course .steps').getBoundingClientRect().toJSON()")
+    radius = steps["bottom"] - first
+    assert steps["top"] == pytest.approx(second + radius, abs=1.5)
+    assert browser.ask("document.querySelector('h1').textContent").startswith("scale=0.5 75.0 % is the best of 4")
 
 
 def test_the_tables_have_the_reports_numbers(made: Path, browser: Browser) -> None:

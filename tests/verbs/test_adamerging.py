@@ -642,7 +642,7 @@ def test_clip_models_are_adapted_on_images(
     assert manifest["adaptation"]["entropy"][-1] < manifest["adaptation"]["entropy"][0]
     found, merged = coefficients(manifest), load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == {key for key in states[1] if states[1][key].is_floating_point()}
-    drawn = Path(printed["plot"]).read_text()
+    drawn = Path(*printed["pictures"]).read_text()
     assert all(tensor in drawn for tensor in ("vision_model.encoder.layers.0.mlp.fc1.weight", *EXPERTS))
     assert len({value for each in found.values() for value in each.values()}) == 2 * len(found)
     assert torch.equal(merged["text_projection.weight"], states[0]["text_projection.weight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
@@ -17,6 +18,7 @@ import pytest
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError
 from modelmerge.methods.options import Range, read_range
+from modelmerge.verbs.candidates import label_of
 from modelmerge.verbs.merge import merge
 from modelmerge.verbs.search import search
 from modelmerge.verbs.trials import trials
@@ -103,7 +105,8 @@ def test_a_budget_finds_more_than_a_grid_of_as_many(models: list[Path], capsys: 
 def test_the_best_trial_is_written_as_a_plain_merge_of_its_values(
     models: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = searched(capsys, models, *WEIGHTS, "--try", "scale=0.3,0.73", "--budget", "8", "--plot", "course.svg")
+    pictures = ("--plot", "course.svg", "--report", "found.html", "--report", "found.csv")
+    manifest = searched(capsys, models, *WEIGHTS, "--try", "scale=0.3,0.73", "--budget", "8", *pictures)
     found = manifest["searched"]
     values = dict(found["chosen"])
     assert max(found["results"], key=lambda each: each["average"])["options"] == values
@@ -112,6 +115,13 @@ def test_the_best_trial_is_written_as_a_plain_merge_of_its_values(
     assert Path("out/model.safetensors").read_bytes() == Path("plain/model.safetensors").read_bytes()
     assert ElementTree.parse("course.svg").getroot().tag.endswith("svg")
     assert "best so far" in Path("course.svg").read_text()
+    page = Path("found.html").read_text()
+    assert page.count('class="marker"') == 8 == page.count("<title>") - 1, "a dot for each candidate"
+    assert f"<h1>{label_of(values)} " in page
+    rows = list(csv.DictReader(Path("found.csv").read_text().splitlines()))
+    wanted = ["base", *(label_of(each["options"]) for each in found["results"])]
+    assert [row["model"] for row in rows] == wanted
+    assert [float(row["score"]) for row in rows[1:]] == [each["average"] for each in found["results"]]
     code, _, err = run(capsys, "merge", "--recipe", "out/modelmerge.json", "-o", "again", "-q")
     assert code == 0, err
 
