@@ -127,9 +127,12 @@ def notes_of(job: Job, findings: Findings) -> list[str]:
             f"No expert has {len(lone)} tensor{'s' * (len(lone) > 1)} of the base, which stay as they are: {some}."
         )
     notes = read + [f"'{t.name}': {t.reason}." for t in job.plan.tensors.values() if t.mismatched] + notes
-    reasons = Counter((expert, reason) for _, expert, reason in findings.left_out)
-    for (expert, reason), count in sorted(reasons.items()):
-        notes.append(f"'{expert}' was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
+    alike: dict[tuple[str, int], list[str]] = {}
+    for (expert, reason), count in sorted(Counter((expert, why) for _, expert, why in findings.left_out).items()):
+        alike.setdefault((reason, count), []).append(f"'{expert}'")
+    for (reason, count), names in alike.items():
+        who = names[0] if len(names) == 1 else f"Each of {', '.join(names[:-1])} and {names[-1]}"
+        notes.append(f"{who} was left out of {count} tensor{'s' * (count > 1)}: {reason}.")
     loss = findings.rounding.relative_error() if findings.rounding else None
     if loss is not None and loss > _LOSSY:
         notes.append(

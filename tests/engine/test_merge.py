@@ -272,6 +272,9 @@ def test_an_expert_that_did_not_change_a_layer_is_named_in_the_notes(tmp_path: P
     left_out = [{"tensor": "model.layers.0.q_proj.weight", "expert": "y", "reason": "it did not change this weight"}]
     assert manifest["tensors"]["left_out"] == left_out
     assert manifest["notes"] == ["'y' was left out of 1 tensor: it did not change this weight."]
+    experts = {"x": paths[1], "y": paths[2], "z": paths[2]}
+    manifest = modelmerge.merge(paths[0], experts, tmp_path / "three", method="apgd")
+    assert manifest["notes"] == ["Each of 'y' and 'z' was left out of 1 tensor: it did not change this weight."]
 
 
 def test_huge_finite_values_are_no_nan(tmp_path: Path) -> None:
