@@ -253,7 +253,7 @@ def _size(value: float) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.3g} %"
+    return "-" if value is None else f"{f'{100 * value:#.3g}'.rstrip('.')} %"
 
 
 def _about(value: float | None) -> str:

@@ -178,4 +178,4 @@ def _cosine(value: float | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.3g} %"
+    return "-" if value is None else f"{f'{100 * value:#.3g}'.rstrip('.')} %"
