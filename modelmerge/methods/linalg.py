@@ -11,6 +11,8 @@ without are zero there, for those of a batch keep one shape.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +23,9 @@ from modelmerge.methods.contract import Tensor
 # Subspace iteration: vectors beyond the rank, the side from which on it pays, the gain in the squared norm that is kept
 # below which it stops, and a bound on the iterations.
 _SPARE, _LARGE, _GAIN, _ITERATIONS = 16, 512, 1e-4, 20
+# The polar factor by products: it pays for matrices that are no more oblong; powers that find the largest singular
+# value, a factor that makes it an upper bound, and how far from orthonormal rows a factor may be.
+_OBLONG, _POWERS, _ABOVE, _ORTHONORMAL = 8, 20, 1.1, 1e-9
 
 
 def left_singular_vectors(x: Tensor, rank: int) -> Tensor:
@@ -155,16 +160,63 @@ def quick_triplets(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def polar(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The polar factor `U V^T` of x [m, n] over its singular directions, and their singular values [k], float64.
+    """The polar factor `U V^T` of x [m, n] over its singular directions, and their mean singular value, float64.
 
     The orthogonal matrix nearest to x where x has full rank; else the partial isometry that leaves out the missing
-    directions (`SUPPORT`), which an SVD would fill in at random.
+    directions (`SUPPORT`), which an SVD would fill in at random. On a device, what has full rank goes through products.
     """
     x = x.double()
     wide = x.shape[-2] <= x.shape[-1]
+    if x.device.type != "cpu" and max(x.shape[-2:]) <= _OBLONG * min(x.shape[-2:]):
+        rows = x if wide else x.mT
+        factor, sound = polar_by_products(rows)
+        if bool(sound.all()):
+            return (factor if wide else factor.mT), torch.linalg.vecdot(factor, rows).mean(-1)
+        del factor
     vectors, s = _eigen(x @ x.mT if wide else x.mT @ x, min(x.shape[-2:]))
     whitened = (vectors / _divisor(s)[..., None, :]) @ vectors.mT
-    return (whitened @ x if wide else x @ whitened), s
+    return (whitened @ x if wide else x @ whitened), s.sum(-1) / (s > 0).sum(-1).clamp(min=1)
+
+
+def polar_by_products(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The polar factor of x [m, n], m <= n, float64, and whether it is one: not where a direction is missing.
+
+    By Halley's iteration with weights for singular values down to `SUPPORT`, each step through a Cholesky factor of
+    `1 + c x x^T` (Nakatsukasa, Bai and Gygi, SIAM J. Matrix Anal. Appl. 2010; Nakatsukasa and Higham, SIAM J. Sci.
+    Comput. 2013). Five steps, 22 m^3 FLOP for a square, where an eigendecomposition has 9 m^3, but at less than 3 % of
+    an H100's rate (Wang et al., arXiv 2410.02170). Within 1e-9 of the exact factor, relative.
+    """
+    gram = x @ x.mT
+    vector = torch.randn(x.shape[-2], 1, generator=torch.Generator().manual_seed(0)).to(gram)
+    for _ in range(_POWERS):
+        vector = torch.nn.functional.normalize(gram @ vector, dim=-2)
+    square = vector.mT @ gram @ vector  # of the largest singular value: a little less
+    tested = gram.clone()
+    tested.diagonal(dim1=-2, dim2=-1).sub_(SUPPORT**2 * square[..., 0])
+    full = torch.linalg.cholesky_ex(tested).info == 0
+    del tested
+    gram, factor = gram.div_(_ABOVE**2 * square), x / (_ABOVE * square.sqrt())
+    for a, b, c in _halley_weights():
+        gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1.0)
+        step = torch.cholesky_solve(factor, torch.linalg.cholesky_ex(gram).L)
+        factor = factor.mul_(b / c).add_(step, alpha=a - b / c)
+        gram = torch.matmul(factor, factor.mT, out=gram)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return factor, full & (gram.abs().amax((-2, -1)) < _ORTHONORMAL)
+
+
+@functools.cache
+def _halley_weights() -> list[tuple[float, float, float]]:
+    """The weights a, b, c of each step x (a + b x^2) / (1 + c x^2), until what was smallest is 1."""
+    weights, least = [], SUPPORT / _ABOVE**2
+    while least < 1.0 - 1e-15:
+        d = (4.0 * (1.0 - least**2) / least**4) ** (1 / 3)
+        root = math.sqrt(1.0 + d)
+        a = root + 0.5 * math.sqrt(8.0 - 4.0 * d + 8.0 * (2.0 - least**2) / (least**2 * root))
+        b = (a - 1.0) ** 2 / 4.0
+        weights.append((a, b, a + b - 1.0))
+        least = min(least * (a + b * least**2) / (1.0 + (a + b - 1.0) * least**2), 1.0)
+    return weights
 
 
 def nearest_orthogonal(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

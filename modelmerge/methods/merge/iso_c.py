@@ -31,8 +31,7 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     core = cores.of(taus, context)
-    factor, s = linalg.polar(weighted_sum(core.taus, context.weights))
-    mean = s.sum(-1) / (s > 0).sum(-1).clamp(min=1)
+    factor, mean = linalg.polar(weighted_sum(core.taus, context.weights))
     return core.whole(factor.mul_(mean[..., None, None])).float().mul_(options.scale)
 
 
