@@ -31,6 +31,8 @@ def test_the_benchmark_runs_on_a_simulated_device_and_is_taken_up(
     results = {file.stem: json.loads(file.read_text()) for file in tmp_path.iterdir()}
     assert results.keys() == set(cuda.SECTIONS)
     assert {label.split()[0] for label in results["agreement"]} == {*registry.names(), "disentangle"}
+    batched = {label.split(": ")[1] for label in results["batches"]}
+    assert batched == {"apgd", "iso-c", "kron", "tsv-m", "wudi"}
     # No results of a device that is not there are shown as those of a card.
     assert not (tmp_path / "RESULTS-cuda.md").exists()
     # Without time, what is there is taken for done, and what is lacking is said.

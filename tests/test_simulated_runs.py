@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,116 @@ def test_merges_on_a_simulated_device(
     assert len([wait for wait in waits if " at engine/" in wait]) <= EACH * len(SHAPES), waits
     left, right = read(tmp_path / "there"), read(tmp_path / "here")
     assert close(left, right, 1e-6) if registry.load(name).matrices else same(left, right)
+
+
+# Batches.
+
+LAYERS = 5
+
+
+def small_layers(root: Path) -> list[Path]:
+    """A base and three experts of layers that are alike, but that one expert has left two of them at the base."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.self_attn.{which}_proj.weight" for i in range(LAYERS) for which in "qk"]
+    base = {name: torch.randn(64, 48, generator=generator).mul(0.1) for name in names}
+    states: list[State] = [
+        {name: tensor + 1e-2 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
+        for _ in range(EXPERTS)
+    ]
+    for name in names[:2]:
+        states[0][name] = base[name].clone()
+    return [write(root / name, state) for name, state in zip(("base", "a", "b", "c"), (base, *states), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return small_layers(tmp_path_factory.mktemp("layers"))
+
+
+BATCHED: list[tuple[str, dict[str, Any]]] = [
+    ("apgd", {}), ("apgd", {"solver": "adam", "steps": 5}), ("iso-c", {}), ("kron", {}), ("tsv-m", {}), ("wudi", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", ["whole", "factors"])
+@pytest.mark.parametrize(("name", "values"), BATCHED, ids=str)
+def test_small_matrices_are_merged_in_batches_on_a_simulated_device(
+    name: str,
+    values: dict[str, Any],
+    stored: str,
+    layers: list[Path],
+    tmp_path: Path,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three at a time, within the promised memory: what is recorded of each is what the CPU records."""
+    monkeypatch.setattr("modelmerge.engine.batches.BATCH", 3 * 64 * 48 + 1)
+    base, *experts = layers
+    if stored == "factors":
+        modelmerge.extract(base, experts, tmp_path / "vectors", rank=2, device="cpu")
+        experts = [tmp_path / "vectors" / expert.name for expert in experts]
+    plan = modelmerge.merge(base, experts, tmp_path, method=name, device="sim:1", dry_run=True, **values)
+    shapes = watched(monkeypatch, name)
+    machine.forget()
+    there = modelmerge.merge(base, experts, tmp_path / "there", method=name, device="sim:1", **values)
+    check_device(machine, plan["peak_memory"])
+    sizes = [shape[1] for shape in shapes if len(shape) == 4]
+    # What is stored whole shows only when it is there that it is not alike: three are then merged one by one.
+    assert sizes == ([] if values else [3, 3, 3] if stored == "whole" else [2, 3, 3, 2])
+    here = modelmerge.merge(base, experts, tmp_path / "here", method=name, device="cpu", **values)
+    assert close(read(tmp_path / "there"), read(tmp_path / "here"), 1e-5)
+    assert there["tensors"]["left_out"] == here["tensors"]["left_out"]
+    for tensor, figures in here["tensors"]["figures"].items():
+        assert there["tensors"]["figures"].pop(tensor) == pytest.approx(figures, rel=1e-4)
+    assert not there["tensors"]["figures"]
+
+
+@pytest.mark.parametrize("name", ["kron", "apgd"])
+def test_a_batch_for_which_memory_is_short_is_merged_one_by_one_on_a_simulated_device(
+    name: str, layers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else takes the rest of it once the batch is there."""
+    base, *experts = layers
+    asked: dict[str, Any] = {"method": name, "experts": experts[1:]}  # they are alike
+    modelmerge.merge(base, out=tmp_path / "here", device="cpu", **asked)
+    with threads(1), simulated() as machine:
+
+        def take() -> None:
+            machine.capacity = machine.held[1] + 400_000
+
+        shapes = watched(monkeypatch, name, take)
+        modelmerge.merge(base, out=tmp_path / "there", device="sim:1", **asked)
+    assert [len(shape) for shape in shapes] == [4] + [3] * 2 * LAYERS
+    assert close(read(tmp_path / "there"), read(tmp_path / "here"), 1e-5)
+
+
+def test_batches_are_smaller_where_a_simulated_device_has_little_memory(
+    layers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, *experts = layers
+    shapes = watched(monkeypatch, "kron")
+    with threads(1), simulated(capacity=2_500_000) as machine:
+        plan = modelmerge.merge(base, experts, tmp_path, method="kron", device="sim:1", dry_run=True)
+        machine.forget()
+        modelmerge.merge(base, experts, tmp_path / "there", method="kron", device="sim:1")
+    assert 1 < max(shape[1] for shape in shapes if len(shape) == 4) < 2 * LAYERS
+    assert 0 < machine.peak[1] <= plan["peak_memory"]["device"] <= machine.capacity
+
+
+def watched(
+    monkeypatch: pytest.MonkeyPatch, name: str, before: Callable[[], None] = lambda: None
+) -> list[tuple[int, ...]]:
+    """The shapes of the task vectors that the method is called with from now on, and what is done before."""
+    module, shapes = importlib.import_module(f"modelmerge.methods.merge.{name.replace('-', '_')}"), list[Any]()
+    chosen = module.METHOD
+
+    def apply(taus: torch.Tensor, options: Any, context: Any) -> torch.Tensor:
+        shapes.append(tuple(taus.shape))
+        before()
+        return chosen.apply(taus, options, context)
+
+    monkeypatch.setattr(module, "METHOD", dataclasses.replace(chosen, apply=apply))
+    return shapes
 
 
 IN_BLOCKS: list[tuple[str, dict[str, Any]]] = [

@@ -95,7 +95,7 @@ def adapt(
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
             fitted.chain.apply(piece, taus)
             delta = merged_vector(
-                fitted, piece, theta_0, taus, adapted.findings, fitted.factors(tensor, job.source.device)
+                fitted, [piece], theta_0, taus, adapted.findings, fitted.factors(tensor, job.source.device)
             )
             del taus
             square = squared(delta)

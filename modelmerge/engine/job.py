@@ -28,6 +28,9 @@ AT_ONCE = 1 << 20
 SAMPLE_RUN = 1 << 14
 # Matrices of up to so many elements go through a method on one thread: they are done before others have woken up.
 SMALL = 1 << 18
+# Elements of the matrices that a device merges at once. Libraries make products in tiles of 128 x 128 or so: these are
+# 512, a few for each processor of the largest cards, and a product on them takes long against its launch.
+BATCH = 1 << 23
 # Matrices of up to so many elements are merged several at a time, each on one thread: products and decompositions of
 # that size gain little from a second thread (1.2 x at 768 x 768), and memory is that of a few of them.
 MODEST = 1 << 22

@@ -7,6 +7,7 @@ tests/engine/test_memory.py watches real processes.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from modelmerge.checkpoint.as_lora import Role, Size
 from modelmerge.checkpoint.header import DTYPE_BITS, Change
 from modelmerge.devices import KINDS
+from modelmerge.engine.batches import as_one, group
 from modelmerge.engine.job import MODEST, Job, Source
 from modelmerge.engine.pieces import Sample
 from modelmerge.engine.units import done_on
@@ -277,8 +279,8 @@ def _block(job: Job) -> int:
 
 
 def merge_wholes(job: Job) -> Bytes:
-    """Methods that take whole tensors: modest ones side by side, large ones in turn."""
-    tensors = job.wholes()
+    """Methods that take whole tensors: modest ones side by side, large ones in turn, batches as one."""
+    tensors = [as_one(batch) for batch in batches(job, job.wholes())]
     if not tensors:
         return _NOTHING
     widest = max(model.stored_bytes(t.name) for t in tensors for model in job.plan.models)
@@ -300,6 +302,17 @@ def beyond_device(job: Job) -> frozenset[str]:
     return _beyond(job.source.device, job.wholes(), lambda two: _whole_bytes(job, two))
 
 
+def batches(job: Job, tensors: Tensors) -> list[list[TensorPlan]]:
+    """Whole tensors in batches that the device holds two at a time."""
+    on_host = beyond_device(job)
+
+    def fits(batch: TensorPlan) -> bool:
+        alone = batch.name in on_host
+        return not alone and not _beyond(job.source.device, [batch], lambda two: _whole_bytes(job, two))
+
+    return group(job, tensors, fits)
+
+
 def _whole_bytes(job: Job, tensors: Tensors) -> int:
     """Bytes that merging whole tensors takes."""
     tasks = len(job.plan.experts)
@@ -308,7 +321,8 @@ def _whole_bytes(job: Job, tensors: Tensors) -> int:
         """The method's own: copies of the tensor, and squares of its width."""
         group = job.group(tensor)
         copies = group.method.workspace(group.options, tasks)
-        squares = group.method.squares(group.options, *tensor.shape, tasks) if len(tensor.shape) == 2 else 0.0
+        *batch, m, n = tensor.shape if len(tensor.shape) > 1 else (0, 0)
+        squares = math.prod(batch) * group.method.squares(group.options, m, n, tasks)
         return tensor.numel * 4 * copies + 8 * squares
 
     return _bytes_of_wholes(job.source, tensors, of_method)

@@ -16,16 +16,17 @@ from torch import Tensor
 from modelmerge.checkpoint.changes import as_bytes
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.devices import Sender, current
+from modelmerge.engine.batches import load, stacked
 from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import Loader, expert_values, loader_of, rounded, whole
-from modelmerge.engine.memory import beyond_device, together
+from modelmerge.engine.memory import batches, beyond_device, together
 from modelmerge.engine.parallel import in_parallel, prepare_process, run_interruptibly, side_by_side, threads
 from modelmerge.engine.pieces import Piece, Pieces, item_bytes
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.transforms import Factors, FittedJob, fit
 from modelmerge.engine.units import Alone, Crew, Unit, merge_work, piece_cost, shard_units
 from modelmerge.errors import CheckpointError
-from modelmerge.methods.contract import Context, measured_at_once
+from modelmerge.methods.contract import Apart, Context, measured_at_once
 from modelmerge.methods.options import is_linear
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
@@ -180,7 +181,8 @@ def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Out
             if in_rows(piece.tensor):
                 theta_0, taus = theta_0.view(-1, piece.tensor.row), taus.view(len(taus), -1, piece.tensor.row)
             try:
-                for output, data in _merged(fitted, piece, theta_0, taus, outputs):
+                vector = merged_vector(fitted, [piece], theta_0, taus, outputs[0].findings)
+                for output, data in _merged(fitted, piece, theta_0, taus, outputs, vector):
                     output.write(piece, data)
             except CheckpointError:
                 loader.refuse_nonfinite(piece)
@@ -215,9 +217,14 @@ def _run_whole(
     """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
     job = fitted.job
 
-    def merge(piece: Piece, theta_0: Tensor, taus: Tensor) -> Iterator[tuple[_Output, Tensor]]:
+    def merge(
+        piece: Piece, theta_0: Tensor, taus: Tensor, vector: Tensor | None = None
+    ) -> Iterator[tuple[_Output, Tensor]]:
         fitted.chain.apply(piece, taus)
-        return _merged(fitted, piece, theta_0, taus, outputs, fitted.factors(piece.tensor, taus.device))
+        if vector is None:
+            factors = fitted.factors(piece.tensor, taus.device)
+            vector = merged_vector(fitted, [piece], theta_0, taus, outputs[0].findings, factors)
+        return _merged(fitted, piece, theta_0, taus, outputs, vector)
 
     modest, thread = [tensor for tensor in tensors if together(job.source, tensor)], threading.local()
 
@@ -231,69 +238,82 @@ def _run_whole(
         progress.advance(piece_cost(job.plan, piece, merge_work(job, tensor)), tensor.name)
 
     side_by_side(job.source, modest, merge_alone)
-    _run_in_turn(fitted, [tensor for tensor in tensors if not together(job.source, tensor)], merge, progress)
+    in_turn = batches(job, [tensor for tensor in tensors if not together(job.source, tensor)])
+    _run_in_turn(fitted, in_turn, merge, outputs[0].findings, progress)
 
 
 def _run_in_turn(
     fitted: FittedJob,
-    tensors: Sequence[TensorPlan],
-    merge: Callable[[Piece, Tensor, Tensor], Iterator[tuple[_Output, Tensor]]],
+    tensors: Sequence[Sequence[TensorPlan]],
+    merge: Callable[[Piece, Tensor, Tensor, Tensor | None], Iterator[tuple[_Output, Tensor]]],
+    findings: Findings,
     progress: Reporter,
 ) -> None:
-    """Merge tensors one after the other: read one ahead, write one behind."""
+    """Merge batches of tensors, most of them of one, one after the other: read one ahead, write one behind."""
     job = fitted.job
     device, on_host = job.source.device, beyond_device(job)
 
     # Buffers that are used again cost no page faults: one is read into, one is merged from. The two largest tensors,
     # as a rule embedding and head, are not worth holding that much for all others: they have memory of their own.
-    sizes = sorted(tensor.numel for tensor in tensors)
+    sizes = sorted(some[0].numel for some in tensors)
     most = sizes[-3] if len(sizes) > 2 else 0
-    loaders = [loader_of(job.source, [t for t in tensors[turn::2] if t.numel <= most]) for turn in (0, 1)]
+    loaders = [loader_of(job.source, [t for t, *_ in tensors[turn::2] if t.numel <= most]) for turn in (0, 1)]
 
-    def fetch(turn: int) -> tuple[Piece, Tensor, Tensor, Callable[[], None]]:
-        tensor = tensors[turn]
-        loader = loaders[turn % 2] if tensor.numel <= most else None
+    def fetch(turn: int) -> tuple[list[Piece], Tensor, Tensor, Callable[[], None]]:
+        first = tensors[turn][0]
+        loader = loaders[turn % 2] if first.numel <= most else None
         with current(device):
-            piece, theta_0, taus = whole(job.source, tensor, check=fitted.unchecked(tensor), loader=loader)
-            if tensor.name in on_host:
-                return piece, theta_0, taus, lambda: None
+            pieces, theta_0, taus = load(job, tensors[turn], check=fitted.unchecked(first), loader=loader)
+            if first.name in on_host:
+                return pieces, theta_0, taus, lambda: None
             (theta_0, taus), arrive = sender.send([theta_0, taus])
-            return piece, theta_0, taus, arrive
+            return pieces, theta_0, taus, arrive
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
         sender = Sender(device)
 
-        def read(turn: int) -> Future[tuple[Piece, Tensor, Tensor, Callable[[], None]]]:
+        def read(turn: int) -> Future[tuple[list[Piece], Tensor, Tensor, Callable[[], None]]]:
             return reading.submit(fetch, turn)
 
         ahead = read(0) if tensors else None
         behind: Future[None] | None = None
-        for i, tensor in enumerate(tensors):
+        for i, (tensor, *_) in enumerate(tensors):
             assert ahead is not None
             progress.begin(tensor.name)
-            piece, theta_0, taus, arrive = ahead.result()
+            pieces, theta_0, taus, arrive = ahead.result()
             ahead = read(i + 1) if i + 1 < len(tensors) else None
             arrive()
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
-                for output, data in merge(piece, theta_0, taus):
-                    if behind is not None:
-                        behind.result()
-                    behind = writing.submit(output.write, piece, data)
-            progress.advance(piece_cost(job.plan, piece, merge_work(job, tensor)), tensor.name)
+                vectors = _vectors(fitted, pieces, theta_0, taus, findings) if len(pieces) > 1 else [None]
+                for j, piece in enumerate(pieces):
+                    for output, data in merge(piece, theta_0[j], taus[:, j], vectors[j]):
+                        if behind is not None:
+                            behind.result()
+                        behind = writing.submit(output.write, piece, data)
+                    progress.advance(piece_cost(job.plan, piece, merge_work(job, piece.tensor)), piece.tensor.name)
+                del vectors
         if behind is not None:
             behind.result()
 
 
+def _vectors(
+    fitted: FittedJob, pieces: Sequence[Piece], theta_0: Tensor, taus: Tensor, findings: Findings
+) -> Sequence[Tensor | None]:
+    """The merged task vectors of a batch, found at once; None where each has to be found for itself."""
+    noticed = nothing_found(fitted.job)
+    try:
+        factors = stacked([fitted.factors(piece.tensor, taus.device) for piece in pieces])
+        vectors = merged_vector(fitted, pieces, theta_0, taus, noticed, factors)
+    except (Apart, torch.OutOfMemoryError):
+        return [None] * len(pieces)
+    findings.add(noticed.to_dict())
+    return list(vectors)
+
+
 def _merged(
-    fitted: FittedJob,
-    piece: Piece,
-    theta_0: Tensor,
-    taus: Tensor,
-    outputs: Sequence[_Output],
-    factors: Factors | None = None,
+    fitted: FittedJob, piece: Piece, theta_0: Tensor, taus: Tensor, outputs: Sequence[_Output], vector: Tensor
 ) -> Iterator[tuple[_Output, Tensor]]:
     """The piece's merged values, flat, as each output will store them; `theta_0` is used up."""
-    vector = merged_vector(fitted, piece, theta_0, taus, outputs[0].findings, factors)
     # The base plus the whole of one task vector is its expert, to the last digit; the sum may miss that.
     only = len(taus) == 1 and not fitted.job.transforms and torch.equal(vector.flatten(), taus.flatten())
     alone = expert_values(fitted.job.plan, piece, vector.device) if only else None
@@ -312,19 +332,31 @@ def _merged(
 
 
 def merged_vector(
-    fitted: FittedJob, piece: Piece, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
+    fitted: FittedJob,
+    pieces: Sequence[Piece],
+    theta_0: Tensor,
+    taus: Tensor,
+    findings: Findings,
+    factors: Factors | None = None,
 ) -> Tensor:
-    """The piece's merged task vector."""
-    job = fitted.job
+    """A piece's merged task vector; or those of the pieces of a batch.
+
+    Raises:
+        Apart: The batch has to be merged one by one.
+    """
+    job, piece = fitted.job, pieces[0]
     group, setting = job.group(piece.tensor), fitted.setting(piece.tensor)
 
     experts = tuple(expert.name for expert in job.plan.experts_of(piece.tensor))
 
     def leave_out(expert: int, reason: str) -> None:
-        findings.left_out.append((piece.tensor.name, experts[expert], reason))
+        findings.left_out += [(piece.tensor.name, experts[expert], reason) for piece in pieces]
 
-    def tell(figures: Mapping[str, float]) -> None:
-        findings.figures.setdefault(piece.tensor.name, {}).update(figures)
+    def tell(figures: Mapping[str, Any]) -> None:
+        for i, piece in enumerate(pieces):
+            mine = {name: value[i] if isinstance(value, list) else value for name, value in figures.items()}
+            if mine := {name: value for name, value in mine.items() if value is not None}:
+                findings.figures.setdefault(piece.tensor.name, {}).update(mine)
 
     measured = fitted.measured.get(piece.tensor.name)
     moments = job.moments(piece.tensor) if measured is None else None

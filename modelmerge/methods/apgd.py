@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -115,8 +115,8 @@ class Fit:
     """
 
     active: tuple[int, ...]
-    lengths: tuple[float, ...]
-    lambdas: tuple[float, ...]
+    lengths: tuple[Any, ...]
+    lambdas: tuple[Any, ...]
     thresholds: Tensor | None
     correction: Tensor
 
@@ -124,7 +124,8 @@ class Fit:
 def fit(taus: Tensor, options: CorrectionOptions, context: Context, *, each: bool = False) -> Fit | None:
     """The correction of task vectors [T, m, n]; None where no expert changed the weight.
 
-    With `each`, the descent moves a correction for each task.
+    With `each`, the descent moves a correction for each task. The exact solver takes batches [T, B, m, n], whose
+    lengths and lambdas are tensors [B, 1, 1].
     """
     norms = presence.changed(taus, context)
     active = [i for i in norms if context.weights[i] != 0.0]
@@ -144,11 +145,15 @@ def fit(taus: Tensor, options: CorrectionOptions, context: Context, *, each: boo
     return Fit(tuple(active), tuple(lengths), tuple(lambdas), context.measured, correction)
 
 
-def task_lambdas(taus: Tensor, norms: list[float], weights: list[float], options: CorrectionOptions) -> list[float]:
+def task_lambdas(taus: Tensor, norms: list[Any], weights: list[float], options: CorrectionOptions) -> list[Any]:
     """The factor of each task vector, from [T, m, n] and their norms."""
     if options.published:
         return [_value(options.eta) * weight / norm for norm, weight in zip(norms, weights, strict=True)]
     mean = sum(norms) / len(norms)
+    if taus.dim() == 4:
+        together = sum(tau / norm.to(tau.dtype) for tau, norm in zip(taus, norms, strict=True))
+        length = torch.linalg.vector_norm(together, dim=(-2, -1), keepdim=True).double().clamp(min=1.0)
+        return [mean * weight / (norm * length) for norm, weight in zip(norms, weights, strict=True)]
     even = torch.tensor([1.0 / norm for norm in norms], dtype=taus.dtype, device=taus.device)
     # Experts that cancel one another are not blown up to make up for it.
     scale = 1.0 / max(float(torch.linalg.vector_norm(torch.tensordot(even, taus, dims=1))), 1.0)
@@ -166,7 +171,7 @@ def task_basis(
     Where they take up only so many directions between them, half of those at most is shared: in a basis of all of them
     D has nothing left to do.
     """
-    smaller, shared_rank = min(taus[0].shape), options.shared_rank
+    smaller, shared_rank = min(taus.shape[-2:]), options.shared_rank
     if shared_rank is None:
         shared_rank = smaller // (options.rank_divisor or len(taus))
         shared_rank = shared_rank if occupied is None else min(shared_rank, occupied // 2)
@@ -228,7 +233,7 @@ def descend(
     return correction
 
 
-def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: CorrectionOptions, context: Context) -> Tensor:
+def solve(taus: Tensor, lambdas: list[Any], basis: Tensor, options: CorrectionOptions, context: Context) -> Tensor:
     """The shortest D [m, n] off the basis [m, k] that minimises the loss, from task vectors [T, m, n].
 
     With V the rows' task vectors and P = I - B B^T, zero loss asks `V P D = c`; the shortest solution is `P V^T a`
@@ -239,10 +244,11 @@ def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: Correction
     """
     rows = rows_of(taus)
     shape = taus[0].shape
-    target = (targets(rows, lambdas) / sum(lambdas)).double()
+    total = sum(lambdas)
+    target = (targets(rows, lambdas) / (total[..., None] if rows.dim() == 4 else total)).double()
     grams = (rows @ rows.mT).double()
     # Rows that no task changed have nothing to solve: any positive shift gives them zero.
-    shift = grams.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    shift = grams.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     shift = torch.where(shift > 0, shift, 1.0) * max(_value(options.ridge), 1e-14)
     inverse = torch.linalg.inv(grams + shift * torch.eye(len(taus), dtype=grams.dtype, device=grams.device))
 
@@ -251,43 +257,53 @@ def solve(taus: Tensor, lambdas: list[float], basis: Tensor, options: Correction
         return linalg.remove_subspace((a.float().mT @ rows).view(shape), basis)
 
     solution = inverse @ target
-    if not basis.shape[1]:
+    if not basis.shape[-1]:
         return spread(solution)
 
     def system(a: Tensor) -> Tensor:
-        return (rows @ spread(a)[:, :, None]).double() + shift * a
+        return (rows @ spread(a)[..., None]).double() + shift * a
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((-3, -2, -1), keepdim=True)
 
     residual = target - system(solution)
-    enough = _RESIDUAL**2 * (target * (inverse @ target)).sum()
+    enough = _RESIDUAL**2 * product(target, inverse @ target)
     toward = inverse @ residual
     direction = toward
-    square = (residual * toward).sum()
+    square = product(residual, toward)
     # Looking at the residual waits for a GPU; iterations past the end change nothing.
     iteration, look = 0, 1 if rows.device.type == "cpu" else 8
-    while iteration < _ITERATIONS and (iteration % look or bool(square > enough)):
+    taken = torch.zeros_like(square)
+    while iteration < _ITERATIONS and (iteration % look or bool((square > enough).any())):
         interrupts.check()
         image = system(direction)
-        length = torch.where(square > enough, square / (direction * image).sum(), 0.0)
+        length = torch.where(square > enough, square / product(direction, image), 0.0)
+        taken += square > enough
         solution = solution + length * direction
         residual = residual - length * image
         toward = inverse @ residual
-        square, before = (residual * toward).sum(), square
+        square, before = product(residual, toward), square
         direction = toward + torch.where(before > 0, square / before, 0.0) * direction
         iteration += 1
-    context.tell({"iterations": iteration})
+    counts = taken.int().flatten().tolist()
+    context.tell({"iterations": counts if rows.dim() == 4 else counts[0]})
     return spread(solution)
 
 
 def rows_of(taus: Tensor) -> Tensor:
-    """[T, m, n] -> [m, T, n]: the T vectors of a row together, for batched products."""
-    return taus.transpose(0, 1).contiguous()
+    """[T, m, n] -> [m, T, n]: the T vectors of a row together, for batched products; or from and to [..., m, n]."""
+    return taus.movedim(0, -2).contiguous()
 
 
-def targets(rows: Tensor, lambdas: list[float]) -> Tensor:
+def targets(rows: Tensor, lambdas: list[Any]) -> Tensor:
     """What `sum_i lambda_i <tau_j, D>` has to be for zero loss: `<tau_j, tau_j - sum_i lambda_i tau_i>`, [m, T, 1]."""
-    weights = torch.tensor(lambdas, dtype=rows.dtype, device=rows.device)
-    merged = torch.matmul(weights, rows)[:, :, None]
-    squares = torch.linalg.vector_norm(rows, dim=2, keepdim=True).square_()
+    if rows.dim() == 4:
+        weights = torch.stack(lambdas, dim=-1).to(rows.dtype)  # [B, 1, 1, T]
+        merged = torch.matmul(weights, rows).mT
+    else:
+        weights = torch.tensor(lambdas, dtype=rows.dtype, device=rows.device)
+        merged = torch.matmul(weights, rows)[:, :, None]
+    squares = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
     return squares - torch.matmul(rows, merged)
 
 

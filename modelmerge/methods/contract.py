@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelmerge.methods.work import Work
 
@@ -22,6 +22,24 @@ if TYPE_CHECKING:
     from torch import Tensor as Tensor
 else:  # methods import it from here: importing torch takes seconds, and help needs none of it
     Tensor = Any
+
+Kind = TypeVar("Kind")
+
+
+class Apart(Exception):
+    """The matrices of a batch are not alike: each has to be merged for itself."""
+
+
+def alike(kinds: Iterable[Kind]) -> Kind:
+    """What all matrices of a batch are.
+
+    Raises:
+        Apart: They are not the same.
+    """
+    first, *others = kinds
+    if any(other != first for other in others):
+        raise Apart
+    return first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +55,9 @@ class Context:
     (by position) had to be left out of this tensor; it is reported to the user and in the manifest. `tell(figures)`
     puts figures about this tensor there, such as the steps a solver took. `varied` has the values of the options that
     differ between the experts here.
+
+    Of a batch of B matrices, base and factors have B as their first dimension, a figure is a list of B numbers (None
+    where it has none), and who is left out is left out of all.
     """
 
     tensor: str
@@ -48,7 +69,7 @@ class Context:
     seed: int = 0
     start: int = 0
     leave_out: Callable[[int, str], None] = lambda expert, reason: None
-    tell: Callable[[Mapping[str, float]], None] = lambda figures: None
+    tell: Callable[[Mapping[str, Any]], None] = lambda figures: None
     varied: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def each(self, option: str, value: float) -> tuple[float, ...]:
@@ -191,6 +212,8 @@ class Method:
             by it, and whoever shares work out has the dearest done first.
         squares: Given the options, m, n and T, how many float64 numbers the matrices have that it needs besides, square
             ones of a side: they are large where m << n.
+        batches: Given the options, whether `apply` takes batches on a device: B matrices of one shape as [T, B, m, n],
+            each merged for itself, into [B, m, n]. Where they are not alike, it raises `Apart`.
         behind: Given the options, the name of the method that it calls first, if any; cards cite both.
         on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
             `modelmerge.methods.coefficients`.
@@ -214,6 +237,7 @@ class Method:
     workspace: Callable[[Any, int], float] = lambda options, tasks: 3.0
     work: Callable[[Any, int, int, int], Work] = lambda options, m, n, tasks: Work(moved=16.0 * tasks * m * n)
     squares: Callable[[Any, int, int, int], float] = lambda options, m, n, tasks: 0.0
+    batches: Callable[[Any], bool] = lambda options: False
     behind: Callable[[Any], str | None] = lambda options: None
     on_data: bool = False
 

@@ -12,13 +12,14 @@ has a spectrum that falls without an end, and goes through a method as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from modelmerge.methods import linalg
-from modelmerge.methods.contract import Context, Tensor
+from modelmerge.methods.contract import Context, Tensor, alike
 
 Pair = tuple[Tensor, Tensor]
 
@@ -62,8 +63,8 @@ class Cores:
         """
         if self.rank is None:
             return core
-        norm = torch.linalg.vector_norm(core, dtype=torch.float64)
-        return core.mul_((sum(lengths) / len(lengths) / norm).clamp(max=1.0))
+        norm = torch.linalg.vector_norm(core, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        return core.mul_((sum(lengths) / len(lengths) / norm).clamp(max=1.0).to(core.dtype))
 
 
 def of(
@@ -82,17 +83,20 @@ def of(
     known = [pair for pair in pairs if pair is not None]
     if len(known) < len(pairs):
         return Cores(taus, pairs=pairs)
-    m, n = taus.shape[1:]
-    lefts, rights = (_span(each) for each in zip(*((a, b.T) for a, b in known), strict=True))
-    rank = min(lefts.shape[1], rights.shape[1])
+    m, n = taus.shape[-2:]
+    lefts, rights = (_span(each) for each in zip(*((a, b.mT) for a, b in known), strict=True))
+    rank = min(lefts.shape[-1], rights.shape[-1])
     if not rank:
         return Cores(taus, pairs=pairs)
-    outer = lefts if left and lefts.shape[1] < m else None
-    across = rights.T.contiguous() if right and rights.shape[1] < n else None
+    outer = lefts if left and lefts.shape[-1] < m else None
+    across = rights.mT.contiguous() if right and rights.shape[-1] < n else None
     if outer is None and across is None:
         return Cores(taus, pairs=pairs, rank=rank)
     sides = (
-        (a.double() if outer is None else outer.T @ a.double(), b.double() if across is None else b.double() @ across.T)
+        (
+            a.double() if outer is None else outer.mT @ a.double(),
+            b.double() if across is None else b.double() @ across.mT,
+        )
         for a, b in known
     )
     return Cores(torch.stack([(a @ b).float() for a, b in sides]), outer, across, pairs, rank)
@@ -104,48 +108,56 @@ def factors(taus: Tensor, context: Context, active: Sequence[int]) -> tuple[Pair
     The columns of the first are orthogonal, the rows of the second orthonormal. A rank above half of the smaller side
     is not low either, nor is any in a weight so small that none could be told of stored experts.
     """
-    smaller = min(taus.shape[1:])
+    smaller = min(taus.shape[-2:])
     limit = smaller // 2 if smaller >= 2 * LOW else 0
     given = [context.factors[i] if context.factors else None for i in active]
     stored = [i for i, pair in enumerate(given) if pair is None]
     pairs = dict(zip(stored, _products([taus[i] for i in stored], context.base), strict=True))
     for i, pair in enumerate(given):
         if pair is not None:
-            low = pair[0].shape[1] <= limit
+            low = pair[0].shape[-1] <= limit
             pairs[i] = _pair(*linalg.leading_triplets(taus[i], limit, pair)) if low else None
     return tuple(pairs[i] for i in range(len(given)))
 
 
 def _pair(left: Tensor, s: Tensor, right: Tensor) -> Pair:
-    return (left * s).float(), right.float()
+    return (left * s[..., None, :]).float(), right.float()
 
 
 def _span(factors: Sequence[Tensor]) -> Tensor:
     """An orthonormal basis [m, p] of the directions of factors [m, r] of orthogonal columns, float64."""
-    beside = torch.cat([torch.nn.functional.normalize(factor.double(), dim=0) for factor in factors], dim=1)
-    tall = beside.shape[0] > beside.shape[1]
-    squares, vectors = torch.linalg.eigh(beside.T @ beside if tall else beside @ beside.T)
-    vectors = vectors[:, squares > _SAME**2]
+    beside = torch.cat([torch.nn.functional.normalize(factor.double(), dim=-2) for factor in factors], dim=-1)
+    tall = beside.shape[-2] > beside.shape[-1]
+    squares, vectors = torch.linalg.eigh(beside.mT @ beside if tall else beside @ beside.mT)
+    count = alike((squares > _SAME**2).sum(-1).view(-1).tolist())
+    vectors = vectors[..., squares.shape[-1] - count :].contiguous()
     return torch.linalg.qr(beside @ vectors).Q if tall else vectors
 
 
 def _products(taus: Sequence[Tensor], base: Tensor | None) -> list[Pair | None]:
     """Task vectors [m, n] that are products but for what storing has rounded away, as factors; None for the others."""
     pairs: list[Pair | None] = [None] * len(taus)
-    if not taus or min(taus[0].shape) < 2 * LOW:
+    if not taus or min(taus[0].shape[-2:]) < 2 * LOW:
         return pairs
-    m, n = taus[0].shape
+    m, n = taus[0].shape[-2:]
+
+    def counted(values: list[float], highest: float, noise: float, norm: float) -> int | None:
+        rank = sum(value > max(MARGIN * noise * (m**0.5 + n**0.5), FLOOR * values[0]) for value in values)
+        rest = norm**2 - sum(value**2 for value in values[:rank])
+        low = rank <= highest and rest <= _DROPPED * noise**2 * m * n + _NOTHING * norm**2
+        return rank if low else None
+
     # A few rows tell most of what is of full rank, and a device is waited for once.
-    for i, (highest, noise, norm) in enumerate(torch.stack([_glance(tau, base) for tau in taus]).tolist()):
-        if norm == 0.0:
-            pairs[i] = (taus[i].new_zeros(m, 0), taus[i].new_zeros(0, n))
-        elif highest:
-            left, s, right = linalg.quick_triplets(taus[i], int(highest) + 1)
-            values = s.tolist()
-            rank = sum(value > max(MARGIN * noise * (m**0.5 + n**0.5), FLOOR * values[0]) for value in values)
-            rest = norm**2 - sum(value**2 for value in values[:rank])
-            if rank <= highest and rest <= _DROPPED * noise**2 * m * n + _NOTHING * norm**2:
-                pairs[i] = _pair(left[:, :rank], s[:rank], right[:rank])
+    glances = torch.stack([_glance(tau, base) for tau in taus])
+    for i, table in enumerate(glances.view(len(taus), -1, 3).tolist()):
+        if alike(norm == 0.0 for *_, norm in table):
+            pairs[i] = (taus[i][..., :0], taus[i][..., :0, :])
+        elif highest := alike(int(highest) for highest, *_ in table):
+            left, s, right = linalg.quick_triplets(taus[i], highest + 1)
+            spectra = s.view(len(table), -1).tolist()
+            rank = alike(counted(values, *row) for values, row in zip(spectra, table, strict=True))
+            if rank is not None:
+                pairs[i] = _pair(left[..., :rank], s[..., :rank], right[..., :rank, :])
     return pairs
 
 
@@ -154,30 +166,30 @@ def _glance(tau: Tensor, base: Tensor | None) -> Tensor:
 
     float64 [3]. The noise is what storing has rounded away, root mean square.
     """
-    smaller = min(tau.shape)
+    smaller = min(tau.shape[-2:])
     small = max(smaller // LOW, min(_SMALL, smaller // 2))
-    step = max(len(tau) // (small + LOW), 1)
-    rows = tau[::step].double()
-    noise = rounding(rows if base is None else rows + base[::step])
-    norm = torch.linalg.vector_norm(tau, dtype=torch.float64)
-    share = noise**2 * tau.numel() / norm**2
+    step = max(tau.shape[-2] // (small + LOW), 1)
+    rows = tau[..., ::step, :].double()
+    noise = rounding(rows if base is None else rows + base[..., ::step, :])
+    norm = torch.linalg.vector_norm(tau, dim=(-2, -1), dtype=torch.float64)
+    share = noise**2 * math.prod(tau.shape[-2:]) / norm**2
     highest = torch.where(share > _HIDDEN, 0.0, torch.where(share > _NOTHING, float(smaller // LOW), float(small)))
-    return torch.stack([torch.where(standing_out(rows, noise) <= highest, highest, 0.0), noise, norm])
+    return torch.stack([torch.where(standing_out(rows, noise) <= highest, highest, 0.0), noise, norm], dim=-1)
 
 
 def standing_out(x: Tensor, noise: Tensor) -> Tensor:
     """How many singular values of x [m, n] stand out of those of rounding errors of that root mean square."""
     values = linalg.singular_values(x)
     # Rounding errors are like noise, whose largest singular value is about its size times sqrt(m) + sqrt(n).
-    limit = torch.maximum(MARGIN * noise * (x.shape[0] ** 0.5 + x.shape[1] ** 0.5), FLOOR * values[0])
-    return (values > limit).sum()
+    limit = torch.maximum(MARGIN * noise * (x.shape[-2] ** 0.5 + x.shape[-1] ** 0.5), FLOOR * values[..., 0])
+    return (values > limit[..., None]).sum(-1)
 
 
 def rounding(theta: Tensor) -> Tensor:
     """Root mean square of what storing weights has rounded away, by how many bits of them are used; float64 scalar."""
-    bits = theta.new_full((), float(_BITS))
+    bits = theta.new_full(theta.shape[:-2], float(_BITS))
     for dtype, fewer in _MANTISSA.items():
         stored = theta.to(getattr(torch, dtype)).double()
-        bits = torch.where((stored == theta).double().mean() > 0.99, float(fewer), bits)
-    step = torch.exp2(torch.floor(torch.log2(theta.abs().clamp(min=1e-30))) - bits)
-    return (step.double().square().mean() / 12).sqrt()
+        bits = torch.where((stored == theta).double().mean((-2, -1)) > 0.99, float(fewer), bits)
+    step = torch.exp2(torch.floor(torch.log2(theta.abs().clamp(min=1e-30))) - bits[..., None, None])
+    return (step.double().square().mean((-2, -1)) / 12).sqrt()

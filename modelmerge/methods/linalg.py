@@ -4,10 +4,15 @@ Everything goes through the float64 eigendecomposition of a Gram matrix on the s
 number, which float64 can afford: singular values down to 1e-7 of the largest keep apart. For x [m, n] with s the
 smaller side it costs 2 m n s + 9 s^3 FLOP, where a full SVD costs two to ten times as much. A decomposition cannot be
 broken off: what takes several looks for a signal before each, so that one that nobody waits for any more ends soon.
+
+What does not name T takes batches on a device, too: [B, m, n] for [m, n]. Singular triplets that one matrix would be
+without are zero there, for those of a batch keep one shape.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +23,9 @@ from modelmerge.methods.contract import Tensor
 # Subspace iteration: vectors beyond the rank, the side from which on it pays, the gain in the squared norm that is kept
 # below which it stops, and a bound on the iterations.
 _SPARE, _LARGE, _GAIN, _ITERATIONS = 16, 512, 1e-4, 20
+# The polar factor by products: it pays for matrices that are no more oblong; powers that find the largest singular
+# value, a factor that makes it an upper bound, and how far from orthonormal rows a factor may be.
+_OBLONG, _POWERS, _ABOVE, _ORTHONORMAL = 8, 20, 1.1, 1e-9
 
 
 def left_singular_vectors(x: Tensor, rank: int) -> Tensor:
@@ -29,10 +37,10 @@ def left_singular_vectors(x: Tensor, rank: int) -> Tensor:
     """
     interrupts.check()
     x = x.double()
-    m, n = x.shape
+    m, n = x.shape[-2:]
     if m <= n:
-        return torch.linalg.eigh(x @ x.T).eigenvectors.flip(1)[:, :rank].contiguous()
-    right = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :rank]
+        return torch.linalg.eigh(x @ x.mT).eigenvectors.flip(-1)[..., :rank].contiguous()
+    right = torch.linalg.eigh(x.mT @ x).eigenvectors.flip(-1)[..., :rank]
     # x v_k = s_k u_k: the columns are orthogonal already; QR normalises them and completes those with s_k = 0.
     return torch.linalg.qr(x @ right).Q
 
@@ -45,10 +53,11 @@ def left_singular_vectors_of_product(left: Tensor, right: Tensor, rank: int) -> 
     would complete the columns with has no meaning.
     """
     q, upper = torch.linalg.qr(left.double())
-    lower = torch.linalg.qr(right.double().T).R.T
+    lower = torch.linalg.qr(right.double().mT).R.mT
     u, values, _ = torch.linalg.svd(upper @ lower, full_matrices=False)
-    largest = values[:1].sum()
-    noise = largest * max(left.shape[0], right.shape[1]) * torch.finfo(torch.float64).eps
+    noise = values[..., :1] * max(left.shape[-2], right.shape[-1]) * torch.finfo(torch.float64).eps
+    if u.dim() > 2:
+        return q @ (u * (values > noise)[..., None, :])[..., :rank]
     return q @ u[:, : min(rank, int((values > noise).sum()))]
 
 
@@ -69,7 +78,7 @@ def shared_subspace(
     ten seconds each.
     """
     if min(task_rank, shared_rank) == 0:
-        return taus[0].new_zeros((taus[0].shape[0], 0), dtype=torch.float64)
+        return taus[0].new_zeros((*taus[0].shape[:-1], 0), dtype=torch.float64)
 
     def directions(x: Tensor, rank: int) -> Tensor:
         if approximate and iterates(x.shape, rank):
@@ -80,11 +89,11 @@ def shared_subspace(
         left_singular_vectors_of_product(*pair, task_rank) if pair else directions(tau, task_rank)
         for tau, pair in zip(taus, factors or [None] * len(taus), strict=True)
     ]
-    beside = torch.cat(bases, dim=1)
-    rank = min(shared_rank, *beside.shape)
+    beside = torch.cat(bases, dim=-1)
+    rank = min(shared_rank, *beside.shape[-2:])
     if approximate and iterates(beside.shape, rank):
         # Started among the m rows: the signs of the columns, which differ by library and device, then do not matter.
-        return iterated(beside.T.float(), rank, 3)[2].T.contiguous()
+        return iterated(beside.mT.float(), rank, 3)[2].mT.contiguous()
     return left_singular_vectors(beside, rank)
 
 
@@ -92,13 +101,13 @@ def singular_values(x: Tensor) -> Tensor:
     """All singular values of x [m, n], largest first, float64 [min(m, n)]; those below 1e-8 of the first are noise."""
     interrupts.check()
     x = x.double()
-    gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
-    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0).sqrt()
+    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0.0).sqrt()
 
 
-def spectral_norm(x: Tensor) -> float:
-    """The largest singular value of x [m, n]."""
-    return float(singular_values(x)[0])
+def spectral_norm(x: Tensor) -> Tensor:
+    """The largest singular value of x [m, n], float64 scalar."""
+    return singular_values(x)[..., 0]
 
 
 def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -127,17 +136,17 @@ def leading_triplets(
     Fewer where x has fewer singular values that count (`SUPPORT`): k is 0 for a zero matrix. Where x is known to be
     the product of factors [m, r] and [r, n], x itself is not looked at: 4 (m + n) r^2 FLOP.
     """
-    if factors is not None and factors[0].shape[1] < min(x.shape):
-        (outer, left), (across, right) = (torch.linalg.qr(f.double()) for f in (factors[0], factors[1].T))
-        inner, s, last = torch.linalg.svd(left @ right.T)
-        count = min(rank, int((s > SUPPORT * s[0]).sum())) if len(s) else 0
-        return outer @ inner[:, :count], s[:count], last[:count] @ across.T
+    if factors is not None and factors[0].shape[-1] < min(x.shape[-2:]):
+        (outer, left), (across, right) = (torch.linalg.qr(f.double()) for f in (factors[0], factors[1].mT))
+        inner, s, last = torch.linalg.svd(left @ right.mT)
+        inner, s, last = _that_count(inner, s, last, rank)
+        return outer @ inner, s, last @ across.mT
     x = x.double()
-    if x.shape[0] > x.shape[1]:
-        right, s, left = leading_triplets(x.T, rank)
-        return left.T, s, right.T
-    left, s = _eigen(x @ x.T, rank)
-    return left, s, (left.T @ x).div_(s[:, None])
+    if x.shape[-2] > x.shape[-1]:
+        right, s, left = leading_triplets(x.mT, rank)
+        return left.mT, s, right.mT
+    left, s = _eigen(x @ x.mT, rank)
+    return left, s, (left.mT @ x).div_(_divisor(s)[..., None])
 
 
 def quick_triplets(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,27 +156,72 @@ def quick_triplets(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if not iterates(x.shape, rank):
         return leading_triplets(x, rank)
-    left, s, right = iterated(x, rank)
-    count = int((s > SUPPORT * s[0]).sum())
-    return left[:, :count], s[:count], right[:count]
+    return _that_count(*iterated(x, rank), rank)
 
 
 def polar(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The polar factor `U V^T` of x [m, n] over its singular directions, and their singular values [k], float64.
+    """The polar factor `U V^T` of x [m, n] over its singular directions, and their mean singular value, float64.
 
     The orthogonal matrix nearest to x where x has full rank; else the partial isometry that leaves out the missing
-    directions (`SUPPORT`), which an SVD would fill in at random.
+    directions (`SUPPORT`), which an SVD would fill in at random. On a device, what has full rank goes through products.
     """
     x = x.double()
-    wide = x.shape[0] <= x.shape[1]
-    vectors, s = _eigen(x @ x.T if wide else x.T @ x, min(x.shape))
-    whitened = (vectors / s) @ vectors.T
-    return (whitened @ x if wide else x @ whitened), s
+    wide = x.shape[-2] <= x.shape[-1]
+    if x.device.type != "cpu" and max(x.shape[-2:]) <= _OBLONG * min(x.shape[-2:]):
+        rows = x if wide else x.mT
+        factor, sound = polar_by_products(rows)
+        if bool(sound.all()):
+            return (factor if wide else factor.mT), torch.linalg.vecdot(factor, rows).mean(-1)
+        del factor
+    vectors, s = _eigen(x @ x.mT if wide else x.mT @ x, min(x.shape[-2:]))
+    whitened = (vectors / _divisor(s)[..., None, :]) @ vectors.mT
+    return (whitened @ x if wide else x @ whitened), s.sum(-1) / (s > 0).sum(-1).clamp(min=1)
+
+
+def polar_by_products(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The polar factor of x [m, n], m <= n, float64, and whether it is one: not where a direction is missing.
+
+    By Halley's iteration with weights for singular values down to `SUPPORT`, each step through a Cholesky factor of
+    `1 + c x x^T` (Nakatsukasa, Bai and Gygi, SIAM J. Matrix Anal. Appl. 2010; Nakatsukasa and Higham, SIAM J. Sci.
+    Comput. 2013). Five steps, 22 m^3 FLOP for a square, where an eigendecomposition has 9 m^3, but at less than 3 % of
+    an H100's rate (Wang et al., arXiv 2410.02170). Within 1e-9 of the exact factor, relative.
+    """
+    gram = x @ x.mT
+    vector = torch.randn(x.shape[-2], 1, generator=torch.Generator().manual_seed(0)).to(gram)
+    for _ in range(_POWERS):
+        vector = torch.nn.functional.normalize(gram @ vector, dim=-2)
+    square = vector.mT @ gram @ vector  # of the largest singular value: a little less
+    tested = gram.clone()
+    tested.diagonal(dim1=-2, dim2=-1).sub_(SUPPORT**2 * square[..., 0])
+    full = torch.linalg.cholesky_ex(tested).info == 0
+    del tested
+    gram, factor = gram.div_(_ABOVE**2 * square), x / (_ABOVE * square.sqrt())
+    for a, b, c in _halley_weights():
+        gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1.0)
+        step = torch.cholesky_solve(factor, torch.linalg.cholesky_ex(gram).L)
+        factor = factor.mul_(b / c).add_(step, alpha=a - b / c)
+        gram = torch.matmul(factor, factor.mT, out=gram)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return factor, full & (gram.abs().amax((-2, -1)) < _ORTHONORMAL)
+
+
+@functools.cache
+def _halley_weights() -> list[tuple[float, float, float]]:
+    """The weights a, b, c of each step x (a + b x^2) / (1 + c x^2), until what was smallest is 1."""
+    weights, least = [], SUPPORT / _ABOVE**2
+    while least < 1.0 - 1e-15:
+        d = (4.0 * (1.0 - least**2) / least**4) ** (1 / 3)
+        root = math.sqrt(1.0 + d)
+        a = root + 0.5 * math.sqrt(8.0 - 4.0 * d + 8.0 * (2.0 - least**2) / (least**2 * root))
+        b = (a - 1.0) ** 2 / 4.0
+        weights.append((a, b, a + b - 1.0))
+        least = min(least * (a + b * least**2) / (1.0 + (a + b - 1.0) * least**2), 1.0)
+    return weights
 
 
 def nearest_orthogonal(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The orthogonal matrices nearest to U_i [m, k_i] side by side, and to V_i [k_i, n] below one another."""
-    return polar(torch.cat(list(lefts), dim=1))[0], polar(torch.cat(list(rights)))[0]
+    return polar(torch.cat(list(lefts), dim=-1))[0], polar(torch.cat(list(rights), dim=-2))[0]
 
 
 def joint_left_vectors(taus: Tensor) -> Tensor:
@@ -187,17 +241,35 @@ def _eigen(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The first eigenvectors of a Gram matrix, [s, k], and the singular values behind them, [k], those that count."""
     interrupts.check()
     squares, vectors = torch.linalg.eigh(gram)
-    s = squares.flip(0)[:rank].clamp(min=0.0).sqrt()
+    s = squares.flip(-1)[..., :rank].clamp(min=0.0).sqrt()
+    if s.dim() > 1:
+        counting = s > SUPPORT * s[..., :1]
+        return vectors.flip(-1)[..., :rank] * counting[..., None, :], s * counting
     count = int((s > SUPPORT * s[0]).sum()) if len(s) else 0
     # A copy: a view would keep all the vectors in memory.
     return vectors[:, len(squares) - count :].flip(1), s[:count]
+
+
+def _that_count(left: Tensor, s: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of triplets [m, k], [k] and [k, n] the first `rank`, without those that do not count (`SUPPORT`)."""
+    left, s, right = left[..., :rank], s[..., :rank], right[..., :rank, :]
+    counting = s > SUPPORT * s[..., :1]
+    if s.dim() > 1:
+        return left * counting[..., None, :], s * counting, right * counting[..., None]
+    count = int(counting.sum())
+    return left[:, :count], s[:count], right[:count]
+
+
+def _divisor(s: Tensor) -> Tensor:
+    """Singular values, to divide by: 1 where there is none."""
+    return s + (s == 0)
 
 
 def through_eigenvalues(x: Tensor, gram: Tensor, factors: Callable[[Tensor], Tensor]) -> Tensor:
     """`x V diag(f) V^T` of x [m, k] and the Gram matrix V diag(l) V^T [k, k], float64; `factors(l)` are f, l rising."""
     interrupts.check()
     values, vectors = torch.linalg.eigh(gram)
-    return (x @ vectors).mul_(factors(values)) @ vectors.T
+    return (x @ vectors).mul_(factors(values)[..., None, :]) @ vectors.mT
 
 
 def balanced(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -220,7 +292,7 @@ def balanced(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def iterates(shape: Sequence[int], rank: int) -> bool:
     """Whether subspace iteration pays for so many singular vectors of such a matrix."""
-    return min(shape) >= max(_LARGE, 4 * (rank + _SPARE))
+    return min(shape[-2:]) >= max(_LARGE, 4 * (rank + _SPARE))
 
 
 def iterated(x: Tensor, rank: int, iterations: int = _ITERATIONS) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,20 +304,26 @@ def iterated(x: Tensor, rank: int, iterations: int = _ITERATIONS) -> tuple[Tenso
     (tests/methods/test_linalg.py).
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(x.shape[1], rank + _SPARE, generator=generator).to(x.device)
-    kept = 0.0
+    start = torch.randn(x.shape[-1], rank + _SPARE, generator=generator).to(x.device)
+    kept = x.new_zeros((), dtype=torch.float64)
     for _ in range(iterations):
         interrupts.check()
         basis = torch.linalg.qr((x @ start.to(x.dtype)).double()).Q  # [m, k]
-        start = x.T @ basis.to(x.dtype)  # [n, k]: x is basis @ start^T, but for what is not in the basis
-        before, kept = kept, float(start.double().square().sum())
-        if kept - before <= _GAIN * kept:
+        start = x.mT @ basis.to(x.dtype)  # [n, k]: x is basis @ start^T, but for what is not in the basis
+        before, kept = kept, start.double().square().sum((-2, -1))
+        if bool((kept - before <= _GAIN * kept).all()):
             break
     right, upper = torch.linalg.qr(start.double())
-    u, values, vh = torch.linalg.svd(upper.T)
-    return basis @ u[:, :rank], values[:rank], vh[:rank] @ right.T
+    u, values, vh = torch.linalg.svd(upper.mT)
+    return basis @ u[..., :rank], values[..., :rank], vh[..., :rank, :] @ right.mT
 
 
 def remove_subspace(x: Tensor, basis: Tensor) -> Tensor:
     """`x - B (B^T x)`, in place: x [m, n] without its part in the span of the orthonormal basis B [m, k]."""
-    return x.addmm_(basis, basis.T @ x, alpha=-1.0) if basis.shape[1] else x
+    return added(x, basis, basis.mT @ x, alpha=-1.0) if basis.shape[-1] else x
+
+
+def added(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """`beta * total + alpha * left @ right`, in place."""
+    add = total.addmm_ if total.dim() == 2 else total.baddbmm_
+    return add(left, right, alpha=alpha, beta=beta)

@@ -60,6 +60,12 @@ BLOCKS: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
     "70B, 2 tasks": (2, ((8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192))),
 }
 SMALL_BLOCKS = {"small, 3 tasks": (3, ((48, 32), (32, 48)))}
+# Small matrices that go through a method at once: tasks, how many, their shape, and the rank of adapters.
+BATCHES: dict[str, tuple[int, int, tuple[int, int], int | None]] = {
+    "ViT-B/32, 8 tasks": (8, 14, (768, 768), None),
+    "ViT-B/32, 8 LoRA of rank 16": (8, 14, (768, 768), 16),
+}
+SMALL_BATCHES = {"small, 3 tasks": (3, 4, (48, 32), None), "small, 3 LoRA of rank 2": (3, 4, (48, 32), 2)}
 MERGED = ("task-arithmetic", "ties", "apgd", "kron")
 
 Result = dict[str, Any]
@@ -226,6 +232,48 @@ def _noise(tasks: int, m: int, n: int, device: torch.device) -> Tensor:
     return torch.stack([torch.randn(m, n, device=device).add_(shared, alpha=0.3) for _ in range(tasks)]).mul_(5e-4)
 
 
+def batches(run: Run) -> Iterator[Item]:
+    """Every method that takes batches: are several matrices at once what each is alone, and how much faster?"""
+    for label, asked in (SMALL_BATCHES if run.small else BATCHES).items():
+        for name in registry.names():
+            if registry.load(name).batches(registry.load(name).options()):
+                yield f"{label}: {name}", lambda *_, n=name, a=asked: _batch(run, n, *a)
+
+
+def _batch(run: Run, name: str, tasks: int, count: int, shape: tuple[int, int], rank: int | None) -> Result:
+    chosen, (m, n) = registry.load(name), shape
+    options, factors = chosen.options(), None
+    taus = torch.stack([_noise(tasks, m, n, run.device) for _ in range(count)], dim=1)
+    if rank is not None:
+        sides = torch.randn(tasks, count, m + n, rank, device=run.device).mul_(0.02).split([m, n], dim=2)
+        factors = tuple((left, right.mT) for left, right in zip(*sides, strict=True))
+        taus = torch.stack([left @ right for left, right in factors])
+    together = Context(
+        tensor="w", weights=(1.0,) * tasks, experts=tuple(f"e{i}" for i in range(tasks)), base=taus[0] * 30,
+        factors=factors,
+    )  # fmt: skip
+
+    def one_by_one() -> Tensor:
+        each = []
+        for i in range(count):
+            pairs = factors and tuple((left[i], right[i]) for left, right in factors)
+            alone = dataclasses.replace(together, base=together.base[i], factors=pairs)  # type: ignore[index]
+            each.append(chosen.apply(taus[:, i], options, alone))
+        return torch.stack(each)
+
+    def at_once() -> Tensor:
+        return chosen.apply(taus, options, together)
+
+    far = distance(at_once(), one_by_one().cpu())
+    alone, batch = run.timed(one_by_one), run.timed(at_once)
+    return agreed(far, CLOSE) | {
+        "matrices": count,
+        "seconds one by one": alone,
+        "seconds": batch,
+        "ratio": alone / batch,
+    }
+
+
 def _rates(run: Run) -> tuple[float, float]:
     """FLOP/s of a float32 product and bytes/s of a copy, read and written."""
     side = 64 if run.small else 8192
@@ -286,7 +334,7 @@ def beside(run: Run) -> Iterator[Item]:
 
 
 SECTIONS: dict[str, Callable[[Run], Iterator[Item]]] = {
-    "agreement": agreement, "cards": cards, "speed": speed, "files": files, "published": beside,
+    "agreement": agreement, "cards": cards, "speed": speed, "batches": batches, "files": files, "published": beside,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -186,12 +187,40 @@ def test_gram_matrices_lose_nothing_that_counts(shape: tuple[int, int], conditio
     x = ((u * torch.logspace(0, -torch.tensor(condition).log10().item(), 40)) @ v).float()
     u, s, v = svd(x)
     kept = s > linalg.SUPPORT * s[0]
-    factor, values = linalg.polar(x)
+    factor, mean = linalg.polar(x)
     assert (factor - u[:, kept] @ v[kept]).norm() <= 1e-5 * factor.norm()
-    assert torch.allclose(values, s[kept], rtol=1e-4, atol=0)
+    assert torch.allclose(mean, s[kept].mean(), rtol=1e-6, atol=0)
     left, some, right = linalg.leading_triplets(x, 12)
     assert torch.allclose(some, s[:12], rtol=1e-8)
     assert torch.allclose((left * some) @ right, (u[:, :12] * s[:12]) @ v[:12], atol=1e-9)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e1, 1e3, 0.9e5, 1.2e5, 1e7, math.inf])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 2), (40, 40), (40, 100)])
+def test_polar_factors_by_products(shape: tuple[int, int], condition: float) -> None:
+    """Against the singular vectors that x is made of; refused as soon as one direction is missing."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, shape[0], generator=generator).double()).Q for n in shape)
+    s = 3e-4 * torch.logspace(0, -math.log10(condition), shape[0]) if condition < math.inf else torch.zeros(shape[0])
+    x = (u * s) @ v.T
+    factor, sound = linalg.polar_by_products(x)
+    assert bool(sound) == bool((s > linalg.SUPPORT * s[0]).all())
+    if sound:
+        limit = 1e-12 if condition <= 10 else 1e-9
+        assert (factor - u @ v.T).norm() <= limit * shape[0] ** 0.5
+
+
+def test_polar_factors_of_many_by_products() -> None:
+    """Each for itself; rows of zeros, a matrix of zeros and one that is not finite are refused."""
+    x = torch.randn(5, 30, 50, generator=torch.Generator().manual_seed(0)).double()
+    x[1, 7] = 0.0
+    x[2] = 0.0
+    x[3, 0, 0] = math.nan
+    factor, sound = linalg.polar_by_products(x)
+    assert sound.tolist() == [True, False, False, False, True]
+    for i in (0, 4):
+        u, _, v = svd(x[i])
+        assert (factor[i] - u @ v).norm() <= 1e-12 * factor[i].norm()
 
 
 @pytest.mark.parametrize("name", ["tsv-m", "kron"])

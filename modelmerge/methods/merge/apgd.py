@@ -21,6 +21,7 @@ went far from the base (from about a seventh of its norm), where all methods wan
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     if not options.published and any(weight not in (0.0, 1.0) for weight in context.weights):
         # D keeps a weighted task vector then, not the whole of one that shall count less.
         factors = torch.tensor([weight or 1.0 for weight in context.weights]).to(taus)
-        vectors = taus * factors[:, None, None]
+        vectors = taus * factors.view(-1, *[1] * (taus.dim() - 1))
         # Who is of low rank shows in what is stored, before it is multiplied.
         pairs = tuple(
             pair and (pair[0] * (weight or 1.0), pair[1])
@@ -75,7 +76,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return merged.mul_(options.scale)
 
 
-def shorten(merged: Tensor, norms: tuple[float, ...], cap: float, context: Context) -> None:
+def shorten(merged: Tensor, norms: tuple[Any, ...], cap: float, context: Context) -> None:
     """Shorten the merged task vector [m, n] where it is long against the experts' change and the weight; in place.
 
     From the norms of the task vectors and `context.base`. A step that is the geometric mean of the two norms is far
@@ -83,12 +84,12 @@ def shorten(merged: Tensor, norms: tuple[float, ...], cap: float, context: Conte
     """
     assert context.base is not None, "the method asks for the base"
     mean, both = sum(norms) / len(norms), (context.base, merged)
-    weight, length = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float64) for each in both]).tolist()
-    expert = weight + mean
-    bound = cap * (mean * expert) ** 0.5
-    if length > bound:
-        context.tell({"shortened": bound / length})
-        merged.mul_(bound / length)
+    weight, length = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64) for x in both)
+    factor = cap * (mean * (weight + mean)).sqrt() / length
+    shares = [share if share < 1.0 else None for share in factor.flatten().tolist()]
+    if any(share is not None for share in shares):
+        context.tell({"shortened": shares if merged.dim() == 3 else shares[0]})
+        merged.mul_(factor.clamp(max=1.0).to(merged.dtype))
 
 
 METHOD = matrix_method(
@@ -101,4 +102,5 @@ METHOD = matrix_method(
     survey=lambda options, each: threshold.survey(each.get("density", options.density)),
     workspace=lambda options, tasks: apgd.workspace(tasks),
     work=apgd.work_of,
+    batches=lambda options: options.solver == "exact",
 )

@@ -31,8 +31,8 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
     core = cores.of(taus, context)
-    factor, s = linalg.polar(weighted_sum(core.taus, context.weights))
-    return core.whole(factor.mul_(s.mean() if len(s) else 0.0)).float().mul_(options.scale)
+    factor, mean = linalg.polar(weighted_sum(core.taus, context.weights))
+    return core.whole(factor.mul_(mean[..., None, None])).float().mul_(options.scale)
 
 
 METHOD = matrix_method(
@@ -47,4 +47,5 @@ METHOD = matrix_method(
     wants_base=True,
     workspace=lambda options, tasks: 16.0,
     work=lambda options, m, n, tasks: work.polar(m, n),
+    batches=lambda options: True,
 )

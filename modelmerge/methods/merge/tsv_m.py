@@ -32,7 +32,7 @@ class Options:
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    rank = max(min(taus.shape[1:]) // len(taus), 1)
+    rank = max(min(taus.shape[-2:]) // len(taus), 1)
     core = cores.of(taus, context)
     # The factors of cores would be no smaller than they are.
     pairs = core.pairs if core.left is core.right is None else (None,) * len(taus)
@@ -40,7 +40,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     lefts, values, rights = zip(*triplets, strict=True)
     left, right = linalg.nearest_orthogonal(lefts, rights)
     weighted = [s * weight for s, weight in zip(values, context.weights, strict=True)]
-    return core.whole((left * torch.cat(weighted)) @ right).float().mul_(options.scale)
+    return core.whole((left * torch.cat(weighted, dim=-1)[..., None, :]) @ right).float().mul_(options.scale)
 
 
 def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
@@ -61,4 +61,5 @@ METHOD = matrix_method(
     wants_base=True,
     workspace=lambda options, tasks: 22.0,
     work=_work,
+    batches=lambda options: True,
 )

@@ -121,40 +121,40 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 
 def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
     """The minimiser [m, n] with the ridge or the filter, from task vectors [T, m, n] and their sum."""
-    tasks, m, n = taus.shape
+    tasks, (m, n) = len(taus), taus.shape[-2:]
     origin = start.double()
     if n <= tasks * m:
-        inner, covariance = (origin.new_zeros(n, n) for _ in range(2))
+        inner, covariance = (origin.new_zeros(*origin.shape[:-2], n, n) for _ in range(2))
         pull = torch.zeros_like(origin)
         for tau, norm, weight in zip(taus, norms, weights, strict=True):
             interrupts.check()
             unit = tau.double().div_(norm)
-            torch.mm(unit.T, unit, out=covariance)
+            torch.matmul(unit.mT, unit, out=covariance)
             inner += covariance
-            pull.addmm_(unit.mul_(weight * norm).sub_(origin), covariance)
+            linalg.added(pull, unit.mul_(weight * norm).sub_(origin), covariance)
         del covariance, unit
         return origin.add_(_divided(pull, inner, tasks, n, options)).float()
     # Few rows: the same by the rows' own Gram matrix, A^T A + r = (A A^T + r) on the other side.
-    rows = torch.cat([tau.double() / norm for tau, norm in zip(taus, norms, strict=True)])
-    inner = rows @ rows.T
-    each = zip(rows.split(m), norms, weights, strict=True)
-    pull = torch.cat([(unit * (weight * norm) - origin) @ unit.T for unit, norm, weight in each], dim=1)
-    return origin.addmm_(_divided(pull, inner, tasks, n, options), rows).float()
+    rows = torch.cat([tau.double() / norm for tau, norm in zip(taus, norms, strict=True)], dim=-2)
+    inner = rows @ rows.mT
+    each = zip(rows.split(m, dim=-2), norms, weights, strict=True)
+    pull = torch.cat([(unit * (weight * norm) - origin) @ unit.mT for unit, norm, weight in each], dim=-1)
+    return linalg.added(origin, _divided(pull, inner, tasks, n, options), rows).float()
 
 
 def _divided(pull: Tensor, inner: Tensor, tasks: int, width: int, options: Options) -> Tensor:
     """The pull [m, k] times the inverse of `inner` [k, k], with ridge or filter; its eigenvalues are `sum_i C_i`'s."""
     if options.solver == "exact":
         assert options.ridge is not None, "the exact solver has one"
-        inner.diagonal().add_(options.ridge * tasks / width)
-        return torch.cholesky_solve(pull.T, torch.linalg.cholesky(inner)).T
+        inner.diagonal(dim1=-2, dim2=-1).add_(options.ridge * tasks / width)
+        return torch.cholesky_solve(pull.mT, torch.linalg.cholesky(inner)).mT
     assert options.time is not None and options.share is not None, "the filter has them"  # noqa: PT018
     time, followed = options.time, math.ceil(options.share * width - 1e-9)
 
     def factors(values: Tensor) -> Tensor:
         # Rounding leaves eigenvalues of none, of either sign: there f / l comes to t.
-        quotients = torch.where(values > _ROUNDING * values[-1:], -torch.expm1(-time * values) / values, time)
-        quotients[: max(len(values) - followed, 0)] = 0.0
+        quotients = torch.where(values > _ROUNDING * values[..., -1:], -torch.expm1(-time * values) / values, time)
+        quotients[..., : max(values.shape[-1] - followed, 0)] = 0.0
         return quotients
 
     return linalg.through_eigenvalues(pull, inner, factors)
@@ -208,4 +208,5 @@ METHOD = matrix_method(
     workspace=lambda options, tasks: 12.0,
     squares=lambda options, m, n, tasks: (6.0 if options.solver == "spectral" else 3.0) * min(n, tasks * m) ** 2,
     work=_work,
+    batches=lambda options: options.solver != "adam",
 )
