@@ -188,7 +188,7 @@ def _changed(recipe: Recipe, method: Method | None, values: Mapping[str, Any], n
         elif options:
             fields["coefficients"] = {}
     if method and options:
-        changed = change_options(method, recipe.method, recipe.options, options, len(recipe.experts))
+        changed = change_options(method, recipe.method, recipe.options, options, len(recipe.experts), recipe.overlap)
         fields["options"] = dataclasses.asdict(changed)
     return dataclasses.replace(recipe, **fields)
 

@@ -20,11 +20,14 @@ from modelmerge.engine.memory import PRODUCT_RUN
 from modelmerge.engine.merge import merged_vector
 from modelmerge.engine.parallel import prepare_process, run_interruptibly, threads
 from modelmerge.engine.rounding import squared
-from modelmerge.engine.transforms import fit
+from modelmerge.engine.transforms import Factors, fit
 from modelmerge.engine.units import Alone, merge_work, piece_cost
 from modelmerge.methods import linalg
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
+
+# The share of a merged task vector's squared norm that the rounding of float32 may put out of where it lies.
+_ROUNDING = 1e-10
 
 
 @dataclass(slots=True)
@@ -94,9 +97,8 @@ def adapt(
         theta_0, taus = theta_0.to(job.source.device), taus.to(job.source.device)
         with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
             fitted.chain.apply(piece, taus)
-            delta = merged_vector(
-                fitted, [piece], theta_0, taus, adapted.findings, fitted.factors(tensor, job.source.device)
-            )
+            factors = fitted.factors(tensor, job.source.device)
+            delta = merged_vector(fitted, [piece], theta_0, taus, adapted.findings, factors)
             del taus
             square = squared(delta)
             if square and role.kind == "no place":
@@ -105,7 +107,7 @@ def adapt(
                 adapted.squares[tensor.name] = square
             if square and role.kind == "low rank":
                 del theta_0
-                _spool_factors(adapted, tensor, role, delta, size, dtype, spool)
+                _spool_factors(adapted, tensor, role, delta, size, dtype, spool, factors)
             elif square:
                 dense.add(tensor.name)
                 values = rounded(piece, theta_0.add_(delta))
@@ -121,17 +123,32 @@ def adapt(
 
 
 def _spool_factors(
-    adapted: Adapted, tensor: TensorPlan, role: Role, delta: Tensor, size: Size, dtype: str, spool: BinaryIO
+    adapted: Adapted,
+    tensor: TensorPlan,
+    role: Role,
+    delta: Tensor,
+    size: Size,
+    dtype: str,
+    spool: BinaryIO,
+    factors: Factors | None,
 ) -> None:
+    step = max(PRODUCT_RUN // tensor.shape[1], 1)
+    span = _within(delta, factors, adapted.squares[tensor.name], step)
     if size.rank is not None:
         rank = min(size.rank, *tensor.shape)
     else:
-        shares = run_interruptibly(linalg.singular_values, delta).square().cumsum(0)
+        shares = run_interruptibly(linalg.singular_values, delta if span is None else span[1]).square().cumsum(0)
         # The smallest rank whose share reaches the energy, but for rounding of the sums.
         rank = int((shares >= shares[-1] * ((size.energy or 0.0) - 1e-12)).float().argmax()) + 1
-    left, right = (factor.to(TORCH_DTYPES[dtype]) for factor in run_interruptibly(linalg.balanced, delta, rank))
+    if span is None or rank > len(span[1]):
+        pair = run_interruptibly(linalg.balanced, delta, rank)
+    else:
+        outer, core, across = span
+        left, right = linalg.balanced(core, rank)
+        pair = outer @ left, right @ across.T
+    left, right = (factor.to(TORCH_DTYPES[dtype]) for factor in pair)
     adapted.ranks[tensor.name] = rank
-    step, error = max(PRODUCT_RUN // tensor.shape[1], 1), 0.0
+    error = 0.0
     for first in range(0, len(delta), step):
         rows = left[first : first + step].double() @ right.double()
         error += float((delta[first : first + step] - rows).square().sum())
@@ -139,6 +156,25 @@ def _spool_factors(
     a, b = (left.T, right.T) if role.transposed else (right, left)
     for part, factor in (("A", a), ("B", b)):
         _spool(adapted, key(role, tensor.name, part), dtype, factor.contiguous().cpu(), tuple(factor.shape), spool)
+
+
+def _within(delta: Tensor, factors: Factors | None, square: float, step: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A merged task vector [m, n] in bases of what the experts' factors span, if it lies there: [m, k], [k, k], [n, k].
+
+    So it does behind averages, sums and what goes through `cores`: a small matrix is decomposed in place of a large
+    one. None where an expert has no factors, where they span half of the matrix, or where the merge went out of them.
+    `square` is its squared norm; so many rows at a `step` are widened.
+    """
+    pairs = [pair for pair in factors or () if pair is not None]
+    directions = sum(left.shape[1] for left, _ in pairs)
+    if factors is None or len(pairs) < len(factors) or not 0 < directions <= min(delta.shape) // 2:
+        return None
+    outer = torch.linalg.qr(torch.cat([left for left, _ in pairs], dim=1).double()).Q
+    across = torch.linalg.qr(torch.cat([right for _, right in pairs]).T.double()).Q
+    core = outer.new_zeros(directions, directions)
+    for first in range(0, len(delta), step):
+        core += outer[first : first + step].T @ (delta[first : first + step].double() @ across)
+    return (outer, core, across) if square - float(core.square().sum()) <= _ROUNDING * square else None
 
 
 def _complete(

@@ -1,8 +1,9 @@
-"""How far each expert went from the base, and weights that take back one that went much farther than the others.
+"""How far each expert went from the base, and how much the experts overlap: weights and a scale that follow from it.
 
 A task vector several times as long as the others drowns them, whatever the method. Its expert's weight becomes the
-inverse of how many times as long it is as that of the expert in the middle. The lengths are Frobenius norms over the
-weights of linear layers, from some rows of a few matrices of each type: kilobytes to some megabytes of each model.
+inverse of how many times as long it is as that of the expert in the middle. And a sum of task vectors that overlap is
+longer than one of task vectors at right angles, so that it wants a smaller scale. The lengths are Frobenius norms over
+the weights of linear layers, from some rows of a few matrices of each type: kilobytes to some megabytes of each model.
 Whether they are measured on these or on all that is merged changes a ratio by a few per cent (tests/benchmarks/
 balanced.md).
 """
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 from statistics import median_low
 
 import torch
+from torch import Tensor
 
 from modelmerge.checkpoint.names import layer_type
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import threads
 from modelmerge.engine.pieces import Piece, piece_bytes
+from modelmerge.methods.options import at_right_angles
 from modelmerge.plan.tensors import Plan, TensorPlan
 
 # So many rows of a matrix are read, of so many matrices of a type: the first layer's, the last's and between.
@@ -43,7 +46,19 @@ def balance(plan: Plan) -> tuple[Balance, ...]:
     Raises:
         CheckpointError: A weight cannot be read.
     """
-    return weigh(lengths(plan))
+    return weigh(products(plan).diagonal().sqrt().nan_to_num(0.0, 0.0, 0.0).tolist())
+
+
+def overlap_scale(products: Tensor) -> float:
+    """The inverse length of the sum of unit task vectors, by their inner products [T, T], float64.
+
+    That is 1 / sqrt(T) at right angles, and no more where they are turned away from one another; 1 / T where they are
+    the same. One that changed nothing that was looked at counts as at right angles to all. In three digits, as it is
+    told, so that a rounding of the products makes no other scale.
+    """
+    lengths = products.diagonal().sqrt()
+    cosines = (products / lengths / lengths[:, None]).nan_to_num(0.0, 0.0, 0.0).fill_diagonal_(1.0)
+    return min(round(float(cosines.sum().clamp(min=1.0)) ** -0.5, 3), at_right_angles(len(lengths)))
 
 
 def weigh(norms: Sequence[float]) -> tuple[Balance, ...]:
@@ -58,8 +73,10 @@ def weigh(norms: Sequence[float]) -> tuple[Balance, ...]:
     return tuple(Balance(ratio, float(f"{1 / ratio:.3g}") if ratio > FAR else 1.0) for ratio in ratios)
 
 
-def lengths(plan: Plan) -> tuple[float, ...]:
-    """The Frobenius norm of each expert's task vector over the matrices of the plan, as far as a sample tells it.
+def products(plan: Plan) -> Tensor:
+    """The inner products of the task vectors over the matrices of the plan, as far as a sample tells them.
+
+    [T, T], float64.
 
     Raises:
         CheckpointError: A weight cannot be read.
@@ -68,7 +85,7 @@ def lengths(plan: Plan) -> tuple[float, ...]:
     looked = [tensor for tensors in types for tensor in _some(tensors)]
     cpu, elements = torch.device("cpu"), max((_sample(tensor).stop for tensor in looked), default=0)
     loader = Loader(Source(plan, cpu, 1), elements, elements * 8, cpu)
-    total = torch.zeros(len(plan.experts), dtype=torch.float64)
+    total = torch.zeros((len(plan.experts),) * 2, dtype=torch.float64)
     with threads(1):
         for tensors in types:
             some = _some(tensors)
@@ -76,12 +93,13 @@ def lengths(plan: Plan) -> tuple[float, ...]:
                 piece = _sample(tensor)
                 _, taus = loader.load(piece, check=False)
                 share = len(tensors) / len(some) * tensor.numel / piece.stop
-                total += taus.double().square().sum(1) * share
-    return tuple(total.sqrt().nan_to_num(0.0, 0.0, 0.0).tolist())
+                wide = taus.double()
+                total += wide @ wide.T * share
+    return total
 
 
 def look_bytes(plan: Plan) -> int:
-    """Bytes that `balance` reads of all models."""
+    """Bytes that `products` reads of all models."""
     return sum(piece_bytes(plan, _sample(tensor)) for tensors in _by_type(plan) for tensor in _some(tensors))
 
 

@@ -34,6 +34,7 @@ def option(
     maximum: float | None = None,
     varies: Literal["tensor", "expert"] | None = None,
     linear: bool = False,
+    overlapping: bool = False,
 ) -> Any:
     """A field of a method's options: its default, its help, and its bounds (`above` excludes the bound itself).
 
@@ -44,11 +45,15 @@ def option(
     One that is `linear` multiplies the merged task vector, in float32, as the last thing that `apply` does: the result
     is this number times the one at 1, bit for bit, and one pass over the models serves all its values (`--search`).
 
-    A default of None follows from the other options, or from each tensor. The help then ends with it: "Default: 1.", or
+    A default of None follows from the other options, or from each tensor; with `overlapping`, from how much the
+    experts overlap (`modelmerge.engine.lengths`). The help then ends with it: "Default: 1.", or
     "Default: 1; 0.3 as published." `follow` puts it in place.
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum}
-    return field(default=default, metadata={"help": help, **bounds, "varies": varies, "linear": linear})
+    return field(
+        default=default,
+        metadata={"help": help, **bounds, "varies": varies, "linear": linear, "overlapping": overlapping},
+    )
 
 
 def bounds(spec: dataclasses.Field[Any]) -> str:
@@ -71,10 +76,13 @@ def follow(options: Any, **defaults: Any) -> None:
             object.__setattr__(options, name, value)  # frozen for everybody else
 
 
-def sum_scale(published: float) -> Any:
-    """The field of the scale of a sum of task vectors, which `follow_sum` and `with_experts` put in place."""
-    words = f"Factor. Default: 1 / sqrt(experts); {published:g} as published."
-    return option(None, words, varies="tensor", linear=True)
+def sum_scale(published: float, *, overlapping: bool = False) -> Any:
+    """The field of the scale of a sum of task vectors, which `follow_sum` and `with_experts` put in place.
+
+    `overlapping`: it is smaller where the task vectors overlap, of which the sum has all or much.
+    """
+    words = f"Factor. Default: 1 / sqrt(experts){', less if they overlap' * overlapping}; {published:g} as published."
+    return option(None, words, varies="tensor", linear=True, overlapping=overlapping)
 
 
 def follow_sum(options: Any, published: float) -> None:
@@ -88,17 +96,32 @@ def follow_sum(options: Any, published: float) -> None:
 def scale_of(options: Any, experts: int) -> float:
     """The scale of a sum of task vectors: 1 / sqrt(T) where the options leave it to the number of experts.
 
-    Vectors at right angles that are equally long add up to that length then. In three digits, as it is told.
+    Vectors at right angles that are equally long add up to that length then.
     """
     scale: float | None = options.scale
-    return round(max(experts, 1) ** -0.5, 3) if scale is None else scale
+    return at_right_angles(experts) if scale is None else scale
 
 
-def with_experts(options: Any, experts: int) -> Any:
-    """The options with what follows from the number of experts in the place of None."""
+def at_right_angles(experts: int) -> float:
+    """1 / sqrt(T), in three digits, as it is told."""
+    return round(max(experts, 1) ** -0.5, 3)
+
+
+def asks_overlap(options: Any) -> bool:
+    """Whether the scale is left to how much the experts overlap."""
+    specs = {spec.name: spec for spec in dataclasses.fields(options)}
+    return getattr(options, "scale", 1.0) is None and specs["scale"].metadata["overlapping"]
+
+
+def with_experts(options: Any, experts: int, overlap: float | None = None) -> Any:
+    """The options with what follows from the experts in the place of None.
+
+    `overlap` is the scale where it is left to how much they overlap, if that has been measured.
+    """
     if getattr(options, "scale", 1.0) is not None:
         return options
-    return dataclasses.replace(options, scale=scale_of(options, experts))
+    known = overlap is not None and asks_overlap(options)
+    return dataclasses.replace(options, scale=overlap if known else scale_of(options, experts))
 
 
 def refuse_idle(options: Any, names: Sequence[str], reason: str) -> None:
@@ -126,26 +149,31 @@ def make_options(method: Method | TransformSpec, name: str, values: Mapping[str,
 
 
 def change_options(
-    method: Method | TransformSpec, name: str, values: Mapping[str, Any], changes: Mapping[str, Any], experts: int
+    method: Method | TransformSpec,
+    name: str,
+    values: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    experts: int,
+    overlap: float | None = None,
 ) -> Any:
     """The options that `values` make, with `changes` in place, checked; what followed from others follows anew.
 
     So recorded options, which hold what followed, can be changed: of APGD's exact solver, with its ridge, `solver:
-    adam` makes Adam, without one. What followed from the number of `experts` follows anew, too.
+    adam` makes Adam, without one. What followed from the number of `experts`, or from their `overlap`, is None again.
 
     Raises:
         UsageError: As for `make_options`.
     """
-    options = with_experts(make_options(method, name, values), experts)
+    options = with_experts(make_options(method, name, values), experts, overlap)
     fewest = dataclasses.asdict(options)
     for key in reversed(list(fewest)):
         fewer = {other: value for other, value in fewest.items() if other != key}
         try:
-            same = with_experts(method.options(**fewer), experts) == options
+            same = with_experts(method.options(**fewer), experts, overlap) == options
         except UsageError:  # another option has an effect only beside this one
             continue
         fewest = fewer if same else fewest
-    return with_experts(make_options(method, name, {**fewest, **changes}), experts)
+    return make_options(method, name, {**fewest, **changes})
 
 
 def describe(options: Any) -> dict[str, Any]:

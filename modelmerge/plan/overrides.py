@@ -28,6 +28,7 @@ from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
 from modelmerge.methods.options import (
     as_text,
+    asks_overlap,
     change_options,
     check_option,
     make_options,
@@ -155,6 +156,8 @@ class Methods:
         overrides: What differs for some tensors, in the order in which they are asked.
         rest: The method for what methods for linear layers leave; None for the method's own choice.
         experts: The experts' names.
+        overlap: The scale of sums that leave it to how much the experts overlap, if that has been measured;
+            `asks_overlap` tells whether any does.
 
     Raises:
         UsageError: There is no such method, option or expert, or a value is out of bounds.
@@ -167,12 +170,19 @@ class Methods:
         overrides: Sequence[Override],
         rest: str | None,
         experts: Sequence[str],
+        overlap: float | None = None,
     ) -> None:
         method = registry.load(name)
         self.overrides = tuple(overrides)
-        self._options, self._rest, self._experts = dict(options), rest, experts
-        self.main = Choice(name, method, with_experts(make_options(method, name, options), len(experts)))
+        self._options, self._rest, self._experts, self._overlap = dict(options), rest, experts, overlap
+        self.asks_overlap = False
+        self.main = Choice(name, method, self._completed(make_options(method, name, options)))
         self._choices = [self._bound(place, override) for place, override in enumerate(overrides)]
+
+    def _completed(self, options: Any) -> Any:
+        """The options with what follows from the experts."""
+        self.asks_overlap |= asks_overlap(options)
+        return with_experts(options, len(self._experts), self._overlap)
 
     def _bound(self, place: int, override: Override) -> Choice | None:
         """The override with its values read; None for `base`."""
@@ -215,9 +225,9 @@ class Methods:
                     )
                 self._check_curve(method, name, option, values)
             experts[expert, option] = Curve(values)
-        count = len(self._experts)
         same = self._options if override.method is None else {}
-        options = change_options(method, name, same, plain, count)
+        changed = change_options(method, name, same, plain, len(self._experts), self._overlap)
+        options = self._completed(changed)
         for option, curve in {**curves, **{option: curve for (_, option), curve in experts.items()}}.items():
             if _varies(method).get(option) == "expert" and len(curve.values) > 1 and method.survey(options, {}):
                 raise UsageError(
@@ -258,7 +268,7 @@ class Methods:
         method = registry.load(rest)
         weights = {WEIGHT: choice.curves[WEIGHT]} if WEIGHT in choice.curves else {}
         experts = {key: curve for key, curve in choice.experts.items() if key[1] == WEIGHT}
-        options = with_experts(method.options(), len(self._experts))
+        options = self._completed(method.options())
         return Choice(rest, method, options, place, weights, experts, rest=True)
 
     def recorded(self) -> tuple[str, ...]:

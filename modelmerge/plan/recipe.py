@@ -84,7 +84,8 @@ class Recipe:
     instead of a checkpoint or, below 1, the share of the squared norm that it keeps. `unlabelled` tells the data of a
     method that finds the experts' weights on them, see `modelmerge.verbs.coefficients`; `coefficients` are what it
     found, by tensor and expert, and with them no data are needed. `stages` are merged before, in their order, by the
-    names that `stage:NAME` refers to.
+    names that `stage:NAME` refers to. `overlap` is the scale of sums that leave it to how much the experts overlap,
+    once that has been measured.
     """
 
     method: str
@@ -110,6 +111,7 @@ class Recipe:
     unlabelled: Mapping[str, Any] = field(default_factory=dict)
     coefficients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     stages: Mapping[str, Recipe] = field(default_factory=dict)
+    overlap: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""

@@ -1,10 +1,10 @@
-"""Weights that take back experts which went much farther than the others: `--weight balanced`, and what `auto` does."""
+"""What follows from the task vectors' lengths and angles: `--weight balanced`, as `auto` has it, and a sum's scale."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from modelmerge.engine.lengths import FAR, Balance, balance, look_bytes
+from modelmerge.engine.lengths import FAR, Balance, balance, look_bytes, overlap_scale, products
 from modelmerge.errors import UsageError
 from modelmerge.methods.options import written
 from modelmerge.plan.recipe import BALANCED
@@ -37,6 +37,24 @@ def balanced(plan: Plan, *, look: bool) -> tuple[dict[str, float], str]:
         )
     balances = dict(zip((expert.name for expert in plan.experts), balance(plan), strict=True))
     return {name: each.weight for name, each in balances.items()}, _sentence(balances)
+
+
+def overlap_of(plan: Plan, *, look: bool) -> tuple[float | None, list[str]]:
+    """The scale of a sum by how much the experts overlap, if it is theirs to tell, and what there is to say of it.
+
+    None where a model is merged before, so that its weights are not there yet, and where it may not look.
+
+    Raises:
+        CheckpointError: A weight cannot be read.
+    """
+    if len(plan.experts) < 2 or any(model.reference.is_stage for model in plan.models):
+        return None, []
+    if not look and any(model.streamed for model in plan.models):
+        return None, [
+            "The scale will be smaller where the experts turn out to overlap, when the merge looks at some "
+            f"{look_bytes(plan) / 1e6:.1f} MB of them on the Hub."
+        ]
+    return overlap_scale(products(plan)), []
 
 
 def _sentence(balances: dict[str, Balance]) -> str:

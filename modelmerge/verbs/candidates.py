@@ -218,7 +218,8 @@ def prepare_search(
     first = prepare(recipe, device=device, stream=stream, opened=opened, look=look)
     resolved = dataclasses.replace(
         recipe, method=first.recipe.method, base=first.recipe.base, experts=first.recipe.experts,
-        options=first.recipe.options if recipe.method == AUTO else recipe.options, weights=first.recipe.weights,
+        options=first.recipe.options if recipe.method == AUTO else recipe.options,
+        weights=first.recipe.weights, overlap=first.recipe.overlap,
     )  # fmt: skip
     experts = [expert.name for expert in first.job.plan.experts]
     axes = _axes(resolved, tries, experts, experts if recipe.weights == BALANCED else list(recipe.weights))
@@ -236,7 +237,7 @@ def prepare_search(
         require_optuna()
 
     def plan(values: Mapping[str, Any]) -> Candidate:
-        return _candidate(resolved, values, first, opened, device, stream)
+        return _candidate(resolved, values, first, opened, {"device": device, "stream": stream, "look": look})
 
     combinations = _probes(axes) if one_by_one else itertools.product(*lists)
     planned = tuple(plan(dict(zip(axes, values, strict=True))) for values in combinations)
@@ -272,8 +273,7 @@ def _candidate(
     values: Mapping[str, Any],
     first: Prepared,
     opened: tuple[Checkpoint, tuple[Checkpoint, ...]],
-    device: str,
-    stream: bool,
+    how: Mapping[str, Any],
 ) -> Candidate:
     options, transforms, places = dict(recipe.options), list(recipe.disentangle), _transforms(recipe)
     assert not isinstance(recipe.weights, str), "balanced weights are those of the first"
@@ -287,9 +287,12 @@ def _candidate(
             transforms[place] = with_option(transforms[place], option, value)
         else:
             options[option] = value
-    changed = dataclasses.replace(recipe, options=options, weights=weights, disentangle=tuple(transforms))
+    changed = dataclasses.replace(
+        recipe, options=options, weights=weights, disentangle=tuple(transforms),
+        overlap=None if "scale" in values else recipe.overlap,
+    )  # fmt: skip
     try:
-        prepared = prepare(changed, device=device, remarks=first.remarks, stream=stream, opened=opened)
+        prepared = prepare(changed, remarks=first.remarks, opened=opened, **how)
     except UsageError as error:
         raise error.within("tries", label_of(values)) from error
     return Candidate(values, prepared)

@@ -51,7 +51,7 @@ from modelmerge.record.recorded import Recorded
 from modelmerge.text import duration
 from modelmerge.verbs import adapted, auto, coefficients
 from modelmerge.verbs.auto import AUTO, CHOICES, kind_of
-from modelmerge.verbs.balanced import balanced
+from modelmerge.verbs.balanced import balanced, overlap_of
 
 if TYPE_CHECKING:
     from modelmerge.verbs.stages import Staged
@@ -185,9 +185,9 @@ def prepare(
     if overrides is not None:
         linear = {tensor.name: is_linear(tensor, recipe.include) for tensor in base.tensors.values()}
         overrides_read += [parse(text) for text in overrides(linear)]
-    methods = Methods(recipe.method, recipe.options, overrides_read, rest_of(recipe), names)
+    by = recipe.method, recipe.options, overrides_read, rest_of(recipe), names
+    methods = Methods(*by, recipe.overlap)
     strict = len(recipe.at) if overrides is not None else None
-    recipe = dataclasses.replace(recipe, at=methods.recorded())
     plan = make_plan(
         base, experts, methods=methods,
         dtype=DTYPES[recipe.dtype] if recipe.dtype else None,
@@ -195,6 +195,11 @@ def prepare(
         on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from,
         tables=recipe.tables, strict=strict, stack=stack,
     )  # fmt: skip
+    if methods.asks_overlap and recipe.overlap is None and not (transforms or recipe.layers):
+        overlap, notes = overlap_of(plan, look=look)
+        methods, remarks = Methods(*by, overlap), [*remarks, *notes]
+        recipe = dataclasses.replace(recipe, overlap=overlap)
+    recipe = dataclasses.replace(recipe, at=methods.recorded())
     named_weights = recipe.weights
     if isinstance(named_weights, str):
         named_weights, why = balanced(plan, look=look)

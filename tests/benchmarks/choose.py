@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.choose disentangle     AWD in front of task arithmetic and TIES, by scale
     python -m tests.benchmarks.choose apgd            solver, density and shared rank of APGD
-    python -m tests.benchmarks.choose scales          the scale of sums, by the number of experts
+    python -m tests.benchmarks.choose scales          the scale of sums, by number and overlap of the experts
 
 Every set of `tests/benchmarks/experts` is trained with each seed, merged by the package's own mathematics, and
 judged on its test split. The mean over tasks is given, averaged over seeds, with the standard deviation over seeds.
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.header import TensorInfo
+from modelmerge.engine.lengths import overlap_scale
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Context, Correction, SharedVector, measured_at_once
-from modelmerge.methods.options import make_options
+from modelmerge.methods.options import at_right_angles, make_options, with_experts
 from modelmerge.plan.linear import is_linear
 from tests.benchmarks.experts import SETS, ExpertSet, build, subset
 from tests.support.methods import surveyed
@@ -96,10 +97,10 @@ def corrected(vectors: Vectors, **options: Any) -> Vectors:
 def merged(vectors: Vectors, name: str, **options: Any) -> State:
     """The merged model, as `merge NAME` makes it."""
     chosen = registry.load(name)
-    told = make_options(chosen, name, options)
     taken = {key: taus for key, taus in vectors.taus.items() if key in vectors.linear or not chosen.matrices}
-    survey, measured = chosen.survey(told, {}), None
     tasks = len(next(iter(taken.values())))
+    told = with_experts(make_options(chosen, name, options), tasks, overlap_scale(products(vectors)))
+    survey, measured = chosen.survey(told, {}), None
     if survey is not None:
         measured = surveyed(survey, torch.cat([taus.reshape(tasks, -1) for taus in taken.values()], dim=1))
     state = dict(vectors.base)
@@ -113,6 +114,12 @@ def merged(vectors: Vectors, name: str, **options: Any) -> State:
         )  # fmt: skip
         state[key] = vectors.base[key] + chosen.apply(taus, told, context)
     return state
+
+
+def products(vectors: Vectors) -> Tensor:
+    """The inner products of the task vectors over the weights of linear layers, [T, T], float64."""
+    flat = (vectors.taus[name].flatten(1).double() for name in sorted(vectors.linear))
+    return torch.stack([tau @ tau.T for tau in flat]).sum(0)
 
 
 def score(expert_set: ExpertSet, state: Mapping[str, Tensor]) -> float:
@@ -206,16 +213,18 @@ def whole(vectors: Vectors, name: str, rest: str | None = None, share: int | Non
 
 
 def look_at_scales(expert_set: ExpertSet) -> dict[str, float]:
-    """Sums with the published scale and with the one that follows from the number of experts, for a few and for all."""
+    """Sums with the published scale, with the one of so many experts at right angles, and less where they overlap."""
     scores: dict[str, float] = {}
-    for count in (2, 4, None):
+    for count in (3, None):
         names = list(expert_set.experts)
         few = subset(expert_set, random.Random(count).sample(names, count or len(names)))
         vectors = vectors_of(few)
+        right, overlap = at_right_angles(len(few.experts)), overlap_scale(products(vectors))
         for name in ("task-arithmetic", "ties", "breadcrumbs", "consensus"):
-            for label, published in (("as published", True), ("1 / sqrt(T)", False)):
-                label = f"{name}, {count or 'all'} experts, {label}"
-                scores[label] = score(few, merged(vectors, name, published=published))
+            published = make_options(registry.load(name), name, {"published": True}).scale
+            for what, scale in (("as published", published), ("1 / sqrt(T)", right), ("by overlap", overlap)):
+                label = f"{name}, {count or 'all'} experts, {what}"
+                scores[label] = score(few, merged(vectors, name, scale=scale))
     return scores
 
 

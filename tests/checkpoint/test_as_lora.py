@@ -246,6 +246,44 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert message in capsys.readouterr().err
 
 
+def wide(root: Path) -> tuple[Path, list[Path]]:
+    """A base of one weight, and three adapters of rank 4 of it: twelve directions of eighty."""
+    generator = torch.Generator().manual_seed(0)
+    (root / "base").mkdir()
+    weight = torch.randn(96, 80, generator=generator)
+    save_file({"layers.0.q_proj.weight": weight}, root / "base" / "model.safetensors")
+    experts = []
+    for i in range(3):
+        a, b = torch.randn(4, 80, generator=generator), torch.randn(96, 4, generator=generator)
+        key = "base_model.model.layers.0.q_proj.lora_"
+        (expert := root / f"e{i}").mkdir()
+        save_file({f"{key}A.weight": 0.1 * a, f"{key}B.weight": 0.1 * b}, expert / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+        (expert / "adapter_config.json").write_text(json.dumps(config))
+        experts.append(expert)
+    return root / "base", experts
+
+
+@pytest.mark.parametrize("size", [5, 20, 0.9])
+# The sum and `kron` stay in what the factors span, and a small matrix is decomposed; TIES does not.
+@pytest.mark.parametrize("method", ["task-arithmetic", "kron", "ties"])
+def test_the_factors_are_the_best_of_their_rank(method: str, size: float, tmp_path: Path) -> None:
+    base, experts = wide(tmp_path)
+    told: dict[str, Any] = {"method": method, "scale": 0.5}
+    modelmerge.merge(base, experts, tmp_path / "full", dtype="float64", **told)
+    modelmerge.merge(base, experts, tmp_path / "small", as_lora=size, **told)
+    delta = next(iter(read(tmp_path / "full").values())) - next(iter(read(base).values())).double()
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    shares = s.square().cumsum(0) / s.square().sum()
+    rank = int(size) if size >= 1 else int((shares >= size).nonzero()[0]) + 1
+    factors = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    a, b = (next(value for key, value in factors.items() if f"lora_{part}" in key) for part in "AB")
+    assert a.shape == (rank, 80)
+    assert b.shape == (96, rank)
+    want = (u[:, :rank] * s[:rank]) @ v[:rank]
+    assert torch.linalg.norm(b.double() @ a.double() - want) < 1e-5 * torch.linalg.norm(want)
+
+
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     base = base_of("llama", tmp_path / "base")
     with pytest.raises(UsageError, match="no effect with as_lora"):

@@ -43,7 +43,7 @@ def test_a_short_demo_tells_the_same_story(
     monkeypatch.setattr(digits, "_BASE_STEPS", 75)
     monkeypatch.setattr(digits, "_EXPERT_STEPS", 60)
     monkeypatch.setattr(verb, "suited", lambda experts: some)
-    monkeypatch.setattr(verb, "SCALES", (0.707, 0.8))  # the first is the default for two experts
+    monkeypatch.setattr(verb, "SCALES", (0.707, 0.8))  # the first is the default for two experts at right angles
     assert main(["demo", "-o", str(tmp_path / "out"), "--json"]) == 0
     check((tmp_path / "out", json.loads(capsys.readouterr().out)), some, 0.8, capsys)
 
@@ -79,7 +79,7 @@ def check(demo: Told, names: Sequence[str], least: float, capsys: pytest.Capture
         assert digits.accuracy(merged, task) == rows[name]["accuracy"][digits.TASKS[-1]]
     reach = {row["scale"]: (row["task-arithmetic"], row["awd + task-arithmetic"]) for row in told["scales"]}
     default = rows["task-arithmetic"]["mean"], rows["awd + task-arithmetic"]["mean"]
-    assert reach.get(0.707, default) == default
+    assert reach.get(0.707, default)[1] == default[1]
     assert Path(told["manifests"]["apgd"]).is_file()
     assert told["commands"]["apgd"].startswith("modelmerge merge apgd ")
     _evaluated(out, rows, capsys)

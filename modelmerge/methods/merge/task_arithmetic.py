@@ -18,7 +18,7 @@ from modelmerge.methods.sums import divisor, weighted_sum
 class Options:
     """Options of task arithmetic."""
 
-    scale: float | None = sum_scale(0.3)
+    scale: float | None = sum_scale(0.3, overlapping=True)
     published: bool = option(False, PUBLISHED_SCALE)
     reduce: Literal["sum", "mean"] = option("sum", "Add the task vectors up, or take their mean (with scale 1).")
 

@@ -28,7 +28,7 @@ class Options:
     """Options of TIES."""
 
     density: float = option(0.2, "Share of the entries that is kept.", above=0.0, maximum=1.0, varies="expert")
-    scale: float | None = sum_scale(0.3)
+    scale: float | None = sum_scale(0.3, overlapping=True)
     published: bool = option(False, PUBLISHED_SCALE)
     reduce: Literal["sum", "mean"] = option("sum", "Sum, or mean with scale 1, of entries that agree in sign.")
     trim_scope: Literal["model", "tensor"] = option(
