@@ -17,7 +17,7 @@ def run() -> None:
     interrupts.install()  # before all else: importing it takes seconds
     # Importing torch makes half a million objects that stay: looking through them for garbage every 700 objects, as
     # Python does by default, is an eighth of the start.
-    gc.set_threshold(100_000)
+    gc.set_threshold(500_000)
     try:
         from modelmerge.cli import main
     except BaseException:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -100,11 +99,8 @@ def finish(code: int) -> NoReturn:
     """Exit with that code. From now on a signal ends the process at once: nothing is left to be cleared up."""
     global _finished
     _finished = True
-    if not _received:
-        # Python looks through all objects for garbage once more as it ends, which takes as long as a small merge.
-        gc.freeze()
-        sys.exit(code)
-    # Python would end by SIGINT, whatever the code, if a KeyboardInterrupt has come through any `exec`.
+    # Python would take down all objects one by one, which takes as long as a small merge. And it would end by SIGINT,
+    # whatever the code, if a KeyboardInterrupt has come through any `exec`.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

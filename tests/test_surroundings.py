@@ -24,7 +24,7 @@ from modelmerge.engine.parallel import prepare_process
 from modelmerge.errors import OutputError
 from modelmerge.verbs.verify import verify
 from tests.support.checkpoints import family
-from tests.support.commands import refused, run
+from tests.support.commands import refused, run, script
 from tests.support.processes import running
 
 
@@ -38,6 +38,18 @@ def shell(line: str, **environment: str) -> Any:
 
 def average(models: list[Path], out: Path, *more: str) -> list[str]:
     return ["merge", "average", *map(str, models), "-o", str(out), *more]
+
+
+def test_models_that_are_here_need_no_client_of_the_hub(models: list[Path], tmp_path: Path) -> None:
+    """It takes long to import; and what is left to do at the end is done."""
+    done = script(
+        "import atexit, sys\n"
+        "from modelmerge.__main__ import run\n"
+        "atexit.register(lambda: print([name for name in sys.modules if name.startswith('huggingface_hub')]))\n"
+        f"sys.argv = {['modelmerge', *average(models, tmp_path / 'out', '--quiet')]}\n"
+        "run()\n"
+    )
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n[]\n"), done.stderr
 
 
 # --- streams ---

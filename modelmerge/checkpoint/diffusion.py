@@ -103,14 +103,14 @@ class _Table:
         self._folders: dict[str, str] = entry["single"]  # by what stands in front of the names
         self._number = _NUMBERINGS.get(entry.get("numbering", ""), _in_order)
         self._parts: dict[str, list[str]] = {}  # by a name in single files, the names of today in diffusers' layout
-        self._rules: dict[bool, list[tuple[str, re.Pattern[str], str, str, int, str]]] = {True: [], False: []}
+        self._rules: dict[bool, list[tuple[str, str, str, int, str]]] = {True: [], False: []}
         for single, diffusers, *how in entry["names"]:
             parts = diffusers if isinstance(diffusers, list) else [diffusers]
             self._parts.setdefault(single, parts)
             for side, names in ((True, [single]), (False, parts)):
                 for part, name in enumerate(names):
                     word = max(_WILD.split(name), key=len)
-                    self._rules[side].append((word, _pattern(name), name, single, part, "".join(how)))
+                    self._rules[side].append((word, name, single, part, "".join(how)))
 
     def places(self, folder: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Place]:
         """Where in a folder of a model such a network lies: in diffusers' layout, or behind one of the prefixes."""
@@ -147,8 +147,8 @@ class _Table:
         return pieces
 
     def _line(self, name: str, names: list[str], single: bool) -> _Line | None:
-        for word, pattern, template, sole, part, how in self._rules[single]:
-            match = pattern.fullmatch(name) if word in name else None
+        for word, template, sole, part, how in self._rules[single]:
+            match = _pattern(template).fullmatch(name) if word in name else None
             if match is None:
                 continue
             *here, tail = match.groups()
@@ -200,6 +200,7 @@ def _tables() -> tuple[_Table, ...]:
     return tuple(map(_Table, json.loads(_TABLE.read_bytes())))
 
 
+@functools.cache  # when it is asked for: to compile all of the table takes as long as to plan a merge
 def _pattern(name: str) -> re.Pattern[str]:
     """What names are of a line of the table; its last group is what follows."""
     parts = ["" if part is None else re.escape(part) for part in re.split(r"([*#$~])", name)]

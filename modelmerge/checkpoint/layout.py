@@ -12,8 +12,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from huggingface_hub import split_state_dict_into_shards_factory
-
 from modelmerge.checkpoint.components import Component, folder_of
 from modelmerge.checkpoint.header import DTYPE_BITS
 
@@ -97,24 +95,39 @@ def lay_out(
         component: How its files are called.
     """
     usual = sys.maxsize if component.alone else SHARD_BYTES
-    stem, dot, end = component.filename.replace("{", "{{").replace("}", "}}").rpartition(".")
-    split = split_state_dict_into_shards_factory(
-        {name: nbytes for name, (_, _, nbytes) in entries.items()},
-        get_storage_size=lambda nbytes: nbytes,
-        filename_pattern=f"{stem}{{suffix}}{dot}{end}",
-        max_shard_size=usual if max_shard_size is None else max_shard_size,
-    )
+    stem, dot, end = component.filename.rpartition(".")
+    contents = _split(entries, usual if max_shard_size is None else max_shard_size)
+    ends = [""] if len(contents) == 1 else [f"-{i:05d}-of-{len(contents):05d}" for i in range(1, len(contents) + 1)]
+    files = {f"{stem}{number}{dot}{end}": names for number, names in zip(ends, contents, strict=True)}
     shards = tuple(
         _shard(folder, filename, {name: entries[name] for name in names}, parts or {}, component.metadata)
-        for filename, names in (split.filename_to_tensors or {component.filename: []}).items()
+        for filename, names in files.items()
     )
     shard_of = {key: shard for shard in shards for key in shard.tensors}
     indices = {}
-    if split.is_sharded:
+    if len(files) > 1:
         metadata = {"total_size": sum(nbytes for _, _, nbytes in entries.values())}
-        index = {"metadata": metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        weight_map = {name: filename for filename, names in files.items() for name in names}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         indices[f"{folder}{component.index}"] = (json.dumps(index, indent=2) + "\n").encode()
     return Layout(shards, indices, shard_of)
+
+
+def _split(entries: Mapping[str, Entry], most: int) -> list[list[str]]:
+    """The tensors of each file, as the model's library splits them: one that is larger has a file of its own."""
+    files: list[list[str]] = []
+    current: list[str] = []
+    size = 0
+    for name, (_, _, nbytes) in entries.items():
+        if nbytes > most:
+            files.append([name])
+            continue
+        if size + nbytes > most:
+            files.append(current)
+            current, size = [], 0
+        current.append(name)
+        size += nbytes
+    return [*files, current] if current or not files else files
 
 
 def together(layouts: Iterable[Layout]) -> Layout:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from modelmerge.checkpoint.companions import is_companion, kind_of
 from modelmerge.checkpoint.output import CARD
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.hub import repository
-from modelmerge.hub.ranges import STREAM_BYTES
 from modelmerge.plan.tensors import Plan
 from modelmerge.progress import Reporter
+
+if TYPE_CHECKING:  # most models are here, and the Hub's client takes long to import
+    from modelmerge.hub import repository
 
 Beside = Literal["all", "cards", "nothing"]  # what of the files beside the weights a run needs
 
@@ -22,7 +23,11 @@ def input_paths(plan: Plan) -> list[Path]:
     parts = [part for model in plan.models for part in model.parts]
     local = [part for part in parts if part.reference.repository is None]
     paths = [path for part in local for path in (part.reference.path, *part.files)]
-    return paths if len(local) == len(parts) else [*paths, repository.cache_directory()]
+    if len(local) == len(parts):
+        return paths
+    from modelmerge.hub import repository
+
+    return [*paths, repository.cache_directory()]
 
 
 def wanted(plan: Plan, *, beside: Beside, stream: bool = False) -> list[tuple[repository.Repository, list[str]]]:
@@ -79,13 +84,17 @@ def with_downloads(shown: dict[str, Any], plan: Plan, *, beside: Beside, streame
     `streamed` are the bytes to be read over ranges, where weight files are not stored.
     """
     needed = wanted(plan, beside=beside, stream=streamed is not None)
-    stored = sum(repository.download_bytes(remote, places) for remote, places in needed)
-    shown["bytes"] = {"download": stored + (streamed or 0), **shown["bytes"]}
-    free = repository.free_bytes()
-    cache = {"directory": str(repository.cache_directory()), "free": free, "enough": stored <= free}
-    shown["cache"] = cache if needed and streamed is None else None
-    if streamed:
-        shown["peak_memory"]["host"] += STREAM_BYTES * sum(model.streamed for model in plan.models)
+    shown["bytes"], shown["cache"] = {"download": streamed or 0, **shown["bytes"]}, None
+    if needed:
+        from modelmerge.hub import ranges, repository
+
+        stored = sum(repository.download_bytes(remote, places) for remote, places in needed)
+        shown["bytes"]["download"] += stored
+        free = repository.free_bytes()
+        cache = {"directory": str(repository.cache_directory()), "free": free, "enough": stored <= free}
+        shown["cache"] = cache if streamed is None else None
+        if streamed:
+            shown["peak_memory"]["host"] += ranges.STREAM_BYTES * sum(model.streamed for model in plan.models)
     return shown
 
 
@@ -95,10 +104,7 @@ def fetch(plan: Plan, progress: Reporter, *, beside: Beside, stream: bool) -> No
     Raises:
         HubError: The disk is too small, the Hub refuses, or cannot be reached.
     """
-    repository.fetch(wanted(plan, beside=beside, stream=stream), progress)
-    for model in plan.models:
-        if not model.reference.is_here:
-            model.look_again()
+    _fetch(wanted(plan, beside=beside, stream=stream), plan.models, progress)
 
 
 def fetch_whole(models: Iterable[Checkpoint], progress: Reporter) -> None:
@@ -110,6 +116,16 @@ def fetch_whole(models: Iterable[Checkpoint], progress: Reporter) -> None:
     remote = [model for model in models if not model.reference.is_here]
     parts = [(part, part.reference.repository) for model in remote for part in model.parts]
     needed = [(there, _places(part, there, [_companion_of(part)])) for part, there in parts if there is not None]
-    repository.fetch(needed, progress)
-    for model in remote:
-        model.look_again()
+    _fetch(needed, remote, progress)
+
+
+def _fetch(
+    needed: list[tuple[repository.Repository, list[str]]], models: Iterable[Checkpoint], progress: Reporter
+) -> None:
+    if needed:
+        from modelmerge.hub import repository
+
+        repository.fetch(needed, progress)
+    for model in models:
+        if not model.reference.is_here:
+            model.look_again()

@@ -2,7 +2,8 @@
 
 A run is one model's layers as they are; or those of several models, or of all (`FIRST-LAST`), merged by the method.
 Every model is seen as one that has the output's layers, which are its own tensors by other names; all that follows sees
-ordinary models. Where a run does not name the base, the first model of the run stands in the base's place.
+ordinary models. Where a run does not name the base, the first model of the run stands in the base's place, as one of
+those that are merged; `base=NAME:FIRST-LAST` has another model be the base of a run.
 
 What comes before the layers (embeddings) is made as the first run, and what comes after them (final norm, head) as the
 last run, from their models alone.
@@ -50,16 +51,20 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run of layers of the output, and the places of the models it is from (the base's is 0) with the first layer."""
+    """A run of layers of the output, and the places of the models it is from (the base's is 0) with the first layer.
+
+    `base` is the place of the model that it names as its base, if it does.
+    """
 
     text: str
     sources: tuple[tuple[int, int], ...]
     count: int
+    base: int | None = None
 
     @property
     def based(self) -> bool:
-        """Whether it names the base."""
-        return any(model == 0 for model, _ in self.sources)
+        """Whether it names its base."""
+        return self.base is not None
 
     @property
     def lone(self) -> bool:
@@ -182,6 +187,7 @@ def parse(text: str, names: Sequence[str], counts: Sequence[int]) -> Run:
     except ValueError as error:
         raise refusal(str(error)) from None
     spans: dict[int, tuple[int, int]] = {}
+    bases: list[int] = []
     for word in words:
         form = _WORD.fullmatch(word)
         if form is None or (form[1] is None and len(words) > 1):
@@ -189,10 +195,12 @@ def parse(text: str, names: Sequence[str], counts: Sequence[int]) -> Run:
         first, last = int(form[2]), int(form[3])
         if first >= last:
             raise refusal(f"{first}-{last} holds no layer: the last is not part of it")
-        if form[1] is not None and form[1] not in names:
-            raise refusal(f"there is no model '{form[1]}'",
-                          suggestion(form[1], names, f"there are: {', '.join(names)}"))  # fmt: skip
-        for model in range(len(names)) if form[1] is None else [names.index(form[1])]:
+        name = form[1] if form[1] is None or form[1] in names else form[1].removeprefix(f"{BASE}=")
+        if name is not None and name not in names:
+            raise refusal(f"there is no model '{name}'",
+                          suggestion(name, names, f"there are: {', '.join(names)}"))  # fmt: skip
+        bases += [0 if name is None else names.index(name)] if name in (None, BASE) or name != form[1] else []
+        for model in range(len(names)) if name is None else [names.index(name)]:
             if last > counts[model]:
                 raise refusal(f"'{names[model]}' has {counts[model]} layers", f"the last is {counts[model]} at most")
             if model in spans:
@@ -200,8 +208,10 @@ def parse(text: str, names: Sequence[str], counts: Sequence[int]) -> Run:
             spans[model] = first, last
     if len({last - first for first, last in spans.values()}) != 1:
         raise refusal("needs as many layers of each model" if spans else "names no layers")
+    if len(bases) > 1:
+        raise refusal("names two bases", "name the base among the experts too, NAME=REF, to merge it into another")
     first, last = next(iter(spans.values()))
-    return Run(text, tuple((model, span[0]) for model, span in spans.items()), last - first)
+    return Run(text, tuple((model, span[0]) for model, span in spans.items()), last - first, *bases)
 
 
 def stacked(
@@ -341,13 +351,15 @@ class _Views:
 
     def take(self, run: Run, step: int, content: Callable[[int, int], Tensors], name_of: Callable[[str], str]) -> None:
         """Add what a run makes of its models' content, which goes by names in the output."""
-        first, start = run.sources[0]
+        first, start = next((source for source in run.sources if source[0] == run.base), run.sources[0])
         # An adapter is a change to the base's tensor of its own layer.
-        stand = next(((0, n) for m, n in run.sources if m == 0), None) or (
-            (0, start) if self._models[first].vector is not None else (first, start)
-        )
+        stand = (0 if self._models[first].vector is not None else first, start)
+        if run.base == first != stand[0]:
+            raise UsageError(f"'{run.text}': its base must be a model, not what changes in one", option="layers",
+                             hint="name the model with it on: MODEL+ADAPTER")  # fmt: skip
         base = content(stand[0], stand[1] + step)
-        sources = [(m, n) for m, n in run.sources if m and (not run.lone or self._models[m].vector is not None)]
+        merged = [source for source in run.sources if source[0] != (run.base or 0)]
+        sources = [(m, n) for m, n in merged if not run.lone or self._models[m].vector is not None]
         origin = Origin(run, tuple(m - 1 for m, _ in sources), stand[0])
         for end, info in base.items():
             name = name_of(end)

@@ -206,9 +206,10 @@ class _Translation:
 
     def _recipe(self, row: Row, base: str | None, slices: Sequence[Slice], dtype: str | None) -> Recipe | None:
         slices = [self._with_base(row, base, each) for each in slices]
-        base = base if base is not None or row.inputs != "deltas" else next(iter(self._bases(slices)), None)
-        if row.inputs == "deltas" and base is None:
+        bases = [each.base for each in slices] or [base]
+        if None in bases and (row.inputs == "deltas" or set(bases) != {None}):
             self.complain("base_model", "is missing: mergekit's method needs it")
+        base = base or bases[0]
         sources = [source for each in slices for source in each.sources]
         references, spans = [s.reference for s in sources], [s.span for s in sources if s.span is not None]
         first = base if base is not None else next(iter(references), None)
@@ -217,12 +218,13 @@ class _Translation:
         seen = base if row.inputs != "members" else None  # from where task vectors are seen
         if row.inputs == "one" and spans:
             seen = first  # layers of it are taken by its own name
-        others = [reference for reference in references if reference != seen]
+        if not row.based:
+            slices = [replace(each, base=seen) for each in slices]
+        # A model that is the base of one slice may be merged in another.
+        others = [s.reference for each in slices for s in each.sources if not s.reference == each.base == seen]
         names = names_of(others, sliced=bool(spans))
-        read = [self._read(row, each, seen, names) for each in slices]
-        if seen is not None:
-            names[seen] = BASE
-        self.names = names
+        read = [self._read(row, each, each.base, names) for each in slices]
+        self.names = names if seen is None else {**names, seen: BASE}
         if len(slices) > 1 or any(start for start, _ in spans):  # layers get other numbers
             options, weights, self.variations = together(slices, read, names)
         else:
@@ -232,30 +234,26 @@ class _Translation:
         self.remarks = list(dict.fromkeys([*self.remarks, *([row.remark] if row.remark else [])]))
         return Recipe(
             method=row.method, base=first,
-            experts=tuple(f"{name}={reference}" for reference, name in names.items() if reference != seen),
+            experts=tuple(f"{name}={reference}" for reference, name in names.items()),
             options={**row.fixed, **(row.alone if base is None else {}), **options}, weights=weights, dtype=dtype,
-            layers=runs_of(slices, names),
+            layers=runs_of(slices, names, seen),
         )  # fmt: skip
 
     def _with_base(self, row: Row, base: str | None, each: Slice) -> Slice:
         """A slice as mergekit completes it: a base that is named but not listed is one more model where all stand."""
-        if each.base not in (None, base) and (base is not None or row.inputs != "deltas"):
-            self.complain(f"{each.path}.base_model", "only the base_model of the whole can be honoured")
+        if row.based:
+            base = each.base or base
+        elif each.base not in (None, base):
+            self.remarks.append(f"{each.path}.base_model has no effect with this method in mergekit, nor here.")
+        each = replace(each, base=base)
         sided = all(source.span is None for source in each.sources)
         if base is None or base in (source.reference for source in each.sources):
             return each
         if sided:
             return replace(each, sources=(*each.sources, Source(base, each.shared)))
-        if row.inputs in ("deltas", "either"):
+        if row.based:
             self.complain(f"{each.path}.sources", f"'{base}' is missing: mergekit needs the base_model in each slice")
         return each
-
-    def _bases(self, slices: Sequence[Slice]) -> list[str]:
-        """The one base that all slices have for themselves."""
-        own = dict.fromkeys(each.base for each in slices)
-        if len(own) > 1:
-            self.complain("slices", "their base_models differ, and only one for all can be honoured")
-        return [each for each in own if each is not None]
 
     def _read(self, row: Row, each: Slice, base: str | None, names: Mapping[str, str]) -> Read:
         """The parameters of a slice."""

@@ -72,6 +72,11 @@ class Row:
     experts: tuple[int, int | None] = (1, None)
     remark: str | None = None
 
+    @property
+    def based(self) -> bool:
+        """Whether task vectors are taken from a base, if there is one."""
+        return self.inputs in ("deltas", "either")
+
 
 _WEIGHT = Parameter("weight", WEIGHT, REQUIRED, per_model=True)
 _DENSITY = Parameter("density", "density", 1.0, per_model=True, ends=(-math.inf, 1.0))

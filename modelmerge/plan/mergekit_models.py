@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Models side by side: where that stands, the settings for all of them from near to far, and its own base."""
+    """Models side by side: where that stands, the settings for all of them from near to far, and their base."""
 
     path: str
     shared: Scopes
@@ -194,13 +194,15 @@ def _name(reference: str) -> str:
     return re.sub(r"[^\w.\-]", "-", last).lstrip("_.-") or "model"
 
 
-def runs_of(slices: Sequence[Slice], names: Mapping[str, str]) -> tuple[str, ...]:
-    """The slices as `--layers` says them; nothing where models stand side by side."""
+def runs_of(slices: Sequence[Slice], names: Mapping[str, str], base: str | None) -> tuple[str, ...]:
+    """The slices as `--layers` says them; nothing where models stand side by side. `base` is that of the whole."""
     runs = []
     for each in slices:
-        words = [
-            f"{names[source.reference]}:{source.span[0]}-{source.span[1]}" for source in each.sources if source.span
-        ]
+        words = []
+        for source in each.sources:
+            is_base = source.reference == each.base
+            name = BASE if is_base and each.base == base else f"{BASE}=" * is_base + names[source.reference]
+            words += [f"{name}:{source.span[0]}-{source.span[1]}"] if source.span else []
         runs += [shlex.join(words)] if words else []
     return tuple(runs)
 
@@ -301,7 +303,7 @@ def together(
             weights[str(key[0])] = value
     first = 0
     for i, (each, settings, (_, _, variations)) in enumerate(zip(slices, plain, read, strict=True)):
-        spans = {names[source.reference]: source.span for source in each.sources if source.span is not None}
+        spans = {names.get(source.reference, BASE): source.span for source in each.sources if source.span is not None}
         count = next((last - start for start, last in spans.values()), 0)
         ends = (i == 0, i == len(slices) - 1)
         for (expert, option), value in settings.items():

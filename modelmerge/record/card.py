@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
 
 from modelmerge.checkpoint.documents import parse_yaml, read_bytes, top_entries
 from modelmerge.checkpoint.manifest_file import inputs_of
@@ -153,22 +153,23 @@ def render(
     named = [name for model in ours for name in (model.repository, *model.parts)]
     on_hub = [*dict.fromkeys(name for stage in stages for name in stage.repositories)]
     on_hub = [*dict.fromkeys(name for name in (*on_hub, *named) if name)]
-    data = ModelCardData(
-        base_model=on_hub or None,
-        base_model_relation=("adapter" if adapter else "merge") if on_hub else None,
-        library_name="peft" if adapter else library,
-        pipeline_tag=(_line(base.front.get("pipeline_tag")) or task) if library else None,
-        tags=["merge", "modelmerge", *(["lora"] if adapter else []), *(m.name for m in (*methods, *transforms))],
-    )
-    for key, value in license.items():
-        data[key] = value
+    tags = ["merge", "modelmerge", *(["lora"] if adapter else []), *(m.name for m in (*methods, *transforms))]
+    front = {
+        "base_model": on_hub,
+        "library_name": "peft" if adapter else library,
+        **license,
+        "pipeline_tag": (_line(base.front.get("pipeline_tag")) or task) if library else None,
+        "tags": list(dict.fromkeys(tags)),
+        "base_model_relation": ("adapter" if adapter else "merge") if on_hub else None,
+    }
+    text = yaml.dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
     names = " and ".join(code(method.name) for method in methods) + "".join(
         f" after {code(transform.name)}" for transform in reversed(transforms)
     )
     options = [*(item for method in (*transforms, *methods) for item in method.options.items()), *settings.items()]
     citations = list(dict.fromkeys(method.bibtex for method in (*methods, *transforms) if method.bibtex))
     parts = [
-        f"---\n{data.to_yaml()}\n---",
+        f"---\n{text}---",
         f"# {words(title)}",
         (
             f"Layers of {_link(base)}" + (f" and {_count(experts)}" if experts else "") + ", put together anew"
@@ -210,6 +211,8 @@ def with_results(text: str, results: Sequence[Result], *, name: str, picture: st
         name: The model's name.
         picture: A file beside the card that shows them.
     """
+    from huggingface_hub import EvalResult, ModelCard  # here: most cards are written without results
+
     card = ModelCard(text, ignore_metadata_errors=True)
     data: Any = card.data
     data.model_name = visible(name)

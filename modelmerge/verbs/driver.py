@@ -18,20 +18,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from modelmerge import interrupts
 from modelmerge.checkpoint.work import job_at, work_folder
 from modelmerge.errors import OutputError, UsageError, from_dict
-from modelmerge.hub.upload import Target, Uploader
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import Reporter
 from modelmerge.record.recorded import Recorded
 from modelmerge.verbs.prepare import Prepared
 from modelmerge.verbs.shared import is_ray
+
+if TYPE_CHECKING:
+    from modelmerge.hub.upload import Target, Uploader
 
 _SOON = 0.2  # seconds
 _AFTERWARDS = 30.0  # seconds for the others to see that all is done

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.opening import as_references
@@ -17,7 +17,6 @@ from modelmerge.checkpoint.work import job_at, work_folder
 from modelmerge.engine.merge import run
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError, named
-from modelmerge.hub.upload import Uploader
 from modelmerge.plan.downloads import fetch
 from modelmerge.plan.recipe import Dtype, OnMismatch, Recipe, Weights
 from modelmerge.progress import SILENT, Reporter
@@ -36,6 +35,9 @@ from modelmerge.verbs.prepare import (
 from modelmerge.verbs.recipes import prepare_file
 from modelmerge.verbs.shared import FILES, on_local_card, plan_of_units, refuse_unshared, share_out
 from modelmerge.verbs.tensors import State, merge_tensors, states_of
+
+if TYPE_CHECKING:
+    from modelmerge.hub.upload import Uploader
 
 
 def merge(

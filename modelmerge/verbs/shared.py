@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from modelmerge.checkpoint.layout import Layout
 from modelmerge.checkpoint.output import check_output, finished
@@ -28,7 +28,6 @@ from modelmerge.engine.merge import run_shared
 from modelmerge.engine.parallel import prepare_process, source_of
 from modelmerge.engine.units import Unit, spread
 from modelmerge.errors import OutputError, UsageError, named
-from modelmerge.hub.upload import Uploader
 from modelmerge.plan.downloads import fetch, input_paths
 from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import Reporter
@@ -37,6 +36,9 @@ from modelmerge.record.manifest import as_file
 from modelmerge.verbs import coefficients
 from modelmerge.verbs.output import beside_bytes, complete
 from modelmerge.verbs.prepare import Prepared, digest_of, with_coefficients
+
+if TYPE_CHECKING:
+    from modelmerge.hub.upload import Uploader
 
 FILES, RAY = "files", "ray"
 Digests = list[dict[Path, str]]  # of the files of each model

@@ -13,18 +13,20 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelmerge import interrupts
 from modelmerge.checkpoint.output import check_output, finished
 from modelmerge.checkpoint.scratch import hidden_beside, reason
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import ModelMergeError, OutputError
-from modelmerge.hub.upload import Uploader
 from modelmerge.plan.downloads import input_paths
 from modelmerge.progress import Reporter
 from modelmerge.verbs.output import files_beside
 from modelmerge.verbs.prepare import Prepared, digest_of, threads_of_leftovers
+
+if TYPE_CHECKING:
+    from modelmerge.hub.upload import Uploader
 
 Make = Callable[[Mapping[str, Path]], Prepared]  # plans a merge, given the places of the stages before it
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from modelmerge import interrupts
 from modelmerge.errors import ModelMergeError
-from modelmerge.hub.upload import Uploader
 from modelmerge.progress import Silent
 from modelmerge.verbs.driver import Message, Work
 from modelmerge.verbs.merge import execute
@@ -59,6 +58,8 @@ class Relay(Silent):
 def take_part(work: Work, device: str, send: Callable[[Message], object]) -> Message:
     """Take part in a merge until its output is complete, and `send` how far it is; the last message."""
     try:
+        from modelmerge.hub.upload import Uploader
+
         prepared = prepare(
             work.recipe, device=device, recorded=work.recorded, remarks=work.remarks, stream=work.stream,
             script=work.script,

@@ -39,7 +39,9 @@ _POLL = 0.02  # seconds between two looks at a child's memory
 _SETTLED = 2.5  # seconds: modelmerge remembers no digest of a file younger than 2 s
 _PLACES = ("--workdir", "--results", "--python", "--fusion-python")  # options that name places of this machine
 # As the command does before anything else, and at its end.
-START = "import gc; gc.set_threshold(100_000); import modelmerge.cli, modelmerge.verbs.merge; gc.freeze()"
+START = "import gc, os; gc.set_threshold(500_000); import modelmerge.cli, modelmerge.verbs.merge; os._exit(0)"
+# Of an installed program the modules are compiled.
+_COMPILED = tempfile.TemporaryDirectory(prefix="modelmerge-compiled-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,12 @@ def run_merges(work: Path, inputs: Inputs, name: str) -> tuple[Usage, Usage]:
 def cache(work: Path) -> Iterator[dict[str, str]]:
     """The environment of a modelmerge that remembers no digest yet."""
     with tempfile.TemporaryDirectory(prefix="cache-", dir=work) as directory:
-        yield {**os.environ, "MODELMERGE_CACHE": directory}
+        yield {**_installed(), "MODELMERGE_CACHE": directory}
+
+
+def _installed() -> dict[str, str]:
+    """The environment of a program whose modules are compiled once, though they lie in a folder of sources."""
+    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": _COMPILED.name}
 
 
 def run_merge(
@@ -256,7 +263,7 @@ def floor() -> None:
     """
     import gc
 
-    gc.set_threshold(100_000)
+    gc.set_threshold(500_000)
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -276,18 +283,18 @@ def floor() -> None:
             if model == models[-1]:
                 save_file(state, out / file.name, metadata={"format": "pt"})
             del state
-    gc.freeze()
+    os._exit(0)
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
-    """Run a child to its end, watching its memory.
+    """Run a child to its end, watching its memory; modelmerge, where no environment is named.
 
     Raises:
         RuntimeError: It failed.
     """
     with tempfile.TemporaryFile() as errors:
         began = time.monotonic()
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment or _installed())
         watch = _Watch(child.pid)
         _, status, used = os.wait4(child.pid, 0)
         wall = time.monotonic() - began

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
@@ -369,6 +370,19 @@ def test_a_run_without_resume_clears_what_an_interrupted_one_kept(models: list[P
     assert all(identities(out, [name])[name][1] != before[name][1] for name in done)
     assert not (out / "stray").exists()
     assert leftovers(out) == []
+
+
+@pytest.mark.parametrize("most", [0, 1, 30, 64, 100, 10_000])
+def test_shards_are_those_of_the_models_library(most: int) -> None:
+    sizes = {f"t{i}": nbytes for i, nbytes in enumerate((40, 10, 100, 20, 64, 1, 0, 30))}
+    theirs = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=lambda nbytes: nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=most
+    )
+    layout = lay_out({name: ("U8", (nbytes,), nbytes) for name, nbytes in sizes.items()}, most)
+    assert {shard.filename: list(shard.tensors) for shard in layout.shards} == theirs.filename_to_tensors
+    for index in layout.indices.values():
+        assert json.loads(index) == {"metadata": theirs.metadata, "weight_map": theirs.tensor_to_filename}
+    assert bool(layout.indices) == theirs.is_sharded
 
 
 def test_shards_in_folders_are_taken_up_too(tmp_path: Path) -> None:

@@ -87,6 +87,26 @@ def test_a_run_is_merged_from_its_models_alone(tmp_path: Path, family: dict[str,
         assert torch.allclose(tensor, seen[end] + 0.5 * (layer(code, 3)[end] - seen[end]), atol=1e-6)
 
 
+def test_a_run_may_have_a_base_of_its_own(tmp_path: Path, family: dict[str, Path]) -> None:
+    """The base of the whole is an expert there, if it is named among the experts too."""
+    experts = {"math": family["math"], "code": family["code"], "own": family["base"]}
+    runs = ["base=math:1-3 code:2-4 own:0-2", "base:1-2 math:1-2", "base=code:0-1"]
+    modelmerge.merge(family["base"], experts, tmp_path / "out", method="task-arithmetic", scale=0.5, layers=runs)
+    math, code, base = (read(family[name]) for name in ("math", "code", "base"))
+    got = read(tmp_path / "out")
+    for i in range(2):
+        seen, one, other = layer(math, i + 1), layer(code, i + 2), layer(base, i)
+        for end, tensor in layer(got, i).items():
+            wanted = seen[end] + 0.5 * (one[end] - seen[end] + other[end] - seen[end])
+            assert torch.allclose(tensor, wanted, atol=1e-6)
+    assert same(layer(got, 3), layer(code, 0))
+    assert torch.equal(got["lm_head.weight"], code["lm_head.weight"])
+    modelmerge.extract(family["base"], [family["math"]], tmp_path / "taus")
+    with pytest.raises(UsageError, match="its base must be a model, not what changes in one"):
+        merge({"base": family["base"], "math": tmp_path / "taus" / "math", "code": family["code"]}, tmp_path / "no",
+              "ties", "base=math:0-2 code:0-2")  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["average", "slerp", "ties", "tsv-m", "karcher"])
 def test_all_layers_of_all_models_are_what_they_are_without_runs(
     method: str, tmp_path: Path, family: dict[str, Path]
@@ -155,6 +175,8 @@ def test_kinds_of_layers_that_follow_from_their_numbers_are_spelled_out(
         ("average", "math:0-2 code:1-4", "needs as many layers of each model"),
         ("average", "math:0-2 math:1-3", "names 'math' twice"),
         ("average", "", "names no layers"),
+        ("average", "base=maths:0-2", "there is no model 'maths'"),
+        ("ties", "base=math:0-2 base:0-2 code:0-2", "names two bases"),
         ("average", "'math:0-2", "No closing quotation"),
         ("ties", "math:0-2 code:0-2", "'ties' merges what models differ in from the base, which is not named"),
         ("passthrough", "math:0-2 code:0-2", "'passthrough' takes 1 beside the base, and there are 2"),

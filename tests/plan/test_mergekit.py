@@ -242,9 +242,9 @@ base_model: models/base
          ["slices[0]: one model with normalize false", "slices[1]: one model with normalize false"]),
         ("merge_method: ties\nbase_model: a\nparameters: {weight: 1}\nslices: [{sources: [{model: b, layer_range: "
          "[0, 1]}]}]\n", ["slices[0].sources: 'a' is missing: mergekit needs the base_model in each slice"]),
-        ("merge_method: ties\nbase_model: a\nparameters: {weight: 1}\nslices: [{base_model: b, sources: [{model: a, "
-         "layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]}]\n",
-         ["slices[0].base_model: only the base_model of the whole can be honoured"]),
+        ("merge_method: ties\nparameters: {weight: 1}\nslices: [{base_model: b, sources: [{model: a, layer_range: "
+         "[0, 1]}, {model: b, layer_range: [0, 1]}]}, {sources: [{model: a, layer_range: [0, 1]}]}]\n",
+         ["base_model: is missing: mergekit's method needs it"]),
         ("merge_method: passthrough\nmodules: {encoder: {}, default: {slices: 7}}\n",
          ["modules.encoder: only the module 'default'", "modules.default.slices: is no list"]),
         ("merge_method: slerp\nbase_model: a\nmodels: [{model: b}, {model: c}]\nparameters: {t: 0.5}\n",
