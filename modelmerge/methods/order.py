@@ -7,7 +7,7 @@ Of a large model the first counts only those near the buckets that a sample tell
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
 
@@ -22,11 +22,13 @@ _ERRORS = 20.0
 
 
 def by_rank(
-    numbers: Callable[[Tensor], Tensor], ranks: Sequence[int] | Sequence[Sequence[int]], large: int | None = None
-) -> Generator[Pass, Tensor, Tensor]:
-    """The numbers of these ranks, counted from 1, that `numbers` makes of task vectors [T, n] -> [T, n]: [T, ranks].
+    numbers: Callable[[Tensor], Iterable[Tensor]], ranks: Sequence[int] | Sequence[Sequence[int]],
+    large: int | None = None,
+) -> Generator[Pass, Tensor, Tensor]:  # fmt: skip
+    """The numbers of these ranks, counted from 1, that `numbers` makes of task vectors [T, n]: T rows [n]. [T, ranks].
 
-    The ranks are the same for all rows, or some for each. A `large` model with so many entries is sampled first.
+    The rows come one by one, as memory for all of them at once would be new for each block. The ranks are the same for
+    all rows, or some for each. A `large` model with so many entries is sampled first.
     """
 
     def count_high(taus: Tensor, total: Tensor) -> None:
@@ -74,13 +76,13 @@ def _around(sample: Tensor, shares: Tensor) -> list[list[tuple[int, int]]]:
     return [list(zip(*each, strict=True)) for each in zip(first.tolist(), last.tolist(), strict=True)]
 
 
-def _count_near(rows: Tensor, ranges: Sequence[Sequence[tuple[int, int]]], total: Tensor) -> None:
-    """Adds to total [T, ranks (2^16 + 1)] how many of [T, n] lie in each bucket of a range; last, how many below it."""
+def _count_near(rows: Iterable[Tensor], ranges: Sequence[Sequence[tuple[int, int]]], total: Tensor) -> None:
+    """Adds to total [T, ranks (2^16 + 1)] how many of T rows lie in each bucket of a range; last, how many below it."""
     for row, some, counts in zip(rows, ranges, total, strict=True):
         bits = _sorting(row)
         for (first, last), count in zip(some, counts.view(-1, _BUCKETS + 1), strict=True):
-            inside = _buckets(threshold.within(bits, _first(first), _first(last + 1)))
-            count[:-1] += torch.bincount(inside, minlength=_BUCKETS)
+            inside = _buckets(threshold.within(bits, _first(first), _first(last + 1))).sub_(first)
+            count[first : last + 1] += torch.bincount(inside, minlength=last + 1 - first)
             count[-1] += len(bits) - threshold.at_least(bits, _first(first))
 
 

@@ -230,7 +230,7 @@ def _entries(windows: Sequence[Sequence[_Window]], places: Sequence[Sequence[int
 def _counted(numbers: Numbers, places: Sequence[Sequence[int]], numel: int) -> Generator[Look, Any, Tensor]:
     """The numbers of these places, [R, k], by counting all."""
     ranks = [[numel - max(place, 1) + 1 for place in row] for row in places]
-    search = order.by_rank(lambda taus: torch.stack(list(numbers(taus))), ranks)
+    search = order.by_rank(numbers, ranks)
     trip = next(search)
 
     def counted(taus: Tensor, base: Tensor) -> Tensor:

@@ -41,9 +41,24 @@ def test_agrees_with_float64(size: float, ratio: float) -> None:
 def test_scores_do_not_depend_on_where_a_block_ends() -> None:
     taus = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     limits = torch.tensor([[0.1, 2.0]]).repeat(3, 1)
-    whole = pcb.scores(taus, pcb.ends_of(limits))
+    whole = torch.stack([*pcb.scores(taus, pcb.ends_of(limits))])
     for first, last in ((0, 1), (1, 8), (3, 777), (999, 1000), (17, 33)):
-        assert torch.equal(pcb.scores(taus[:, first:last].contiguous(), pcb.ends_of(limits)), whole[:, first:last])
+        part = torch.stack([*pcb.scores(taus[:, first:last].contiguous(), pcb.ends_of(limits))])
+        assert torch.equal(part, whole[:, first:last])
+
+
+def test_tanh_of_small_numbers_is_not_missed() -> None:
+    """They are their own, so that a block without it has the scores that it has beside large ones."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.rand(1 << 16, generator=generator) * 10.0 ** torch.randint(-40, -3, (1 << 16,), generator=generator)
+    small = torch.cat([small[small < pcb.ITSELF], torch.tensor(pcb.ITSELF).nextafter(torch.zeros(()))[None]])
+    assert torch.equal(small.tanh(), small)
+    assert torch.equal((-small).tanh(), -small)
+    taus = torch.randn(3, 4096, generator=generator) * 1e-3
+    ends = pcb.ends_of(torch.tensor([[1e-4, 2e-3]]).repeat(3, 1))
+    beside = torch.cat([taus, torch.full((3, 64), 1.0)], dim=1)
+    alone, together = (torch.stack([*pcb.scores(each, ends)]) for each in (taus, beside))
+    assert torch.equal(alone, together[:, :4096])
 
 
 def test_numbers_by_rank_are_those_of_a_sort() -> None:

@@ -12,13 +12,13 @@ agreement over the tasks after it. An expert whose magnitudes or scores are all 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from modelmerge.methods import order, signs, threshold
-from modelmerge.methods.blocks import blocks, in_blocks
+from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Pass, Survey, Tensor
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
@@ -27,6 +27,7 @@ _TAIL = 1e-4  # the share of the magnitudes that is cut off at either end
 # Elements of the widest vector registers, and more: exp and tanh of a whole register and of single numbers differ in
 # the last bit, and where a block ends must not matter.
 _LANES = 64
+ITSELF = 2.0**-12  # below that the float32 next to tanh x is x
 
 Ends = tuple[float, float, float]  # of a range, and its length in float32
 
@@ -62,24 +63,20 @@ def ends_of(pairs: Tensor) -> list[Ends]:
     return [(low, high, reach) for low, high, reach in torch.cat([pairs, pairs.diff(dim=1)], dim=1).tolist()]
 
 
-def _scores(taus: Tensor, limits: Sequence[Ends]) -> Tensor:
-    """`scores` of [T, n], a block at a time."""
-    found = torch.empty_like(taus)
-    for block in blocks(taus):
-        found[:, block] = scores(taus[:, block], limits)
-    return found
-
-
-def scores(taus: Tensor, limits: Sequence[Ends]) -> Tensor:
-    """Each entry's score [T, n], from task vectors [T, n] and the ends of their magnitudes."""
+def scores(taus: Tensor, limits: Sequence[Ends]) -> Iterator[Tensor]:
+    """Each task's scores [n], from task vectors [T, n] and the ends of their magnitudes."""
     count = taus.shape[1]
     padded = torch.nn.functional.pad(taus, (0, -count % _LANES)) if count % _LANES else taus
-    total, found, part = weighted_sum(padded, (1.0,) * len(padded)), torch.empty_like(padded), None
-    for tau, score, ends in zip(padded, found, limits, strict=True):
+    total, part = weighted_sum(padded, (1.0,) * len(padded)), None
+    for tau, ends in zip(padded, limits, strict=True):
         part = torch.abs(tau, out=part)
         matters = _share(part, *ends).square_().mul_(len(taus)).exp_()
-        torch.mul(tau, total, out=score).tanh_().mul_(matters)
-    return found[:, :count]
+        score = tau * total
+        # Task vectors are small, and on a CPU tanh takes longer than all else.
+        least, most = torch.aminmax(score)
+        if score.device.type != "cpu" or max(-float(least), float(most)) >= ITSELF:
+            score.tanh_()
+        yield score.mul_(matters)[:count]
 
 
 def _share(values: Tensor, low: float, high: float, reach: float) -> Tensor:
@@ -94,10 +91,10 @@ def _survey(options: Options, each: Mapping[str, tuple[float, ...]]) -> Survey:
     def find(numel: int) -> Generator[Pass, Tensor, Tensor]:
         large = numel if numel >= threshold.SAMPLED else None
         tails = (int(numel * _TAIL) + 1, max(int(numel * (1 - _TAIL) - 1), 0) + 1)
-        limits = yield from order.by_rank(lambda taus: taus.abs(), tails, large)
+        limits = yield from order.by_rank(lambda taus: (tau.abs() for tau in taus), tails, large)
         kept = (min(int(numel * (1 - options.ratio)) + 1, numel), numel)
         inside = ends_of(limits)
-        ends = yield from order.by_rank(lambda taus: _scores(taus, inside), kept, large)
+        ends = yield from order.by_rank(lambda taus: scores(taus, inside), kept, large)
         return torch.cat([limits, ends], dim=1)
 
     return Survey(find=find, reads=lambda numel: 4.0 if numel < threshold.SAMPLED else 4.0 + 2.0 / threshold.SHARE)
