@@ -19,6 +19,7 @@ from modelmerge.methods import registry
 from tests.support.checkpoints import State, read, same, write
 from tests.support.commands import refused, run
 from tests.support.methods import takes
+from tests.support.progress import Ear
 from tests.support.simulated import Machine, simulated
 
 SHAPES = {
@@ -144,8 +145,10 @@ def test_small_matrices_are_merged_in_batches_on_a_simulated_device(
     plan = modelmerge.merge(base, experts, tmp_path, method=name, device="sim:1", dry_run=True, **values)
     shapes = watched(monkeypatch, name)
     machine.forget()
-    there = modelmerge.merge(base, experts, tmp_path / "there", method=name, device="sim:1", **values)
+    ear = Ear()
+    there = modelmerge.merge(base, experts, tmp_path / "there", method=name, device="sim:1", progress=ear, **values)
     check_device(machine, plan["peak_memory"])
+    assert (len(ear.done), sum(ear.done.values())) == (2 * LAYERS, ear.total)
     sizes = [shape[1] for shape in shapes if len(shape) == 4]
     # What is stored whole shows only when it is there that it is not alike: three are then merged one by one.
     assert sizes == ([] if values else [3, 3, 3] if stored == "whole" else [2, 3, 3, 2])
@@ -155,6 +158,26 @@ def test_small_matrices_are_merged_in_batches_on_a_simulated_device(
     for tensor, figures in here["tensors"]["figures"].items():
         assert there["tensors"]["figures"].pop(tensor) == pytest.approx(figures, rel=1e-4)
     assert not there["tensors"]["figures"]
+
+
+def test_batches_do_not_depend_on_who_merges_which_file(
+    layers: list[Path],
+    tmp_path: Path,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Alone, and as units of a shared merge."""
+    monkeypatch.setattr("modelmerge.engine.batches.BATCH", 3 * 64 * 48)
+    seen = dict[str, list[int]]()
+    for folder, words in {"alone": [], "shared": ["--cluster", "files"]}.items():
+        shapes = watched(monkeypatch, "iso-c")
+        asked = [*layers, "-o", tmp_path / folder, "--device", "sim:1", "--max-shard-size", "50KB", *words]
+        assert run(capsys, "merge", "iso-c", *asked)[0] == 0
+        seen[folder] = sorted(shape[1] for shape in shapes if len(shape) == 4)
+    assert seen["alone"] == seen["shared"] != []
+    assert len(list((tmp_path / "alone").glob("*.safetensors"))) > 2
+    assert same(read(tmp_path / "alone"), read(tmp_path / "shared"))
 
 
 @pytest.mark.parametrize("name", ["kron", "apgd"])

@@ -14,15 +14,15 @@ from modelmerge.engine.pieces import Piece
 from modelmerge.methods.contract import alike
 from modelmerge.plan.tensors import TensorPlan, Tensors
 
-Pair = tuple[Tensor, Tensor]
+Factors = tuple[tuple[Tensor, Tensor] | None, ...]
 
 
 def group(job: Job, tensors: Tensors, fits: Callable[[TensorPlan], bool]) -> list[list[TensorPlan]]:
     """Whole tensors as they are merged: those of one list at once, the others alone.
 
-    They lie in one weight file, and are alike in shape, method, options, and in how experts store them. Bits may depend
-    on what is together, which therefore does not depend on who merges which weight file. Models that are streamed are
-    read in their order.
+    They lie in one weight file, and are alike in shape, method, options, and in who stores them. Bits may depend on
+    what is together, which therefore does not depend on who merges which weight file. Models that are streamed are read
+    in their order.
 
     Args:
         job: The merge.
@@ -39,11 +39,7 @@ def group(job: Job, tensors: Tensors, fits: Callable[[TensorPlan], bool]) -> lis
         most = BATCH // max(tensor.numel, 1) if takes and tensor.rows is None and not job.transforms else 1
         while most > 1 and not fits(as_one([tensor] * most)):
             most //= 2
-        infos = [(expert.name, expert.tensors.get(tensor.name)) for expert in job.plan.experts_of(tensor)]
-        stored = [
-            (name, info and (info.dtype, info.change and [part.shape for part in info.change.parts]))
-            for name, info in infos
-        ]
+        stored = [(expert.name, tensor.name in expert.tensors) for expert in job.plan.experts_of(tensor)]
         key = repr((files.get(tensor.name), tensor.shape, tensor.dtype, setting, stored))
         if streamed and key not in growing:
             growing.clear()
@@ -62,30 +58,22 @@ def as_one(batch: Tensors) -> TensorPlan:
 
 def load(job: Job, batch: Tensors, *, check: bool, loader: Loader | None = None) -> tuple[list[Piece], Tensor, Tensor]:
     """The pieces of B tensors of one shape, `theta_0` [B, *shape] and task vectors [T, B, *shape], on the host."""
-    pieces, bases, taus = [], [], torch.empty(0)
-    for i, tensor in enumerate(batch):
-        piece, theta_0, vectors = whole(job.source, tensor, check=check, loader=loader)
-        if len(batch) == 1:
-            return [piece], theta_0[None], vectors[:, None]
-        taus = taus if i else vectors.new_empty(len(vectors), len(batch), *tensor.shape)
-        taus[:, i] = vectors
-        pieces.append(piece)
-        bases.append(theta_0)
-    return pieces, torch.stack(bases), taus
+    loaded = (whole(job.source, tensor, check=check, loader=loader) for tensor in batch)
+    if len(batch) == 1:
+        piece, theta_0, taus = next(loaded)
+        return [piece], theta_0[None], taus[:, None]
+    # Copies: the loader's buffer is written over.
+    pieces, bases, vectors = zip(*((piece, base, taus.clone()) for piece, base, taus in loaded), strict=True)
+    return list(pieces), torch.stack(bases), torch.stack(vectors, dim=1)
 
 
-def stacked(factors: Sequence[tuple[Pair | None, ...] | None]) -> tuple[Pair | None, ...] | None:
+def stacked(factors: Sequence[Factors | None]) -> Factors | None:
     """The factors of B matrices as those of a batch: of each expert [B, m, r] and [B, r, n].
 
     Raises:
         Apart: They are not of the same ranks.
     """
-    if not alike(pairs is not None for pairs in factors):
-        return None
-    together: list[Pair | None] = []
-    for pairs in zip(*(pairs or () for pairs in factors), strict=True):
-        known = alike(pair and pair[0].shape for pair in pairs) is not None
-        sides = zip(*(pair for pair in pairs if pair is not None), strict=True)
-        left, right = (torch.stack(side) for side in sides) if known else (None, None)
-        together.append((left, right) if left is not None and right is not None else None)
-    return tuple(together)
+    alike([pair and pair[0].shape for pair in pairs or ()] for pairs in factors)
+    experts = zip(*(pairs or () for pairs in factors), strict=True)
+    sides = [list(zip(*(pair for pair in pairs if pair), strict=True)) for pairs in experts]
+    return tuple((torch.stack(both[0]), torch.stack(both[1])) if both else None for both in sides) or None

@@ -55,6 +55,10 @@ class _Output:
         self.staging.write(piece.tensor.name, start, as_bytes(data))
 
 
+_Merged = Iterator[tuple[_Output, Tensor]]
+Batch = list[Piece]
+
+
 def run(job: Job, staging: Staging, progress: Reporter) -> Findings:
     """Merge every tensor of the plan into the staging directory.
 
@@ -217,9 +221,7 @@ def _run_whole(
     """Merge tensors that a method wants whole: modest ones side by side, large ones in turn."""
     job = fitted.job
 
-    def merge(
-        piece: Piece, theta_0: Tensor, taus: Tensor, vector: Tensor | None = None
-    ) -> Iterator[tuple[_Output, Tensor]]:
+    def merge(piece: Piece, theta_0: Tensor, taus: Tensor, vector: Tensor | None = None) -> _Merged:
         fitted.chain.apply(piece, taus)
         if vector is None:
             factors = fitted.factors(piece.tensor, taus.device)
@@ -245,7 +247,7 @@ def _run_whole(
 def _run_in_turn(
     fitted: FittedJob,
     tensors: Sequence[Sequence[TensorPlan]],
-    merge: Callable[[Piece, Tensor, Tensor, Tensor | None], Iterator[tuple[_Output, Tensor]]],
+    merge: Callable[[Piece, Tensor, Tensor, Tensor | None], _Merged],
     findings: Findings,
     progress: Reporter,
 ) -> None:
@@ -297,7 +299,7 @@ def _run_in_turn(
 
 
 def _vectors(
-    fitted: FittedJob, pieces: Sequence[Piece], theta_0: Tensor, taus: Tensor, findings: Findings
+    fitted: FittedJob, pieces: Batch, theta_0: Tensor, taus: Tensor, findings: Findings
 ) -> Sequence[Tensor | None]:
     """The merged task vectors of a batch, found at once; None where each has to be found for itself."""
     noticed = nothing_found(fitted.job)
@@ -312,7 +314,7 @@ def _vectors(
 
 def _merged(
     fitted: FittedJob, piece: Piece, theta_0: Tensor, taus: Tensor, outputs: Sequence[_Output], vector: Tensor
-) -> Iterator[tuple[_Output, Tensor]]:
+) -> _Merged:
     """The piece's merged values, flat, as each output will store them; `theta_0` is used up."""
     # The base plus the whole of one task vector is its expert, to the last digit; the sum may miss that.
     only = len(taus) == 1 and not fitted.job.transforms and torch.equal(vector.flatten(), taus.flatten())
@@ -332,12 +334,7 @@ def _merged(
 
 
 def merged_vector(
-    fitted: FittedJob,
-    pieces: Sequence[Piece],
-    theta_0: Tensor,
-    taus: Tensor,
-    findings: Findings,
-    factors: Factors | None = None,
+    fitted: FittedJob, pieces: Batch, theta_0: Tensor, taus: Tensor, findings: Findings, factors: Factors | None = None
 ) -> Tensor:
     """A piece's merged task vector; or those of the pieces of a batch.
 

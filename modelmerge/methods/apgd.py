@@ -285,8 +285,7 @@ def solve(taus: Tensor, lambdas: list[Any], basis: Tensor, options: CorrectionOp
         square, before = product(residual, toward), square
         direction = toward + torch.where(before > 0, square / before, 0.0) * direction
         iteration += 1
-    counts = taken.int().flatten().tolist()
-    context.tell({"iterations": counts if rows.dim() == 4 else counts[0]})
+    context.tell({"iterations": taken.int().flatten().tolist() if rows.dim() == 4 else int(taken)})
     return spread(solution)
 
 

@@ -89,17 +89,14 @@ def of(
     if not rank:
         return Cores(taus, pairs=pairs)
     outer = lefts if left and lefts.shape[-1] < m else None
-    across = rights.mT.contiguous() if right and rights.shape[-1] < n else None
-    if outer is None and across is None:
+    inner = rights.mT.contiguous() if right and rights.shape[-1] < n else None
+    if outer is None and inner is None:
         return Cores(taus, pairs=pairs, rank=rank)
     sides = (
-        (
-            a.double() if outer is None else outer.mT @ a.double(),
-            b.double() if across is None else b.double() @ across.mT,
-        )
+        (a.double() if outer is None else outer.mT @ a.double(), b.double() if inner is None else b.double() @ inner.mT)
         for a, b in known
     )
-    return Cores(torch.stack([(a @ b).float() for a, b in sides]), outer, across, pairs, rank)
+    return Cores(torch.stack([(a @ b).float() for a, b in sides]), outer, inner, pairs, rank)
 
 
 def factors(taus: Tensor, context: Context, active: Sequence[int]) -> tuple[Pair | None, ...]:

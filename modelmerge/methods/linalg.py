@@ -11,8 +11,6 @@ without are zero there, for those of a batch keep one shape.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,6 +24,7 @@ _SPARE, _LARGE, _GAIN, _ITERATIONS = 16, 512, 1e-4, 20
 # The polar factor by products: it pays for matrices that are no more oblong; powers that find the largest singular
 # value, a factor that makes it an upper bound, and how far from orthonormal rows a factor may be.
 _OBLONG, _POWERS, _ABOVE, _ORTHONORMAL = 8, 20, 1.1, 1e-9
+_HALLEY = (6164.5, 18.445, 3.4475, 3.0005, 3.0)  # the weights a of its steps
 
 
 def left_singular_vectors(x: Tensor, rank: int) -> Tensor:
@@ -139,13 +138,13 @@ def leading_triplets(
     if factors is not None and factors[0].shape[-1] < min(x.shape[-2:]):
         (outer, left), (across, right) = (torch.linalg.qr(f.double()) for f in (factors[0], factors[1].mT))
         inner, s, last = torch.linalg.svd(left @ right.mT)
-        inner, s, last = _that_count(inner, s, last, rank)
-        return outer @ inner, s, last @ across.mT
+        s, inner, last = _that_count(s[..., :rank], inner[..., :rank], last.mT[..., :rank])
+        return outer @ inner, s, last.mT @ across.mT
     x = x.double()
     if x.shape[-2] > x.shape[-1]:
         right, s, left = leading_triplets(x.mT, rank)
         return left.mT, s, right.mT
-    left, s = _eigen(x @ x.mT, rank)
+    s, left = _eigen(x @ x.mT, rank)
     return left, s, (left.mT @ x).div_(_divisor(s)[..., None])
 
 
@@ -156,7 +155,9 @@ def quick_triplets(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if not iterates(x.shape, rank):
         return leading_triplets(x, rank)
-    return _that_count(*iterated(x, rank), rank)
+    left, s, right = iterated(x, rank)
+    s, left, right = _that_count(s, left, right.mT)
+    return left, s, right.mT
 
 
 def polar(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,7 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
         if bool(sound.all()):
             return (factor if wide else factor.mT), torch.linalg.vecdot(factor, rows).mean(-1)
         del factor
-    vectors, s = _eigen(x @ x.mT if wide else x.mT @ x, min(x.shape[-2:]))
+    s, vectors = _eigen(x @ x.mT if wide else x.mT @ x, min(x.shape[-2:]))
     whitened = (vectors / _divisor(s)[..., None, :]) @ vectors.mT
     return (whitened @ x if wide else x @ whitened), s.sum(-1) / (s > 0).sum(-1).clamp(min=1)
 
@@ -186,37 +187,19 @@ def polar_by_products(x: Tensor) -> tuple[Tensor, Tensor]:
     Comput. 2013). Five steps, 22 m^3 FLOP for a square, where an eigendecomposition has 9 m^3, but at less than 3 % of
     an H100's rate (Wang et al., arXiv 2410.02170). Within 1e-9 of the exact factor, relative.
     """
-    gram = x @ x.mT
-    vector = torch.randn(x.shape[-2], 1, generator=torch.Generator().manual_seed(0)).to(gram)
+    gram, vector = x @ x.mT, torch.randn(x.shape[-2], 1, generator=torch.Generator().manual_seed(0)).to(x)
     for _ in range(_POWERS):
         vector = torch.nn.functional.normalize(gram @ vector, dim=-2)
     square = vector.mT @ gram @ vector  # of the largest singular value: a little less
-    tested = gram.clone()
-    tested.diagonal(dim1=-2, dim2=-1).sub_(SUPPORT**2 * square[..., 0])
-    full = torch.linalg.cholesky_ex(tested).info == 0
-    del tested
+    eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    full = torch.linalg.cholesky_ex(gram - SUPPORT**2 * square * eye).info == 0
     gram, factor = gram.div_(_ABOVE**2 * square), x / (_ABOVE * square.sqrt())
-    for a, b, c in _halley_weights():
-        gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1.0)
-        step = torch.cholesky_solve(factor, torch.linalg.cholesky_ex(gram).L)
+    for a in _HALLEY:  # x (a + b x^2) / (1 + c x^2), with b and c so that 1 stays 1
+        b, c = (a - 1.0) ** 2 / 4.0, (a - 1.0) * (a + 3.0) / 4.0
+        step = torch.cholesky_solve(factor, torch.linalg.cholesky_ex(gram.mul_(c).add_(eye)).L)
         factor = factor.mul_(b / c).add_(step, alpha=a - b / c)
         gram = torch.matmul(factor, factor.mT, out=gram)
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    return factor, full & (gram.abs().amax((-2, -1)) < _ORTHONORMAL)
-
-
-@functools.cache
-def _halley_weights() -> list[tuple[float, float, float]]:
-    """The weights a, b, c of each step x (a + b x^2) / (1 + c x^2), until what was smallest is 1."""
-    weights, least = [], SUPPORT / _ABOVE**2
-    while least < 1.0 - 1e-15:
-        d = (4.0 * (1.0 - least**2) / least**4) ** (1 / 3)
-        root = math.sqrt(1.0 + d)
-        a = root + 0.5 * math.sqrt(8.0 - 4.0 * d + 8.0 * (2.0 - least**2) / (least**2 * root))
-        b = (a - 1.0) ** 2 / 4.0
-        weights.append((a, b, a + b - 1.0))
-        least = min(least * (a + b * least**2) / (1.0 + (a + b - 1.0) * least**2), 1.0)
-    return weights
+    return factor, full & (gram.sub_(eye).abs().amax((-2, -1)) < _ORTHONORMAL)
 
 
 def nearest_orthogonal(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -234,30 +217,26 @@ def joint_left_vectors(taus: Tensor) -> Tensor:
         interrupts.check()
         wide = tau.double()
         gram.addmm_(wide, wide.T)
-    return _eigen(gram, m)[0]
+    return _eigen(gram, m)[1]
 
 
 def _eigen(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The first eigenvectors of a Gram matrix, [s, k], and the singular values behind them, [k], those that count."""
+    """The first singular values behind a Gram matrix, [k], and its eigenvectors [s, k]: those that count."""
     interrupts.check()
     squares, vectors = torch.linalg.eigh(gram)
-    s = squares.flip(-1)[..., :rank].clamp(min=0.0).sqrt()
-    if s.dim() > 1:
-        counting = s > SUPPORT * s[..., :1]
-        return vectors.flip(-1)[..., :rank] * counting[..., None, :], s * counting
-    count = int((s > SUPPORT * s[0]).sum()) if len(s) else 0
-    # A copy: a view would keep all the vectors in memory.
-    return vectors[:, len(squares) - count :].flip(1), s[:count]
+    # Copies: views would keep all the vectors in memory.
+    squares, vectors = (each[..., max(each.shape[-1] - rank, 0) :].flip(-1) for each in (squares, vectors))
+    s, vectors = _that_count(squares.clamp(min=0.0).sqrt(), vectors)
+    return s, vectors
 
 
-def _that_count(left: Tensor, s: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of triplets [m, k], [k] and [k, n] the first `rank`, without those that do not count (`SUPPORT`)."""
-    left, s, right = left[..., :rank], s[..., :rank], right[..., :rank, :]
+def _that_count(s: Tensor, *sides: Tensor) -> list[Tensor]:
+    """Singular values [k] and vectors [m, k], without those that do not count (`SUPPORT`)."""
     counting = s > SUPPORT * s[..., :1]
     if s.dim() > 1:
-        return left * counting[..., None, :], s * counting, right * counting[..., None]
+        return [s * counting, *(side * counting[..., None, :] for side in sides)]
     count = int(counting.sum())
-    return left[:, :count], s[:count], right[:count]
+    return [each[..., :count] for each in (s, *sides)]
 
 
 def _divisor(s: Tensor) -> Tensor:

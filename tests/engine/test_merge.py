@@ -25,6 +25,7 @@ from modelmerge.plan.recipe import Recipe
 from modelmerge.verbs.prepare import prepare
 from tests.support.checkpoints import State, base_state, expert_state, family, read, same_bits, write
 from tests.support.methods import measured_in_blocks, surveyed, takes
+from tests.support.progress import Ear
 
 NAMES = registry.data_free()
 NOTHING = {"name": "base", "reference": "base", "path": None, "files": {}}  # an input, as a manifest has it
@@ -353,27 +354,6 @@ def test_what_does_not_fit_on_the_device_is_merged_on_the_cpu(
     monkeypatch.setattr(memory, "free_memory", lambda device: needed)  # a tenth is kept free
     assert largest in beyond_device(job)
     prepared.close()
-
-
-class Ear:
-    """Hears the progress: of each item, whether it was begun, and how much of the last stage it was."""
-
-    def __init__(self) -> None:
-        self.begun: set[str] = set()
-        self.done: dict[str, int] = {}
-
-    def stage(self, label: str, total: int, unit: str = "bytes") -> None:
-        self.label, self.total, self.unit = label, total, unit
-        self.begun, self.done = set(), {}
-
-    def begin(self, item: str) -> None:
-        self.begun.add(item)
-
-    def advance(self, amount: int, item: str) -> None:
-        self.done[item] = self.done.get(item, 0) + amount
-
-    def note(self, message: str) -> None:
-        pass
 
 
 UNEQUAL = {"model.layers.0.q_proj.weight": (96, 96), "model.layers.1.q_proj.weight": (24, 384)}  # as many bytes
