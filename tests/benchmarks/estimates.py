@@ -27,6 +27,7 @@ RESULTS = Path(__file__).parent / "RESULTS-estimates.md"
 SETS = {"narrow": (256, 1024, 1, 4), "ViT-B/32": (768, 3072, 1, 8)}
 METHODS: dict[str, dict[str, object]] = {
     "task-arithmetic": {}, "tsv-m": {}, "iso-c": {}, "iso-cts": {}, "knots": {}, "wudi": {}, "kron": {}, "apgd": {},
+    "svc": {}, "actmat": {}, "ace": {},
     "apgd --published": {"published": True}, "wudi --published": {"published": True},
     "ties --disentangle apgd": {"disentangle": ["apgd"]},
 }  # fmt: skip

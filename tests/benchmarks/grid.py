@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.grid --keep DIR --jobs 2        all methods, all sets, seeds 0 and 1
     python -m tests.benchmarks.grid --methods kron wudi --sets many --leads kron
-    python -m tests.benchmarks.grid --fronts --out RESULTS-fronts.md      behind AWD and APGD
+    python -m tests.benchmarks.grid --fronts --out RESULTS-fronts.md      the same behind AWD and APGD
 
 The table goes to `RESULTS-grid.md` beside this file, or to `--out`. The best scale is a factor on the merged task
 vector, chosen on the validation split and reported on the test split, by climbing from 1 through `SCALES`. Methods

@@ -101,7 +101,7 @@ def table(columns: Mapping[str, Sequence[Figures]], form: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usual = ["digits", "digits-strong", "many", "text", "vision", "vision-2", "lora"]
+    usual = ["digits", "digits-strong", "many", "text", "lora"]
     parser.add_argument("--sets", nargs="+", default=usual, choices=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--scales", action="store_true", help="at the best scale too")

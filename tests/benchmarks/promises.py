@@ -20,7 +20,8 @@ MODELS = {"7B": (4096, 11008, 32, 4096), "70B": (8192, 28672, 80, 1024)}
 VOCABULARY = 32000
 EXPERTS = 8
 METHODS = (
-    "average", "task-arithmetic", "dare", "ties", "iso-c", "tsv-m", "apgd", "kron", "wudi", "knots",
+    "average", "task-arithmetic", "dare", "ties", "iso-c", "tsv-m", "apgd", "kron", "wudi", "knots", "svc",
+    "actmat", "ace",
 )  # fmt: skip
 
 

@@ -15,13 +15,8 @@ The lambdas count inside the loss only. `--lengths lambda` makes each task vecto
 the plain sum of the shared form (`task-arithmetic --scale 1`) is what `merge apgd` makes, without its bound on the
 norm; and with `--ridge 1e9`, that is D = 0, it is the task-aware lambda alone, in front of any method.
 
-What it is worth (`python -m tests.benchmarks.grid --fronts`, RESULTS-fronts.md; means over four sets of fully trained
-experts, each method at its best scale): 2.6 points for task arithmetic, 2.9 for the average, 7.1 for model-stock, 1.7
-for TIES, 1.4 to 3.2 for the other methods that work entry by entry, but 2 less for `consensus`; nothing for `kron`
-(-0.4), `tsv-m` (-0.8), `iso-c` and `wudi` (-0.3, +0.4), which see to interference themselves. It makes task vectors
-longer and more alike: at their defaults `iso-c` and `iso-cts` lose 3 to 4 points, and on LoRA experts most methods
-lose. One correction for all tasks and one for each are within noise of one another. On other seeds of three of the
-sets, which nothing was chosen on: 4.1 points for task arithmetic, 4.9 for the average, 3.9 for TIES, 0.1 for `kron`.
+It makes task vectors longer and more alike, which sums and means gain from; methods that see to interference themselves
+do not. `python -m tests.benchmarks.grid --fronts` measures what it is worth in front of each method.
 
 An expert that (nearly) did not change a weight keeps its task vector there; with `--lengths lambda`, where its lambda
 would be boundless, it is left out, as in `merge apgd`.
