@@ -210,9 +210,10 @@ def command(name: str, *, preset: bool = False) -> Callable[..., None]:
         place["script"] = _script(values, context)
 
         def prepared() -> Prepared:
+            from modelmerge.verbs.parts import as_measured
             from modelmerge.verbs.prepare import prepare
 
-            return prepare(recipe, **place)
+            return prepare(as_measured(recipe, values["finish"] or ()), **place)
 
         carry_out(prepared, executed, described, values, sink)
 

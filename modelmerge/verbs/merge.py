@@ -156,6 +156,7 @@ def merge(
             on_mismatch=on_mismatch, vocab=vocab, files_from=files_from, max_shard_size=max_shard_size, seed=seed,
             as_lora=as_lora, unlabelled=data,
         )  # fmt: skip
+        recipe = parts.as_measured(recipe, finish)
         prepared = prepare(recipe, device=device, stream=stream, script=script, look=not dry_run, within=within)
         if dry_run:
             with contextlib.closing(prepared):

@@ -32,6 +32,7 @@ from modelmerge.engine.parallel import MOST_THREADS, threads
 from modelmerge.engine.units import deal, shard_units
 from modelmerge.errors import OutputError, UsageError, named
 from modelmerge.plan.downloads import fetch, with_downloads
+from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import Reporter
 from modelmerge.record.fingerprint import versions
 from modelmerge.record.manifest import record, refuse_changed, stamp
@@ -105,6 +106,19 @@ def _dealt(job: Job, share: Share) -> tuple[tuple[Shard, ...], float]:
     names, whole = {unit.name for unit in mine}, sum(unit.cost for unit in units)
     shards = tuple(shard for shard in job.plan.layout.shards if f"shard:{shard.filename}" in names)
     return shards, sum(unit.cost for unit in mine) / whole if whole else 0.0
+
+
+def as_measured(recipe: Recipe, finish: Sequence[str | Path]) -> Recipe:
+    """The recipe with what the parts to be put together have measured, so that no model is read for it again.
+
+    Raises:
+        OutputError: The first of them is another version's, or broken.
+    """
+    place = Path(finish[0]).expanduser() if finish else None
+    if place is None or not (place / MANIFEST).is_file():  # which is said where all are looked for
+        return recipe
+    overlap = _read(place).manifest["job"].get("overlap")
+    return dataclasses.replace(recipe, overlap=overlap) if isinstance(overlap, float) else recipe
 
 
 def describe(prepared: Prepared, part: str | None, finish: Sequence[Path]) -> dict[str, Any]:

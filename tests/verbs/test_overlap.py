@@ -123,4 +123,9 @@ def test_on_the_hub_a_dry_run_says_what_looking_might_change(hub: FakeHub, tmp_p
     assert plan["groups"][0]["settings"]["scale"] == 0.577
     assert any("will be smaller where the experts turn out to overlap" in remark for remark in plan["remarks"])
     manifest = modelmerge.merge("org/base", experts, tmp_path / "out", method="ties", stream=True)
-    assert manifest["recipe"]["options"]["scale"] == pytest.approx(SCALE, rel=0.02)
+    scale = manifest["recipe"]["options"]["scale"]
+    assert scale == pytest.approx(SCALE, rel=0.02)
+    # To put parts together, even to plan it, no model is read again.
+    modelmerge.merge("org/base", experts, tmp_path / "part", method="ties", stream=True, part="1/1")
+    plan = modelmerge.merge("org/base", experts, method="ties", finish=[tmp_path / "part"], dry_run=True)
+    assert plan["groups"][0]["settings"]["scale"] == scale
