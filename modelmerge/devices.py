@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -182,6 +183,17 @@ def current(device: torch.device) -> Iterator[None]:
                 f"{device} has too little memory left: {KINDS[device.type].free(device):,} bytes are free",
                 hint=f"use another device, or {named('device')} cpu; or end what else holds its memory",
             ) from error
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of memory that are free on a device; None where the system does not say."""
+    if device.type != "cpu":
+        return KINDS[device.type].free(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None  # no such file on this system: the allocator will have to say it
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def host_buffer(nbytes: int, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import modelmerge
 from modelmerge.engine.parallel import threads
 from modelmerge.methods import registry
+from tests.benchmarks import promises
 from tests.support.checkpoints import State, read, same, write
 from tests.support.commands import refused, run
 from tests.support.methods import takes
@@ -374,6 +375,71 @@ def test_adapters_that_rescale_columns_on_a_simulated_device(
 
 
 # Memory.
+
+
+CARD = 80_000_000_000  # bytes of an H100
+WIDTH, INNER = 16384, 53248  # of Llama 3.1 405B
+UNEVEN = {"1": 0.5, "2": 0.0, "3": 2.0}
+ONE_BY_ONE: list[dict[str, Any]] = [
+    {"method": "kron", "tolerance": 0.1, "weights": UNEVEN}, {"method": "wudi"}, {"method": "apgd", "weights": UNEVEN},
+]  # fmt: skip
+SLOW: list[dict[str, Any]] = [
+    *ONE_BY_ONE, {"method": "kron"}, {"method": "apgd"}, {"method": "apgd", "solver": "adam", "steps": 3},
+    {"method": "apgd", "published": True, "steps": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("part", "asked"),
+    [*((64, asked) for asked in ONE_BY_ONE), *(pytest.param(8, asked, marks=pytest.mark.slow) for asked in SLOW)],
+    ids=str,
+)
+def test_task_vectors_come_one_at_a_time_where_a_simulated_device_has_no_room_for_them(
+    asked: dict[str, Any], part: int, turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight and eight experts of 405B whose sides are a 64th, or an 8th, and a card whose memory is as much smaller.
+
+    The ordinary way would hold more than it has.
+    """
+    monkeypatch.setattr("modelmerge.engine.job.CUDA_BLOCK", 1 << 10)
+    monkeypatch.setattr("modelmerge.engine.merge.SMALL", 1 << 30)  # one thread
+    generator, name = torch.Generator().manual_seed(0), "model.layers.0.mlp.up_proj.weight"
+    shape = (WIDTH // part, INNER // part)[:: -1 if turned else 1]
+    base, shared = (torch.randn(shape, generator=generator).mul(size) for size in (0.02, 3e-4))
+    states = [base, *(base + shared + 1e-3 * torch.randn(shape, generator=generator) for _ in range(8))]
+    paths = []
+    for i, state in enumerate(states):
+        square = state[: WIDTH // part, : WIDTH // part]  # on its way to the device while another is merged
+        others = {f"model.layers.{layer}.self_attn.q_proj.weight": square.bfloat16() for layer in range(2)}
+        paths.append(write(tmp_path / f"{i}", {name: state.bfloat16(), **others}))
+    asked = {"dtype": "float32", **asked}
+    modelmerge.merge(paths[0], paths[1:], tmp_path / "here", device="cpu", **asked)
+    with simulated(capacity=CARD // part**2) as machine:
+        plan = modelmerge.merge(paths[0], paths[1:], tmp_path, device="sim:1", dry_run=True, **asked)
+        machine.forget()
+        modelmerge.merge(paths[0], paths[1:], tmp_path / "there", device="sim:1", **asked)
+    tasks = 4 * 8 * base.numel()
+    assert not [remark for remark in plan["remarks"] if "fit on" in remark]
+    assert tasks < machine.peak[1] <= plan["peak_memory"]["device"] <= 0.9 * machine.capacity < 4 * tasks
+    assert close(read(tmp_path / "there"), read(tmp_path / "here"), 1e-6)
+
+
+@pytest.mark.parametrize("method", ["kron", "apgd", "wudi"])
+def test_a_weight_of_405b_and_eight_experts_fit_on_a_card(method: str, tmp_path: Path) -> None:
+    """By arithmetic: the files have no data."""
+    shapes = {
+        "model.layers.0.mlp.up_proj.weight": (INNER, WIDTH),
+        "model.layers.0.mlp.down_proj.weight": (WIDTH, INNER),
+    }
+    models = [promises.write(tmp_path / f"{i}", shapes) for i in range(9)]
+    for capacity, fits in ((CARD, True), (CARD // 2, False)):
+        with simulated(capacity=capacity):
+            plan = modelmerge.merge(models[0], models[1:], tmp_path, method=method, device="sim:1", dry_run=True)
+        assert plan["peak_memory"]["device"] <= 0.9 * capacity
+        beyond = [remark for remark in plan["remarks"] if "fit on sim:1 and" in remark]
+        assert (beyond == []) == fits
+        assert all(remark.endswith((" h", " days")) for remark in beyond)
 
 
 @pytest.mark.parametrize("asked", [{"method": "kron"}, {"method": "apgd", "solver": "adam", "steps": 3}], ids=str)

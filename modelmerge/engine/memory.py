@@ -10,14 +10,13 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from modelmerge.checkpoint.as_lora import Role, Size
 from modelmerge.checkpoint.header import DTYPE_BITS, Change
-from modelmerge.devices import KINDS
+from modelmerge.devices import free_memory
 from modelmerge.engine.batches import as_one, group
 from modelmerge.engine.job import MODEST, Job, Source
 from modelmerge.engine.pieces import Sample
@@ -35,6 +34,9 @@ _USABLE = 0.9
 # Anonymous memory of a process that has imported torch and the packages around it, in bytes, with room for the
 # allocator's slack; measured 120 to 190 MB.
 PROCESS_BYTES = 230_000_000
+# How a tensor that comes whole is merged: while the next one is on its way to the device; without it; its task vectors
+# coming one at a time from the host's memory; or on the host, whatever the device.
+AHEAD, ALONE, ONE_BY_ONE, ON_HOST = "ahead", "alone", "one by one", "on the host"
 # A survey's integers: counters of each task vector, where it looks for two ranks.
 _COUNTERS = 1 << 17
 
@@ -183,16 +185,13 @@ def matrix_bytes(tensor: TensorPlan, count: int) -> int:
 
 
 def correction_beyond_device(source: Source, tensors: Tensors, by: Correction, options: Any) -> frozenset[str]:
-    """The tensors whose correction would not fit in the device's free memory: it is found on the CPU."""
-    return _beyond(source.device, tensors, lambda two: _correction_bytes(source, two, by, options))
+    """The tensors of which two at a time would need more than the device's free memory: the CPU corrects those."""
+    room = _room(source.device)
+    return frozenset(t.name for t in tensors if _correction_bytes(source, [t, t], by, options) > room)
 
 
-def _beyond(device: torch.device, tensors: Tensors, needed: Callable[[Tensors], int]) -> frozenset[str]:
-    """The tensors of which two at a time would need more than the device's free memory."""
-    if device.type == "cpu" or not tensors:
-        return frozenset()
-    free = free_memory(device) or 0
-    return frozenset(t.name for t in tensors if needed([t, t]) > _USABLE * free)
+def _room(device: torch.device) -> float:
+    return math.inf if device.type == "cpu" else _USABLE * (free_memory(device) or 0)
 
 
 def _correction_bytes(source: Source, tensors: Tensors, by: Correction, options: Any) -> int:
@@ -285,11 +284,12 @@ def merge_wholes(job: Job) -> Bytes:
         return _NOTHING
     widest = max(model.stored_bytes(t.name) for t in tensors for model in job.plan.models)
     host = _whole_bytes(job, tensors) + 2 * widest + unfolding(job.plan, max(t.numel for t in tensors))
-    on_host = beyond_device(job)
+    way_of = ways(job)
+    ahead, alone, one_by_one = ([t for t in tensors if way_of[t.name] == way] for way in (AHEAD, ALONE, ONE_BY_ONE))
     if job.source.device.type != "cpu":  # copies that the device reads, of one on its way and of the one after it
-        sent = max((t.numel for t in tensors if t.name not in on_host), default=0)
-        host += 2 * 4 * (len(job.plan.experts) + 1) * sent
-    return Bytes(host, _whole_bytes(job, [t for t in tensors if t.name not in on_host]))
+        host += 2 * 4 * (len(job.plan.experts) + 1) * max((t.numel for t in (*ahead, *alone)), default=0)
+    each = [*(_whole_bytes(job, [t]) for t in alone), *(_bytes_one_by_one(job, t) for t in one_by_one)]
+    return Bytes(host, max([_whole_bytes(job, ahead), *map(int, each)]))
 
 
 def together(source: Source, tensor: TensorPlan) -> bool:
@@ -297,18 +297,36 @@ def together(source: Source, tensor: TensorPlan) -> bool:
     return source.device.type == "cpu" and tensor.numel <= MODEST
 
 
+def ways(job: Job) -> dict[str, str]:
+    """How each tensor that comes whole is merged, by what the device's free memory has room for."""
+    room = _room(job.source.device)
+
+    def way(tensor: TensorPlan) -> str:
+        two, one = (_whole_bytes(job, [tensor] * count) for count in (2, 1))
+        needed = {AHEAD: two, ALONE: one, ONE_BY_ONE: _bytes_one_by_one(job, tensor), ON_HOST: 0}
+        return next(way for way, nbytes in needed.items() if nbytes <= room)
+
+    return {tensor.name: way(tensor) for tensor in job.wholes()}
+
+
 def beyond_device(job: Job) -> frozenset[str]:
-    """The tensors whose merge would not fit in the device's free memory beside the next one: the CPU merges those."""
-    return _beyond(job.source.device, job.wholes(), lambda two: _whole_bytes(job, two))
+    """The tensors whose merge would not fit in the device's free memory: the CPU merges those."""
+    return frozenset(name for name, way in ways(job).items() if way == ON_HOST)
+
+
+def _bytes_one_by_one(job: Job, tensor: TensorPlan) -> float:
+    """Bytes that merging a tensor takes whose task vectors come one at a time; theta_0 and the result are there too."""
+    group, tasks = job.group(tensor), len(job.plan.experts)
+    held = group.method.one_by_one(group.options, *tensor.shape, tasks) if len(tensor.shape) == 2 else None
+    return math.inf if held is None else 4 * (held + 2 * tensor.numel)
 
 
 def batches(job: Job, tensors: Tensors) -> list[list[TensorPlan]]:
     """Whole tensors in batches that the device holds two at a time."""
-    on_host = beyond_device(job)
+    way_of = ways(job)
 
     def fits(batch: TensorPlan) -> bool:
-        alone = batch.name in on_host
-        return not alone and not _beyond(job.source.device, [batch], lambda two: _whole_bytes(job, two))
+        return way_of[batch.name] == AHEAD and _whole_bytes(job, [batch, batch]) <= _room(job.source.device)
 
     return group(job, tensors, fits)
 
@@ -430,14 +448,3 @@ def _factor_elements(change: Change) -> int:
     nested = sum(_factor_elements(part.change) for part in parts if part.change is not None)
     stored = () if change.product == "elementwise" else change.factors or ()
     return nested + sum(factor.numel for factor in stored)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes of memory that are free on a device; None where the system does not say."""
-    if device.type != "cpu":
-        return KINDS[device.type].free(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None  # no such file on this system: the allocator will have to say it
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

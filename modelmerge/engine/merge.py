@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,14 +20,14 @@ from modelmerge.devices import Sender, current
 from modelmerge.engine.batches import load, stacked
 from modelmerge.engine.job import SMALL, Findings, Job
 from modelmerge.engine.loader import Loader, expert_values, loader_of, rounded, whole
-from modelmerge.engine.memory import batches, beyond_device, together
+from modelmerge.engine.memory import AHEAD, ALONE, ONE_BY_ONE, batches, together, ways
 from modelmerge.engine.parallel import in_parallel, prepare_process, run_interruptibly, side_by_side, threads
 from modelmerge.engine.pieces import Piece, Pieces, item_bytes
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow
 from modelmerge.engine.transforms import Factors, FittedJob, fit
 from modelmerge.engine.units import Alone, Crew, Unit, merge_work, piece_cost, shard_units
 from modelmerge.errors import CheckpointError
-from modelmerge.methods.contract import Apart, Context, measured_at_once
+from modelmerge.methods.contract import Apart, Context, Vectors, measured_at_once
 from modelmerge.methods.options import is_linear
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
@@ -223,8 +224,11 @@ def _run_whole(
 
     def merge(piece: Piece, theta_0: Tensor, taus: Tensor, vector: Tensor | None = None) -> _Merged:
         fitted.chain.apply(piece, taus)
+        if taus.device != (there := theta_0.device):  # which has no room for all of them
+            coming = Vectors(functools.partial(_sent, taus, there), tuple(taus.shape), there, taus.dtype)
+            taus = cast(Tensor, coming)
         if vector is None:
-            factors = fitted.factors(piece.tensor, taus.device)
+            factors = fitted.factors(piece.tensor, there)
             vector = merged_vector(fitted, [piece], theta_0, taus, outputs[0].findings, factors)
         return _merged(fitted, piece, theta_0, taus, outputs, vector)
 
@@ -253,7 +257,8 @@ def _run_in_turn(
 ) -> None:
     """Merge batches of tensors, most of them of one, one after the other: read one ahead, write one behind."""
     job = fitted.job
-    device, on_host = job.source.device, beyond_device(job)
+    device, all_ways = job.source.device, ways(job)
+    way_of = [all_ways[first.name] for first, *_ in tensors]
 
     # Buffers that are used again cost no page faults: one is read into, one is merged from. The two largest tensors,
     # as a rule embedding and head, are not worth holding that much for all others: they have memory of their own.
@@ -266,10 +271,14 @@ def _run_in_turn(
         loader = loaders[turn % 2] if first.numel <= most else None
         with current(device):
             pieces, theta_0, taus = load(job, tensors[turn], check=fitted.unchecked(first), loader=loader)
-            if first.name in on_host:
+            if not goes_ahead(turn):
                 return pieces, theta_0, taus, lambda: None
             (theta_0, taus), arrive = sender.send([theta_0, taus])
             return pieces, theta_0, taus, arrive
+
+    def goes_ahead(turn: int) -> bool:
+        """Whether the device has room for it beside the one before."""
+        return all(way == AHEAD for way in way_of[max(turn - 1, 0) : turn + 1])
 
     with current(device), ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
         sender = Sender(device)
@@ -284,6 +293,10 @@ def _run_in_turn(
             progress.begin(tensor.name)
             pieces, theta_0, taus, arrive = ahead.result()
             ahead = read(i + 1) if i + 1 < len(tensors) else None
+            if way_of[i] in (AHEAD, ALONE) and not goes_ahead(i):
+                (theta_0, taus), arrive = sender.send([theta_0, taus])
+            elif way_of[i] == ONE_BY_ONE:
+                theta_0 = theta_0.to(device)
             arrive()
             with threads(1 if tensor.numel <= SMALL else torch.get_num_threads()):
                 vectors = _vectors(fitted, pieces, theta_0, taus, findings) if len(pieces) > 1 else [None]
@@ -296,6 +309,10 @@ def _run_in_turn(
                 del vectors
         if behind is not None:
             behind.result()
+
+
+def _sent(taus: Tensor, device: torch.device, i: int) -> Tensor:
+    return taus[i].to(device)
 
 
 def _vectors(
@@ -317,7 +334,7 @@ def _merged(
 ) -> _Merged:
     """The piece's merged values, flat, as each output will store them; `theta_0` is used up."""
     # The base plus the whole of one task vector is its expert, to the last digit; the sum may miss that.
-    only = len(taus) == 1 and not fitted.job.transforms and torch.equal(vector.flatten(), taus.flatten())
+    only = len(taus) == 1 and not fitted.job.transforms and torch.equal(vector.flatten(), taus[0].flatten())
     alone = expert_values(fitted.job.plan, piece, vector.device) if only else None
     if not len(taus) and not bool(vector.any()):
         alone = theta_0  # nothing added would still turn -0 into 0

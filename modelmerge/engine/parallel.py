@@ -59,7 +59,7 @@ def run_interruptibly(work: Callable[..., Result], x: Tensor, *more: Any) -> Res
     Raises:
         KeyboardInterrupt: A signal has come.
     """
-    if x.numel() <= SMALL or x.device.type != "cpu":
+    if x.device.type != "cpu" or x.numel() <= SMALL:
         return work(x, *more)
     return interrupts.abandonable(lambda: work(x, *more))
 

@@ -32,8 +32,9 @@ import torch
 from modelmerge import devices, interrupts
 from modelmerge.errors import named
 from modelmerge.methods import cores, linalg, presence, work
-from modelmerge.methods.contract import Citation, Context, Tensor
+from modelmerge.methods.contract import Citation, Context, Tensor, Vectors
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
+from modelmerge.methods.sums import weighted_sum
 
 PAPER = "https://arxiv.org/abs/2501.01230"
 CITATION = Citation(
@@ -156,7 +157,8 @@ def task_lambdas(taus: Tensor, norms: list[Any], weights: list[float], options: 
         return [mean * weight / (norm * length) for norm, weight in zip(norms, weights, strict=True)]
     even = torch.tensor([1.0 / norm for norm in norms], dtype=taus.dtype, device=taus.device)
     # Experts that cancel one another are not blown up to make up for it.
-    scale = 1.0 / max(float(torch.linalg.vector_norm(torch.tensordot(even, taus, dims=1))), 1.0)
+    together = weighted_sum(taus, even.tolist()) if isinstance(taus, Vectors) else torch.tensordot(even, taus, dims=1)
+    scale = 1.0 / max(float(torch.linalg.vector_norm(together)), 1.0)
     return [scale * mean * weight / norm for norm, weight in zip(norms, weights, strict=True)]
 
 
@@ -178,7 +180,7 @@ def task_basis(
     # What is faithful to the paper is so to its singular vectors too.
     approximate = not options.published
     rank = smaller // len(taus)
-    return linalg.shared_subspace(list(taus), rank, shared_rank, factors, approximate=approximate).float()
+    return linalg.shared_subspace(taus, rank, shared_rank, factors, approximate=approximate).float()
 
 
 def descend(
@@ -243,7 +245,7 @@ def solve(taus: Tensor, lambdas: list[Any], basis: Tensor, options: CorrectionOp
     rounding of the products through, magnified by its inverse.
     """
     rows = rows_of(taus)
-    shape = taus[0].shape
+    shape = taus.shape[1:]
     total = sum(lambdas)
     target = (targets(rows, lambdas) / (total[..., None] if rows.dim() == 4 else total)).double()
     grams = (rows @ rows.mT).double()
@@ -291,7 +293,11 @@ def solve(taus: Tensor, lambdas: list[Any], basis: Tensor, options: CorrectionOp
 
 def rows_of(taus: Tensor) -> Tensor:
     """[T, m, n] -> [m, T, n]: the T vectors of a row together, for batched products; or from and to [..., m, n]."""
-    return taus.movedim(0, -2).contiguous()
+    *before, m, n = taus.shape[1:]
+    rows = torch.empty(*before, m, len(taus), n, dtype=taus.dtype, device=taus.device)
+    for i, tau in enumerate(taus):
+        rows[..., i, :] = tau
+    return rows
 
 
 def targets(rows: Tensor, lambdas: list[Any]) -> Tensor:
@@ -313,6 +319,11 @@ def workspace(tasks: int) -> float:
     Gram matrix with LAPACK's workspace (measured on square and oblong matrices: tests/test_memory.py).
     """
     return max(2.0 * tasks + 8.0, 26.0)
+
+
+def one_by_one(m: int, n: int, tasks: int) -> float:
+    """How many float32 numbers that is where the task vectors come one at a time: they are held once, by rows."""
+    return max((tasks + 6.0) * m * n, 9.0 * m * n + 12.0 * min(m, n) ** 2)
 
 
 def work_of(options: CorrectionOptions, m: int, n: int, tasks: int) -> work.Work:

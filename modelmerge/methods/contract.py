@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelmerge.methods.work import Work
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor as Tensor
 else:  # methods import it from here: importing torch takes seconds, and help needs none of it
     Tensor = Any
@@ -75,6 +76,52 @@ class Context:
     def each(self, option: str, value: float) -> tuple[float, ...]:
         """An option's value for each expert, in their order; `value` where nothing else was said."""
         return self.varied.get(option, (value,) * len(self.weights))
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Task vectors [T, *shape] that a device has no room for at once: each is made anew whenever it is asked for.
+
+    A stand-in for the tensor of them, as far as methods with `one_by_one` use that.
+
+    Args:
+        make: Makes the i-th, [*shape], on the device.
+        shape: T and that of each.
+        device: Where they are wanted.
+        dtype: That of each.
+    """
+
+    make: Callable[[int], Tensor]
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def dim(self) -> int:
+        """How many dimensions they have together."""
+        return len(self.shape)
+
+    def __getitem__(self, which: int | slice | Sequence[int]) -> Any:
+        """One of them, or some of them as such a stand-in."""
+        if isinstance(which, int):
+            return self.make(which)
+        places = range(len(self))[which] if isinstance(which, slice) else which
+        return replace(self, make=lambda i: self.make(places[i]), shape=(len(places), *self.shape[1:]))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.make, range(len(self)))
+
+    def __mul__(self, factors: Tensor) -> Vectors:
+        """Each times its own factor, [T, 1, ...]."""
+        return replace(self, make=lambda i: self.make(i) * factors[i])
+
+    @property
+    def mT(self) -> Vectors:
+        """Each transposed."""
+        *before, m, n = self.shape
+        return replace(self, make=lambda i: self.make(i).mT, shape=(*before, n, m))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +261,8 @@ class Method:
             ones of a side: they are large where m << n.
         batches: Given the options, whether `apply` takes batches on a device: B matrices of one shape as [T, B, m, n],
             each merged for itself, into [B, m, n]. Where they are not alike, it raises `Apart`.
+        one_by_one: Given the options, m, n and T, how many float32 numbers `apply` holds at once, task vectors among
+            them, if these come as `Vectors`; None if it wants them together.
         behind: Given the options, the name of the method that it calls first, if any; cards cite both.
         on_data: Its weights are found on unlabelled data before anything is merged: its options are those of
             `modelmerge.methods.coefficients`.
@@ -238,6 +287,7 @@ class Method:
     work: Callable[[Any, int, int, int], Work] = lambda options, m, n, tasks: Work(moved=16.0 * tasks * m * n)
     squares: Callable[[Any, int, int, int], float] = lambda options, m, n, tasks: 0.0
     batches: Callable[[Any], bool] = lambda options: False
+    one_by_one: Callable[[Any, int, int, int], float | None] = lambda options, m, n, tasks: None
     behind: Callable[[Any], str | None] = lambda options: None
     on_data: bool = False
 

@@ -109,7 +109,7 @@ def factors(taus: Tensor, context: Context, active: Sequence[int]) -> tuple[Pair
     limit = smaller // 2 if smaller >= 2 * LOW else 0
     given = [context.factors[i] if context.factors else None for i in active]
     stored = [i for i, pair in enumerate(given) if pair is None]
-    pairs = dict(zip(stored, _products([taus[i] for i in stored], context.base), strict=True))
+    pairs = dict(zip(stored, _products(taus, stored, context.base), strict=True))
     for i, pair in enumerate(given):
         if pair is not None:
             low = pair[0].shape[-1] <= limit
@@ -131,12 +131,12 @@ def _span(factors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.qr(beside @ vectors).Q if tall else vectors
 
 
-def _products(taus: Sequence[Tensor], base: Tensor | None) -> list[Pair | None]:
-    """Task vectors [m, n] that are products but for what storing has rounded away, as factors; None for the others."""
-    pairs: list[Pair | None] = [None] * len(taus)
-    if not taus or min(taus[0].shape[-2:]) < 2 * LOW:
+def _products(taus: Tensor, which: Sequence[int], base: Tensor | None) -> list[Pair | None]:
+    """Those of [T, m, n] that are products but for what storing has rounded away, as factors; None for the others."""
+    pairs: list[Pair | None] = [None] * len(which)
+    m, n = taus.shape[-2:]
+    if not which or min(m, n) < 2 * LOW:
         return pairs
-    m, n = taus[0].shape[-2:]
 
     def counted(values: list[float], highest: float, noise: float, norm: float) -> int | None:
         rank = sum(value > max(MARGIN * noise * (m**0.5 + n**0.5), FLOOR * values[0]) for value in values)
@@ -145,12 +145,12 @@ def _products(taus: Sequence[Tensor], base: Tensor | None) -> list[Pair | None]:
         return rank if low else None
 
     # A few rows tell most of what is of full rank, and a device is waited for once.
-    glances = torch.stack([_glance(tau, base) for tau in taus])
-    for i, table in enumerate(glances.view(len(taus), -1, 3).tolist()):
+    glances = torch.stack([_glance(taus[i], base) for i in which])
+    for i, table in enumerate(glances.view(len(which), -1, 3).tolist()):
         if alike(norm == 0.0 for *_, norm in table):
-            pairs[i] = (taus[i][..., :0], taus[i][..., :0, :])
+            pairs[i] = (taus[which[i]][..., :0], taus[which[i]][..., :0, :])
         elif highest := alike(int(highest) for highest, *_ in table):
-            left, s, right = linalg.quick_triplets(taus[i], highest + 1)
+            left, s, right = linalg.quick_triplets(taus[which[i]], highest + 1)
             spectra = s.view(len(table), -1).tolist()
             rank = alike(counted(values, *row) for values, row in zip(spectra, table, strict=True))
             if rank is not None:

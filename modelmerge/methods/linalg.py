@@ -61,7 +61,7 @@ def left_singular_vectors_of_product(left: Tensor, right: Tensor, rank: int) -> 
 
 
 def shared_subspace(
-    taus: Sequence[Tensor],
+    taus: Tensor | Sequence[Tensor],
     task_rank: int,
     shared_rank: int,
     factors: Sequence[tuple[Tensor, Tensor] | None] | None = None,
@@ -249,6 +249,18 @@ def through_eigenvalues(x: Tensor, gram: Tensor, factors: Callable[[Tensor], Ten
     interrupts.check()
     values, vectors = torch.linalg.eigh(gram)
     return (x @ vectors).mul_(factors(values)[..., None, :]) @ vectors.mT
+
+
+def factor_in_place(x: Tensor, width: int = 4096) -> None:
+    """The Cholesky factor of x [k, k] in place of its lower triangle; what is above means nothing any more."""
+    for first in range(0, len(x), width):
+        interrupts.check()
+        stop = first + width
+        block, below, rest = x[first:stop, first:stop], x[stop:, first:stop], x[stop:, stop:]
+        block.copy_(torch.linalg.cholesky(block))
+        if len(below):
+            below.copy_(torch.linalg.solve_triangular(block, below.T, upper=False).T)
+            rest.addmm_(below, below.T, alpha=-1.0)
 
 
 def balanced(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -349,10 +349,11 @@ def test_what_does_not_fit_on_the_device_is_merged_on_the_cpu(
     assert beyond_device(prepared.job) == set()
     largest = max(sizes, key=lambda name: sizes[name])
     needed = memory._whole_bytes(job, [job.plan.tensors[largest]] * 2)
-    monkeypatch.setattr(memory, "free_memory", lambda device: int(needed * 1.2))
-    assert beyond_device(job) == set()
-    monkeypatch.setattr(memory, "free_memory", lambda device: needed)  # a tenth is kept free
-    assert largest in beyond_device(job)
+    for room, way in ((1.2 * needed, memory.AHEAD), (needed, memory.ALONE), (needed * 0.8, memory.ONE_BY_ONE)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, room=int(room): room)  # a tenth is kept free
+        assert beyond_device(job) == set()
+        assert memory.ways(job)[largest] == way
+        assert 0 < peak_memory(job)["device"] <= room
     prepared.close()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import importlib
 import io
@@ -20,6 +21,7 @@ import resource
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -49,6 +51,7 @@ class Run:
         environment: Variables beside those of this process.
         hub: Whether the run has to do with the Hub.
         beside: The number of a run among those that run at the same time.
+        host: The name of the machine that the run takes itself to be on, with a network of its own that leads nowhere.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Run:
         environment: Mapping[str, str] | None = None,
         hub: bool = False,
         beside: int = 0,
+        host: str | None = None,
     ) -> None:
         with tempfile.NamedTemporaryFile(delete=False) as out, tempfile.NamedTemporaryFile(delete=False) as err:
             self._out, self._err = Path(out.name), Path(err.name)
@@ -70,6 +74,7 @@ class Run:
         request = {
             "words": list(words), "stop": stop, "call": call, "limits": dict(limits or {}), "out": out.name,
             "err": terminal or err.name, "directory": os.getcwd(), "environment": {**os.environ, **(environment or {})},
+            "host": host,
         }  # fmt: skip
         self._pid = self._parent.ask(request)["pid"]
 
@@ -101,6 +106,10 @@ class Run:
     def allow(self, seconds: float) -> None:
         """Have the system kill it once it has taken that much of the processor's time, in all."""
         resource.prlimit(self._pid, resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds)))
+
+    def network(self) -> str:
+        """Which network namespace it is in."""
+        return os.readlink(f"/proc/{self._pid}/ns/net")
 
     def end(self) -> int:
         """Wait for the end; the exit code, negative for a signal."""
@@ -229,10 +238,20 @@ def _become(request: dict[str, Any]) -> None:
         import resource
 
         resource.setrlimit(getattr(resource, name), (value, value))
+    if request["host"]:
+        _move_to(request["host"])
     if request["stop"]:
         _stop_before(request["stop"], request["call"])
     sys.argv = ["modelmerge", *request["words"]]
     runpy.run_module("modelmerge", run_name="__main__")
+
+
+def _move_to(host: str) -> None:
+    """Namespaces of its own: no interface is up in that of the network."""
+    new_uts, new_net = 0x04000000, 0x40000000
+    if ctypes.CDLL(None, use_errno=True).unshare(new_uts | new_net):
+        raise OSError(ctypes.get_errno(), "no namespaces")
+    socket.sethostname(host)
 
 
 def _set_threads() -> None:

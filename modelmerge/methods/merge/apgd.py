@@ -51,10 +51,11 @@ class Options(apgd.CorrectionOptions):
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, m, n] -> [m, n]: the merged task vector."""
-    merged, vectors = torch.zeros_like(taus[0]), taus
+    vectors = taus
     if not options.published and any(weight not in (0.0, 1.0) for weight in context.weights):
         # D keeps a weighted task vector then, not the whole of one that shall count less.
-        factors = torch.tensor([weight or 1.0 for weight in context.weights]).to(taus)
+        each = [weight or 1.0 for weight in context.weights]
+        factors = torch.tensor(each, dtype=taus.dtype, device=taus.device)
         vectors = taus * factors.view(-1, *[1] * (taus.dim() - 1))
         # Who is of low rank shows in what is stored, before it is multiplied.
         pairs = tuple(
@@ -65,7 +66,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         context = replace(context, weights=even, factors=pairs)
     fit = apgd.fit(vectors, options, context)
     if fit is None:
-        return merged
+        return torch.zeros_like(taus[0])
+    merged = torch.zeros_like(fit.correction)
     for i, lam in zip(fit.active, fit.lambdas, strict=True):
         part = vectors[i] + fit.correction
         if fit.thresholds is not None:
@@ -101,6 +103,7 @@ METHOD = matrix_method(
     wants_base=True,
     survey=lambda options, each: threshold.survey(each.get("density", options.density)),
     workspace=lambda options, tasks: apgd.workspace(tasks),
+    one_by_one=lambda options, m, n, tasks: apgd.one_by_one(m, n, tasks),
     work=apgd.work_of,
     batches=lambda options: options.solver == "exact",
 )

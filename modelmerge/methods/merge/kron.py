@@ -123,8 +123,9 @@ def solve(
     target = ridge * merged
     for tau, weight, half in zip(taus, weights, halves, strict=True):
         target.add_(weighted(tau, *half), alpha=weight)
-    residual = target - system(merged)
+    del tau  # a large one, that comes alone, would leave too little room
     enough = options.tolerance**2 * _product(target, target)
+    residual = target.sub_(system(merged))
     direction, square = residual.clone(), _product(residual, residual)
     # Looking waits for a device, which takes longer than iterations on little; those past the end change nothing.
     look = 1 if taus.device.type == "cpu" or target.numel() > _LITTLE else 8
@@ -134,6 +135,7 @@ def solve(
         length = torch.where(square > enough, square / _product(direction, image), 0.0)
         _go(merged, length, direction)
         _go(residual, -length, image)
+        del image
         taken += square > enough
         square, before = _product(residual, residual), square
         quotient = torch.where(before > 0, square / before, 0.0)
@@ -160,7 +162,7 @@ def _half_weightings(
     s = s / s.sum(-1, keepdim=True)
     rows, columns = (s**exponent / (s**exponent).sum(-1, keepdim=True) for exponent in exponents)
     weighting = ((left * rows[..., None, :]) @ left.mT).float()
-    return weighting, (right * columns.sqrt()[..., None]).float(), 1.0 / s.square().sum(-1)
+    return weighting, right.mul_(columns.sqrt()[..., None]).float(), 1.0 / s.square().sum(-1)
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -174,6 +176,12 @@ def _go(x: Tensor, length: Tensor, direction: Tensor) -> None:
         x.add_(direction, alpha=float(length))
     else:
         x.addcmul_(direction, length.to(x.dtype)[..., None, None])
+
+
+def _one_by_one(options: Options, m: int, n: int, tasks: int) -> float:
+    """L_i and the factors W of all R_i, and five matrices of the iteration or, before, a decomposition in float64."""
+    square, whole = min(m, n) ** 2, m * n
+    return tasks * (whole + square) + max(5.0 * whole + 2.0 * square, 2.0 * whole + 10.0 * square)
 
 
 def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
@@ -193,6 +201,7 @@ METHOD = matrix_method(
     ),
     wants_base=True,
     workspace=lambda options, tasks: 2.0 * tasks + 12.0,
+    one_by_one=_one_by_one,
     work=_work,
     batches=lambda options: True,
 )

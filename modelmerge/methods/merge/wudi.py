@@ -47,7 +47,7 @@ import torch
 from modelmerge import interrupts
 from modelmerge.errors import named
 from modelmerge.methods import cores, linalg, presence, work
-from modelmerge.methods.contract import Citation, Context, Tensor, matrix_method
+from modelmerge.methods.contract import Citation, Context, Tensor, Vectors, matrix_method
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.sums import weighted_sum
 
@@ -122,6 +122,8 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
 def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
     """The minimiser [m, n] with the ridge or the filter, from task vectors [T, m, n] and their sum."""
     tasks, (m, n) = len(taus), taus.shape[-2:]
+    if isinstance(taus, Vectors):
+        return _solve_one_by_one(taus, norms, weights, start, _value(options.ridge) * tasks / n)
     origin = start.double()
     if n <= tasks * m:
         inner, covariance = (origin.new_zeros(*origin.shape[:-2], n, n) for _ in range(2))
@@ -142,11 +144,26 @@ def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor,
     return linalg.added(origin, _divided(pull, inner, tasks, n, options), rows).float()
 
 
+def _solve_one_by_one(taus: Vectors, norms: list[float], weights: list[float], start: Tensor, shift: float) -> Tensor:
+    """`solve` with the ridge `shift`, beside one matrix [n, n] and a few [m, n]."""
+    pull = torch.zeros_like(start, dtype=torch.float64)
+    inner = pull.new_zeros(taus.shape[2], taus.shape[2])
+    inner.diagonal().add_(shift)
+    for tau, norm, weight in zip(taus, norms, weights, strict=True):
+        interrupts.check()
+        unit = tau.double().div_(norm)
+        inner.addmm_(unit.T, unit)
+        pull += torch.linalg.multi_dot([(unit * (weight * norm)).sub_(start), unit.T, unit])
+    del tau, unit
+    linalg.factor_in_place(inner)
+    pull = torch.linalg.solve_triangular(inner, pull.T, upper=False)
+    return torch.linalg.solve_triangular(inner.T, pull, upper=True).T.float().add_(start)
+
+
 def _divided(pull: Tensor, inner: Tensor, tasks: int, width: int, options: Options) -> Tensor:
     """The pull [m, k] times the inverse of `inner` [k, k], with ridge or filter; its eigenvalues are `sum_i C_i`'s."""
     if options.solver == "exact":
-        assert options.ridge is not None, "the exact solver has one"
-        inner.diagonal(dim1=-2, dim2=-1).add_(options.ridge * tasks / width)
+        inner.diagonal(dim1=-2, dim2=-1).add_(_value(options.ridge) * tasks / width)
         return torch.cholesky_solve(pull.mT, torch.linalg.cholesky(inner)).mT
     assert options.time is not None and options.share is not None, "the filter has them"  # noqa: PT018
     time, followed = options.time, math.ceil(options.share * width - 1e-9)
@@ -182,6 +199,17 @@ def descend(taus: Tensor, norms: list[float], weights: list[float], start: Tenso
     return merged
 
 
+def _value(option: float | None) -> float:
+    assert option is not None, "the solver has it"
+    return option
+
+
+def _one_by_one(options: Options, m: int, n: int, tasks: int) -> float | None:
+    if options.solver != "exact" or n > tasks * m:
+        return None
+    return 10.0 * m * n + 2.0 * n**2 + 2.0 * min(m, n) ** 2
+
+
 def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
     if options.solver == "adam":
         step = work.product(m, n, n) + work.Work(moved=28.0 * m * n)
@@ -206,6 +234,7 @@ METHOD = matrix_method(
     ),
     wants_base=True,
     workspace=lambda options, tasks: 12.0,
+    one_by_one=_one_by_one,
     squares=lambda options, m, n, tasks: (6.0 if options.solver == "spectral" else 3.0) * min(n, tasks * m) ** 2,
     work=_work,
     batches=lambda options: options.solver != "adam",
