@@ -104,7 +104,7 @@ def main() -> None:
                         other.kill()
                         other.wait()
                 print(lines[-1], flush=True)
-    (HERE / "RESULTS-threads.md").write_text("\n".join(lines) + "\n")
+                (HERE / "RESULTS-threads.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
