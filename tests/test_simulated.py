@@ -229,9 +229,9 @@ def test_methods_on_a_simulated_device(name: str, values: dict[str, Any], machin
 
 
 def assert_same(name: str, values: dict[str, Any], there: Tensor, here: Tensor) -> None:
-    """The same bits; where polar factors are found by products, the same to float32's precision."""
-    if {name, values.get("of")} & {"iso-c", "iso-cts", "tsv-m"}:
-        assert float((there.cpu() - here).norm()) <= 1e-6 * float(here.norm())
+    """The same bits; where polar factors are found by products, or rows summed otherwise, to float32's precision."""
+    if {name, values.get("of")} & {"iso-c", "iso-cts", "tsv-m", "apgd"}:
+        assert float((there.cpu() - here).norm()) <= (1e-5 if name == "apgd" else 1e-6) * float(here.norm())
     else:
         assert torch.equal(there.cpu(), here)
 

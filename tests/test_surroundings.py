@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import resource
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from modelmerge import __main__ as program
 from modelmerge.checkpoint import output, staging
@@ -236,3 +239,36 @@ def test_a_directory_that_is_gone_is_one_error(tmp_path: Path) -> None:
     done = shell(f"cd {gone}; rmdir {gone}; $M merge", PYTHONPATH=str(Path(program.__file__).parents[1]))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: the directory that you are in is gone\nhint: go to another one\n"
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+def test_idle_threads_sleep_unless_the_user_says_how_they_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    for each in names:
+        monkeypatch.setenv(each, "")  # so that it is put back
+        monkeypatch.delenv(each)
+    program._let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv(name, "7")
+    program._let_threads_sleep()
+    assert {each: os.environ[each] for each in names if each in os.environ} == {name: "7"}
+
+
+def test_how_threads_wait_changes_no_bit(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(70_000, 64, generator=generator)  # of a size that is merged with all threads
+    paths = []
+    for i in range(3):
+        paths.append(str(tmp_path / f"{i}.safetensors"))
+        tau = torch.randn(base.shape, generator=generator) if i else torch.zeros(())
+        save_file({"layers.0.mlp.weight": base + 1e-3 * tau}, paths[-1], metadata={"format": "pt"})
+    results = []
+    for policy in ({}, {"OMP_WAIT_POLICY": "active"}):
+        out = tmp_path / f"out{len(results)}"
+        command = [sys.executable, "-m", "modelmerge", "merge", "apgd", *paths, "-o", str(out), "--device", "cpu", "-q"]
+        kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        subprocess.run(command, env={**kept, "OMP_NUM_THREADS": "2", **policy}, check=True, capture_output=True)
+        assert json.loads((out / MANIFEST).read_text())["threads"] == 2
+        results.append((out / "model.safetensors").read_bytes())
+    assert results[0] == results[1]

@@ -7,7 +7,8 @@ The published loop is written here as the paper's code has it: full singular val
 autograd, an m x m projection matrix, Adam. It is linear in its steps, so `--reference-steps` of them are run and scaled
 to 400. Everything is measured in one run, side by side; seconds are this process's CPU time (on a GPU: wall time,
 synchronised). The last column is what the matrix products of the iterations would take at the rate of one large
-product in the same run, as a share of all seconds.
+product in the same run, as a share of all seconds. The table of parts says how near each is to what its operations and
+bytes would take at these rates.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from modelmerge.methods import apgd, registry
+from modelmerge.methods import apgd, linalg, registry, work
 from modelmerge.methods.contract import Context
 from modelmerge.methods.options import make_options
 
@@ -83,16 +84,16 @@ def published(taus: Tensor, steps: int) -> tuple[float, float]:
     return seconds, timed(descend, taus.device)[0] / steps
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds that `work` takes, and what it gives."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         started = time.perf_counter()
-        found = work()
+        found = call()
         torch.cuda.synchronize(device)
         return time.perf_counter() - started, found
     started = time.process_time()
-    found = work()
+    found = call()
     return time.process_time() - started, found
 
 
@@ -130,6 +131,74 @@ def rates(device: torch.device) -> tuple[float, float]:
     return 2 * 2048**3 / product, 2 * source.nbytes / copy
 
 
+def parts_of(m: int, n: int, device: torch.device) -> list[tuple[str, int, work.Work, Callable[[], Any]]]:
+    """What the descent of all steps and the default do for one weight: names, times, work of one time, and calls."""
+    taus, k = task_vectors(TASKS, m, n, device), min(m, n)
+    adam, exact = (make_options(registry.load("apgd"), "apgd", values) for values in ({"published": True}, {}))
+    rows, weights, matrix = apgd.rows_of(taus), torch.randn(m, TASKS, device=device), taus[0].clone()
+    wide = torch.linalg.qr(torch.randn(m, k // 6, device=device)).Q.contiguous()
+    moving = torch.zeros_like(matrix, requires_grad=True)
+    moving.grad = matrix
+    optimizer = torch.optim.Adam([moving], lr=1e-4, fused=True)
+    basis, rank = apgd.task_basis(taus, exact), k // TASKS
+    read = work.Work(single=4.0 * TASKS * m * n, moved=4.0 * (TASKS + 2) * m * n)
+    project = work.Work(moved=12.0 * m * n)
+    wider, narrower = (work.product(m, n, 2 * (k // divisor)) + project for divisor in (6, 12))
+    figures: dict[str, float] = {}
+    context = Context(tensor="w", weights=(1.0,) * TASKS, base=None, tell=figures.update)
+    apgd.solve(taus, [0.1] * TASKS, basis, exact, context)
+    return [
+        ("adam: gradient off the basis", STEPS, wider, lambda: linalg.remove_subspace(matrix, wide)),
+        (
+            "adam: sums and inner products of rows", STEPS, read,
+            lambda: (apgd.inner(rows, matrix), apgd.combined(rows, weights)),
+        ),
+        ("adam: its own step, by element", STEPS, work.Work(moved=28.0 * m * n), optimizer.step),
+        (
+            "adam: bases", 1, work.triplets(m, n, rank) * TASKS + work.triplets(m, rank * TASKS, k // 6),
+            lambda: apgd.task_basis(taus, adam),
+        ),
+        (
+            "exact: bases", 1, work.iterated(m, n, rank) * TASKS + work.iterated(m, rank * TASKS, k // 12),
+            lambda: apgd.task_basis(taus, exact),
+        ),
+        (
+            "exact: conjugate gradients", 1, (narrower + read) * (figures["iterations"] + 2),
+            lambda: apgd.solve(taus, [0.1] * TASKS, basis, exact, context),
+        ),
+    ]  # fmt: skip
+
+
+def profile(device: torch.device) -> list[str]:
+    """The table of what the block's parts do and take, beside what they would at the rates of a product and of a copy.
+
+    An operation in float64 counts as two. Where there are two libraries for products, the rate is the faster one's.
+    """
+    flops, copied = rates(device)
+    a, b = torch.randn(2, 2048, 2048, device=device)
+    quick = linalg.multiplier(a)
+    flops = max(flops, 2 * 2048**3 / median(timed(lambda: quick(b), device)[0] for _ in range(5)))
+    sums: dict[str, tuple[float, work.Work]] = {}
+    for m, n in BLOCK:
+        for part, times, done, call in parts_of(m, n, device):
+            took = times * median(timed(call, device)[0] for _ in range(5))
+            seconds, before = sums.get(part, (0.0, work.NOTHING))
+            sums[part] = (seconds + took, before + done * times)
+    lines = [
+        f"Parts, beside {flops / 1e9:,.0f} GFLOP/s in a product and {copied / 1e9:.1f} GB/s in a copy:",
+        "",
+        "| part of the block | GFLOP | GB | seconds | at these rates | share |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for part, (seconds, done) in sums.items():
+        counted = done.single + 2.0 * (done.double + done.eigen)
+        least = max(counted / flops, done.moved / copied)
+        cells = f"{counted / 1e9:,.0f} | {done.moved / 1e9:,.0f} | {seconds:.2f} | {least:.2f} | {least / seconds:.0%}"
+        lines.append(f"| {part} | {cells} |")
+    print("\n".join(lines), flush=True)
+    return lines
+
+
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """The slope of log seconds over log size, by least squares."""
     x, y = ([math.log(value) for value in values] for values in (sizes, seconds))
@@ -156,8 +225,8 @@ def block(device: torch.device, reference_steps: int, repeats: int) -> list[str]
     for label, form in FORMS.items():
         results = [ours(taus, form, repeats) for taus in weights]
         seconds = sum(took for took, _ in results)
-        work = sum(products(taus, form, figures) for taus, (_, figures) in zip(weights, results, strict=True))
-        lines.append(f"| {label} | {seconds:.2f} | {reference / seconds:.1f} x | {work / flops / seconds:.0%} |")
+        multiplied = sum(products(taus, form, figures) for taus, (_, figures) in zip(weights, results, strict=True))
+        lines.append(f"| {label} | {seconds:.2f} | {reference / seconds:.1f} x | {multiplied / flops / seconds:.0%} |")
         print(lines[-1], flush=True)
     return lines
 
@@ -193,7 +262,14 @@ def main() -> None:
         f"Written by `python -m tests.benchmarks.apgd_speed --device {told.device} --reference-steps "
         f"{told.reference_steps} --repeats {told.repeats}`.\n"
     )
-    lines = [head, *block(device, told.reference_steps, told.repeats), "", *growth(device, told.repeats)]
+    lines = [
+        head,
+        *block(device, told.reference_steps, told.repeats),
+        "",
+        *profile(device),
+        "",
+        *growth(device, told.repeats),
+    ]
     kind = "" if device.type == "cpu" else "-" + device.type
     (HERE / f"RESULTS-apgd-speed{kind}.md").write_text("# The cost of APGD\n\n" + "\n".join(lines) + "\n")
     print("\n".join(lines))

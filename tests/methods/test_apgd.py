@@ -55,6 +55,16 @@ def test_the_descent_agrees_with_float64_autograd(shape: tuple[int, int]) -> Non
     assert apgd_loss(got.double(), taus.double(), lambdas) < apgd_loss(torch.zeros_like(want), taus.double(), lambdas)
 
 
+@pytest.mark.parametrize(("tasks", "m", "n"), [(3, 20, 30), (1, 5, 7), (20, 33, 1)])
+def test_sums_and_inner_products_of_rows_agree_with_float64(tasks: int, m: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows, weights, x = (torch.randn(shape, generator=generator) for shape in ((m, tasks, n), (m, tasks), (m, n)))
+    want = torch.einsum("mtn,mt->mn", rows.double(), weights.double())
+    assert torch.allclose(apgd.combined(rows, weights).double(), want, atol=1e-5)
+    want = torch.einsum("mtn,mn->mt", rows.double(), x.double())
+    assert torch.allclose(apgd.inner(rows, x).double(), want, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30), (20, 20)])
 def test_left_singular_vectors_are_those_of_the_svd(shape: tuple[int, int]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))

@@ -55,6 +55,29 @@ def test_subspace_iteration_finds_all_of_a_low_rank_matrix() -> None:
     assert (left.double() - got @ (got.T @ left.double())).norm() <= 1e-5 * left.norm()
 
 
+@pytest.mark.parametrize("shape", [(640, 520), (520, 640)])
+def test_leading_directions_are_those_of_subspace_iteration(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(8))
+    x = x @ torch.diag(torch.arange(1, shape[1] + 1) ** -0.5) * 1e-4
+    got, want = linalg.leading_directions(x, 60, 3), linalg.iterated(x, 60, 3)[0]
+    assert torch.allclose(got.T @ got, torch.eye(60, dtype=torch.float64), atol=1e-5)
+    assert (got @ got.T - want @ want.T).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("held_back", [True, False])
+@pytest.mark.parametrize("shape", [(700, 1500), (1500, 700), (30, 40)])
+def test_the_library_that_multiplies_does_not_matter(
+    held_back: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg, "_held_back", lambda: held_back)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(8))
+    basis = torch.linalg.qr(x[:, :20].double()).Q
+    want = x.double() - basis @ (basis.T @ x.double())
+    assert (linalg.remove_subspace(x.clone(), basis.float()).double() - want).norm() <= 1e-6 * x.norm()
+    product = linalg.multiplier(x.T)(basis.float())
+    assert (product.double() - x.T.double() @ basis).norm() <= 1e-6 * x.norm()
+
+
 @pytest.mark.parametrize("approximate", [True, False])
 def test_only_large_matrices_are_iterated_on(approximate: bool) -> None:
     x = torch.randn(2, 40, 30, generator=torch.Generator().manual_seed(4))
@@ -96,14 +119,18 @@ def test_the_shared_subspace_does_not_depend_on_signs(shape: tuple[int, int], mo
     """Libraries and devices differ in the signs of singular vectors: a card once gave another merge by a quarter."""
     taus = list(torch.randn(8, *shape, generator=torch.Generator().manual_seed(6)))
     one = linalg.shared_subspace(taus, 65, 43, approximate=True)
-    decompose, generator = linalg.iterated, torch.Generator().manual_seed(7)
+    decompose, lead, generator = linalg.iterated, linalg.leading_directions, torch.Generator().manual_seed(7)
+
+    def signs(rank: int) -> torch.Tensor:
+        return torch.randint(0, 2, (rank,), generator=generator) * 2.0 - 1.0
 
     def flipped(x: torch.Tensor, rank: int, *rest: int) -> tuple[torch.Tensor, ...]:
         u, s, v = decompose(x, rank, *rest)
-        signs = torch.randint(0, 2, (rank,), generator=generator) * 2.0 - 1.0
-        return u * signs, s, signs[:, None] * v
+        flips = signs(rank)
+        return u * flips, s, flips[:, None] * v
 
     monkeypatch.setattr(linalg, "iterated", flipped)
+    monkeypatch.setattr(linalg, "leading_directions", lambda x, rank, *rest: lead(x, rank, *rest) * signs(rank))
     other = linalg.shared_subspace(taus, 65, 43, approximate=True)
     assert torch.allclose(one.T @ one, torch.eye(43, dtype=torch.float64), atol=1e-12)
     assert (one @ one.T - other @ other.T).norm() <= 1e-4
