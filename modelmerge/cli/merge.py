@@ -20,7 +20,7 @@ from modelmerge.cli.plan import head, next_lines, part_lines, plan_lines, result
 from modelmerge.errors import ModelMergeError, UsageError
 from modelmerge.methods import registry
 from modelmerge.methods.contract import Method
-from modelmerge.methods.options import change_options
+from modelmerge.methods.options import asks_overlap, change_options, with_experts
 from modelmerge.plan import presets
 from modelmerge.plan.recipe import Recipe, parse_weights
 from modelmerge.verbs.auto import AUTO, SUMMARY, refuse_within
@@ -189,6 +189,8 @@ def _changed(recipe: Recipe, method: Method | None, values: Mapping[str, Any], n
             fields["coefficients"] = {}
     if method and options:
         changed = change_options(method, recipe.method, recipe.options, options, len(recipe.experts), recipe.overlap)
+        if recipe.overlap is not None or not asks_overlap(changed):  # else it is measured
+            changed = with_experts(changed, len(recipe.experts), recipe.overlap)
         fields["options"] = dataclasses.asdict(changed)
     return dataclasses.replace(recipe, **fields)
 
