@@ -81,7 +81,8 @@ def sum_scale(published: float, *, overlapping: bool = False) -> Any:
 
     `overlapping`: it is smaller where the task vectors overlap, of which the sum has all or much.
     """
-    words = f"Factor. Default: 1 / sqrt(experts){', less if they overlap' * overlapping}; {published:g} as published."
+    default = "by number and overlap" if overlapping else "1 / sqrt(experts)"
+    words = f"Factor. Default: {default}; {published:g} as published."
     return option(None, words, varies="tensor", linear=True, overlapping=overlapping)
 
 

@@ -14,6 +14,7 @@ from modelmerge.cli import main
 from modelmerge.errors import ModelMergeError, PlanError, UsageError
 from modelmerge.methods import registry
 from tests.support.checkpoints import State, read, write
+from tests.support.methods import constant_scale
 
 LAYERS = 4
 ENDS = {"model.embed_tokens.weight": (6, 4), "model.norm.weight": (4,), "lm_head.weight": (6, 4)}
@@ -111,8 +112,9 @@ def test_a_run_may_have_a_base_of_its_own(tmp_path: Path, family: dict[str, Path
 def test_all_layers_of_all_models_are_what_they_are_without_runs(
     method: str, tmp_path: Path, family: dict[str, Path]
 ) -> None:
-    got = merge(family, tmp_path / "runs", method, "0-2", "base:2-4 math:2-4 code:2-4")
-    assert same(got, merge(family, tmp_path / "plain", method))
+    scale = constant_scale(method)
+    got = merge(family, tmp_path / "runs", method, "0-2", "base:2-4 math:2-4 code:2-4", **scale)
+    assert same(got, merge(family, tmp_path / "plain", method, **scale))
 
 
 def test_a_share_of_a_task_vector_counts_where_the_same_models_are_merged(
@@ -308,5 +310,6 @@ def test_every_method_merges_a_run_as_it_merges_models_of_these_layers_alone(
         inside = {f"model.layers.{i}.{end}": t for i in range(2) for end, t in layer(whole, first + i).items()}
         small[name] = save(tmp_path / "small" / name, ends | inside, num_hidden_layers=2)
     run = " ".join(f"{name}:{first}-{first + 2}" for name, first in firsts.items())
-    got = merge(family, tmp_path / "out", method, run)
-    assert same(got, merge(small, tmp_path / "want", method))
+    scale = constant_scale(method)
+    got = merge(family, tmp_path / "out", method, run, **scale)
+    assert same(got, merge(small, tmp_path / "want", method, **scale))

@@ -117,3 +117,8 @@ def choices(chosen: Method) -> list[dict[str, Any]]:
 def typed(name: str, options: dict[str, Any]) -> str:
     """A transform as `disentangle` takes it."""
     return " ".join([name, *(f"{option}={str(value).lower()}" for option, value in options.items())])
+
+
+def constant_scale(name: str) -> dict[str, Any]:
+    """Options with which a sum's scale does not follow the angles between the task vectors."""
+    return {"published": True} if name in ("task-arithmetic", "ties") else {}

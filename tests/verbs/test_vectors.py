@@ -21,7 +21,7 @@ from modelmerge.errors import CheckpointError, OutputError, PlanError, Reference
 from modelmerge.methods import registry
 from modelmerge.methods.words import parse_transform
 from tests.support.checkpoints import State, base_state, expert_state, family, read, same_bits, write
-from tests.support.methods import takes, typed
+from tests.support.methods import constant_scale, takes, typed
 
 LINEAR = {
     "model.layers.0.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight",
@@ -174,6 +174,7 @@ def test_factors_are_the_best_of_their_rank_and_the_error_is_said(
 
 def both_ways(models: list[Path], out: Path, name: str, front: str, told: dict[str, Any], **more: Any) -> None:
     """Disentangling on the way is disentangling first, to the last bit."""
+    more |= constant_scale(name)
     vectors = [out / f"{front}-vectors" / model.name for model in models[1:]]
     if not vectors[0].exists():
         modelmerge.disentangle(models[0], models[1:], vectors[0].parent, method=front, **told)
@@ -207,7 +208,7 @@ def test_in_front_of_any_merge_is_the_two_commands_in_turn(
     monkeypatch.setattr(job, "CPU_BLOCK", 100)
     models = apart[takes(name, 3)]
     both_ways(models, models[0].parent.parent, name, front, {"steps": 20} if front == "awd" else {})
-    modelmerge.merge(models[0], models[1:], tmp_path / "plain", method=name)
+    modelmerge.merge(models[0], models[1:], tmp_path / "plain", method=name, **constant_scale(name))
     # Experts made of noise are orthogonal or worse: model-stock may keep the base either way.
     changed = not same_bits(read(tmp_path / "plain"), read(models[0].parent.parent / "one"))
     assert changed or (name == "model-stock" and front == "awd")
@@ -251,8 +252,9 @@ def test_a_chain_of_transforms_is_the_commands_in_turn(
         }
         modelmerge.disentangle(models[0], place, tmp_path / f"v{i}", method=method, **given)
         place = [tmp_path / f"v{i}" / path.name for path in models[1:]]
-    modelmerge.merge(models[0], place, tmp_path / "in-turn", method=name)
-    manifest = modelmerge.merge(models[0], models[1:], tmp_path / "chain", method=name, disentangle=order)
+    scale = constant_scale(name)
+    modelmerge.merge(models[0], place, tmp_path / "in-turn", method=name, **scale)
+    manifest = modelmerge.merge(models[0], models[1:], tmp_path / "chain", method=name, disentangle=order, **scale)
     assert same_bits(read(tmp_path / "chain"), read(tmp_path / "in-turn"))
     modelmerge.replay(tmp_path / "chain", tmp_path / "again")
     assert same_bits(read(tmp_path / "chain"), read(tmp_path / "again"))
