@@ -109,6 +109,13 @@ class Change:
         return self.factors is not None and self.product == "product" and plain
 
     @property
+    def rank(self) -> int:
+        """The columns of the factors of a difference that is `low_rank`, of all runs together."""
+        if self.factors is None:
+            return sum(run.change.rank for _, run in self.runs if run.change is not None)
+        return self.factors[0].shape[0 if self.transposed else 1]
+
+    @property
     def parts(self) -> tuple[TensorInfo, ...]:
         """Every tensor that takes part in it, as stored."""
         each = (*(self.factors or ()), self.origin, self.magnitude, *self.matrices, *(run for _, run in self.runs))

@@ -28,6 +28,7 @@ from modelmerge.plan.tensors import Plan, TensorPlan
 
 # So many rows of a matrix are read, of so many matrices of a type: the first layer's, the last's and between.
 _ROWS, _EACH = 64, 3
+_MOST = 1 << 19  # entries of a matrix
 # Experts that went up to so many times as far as the one in the middle keep their weight: even sets stay as they are.
 FAR = 1.5
 
@@ -119,4 +120,5 @@ def _some(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
 
 
 def _sample(tensor: TensorPlan) -> Piece:
-    return Piece(tensor, 0, min(_ROWS * tensor.row, tensor.numel), sampled=True)
+    rows = max(min(_ROWS, _MOST // tensor.row), 1)
+    return Piece(tensor, 0, min(rows * tensor.row, tensor.numel), sampled=True)

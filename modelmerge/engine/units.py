@@ -184,7 +184,19 @@ def spread(job: Job, workers: int | None) -> dict[str, Any]:
 def work_of(job: Job, tensor: TensorPlan) -> Work:
     """What the tensor's method does on it."""
     group = job.group(tensor)
-    return done_on(job.plan, tensor, functools.partial(group.method.work, group.options))
+    of_products, directions = group.method.work_of_products, _directions(job.plan, tensor)
+    if of_products is None or directions is None or job.transforms:
+        return done_on(job.plan, tensor, functools.partial(group.method.work, group.options))
+    return done_on(job.plan, tensor, lambda m, n, tasks: of_products(group.options, m, n, tasks, directions))
+
+
+def _directions(plan: Plan, tensor: TensorPlan) -> int | None:
+    """How many directions the experts take up on a matrix at most, where all are products."""
+    infos = [expert.tensors.get(tensor.name) for expert in plan.experts_of(tensor)]
+    changes = [info.change for info in infos if info is not None]
+    if tensor.rows is not None or len(tensor.shape) != 2 or not all(each and each.low_rank for each in changes):
+        return None
+    return sum(each.rank for each in changes if each is not None)
 
 
 def merge_work(job: Job, tensor: TensorPlan) -> int:

@@ -345,11 +345,11 @@ def one_by_one(m: int, n: int, tasks: int) -> float:
     return max((tasks + 6.0) * m * n, 9.0 * m * n + 12.0 * min(m, n) ** 2)
 
 
-def work_of(options: CorrectionOptions, m: int, n: int, tasks: int) -> work.Work:
-    """What finding the correction of one weight takes."""
-    k = min(m, n)
-    rank, shared = k // tasks, options.shared_rank
-    shared = k // (options.rank_divisor or tasks) if shared is None else shared
+def work_of(options: CorrectionOptions, m: int, n: int, tasks: int, k: int | None = None) -> work.Work:
+    """What finding the correction of one weight takes; `k`: the directions of task vectors that are products."""
+    side = min(m, n)
+    rank, shared = side // tasks, options.shared_rank
+    shared = side // (options.rank_divisor or tasks) if shared is None else shared
 
     def basis(n: int, rank: int) -> work.Work:
         iterates = not options.published and linalg.iterates((m, n), rank)
@@ -361,8 +361,11 @@ def work_of(options: CorrectionOptions, m: int, n: int, tasks: int) -> work.Work
         steps, step = float(options.steps or 0), work.Work(moved=read + written + 28.0 * m * n)
     else:
         steps, step = _USUAL, work.Work(moved=read + written)
+    bases = basis(n, rank) * tasks
+    if k is not None:
+        rank, shared, bases = k // tasks, min(shared, k // 2), work.Work(double=8.0 * (m + n) * k**2 / tasks)
     step += work.product(m, n, 2 * min(shared, m))
-    return basis(n, rank) * tasks + basis(rank * tasks, shared) + step * steps + work.Work(moved=5.0 * read)
+    return bases + basis(rank * tasks, shared) + step * steps + work.Work(moved=5.0 * read)
 
 
 def _value(option: float | None) -> float:

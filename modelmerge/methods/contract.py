@@ -257,6 +257,8 @@ class Method:
         workspace: Given the options and T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
         work: Given the options, m, n and T, what `apply` does on [T, m, n]. Plans tell the time from it, progress goes
             by it, and whoever shares work out has the dearest done first.
+        work_of_products: Given the options, m, n, T and k, the same where the task vectors are products of k directions
+            in all, as those of adapters; None where that makes no difference.
         squares: Given the options, m, n and T, how many float64 numbers the matrices have that it needs besides, square
             ones of a side: they are large where m << n.
         batches: Given the options, whether `apply` takes batches on a device: B matrices of one shape as [T, B, m, n],
@@ -285,6 +287,7 @@ class Method:
     moments: Callable[[Any, Mapping[str, tuple[float, ...]]], Moments | None] = lambda options, each: None
     workspace: Callable[[Any, int], float] = lambda options, tasks: 3.0
     work: Callable[[Any, int, int, int], Work] = lambda options, m, n, tasks: Work(moved=16.0 * tasks * m * n)
+    work_of_products: Callable[[Any, int, int, int, int], Work] | None = None
     squares: Callable[[Any, int, int, int], float] = lambda options, m, n, tasks: 0.0
     batches: Callable[[Any], bool] = lambda options: False
     one_by_one: Callable[[Any, int, int, int], float | None] = lambda options, m, n, tasks: None

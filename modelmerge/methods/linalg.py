@@ -11,14 +11,12 @@ without are zero there, for those of a batch keep one shape.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from modelmerge import interrupts
+from modelmerge.devices import multiplies_by_onednn
 from modelmerge.methods.contract import Tensor
 
 # Elements from which on another library pays, and of a part of a product whose memory is not mapped anew each time.
@@ -366,16 +364,6 @@ def _ready(x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _by_onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies such a matrix [m, n] faster than MKL does, which most builds of torch take for it.
-
-    On processors that are not Intel's, MKL leaves the wider half of AVX-512's registers alone: half the rate.
-    """
-    return x.device.type == "cpu" and x.dim() == 2 and x.dtype == torch.float32 and x.numel() >= _SMALL and _held_back()
-
-
-@functools.cache
-def _held_back() -> bool:
-    wide = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    with contextlib.suppress(OSError):
-        return wide and "AuthenticAMD" in Path("/proc/cpuinfo").read_text("utf-8")
-    return False
+    """Whether oneDNN multiplies such a matrix [m, n] faster than what torch takes for it."""
+    large = x.dim() == 2 and x.numel() >= _SMALL
+    return large and x.device.type == "cpu" and x.dtype == torch.float32 and multiplies_by_onednn()

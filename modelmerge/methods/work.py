@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from typing import Any
 
 # What each kind takes beside a FLOP of a float32 product, on machines that have been measured: for costs that are only
 # compared with one another.
@@ -84,3 +86,13 @@ def through_eigenvalues(m: int, k: int) -> Work:
 def spectra(m: int, n: int, tasks: int) -> Work:
     """All singular values of each of [T, m, n]."""
     return triplets(m, n, 0) * tasks
+
+
+def through_cores(does: Callable[[Any, int, int, int], Work]) -> Callable[[Any, int, int, int, int], Work]:
+    """What `does` takes of [T, m, n], where task vectors that are products of k directions go through it as cores."""
+
+    def of_products(options: Any, m: int, n: int, tasks: int, k: int) -> Work:
+        whole = product(m, k, n) * 2.0 + Work(moved=16.0 * m * n * tasks)  # made, and made again of what comes out
+        return does(options, min(m, k), min(n, k), tasks) + Work(double=8.0 * (m + n) * k**2) + whole
+
+    return of_products

@@ -15,7 +15,7 @@ import torch
 
 from modelmerge._version import __version__
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.devices import KINDS, device_kind
+from modelmerge.devices import KINDS, device_kind, multiplies_by_onednn
 from modelmerge.plan.tensors import Plan
 
 _THREADS = " threads="
@@ -38,7 +38,7 @@ def circumstances(device: object) -> dict[str, Any]:
     machine: dict[str, str | None] = {
         "processor": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "blas": blas[1] if blas else None,
+        "blas": (blas[1] + " and oneDNN" * multiplies_by_onednn()) if blas else None,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
     kind = KINDS.get(str(device).partition(":")[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from modelmerge.methods import registry
 from modelmerge.methods.options import make_options
 from modelmerge.methods.work import Work, eigen, product
 from modelmerge.text import duration
-from tests.support.checkpoints import family
+from tests.support.checkpoints import family, write
 
 MATRICES = [name for name in registry.names("merge") if registry.load(name).matrices]
 
@@ -38,6 +39,33 @@ def test_more_rows_columns_or_experts_are_more_work(name: str, published: bool) 
         assert cost(m, n, 4) < cost(2 * m, n, 4)
         assert cost(m, n, 4) < cost(m, 2 * n, 4)
         assert cost(m, n, 4) <= cost(m, n, 8)
+
+
+@pytest.mark.parametrize("name", [name for name in MATRICES if registry.load(name).work_of_products])
+def test_products_of_few_directions_are_less_work(name: str) -> None:
+    method = registry.load(name)
+    of_products = method.work_of_products
+    assert of_products is not None
+    cost = lambda k: of_products(method.options(), 2000, 3000, 4, k).cost  # noqa: E731
+    assert cost(16) < cost(64) < cost(512) < method.work(method.options(), 2000, 3000, 4).cost
+
+
+def test_a_plan_counts_the_directions_of_adapters(tmp_path: Path) -> None:
+    """Some tenths of a second are hashing and moving bytes, which both have."""
+    generator = torch.Generator().manual_seed(0)
+    name = "model.layers.0.self_attn.q_proj"
+    base = write(tmp_path / "base", {f"{name}.weight": torch.randn(1024, 1024, generator=generator)})
+    adapters = []
+    for seed in "ab":
+        sides = {side: torch.randn(shape, generator=generator) for side, shape in (("A", (4, 1024)), ("B", (1024, 4)))}
+        folder = write(tmp_path / seed, {f"base_model.model.{name}.lora_{s}.weight": t for s, t in sides.items()})
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        adapters.append(folder)
+        modelmerge.merge(base, [folder], tmp_path / "whole" / seed, method="average")
+    whole = plan_of([base, *(tmp_path / "whole" / seed for seed in "ab")], "kron", damping=0.0)
+    assert plan_of([base, *adapters], "kron", damping=0.0)["seconds"] < 0.2 * whole["seconds"]
 
 
 def plan_of(models: list[Path], method: str, **options: Any) -> dict[str, Any]:

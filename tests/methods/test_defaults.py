@@ -73,7 +73,7 @@ def shown(kind: str, name: str, option: str, published: bool) -> Any:
     assert words, f"help does not show the default of {option}"
     plain, *others = words[1].split("; ")
     text = next((other.removesuffix(" as published") for other in others), plain) if published else plain
-    if text.startswith("1 / sqrt(experts)"):
+    if text in ("1 / sqrt(experts)", "by number and overlap"):  # the models here are at right angles
         return round(EXPERTS**-0.5, 3)
     if rank := re.fullmatch(r"min\(m, n\) / (\d+)", text):
         return min(SHAPE) // int(rank[1])

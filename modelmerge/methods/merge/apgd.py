@@ -105,5 +105,8 @@ METHOD = matrix_method(
     workspace=lambda options, tasks: apgd.workspace(tasks),
     one_by_one=lambda options, m, n, tasks: apgd.one_by_one(m, n, tasks),
     work=apgd.work_of,
+    work_of_products=lambda options, m, n, tasks, k: apgd.work_of(
+        options, m, n, tasks, k if options.density == 1.0 and not options.published else None
+    ),
     batches=lambda options: options.solver == "exact",
 )

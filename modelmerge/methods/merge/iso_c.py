@@ -35,6 +35,10 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     return core.whole(factor.mul_(mean[..., None, None])).float().mul_(options.scale)
 
 
+def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
+    return work.polar(m, n)
+
+
 METHOD = matrix_method(
     options=Options,
     apply=apply,
@@ -46,6 +50,7 @@ METHOD = matrix_method(
     ),
     wants_base=True,
     workspace=lambda options, tasks: 16.0,
-    work=lambda options, m, n, tasks: work.polar(m, n),
+    work=_work,
+    work_of_products=work.through_cores(_work),
     batches=lambda options: True,
 )

@@ -77,4 +77,5 @@ METHOD = matrix_method(
     wants_base=True,
     workspace=lambda options, tasks: 25.0,
     work=_work,
+    work_of_products=work.through_cores(_work),
 )

@@ -188,8 +188,16 @@ def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
     k, g = sorted((m, n))
     halves = work.triplets(k, g, k) + work.fine_product(k, k, k)
     step = work.product(k, g, k) * 2.0 + work.product(k, k, k)
-    norms = (work.fine_product(k, g, k) + work.eigen(k) * 0.3) * (2.0 if options.damping else 0.0)
-    return (halves + step * (_USUAL + 2)) * tasks + norms
+    return (halves + step * (_USUAL + 2)) * tasks + _norm(options, k, g) * 2.0
+
+
+def _norm(options: Options, m: int, n: int) -> work.Work:
+    k, g = sorted((m, n))
+    return work.fine_product(k, g, k) + work.eigen(k) * 0.3 if options.damping else work.NOTHING
+
+
+def _work_of_products(options: Options, m: int, n: int, tasks: int, k: int) -> work.Work:
+    return work.through_cores(_work)(options, m, n, tasks, k) + _norm(options, m, n)
 
 
 METHOD = matrix_method(
@@ -203,5 +211,6 @@ METHOD = matrix_method(
     workspace=lambda options, tasks: 2.0 * tasks + 12.0,
     one_by_one=_one_by_one,
     work=_work,
+    work_of_products=_work_of_products,
     batches=lambda options: True,
 )

@@ -61,5 +61,6 @@ METHOD = matrix_method(
     wants_base=True,
     workspace=lambda options, tasks: 22.0,
     work=_work,
+    work_of_products=work.through_cores(_work),
     batches=lambda options: True,
 )

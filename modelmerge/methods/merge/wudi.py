@@ -237,5 +237,6 @@ METHOD = matrix_method(
     one_by_one=_one_by_one,
     squares=lambda options, m, n, tasks: (6.0 if options.solver == "spectral" else 3.0) * min(n, tasks * m) ** 2,
     work=_work,
+    work_of_products=work.through_cores(_work),
     batches=lambda options: options.solver != "adam",
 )
