@@ -108,5 +108,5 @@ METHOD = Method(
     ),
     blockwise=lambda options: False,
     by_rows=lambda options: options.rescale != "norm",
-    workspace=lambda options, tasks: 14.0,
+    workspace=lambda options, tasks: 32.0,  # as measured: the keys that are sorted leave gaps in the heap
 )
