@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 METHODS = {
     "apgd": ["apgd"],
     "apgd, 60 steps of adam": ["apgd", "--solver", "adam", "--steps", "60"],
-    "kron": ["kron"],
+    "kron, to a tenth": ["kron", "--tolerance", "0.1"],
     "tsv-m": ["tsv-m"],
     "ties": ["ties"],
 }
