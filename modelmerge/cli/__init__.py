@@ -29,6 +29,14 @@ _ONE_LINE = "1000"  # columns in which any help line is one line, as zsh wants i
 EXAMPLES = ("modelmerge demo", "modelmerge merge ties base math code -o merged")
 
 
+# Why some work is not shared out, and what is.
+_ONE_PROCESS = {
+    "disentangle": "each vector that it writes takes all experts; --cluster is for merge --disentangle and extract",
+    "eval": "eval is one process; --cluster is for merge and extract",
+    "search": "a search is one process; --cluster is for merge and extract",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -156,6 +164,8 @@ def _where_to_look(error: typer.TyperException, words: Sequence[str]) -> str | N
     file = next((word for word in words[1:2] if word.endswith((".yaml", ".yml", ".json"))), None)
     if file is not None and words[0] == "merge":
         return f"a recipe has an option of its own: --recipe {file}"
+    if words[0] in _ONE_PROCESS and _names(words, "--cluster"):
+        return _ONE_PROCESS[words[0]]
     context: typer.Context | None = getattr(error, "ctx", None)
     if context is None:
         return None

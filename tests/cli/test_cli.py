@@ -488,3 +488,15 @@ def test_no_color_is_respected(
     monkeypatch.setenv("NO_COLOR", "1")
     _, out, err = run(capsys, "merge", "average", "./no", "./nil", "-o", tmp_path / "out")
     assert "\x1b" not in out + err
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["disentangle", "awd", "base", "a", "b", "-o", "out"], "each vector that it writes takes all experts"),
+    (["eval", "weights", "a"], "eval is one process"),
+    (["search", "ties", "base", "a", "-o", "out", "--try", "scale=1", "--on", "custom:f"], "a search is one process"),
+])  # fmt: skip
+def test_what_cannot_be_shared_out_says_why(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, *words, "--cluster", "files")
+    assert code == 2
+    assert "No such option: --cluster" in err
+    assert f"hint: {reason}" in err
