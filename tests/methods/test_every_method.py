@@ -202,9 +202,11 @@ def test_moments_add_up_over_blocks(name: str) -> None:
     moments = registry.load(name).moments(registry.load(name).options(), {})
     if moments is None:
         return
-    taus, base = torch.randn(takes(name, 4), 10_000), torch.randn(10_000)
+    generator = torch.Generator().manual_seed(0)
+    taus, base = torch.randn(takes(name, 4), 10_000, generator=generator), torch.randn(10_000, generator=generator)
     whole = measured_at_once(moments, taus, base)
-    assert torch.allclose(measured_in_blocks(moments, taus, base, 3333, 500), whole, rtol=1e-6, atol=1e-4)
+    near = 1e-6 * float(whole.abs().max())  # inner products near zero are sums of float32 products that are not
+    assert torch.allclose(measured_in_blocks(moments, taus, base, 3333, 500), whole, rtol=1e-6, atol=near)
 
 
 @pytest.mark.gpu
