@@ -72,3 +72,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     yield _HUB
     _HUB.clear()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread of torch's, for modules whose models are too small to share out: `pytestmark` names it."""
+    from modelmerge.engine.parallel import threads  # here: torch reads the settings above when it is imported
+
+    with threads(1):
+        yield

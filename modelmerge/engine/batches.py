@@ -35,8 +35,8 @@ def group(job: Job, tensors: Tensors, fits: Callable[[TensorPlan], bool]) -> lis
     batches: list[list[TensorPlan]] = []
     for tensor in tensors:
         setting = job.settings[tensor.name]
-        takes = job.source.device.type != "cpu" and job.group(tensor).method.batches(setting.options)
-        most = BATCH // max(tensor.numel, 1) if takes and tensor.rows is None and not job.transforms else 1
+        takes = job.group(tensor).method.batches(setting.options) and tensor.rows is None and not job.transforms
+        most = BATCH // max(tensor.numel, 1) if takes else 1
         while most > 1 and not fits(as_one([tensor] * most)):
             most //= 2
         stored = [(expert.name, tensor.name in expert.tensors) for expert in job.plan.experts_of(tensor)]

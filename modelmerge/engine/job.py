@@ -34,6 +34,9 @@ BATCH = 1 << 23
 # Matrices of up to so many elements are merged several at a time, each on one thread: products and decompositions of
 # that size gain little from a second thread (1.2 x at 768 x 768), and memory is that of a few of them.
 MODEST = 1 << 22
+# How a tensor that comes whole is merged: while the next one is on its way to the device; without it; its task vectors
+# coming one at a time from the host's memory; or on the host, whatever the device.
+AHEAD, ALONE, ONE_BY_ONE, ON_HOST = "ahead", "alone", "one by one", "on the host"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from modelmerge.checkpoint.as_lora import Role, Size
 from modelmerge.checkpoint.header import DTYPE_BITS, Change
 from modelmerge.devices import free_memory
 from modelmerge.engine.batches import as_one, group
-from modelmerge.engine.job import MODEST, Job, Source
+from modelmerge.engine.job import AHEAD, ALONE, MODEST, ON_HOST, ONE_BY_ONE, Job, Source
 from modelmerge.engine.pieces import Sample
 from modelmerge.engine.units import done_on
 from modelmerge.errors import UsageError
@@ -34,9 +34,6 @@ _USABLE = 0.9
 # Anonymous memory of a process that has imported torch and the packages around it, in bytes, with room for the
 # allocator's slack; measured 120 to 190 MB.
 PROCESS_BYTES = 230_000_000
-# How a tensor that comes whole is merged: while the next one is on its way to the device; without it; its task vectors
-# coming one at a time from the host's memory; or on the host, whatever the device.
-AHEAD, ALONE, ONE_BY_ONE, ON_HOST = "ahead", "alone", "one by one", "on the host"
 # A survey's integers: counters of each task vector, where it looks for two ranks.
 _COUNTERS = 1 << 17
 
@@ -299,6 +296,8 @@ def together(source: Source, tensor: TensorPlan) -> bool:
 
 def ways(job: Job) -> dict[str, str]:
     """How each tensor that comes whole is merged, by what the device's free memory has room for."""
+    if job.source.device.type == "cpu":
+        return dict.fromkeys((tensor.name for tensor in job.wholes()), AHEAD)
     room = _room(job.source.device)
 
     def way(tensor: TensorPlan) -> str:
@@ -322,13 +321,11 @@ def _bytes_one_by_one(job: Job, tensor: TensorPlan) -> float:
 
 
 def batches(job: Job, tensors: Tensors) -> list[list[TensorPlan]]:
-    """Whole tensors in batches that the device holds two at a time."""
-    way_of = ways(job)
-
-    def fits(batch: TensorPlan) -> bool:
-        return way_of[batch.name] == AHEAD and _whole_bytes(job, [batch, batch]) <= _room(job.source.device)
-
-    return group(job, tensors, fits)
+    """Whole tensors in batches that the device holds two at a time; on a CPU each is one."""
+    if job.source.device.type == "cpu":
+        return [[tensor] for tensor in tensors]
+    way_of, room = ways(job), _room(job.source.device)
+    return group(job, tensors, lambda one: way_of[one.name] == AHEAD and _whole_bytes(job, [one, one]) <= room)
 
 
 def _whole_bytes(job: Job, tensors: Tensors) -> int:

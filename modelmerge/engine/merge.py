@@ -18,9 +18,9 @@ from modelmerge.checkpoint.changes import as_bytes
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.devices import Sender, current
 from modelmerge.engine.batches import load, stacked
-from modelmerge.engine.job import SMALL, Findings, Job
+from modelmerge.engine.job import AHEAD, ALONE, ONE_BY_ONE, SMALL, Findings, Job
 from modelmerge.engine.loader import Loader, expert_values, loader_of, rounded, whole
-from modelmerge.engine.memory import AHEAD, ALONE, ONE_BY_ONE, batches, together, ways
+from modelmerge.engine.memory import batches, together, ways
 from modelmerge.engine.parallel import in_parallel, prepare_process, run_interruptibly, side_by_side, threads
 from modelmerge.engine.pieces import Piece, Pieces, item_bytes
 from modelmerge.engine.rounding import Rounding, squared, stored_narrow

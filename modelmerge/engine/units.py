@@ -184,8 +184,9 @@ def spread(job: Job, workers: int | None) -> dict[str, Any]:
 def work_of(job: Job, tensor: TensorPlan) -> Work:
     """What the tensor's method does on it."""
     group = job.group(tensor)
-    of_products, directions = group.method.work_of_products, _directions(job.plan, tensor)
-    if of_products is None or directions is None or job.transforms:
+    of_products = None if job.transforms else group.method.work_of_products
+    directions = _directions(job.plan, tensor) if of_products else None
+    if of_products is None or directions is None:
         return done_on(job.plan, tensor, functools.partial(group.method.work, group.options))
     return done_on(job.plan, tensor, lambda m, n, tasks: of_products(group.options, m, n, tasks, directions))
 

@@ -7,7 +7,6 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import modelmerge
 from modelmerge.checkpoint.reader import open_checkpoint
 from modelmerge.checkpoint.reference import parse
 from modelmerge.cli import main
-from modelmerge.engine.parallel import threads
 from modelmerge.errors import CheckpointError, ModelMergeError, UsageError
 from modelmerge.evaluation import clip as suite
 from modelmerge.evaluation import clip_models as clip
@@ -36,10 +34,7 @@ CPU = torch.device("cpu")
 PROMPTED = [name.replace("_", " ") for name in clip_models.COLOURS]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

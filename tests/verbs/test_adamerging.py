@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import modelmerge
 from modelmerge.charts.figures import of_coefficients
 from modelmerge.cli import main
 from modelmerge.engine import memory
-from modelmerge.engine.parallel import threads
 from modelmerge.errors import CheckpointError, ModelMergeError, PlanError, RecipeError, UsageError
 from modelmerge.evaluation import digits
 from modelmerge.evaluation.custom import batches, draws, names_in
@@ -33,10 +32,7 @@ QUICK: dict[str, Any] = {"steps": 40, "lr": 0.03}
 EXPERTS, STEPS = ("first", "second"), {"steps": 3, "lr": 0.05}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Real experts.

@@ -8,14 +8,12 @@ import math
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from modelmerge.engine.parallel import threads
 from modelmerge.errors import UsageError
 from modelmerge.methods.options import Range, read_range
 from modelmerge.verbs.candidates import label_of
@@ -45,10 +43,7 @@ def near(model):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import json
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from safetensors.torch import save_file
 
 import modelmerge
 from modelmerge.checkpoint.digest import sha256
-from modelmerge.engine.parallel import threads
 from modelmerge.errors import ModelMergeError, OutputError, UsageError
 from modelmerge.evaluation import digits
 from modelmerge.evaluation.custom import Model
@@ -55,10 +53,7 @@ def first_half(model):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
