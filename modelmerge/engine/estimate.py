@@ -26,17 +26,19 @@ _LONG = 1 << 22  # entries of a vector that fits in no cache
 _TIMES, _WHILE = 3, 0.02
 
 
-def seconds(job: Job, todo: Tensors) -> float | None:
-    """About how long the merge of `todo` takes, beside start and downloads; within a factor of two on a CPU.
+def seconds(job: Job, todo: Tensors, besides: Work = NOTHING) -> float | None:
+    """About how long the merge of `todo` and some work `besides` takes; within a factor of two on a CPU.
 
-    Matrices that do not fit on the device are counted at the CPU's rates. None where the device has no memory left to
-    measure its rates in.
+    Start and downloads are not in it. Matrices that do not fit on the device are counted at the CPU's rates. None where
+    the device has no memory left to measure its rates in.
     """
     names = {tensor.name for tensor in todo}
     wholes = [tensor for tensor in job.wholes() if tensor.name in names]
     away = beyond_device(job) & names
     work = _total(job, (tensor for tensor in wholes if tensor.name not in away))
-    work = sum((needs.work for needs in needs_of(job, todo)), work) + Work(moved=_MOVED * bytes_read(job, todo))
+    work = sum((needs.work for needs in needs_of(job, todo)), work + besides) + Work(
+        moved=_MOVED * bytes_read(job, todo)
+    )
     side = max((min(tensor.row, tensor.numel // tensor.row) for tensor in wholes if tensor.numel), default=0)
     try:
         rates = rates_of(job.source.device, min(max(side, _LEAST_SIDE), _MOST_SIDE))

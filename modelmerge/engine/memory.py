@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from modelmerge.checkpoint.as_lora import Role, Size
-from modelmerge.checkpoint.header import DTYPE_BITS, Change
+from modelmerge.checkpoint.header import Change
 from modelmerge.devices import free_memory
 from modelmerge.engine.batches import as_one, group
 from modelmerge.engine.job import AHEAD, ALONE, MODEST, ON_HOST, ONE_BY_ONE, Job, Source
 from modelmerge.engine.pieces import Sample
 from modelmerge.engine.units import done_on
 from modelmerge.errors import UsageError
-from modelmerge.methods import linalg, selection
+from modelmerge.methods import selection
 from modelmerge.methods.contract import Correction
 from modelmerge.methods.work import NOTHING, Work
 from modelmerge.plan.tensors import Plan, TensorPlan, Tensors
@@ -71,12 +70,7 @@ def peak_memory(job: Job) -> dict[str, int]:
 
     Mapped files and the page cache are not counted; the run does not need them.
     """
-    return _peak(job, survey(job), merge_blocks(job), merge_wholes(job))
-
-
-def adapter_memory(job: Job, size: Size) -> dict[str, int]:
-    """The most anonymous memory that a merge into an adapter needs, in bytes, as `peak_memory` has it."""
-    return _peak(job, survey(job), merge_into_adapter(job, size))
+    return peak(job, survey(job), merge_blocks(job), merge_wholes(job))
 
 
 def vector_memory(job: Job, tensors: Tensors, ranked: Tensors = (), factored: Tensors = ()) -> dict[str, int]:
@@ -91,10 +85,11 @@ def vector_memory(job: Job, tensors: Tensors, ranked: Tensors = (), factored: Te
     spectra = 8 * len(job.plan.experts) * sum(min(tensor.shape) for tensor in ranked)
     stages = (find_spectra(job.source, ranked), write_factors(job.source, factored))
     kept = (Bytes(stage.host + spectra, stage.device) for stage in stages)
-    return _peak(job, write_vectors(job.source, tensors), *kept)
+    return peak(job, write_vectors(job.source, tensors), *kept)
 
 
-def _peak(job: Job, *stages: Bytes) -> dict[str, int]:
+def peak(job: Job, *stages: Bytes) -> dict[str, int]:
+    """The most anonymous memory of a run of these stages, and of fitting the transforms, as `peak_memory` has it."""
     needs = needs_of(job)
     stages, resident = (*stages, *(each.working for each in needs)), sum(each.resident for each in needs)
     host, device = (max(column) + resident for column in zip(*stages, strict=True))
@@ -217,7 +212,7 @@ def refuse_beyond_memory(job: Job) -> None:
         UsageError: With the bytes it needs and the bytes there are.
     """
     place = "host" if job.source.device.type == "cpu" else "device"
-    needed = _peak(job)[place] if job.transforms else 0
+    needed = peak(job)[place] if job.transforms else 0
     free = free_memory(job.source.device)
     if free is not None and needed > free:
         raise UsageError(
@@ -355,37 +350,6 @@ def _bytes_of_wholes(source: Source, tensors: Tensors, beside: Callable[[TensorP
     one = (sizes[0] + sizes[1]) * 4 * (tasks + 1) + max((beside(t) + 4 * t.numel for t in in_turn), default=0)
     modest = (t.numel * (4 * (tasks + 1) + 12) + beside(t) for t in tensors if together(source, t))
     return int(max(one, source.workers * max(modest, default=0)))
-
-
-def merge_into_adapter(job: Job, size: Size) -> Bytes:
-    """Merging matrix by matrix, each then split into factors."""
-    tasks, plan, tensors = len(job.plan.experts), job.plan, job.merged()
-    workspace = max(group.method.workspace(group.options, tasks) for group in job.groups)
-    largest = max((t.numel for t in tensors), default=0)
-    widest = max((model.stored_bytes(t.name) for t in tensors for model in plan.models), default=0)
-    # Task vectors, theta_0 and the merged one, the method's own, bytes as stored.
-    merging = int(largest * 4 * (tasks + 2 + workspace)) + 2 * widest + unfolding(plan, largest)
-    # The merged one in float64 with its factors, and the eigendecomposition: see `write_factors`. A small rank of a
-    # large matrix needs some vectors of that number.
-    splitting = 0
-    for m, n in (t.shape for t in tensors if len(t.shape) == 2):
-        exact = size.rank is None or not linalg.iterates((m, n), size.rank)
-        vectors = 8 * 6 * (m + n) * (size.rank or 0) + 24 * PRODUCT_RUN
-        splitting = max(splitting, 4 * m * n + (m * n * 8 * 5 + 8 * 9 * min(m, n) ** 2 if exact else vectors))
-    return Bytes(max(merging, splitting), max(merging, splitting))
-
-
-def adapter_bytes(job: Job, table: Mapping[str, Role], size: Size, dtype: str) -> int:
-    """The most bytes on the disk that the adapter can have."""
-    total = 0
-    for tensor in job.plan.tensors.values():
-        role = table[tensor.name]
-        if tensor.action != "copy" and role.kind == "low rank":
-            m, n = tensor.shape
-            total += min(size.rank or m, m, n) * (m + n) * DTYPE_BITS[dtype] // 8
-        elif tensor.action != "copy" and role.kind != "no place":
-            total += tensor.numel * DTYPE_BITS[tensor.out_dtype] // 8
-    return total
 
 
 # Task vectors as files.

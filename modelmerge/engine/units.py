@@ -191,11 +191,21 @@ def work_of(job: Job, tensor: TensorPlan) -> Work:
     return done_on(job.plan, tensor, lambda m, n, tasks: of_products(group.options, m, n, tasks, directions))
 
 
+def directions_of_sum(job: Job, tensor: TensorPlan) -> int | None:
+    """How many directions a merged task vector has at most, where factors of adapters alone tell it; else None.
+
+    They do where the method is linear, as long as they are few beside the matrix. 0 where no expert changes the tensor.
+    """
+    linear = not job.transforms and job.group(tensor).method.linear(job.settings[tensor.name].options)
+    directions = _directions(job.plan, tensor) if linear else None
+    return directions if directions is not None and directions <= min(tensor.shape, default=0) // 2 else None
+
+
 def _directions(plan: Plan, tensor: TensorPlan) -> int | None:
     """How many directions the experts take up on a matrix at most, where all are products."""
     infos = [expert.tensors.get(tensor.name) for expert in plan.experts_of(tensor)]
     changes = [info.change for info in infos if info is not None]
-    if tensor.rows is not None or len(tensor.shape) != 2 or not all(each and each.low_rank for each in changes):
+    if changes and (tensor.rows is not None or len(tensor.shape) != 2 or not all(c and c.low_rank for c in changes)):
         return None
     return sum(each.rank for each in changes if each is not None)
 

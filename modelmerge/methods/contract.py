@@ -243,6 +243,7 @@ class Method:
         rest: Given the options, what happens to the rest where `--rest` does not say: base, average, task-arithmetic.
         most_experts: The most experts it takes, where that is part of its definition.
         normalises: Given the options, whether it divides by the sum of the weights, which then must not be zero.
+        linear: Given the options, whether it adds the task vectors up by numbers that depend on nothing in them.
         wants_base: It looks at `context.base`.
         on_weights: Given the options, whether it merges the models' weights, so that the result is the same wherever
             their task vectors are seen from.
@@ -278,6 +279,7 @@ class Method:
     rest: Callable[[Any], str] = lambda options: "base"
     most_experts: int | None = None
     normalises: Callable[[Any], bool] = lambda options: False
+    linear: Callable[[Any], bool] = lambda options: False
     wants_base: bool = False
     on_weights: Callable[[Any], bool] = lambda options: False
     checked_after: bool = False

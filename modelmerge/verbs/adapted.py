@@ -9,8 +9,9 @@ from modelmerge.checkpoint.adapter_config import CONFIG, WEIGHTS
 from modelmerge.checkpoint.companions import BASE
 from modelmerge.checkpoint.staging import Staging
 from modelmerge.engine.adapter import Adapted, adapt
+from modelmerge.engine.adapter_needs import adapter_bytes, adapter_memory, adapter_reads, adapter_work, of_factors
+from modelmerge.engine.estimate import seconds
 from modelmerge.engine.job import Job
-from modelmerge.engine.memory import adapter_bytes, adapter_memory
 from modelmerge.errors import OutputError, UsageError, named
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import DTYPES
@@ -43,16 +44,28 @@ def size_of(recipe: Recipe) -> as_lora.Size | None:
 def describe(job: Job, recipe: Recipe, size: as_lora.Size) -> dict[str, Any]:
     """The entries of a plan that differ from those for a checkpoint."""
     table, dtype = as_lora.roles(job.plan.base), _dtype(recipe)
-    tensors = []
+    sums, tensors = of_factors(job, table), []
+    whole = [tensor for tensor in job.merged() if tensor.name not in sums]
     for tensor in job.plan.tensors.values():
         kind = table[tensor.name].kind
         action = "leave out" if tensor.action == "copy" else _ACTIONS[kind]
         tensors.append((tensor, dtype if kind == "low rank" else tensor.out_dtype, action))
     return {
         "tensors": listing(job.source, tensors)["tensors"],
-        "peak_memory": adapter_memory(job, size),
+        "peak_memory": adapter_memory(job, table, size),
+        "seconds": seconds(job, whole, adapter_work(job, table, size)),
         "shards": [WEIGHTS],
     }
+
+
+def bytes_read(job: Job, *, streamed: bool = False) -> int:
+    """Bytes of tensors that are read; or only from models that are streamed."""
+    return adapter_reads(job, as_lora.roles(job.plan.base), streamed=streamed)
+
+
+def of_adapters_alone(job: Job) -> bool:
+    """Whether all is made of the experts' factors, so that no weight of the base is read."""
+    return len(of_factors(job, as_lora.roles(job.plan.base))) == len(job.merged())
 
 
 def most_bytes(job: Job, recipe: Recipe, size: as_lora.Size) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -93,10 +94,11 @@ class Prepared:
         shards = plan.layout.shards if shards is None else shards
         todo = [plan.tensors[name] for shard in shards for name in shard.tensors]
         size = adapted.size_of(self.recipe)
-        written = sum(shard.file_bytes for shard in shards)
+        written, read = sum(shard.file_bytes for shard in shards), functools.partial(bytes_read, self.job, todo)
         if size is not None:
             written = adapted.most_bytes(self.job, self.recipe, size)
-        streamed = bytes_read(self.job, todo, streamed=True) if self.stream else None
+            read = functools.partial(adapted.bytes_read, self.job)
+        streamed = read(streamed=True) if self.stream else None
         beyond = []
         if too_large := beyond_device(self.job):
             long = duration(seconds_on_cpu(self.job, too_large))
@@ -114,7 +116,7 @@ class Prepared:
             "layers": list(self.recipe.layers),
             "vocab": self.recipe.vocab,
             "passes": passes(self.job),
-            "bytes": {"read": bytes_read(self.job, todo), "write": written, "scratch": scratch_bytes(self.job, todo)},
+            "bytes": {"read": read(), "write": written, "scratch": scratch_bytes(self.job, todo)},
             "peak_memory": peak_memory(self.job),
             "seconds": None if self.data is not None else seconds(self.job, todo),
             "shards": [shard.filename for shard in shards],
@@ -261,6 +263,8 @@ def prepare(
         disentangle=tuple(as_typed(transform.name, transform.options) for transform in transforms),
         weights=dict(zip(names, weights, strict=True)) if named_weights else {},
     )
+    if recipe.as_lora is not None and not stream and not plan.base.reference.is_here:
+        stream = adapted.of_adapters_alone(job)  # to store a base that nobody looks at could take hours
     return Prepared(complete, job, recorded, remarks, stream, device, data)
 
 

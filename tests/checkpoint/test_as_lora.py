@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import modelmerge
 from modelmerge.cli import main
-from modelmerge.errors import OutputError, UsageError
+from modelmerge.errors import CheckpointError, OutputError, UsageError
 from tests.support.cards import loaded_by_card
 from tests.support.checkpoints import State, read
 from tests.support.lora import TOLERANCE, adapter_of, base_of, distance, load, merged_by_peft
@@ -282,6 +282,17 @@ def test_the_factors_are_the_best_of_their_rank(method: str, size: float, tmp_pa
     assert b.shape == (96, rank)
     want = (u[:, :rank] * s[:rank]) @ v[:rank]
     assert torch.linalg.norm(b.double() @ a.double() - want) < 1e-5 * torch.linalg.norm(want)
+
+
+def test_a_factor_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    base, experts = wide(tmp_path)
+    file = experts[1] / "adapter_model.safetensors"
+    factors = load_file(file)
+    next(iter(factors.values()))[0, 0] = torch.nan
+    save_file(factors, file)
+    with pytest.raises(CheckpointError, match=r"e1/adapter_model\.safetensors: tensor '.*lora_.*' of 'e1' holds NaN"):
+        modelmerge.merge(base, experts, tmp_path / "out", method="average", as_lora=4)
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:

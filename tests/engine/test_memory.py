@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from modelmerge.cli import main
+from modelmerge.engine.memory import PROCESS_BYTES
 from tests.benchmarks.generate import generate
 from tests.support.checkpoints import write
 
@@ -151,6 +152,14 @@ def test_the_promise_is_kept_with_adapters(
     words: list[str], adapters: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check(words, adapters, tmp_path, capsys)
+
+
+def test_adapters_become_one_without_a_whole_matrix(
+    adapters: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, plain, _ = adapters
+    told = ["merge", "average", "--as-lora", "8", "--exclude", "*embed*"]
+    assert check(told, [base, plain, f"again={plain}"], tmp_path, capsys)[0] < PROCESS_BYTES + 4 * 1024 * 1536 * 4
 
 
 def check(words: list[str], models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, int]:

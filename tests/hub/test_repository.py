@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import modelmerge
 from modelmerge.errors import OUTLINES, HubError
@@ -289,6 +289,36 @@ def test_adapters_on_the_hub(
     assert not any("trained on" in note for note in told["notes"])
     weights = [] if stream else ["adapter_model.safetensors", "model.safetensors"]
     assert cached(tmp_path) == sorted(["adapter_config.json", *weights, "config.json", "tokenizer.json"])
+
+
+def test_a_base_of_which_no_weight_is_needed_is_not_downloaded(hub: FakeHub, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    paths = []
+    for name in ("math", "code"):
+        key, folder = "base_model.model.model.layers.0.q_proj.lora_{}.weight", tmp_path / name
+        folder.mkdir()
+        factors = {key.format(part): torch.randn(2, 16, generator=generator) for part in "AB"}
+        factors[key.format("B")] = factors[key.format("B")].T.contiguous()
+        save_file(factors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        hub.add(f"org/{name}", folder)
+        paths.append(folder)
+    base = write(tmp_path / "base", base_state() | {"model.wide.weight": torch.ones(300, 24000)})
+    hub.add("org/base", base)
+    told: dict[str, Any] = {"method": "task-arithmetic", "as_lora": 4}
+    modelmerge.merge(base, paths, tmp_path / "here", **told)
+    plan = modelmerge.merge("org/base", ["org/math", "org/code"], tmp_path / "there", dry_run=True, **told)
+    assert plan["bytes"]["read"] == 2 * 2 * 2 * 16 * 4
+    modelmerge.merge("org/base", ["org/math", "org/code"], tmp_path / "there", **told)
+    assert hub.bytes_sent() < (base / "model.safetensors").stat().st_size / 10
+    assert "model.safetensors" not in cached(tmp_path)
+    here, there = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("here", "there"))
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[key], there[key]) for key in here)
+    # Another method looks at the base.
+    modelmerge.merge("org/base", ["org/math", "org/code"], tmp_path / "ties", method="ties", as_lora=4)
+    assert "model.safetensors" in cached(tmp_path)
 
 
 # Streams

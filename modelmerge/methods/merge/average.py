@@ -39,6 +39,7 @@ METHOD = Method(
         "ICML 2022",
     ),
     normalises=lambda options: options.reduce == "mean",
+    linear=lambda options: options.reduce == "mean",
     wants_base=True,
     on_weights=lambda options: True,
     checked_after=True,

@@ -39,5 +39,6 @@ METHOD = Method(
     apply=apply,
     paper="https://arxiv.org/abs/2212.04089",
     citation=Citation("Editing Models with Task Arithmetic", "Gabriel Ilharco and others", "ICLR 2023"),
+    linear=lambda options: True,
     checked_after=True,
 )
