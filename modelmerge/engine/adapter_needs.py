@@ -71,8 +71,9 @@ def adapter_work(job: Job, table: Table, size: Size) -> Work:
         if k is not None:
             total += Work(double=4.0 * (m + n) * (3 * k**2 + rank**2)) + work.eigen(k)
         else:
-            splits = size.rank is not None and linalg.iterates((m, n), rank)
-            total += (work.iterated if splits else work.triplets)(m, n, rank) + work.fine_product(m, rank, n)
+            quick = size.rank is not None and linalg.iterates((m, n), rank)
+            split = work.iterated(m, n, rank) * 2.0 if quick else work.triplets(m, n, rank)
+            total += split + work.fine_product(m, rank, n)
     return total
 
 

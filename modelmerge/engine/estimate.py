@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from modelmerge.engine.job import SMALL, Job
-from modelmerge.engine.memory import beyond_device, bytes_read, needs_of
+from modelmerge.engine.memory import beyond_device, needs_of, reads_of
 from modelmerge.engine.parallel import threads
 from modelmerge.engine.units import work_of
 from modelmerge.methods.work import NOTHING, Work
@@ -32,13 +32,11 @@ def seconds(job: Job, todo: Tensors, besides: Work = NOTHING) -> float | None:
     Start and downloads are not in it. Matrices that do not fit on the device are counted at the CPU's rates. None where
     the device has no memory left to measure its rates in.
     """
-    names = {tensor.name for tensor in todo}
-    wholes = [tensor for tensor in job.wholes() if tensor.name in names]
-    away = beyond_device(job) & names
-    work = _total(job, (tensor for tensor in wholes if tensor.name not in away))
-    work = sum((needs.work for needs in needs_of(job, todo)), work + besides) + Work(
-        moved=_MOVED * bytes_read(job, todo)
-    )
+    merged = {tensor.name: tensor for tensor in todo if tensor.action != "copy"}
+    away = beyond_device(job) & merged.keys()
+    work = besides + _total(job, (tensor for tensor in merged.values() if tensor.name not in away))
+    work = sum((needs.work for needs in needs_of(job, todo)), work) + _reading(job, todo)
+    wholes = [tensor for tensor in job.wholes() if tensor.name in merged]
     side = max((min(tensor.row, tensor.numel // tensor.row) for tensor in wholes if tensor.numel), default=0)
     try:
         rates = rates_of(job.source.device, min(max(side, _LEAST_SIDE), _MOST_SIDE))
@@ -56,6 +54,25 @@ def seconds_on_cpu(job: Job, names: Iterable[str]) -> float:
 
 def _total(job: Job, tensors: Iterable[TensorPlan]) -> Work:
     return sum((work_of(job, tensor) for tensor in tensors), NOTHING)
+
+
+def _reading(job: Job, todo: Tensors) -> Work:
+    """Making task vectors of what is read, and adding them up.
+
+    Those of adapters are as long as others, though less is read, and so are those of what an expert did not change.
+    """
+    plan = job.plan
+    total = Work(moved=_MOVED * sum(plan.stored_bytes(t, experts=False) for t in todo if t.action == "copy"))
+    for times, tensors in reads_of(job, todo):
+        for tensor in tensors:
+            infos = [expert.tensors.get(tensor.name) for expert in plan.experts_of(tensor)]
+            changes = [info.change if info else None for info in infos if info is None or info.change is not None]
+            rank = sum(change.rank for change in changes if change and change.low_rank)
+            # Made once more; and products of narrow matrices reach half of the rate, at most.
+            made = 2.0 * len(changes) * plan.stored_bytes(tensor, experts=False)
+            moved = _MOVED * (plan.stored_bytes(tensor, experts=True) + made)
+            total += Work(single=4.0 * tensor.numel * rank, moved=moved) * times
+    return total
 
 
 @functools.cache
@@ -77,12 +94,13 @@ def rates_of(device: torch.device, side: int) -> Work:
         )
 
 
-def _shortest(do: Callable[[], torch.Tensor]) -> float:
+def _shortest(do: Callable[[], object]) -> float:
     """Seconds of the shortest of some runs, after one that sets things up; to look at a result waits for a device."""
     took: list[float] = []
     while len(took) <= _TIMES or sum(took) < _WHILE:
         start = time.perf_counter()
-        do().flatten()[0].item()
+        if isinstance(result := do(), torch.Tensor):
+            result.flatten()[0].item()
         took.append(time.perf_counter() - start)
     return min(took[1:])
 
@@ -90,6 +108,5 @@ def _shortest(do: Callable[[], torch.Tensor]) -> float:
 @functools.cache
 def _hash_rate() -> float:
     """Bytes that one thread hashes in a second."""
-    content, start = bytes(1 << 22), time.perf_counter()
-    hashlib.sha256(content)
-    return len(content) / (time.perf_counter() - start)
+    content = bytes(1 << 21)
+    return len(content) / _shortest(lambda: hashlib.sha256(content))

@@ -119,14 +119,18 @@ def fitting_bytes(job: Job, todo: Tensors | None = None, *, streamed: bool = Fal
 
 def bytes_read(job: Job, todo: Tensors, *, streamed: bool = False) -> int:
     """Bytes of tensors that a merge of `todo` reads, all passes counted; or only from models that are streamed."""
-    plan, names = job.plan, {tensor.name for tensor in todo}
+    copies = (tensor for tensor in todo if tensor.action == "copy")
+    copying = sum(job.plan.stored_bytes(tensor, experts=False, streamed=streamed) for tensor in copies)
+    return _bytes_of(reads_of(job, todo), job.plan, streamed=streamed) + copying
+
+
+def reads_of(job: Job, todo: Tensors) -> list[tuple[float, Tensors]]:
+    """How many times which tensors of all models are read: to merge `todo`, and before that."""
+    names = {tensor.name for tensor in todo}
     # What is measured over the model is measured over all of it.
     surveys = [(g.reads(), [t for t in g.surveyed() if g.survey or t.name in names]) for g in job.groups]
-    merged = [tensor for tensor in todo if tensor.action != "copy"]
-    merging = _bytes_of([(1.0, merged), *surveys], plan, streamed=streamed)
-    copies = (tensor for tensor in todo if tensor.action == "copy")
-    copying = sum(plan.stored_bytes(tensor, experts=False, streamed=streamed) for tensor in copies)
-    return merging + fitting_bytes(job, todo, streamed=streamed) + copying
+    fits = [pair for needs in needs_of(job, todo) for pair in needs.reads]
+    return [(1.0, [tensor for tensor in todo if tensor.action != "copy"]), *surveys, *fits]
 
 
 def _bytes_of(reads: Sequence[tuple[float, Tensors]], plan: Plan, *, streamed: bool) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from modelmerge.methods.work import Work
+from modelmerge.methods.work import NOTHING, Work
 
 if TYPE_CHECKING:
     import torch
@@ -256,8 +256,8 @@ class Method:
             `apply` needs, if any.
         moments: Given the same of a tensor, what it has to be measured by first, if by anything.
         workspace: Given the options and T, how many float32 copies of a tensor `apply` needs at once beside `taus`.
-        work: Given the options, m, n and T, what `apply` does on [T, m, n]. Plans tell the time from it, progress goes
-            by it, and whoever shares work out has the dearest done first.
+        work: Given the options, m, n and T, what `apply` does on [T, m, n] beside adding up. Plans tell the time from
+            it, progress goes by it, and whoever shares work out has the dearest done first.
         work_of_products: Given the options, m, n, T and k, the same where the task vectors are products of k directions
             in all, as those of adapters; None where that makes no difference.
         squares: Given the options, m, n and T, how many float64 numbers the matrices have that it needs besides, square
@@ -288,7 +288,7 @@ class Method:
     survey: Callable[[Any, Mapping[str, tuple[float, ...]]], Survey | None] = lambda options, each: None
     moments: Callable[[Any, Mapping[str, tuple[float, ...]]], Moments | None] = lambda options, each: None
     workspace: Callable[[Any, int], float] = lambda options, tasks: 3.0
-    work: Callable[[Any, int, int, int], Work] = lambda options, m, n, tasks: Work(moved=16.0 * tasks * m * n)
+    work: Callable[[Any, int, int, int], Work] = lambda options, m, n, tasks: NOTHING
     work_of_products: Callable[[Any, int, int, int, int], Work] | None = None
     squares: Callable[[Any, int, int, int], float] = lambda options, m, n, tasks: 0.0
     batches: Callable[[Any], bool] = lambda options: False

@@ -46,6 +46,11 @@ class Work:
 NOTHING = Work()
 
 
+def by_entry(nbytes: float) -> Callable[[Any, int, int, int], Work]:
+    """What moves so many bytes for each entry of each task vector, beside what makes these and adds them up."""
+    return lambda options, m, n, tasks: Work(moved=nbytes * tasks * m * n)
+
+
 def product(m: int, k: int, n: int) -> Work:
     """A float32 product [m, k] times [k, n]."""
     return Work(single=2.0 * m * k * n)

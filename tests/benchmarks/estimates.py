@@ -1,17 +1,19 @@
 """How near the time that a plan tells comes to the time that the merge takes: `python -m tests.benchmarks.estimates`.
 
 Models with the shapes of ViT-B/32's layers, and task vectors whose singular values fall as those of fine-tuning do, are
-merged by every method for matrices. The plan's `seconds` are compared with the merge's CPU seconds, without the
-program's start: run it with OMP_NUM_THREADS=1, or they are those of several processors. Writes RESULTS-estimates.md.
+merged by every method; so are adapters of rank 16 on the same base. The plan's `seconds` are compared with the
+merge's CPU seconds, without the program's start: run it with OMP_NUM_THREADS=1, or they are those of several
+processors. Writes RESULTS-estimates.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 
@@ -23,13 +25,16 @@ from tests.benchmarks import merge_speed
 
 MODULE = "tests.benchmarks.estimates"
 RESULTS = Path(__file__).parent / "RESULTS-estimates.md"
-# By set: the width, the inner width, the layers and the experts.
-SETS = {"narrow": (256, 1024, 1, 4), "ViT-B/32": (768, 3072, 1, 8)}
+# By set: the width, the inner width, the layers, the experts, and the rank of those that are adapters.
+SETS = {"narrow": (256, 1024, 1, 4, 0), "ViT-B/32": (768, 3072, 1, 8, 0), "LoRA": (768, 3072, 1, 8, 16)}
 METHODS: dict[str, dict[str, object]] = {
     "task-arithmetic": {}, "tsv-m": {}, "iso-c": {}, "iso-cts": {}, "knots": {}, "wudi": {}, "kron": {}, "apgd": {},
     "svc": {}, "actmat": {}, "ace": {},
     "apgd --published": {"published": True}, "wudi --published": {"published": True},
     "ties --disentangle apgd": {"disentangle": ["apgd"]},
+    **{name: {} for name in ("average", "ties", "breadcrumbs", "consensus", "dare", "della", "pcb", "sce")},
+    **{name: {} for name in ("model-stock", "karcher", "multislerp", "ram", "ramplus-tl")},
+    "average --as-lora 16": {"as_lora": 16}, "ties --as-lora 16": {"as_lora": 16},
 }  # fmt: skip
 
 
@@ -59,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked.results.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def made(place: Path, width: int, inner: int, layers: int, experts: int) -> list[Path]:
-    """A base and its experts."""
+def made(place: Path, width: int, inner: int, layers: int, experts: int, rank: int) -> list[Path]:
+    """A base and its experts, as adapters if a rank is given."""
     shapes = {"q_proj": (width, width), "k_proj": (width, width), "v_proj": (width, width), "o_proj": (width, width),
               "fc1": (inner, width), "fc2": (width, inner)}  # fmt: skip
     base = {
@@ -70,12 +75,29 @@ def made(place: Path, width: int, inner: int, layers: int, experts: int) -> list
     }
     directories = []
     for i in range(experts + 1):
+        if i and rank:
+            directories.append(adapter(place / f"expert_{i}", base, rank))
+            continue
         state = {name: t + task_vector(*t.shape) if i else t for name, t in base.items()}
         directories.append(place / (f"expert_{i}" if i else "base"))
         directories[-1].mkdir(parents=True)
         save_file(state, directories[-1] / "model.safetensors")
         (directories[-1] / "config.json").write_text('{"model_type": "clip"}')
     return directories
+
+
+def adapter(directory: Path, base: Mapping[str, torch.Tensor], rank: int) -> Path:
+    """A LoRA adapter of all of the base's weights."""
+    state, names = {}, sorted({name.split(".")[-2] for name in base})
+    for name, weight in base.items():
+        m, n = weight.shape
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        state |= {f"{key}A.weight": torch.randn(rank, n) * 0.02, f"{key}B.weight": torch.randn(m, rank) * 0.02}
+    directory.mkdir(parents=True)
+    save_file(state, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": names, "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
 
 
 def task_vector(m: int, n: int) -> torch.Tensor:

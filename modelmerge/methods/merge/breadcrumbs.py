@@ -24,6 +24,7 @@ from modelmerge.methods import norms, signs, threshold, trims
 from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Moments, Tensor
 from modelmerge.methods.options import PUBLISHED_SCALE, follow_sum, option, scale_of, sum_scale
+from modelmerge.methods.work import by_entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,5 +115,6 @@ METHOD = Method(
     blockwise=lambda options: options.scope == "tensor",
     by_rows=lambda options: options.rescale == "none",
     moments=_moments,
+    work=by_entry(280.0),
     workspace=lambda options, tasks: 4.0,
 )

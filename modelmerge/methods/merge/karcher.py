@@ -15,6 +15,7 @@ from typing import Literal
 from modelmerge.methods import sphere
 from modelmerge.methods.contract import Citation, Context, Method, Tensor, summed
 from modelmerge.methods.options import option
+from modelmerge.methods.work import by_entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,5 +50,6 @@ METHOD = Method(
     wants_base=True,
     on_weights=lambda options: options.points == "weights",
     moments=lambda options, each: summed(sphere.moments),
+    work=by_entry(60.0),
     workspace=lambda options, tasks: tasks + 4.0,
 )

@@ -18,6 +18,7 @@ from typing import Literal
 from modelmerge.methods import sphere
 from modelmerge.methods.contract import Citation, Context, Method, Tensor, summed
 from modelmerge.methods.options import option
+from modelmerge.methods.work import by_entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,5 +51,6 @@ METHOD = Method(
     wants_base=True,
     on_weights=lambda options: options.points == "weights",
     moments=lambda options, each: summed(sphere.moments),
+    work=by_entry(50.0),
     workspace=lambda options, tasks: tasks + 4.0,
 )

@@ -22,6 +22,7 @@ from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Pass, Survey, Tensor
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
+from modelmerge.methods.work import by_entry
 
 _TAIL = 1e-4  # the share of the magnitudes that is cut off at either end
 # Elements of the widest vector registers, and more: exp and tanh of a whole register and of single numbers differ in
@@ -106,5 +107,6 @@ METHOD = Method(
     paper="https://arxiv.org/abs/2410.02396",
     citation=Citation("Parameter Competition Balancing for Model Merging", "Guodong Du and others", "NeurIPS 2024"),
     survey=_survey,
+    work=by_entry(650.0),
     workspace=lambda options, tasks: 8.0 * tasks + 8.0,
 )

@@ -15,6 +15,7 @@ import torch
 from modelmerge.methods.contract import Context, Method, Tensor, summed
 from modelmerge.methods.merge.ram import CITATION, PAPER, changed, combined
 from modelmerge.methods.options import option
+from modelmerge.methods.work import by_entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,5 +55,6 @@ METHOD = Method(
     paper=PAPER,
     citation=CITATION,
     moments=lambda options, each: summed(lambda taus, base: _counts(taus, options.threshold)),
+    work=by_entry(500.0),
     workspace=lambda options, tasks: tasks + 6.0,
 )

@@ -24,6 +24,7 @@ from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Look, Method, Moments, Tensor
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
+from modelmerge.methods.work import by_entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,5 +107,6 @@ METHOD = Method(
     paper="https://arxiv.org/abs/2408.07990",
     citation=Citation("FuseChat: Knowledge Fusion of Chat Models", "Fanqi Wan and others", "arXiv 2024"),
     moments=_moments,
+    work=by_entry(240.0),
     workspace=lambda options, tasks: 8.0,
 )

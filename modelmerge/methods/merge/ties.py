@@ -21,6 +21,7 @@ from modelmerge.methods import norms, signs, threshold, trims
 from modelmerge.methods.blocks import in_blocks
 from modelmerge.methods.contract import Citation, Context, Method, Moments, Tensor
 from modelmerge.methods.options import PUBLISHED_SCALE, follow_sum, option, scale_of, sum_scale
+from modelmerge.methods.work import by_entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,5 +87,6 @@ METHOD = Method(
         threshold.survey(each.get("density", options.density)) if options.trim_scope == "model" else None
     ),
     moments=_moments,
+    work=by_entry(120.0),
     workspace=lambda options, tasks: 8.0,
 )
