@@ -5,6 +5,8 @@ Shapes: T experts' task vectors of a tensor, [T, *shape]; of a matrix, [T, m, n]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from modelmerge.methods import apgd, linalg, presence
 from modelmerge.methods.contract import Context
 from modelmerge.methods.merge import apgd as merge_apgd
 from modelmerge.methods.transform import awd
+
+Pair = tuple[Tensor, Tensor]
+Pairs = Sequence[Pair | None]
 
 # Of the merged matrix, so much may lie outside of the subspace that counts as its own (Marczak et al.).
 SUBSPACE_ERROR = 0.05
@@ -44,14 +49,16 @@ def expected_rounding(values: Tensor, dtype: torch.dtype) -> float:
     return float(torch.pow(4.0, exponents.double()).sum()) / 12.0
 
 
-def subspace_alignment(taus: Tensor, merge: Tensor) -> Tensor:
+def subspace_alignment(taus: Tensor, merge: Tensor, factors: Pair | None = None) -> Tensor:
     """The subspace alignment ratio of each of [T, m, n] with `merge` [m, n], float64 [T]; NaN for a zero matrix.
+
+    `factors`: those of `merge`, [m, r] and [r, n], where they are known.
 
     `||P tau_i|| / ||tau_i||`, P the projection on the first k left singular vectors of `merge`, as few as leave no
     more than 5 % of its norm outside (Marczak et al., ICML 2025, arXiv 2502.04959).
     """
     norms = torch.linalg.vector_norm(taus, dim=(1, 2), dtype=torch.float64)
-    basis, values, _ = linalg.leading_triplets(merge, min(merge.shape))
+    basis, values, _ = linalg.leading_triplets(merge, min(merge.shape), factors)
     if not len(values):
         return torch.full_like(norms, torch.nan)
     squares = values.square()
@@ -62,15 +69,20 @@ def subspace_alignment(taus: Tensor, merge: Tensor) -> Tensor:
     return inside / norms
 
 
-def singular_interference(taus: Tensor) -> tuple[float, float]:
+def singular_interference(taus: Tensor, factors: Pairs) -> tuple[float, float]:
     """The singular task interference of [T, m, n], as published, and as a share of the sum of singular values.
 
     `||(U^T U - I) S (V V^T - I)||_1` over all entries: U [m, k], S and V [k, n] are the first min(m, n) / T singular
     triplets of each task vector, side by side; zero where all are orthogonal (Gargiulo et al., CVPR 2025, arXiv
-    2412.00081). Directions that a task vector lacks take no part (`linalg.SUPPORT`).
+    2412.00081). Directions that a task vector lacks take no part (`linalg.SUPPORT`). A task vector whose `factors`,
+    [m, r] and [r, n], are known is decomposed through them.
     """
     rank = max(min(taus.shape[1:]) // len(taus), 1)
-    triplets = [linalg.quick_triplets(tau, rank) for tau in taus if bool(tau.any())]
+    triplets = [
+        linalg.leading_triplets(tau, rank, pair) if pair else linalg.quick_triplets(tau, rank)
+        for tau, pair in zip(taus, factors, strict=True)
+        if bool(tau.any())
+    ]
     if not triplets:
         return 0.0, 0.0
     u, s, v = (torch.cat(parts, dim=d) for parts, d in zip(zip(*triplets, strict=True), (1, 0, 0), strict=True))
@@ -91,13 +103,13 @@ def gap(taus: Tensor, merge: Tensor) -> float:
     return float(errors.double().square().sum())
 
 
-def apgd_gaps(taus: Tensor, base: Tensor, tensor: str) -> tuple[float, float]:
+def apgd_gaps(taus: Tensor, base: Tensor, tensor: str, factors: Pairs) -> tuple[float, float]:
     """The gap where APGD starts from, `sum_i lambda_i tau_i`, and where its defaults arrive, for [T, m, n].
 
-    `base` is `theta_0` [m, n].
+    `base` is `theta_0` [m, n]; `factors` are those of the task vectors, where they are known.
     """
     options = merge_apgd.Options()
-    context = Context(tensor=tensor, weights=(1.0,) * len(taus), base=base.float())
+    context = Context(tensor=tensor, weights=(1.0,) * len(taus), base=base.float(), factors=tuple(factors))
     present = presence.changed(taus, context)
     if not present:
         return 0.0, 0.0

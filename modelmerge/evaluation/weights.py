@@ -27,7 +27,7 @@ from modelmerge.checkpoint.reference import Named, Reference, parse, parse_all, 
 from modelmerge.devices import current
 from modelmerge.engine.figures import entanglement_of
 from modelmerge.engine.job import SMALL, Source
-from modelmerge.engine.loader import Loader, wholes
+from modelmerge.engine.loader import Loader, factors_of, wholes
 from modelmerge.engine.parallel import prepare_process, run_interruptibly, source_of, summed, threads
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.errors import UsageError, named
@@ -205,8 +205,9 @@ def measure(
             step = max(source.block // piece.tensor.row, 1)
             rows = zip(theta_0.split(step), taus.split(step, dim=1), strict=True)
             part = _sum(_look(source, experts, piece, *some) for some in rows)
+            pairs = factors_of(source, piece.tensor, taus.device) or (None,) * len(taus)
             sums[piece.tensor.name] = run_interruptibly(
-                _conflicts, taus[:experts], taus[experts:], theta_0, part, piece.tensor.name
+                _conflicts, taus[:experts], taus[experts:], theta_0, part, piece.tensor.name, pairs
             )
         progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
     for name, part in sums.items():
@@ -235,18 +236,22 @@ def _look(source: Source, experts: int, piece: Piece, theta_0: Tensor, taus: Ten
     )  # fmt: skip
 
 
-def _conflicts(taus: Tensor, models: Tensor, theta_0: Tensor, part: Sums, tensor: str) -> Sums:
+def _conflicts(
+    taus: Tensor, models: Tensor, theta_0: Tensor, part: Sums, tensor: str, factors: interference.Pairs
+) -> Sums:
     if not bool(taus.any()):  # nobody changed it: no conflict to speak of
         return part
-    rows = [interference.subspace_alignment(taus, merge).cpu() for merge in models]
+    mine, theirs = factors[: len(taus)], factors[len(taus) :]
+    aligned = zip(models, theirs, strict=True)
+    rows = [interference.subspace_alignment(taus, merge, pair).cpu() for merge, pair in aligned]
     alignments = torch.stack(rows) if rows else torch.zeros(0, len(taus))
     counts = ~alignments.isnan()
     return replace(
         part,
-        apgd=torch.tensor(interference.apgd_gaps(taus, theta_0, tensor), dtype=torch.float64),
+        apgd=torch.tensor(interference.apgd_gaps(taus, theta_0, tensor, mine), dtype=torch.float64),
         apgd_base=float(part.gaps[-1]),
         alignments=alignments.nan_to_num(0.0), ratios=counts.long(),
-        interference=torch.tensor(interference.singular_interference(taus), dtype=torch.float64), matrices=1,
+        interference=torch.tensor(interference.singular_interference(taus, mine), dtype=torch.float64), matrices=1,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from modelmerge.verbs.evaluate import evaluate
 from tests.support.checkpoints import base_state, family, read, write
 from tests.support.commands import import_no_torch, run
 from tests.support.hub_server import FakeHub
+from tests.support.lora import adapter_of, base_of
 
 evaluate_weights = partial(evaluate, suite="weights")
 MATRICES = ("model.layers.0.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight")
@@ -133,9 +134,9 @@ def test_interference_is_nothing_where_all_is_orthogonal_and_all_where_nothing_i
     u = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
     v = torch.linalg.qr(torch.randn(20, 20, generator=generator, dtype=torch.float64)).Q
     apart = torch.stack([u[:, 6 * i : 6 * i + 6] @ v[6 * i : 6 * i + 6] for i in range(2)]).float()
-    assert conflicts.singular_interference(apart)[1] < 1e-5
+    assert conflicts.singular_interference(apart, [None] * len(apart))[1] < 1e-5
     same = 3.0 * (u[:, :1] @ v[:1])[None].expand(2, -1, -1).float()
-    interference, relative = conflicts.singular_interference(same)
+    interference, relative = conflicts.singular_interference(same, [None] * len(same))
     close(interference, 6.0, 1e-5)
     close(relative, 1.0, 1e-5)
     assert conflicts.subspace_alignment(apart, apart[0]).tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
@@ -234,6 +235,32 @@ def test_models_of_every_kind(models: list[Path], merged: Path, tmp_path: Path, 
         for name in ("expert_0", "expert_1"):
             close(layer["adapter"]["experts"][name]["cosine"], layer["whole"]["experts"][name]["cosine"], 1e-4)
     assert report["models"][3]["files"][str(merged / "model.safetensors")]["sha256"]
+
+
+def test_adapters_are_measured_by_their_factors(tmp_path: Path) -> None:
+    """As what they become in a checkpoint is, and without a decomposition of a whole matrix."""
+    base = base_of("llama", tmp_path / "base")
+    adapters = [adapter_of(base, tmp_path / f"e{i}", i, target_modules=["q_proj", "down_proj"]) for i in range(3)]
+    for i, each in enumerate(adapters):
+        modelmerge.merge(base, [each], tmp_path / "whole" / f"e{i}", method="average", dtype="float64")
+    modelmerge.merge(base, adapters, tmp_path / "sum", method="task-arithmetic", as_lora=6)
+    told = []
+    for experts in (adapters, [tmp_path / "whole" / each.name for each in adapters]):
+        report = evaluate_weights([tmp_path / "sum"], base=base, experts=[str(each) for each in experts])
+        told.append({key: report["model"][key] for key in ("experts", "models")})
+    compare(*told)
+
+
+def compare(one: Any, other: Any) -> None:
+    """Whether two reports have the same figures."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = [*one.values()], [other[key] for key in one]
+    if isinstance(one, list):
+        for mine, theirs in zip(one, other, strict=True):
+            compare(mine, theirs)
+    else:
+        assert one == (other if other is None else pytest.approx(other, rel=1e-3, abs=1e-5))
 
 
 def test_the_command_in_every_format(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
