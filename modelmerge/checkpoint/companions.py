@@ -6,6 +6,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +16,7 @@ from modelmerge.checkpoint.configs import text_parts
 from modelmerge.checkpoint.documents import read_entries
 from modelmerge.checkpoint.portable import leads_out
 from modelmerge.checkpoint.reader import MANIFEST, Checkpoint
+from modelmerge.checkpoint.reference import Reference
 from modelmerge.errors import PlanError, UsageError, named, suggestion
 
 BASE = "base"  # whose files go with the weights, if no expert's
@@ -135,6 +137,19 @@ def giver_of(name: str, base: Checkpoint, experts: Sequence[Checkpoint]) -> Chec
             hint="name an expert by the directory that holds them",
         )
     return giver
+
+
+def open_companions(reference: Reference) -> Checkpoint:
+    """A model of which tokenizer, chat template and configs are read, and no weights.
+
+    Raises:
+        HubError: The Hub refuses, or cannot be reached.
+    """
+    if (remote := reference.repository) is not None:
+        for place in [there for name, there in remote.below.items() if kind_of(name) or name == MODEL_CONFIG]:
+            remote.bring(place)
+    model = Checkpoint(reference, {}, {}, reference.path if reference.path.is_dir() else None, {})
+    return replace(model, config=_read(model, MODEL_CONFIG))
 
 
 def library_of(base: Checkpoint) -> str | None:

@@ -20,7 +20,7 @@ Beside = Literal["all", "cards", "nothing"]  # what of the files beside the weig
 
 def input_paths(plan: Plan) -> list[Path]:
     """Every path that an output must keep away from."""
-    parts = [part for model in plan.models for part in model.parts]
+    parts = [part for model in (*plan.models, plan.giver) for part in model.parts]
     local = [part for part in parts if part.reference.repository is None]
     paths = [path for part in local for path in (part.reference.path, *part.files)]
     if len(local) == len(parts):

@@ -43,7 +43,7 @@ class Filling:
 
     def __init__(self, tokenizers: Tokenizers, vocabulary: Vocabulary, tables: Tables) -> None:
         self._tokenizers, self._models, self._tables = tokenizers, tokenizers.models, tables
-        self._rows, self._bases = vocabulary.rows, vocabulary.name == BASE
+        self._rows, self._bases = vocabulary.rows, vocabulary.name == BASE and not tables.get("apart")
         self._names = [BASE, *(expert.name for expert in self._models[1:])]
         self.size = max(self._rows.values(), default=-1) + 1
         self.padded = -(-self.size // tables.get("multiple", 1)) * tables.get("multiple", 1)
@@ -99,7 +99,7 @@ class Filling:
         """The ids of a model's tokens.
 
         mergekit adds `tokens` to the base's own tokenizer, where the output has that, before it asks which tokens the
-        base has: so it has them, in the padding of its tables.
+        base has: so it has them, in the padding of its tables. Where the file names that by its path, it is another.
         """
         if self._bases and self._tokenizers.shares(model) and self._models[model].adapter is None:
             return self._rows

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from modelmerge.checkpoint.documents import shown
+from modelmerge.checkpoint.reference import Named
 from modelmerge.errors import RecipeError
 from modelmerge.methods.options import as_text
 from modelmerge.plan.format_1 import Variation, merged_overrides
@@ -178,11 +179,10 @@ class _Translation:
         """What it says of tokenizers, of the models by their names here."""
         names = {**self.names, **({} if base is None else {base: BASE})}
 
-        def who(entry: Any, place: str) -> str:
+        def who(entry: Any, place: str) -> Named:
             reference = self._reference(entry, place, base)
-            if reference and reference not in names:
-                self.complain(place, f"only a model that is merged can be honoured, not '{reference}'")
-            return names.get(reference, BASE)
+            others = names_of([*self.names, reference], sliced=True)  # a model that is not merged has a name, too
+            return Named(names.get(reference, others[reference]), "" if reference in names else reference)
 
         return read_tokens(config, who, "base" if based else "mean", self.complain, self.remarks.append)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from modelmerge.checkpoint.documents import shown
+from modelmerge.checkpoint.reference import Named
 from modelmerge.checkpoint.templates import AUTO, NAMES, is_choice
 from modelmerge.errors import suggestion
 from modelmerge.plan.mergekit_models import check_keys
@@ -14,7 +15,9 @@ from modelmerge.plan.overrides import BASE
 from modelmerge.plan.recipe import STORED, Tables, TokenRow
 from modelmerge.plan.vocabulary import UNION
 
-Who = Callable[[Any, str], str]  # base or an expert's name, of a reference and its place in the file
+# Of a reference and its place in the file: base or an expert's name, or the name of a model that is not merged, and
+# then its reference.
+Who = Callable[[Any, str], Named]
 
 
 class Tokens(NamedTuple):
@@ -65,7 +68,13 @@ def read_tokens(
             tables["multiple"] = multiple
         elif multiple:
             complain("tokenizer.pad_to_multiple_of", f"must be a whole number above 0, not {shown(multiple)}")
-    return Tokens(source if source in (BASE, UNION) else who(source, place), tables, template)
+    if source in (BASE, UNION):
+        return Tokens(source, tables, template)
+    model = who(source, place)
+    tables["apart"] = model.name == BASE
+    if model.reference:
+        tables["tokenizer"] = {"name": model.name, "reference": model.reference}
+    return Tokens(model.name, tables, template)
 
 
 def _row(entry: Any, place: str, who: Who, complain: Complain) -> TokenRow:
@@ -83,7 +92,7 @@ def _row(entry: Any, place: str, who: Who, complain: Complain) -> TokenRow:
             complain(place, "is forced, and has no source")
     if not isinstance(source, dict) or "kind" not in source:
         if source is not None:
-            row["model"] = who(source, f"{place}.source")
+            row["model"] = who(source, f"{place}.source").name
         return row
     token, number = source.get("token"), source.get("token_id")
     if source == {"kind": "zero"}:
@@ -91,9 +100,9 @@ def _row(entry: Any, place: str, who: Who, complain: Complain) -> TokenRow:
         return row
     known = source["kind"] == "model_token" and set(source) <= {"kind", "model", "token", "token_id"}
     if known and isinstance(token, str) and number is None:
-        row |= {"model": who(source.get("model"), f"{place}.source.model"), "token": token}
+        row |= {"model": who(source.get("model"), f"{place}.source.model").name, "token": token}
     elif known and type(number) is int and token is None:
-        row |= {"model": who(source.get("model"), f"{place}.source.model"), "id": number}
+        row |= {"model": who(source.get("model"), f"{place}.source.model").name, "id": number}
     else:
         complain(f"{place}.source", "is a model, {kind: zero}, or {kind: model_token, model, token or token_id}")
     return row

@@ -42,6 +42,13 @@ class TokenRow(TypedDict, total=False):
     force: bool
 
 
+class _Named(TypedDict):
+    """A reference as JSON has it."""
+
+    name: str
+    reference: str
+
+
 class _Rows(TypedDict):
     rows: Literal["filled", "stored"]
 
@@ -51,12 +58,15 @@ class Tables(_Rows, total=False):
 
     `rows`: they are `filled` before the merge: every model gets a row for every token of `vocab`, and for no other
     place. A row that a model lacks is that of the only model that has it, or as `lacking` says: the base's, where it
-    has it, or the mean of those that do. `stored`: rows go by their number, whatever tokenizers say. `tokens` are put
-    into the tokenizer where it lacks them. The number of rows is the next multiple of `multiple`; further rows are the
-    mean of a model's others.
+    has it, or the mean of those that do. `stored`: rows go by their number, whatever tokenizers say. `tokenizer` is the
+    model that `vocab` names where it is none of those that are merged. `tokens` are put into the tokenizer where it
+    lacks them; with `apart` the base's own stays without. The number of rows is the next multiple of `multiple`;
+    further rows are the mean of a model's others.
     """
 
     lacking: Literal["base", "mean"]
+    tokenizer: _Named
+    apart: bool
     tokens: dict[str, TokenRow]
     multiple: int
 
@@ -122,13 +132,6 @@ class Recipe:
 
 def _as_json(model: str | Named) -> Any:
     return model._asdict() if isinstance(model, Named) else model
-
-
-class _Named(TypedDict):
-    """A reference as JSON has it."""
-
-    name: str
-    reference: str
 
 
 def _from_json(model: Any) -> Any:

@@ -131,15 +131,18 @@ def by_token(
     stands: Mapping[str, int],
     *,
     merging: bool,
+    others: Sequence[Checkpoint] = (),
 ) -> tuple[Checkpoint, Sequence[Checkpoint], dict[str, TensorPlan], Vocabulary | None]:
     """The models and the plan with tables aligned by token, or with those that are merged row by row as they are.
+
+    Of `others` the tokens are asked for alone: they are not merged.
 
     Raises:
         PlanError: The models number their tokens differently, and nothing says what is to become of that.
     """
     base, *experts = _in_components(base, experts, tensors)
     filled = by is not None and by["rows"] == "filled"
-    tokenizers = Tokenizers(base, experts, lenient=filled)
+    tokenizers = Tokenizers(base, experts, lenient=filled, others=others)
     tables = {
         name: info for name, info in base.tensors.items() if is_table(info) and not folder_of(name, base.components)
     }

@@ -155,6 +155,7 @@ def make_plan(
     vocab: str | None = None,
     files_from: str = BASE,
     tables: Tables | None = None,
+    others: Sequence[Checkpoint] = (),
     strict: int | None = None,
     stack: Stack | None = None,
 ) -> Plan:
@@ -176,6 +177,7 @@ def make_plan(
             rows go by their number, and tokenizers that number them differently are an error.
         files_from: Whose tokenizer goes with the output: `base` or an expert's name.
         tables: How embeddings and heads are put together, where mergekit says it.
+        others: Models that are not merged, whose tokenizers `vocab` may name.
         strict: How many of the overrides, from the first on, are refused if they change nothing; all if None.
         stack: How layers from several places are put together; `base` and `experts` are its.
 
@@ -236,8 +238,9 @@ def make_plan(
     expert_only = {name: tuple(expert.name for expert in experts if name in expert.tensors) for name in beyond}
     stands = {} if stack is None else {name: origin.stand for name, origin in stack.origins.items()}
     base, experts, tensors, vocabulary = by_token(
-        base, experts, tensors, vocab, files_from, on_mismatch, tables, stands, merging=methods is not None
-    )
+        base, experts, tensors, vocab, files_from, on_mismatch, tables, stands, merging=methods is not None,
+        others=others,
+    )  # fmt: skip
     base, experts, tensors = as_matrices(base, experts, tensors)
     stored, parts = entries(tensors.values())
     layout = lay_out_model(stored, base.components, max_shard_size, parts=parts)

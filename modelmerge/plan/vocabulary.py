@@ -72,11 +72,19 @@ class Vocabulary:
 class Tokenizers:
     """The tokenizers of a base and its experts; an adapter or a task vector without one has the base's.
 
-    With `lenient`, as in mergekit, so has any other expert without one that can be read, and every adapter.
+    With `lenient`, as in mergekit, so has any other expert without one that can be read, and every adapter. `others`
+    are models that are not merged, whose tokenizers are their own.
     """
 
-    def __init__(self, base: Checkpoint, experts: Sequence[Checkpoint], *, lenient: bool = False) -> None:
-        self.models = (base, *experts)
+    def __init__(
+        self,
+        base: Checkpoint,
+        experts: Sequence[Checkpoint],
+        *,
+        lenient: bool = False,
+        others: Sequence[Checkpoint] = (),
+    ) -> None:
+        self.models = (base, *experts, *others)
         ours = tokenizer_of(base)
         theirs = [None if lenient and e.adapter is not None else tokenizer_of(e) for e in experts]
         if lenient:  # the base's files are not read again
@@ -85,6 +93,7 @@ class Tokenizers:
             ]
         bases = [lenient or e.vector is not None for e in experts]
         self._each = [ours, *(own or (ours if base else None) for own, base in zip(theirs, bases, strict=True))]
+        self._each += map(tokenizer_of, others)
         self._bases: dict[int, bool] = {0: True}
 
     def shares(self, place: int) -> bool:

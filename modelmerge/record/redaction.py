@@ -85,11 +85,14 @@ def part_name(location: str) -> str:
 
 
 def _local_data(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The names of a recipe's data that lie on this machine, by their paths."""
-    data = manifest.get("recipe", {}).get("unlabelled", {})
+    """The names of a recipe's data and of a tokenizer's model that lie on this machine, by their paths."""
+    recipe = manifest.get("recipe", {})
+    data = recipe.get("unlabelled", {})
     places = [each.partition("=")[2] or each for key in ("data", "classes") for each in data.get(key, ())]
     places += [data["heads"]] if "heads" in data else []
     places += [data["script"].rpartition(":")[0]] if "script" in data else []
+    tables = [each.get("tables") or {} for each in (recipe, *recipe.get("stages", {}).values())]
+    places += [each["tokenizer"]["reference"] for each in tables if "tokenizer" in each]
     return {place: Path(place).name for place in places if place.startswith(("/", "./", "../", "~"))}
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelmerge.checkpoint.companions import giver_of, remarks_on_files
+from modelmerge.checkpoint.companions import giver_of, open_companions, remarks_on_files
 from modelmerge.checkpoint.diffusion import networks
 from modelmerge.checkpoint.layout import Shard
 from modelmerge.checkpoint.opening import open_models, open_references
@@ -41,7 +41,7 @@ from modelmerge.plan.downloads import with_downloads
 from modelmerge.plan.layers import of_sources, stacked
 from modelmerge.plan.linear import is_linear
 from modelmerge.plan.overrides import Methods, Override, group_key, parse
-from modelmerge.plan.recipe import STORED, Recipe, parse_size
+from modelmerge.plan.recipe import STORED, Recipe, Tables, parse_size
 from modelmerge.plan.tables import of_owners, refuse_parts
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan, make_plan
 from modelmerge.plan.vocabulary import remarks_on_tokens
@@ -177,6 +177,8 @@ def prepare(
     if opened is None and recipe.layers and not recipe.experts:  # layers of the base alone
         opened = open_references(parse_reference(recipe.base, stages), ())
     base, experts = opened or open_models(recipe.base, recipe.experts, recipe.exclude, stages)
+    recipe, others = _with_tokenizer(recipe, stages)
+    remarks = [*remarks, *(f"'{each.reference.text}' gives its tokenizer and is not merged." for each in others)]
     stack = None
     if recipe.layers:
         refuse_beside_layers(recipe)
@@ -195,7 +197,7 @@ def prepare(
         dtype=DTYPES[recipe.dtype] if recipe.dtype else None,
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from,
-        tables=recipe.tables, strict=strict, stack=stack,
+        tables=recipe.tables, others=others, strict=strict, stack=stack,
     )  # fmt: skip
     if methods.asks_overlap and recipe.overlap is None and not (transforms or recipe.layers):
         overlap, notes = overlap_of(plan, look=look)
@@ -232,7 +234,7 @@ def prepare(
         recipe = dataclasses.replace(recipe, tables=None)  # it makes no difference
     if recipe.as_lora is None:
         giver = plan.vocabulary.giver if plan.vocabulary is not None else recipe.files_from
-        plan = dataclasses.replace(plan, giver=giver_of(giver, plan.base, plan.experts))
+        plan = dataclasses.replace(plan, giver=giver_of(giver, plan.base, (*plan.experts, *others)))
         on_files = remarks_on_files(plan.base, plan.experts, plan.giver, template=recipe.chat_template is not None)
         about_files = (spelled(text, flag) for text in on_files)
         about_tokens = remarks_on_tokens(plan.vocabulary) if plan.vocabulary is not None else []
@@ -266,6 +268,16 @@ def prepare(
     if recipe.as_lora is not None and not stream and not plan.base.reference.is_here:
         stream = adapted.of_adapters_alone(job)  # to store a base that nobody looks at could take hours
     return Prepared(complete, job, recorded, remarks, stream, device, data)
+
+
+def _with_tokenizer(recipe: Recipe, stages: Mapping[str, Path]) -> tuple[Recipe, tuple[Checkpoint, ...]]:
+    """The recipe, and the model that it takes only the tokenizer of, where there is one, as that leads here."""
+    if recipe.tables is None or "tokenizer" not in recipe.tables:
+        return recipe, ()
+    named = Named(**recipe.tables["tokenizer"])
+    model = open_companions(dataclasses.replace(parse_reference(named, stages).parts[0], name=named.name))
+    tables: Tables = {**recipe.tables, "tokenizer": {"name": named.name, "reference": model.reference.location}}
+    return dataclasses.replace(recipe, tables=tables), (model,)
 
 
 def _prepare_auto(
