@@ -39,7 +39,7 @@ PASSTHROUGH = "passthrough"  # the method that takes one model's weights as they
 _FORM = "write it like math:0-8, 8-16 for all models, or 'math:0-8 code:4-12' for some"
 _WORD = re.compile(r"(?:(.*):)?(\d{1,9})-(\d{1,9})", re.DOTALL)
 # Words of lists of layers that are no language model's.
-_TOWERS = re.compile(r"vision|visual|audio|image|speech|projector|connector|merger|resampler|abstractor|\bmtp\b")
+TOWERS = re.compile(r"vision|visual|audio|image|speech|projector|connector|merger|resampler|abstractor|\bmtp\b")
 # What comes after the layers, but for heads: final norms, and what classifies.
 _AFTER = re.compile(
     r"(^|\.)((final_?|output_|out_)?(layer_?)?norm(_f|_out)?|ln_f|ln_out|score|classifier|pooler|cls|qa_outputs"
@@ -265,7 +265,7 @@ def list_of_layers(names: Iterable[str], said: Sequence[object], where: str) -> 
         PlanError: There is no one such list.
     """
     count = layers(names)
-    lists = {prefix: n for prefix, n in count.items() if not _TOWERS.search(prefix)} or count
+    lists = {prefix: n for prefix, n in count.items() if not TOWERS.search(prefix)} or count
     two = any("encoder" in prefix for prefix in lists) and any("decoder" in prefix for prefix in lists)
     if len(lists) > 1 and not two and len(fitting := {prefix: n for prefix, n in lists.items() if n in said}) == 1:
         lists = fitting
@@ -418,6 +418,8 @@ class _Views:
 
 def is_after(name: str) -> bool:
     """Whether a tensor outside the layers comes after them, by its name."""
+    if TOWERS.search(name):  # a tower has an end of its own, and comes as a whole
+        return False
     return is_head(name) or (_AFTER.search(name) is not None and not _BEFORE.search(name))
 
 

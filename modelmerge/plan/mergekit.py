@@ -20,8 +20,9 @@ from modelmerge.checkpoint.reference import Named
 from modelmerge.errors import RecipeError
 from modelmerge.methods.options import as_text
 from modelmerge.plan.format_1 import Variation, merged_overrides
+from modelmerge.plan.layers import PASSTHROUGH
 from modelmerge.plan.mergekit_documents import Document, References, read_documents
-from modelmerge.plan.mergekit_methods import KEYS, METHODS, Row
+from modelmerge.plan.mergekit_methods import KEYS, METHODS, NOTHING, Row
 from modelmerge.plan.mergekit_models import (
     InSlice,
     Read,
@@ -31,13 +32,15 @@ from modelmerge.plan.mergekit_models import (
     check_keys,
     names_of,
     near,
+    of_modules,
+    part_of,
     runs_of,
     spread,
     together,
 )
 from modelmerge.plan.mergekit_parameters import Scopes, read_options, strays
 from modelmerge.plan.mergekit_tokens import Tokens, read_tokens
-from modelmerge.plan.overrides import BASE
+from modelmerge.plan.overrides import BASE, WEIGHT, Override
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 
@@ -56,20 +59,37 @@ class Translated:
     variations: tuple[Variation | InSlice, ...]
     remarks: tuple[str, ...]
     layers: int = 0
+    modules: tuple[str, ...] = ()  # that it merges, where it names some: the base's others stay
     stages: Mapping[str, Translated] = field(default_factory=dict)  # what is merged before it, by name, in order
 
     def overrides(self, tensors: Iterable[str]) -> tuple[str, ...]:
         """The overrides of the recipe, for a base with tensors of these names."""
         names = list(tensors)
-        overrides = merged_overrides(names, spread(self.variations, names, self.layers))
-        scale = self.recipe.options.get("scale")
-        if scale is not None:
-            # Where another `reduce` is named, the scale would follow from the number of experts; mergekit's stays.
-            overrides = [
-                replace(each, values={"scale": as_text(scale), **each.values}) if "reduce" in each.values else each
-                for each in overrides
-            ]
-        return tuple(map(str, overrides))
+        inside = {tensor for module in self.modules for tensor in part_of(module, names)}
+        overrides = merged_overrides(
+            names, spread(self.variations, names, self.layers),
+            lambda tensor: BASE if self.modules and tensor not in inside else None,
+        )  # fmt: skip
+        return tuple(str(self._as_here(each)) for each in overrides)
+
+    def _as_here(self, override: Override) -> Override:
+        """An override that says what mergekit means.
+
+        Raises:
+            RecipeError: A model of which nothing is kept has a weight in a mean.
+        """
+        options, values = self.recipe.options, override.values
+        if "factor" in values and self.recipe.method != PASSTHROUGH:
+            return Override(override.tensors, PASSTHROUGH, {"factor": values["factor"]})
+        none = {e for (e, option), text in override.experts.items() if (option, text) == ("density", as_text(NOTHING))}
+        if none and options.get("consensus") == "linear" and "mean" in (values.get("reduce"), options["reduce"]):
+            raise RecipeError(f"density: 0 of {', '.join(sorted(none))} with normalize cannot be honoured",
+                              hint="leave the model out there by the weight 0")  # fmt: skip
+        experts = {key: text for key, text in override.experts.items() if key[0] not in none}
+        if "reduce" in values and "scale" in options:
+            # The scale would follow from the number of experts; mergekit's stays.
+            values = {"scale": as_text(options["scale"]), **values}
+        return replace(override, values=values, experts=experts | {(name, WEIGHT): "0" for name in none})
 
     def without(self, options: Collection[str]) -> Translated:
         """The same, less what it varies of these options (`scale`, or of one expert `NAME.weight`, of all `weight`)."""
@@ -135,6 +155,7 @@ class _Translation:
         self.remarks: list[str] = []
         self.variations: Sequence[Variation | InSlice] = ()
         self.layers = 0
+        self.modules: tuple[str, ...] = ()
         self.names: Mapping[str, str] = {}  # of the models here, by their references
 
     def complain(self, path: str, why: str) -> None:
@@ -154,7 +175,7 @@ class _Translation:
         if recipe is None:
             return None
         recipe = replace(recipe, **tokens._asdict())
-        return Translated(recipe, tuple(self.variations), tuple(self.remarks), self.layers)
+        return Translated(recipe, tuple(self.variations), tuple(self.remarks), self.layers, self.modules)
 
     def _row(self, name: Any) -> Row | None:
         if isinstance(name, str) and name in METHODS:
@@ -220,15 +241,25 @@ class _Translation:
             seen = first  # layers of it are taken by its own name
         if not row.based:
             slices = [replace(each, base=seen) for each in slices]
+        # A module of the base alone stays as it is.
+        whole = base if row.inputs == "deltas" else first if row.inputs == "one" else None
+        slices = [each for each in slices if not each.is_of(whole)] or slices
         # A model that is the base of one slice may be merged in another.
         others = [s.reference for each in slices for s in each.sources if not s.reference == each.base == seen]
         names = names_of(others, sliced=bool(spans))
         read = [self._read(row, each, each.base, names) for each in slices]
         self.names = names if seen is None else {**names, seen: BASE}
-        if len(slices) > 1 or any(start for start, _ in spans):  # layers get other numbers
-            options, weights, self.variations = together(slices, read, names)
+        self.modules = tuple(dict.fromkeys(each.module for each in slices if each.module is not None))
+        own = [i for i, each in enumerate(slices) if each.module is None or any(s.span for s in each.sources)]
+        stack, of_it = [slices[i] for i in own], [read[i] for i in own]
+        if len(own) > 1 or any(start for start, _ in spans):  # layers get other numbers
+            options, weights, self.variations = together(stack, of_it, names)
         else:
-            options, weights, self.variations = read[0]
+            options, weights, self.variations = of_it[0] if own else ({}, {}, ())
+        beside = [(each, read[i]) for i, each in enumerate(slices) if i not in own]
+        weighted = any(parameter.option == WEIGHT for parameter in row.parameters)
+        more = of_modules(beside, stack, names, self.complain, weighted=weighted)
+        options, weights, self.variations = {**more[0], **options}, {**more[1], **weights}, [*self.variations, *more[2]]
         self.layers = sum(next((source.span[1] - source.span[0] for source in each.sources if source.span), 0)
                           for each in slices)  # fmt: skip
         self.remarks = list(dict.fromkeys([*self.remarks, *([row.remark] if row.remark else [])]))
@@ -275,13 +306,10 @@ class _Translation:
         options, weights, variations = read_options(row, shared, experts, self.complain)
         if not lone or row.inputs == "one":
             return options, weights, variations
-        if (
-            options.get("reduce") == "sum"
-            and row.inputs == "members"
-            and (variations or set(weights.values()) != {1.0})
-        ):
-            self.complain(f"{each.path}", "one model with normalize false and another weight than 1 cannot be honoured")
-        return {}, {}, ()  # the layers as they are
+        if options.get("reduce") != "sum" or row.inputs != "members":
+            return {}, {}, ()  # the layers as they are
+        said = [*(Variation(WEIGHT, (value,)) for value in weights.values()), *variations]
+        return {}, {}, [replace(each, option="factor", expert=None) for each in said]
 
     def _is_base(self, model: Source, base: str | None, shared: Scopes) -> bool:
         if model.reference != base:

@@ -79,7 +79,8 @@ class Row:
 
 
 _WEIGHT = Parameter("weight", WEIGHT, REQUIRED, per_model=True)
-_DENSITY = Parameter("density", "density", 1.0, per_model=True, ends=(-math.inf, 1.0))
+NOTHING = 1e-9  # a density of 0: what has it weighs 0
+_DENSITY = Parameter("density", "density", 1.0, per_model=True, ends=(NOTHING, 1.0))
 _LAMBDA = Parameter("lambda", "scale", 1.0)
 _INT8_MASK = Parameter("int8_mask", None, False)
 _MEANS: Mapping[Any, Any] = {True: "mean", False: "sum"}
@@ -193,9 +194,9 @@ KEYS: Mapping[str, str] = {
     "parameters": f"see below; a list over the layers or a `filter` becomes `{named('at')}`",
     "dtype": f"`{named('dtype')}`; the arithmetic is float32 whatever it says",
     "out_dtype": f"`{named('dtype')}`",
-    "tokenizer_source": "`base`, `union` or a model that is merged: whose tokens the tables have, see above",
+    "tokenizer_source": "`base`, `union` or any model: whose tokens the tables have, see above",
     "tokenizer": "`source` as above, `union` where it is not given; `tokens` and `pad_to_multiple_of`: see above",
     "chat_template": "`auto`, `alpaca`, `chatml`, `exaone`, `llama3`, `mistral` or a Jinja template: see above",
-    "modules": "`default` alone, as what is in it",
+    "modules": "what is said of a part of the models alone, see above",
     "name": "what other documents of the file call the result",
 }

@@ -11,18 +11,18 @@ import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from modelmerge.checkpoint.documents import shown
 from modelmerge.checkpoint.reference import STAGE
-from modelmerge.errors import suggestion
+from modelmerge.errors import RecipeError, suggestion
 from modelmerge.plan.format_1 import Variation
-from modelmerge.plan.layers import is_after, list_of_layers
+from modelmerge.plan.layers import TOWERS, is_after, list_of_layers
 from modelmerge.plan.mergekit_methods import KNOWN
 from modelmerge.plan.mergekit_parameters import Complain, Scopes
-from modelmerge.plan.overrides import BASE, WEIGHT, Curve, layer_of
+from modelmerge.plan.overrides import BASE, WEIGHT, Curve, layer_of, layers
 
 _ALIKE = 0.75  # how like a key another is that was probably meant: a note on it would be overlooked
 
@@ -38,12 +38,21 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Models side by side: where that stands, the settings for all of them from near to far, and their base."""
+    """Models side by side: where that stands, the settings for all of them from near to far, their base, and a module.
+
+    The module is the part of the models that this is for, or None for the whole.
+    """
 
     path: str
     shared: Scopes
     sources: tuple[Source, ...]
     base: str | None = None
+    module: str | None = None
+
+    def is_of(self, model: str | None) -> bool:
+        """Whether it is a module of that model alone, as it is: without a passthrough's `scale`."""
+        alone = self.module is not None and all((s.reference, s.span) == (model, None) for s in self.sources)
+        return alone and not any("scale" in parameters for s in self.sources for _, parameters in s.scopes)
 
 
 class Reader:
@@ -60,38 +69,34 @@ class Reader:
 
     def read(self, config: Mapping[str, Any]) -> list[Slice]:
         """The slices of a configuration; one without layers where models stand side by side."""
-        shared: Scopes = [("parameters", self._parameters(config.get("parameters"), "parameters"))]
-        kinds = [key for key in ("models", "slices", "modules") if config.get(key)]
-        if len(kinds) != 1:
-            self._complain(" and ".join(kinds) or "models", "mergekit takes exactly one of models, slices, modules")
-            return []
-        path = ""
-        if kinds == ["modules"]:
-            config, path = self._only_module(config["modules"]), "modules.default."
-            shared = [(f"{path}parameters", self._parameters(config.get("parameters"), f"{path}parameters")), *shared]
-            kinds = [key for key in ("models", "slices") if config.get(key)]
-            if len(kinds) != 1:
-                self._complain("modules.default", "mergekit takes exactly one of models, slices")
-                return []
-        entries, path = config[kinds[0]], path + kinds[0]
-        if not isinstance(entries, list):
-            self._complain(path, "is no list")
-            return []
-        if kinds == ["models"]:
-            return [Slice(path, shared, self._sources(entries, path, shared, ranged=False))]
-        return [self._slice(entry, f"{path}[{i}]", shared) for i, entry in enumerate(entries)]
+        return self._read(config, "", (), ("models", "slices", "modules"))
 
-    def _only_module(self, modules: Any) -> Mapping[str, Any]:
-        if not isinstance(modules, dict):
-            self._complain("modules", "is no mapping")
-            return {}
-        for name in modules:
-            if name != "default":
-                self._complain(f"modules.{name}", "only the module 'default' of models with one list of layers can be")
-        module = modules.get("default")
-        return self._known(module, {"models", "slices", "parameters"}, "modules.default")
+    def _read(
+        self, config: Mapping[str, Any], front: str, outer: Scopes, kinds: Sequence[str], module: str | None = None
+    ) -> list[Slice]:
+        path = f"{front}parameters"
+        shared = [(path, self._parameters(config.get("parameters"), path)), *outer]
+        here = [key for key in kinds if config.get(key)]
+        path = front + (" and ".join(here) or kinds[0])
+        if len(here) != 1:
+            self._complain(path, f"mergekit takes exactly one of {', '.join(kinds)}")
+            return []
+        entries: Any = config[here[0]]
+        kind: Any = dict if here == ["modules"] else list
+        if not isinstance(entries, kind):
+            self._complain(path, "is no mapping" if here == ["modules"] else "is no list")
+            return []
+        if here == ["models"]:
+            return [Slice(path, shared, self._sources(entries, path, shared, ranged=False), module=module)]
+        if here == ["slices"]:
+            return [self._slice(entry, f"{path}[{i}]", shared, module) for i, entry in enumerate(entries)]
+        slices: list[Slice] = []
+        for name, entry in entries.items():
+            inside = self._known(entry, {*kinds[:2], "parameters"}, f"modules.{name}")
+            slices += self._read(inside, f"modules.{name}.", shared, kinds[:2], str(name))
+        return slices
 
-    def _slice(self, entry: Any, path: str, shared: Scopes) -> Slice:
+    def _slice(self, entry: Any, path: str, shared: Scopes, module: str | None) -> Slice:
         entry = self._known(entry, {"sources", "parameters", "base_model", "residual_weight"}, path)
         if entry.get("residual_weight") is not None:
             self.remarks.append(f"{path}.residual_weight has no effect in mergekit, nor here.")
@@ -105,7 +110,7 @@ class Reader:
         spans = {source.span[1] - source.span[0] for source in read if source.span is not None}
         if len(spans) > 1:
             self._complain(f"{path}.sources", "all need as many layers as the others")
-        return Slice(path, [*here, *shared], read, base)
+        return Slice(path, [*here, *shared], read, base, module)
 
     def _sources(self, entries: Sequence[Any], path: str, shared: Scopes, *, ranged: bool) -> tuple[Source, ...]:
         sources: list[Source] = []
@@ -270,9 +275,13 @@ class InSlice:
 
 @dataclass(frozen=True, slots=True)
 class _Named(Variation):
-    """One for tensors that it names; its glob is a short way to say that, where it fits."""
+    """One for tensors that it names; its glob is a short way to say that, where it fits.
+
+    One for a module names those that its glob matches there, once they are known.
+    """
 
     names: frozenset[str] = frozenset()
+    module: str = ""
 
     def matches(self, tensor: str) -> bool:
         return tensor in self.names
@@ -318,12 +327,83 @@ def together(
     return options, weights, vary
 
 
+def of_modules(
+    modules: Sequence[tuple[Slice, Read]],
+    stack: Sequence[Slice],
+    names: Mapping[str, str],
+    complain: Complain,
+    *,
+    weighted: bool,
+) -> Read:
+    """The options and weights of modules, and what is said in each; a model that one does not list weighs 0 there.
+
+    Args:
+        modules: The models of each, and what was read of them.
+        stack: The slices of another module, which the tensors outside its layers are made with the first of.
+        names: The names of all models.
+        complain: Hears of models that do not fit together.
+        weighted: Whether the method has weights.
+    """
+    options: dict[str, Any] = {}
+    weights: dict[str, float] = {}
+    vary: list[Variation] = []
+    for other in {each.module: each for each in stack if TOWERS.search(each.module or "")}.values():
+        complain(other.path, "layers of the language model alone can be stacked; list the models of this module")
+    shared = {source.reference for each in stack[:1] for source in each.sources} or {*names}
+    for each, (mine, weighs, variations) in modules:
+        listed = {source.reference for source in each.sources} - {each.base}
+        lacking = [name for reference, name in names.items() if reference in shared - listed]
+        if not listed <= shared or (lacking and not weighted):
+            complain(each.path, f"must be those of {'the first slice' if stack else 'all modules with this method'}: "
+                     + ", ".join(sorted(shared)))  # fmt: skip
+        weighs = {**weighs, **dict.fromkeys(lacking, 0.0)}
+        options, weights = {**mine, **options}, {**weighs, **weights}
+        said = [*(Variation(option, (value,)) for option, value in mine.items()),
+                *(Variation(WEIGHT, (value,), name) for name, value in weighs.items()), *variations]  # fmt: skip
+        vary += [
+            _Named(v.option, v.values, v.expert, v.tensors, v.steps, v.ends, module=str(each.module)) for v in said
+        ]
+    return options, weights, vary
+
+
+# Modules of the architectures that mergekit has tables of; where it infers them, they go by what is before the numbers
+# of their layers, and what lies outside all layers is the default one.
+_PARTS = {
+    "text_decoder": r"^(?!.*(vision|visual|multi_modal_projector))",
+    "multi_modal_projector": r"multi_modal_projector|(^|\.)visual\.(merger|deepstack_merger)",
+    **dict.fromkeys(("vision_tower", "vision_model"), r"vision_(tower|model)|(^|\.)visual\.(?!(deepstack_)?merger)"),
+    "shared": r"^(shared|lm_head)\.",
+}
+
+
+def part_of(module: str, tensors: Sequence[str]) -> list[str]:
+    """The tensors of a module, of those of a model.
+
+    Raises:
+        RecipeError: It has none.
+    """
+    lists = layers(tensors)
+    if module == "default":
+        return [tensor for tensor in tensors if len(lists) < 2 or layer_of(tensor) is None]
+    # What is `model.language_model.` in memory may be `language_model.model.` in files.
+    stored = [module.removeprefix("model."), re.sub(r"^model\.(language_model)", r"\1.model", module)]
+    for front in [_PARTS[module]] if module in _PARTS else [rf"^{re.escape(name)}\." for name in (module, *stored)]:
+        if inside := [tensor for tensor in tensors if re.search(front, tensor)]:
+            return inside
+    raise RecipeError(f"modules.{module}: no tensor of the models is in a module of that name",
+                      hint=f"name one of: default, {', '.join(lists)}; or {', '.join(_PARTS)}")  # fmt: skip
+
+
 def spread(variations: Iterable[Variation | InSlice], tensors: Sequence[str], total: int) -> list[Variation]:
     """The variations for tensors of these names, of a model with so many layers, each as ones of named tensors."""
     plain: list[Variation] = []
     prefix: str | None = None
     inside: dict[tuple[int, int], dict[str, float]] = {}
     for each in variations:
+        if isinstance(each, _Named):
+            part = [tensor for tensor in part_of(each.module, tensors) if Variation.matches(each, tensor)]
+            plain.append(replace(each, names=frozenset(part)))
+            continue
         if isinstance(each, Variation):
             plain.append(each)
             continue
@@ -333,4 +413,7 @@ def spread(variations: Iterable[Variation | InSlice], tensors: Sequence[str], to
             deep = {tensor: each.depth(tensor, prefix) for tensor in tensors}
             inside[slice_] = {tensor: depth for tensor, depth in deep.items() if depth is not None}
         plain += each.spread(inside[slice_], prefix)
-    return plain
+    # What mergekit takes for layers of this module it makes twice, and the last time stays.
+    mlp = [tensor for tensor in tensors if tensor.startswith("visual.merger.mlp.")]
+    ends = [_Named(v.option, v.at(1.0)[-1:], v.expert, names=frozenset(filter(v.matches, mlp))) for v in plain]
+    return [each for pair in zip(plain, ends, strict=True) for each in pair]

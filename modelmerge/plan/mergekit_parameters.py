@@ -17,7 +17,7 @@ from modelmerge.errors import UsageError
 from modelmerge.methods import registry
 from modelmerge.methods.options import check_option
 from modelmerge.plan.format_1 import Variation
-from modelmerge.plan.mergekit_methods import FLATTEN, KNOWN, REQUIRED, ROW_WISE, Parameter, Row
+from modelmerge.plan.mergekit_methods import FLATTEN, KNOWN, NOTHING, REQUIRED, ROW_WISE, Parameter, Row
 from modelmerge.plan.overrides import WEIGHT
 
 Scopes = Sequence[tuple[str, Mapping[str, Any]]]  # paths in the file and the parameters there, from near to far
@@ -50,7 +50,7 @@ def read_options(
                 options[parameter.option] = plain
             elif parameter.option == WEIGHT:
                 weights[expert] = plain
-            elif options.setdefault(parameter.option, plain) != plain:
+            elif plain == NOTHING or options.setdefault(parameter.option, plain) != plain:
                 variations.insert(0, Variation(parameter.option, (plain,), expert))
     return options, weights, variations
 

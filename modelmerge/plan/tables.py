@@ -142,7 +142,7 @@ def by_token(
     """
     base, *experts = _in_components(base, experts, tensors)
     filled = by is not None and by["rows"] == "filled"
-    tokenizers = Tokenizers(base, experts, lenient=filled, others=others)
+    tokenizers = Tokenizers(base, experts, lenient=filled, more=others)
     tables = {
         name: info for name, info in base.tensors.items() if is_table(info) and not folder_of(name, base.components)
     }

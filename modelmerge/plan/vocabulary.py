@@ -72,19 +72,14 @@ class Vocabulary:
 class Tokenizers:
     """The tokenizers of a base and its experts; an adapter or a task vector without one has the base's.
 
-    With `lenient`, as in mergekit, so has any other expert without one that can be read, and every adapter. `others`
+    With `lenient`, as in mergekit, so has any other expert without one that can be read, and every adapter. `more`
     are models that are not merged, whose tokenizers are their own.
     """
 
     def __init__(
-        self,
-        base: Checkpoint,
-        experts: Sequence[Checkpoint],
-        *,
-        lenient: bool = False,
-        others: Sequence[Checkpoint] = (),
+        self, base: Checkpoint, experts: Sequence[Checkpoint], *, lenient: bool = False, more: Sequence[Checkpoint] = ()
     ) -> None:
-        self.models = (base, *experts, *others)
+        self.models = (base, *experts, *more)
         ours = tokenizer_of(base)
         theirs = [None if lenient and e.adapter is not None else tokenizer_of(e) for e in experts]
         if lenient:  # the base's files are not read again
@@ -93,7 +88,7 @@ class Tokenizers:
             ]
         bases = [lenient or e.vector is not None for e in experts]
         self._each = [ours, *(own or (ours if base else None) for own, base in zip(theirs, bases, strict=True))]
-        self._each += map(tokenizer_of, others)
+        self._each += map(tokenizer_of, more)
         self._bases: dict[int, bool] = {0: True}
 
     def shares(self, place: int) -> bool:

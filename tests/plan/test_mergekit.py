@@ -28,7 +28,9 @@ ORACLE = mergekit_runs.ORACLE
 # Where mergekit's number is wrong, and a test of its own says why.
 WRONG = {"half-arithmetic", "ties-cancels"}
 TOKENS = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("tokens-*.yml"))
-SAME = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("*.yml") if file.stem not in {*WRONG, *TOKENS})
+MODULES = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("modules-*.yml"))
+APART = {*WRONG, *TOKENS, *MODULES}
+SAME = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("*.yml") if file.stem not in APART)
 # The order of its models is that of their hashes, and the union's tokens follow it.
 DRAWN = {
     "tokens-passthrough",
@@ -137,6 +139,20 @@ def by_token(state: State, ids: Mapping[str, int], wanted: Mapping[str, int], *,
     return {name: tensor[rows] if name in mergekit_runs.TABLES else tensor for name, tensor in state.items()}
 
 
+@pytest.mark.parametrize("config", MODULES)
+def test_modules_are_mergekits(config: str, beside_models: Path) -> None:
+    """All that it writes; of a module that the file does not list it writes nothing, and here the base's stays."""
+    got, want = merged(config)
+    base = read(Path(modelmerge.replay("out", "again")["inputs"]["base"]["path"]))
+    assert len(want) > 10
+    for name, tensor in got.items():
+        assert (tensor - want.get(name, base.get(name, tensor))).abs().max() <= 1e-6, name
+    assert want.keys() <= got.keys()
+    assert (want.keys() == got.keys()) == (config != "modules-inferred")
+    layers = json.loads(Path("out/config.json").read_text()).get("text_config", {}).get("num_hidden_layers", 4)
+    assert layers == (5 if config == "modules-slices" else 4)
+
+
 def test_mergekit_computes_in_the_dtype_it_stores(beside_models: Path) -> None:
     """`dtype: bfloat16` rounds every model before it subtracts: most of a small task vector is rounding then."""
     ours, theirs = merged("half-arithmetic")
@@ -192,15 +208,14 @@ base_model: models/base
         (TIES.replace("ties", "tise"), ["merge_method: modelmerge has no counterpart of 'tise'; did you mean 'ties'?"]),
         (TIES.replace("ties", "passthrough"), ["models: this method takes 1, and there are 3"]),
         (TIES + "tokeniser_source: base\n", ["tokeniser_source: mergekit has no such key; did you mean"]),
-        (TIES + "tokenizer_source: models/chat\n", ["tokenizer_source: only a model that is merged"]),
         (TIES + "tokenizer_source: base\ntokenizer: {}\n", ["tokenizer_source and tokenizer: mergekit takes one"]),
         (TIES + "tokenizer: 7\n", ["tokenizer: is no mapping"]),
         (TIES + "tokenizer: {tokens: [a], sorce: 8, pad_to_multiple_of: 1.5}\n",
          ["tokenizer.tokens: is no mapping", "tokenizer.sorce: mergekit has no such key; did you mean 'source'?",
           "tokenizer.pad_to_multiple_of: must be a whole number"]),
-        (TIES + "tokenizer: {tokens: {a: {force: true}, b: {force: 1}, c: 7, d: {source: models/chat}}}\n",
+        (TIES + "tokenizer: {tokens: {a: {force: true}, b: {force: 1}, c: 7}}\n",
          ["tokenizer.tokens.a: is forced, and has no source", "tokenizer.tokens.b.force: must be true or false",
-          "tokenizer.tokens.c: has a 'source' and a 'force'", "tokenizer.tokens.d.source: only a model"]),
+          "tokenizer.tokens.c: has a 'source' and a 'force'"]),
         (TIES + "tokenizer: {tokens: {a: {source: {kind: nil}}, b: {source: {kind: model_token, model: models/base, "
          "token: a, token_id: 0}}}}\n",
          ["tokenizer.tokens.a.source: is a model, {kind: zero}", "tokenizer.tokens.b.source: is a model"]),
@@ -213,7 +228,7 @@ base_model: models/base
         (TIES + "parameters: {lambda: much}\n", ["parameters.lambda: must be a number or a list of numbers"]),
         (TIES + "parameters: {lambda: [{value: 1, glob: x}]}\n", ["parameters.lambda: a condition has a 'value'"]),
         (TIES + "parameters: {lambda: .inf}\n", ["parameters.lambda: must be a number or a list of numbers, not inf"]),
-        (TIES + "parameters: {density: [0.5, 0]}\n", ["parameters.density: density must be above 0 and at most 1"]),
+        (TIES.replace("ties", "della") + "parameters: {epsilon: [0.5, -1]}\n", ["parameters.epsilon: epsilon must"]),
         (TIES.replace("weight: 1", "weight: 1, desnity: 1"),
          ["models[1].parameters.desnity: mergekit has no such key; did you mean 'density'?",
           "models[2].parameters.desnity"]),
@@ -226,7 +241,7 @@ base_model: models/base
         (TIES.replace("models/code", "models/code+"), ["models[2].model: must be MODEL+ADAPTER"]),
         (TIES.replace("models/code", "{path: 7}"), ["models[2].model: only a path or a name on the Hub"]),
         (TIES.replace("models:\n", "modules: {}\nmodles:\n"), ["modles: mergekit has no", "models: mergekit takes"]),
-        ("merge_method: ties\nmodules: {default: {}}\n", ["modules.default: mergekit takes exactly one of models"]),
+        ("merge_method: ties\nmodules: {default: {}}\n", ["modules.default.models: mergekit takes exactly one"]),
         ("merge_method: ties\nbase_model: a\nmodels: [b]\n", ["models[0]: has no 'model'", "models: this method"]),
         ("merge_method: ties\nbase_model: a\nslices: [{}, {}]\n",
          ["slices[0].sources: is no list of models", "slices[1].sources"]),
@@ -237,16 +252,22 @@ base_model: models/base
          "{model: c, layer_range: [0, 2]}]}]\n", ["slices[0].sources: all need as many layers as the others"]),
         ("merge_method: linear\nparameters: {weight: 1}\nslices: [{sources: [{model: b, layer_range: [0, 1]}, "
          "{model: b, layer_range: [1, 2]}]}]\n", ["slices[0].sources[1].model: 'b' is listed twice"]),
-        ("merge_method: linear\nparameters: {weight: 2, normalize: false}\nslices: [{sources: [{model: b, layer_range: "
-         "[1, 4]}]}, {sources: [{model: b, layer_range: [1, 4]}]}]\n",
-         ["slices[0]: one model with normalize false", "slices[1]: one model with normalize false"]),
         ("merge_method: ties\nbase_model: a\nparameters: {weight: 1}\nslices: [{sources: [{model: b, layer_range: "
          "[0, 1]}]}]\n", ["slices[0].sources: 'a' is missing: mergekit needs the base_model in each slice"]),
         ("merge_method: ties\nparameters: {weight: 1}\nslices: [{base_model: b, sources: [{model: a, layer_range: "
          "[0, 1]}, {model: b, layer_range: [0, 1]}]}, {sources: [{model: a, layer_range: [0, 1]}]}]\n",
          ["base_model: is missing: mergekit's method needs it"]),
-        ("merge_method: passthrough\nmodules: {encoder: {}, default: {slices: 7}}\n",
-         ["modules.encoder: only the module 'default'", "modules.default.slices: is no list"]),
+        ("merge_method: passthrough\nmodules: {encoder: {}, decoder: 7, default: {slices: 7}}\n",
+         ["modules.encoder.models: mergekit takes exactly one", "modules.decoder: is no mapping",
+          "modules.decoder.models: mergekit takes exactly one", "modules.default.slices: is no list"]),
+        ("merge_method: passthrough\nmodules: [default]\n", ["modules: is no mapping"]),
+        ("merge_method: passthrough\nmodules: {text_decoder: {models: [{model: a}]}, vision_tower: {slices: [{sources: "
+         "[{model: a, layer_range: [0, 2]}]}]}}\n", ["modules.vision_tower.slices[0]: layers of the language model"]),
+        ("merge_method: model_stock\nbase_model: a\nmodules: {x: {models: [{model: b}, {model: c}]}, y: {models: "
+         "[{model: b}, {model: d}]}}\n", ["modules.x.models: must be those of all modules with this method: b, c, d",
+                                 "modules.y.models: must be those of all modules"]),
+        ("merge_method: linear\nparameters: {weight: 1}\nmodules: {x: {slices: [{sources: [{model: a, layer_range: [0, "
+         "2]}]}]}, y: {models: [{model: b}]}}\n", ["modules.y.models: must be those of the first slice: a"]),
         ("merge_method: slerp\nbase_model: a\nmodels: [{model: b}, {model: c}]\nparameters: {t: 0.5}\n",
          ["models: this method takes 1 besides the base, and there are 2"]),
         ("merge_method: multislerp\nmodels: [{model: a}]\nparameters: {weight: 1, eps: -1}\n",
@@ -310,6 +331,24 @@ def test_what_slices_make_loads(config: str, beside_models: Path) -> None:
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_what_modules_make_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.Mistral3Config(
+        text_config={**sizes, "model_type": "mistral", "num_hidden_layers": 4, "vocab_size": 32, "head_dim": 8},
+        vision_config={**sizes, "model_type": "pixtral", "num_hidden_layers": 2, "image_size": 16, "patch_size": 4,
+                       "head_dim": 8},
+    )  # fmt: skip
+    for name in ("one", "two"):
+        transformers.Mistral3ForConditionalGeneration(config).save_pretrained(f"models/modules/mistral3/{name}")
+    modelmerge.replay(mergekit_runs.CONFIGS / "modules-slices.yml", "out")
+    _, report = transformers.Mistral3ForConditionalGeneration.from_pretrained("out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
 
 
 def test_what_has_no_effect_is_remarked(beside_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -430,6 +469,28 @@ def test_mergekit_still_makes_what_is_kept(tmp_path: Path) -> None:
             ids = [json.loads(file.with_suffix(".json").read_text())["ids"] for file in (place, kept)]
             new = by_token(new, *ids, drawn=kept.stem in DRAWN)
         assert all((new[name] - old[name]).abs().max() <= 1e-6 for name in old), kept.name
+
+
+def test_a_module_that_there_is_not_is_refused(beside_models: Path) -> None:
+    text = (mergekit_runs.CONFIGS / "modules-passthrough.yml").read_text()
+    Path("c.yml").write_text(text.replace("vision_tower:", "vision.tower.layers:"))
+    with pytest.raises(RecipeError, match=r"modules\.vision\.tower\.layers: no tensor of the models") as refused:
+        modelmerge.replay("c.yml", "out")
+    assert "language_model.model.layers" in str(refused.value.hint)
+    Path("c.yml").write_text(text.replace("vision_tower:", "model.vision_tower.transformer.layers:"))  # as in memory
+    ours = read(Path(modelmerge.replay("c.yml", "out") and "out"))
+    two = read(ORACLE / "models" / "modules" / "mistral3" / "two")
+    layers = [name for name in ours if name.startswith("vision_tower.transformer.layers.")]
+    assert layers
+    assert all(torch.equal(ours[name], two[name]) for name in layers)
+    assert not torch.equal(ours["vision_tower.ln_pre.weight"], two["vision_tower.ln_pre.weight"])
+
+
+def test_a_model_of_which_nothing_is_kept_has_no_weight_in_a_mean(beside_models: Path) -> None:
+    text = TIES.replace("ties", "dare_linear").replace("{weight: 1}", "{weight: 1, density: 0}", 1)
+    Path("c.yml").write_text(text + "parameters: {normalize: true}\n")
+    with pytest.raises(RecipeError, match="density: 0 of math with normalize"):
+        modelmerge.replay("c.yml", "out")
 
 
 def test_a_filter_of_a_lone_source_goes_by_its_own_layers(beside_models: Path) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import modelmerge
 from modelmerge.checkpoint.templates import NAMES, template_of
 from modelmerge.cli import main
-from modelmerge.errors import ModelMergeError, PlanError
+from modelmerge.errors import ModelMergeError, OutputError, PlanError
+from modelmerge.record.redaction import published
 from tests.support.checkpoints import read
 from tests.support.hub_server import FakeHub
 from tests.support.mergekit_runs import CONFIGS, ORACLE, PIECES, TABLES, write_tokenizer
@@ -187,6 +188,36 @@ def test_models_on_the_hub_are_filled_too(models: Path, hub: FakeHub) -> None:
         modelmerge.replay("c.yml", "there", stream=stream, force=True)
         for name in ("model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"):
             assert (Path("there") / name).read_bytes() == (Path("here") / name).read_bytes()
+
+
+def test_a_tokenizer_of_a_model_that_is_not_merged(models: Path, hub: FakeHub) -> None:
+    """From here or the Hub, where its weights are not asked for; a manifest repeats it, and shows others no path."""
+    text = UNION.replace("source: union", "source: models/tokens/other")
+    manifest = run(text, "here")
+    assert "'models/tokens/other' gives its tokenizer and is not merged." in manifest["notes"]
+    assert manifest["recipe"]["tables"]["tokenizer"] == {
+        "name": "other",
+        "reference": str((models / "other").resolve()),
+    }
+    modelmerge.replay("here", "again")
+    hub.add("org/other", models / "other")
+    there = run(text.replace("models/tokens/other", "org/other"), "there")
+    assert there["recipe"]["tables"]["tokenizer"]["reference"].startswith("org/other@")
+    assert not [request.path for request in hub.requests if "safetensors" in request.path]
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (Path("here") / name).read_bytes() == (Path("again") / name).read_bytes()
+        assert (Path("here") / name).read_bytes() == (Path("there") / name).read_bytes()
+    shown = published(json.loads(Path("here/modelmerge.json").read_text()))
+    assert shown["recipe"]["tables"]["tokenizer"] == {"name": "other", "reference": "other"}
+    assert str(models.resolve()) not in json.dumps(shown)
+    Path("c.yml").write_text(Path("c.yml").read_text().replace("org/other", "models/tokens/other"))
+    with pytest.raises(OutputError):  # its files are an input
+        modelmerge.replay("c.yml", models / "other", force=True)
+    with pytest.raises(PlanError, match="the tokens of 'bare' cannot be told: there are no tokenizer files"):
+        run(text.replace("models/tokens/other", "BARE"))
+    rows = "source: base, tokens: {cd: {source: models/tokens/other}}"
+    with pytest.raises(PlanError, match="the row of 'cd' is to be that of 'other', which is not merged there"):
+        run(UNION.replace("source: union", rows).replace("CODE", "models/tokens/half"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 Installs mergekit into an environment of its own in a temporary directory, makes the small models, runs every
 configuration of `tests/oracle/mergekit/configs`, and writes models and results below DIR (tests/oracle/mergekit).
 Models are Llamas of four layers; `up` and `down` are the base plus and minus the same steps, exactly; of the sparse
-ones, a part has changed. Those below `tokens` have a layer, tokenizers that differ, and tables with other rows.
+ones, a part has changed. Those below `tokens` have a layer, tokenizers that differ, and tables with other rows. Those
+below `modules` have several lists of layers: Mistral 3 and Qwen2.5-VL see, and BART has an encoder and a decoder.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -180,6 +182,69 @@ def write_token_models(root: Path) -> None:
             write_tokenizer(folder, pieces, added)
 
 
+# By model with modules: its config, and by what stands before a number or a name the number of layers (0 for none) and
+# the weights, of which those with `norm` or `bias` in their names are vectors.
+_ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+_MLP = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+_LLAMA = (*(f"self_attn.{w}" for w in _ATTENTION), *(f"mlp.{w}" for w in _MLP), "input_layernorm.weight",
+          "post_attention_layernorm.weight")  # fmt: skip
+_BLOCK = (*(f"attn.{w}.{e}" for w in ("qkv", "proj") for e in ("weight", "bias")),
+          *(f"mlp.{w[:-7]}.{e}" for w in _MLP for e in ("weight", "bias")), "norm1.weight", "norm2.weight")  # fmt: skip
+_BART = ("self_attn.k_proj.weight", "fc1.weight", "fc1.bias", "fc2.weight", "final_layer_norm.weight")
+_SIZES = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2, "num_key_value_heads": 2}
+_TEXT = {**_SIZES, "num_hidden_layers": 4, "vocab_size": HIDDEN}
+MODULES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, tuple[str, ...]]]]] = {
+    "mistral3": (
+        {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+         "text_config": {**_TEXT, "model_type": "mistral"},
+         "vision_config": {**_SIZES, "model_type": "pixtral", "num_hidden_layers": 2}},
+        {"language_model.model.layers": (4, _LLAMA),
+         "language_model": (0, ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")),
+         "vision_tower.transformer.layers": (
+             2, (*(f"attention.{w}" for w in _ATTENTION), *(f"feed_forward.{w}" for w in _MLP),
+                 "attention_norm.weight", "ffn_norm.weight")),
+         "vision_tower": (0, ("patch_conv.weight", "ln_pre.weight")),
+         "multi_modal_projector": (
+             0, ("linear_1.weight", "linear_2.weight", "norm.weight", "patch_merger.merging_layer.weight"))},
+    ),
+    "qwen2_5_vl": (
+        {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+         "text_config": {**_TEXT, "model_type": "qwen2_5_vl_text"},
+         "vision_config": {"depth": 2, "hidden_size": HIDDEN, "num_heads": 2, "model_type": "qwen2_5_vl"}},
+        {"model.layers": (4, (*_LLAMA, *(f"self_attn.{w}_proj.bias" for w in "qkv"))),
+         "model": (0, ("embed_tokens.weight", "norm.weight")), "lm_head": (0, ("weight",)),
+         "visual.blocks": (2, _BLOCK),
+         "visual": (0, ("patch_embed.proj.weight", "merger.ln_q.weight", "merger.mlp.0.weight", "merger.mlp.0.bias",
+                        "merger.mlp.2.weight", "merger.mlp.2.bias"))},
+    ),
+    "bart": (
+        {"architectures": ["BartForConditionalGeneration"], "model_type": "bart", "d_model": HIDDEN,
+         "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+         "encoder_ffn_dim": HIDDEN, "decoder_ffn_dim": HIDDEN, "vocab_size": HIDDEN},
+        {"model.encoder.layers": (3, _BART), "model.decoder.layers": (2, _BART),
+         "model": (0, ("shared.weight", "encoder.layernorm_embedding.weight", "decoder.layernorm_embedding.weight"))},
+    ),
+}  # fmt: skip
+
+
+def write_module_models(root: Path) -> None:
+    """base, one and two of each of MODULES."""
+    generator = torch.Generator().manual_seed(2)
+    for family, (config, parts) in MODULES.items():
+        base = {}
+        for front, (count, weights) in parts.items():
+            for name in [f"{front}.{n}.{weight}" for n in range(count) for weight in weights] or weights:
+                shape = (HIDDEN,) if any(word in name for word in ("norm", "bias", "ln_")) else (HIDDEN, HIDDEN)
+                base[name if count else f"{front}.{name}"] = torch.randn(shape, generator=generator) * 0.1
+        for model in ("base", "one", "two"):
+            step = 0.0 if model == "base" else 0.02
+            state = {name: t + torch.randn(t.shape, generator=generator) * step for name, t in base.items()}
+            (root / family / model).mkdir(parents=True, exist_ok=True)
+            save_file(state, root / family / model / "model.safetensors", metadata={"format": "pt"})
+            os.chmod(root / family / model / "model.safetensors", 0o644)
+            (root / family / model / "config.json").write_text(json.dumps(config) + "\n")
+
+
 def write_adapters(root: Path) -> None:
     """lora_1 and lora_2, as peft writes adapters of the base."""
     generator = torch.Generator().manual_seed(1)
@@ -211,6 +276,7 @@ def make(target: Path, python: str | None = None) -> None:
     """
     write_models(target / "models")
     write_token_models(target / "models" / "tokens")
+    write_module_models(target / "models" / "modules")
     write_adapters(target / "models")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
