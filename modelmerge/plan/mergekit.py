@@ -236,7 +236,7 @@ class _Translation:
         first = base if base is not None else next(iter(references), None)
         if first is None or not slices:
             return None
-        seen = base if row.inputs != "members" else None  # from where task vectors are seen
+        seen = base if row.based else None  # from where task vectors are seen
         if row.inputs == "one" and spans:
             seen = first  # layers of it are taken by its own name
         if not row.based:
@@ -257,8 +257,7 @@ class _Translation:
         else:
             options, weights, self.variations = of_it[0] if own else ({}, {}, ())
         beside = [(each, read[i]) for i, each in enumerate(slices) if i not in own]
-        weighted = any(parameter.option == WEIGHT for parameter in row.parameters)
-        more = of_modules(beside, stack, names, self.complain, weighted=weighted)
+        more = of_modules(beside, stack, names, row, self.complain)
         options, weights, self.variations = {**more[0], **options}, {**more[1], **weights}, [*self.variations, *more[2]]
         self.layers = sum(next((source.span[1] - source.span[0] for source in each.sources if source.span), 0)
                           for each in slices)  # fmt: skip
@@ -301,7 +300,7 @@ class _Translation:
         if row.inputs == "one" and len(models) == 1:
             shared = models[0].scopes  # what is said of the only model is said of all
         nearest = [model.scopes[0] for model in models if model.scopes[0] not in shared]
-        self.remarks += strays(row, shared, nearest, self.complain)
+        self.remarks += strays(row, shared, nearest)
         experts = {names[model.reference]: model.scopes for model in models if model.reference in names}
         options, weights, variations = read_options(row, shared, experts, self.complain)
         if not lone or row.inputs == "one":

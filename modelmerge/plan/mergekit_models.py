@@ -20,8 +20,8 @@ from modelmerge.checkpoint.reference import STAGE
 from modelmerge.errors import RecipeError, suggestion
 from modelmerge.plan.format_1 import Variation
 from modelmerge.plan.layers import TOWERS, is_after, list_of_layers
-from modelmerge.plan.mergekit_methods import KNOWN
-from modelmerge.plan.mergekit_parameters import Complain, Scopes
+from modelmerge.plan.mergekit_methods import KNOWN, Row
+from modelmerge.plan.mergekit_parameters import Complain, Scopes, read_as
 from modelmerge.plan.overrides import BASE, WEIGHT, Curve, layer_of, layers
 
 _ALIKE = 0.75  # how like a key another is that was probably meant: a note on it would be overlooked
@@ -130,11 +130,14 @@ class Reader:
         return tuple(sources)
 
     def _span(self, entry: Any, path: str) -> tuple[int, int]:
-        numbers = entry if isinstance(entry, list) and all(type(number) is int for number in entry) else []
-        if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+        try:
+            first, last = (read_as(int, number) for number in (entry if isinstance(entry, list) else ()))
+        except ValueError:
+            first = last = 0
+        if not 0 <= first < last:
             self._complain(path, f"must be [FIRST, LAST], the LAST not being part of it, not {shown(entry)}")
             return 0, 1
-        return numbers[0], numbers[1]
+        return first, last
 
     def _known(self, entry: Any, keys: set[str], path: str) -> Mapping[str, Any]:
         if not isinstance(entry, dict):
@@ -328,29 +331,25 @@ def together(
 
 
 def of_modules(
-    modules: Sequence[tuple[Slice, Read]],
-    stack: Sequence[Slice],
-    names: Mapping[str, str],
-    complain: Complain,
-    *,
-    weighted: bool,
+    pairs: Sequence[tuple[Slice, Read]], stack: Sequence[Slice], names: Mapping[str, str], row: Row, complain: Complain
 ) -> Read:
     """The options and weights of modules, and what is said in each; a model that one does not list weighs 0 there.
 
     Args:
-        modules: The models of each, and what was read of them.
+        pairs: The models of each, and what was read of them.
         stack: The slices of another module, which the tensors outside its layers are made with the first of.
         names: The names of all models.
+        row: The method.
         complain: Hears of models that do not fit together.
-        weighted: Whether the method has weights.
     """
     options: dict[str, Any] = {}
     weights: dict[str, float] = {}
     vary: list[Variation] = []
     for other in {each.module: each for each in stack if TOWERS.search(each.module or "")}.values():
         complain(other.path, "layers of the language model alone can be stacked; list the models of this module")
+    weighted = any(parameter.option == WEIGHT for parameter in row.parameters)
     shared = {source.reference for each in stack[:1] for source in each.sources} or {*names}
-    for each, (mine, weighs, variations) in modules:
+    for each, (mine, weighs, variations) in pairs:
         listed = {source.reference for source in each.sources} - {each.base}
         lacking = [name for reference, name in names.items() if reference in shared - listed]
         if not listed <= shared or (lacking and not weighted):
@@ -360,9 +359,8 @@ def of_modules(
         options, weights = {**mine, **options}, {**weighs, **weights}
         said = [*(Variation(option, (value,)) for option, value in mine.items()),
                 *(Variation(WEIGHT, (value,), name) for name, value in weighs.items()), *variations]  # fmt: skip
-        vary += [
-            _Named(v.option, v.values, v.expert, v.tensors, v.steps, v.ends, module=str(each.module)) for v in said
-        ]
+        of = str(each.module)
+        vary += [_Named(v.option, v.values, v.expert, v.tensors, v.steps, v.ends, module=of) for v in said]
     return options, weights, vary
 
 

@@ -67,17 +67,13 @@ def _of_scope(row: Row, shared: Scopes, complain: Complain) -> list[Parameter]:
     return [*others, dataclasses.replace(FLATTEN, words={True: "tensor", False: lines})]
 
 
-def strays(row: Row, shared: Scopes, nearest: Scopes, complain: Complain) -> list[str]:
-    """Complain of parameters in the wrong place; remarks on those that the method does not have."""
-    has = {parameter.key: parameter for parameter in row.parameters}
-    remarks = []
-    for path, parameters in [*shared, *nearest]:
-        for key in parameters:
-            if key in KNOWN and key not in has:
-                remarks.append(f"{path}.{key} has no effect on this method in mergekit, nor here.")
-            elif key in has and not has[key].per_model and path in (place for place, _ in nearest):
-                complain(f"{path}.{key}", "mergekit ignores it here; it belongs into the parameters for all")
-    return remarks
+def strays(row: Row, shared: Scopes, nearest: Scopes) -> list[str]:
+    """Remarks on parameters that the method does not have, and on those of a model that are one for all models."""
+    has = {parameter.key: parameter.per_model for parameter in row.parameters}
+    others = [f"{path}.{key} has no effect on this method in mergekit, nor here."
+              for path, scope in [*shared, *nearest] for key in scope if key in KNOWN and key not in has]  # fmt: skip
+    return others + [f"{path}.{key} has no effect in mergekit, nor here: all models have it from one place."
+                     for path, scope in nearest for key in scope if has.get(key) is False]  # fmt: skip
 
 
 def _settle(
@@ -162,11 +158,7 @@ def _value(row: Row, parameter: Parameter, value: Any) -> Any:
     Raises:
         ValueError: It takes no such value, or there is nothing like it here.
     """
-    kind = _kind(parameter)
-    try:
-        number = {bool: _boolean, int: _integer, float: _number}[kind](value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"must be {_NOUNS[kind]}, not {shown(value)}") from None
+    number = read_as(_kind(parameter), value)
     if parameter.words is not None:
         return parameter.words[number]
     if parameter.option not in (None, WEIGHT):
@@ -175,6 +167,18 @@ def _value(row: Row, parameter: Parameter, value: Any) -> Any:
         except UsageError as error:
             raise ValueError(error.message) from error
     return number
+
+
+def read_as(kind: type, value: Any) -> Any:
+    """What mergekit takes for a truth, an integer or a number, as that.
+
+    Raises:
+        ValueError: It takes it for none.
+    """
+    try:
+        return {bool: _boolean, int: _integer, float: _number}[kind](value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"must be {_NOUNS[kind]}, not {shown(value)}") from None
 
 
 def _boolean(value: Any) -> bool:

@@ -10,7 +10,7 @@ from modelmerge.checkpoint.reference import Named
 from modelmerge.checkpoint.templates import AUTO, NAMES, is_choice
 from modelmerge.errors import suggestion
 from modelmerge.plan.mergekit_models import check_keys
-from modelmerge.plan.mergekit_parameters import Complain
+from modelmerge.plan.mergekit_parameters import Complain, read_as
 from modelmerge.plan.overrides import BASE
 from modelmerge.plan.recipe import STORED, Tables, TokenRow
 from modelmerge.plan.vocabulary import UNION
@@ -63,11 +63,11 @@ def read_tokens(
             tables["tokens"] = {
                 str(t): _row(entry, f"tokenizer.tokens.{t}", who, complain) for t, entry in tokens.items()
             }
-        multiple = tokenizer.get("pad_to_multiple_of")
-        if type(multiple) is int and multiple > 0:
-            tables["multiple"] = multiple
+        multiple = _as(int, tokenizer.get("pad_to_multiple_of") or 0, "tokenizer.pad_to_multiple_of", complain)
+        if multiple < 0:
+            complain("tokenizer.pad_to_multiple_of", f"must be above 0, not {multiple}")
         elif multiple:
-            complain("tokenizer.pad_to_multiple_of", f"must be a whole number above 0, not {shown(multiple)}")
+            tables["multiple"] = multiple
     if source in (BASE, UNION):
         return Tokens(source, tables, template)
     model = who(source, place)
@@ -83,10 +83,8 @@ def _row(entry: Any, place: str, who: Who, complain: Complain) -> TokenRow:
     if not isinstance(entry, dict) or not set(entry) <= {"source", "force"}:
         complain(place, "has a 'source' and a 'force' and nothing else")
         return row
-    source, force = entry.get("source"), entry.get("force", False)
-    if not isinstance(force, bool):
-        complain(f"{place}.force", f"must be true or false, not {shown(force)}")
-    elif force:
+    source = entry.get("source")
+    if _as(bool, entry.get("force", False), f"{place}.force", complain):
         row["force"] = True
         if source is None:
             complain(place, "is forced, and has no source")
@@ -101,11 +99,21 @@ def _row(entry: Any, place: str, who: Who, complain: Complain) -> TokenRow:
     known = source["kind"] == "model_token" and set(source) <= {"kind", "model", "token", "token_id"}
     if known and isinstance(token, str) and number is None:
         row |= {"model": who(source.get("model"), f"{place}.source.model").name, "token": token}
-    elif known and type(number) is int and token is None:
-        row |= {"model": who(source.get("model"), f"{place}.source.model").name, "id": number}
+    elif known and number is not None and token is None:
+        at = _as(int, number, f"{place}.source.token_id", complain)
+        row |= {"model": who(source.get("model"), f"{place}.source.model").name, "id": at}
     else:
         complain(f"{place}.source", "is a model, {kind: zero}, or {kind: model_token, model, token or token_id}")
     return row
+
+
+def _as(kind: type, value: Any, place: str, complain: Complain) -> Any:
+    """A value as that kind; one of its zeros where it is none, which was complained of."""
+    try:
+        return read_as(kind, value)
+    except ValueError as error:
+        complain(place, str(error))
+        return kind()
 
 
 def _template(choice: Any, complain: Complain) -> str | None:

@@ -212,8 +212,8 @@ base_model: models/base
         (TIES + "tokenizer: 7\n", ["tokenizer: is no mapping"]),
         (TIES + "tokenizer: {tokens: [a], sorce: 8, pad_to_multiple_of: 1.5}\n",
          ["tokenizer.tokens: is no mapping", "tokenizer.sorce: mergekit has no such key; did you mean 'source'?",
-          "tokenizer.pad_to_multiple_of: must be a whole number"]),
-        (TIES + "tokenizer: {tokens: {a: {force: true}, b: {force: 1}, c: 7}}\n",
+          "tokenizer.pad_to_multiple_of: must be an integer, not 1.5"]),
+        (TIES + "tokenizer: {tokens: {a: {force: true}, b: {force: 7}, c: 7}}\n",
          ["tokenizer.tokens.a: is forced, and has no source", "tokenizer.tokens.b.force: must be true or false",
           "tokenizer.tokens.c: has a 'source' and a 'force'"]),
         (TIES + "tokenizer: {tokens: {a: {source: {kind: nil}}, b: {source: {kind: model_token, model: models/base, "
@@ -235,7 +235,7 @@ base_model: models/base
         (TIES.replace("{weight: 1}", "{}", 1), ["models[1].parameters.weight: is missing: mergekit insists on it"]),
         (TIES.replace("weight: 1", "weight: [{value: 1, filter: mlp}]", 1),
          ["models[1].parameters.weight: is missing for tensors that no filter matches"]),
-        (TIES.replace("weight: 1", "weight: 1, lambda: 2", 1), ["models[1].parameters.lambda: mergekit ignores it"]),
+        (TIES + "tokenizer: {pad_to_multiple_of: -8}\n", ["tokenizer.pad_to_multiple_of: must be above 0, not -8"]),
         (TIES.replace("base_model: models/base", ""), ["base_model: is missing"]),
         (TIES.replace("models/code", "models/math"), ["models[2].model: 'models/math' is listed twice"]),
         (TIES.replace("models/code", "models/code+"), ["models[2].model: must be MODEL+ADAPTER"]),
@@ -353,9 +353,11 @@ def test_what_modules_make_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_has_no_effect_is_remarked(beside_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = TIES.replace("ties", "task_arithmetic").replace("models/math", "models/math\n    revision: v1")
+    text = text.replace("{weight: 1}", "{weight: 1, lambda: 2}", 1)
     Path("c.yml").write_text(text + "parameters: {filter_wise: true, blue: [1]}\nauthor: me\nname: my first / second\n")
     assert main(["merge", "--recipe", "c.yml", "-o", "out", "--dry-run"]) == 0
     said = capsys.readouterr().out
+    assert "note: models[1].parameters.lambda has no effect in mergekit, nor here: all models have it from one" in said
     assert "note: parameters.filter_wise has no effect on this method in mergekit, nor here." in said
     for key in ("parameters.blue", "author", "models[1].revision"):
         assert f"note: {key} is no key of mergekit; it has no effect there, nor here." in said
