@@ -39,11 +39,13 @@ PASSTHROUGH = "passthrough"  # the method that takes one model's weights as they
 _FORM = "write it like math:0-8, 8-16 for all models, or 'math:0-8 code:4-12' for some"
 _WORD = re.compile(r"(?:(.*):)?(\d{1,9})-(\d{1,9})", re.DOTALL)
 # Words of lists of layers that are no language model's.
-TOWERS = re.compile(r"vision|visual|audio|image|speech|projector|connector|merger|resampler|abstractor|\bmtp\b")
-# What comes after the layers, but for heads: final norms, and what classifies.
+TOWERS = re.compile(
+    r"vision|visual|audio|image|speech|(?<!vocab_)projector|connector|merger|resampler|abstractor|\bmtp\b"
+)
+# What comes after the layers, but for heads: final norms, and what classifies; heads of several weights, too.
 _AFTER = re.compile(
-    r"(^|\.)((final_?|output_|out_)?(layer_?)?norm(_f|_out)?|ln_f|ln_out|score|classifier|pooler|cls|qa_outputs"
-    r"|project_out|out_proj|multi_choice_classifier|summary)\.[^.]+$"
+    r"(^|\.)(((final_?|output_|out_)?(layer_?)?norm(_f|_out)?|ln_f|ln_out|score|qa_outputs|project_out|out_proj"
+    r"|multi_choice_classifier|summary)\.[^.]+$|(lm_head|pooler|cls|(pre_)?classifier|vocab_\w+|output_layer)\.)"
 )
 _BEFORE = re.compile(r"emb|wte|wpe|pre_?la?y")
 Tensors = Mapping[str, TensorInfo]
@@ -418,9 +420,8 @@ class _Views:
 
 def is_after(name: str) -> bool:
     """Whether a tensor outside the layers comes after them, by its name."""
-    if TOWERS.search(name):  # a tower has an end of its own, and comes as a whole
-        return False
-    return is_head(name) or (_AFTER.search(name) is not None and not _BEFORE.search(name))
+    # A tower has an end of its own, and comes as a whole.
+    return is_head(name) or (_AFTER.search(name) is not None and not any(p.search(name) for p in (_BEFORE, TOWERS)))
 
 
 def of_sources(setting: Setting, method: str | None, sources: tuple[int, ...] | None) -> Setting:

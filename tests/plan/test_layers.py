@@ -13,6 +13,7 @@ import modelmerge
 from modelmerge.cli import main
 from modelmerge.errors import ModelMergeError, PlanError, UsageError
 from modelmerge.methods import registry
+from modelmerge.plan.layers import is_after
 from tests.support.checkpoints import State, read, write
 from tests.support.methods import constant_scale
 
@@ -125,6 +126,22 @@ def test_a_share_of_a_task_vector_counts_where_the_same_models_are_merged(
     pair = {name: family[name] for name in ("base", "math")}
     alone = merge(pair, tmp_path / "alone", "ties", density=0.3, scale=0.7)
     assert all(same(layer(got, i + (i > 1)), layer(alone, i)) for i in range(LAYERS))
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("model.norm.weight", True), ("lm_head.weight", True), ("lm_head.dense.weight", True),
+        ("bert.pooler.dense.bias", True), ("pre_classifier.weight", True), ("vocab_transform.weight", True),
+        ("vocab_projector.bias", True), ("cls.predictions.transform.dense.weight", True),
+        ("model.embed_tokens.weight", False), ("embeddings.LayerNorm.weight", False), ("embeddings.cls_token", False),
+        ("multi_modal_projector.norm.weight", False), ("vision_tower.vision_model.post_layernorm.bias", False),
+        ("model.visual.merger.norm.weight", False),
+    ],
+)  # fmt: skip
+def test_what_comes_after_the_layers_goes_with_the_last_run(name: str, after: bool) -> None:
+    """Heads of several weights whole; but towers and projectors, which come as they are, with the first."""
+    assert is_after(name) == after
 
 
 def test_overrides_go_by_the_layers_of_the_output(tmp_path: Path, family: dict[str, Path]) -> None:
