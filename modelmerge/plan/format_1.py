@@ -102,9 +102,10 @@ def merged_overrides(
     overrides: list[tuple[Override, list[str]]] = []
     open_tensors = dict.fromkeys(tensors)
     globs = dict.fromkeys(v.tensors for v in reversed(variations) if v.tensors is not None)
-    # What globs do not tell apart is named, but for the numbers of layers; then by them; at last in full.
+    # What globs do not tell apart goes by the first word; then by names but for the numbers of layers; then by these.
+    parts = dict.fromkeys(f"{tensor.partition('.')[0]}.*" for tensor in tensors)
     places = dict.fromkeys(f"{place[0]}.{place[1]}.*" for tensor in tensors if (place := layer_of(tensor)))
-    for glob in dict.fromkeys([*globs, "*", *map(layer_type, tensors), *places, *tensors]):
+    for glob in dict.fromkeys([*globs, "*", *parts, *map(layer_type, tensors), *places, *tensors]):
         here = [tensor for tensor in open_tensors if tensor == glob or fnmatch.fnmatchcase(tensor, glob)]
         if here and all(settings[tensor] == settings[here[0]] for tensor in here):
             overrides.append((_override(glob, settings[here[0]]), here))

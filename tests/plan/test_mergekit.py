@@ -446,7 +446,7 @@ def test_what_steps_from_layer_to_layer_becomes_one_override_for_each(beside_mod
     overrides = translated.overrides(read(ORACLE / "models" / "base"))
     reduces = ["mean", "mean", "sum", "mean"]
     assert overrides[-4:] == tuple(f"model.layers.{i}.*: scale=1 reduce={how}" for i, how in enumerate(reduces))
-    assert all(override.endswith(".weight: scale=1 reduce=mean") for override in overrides[:-4])
+    assert all(override.endswith(": scale=1 reduce=mean") for override in overrides[:-4])
 
 
 def test_float64_is_stored_with_a_remark(beside_models: Path) -> None:
@@ -471,6 +471,12 @@ def test_mergekit_still_makes_what_is_kept(tmp_path: Path) -> None:
             ids = [json.loads(file.with_suffix(".json").read_text())["ids"] for file in (place, kept)]
             new = by_token(new, *ids, drawn=kept.stem in DRAWN)
         assert all((new[name] - old[name]).abs().max() <= 1e-6 for name in old), kept.name
+
+
+def test_modules_come_out_as_short_overrides(beside_models: Path) -> None:
+    manifest = modelmerge.replay(mergekit_runs.CONFIGS / "modules-passthrough.yml", "out")
+    kept = {"multi_modal_projector.*: base", "language_model.*: base"}
+    assert {*manifest["recipe"]["at"]} == {*kept, "vision_tower.*: factor=1"}
 
 
 def test_a_module_that_there_is_not_is_refused(beside_models: Path) -> None:
