@@ -38,10 +38,8 @@ from modelmerge.plan.vocabulary import Tokenizers, compare, is_table, row_count
 PASSTHROUGH = "passthrough"  # the method that takes one model's weights as they are
 _FORM = "write it like math:0-8, 8-16 for all models, or 'math:0-8 code:4-12' for some"
 _WORD = re.compile(r"(?:(.*):)?(\d{1,9})-(\d{1,9})", re.DOTALL)
-# Words of lists of layers that are no language model's.
-TOWERS = re.compile(
-    r"vision|visual|audio|image|speech|(?<!vocab_)projector|connector|merger|resampler|abstractor|\bmtp\b"
-)
+# Words of lists of layers that are no language model's; a `vocab_projector` is a head.
+TOWERS = re.compile(r"vision|visual|audio|image|speech|(?<!b_)projector|connector|merger|resampler|abstractor|\bmtp\b")
 # What comes after the layers, but for heads: final norms, and what classifies; heads of several weights, too.
 _AFTER = re.compile(
     r"(^|\.)(((final_?|output_|out_)?(layer_?)?norm(_f|_out)?|ln_f|ln_out|score|qa_outputs|project_out|out_proj"

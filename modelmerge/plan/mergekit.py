@@ -249,8 +249,8 @@ class _Translation:
         names = names_of(others, sliced=bool(spans))
         read = [self._read(row, each, each.base, names) for each in slices]
         self.names = names if seen is None else {**names, seen: BASE}
-        self.modules = tuple(dict.fromkeys(each.module for each in slices if each.module is not None))
-        own = [i for i, each in enumerate(slices) if each.module is None or any(s.span for s in each.sources)]
+        self.modules = tuple(dict.fromkeys(each.module for each in slices if each.module))
+        own = [i for i, each in enumerate(slices) if not each.module or any(s.span for s in each.sources)]
         stack, of_it = [slices[i] for i in own], [read[i] for i in own]
         if len(own) > 1 or any(start for start, _ in spans):  # layers get other numbers
             options, weights, self.variations = together(stack, of_it, names)
@@ -305,6 +305,8 @@ class _Translation:
         options, weights, variations = read_options(row, shared, experts, self.complain)
         if not lone or row.inputs == "one":
             return options, weights, variations
+        if row.inputs == "members" and any(variation.option == "reduce" for variation in variations):
+            self.complain(each.path, "of one model, normalize must be the same for all tensors")
         if options.get("reduce") != "sum" or row.inputs != "members":
             return {}, {}, ()  # the layers as they are
         said = [*(Variation(WEIGHT, (value,)) for value in weights.values()), *variations]

@@ -40,18 +40,18 @@ class Source:
 class Slice:
     """Models side by side: where that stands, the settings for all of them from near to far, their base, and a module.
 
-    The module is the part of the models that this is for, or None for the whole.
+    The module is the part of the models that this is for, or empty for the whole.
     """
 
     path: str
     shared: Scopes
     sources: tuple[Source, ...]
     base: str | None = None
-    module: str | None = None
+    module: str = ""
 
     def is_of(self, model: str | None) -> bool:
         """Whether it is a module of that model alone, as it is: without a passthrough's `scale`."""
-        alone = self.module is not None and all((s.reference, s.span) == (model, None) for s in self.sources)
+        alone = bool(self.module) and all((s.reference, s.span) == (model, None) for s in self.sources)
         return alone and not any("scale" in parameters for s in self.sources for _, parameters in s.scopes)
 
 
@@ -72,7 +72,7 @@ class Reader:
         return self._read(config, "", (), ("models", "slices", "modules"))
 
     def _read(
-        self, config: Mapping[str, Any], front: str, outer: Scopes, kinds: Sequence[str], module: str | None = None
+        self, config: Mapping[str, Any], front: str, outer: Scopes, kinds: Sequence[str], module: str = ""
     ) -> list[Slice]:
         path = f"{front}parameters"
         shared = [(path, self._parameters(config.get("parameters"), path)), *outer]
@@ -96,7 +96,7 @@ class Reader:
             slices += self._read(inside, f"modules.{name}.", shared, kinds[:2], str(name))
         return slices
 
-    def _slice(self, entry: Any, path: str, shared: Scopes, module: str | None) -> Slice:
+    def _slice(self, entry: Any, path: str, shared: Scopes, module: str) -> Slice:
         entry = self._known(entry, {"sources", "parameters", "base_model", "residual_weight"}, path)
         if entry.get("residual_weight") is not None:
             self.remarks.append(f"{path}.residual_weight has no effect in mergekit, nor here.")
@@ -345,7 +345,7 @@ def of_modules(
     options: dict[str, Any] = {}
     weights: dict[str, float] = {}
     vary: list[Variation] = []
-    for other in {each.module: each for each in stack if TOWERS.search(each.module or "")}.values():
+    for other in {each.module: each for each in stack if TOWERS.search(each.module)}.values():
         complain(other.path, "layers of the language model alone can be stacked; list the models of this module")
     weighted = any(parameter.option == WEIGHT for parameter in row.parameters)
     shared = {source.reference for each in stack[:1] for source in each.sources} or {*names}
@@ -359,8 +359,7 @@ def of_modules(
         options, weights = {**mine, **options}, {**weighs, **weights}
         said = [*(Variation(option, (value,)) for option, value in mine.items()),
                 *(Variation(WEIGHT, (value,), name) for name, value in weighs.items()), *variations]  # fmt: skip
-        of = str(each.module)
-        vary += [_Named(v.option, v.values, v.expert, v.tensors, v.steps, v.ends, module=of) for v in said]
+        vary += [_Named(v.option, v.values, v.expert, v.tensors, v.steps, v.ends, module=each.module) for v in said]
     return options, weights, vary
 
 

@@ -252,6 +252,8 @@ base_model: models/base
          "{model: c, layer_range: [0, 2]}]}]\n", ["slices[0].sources: all need as many layers as the others"]),
         ("merge_method: linear\nparameters: {weight: 1}\nslices: [{sources: [{model: b, layer_range: [0, 1]}, "
          "{model: b, layer_range: [1, 2]}]}]\n", ["slices[0].sources[1].model: 'b' is listed twice"]),
+        ("merge_method: linear\nparameters: {weight: 2, normalize: [{filter: mlp, value: true}, {value: false}]}\n"
+         "slices: [{sources: [{model: b, layer_range: [1, 4]}]}]\n", ["slices[0]: of one model, normalize must"]),
         ("merge_method: ties\nbase_model: a\nparameters: {weight: 1}\nslices: [{sources: [{model: b, layer_range: "
          "[0, 1]}]}]\n", ["slices[0].sources: 'a' is missing: mergekit needs the base_model in each slice"]),
         ("merge_method: ties\nparameters: {weight: 1}\nslices: [{base_model: b, sources: [{model: a, layer_range: "
