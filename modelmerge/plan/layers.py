@@ -42,7 +42,7 @@ _WORD = re.compile(r"(?:(.*):)?(\d{1,9})-(\d{1,9})", re.DOTALL)
 TOWERS = re.compile(r"vision|visual|audio|image|speech|(?<!b_)projector|connector|merger|resampler|abstractor|\bmtp\b")
 # What comes after the layers, but for heads: final norms, and what classifies; heads of several weights, too.
 _AFTER = re.compile(
-    r"(^|\.)(((final_?|output_|out_)?(layer_?)?norm(_f|_out)?|ln_f|ln_out|score|qa_outputs|project_out|out_proj"
+    r"(^|\.)(((final_?|output_|out_|post_)?(layer_?)?norm(_f|_out)?|ln_f|ln_out|score|qa_outputs|project_out|out_proj"
     r"|multi_choice_classifier|summary)\.[^.]+$|(lm_head|pooler|cls|(pre_)?classifier|vocab_\w+|output_layer)\.)"
 )
 _BEFORE = re.compile(r"emb|wte|wpe|pre_?la?y")
@@ -343,11 +343,11 @@ class _Views:
 
     def before(self, model: int, _: int) -> Tensors:
         """A model's tensors that come before its layers, or beside them."""
-        return {name: info for name, info in self._others[model].items() if not is_after(name)}
+        return {name: info for name, info in self._others[model].items() if not is_after(name, self._prefix)}
 
     def after(self, model: int, _: int) -> Tensors:
         """A model's tensors that come after its layers."""
-        return {name: info for name, info in self._others[model].items() if is_after(name)}
+        return {name: info for name, info in self._others[model].items() if is_after(name, self._prefix)}
 
     def take(self, run: Run, step: int, content: Callable[[int, int], Tensors], name_of: Callable[[str], str]) -> None:
         """Add what a run makes of its models' content, which goes by names in the output."""
@@ -416,10 +416,11 @@ class _Views:
         return Stack(views[0], tuple(views[1:]), self._origins, config, remarks)
 
 
-def is_after(name: str) -> bool:
-    """Whether a tensor outside the layers comes after them, by its name."""
-    # A tower has an end of its own, and comes as a whole.
-    return is_head(name) or (_AFTER.search(name) is not None and not any(p.search(name) for p in (_BEFORE, TOWERS)))
+def is_after(name: str, prefix: str) -> bool:
+    """Whether a tensor comes after the layers whose names begin with the prefix, by its own name."""
+    if TOWERS.search(name) and not TOWERS.search(prefix):  # a tower has an end of its own, and comes as a whole
+        return False
+    return is_head(name) or (_AFTER.search(name) is not None and not _BEFORE.search(name))
 
 
 def of_sources(setting: Setting, method: str | None, sources: tuple[int, ...] | None) -> Setting:

@@ -252,7 +252,7 @@ class InSlice:
         """How deep in the slice a tensor lies; None for one of another."""
         front, number = layer_of(tensor) or ("", 0)
         if front != prefix:
-            return 0.0 if self.ends[is_after(tensor)] else None
+            return 0.0 if self.ends[is_after(tensor, prefix)] else None
         place = number - self.first
         if not 0 <= place < self.count:
             return None

@@ -141,7 +141,11 @@ def test_a_share_of_a_task_vector_counts_where_the_same_models_are_merged(
 )  # fmt: skip
 def test_what_comes_after_the_layers_goes_with_the_last_run(name: str, after: bool) -> None:
     """Heads of several weights whole; but towers and projectors, which come as they are, with the first."""
-    assert is_after(name) == after
+    assert is_after(name, "model.layers") == after
+
+
+def test_the_end_of_a_tower_goes_with_the_last_run_of_its_own_layers() -> None:
+    assert is_after("vision_model.post_layernorm.weight", "vision_model.encoder.layers")
 
 
 def test_overrides_go_by_the_layers_of_the_output(tmp_path: Path, family: dict[str, Path]) -> None:
