@@ -42,14 +42,14 @@ CITATION = Citation(
 )
 # Adam stops once the loss is this share of the first one; with 0 it takes all steps.
 TOLERANCE = 1e-11
-# Losses are looked at every so many steps of Adam. On a GPU the loss of the look before is waited for, so that the
-# queue never runs dry, and the answer still does not depend on timing.
+# On a CPU Adam's loss is looked at in each step; on a GPU in every so many, and the loss of the look before is waited
+# for, so that the queue never runs dry, and the answer still does not depend on timing.
 _LOOK = 10
 # Conjugate gradients: relative residual in the preconditioner's norm, and a bound on the iterations.
 _RESIDUAL, _ITERATIONS = 1e-6, 200
 _USUAL = 30.0  # iterations
 # Bytes of task vectors that one turn of the descent works on: read twice, so they should still be in the cache.
-_CHUNK = 8 << 20
+_CHUNK = 3 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,34 +200,39 @@ def descend(
     """
     # The loss sees `total` times one matrix: D itself, or the sum of all lambda_i D_i.
     total = 1.0 if each else sum(lambdas)
-    rows = rows_of(taus)
-    # What e is at D = 0.
-    offset = -targets(rows, lambdas)[:, :, 0]
+    rows, lr = rows_of(taus), _value(options.lr)
+    # 2 total e, which the gradient and the loss are taken from, is this at D = 0.
+    at_zero = targets(rows, lambdas)[:, :, 0].mul_(-2.0 * total)
     correction, gradient = torch.zeros_like(taus if each else taus[0]), torch.empty_like(taus[0])
-    adam = torch.optim.Adam([correction], lr=_value(options.lr), betas=(0.9, 0.999), eps=1e-8, fused=True)
+    # Adam's state. torch.optim takes a second to be imported, and on small weights a tenth of each step.
+    mean, square, taken = torch.zeros_like(correction), torch.zeros_like(correction), at_zero.new_zeros(())
     sight = torch.zeros_like(taus[0]) if each else correction
     shares = torch.tensor(lambdas, dtype=taus.dtype, device=taus.device)
     on_device = rows.device.type != "cpu"
-    size = len(rows) if on_device else max(1, _CHUNK // rows[0].nbytes)
-    parts = list(zip(*(whole.split(size) for whole in (rows, offset, sight, gradient)), strict=True))
-    enough = TOLERANCE * float(offset.square().sum())
+    size, look = (len(rows), _LOOK) if on_device else (max(1, _CHUNK // rows[0].nbytes), 1)
+    parts = list(zip(*(whole.split(size) for whole in (rows, at_zero, sight, gradient)), strict=True))
+    enough = TOLERANCE * float(at_zero.square().sum())
     step, losses = 0, [lambda: math.inf] * (2 if on_device else 1)
     for step in range(1, int(_value(options.steps)) + 1):
-        looks, loss = step % _LOOK == 0 and TOLERANCE > 0, offset.new_zeros(())
+        looks, loss = step % look == 0 and TOLERANCE > 0, at_zero.new_zeros(())
         interrupts.check()
-        for vectors, at_zero, d, g in parts:
-            errors = inner(vectors, d).mul_(total).add_(at_zero)
+        for vectors, start, d, g in parts:
+            errors = torch.add(start, inner(vectors, d), alpha=2.0 * total**2)
             if looks:
                 loss += errors.square().sum()
-            g.copy_(combined(vectors, errors.mul_(2.0 * total)))
+            g.copy_(combined(vectors, errors))
+        parts.reverse()  # the last part's vectors are still in the cache
         if looks:
             losses = [*losses[1:], devices.read_later(loss)]
             if losses[0]() < enough:
                 step -= 1
                 break
         linalg.remove_subspace(gradient, basis)
-        correction.grad = gradient * shares[:, None, None] if each else gradient
-        adam.step()
+        slope = gradient * shares[:, None, None] if each else gradient
+        torch._fused_adam_(
+            [correction], [slope], [mean], [square], [], [taken.add_(1.0)],
+            lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
         if each:
             sight.copy_(torch.tensordot(shares, correction, dims=1))
     context.tell({"steps": step})

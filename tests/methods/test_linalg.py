@@ -64,6 +64,27 @@ def test_leading_directions_are_those_of_subspace_iteration(shape: tuple[int, in
     assert (got @ got.T - want @ want.T).norm() <= 1e-5 * want.norm()
 
 
+@pytest.mark.parametrize("shape", [(600, 520), (520, 600), (520, 520)])
+@pytest.mark.parametrize(("decay", "works"), [(0.0, False), (0.2, True), (0.7, True), (2.0, False)])
+def test_refined_vectors_are_those_of_float64(shape: tuple[int, int], decay: float, works: bool) -> None:
+    """Also where float64 decomposes: without a gap after the last of them, and where the spectrum is too steep."""
+    generator = torch.Generator().manual_seed(5)
+    left, right = (torch.linalg.qr(torch.randn(side, 520, generator=generator)).Q for side in shape)
+    x = left * torch.arange(1, 521) ** -decay @ right.T * 1e-4
+    gram = x.double() @ x.double().T if shape[0] <= shape[1] else x.double().T @ x.double()
+    assert (linalg._refined(gram, 60) is not None) is works
+    got, want = (linalg.left_singular_vectors(x, 60, refine=refine) for refine in (True, False))
+    assert torch.allclose(got.T @ got, torch.eye(60, dtype=torch.float64), atol=1e-12)
+    if decay:
+        assert (got @ got.T - want @ want.T).norm() <= 1e-8 * want.norm()
+
+
+def test_what_has_too_few_directions_is_not_refined() -> None:
+    low = torch.randn(520, 9, generator=torch.Generator().manual_seed(5)).double()
+    for gram in (low @ low.T, torch.zeros(520, 520, dtype=torch.float64), low[:100] @ low[:100].T):
+        assert linalg._refined(gram, 60) is None
+
+
 @pytest.mark.parametrize("held_back", [True, False])
 @pytest.mark.parametrize("shape", [(700, 1500), (1500, 700), (30, 40)])
 def test_the_library_that_multiplies_does_not_matter(
