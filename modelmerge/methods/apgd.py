@@ -319,9 +319,10 @@ def combined(rows: Tensor, weights: Tensor) -> Tensor:
     if rows.device.type != "cpu" or rows.dim() == 4:
         return (weights[..., None, :] @ rows)[..., 0, :]
     # Products as thin as these run at a third of the rate at which memory is read; a weighted sum of embeddings at it.
-    tasks, n = rows.shape[1:]
-    places = torch.arange(len(rows) * tasks).view(-1, tasks)
-    return torch.nn.functional.embedding_bag(places, rows.view(-1, n), mode="sum", per_sample_weights=weights)
+    count, tasks, n = rows.shape
+    places, firsts = torch.arange(count * tasks), torch.arange(0, count * tasks, tasks)
+    # Mode 0 is the sum. torch.nn.functional has it too, but looks at what it is given for as long as short rows take.
+    return torch.embedding_bag(rows.view(-1, n), places, firsts, False, 0, False, weights.reshape(-1))[0]
 
 
 def inner(rows: Tensor, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ bytes would take at these rates.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import platform
 import time
@@ -39,6 +40,16 @@ FORMS: dict[str, tuple[dict[str, Any], float]] = {
     "adam, all 400 steps": ({"published": True}, 0.0),
     "adam, default stop": ({"published": True}, apgd.TOLERANCE),
     "default (exact)": ({}, apgd.TOLERANCE),
+}
+# The parts of what runs, and the functions that each is made of.
+BASES, GRADIENTS, ADAM = "bases", "conjugate gradients", "Adam's own step, by element"
+PROJECTION, SUMS = "gradient off the basis", "sums and inner products of rows"
+EXACT: dict[str, list[tuple[Any, str]]] = {BASES: [(apgd, "task_basis")], GRADIENTS: [(apgd, "solve")]}
+DESCENT: dict[str, list[tuple[Any, str]]] = {
+    PROJECTION: [(linalg, "remove_subspace")],
+    SUMS: [(apgd, "inner"), (apgd, "combined")],
+    ADAM: [(torch, "_fused_adam_")],
+    BASES: [(apgd, "task_basis")],
 }
 GROWING = {"adam, 20 steps": ({"published": True, "steps": 20}, 0.0), "default (exact)": FORMS["default (exact)"]}
 
@@ -131,70 +142,85 @@ def rates(device: torch.device) -> tuple[float, float]:
     return 2 * 2048**3 / product, 2 * source.nbytes / copy
 
 
-def parts_of(m: int, n: int, device: torch.device) -> list[tuple[str, int, work.Work, Callable[[], Any]]]:
-    """What the descent of all steps and the default do for one weight: names, times, work of one time, and calls."""
-    taus, k = task_vectors(TASKS, m, n, device), min(m, n)
-    adam, exact = (make_options(registry.load("apgd"), "apgd", values) for values in ({"published": True}, {}))
-    rows, weights, matrix = apgd.rows_of(taus), torch.randn(m, TASKS, device=device), taus[0].clone()
-    wide = torch.linalg.qr(torch.randn(m, k // 6, device=device)).Q.contiguous()
-    moving = torch.zeros_like(matrix, requires_grad=True)
-    moving.grad = matrix
-    optimizer = torch.optim.Adam([moving], lr=1e-4, fused=True)
-    basis, rank = apgd.task_basis(taus, exact), k // TASKS
+def works(m: int, n: int, form: str, figures: dict[str, float], device: torch.device) -> dict[str, work.Work]:
+    """What the parts of a form do for one weight: operations and bytes."""
+    k, rank = min(m, n), min(m, n) // TASKS
+    shared = k // make_options(registry.load("apgd"), "apgd", FORMS[form][0]).rank_divisor
     read = work.Work(single=4.0 * TASKS * m * n, moved=4.0 * (TASKS + 2) * m * n)
-    project = work.Work(moved=12.0 * m * n)
-    wider, narrower = (work.product(m, n, 2 * (k // divisor)) + project for divisor in (6, 12))
-    figures: dict[str, float] = {}
-    context = Context(tensor="w", weights=(1.0,) * TASKS, base=None, tell=figures.update)
-    apgd.solve(taus, [0.1] * TASKS, basis, exact, context)
-    return [
-        ("adam: gradient off the basis", STEPS, wider, lambda: linalg.remove_subspace(matrix, wide)),
-        (
-            "adam: sums and inner products of rows", STEPS, read,
-            lambda: (apgd.inner(rows, matrix), apgd.combined(rows, weights)),
-        ),
-        ("adam: its own step, by element", STEPS, work.Work(moved=28.0 * m * n), optimizer.step),
-        (
-            "adam: bases", 1, work.triplets(m, n, rank) * TASKS + work.triplets(m, rank * TASKS, k // 6),
-            lambda: apgd.task_basis(taus, adam),
-        ),
-        (
-            "exact: bases", 1, work.iterated(m, n, rank) * TASKS + work.iterated(m, rank * TASKS, k // 12),
-            lambda: apgd.task_basis(taus, exact),
-        ),
-        (
-            "exact: conjugate gradients", 1, (narrower + read) * (figures["iterations"] + 2),
-            lambda: apgd.solve(taus, [0.1] * TASKS, basis, exact, context),
-        ),
-    ]  # fmt: skip
+    project = work.product(m, n, 2 * shared) + work.Work(moved=12.0 * m * n)
+    if "iterations" in figures:
+        bases = work.iterated(m, n, rank) * TASKS + work.iterated(m, rank * TASKS, shared)
+        return {BASES: bases, GRADIENTS: (project + read) * (figures["iterations"] + 2)}
+
+    def vectors(n: int, rank: int) -> work.Work:
+        """Of `linalg.left_singular_vectors`: on a CPU half a Gram matrix, float32's vectors, and one correction."""
+        (k, g), kept = sorted((m, n)), rank + 32
+        fine = 1.0 * k * k * g + 2.0 * k * k * kept + 10.0 * k * kept**2
+        refined = work.Work(single=9.0 * k**3 + 4.0 * k * k * kept, double=fine)
+        return refined if device.type == "cpu" else work.triplets(m, n, rank)
+
+    step = {PROJECTION: project, SUMS: read, ADAM: work.Work(moved=28.0 * m * n)}
+    bases = vectors(n, rank) * TASKS + vectors(rank * TASKS, shared)
+    return {**{part: done * figures["steps"] for part, done in step.items()}, BASES: bases}
 
 
-def profile(device: torch.device) -> list[str]:
+def watched(form: str, taus: Tensor) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Seconds of the merge of one weight, of them those of each part, and what the method tells of it."""
+    spent: dict[str, float] = {}
+
+    def watch(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            took, found = timed(lambda: call(*args, **named), taus.device)
+            spent[part] = spent.get(part, 0.0) + took
+            return found
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for part, functions in (EXACT if "exact" in form else DESCENT).items():
+            for module, name in functions:
+                stack.enter_context(mock.patch.object(module, name, watch(part, getattr(module, name))))
+        took, figures = ours(taus, FORMS[form], 1)
+    return took, spent, figures
+
+
+def profile(device: torch.device, reference: float) -> list[str]:
     """The table of what the block's parts do and take, beside what they would at the rates of a product and of a copy.
 
-    An operation in float64 counts as two. Where there are two libraries for products, the rate is the faster one's.
+    Parts are timed where they run, and what is left of the whole has its own row. An operation in float64 counts as
+    two. Where there are two libraries for products, the rate is the faster one's. `reference`: seconds of the published
+    loop, which the whole at these rates is compared with.
     """
     flops, copied = rates(device)
     a, b = torch.randn(2, 2048, 2048, device=device)
     quick = linalg.multiplier(a)
     flops = max(flops, 2 * 2048**3 / median(timed(lambda: quick(b), device)[0] for _ in range(5)))
-    sums: dict[str, tuple[float, work.Work]] = {}
-    for m, n in BLOCK:
-        for part, times, done, call in parts_of(m, n, device):
-            took = times * median(timed(call, device)[0] for _ in range(5))
-            seconds, before = sums.get(part, (0.0, work.NOTHING))
-            sums[part] = (seconds + took, before + done * times)
     lines = [
         f"Parts, beside {flops / 1e9:,.0f} GFLOP/s in a product and {copied / 1e9:.1f} GB/s in a copy:",
         "",
         "| part of the block | GFLOP | GB | seconds | at these rates | share |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for part, (seconds, done) in sums.items():
-        counted = done.single + 2.0 * (done.double + done.eigen)
-        least = max(counted / flops, done.moved / copied)
-        cells = f"{counted / 1e9:,.0f} | {done.moved / 1e9:,.0f} | {seconds:.2f} | {least:.2f} | {least / seconds:.0%}"
-        lines.append(f"| {part} | {cells} |")
+    floors = []
+    for form in FORMS:
+        sums: dict[str, list[float]] = {}
+        whole = 0.0
+        for m, n in BLOCK:
+            took, spent, figures = watched(form, task_vectors(TASKS, m, n, device))
+            whole += took
+            for part, done in works(m, n, form, figures, device).items():
+                counted = done.single + 2.0 * (done.double + done.eigen)
+                each = (counted, done.moved, spent[part], max(counted / flops, done.moved / copied))
+                sums[part] = [one + other for one, other in zip(sums.get(part, [0.0] * 4), each, strict=True)]
+        counted, moved, inside, least = (sum(column) for column in zip(*sums.values(), strict=True))
+        sums["in all"] = [counted, moved, whole, least]
+        for part, (counted, moved, took, at_rates) in sums.items():
+            if part == "in all":
+                lines.append(f"| {form}: outside these parts | | | {whole - inside:.2f} | | |")
+            cells = f"{counted / 1e9:,.0f} | {moved / 1e9:,.0f} | {took:.2f} | {at_rates:.2f} | {at_rates / took:.0%}"
+            lines.append(f"| {form}: {part} | {cells} |")
+        floors.append(f"{form} would take {least:.1f} s ({reference / least:.0f} x)")
+    lines += ["", f"At these rates, beside the published loop: {'; '.join(floors)}."]
     print("\n".join(lines), flush=True)
     return lines
 
@@ -207,8 +233,8 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return along / sum((a - mean_x) ** 2 for a in x)
 
 
-def block(device: torch.device, reference_steps: int, repeats: int) -> list[str]:
-    """The table of one ViT-B/32 block with eight tasks."""
+def block(device: torch.device, reference_steps: int, repeats: int) -> tuple[list[str], float]:
+    """The table of one ViT-B/32 block with eight tasks, and the seconds of the published loop."""
     flops, copied = rates(device)
     weights = [task_vectors(TASKS, m, n, device) for m, n in BLOCK]
     found = [published(taus, reference_steps) for taus in weights]
@@ -228,7 +254,7 @@ def block(device: torch.device, reference_steps: int, repeats: int) -> list[str]
         multiplied = sum(products(taus, form, figures) for taus, (_, figures) in zip(weights, results, strict=True))
         lines.append(f"| {label} | {seconds:.2f} | {reference / seconds:.1f} x | {multiplied / flops / seconds:.0%} |")
         print(lines[-1], flush=True)
-    return lines
+    return lines, reference
 
 
 def growth(device: torch.device, repeats: int) -> list[str]:
@@ -262,14 +288,8 @@ def main() -> None:
         f"Written by `python -m tests.benchmarks.apgd_speed --device {told.device} --reference-steps "
         f"{told.reference_steps} --repeats {told.repeats}`.\n"
     )
-    lines = [
-        head,
-        *block(device, told.reference_steps, told.repeats),
-        "",
-        *profile(device),
-        "",
-        *growth(device, told.repeats),
-    ]
+    table, reference = block(device, told.reference_steps, told.repeats)
+    lines = [head, *table, "", *profile(device, reference), "", *growth(device, told.repeats)]
     kind = "" if device.type == "cpu" else "-" + device.type
     (HERE / f"RESULTS-apgd-speed{kind}.md").write_text("# The cost of APGD\n\n" + "\n".join(lines) + "\n")
     print("\n".join(lines))
