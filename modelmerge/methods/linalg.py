@@ -47,6 +47,7 @@ def left_singular_vectors(x: Tensor, rank: int, *, refine: bool = False) -> Tens
     gram = _gram(x if m <= n else x.mT)
     vectors = _refined(gram, rank) if refine else None
     if vectors is None:
+        interrupts.check()
         vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank]
     # x v_k = s_k u_k: the columns are orthogonal already; QR normalises them and completes those with s_k = 0.
     return vectors.contiguous() if m <= n else torch.linalg.qr(x @ vectors).Q
@@ -72,7 +73,7 @@ def _refined(gram: Tensor, rank: int) -> Tensor | None:
     more vectors keep those that are asked for well apart from the rest.
     """
     kept = rank + 2 * _SPARE
-    if gram.dim() > 2 or gram.device.type != "cpu" or len(gram) < max(_LARGE, 2 * kept):
+    if gram.dim() > 2 or gram.device.type != "cpu" or len(gram) < max(_LARGE, 9 * kept // 2):
         return None
     gram = gram / gram.trace().clamp(min=torch.finfo(gram.dtype).tiny)
     single, start = gram.float(), torch.randn(len(gram), kept, generator=torch.Generator().manual_seed(0))
@@ -88,7 +89,7 @@ def _refined(gram: Tensor, rank: int) -> Tensor | None:
         lead, image = lead @ turn, image @ turn
         lacking = (rest.T @ (image - lead * ritz).float()) / (ritz - values[:-kept, None]).float()
         error = float(torch.linalg.vector_norm(lacking[:, -rank:]))
-        worst = max(worst, error)
+        worst = max(error, worst)  # what is no number stays so
         if not worst < _NEAR:
             return None
         lead = torch.linalg.qr(lead + rest @ lacking).Q

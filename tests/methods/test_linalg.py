@@ -81,7 +81,7 @@ def test_refined_vectors_are_those_of_float64(shape: tuple[int, int], decay: flo
 
 def test_what_has_too_few_directions_is_not_refined() -> None:
     low = torch.randn(520, 9, generator=torch.Generator().manual_seed(5)).double()
-    for gram in (low @ low.T, torch.zeros(520, 520, dtype=torch.float64), low[:100] @ low[:100].T):
+    for gram in (low @ low.T, torch.zeros(520, 520).double(), low[:100] @ low[:100].T):
         assert linalg._refined(gram, 60) is None
 
 
