@@ -90,7 +90,8 @@ def prepare_process(files: int = 0) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and sys.platform == "linux":
         trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 4 << 20)
+        # Above AT_ONCE elements in float32: what each small tensor takes anew would cost page faults.
+        mallopt(mmap_threshold, 6 << 20)
         mallopt(trim_threshold, 64 << 20)
 
 

@@ -55,7 +55,7 @@ def by_rank(
 
     def count_low(taus: Tensor, total: Tensor) -> None:
         for row, chosen, count in zip(numbers(taus), buckets.tolist(), total, strict=True):
-            bits = _sorting(row)
+            bits = _sorting(row, min(chosen))
             for bucket, part in zip(chosen, count.view(-1, _BUCKETS), strict=True):
                 inside = threshold.within(bits, _first(bucket), _first(bucket + 1)) & (_BUCKETS - 1)
                 part.index_add_(0, inside, torch.ones_like(inside, dtype=torch.int64))
@@ -79,7 +79,7 @@ def _around(sample: Tensor, shares: Tensor) -> list[list[tuple[int, int]]]:
 def _count_near(rows: Iterable[Tensor], ranges: Sequence[Sequence[tuple[int, int]]], total: Tensor) -> None:
     """Adds to total [T, ranks (2^16 + 1)] how many of T rows lie in each bucket of a range; last, how many below it."""
     for row, some, counts in zip(rows, ranges, total, strict=True):
-        bits = _sorting(row)
+        bits = _sorting(row, min(some)[0])
         for (first, last), count in zip(some, counts.view(-1, _BUCKETS + 1), strict=True):
             inside = _buckets(threshold.within(bits, _first(first), _first(last + 1))).sub_(first)
             count[first : last + 1] += torch.bincount(inside, minlength=last + 1 - first)
@@ -105,9 +105,10 @@ def _buckets(bits: Tensor) -> Tensor:
     return (bits >> _BITS).add_(_BUCKETS // 2)
 
 
-def _sorting(numbers: Tensor) -> Tensor:
-    """Integers that sort as the float32 numbers do."""
-    return _turned(numbers.view(torch.int32))
+def _sorting(numbers: Tensor, least: int = 0) -> Tensor:
+    """Integers that sort as the float32 numbers do; below the bucket `least`, those below 0 may be in another order."""
+    bits = numbers.view(torch.int32)
+    return bits if least >= _BUCKETS // 2 else _turned(bits)
 
 
 def _turned(bits: Tensor) -> Tensor:

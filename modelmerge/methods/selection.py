@@ -126,11 +126,10 @@ def squares(taus: Tensor, numbers: Tensor | None = None, least: float = 0.0) -> 
     """The sums of squares [T], float64, of [T, n] where the numbers [n], if there are any, are no less than that."""
     total = torch.zeros(len(taus), dtype=torch.float64, device=taus.device)
     for block in blocks(taus):
-        part = taus[:, block]
-        if numbers is not None:
-            part = part[:, threshold.from_least(numbers[block], least)]
-        for tau, square in zip(part.double(), total, strict=True):
-            square.add_(torch.dot(tau, tau))
+        chosen = None if numbers is None else threshold.from_least(numbers[block], least)
+        for tau, square in zip(taus[:, block], total, strict=True):
+            part = (tau if chosen is None else tau.index_select(0, chosen)).double()
+            square.add_(torch.dot(part, part))
     return total
 
 

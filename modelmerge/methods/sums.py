@@ -10,7 +10,7 @@ import torch
 from modelmerge.methods.contract import Tensor
 
 
-def weighted_sum(taus: Tensor, weights: Sequence[float]) -> Tensor:
+def weighted_sum(taus: Tensor | Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """`sum_i weights[i] * taus[i]`, [T, *shape] -> [*shape], added up in the order given.
 
     Product and sum are two steps: torch fuses `add(alpha=...)` into one rounding in vector lanes but not in the rest

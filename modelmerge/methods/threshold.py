@@ -126,39 +126,51 @@ def within(bits: Tensor, first: int, stop: int) -> Tensor:
     """The int32 entries from `first` to before `stop`, which is less than 2^31 above it."""
     if bits.device.type != "cpu":
         return bits[(bits >= first) & (bits < stop)]
-    return torch.from_numpy(bits.numpy()[_inside(bits, first, stop)])
+    return bits[places(bits, first, stop)]
 
 
 def places(bits: Tensor, first: int, stop: int) -> Tensor:
     """Where the entries that `within` gives are."""
     if bits.device.type != "cpu":
         return ((bits >= first) & (bits < stop)).nonzero().flatten()
-    return torch.from_numpy(_inside(bits, first, stop).nonzero()[0])
+    # As unsigned, one comparison finds both ends.
+    values: Any = bits.numpy() - first if first else bits.numpy()
+    return _places(values.view("uint32") < max(stop - first, 0))
 
 
 def from_least(values: Tensor, least: float) -> Tensor:
     """Where the values [n] are no less than that."""
     if values.device.type != "cpu":
         return (values >= least).nonzero().flatten()
-    return torch.from_numpy((values.numpy() >= least).nonzero()[0])  # numpy compares seven times faster than torch
+    return _places(values.numpy() >= least)
 
 
-def _inside(bits: Tensor, first: int, stop: int) -> Any:
-    # On a CPU numpy selects five times faster than torch; as unsigned, one comparison finds both ends.
-    values = bits.numpy()
-    offset = values - first if first else values
-    return offset.view("uint32") < max(stop - first, 0)
+def _places(hits: Any) -> Tensor:
+    """Where numpy's booleans [n] are true."""
+    # On a CPU numpy compares seven times faster than torch, and finds what few entries hold. More than a tenth it finds
+    # by a way without branches: some more behind bring it there, in a third of the time.
+    found = _true(hits)
+    if found > len(hits) // 32:
+        more: Any = torch.ones(len(hits) + len(hits) // 8 + 1, dtype=torch.bool).numpy()
+        more[: len(hits)] = hits
+        hits = more
+    return torch.from_numpy(hits.nonzero()[0][:found])
 
 
 def at_least(bits: Tensor, bound: int) -> Tensor | int:
     """How many int32 entries are no less than `bound`."""
     if bits.device.type != "cpu":
         return (bits >= bound).sum()
+    return _true(bits.numpy() >= bound)
+
+
+def _true(hits: Any) -> int:
+    """How many of numpy's booleans [n] are true."""
     # Bytes of 0 and 1 added up as words, eight at a time: five times faster than numpy and torch add up booleans.
-    hits = torch.from_numpy(bits.numpy() >= bound).view(torch.uint8)
-    whole = hits.numel() // _FEW * _FEW
-    words = hits[:whole].view(torch.int64).view(-1, _FEW // 8).sum(1)  # no byte of a word overflows
-    return int(words.view(torch.uint8).sum()) + int(hits[whole:].sum())
+    values = torch.from_numpy(hits).view(torch.uint8)
+    whole = values.numel() // _FEW * _FEW
+    words = values[:whole].view(torch.int64).view(-1, _FEW // 8).sum(1)  # no byte of a word overflows
+    return int(words.view(torch.uint8).sum()) + int(values[whole:].sum())
 
 
 def _bucket(high: Tensor, density: float | tuple[float, ...]) -> tuple[Tensor, Tensor]:

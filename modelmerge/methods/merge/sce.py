@@ -56,10 +56,11 @@ def _merged(taus: Tensor, limit: float, shares: Sequence[float]) -> Tensor:
         return _agreeing(taus, shares)
     # Few are selected, as a rule: what is done with these alone costs less than a product of all with 1 and 0.
     selected = threshold.from_least(variance(taus), limit)
-    return torch.zeros_like(taus[0]).scatter_(0, selected, _agreeing(taus[:, selected], shares))
+    agreeing = _agreeing([tau.index_select(0, selected) for tau in taus], shares)
+    return torch.zeros_like(taus[0]).scatter_(0, selected, agreeing)
 
 
-def _agreeing(taus: Tensor, shares: Sequence[float]) -> Tensor:
+def _agreeing(taus: Tensor | Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     """The means [n] of the entries [T, n] that have their sum's sign, weighted by the shares."""
     sign = weighted_sum(taus, (1.0,) * len(taus)).sign_()
     merged, divisor, part = torch.zeros_like(sign), torch.zeros_like(sign), torch.empty_like(sign)
