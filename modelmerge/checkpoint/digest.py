@@ -16,8 +16,10 @@ import threading
 import time
 from pathlib import Path
 
+from modelmerge.checkpoint.scratch import begin_sync
 from modelmerge.errors import CheckpointError
 
+_SYNCED = 1 << 25  # bytes that go to the disk at a time
 _CHUNK = 1 << 18  # bytes: fits the cache beside the merge's own buffers
 _OURS: dict[str, dict[str, object]] = {}  # by path: files that this process has written, as they were then
 _SETTLED = 2.0  # seconds: a file younger than this may change again within one tick of its timestamp
@@ -71,14 +73,17 @@ class WrittenDigest(_Follower):
         self._mutex = threading.Lock()
 
     def wrote(self, start: int, data: memoryview) -> None:
-        """Hash on, now that these bytes are there; from any thread, in any order, each byte once."""
+        """Hash on and begin to sync, now that these bytes are there; from any thread, in any order, each byte once."""
         if not data:
             return
         with self._mutex:
+            before = self._there // _SYNCED * _SYNCED
             self._beyond[start] = start + len(data)
             while self._there in self._beyond:
                 self._there = self._beyond.pop(self._there)
-            whole = start < self._there
+            whole, after = start < self._there, self._there // _SYNCED * _SYNCED
+        if after > before:
+            begin_sync(self.descriptor, before, after)
         if whole:
             self.follow(start, data)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -16,6 +17,8 @@ from modelmerge.errors import OutputError
 FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up",
          errno.EFBIG: "the file is larger than this system allows"}  # fmt: skip
 _LONGEST = 255  # bytes of a name in most file systems
+_sync_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
+_BEGIN = 2  # of its flags: begin to write, and wait for nothing
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of calls that a file system lacks
 
 
@@ -43,6 +46,12 @@ def claim_space(descriptor: int, nbytes: int) -> None:
             if error.errno not in UNSUPPORTED:
                 raise
     os.ftruncate(descriptor, nbytes)
+
+
+def begin_sync(descriptor: int, start: int, stop: int) -> None:
+    """Have these bytes of a file on their way to the disk, where the system can: the end then waits for less."""
+    if _sync_range is not None:
+        _sync_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(stop - start), _BEGIN)
 
 
 def check_room(directory: Path, nbytes: int) -> None:
