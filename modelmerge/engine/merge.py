@@ -165,6 +165,7 @@ def _begin(units: Sequence[Unit], progress: Reporter) -> None:
 def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Output], progress: Reporter) -> None:
     """Merge these tensors into each of the outputs."""
     job = fitted.job
+    work = {tensor.name: merge_work(job, tensor) for tensor in todo}
     for output in outputs:
         output.findings.merged = sum(t.action != "copy" for t in todo)
     wholes = [t for t in todo if t.action != "copy" and job.whole(t)]
@@ -192,7 +193,7 @@ def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Out
             except CheckpointError:
                 loader.refuse_nonfinite(piece)
                 raise
-        progress.advance(piece_cost(job.plan, piece, merge_work(job, piece.tensor)), piece.tensor.name)
+        progress.advance(piece_cost(job.plan, piece, work[piece.tensor.name]), piece.tensor.name)
 
     def merge_cut(tensors: Sequence[TensorPlan]) -> None:
         in_parallel(job.source, Pieces(tensors, job.source.block, in_rows), merge_piece)
