@@ -2,13 +2,15 @@
 
 `python -m tests.benchmarks.plain` makes Llama-shaped checkpoints in bfloat16 and in float32, merges them here, by
 mergekit (installed into an environment of its own, or `--python`, one that has it), and by a few lines of torch in the
-models' own dtype, as fusion_bench's classes have them, and writes RESULTS-plain.md. Linux only.
+models' own dtype, as fusion_bench's classes have them. A last table tells where the time of larger merges goes, beside
+bare calls that do the same. It writes RESULTS-plain.md. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import statistics
@@ -21,7 +23,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import merge_speed, mergekit_speed
+from tests.benchmarks import merge_speed, mergekit_speed, phases
 from tests.benchmarks.merge_speed import Inputs, Usage
 from tests.support import mergekit_runs
 
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", default="160MB", help="bytes of one bfloat16 model (default: 160MB)")
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--runs", type=int, default=5, help="runs of each thing; the median counts (default: 5)")
+    parser.add_argument("--phases-size", default="1GB", help="bytes of one model of the phases (default: 1GB)")
+    parser.add_argument("--phases-runs", type=int, default=3, help="runs of each of them (default: 3)")
     parser.add_argument("--python", help="a Python that has mergekit")
     parser.add_argument("--workdir", type=Path, help="keep the checkpoints here (default: a temporary directory)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to write (default: beside this one)")
@@ -45,21 +49,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     with merge_speed.work_directory(words.workdir) as work, tempfile.TemporaryDirectory() as scratch:
         python = words.python or mergekit_runs.installed(Path(scratch) / "mergekit")
         for dtype in ("bfloat16", "float32"):
-            inputs = _generated(work, dtype, words)
+            inputs = _generated(work, dtype, words.size, words.experts)
             tables.append((dtype, inputs.nbytes / len(inputs.models), _measure(work, inputs, words.runs, python)))
-    text = _report(tables, words, sys.argv[1:] if argv is None else argv)
+        large = _generated(work, "bfloat16", words.phases_size, words.experts)
+        spent = _phases(work, large, words.phases_runs)
+    argv = sys.argv[1:] if argv is None else argv
+    text = _report(tables, words, argv) + f"\n{_phases_report(large, spent)}\n"
     words.results.write_text(text, encoding="utf-8")
     print(text)
 
 
-def _generated(work: Path, dtype: str, words: argparse.Namespace) -> Inputs:
-    directory = work / f"{dtype}-{words.size}-{words.experts}"
+def _generated(work: Path, dtype: str, size: str, experts: int) -> Inputs:
+    directory = work / f"{dtype}-{size}-{experts}"
     if not directory.exists():
         command = [sys.executable, "-m", "tests.benchmarks.generate", "llama", str(directory), "--dtype", dtype]
-        subprocess.run([*command, "--size", words.size, "--experts", str(words.experts)], check=True)
+        subprocess.run([*command, "--size", size, "--experts", str(experts)], check=True)
         shutil.rmtree(directory / "sharded")
         time.sleep(merge_speed._SETTLED)
-    names = ("base", *(f"expert_{i + 1}" for i in range(words.experts)))
+    names = ("base", *(f"expert_{i + 1}" for i in range(experts)))
     return Inputs("llama", "single", tuple(directory / "single" / name for name in names))
 
 
@@ -114,6 +121,37 @@ def _floor(out: Path, inputs: Inputs) -> Usage:
         file.close()
     out.unlink()
     return usage
+
+
+def _phases(work: Path, inputs: Inputs, runs: int) -> dict[tuple[str, str], list[dict[str, float]]]:
+    """What `phases` tells of each method, merged and by bare calls; the first round is not counted."""
+    spent: dict[tuple[str, str], list[dict[str, float]]] = {}
+    out = work / "out-phases"
+    with merge_speed.cache(work) as environment:
+        environment["OMP_NUM_THREADS"] = "1"
+        for number in range(runs + 1):
+            merge_speed.say(f"phases: round {number} of {runs}")
+            for name in METHODS:
+                models = [str(model) for model in (inputs.models[:2] if name == "slerp" else inputs.models)]
+                for who in ("merged", "bare"):
+                    program = f"from {phases.__name__} import {who}; {who}()"
+                    command = [sys.executable, "-c", program, name, str(out), *models]
+                    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
+                    shutil.rmtree(out, ignore_errors=True)
+                    if number:
+                        spent.setdefault((name, who), []).append(json.loads(text))
+    return spent
+
+
+def _phases_report(inputs: Inputs, spent: dict[tuple[str, str], list[dict[str, float]]]) -> str:
+    lines = [("", *phases.PHASES, "rest", "all", "faults")]
+    for (name, who), runs in spent.items():
+        numbers = [statistics.median(run.get(column, 0.0) for run in runs) for column in lines[0][1:]]
+        title = name if who == "merged" else f"{name}, bare"
+        lines.append((title, *(f"{number:.2f}" for number in numbers[:-1]), f"{numbers[-1]:,.0f}"))
+    each = inputs.nbytes / len(inputs.models)
+    head = f"## Where the time goes\n\nBase and {len(inputs.models) - 1} bfloat16 experts of {each / 1e6:.0f} MB each."
+    return "\n\n".join([head, merge_speed.table(lines, left=(0,)), _PHASES.strip()])
 
 
 def in_memory() -> None:
@@ -200,6 +238,14 @@ and to write, hash and sync one, without any arithmetic; slerp and model-stock r
 and saves the result; mergekit {mergekit_runs.VERSION} computes in that dtype too. Neither hashes, checks or syncs.
 **x** is the other's net CPU time over modelmerge's: above 1, modelmerge takes less. **MB** is anonymous memory at the
 peak. Medians; one thread each; slerp takes one expert.
+"""
+
+_PHASES = """
+CPU seconds of all threads. **import** is since the interpreter began; **widen** is from bfloat16 to float32, less the
+base; **round** is back to bfloat16, and what that loses; **hash** is that of the output, **sync** its way to the disk;
+**rest** is all else, Python above all; **faults** are minor page faults after the imports. **bare** imports the same,
+then makes bare calls of os, hashlib and torch: the same bytes, the same passes, no plan, no checks, no shapes.
+Medians; one thread.
 """
 
 
