@@ -13,7 +13,7 @@ has a spectrum that falls without an end, and goes through a method as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,16 +55,29 @@ class Cores:
         core = core if self.left is None else self.left.to(core.dtype) @ core
         return core if self.right is None else core @ self.right.to(core.dtype)
 
-    def shortened(self, core: Tensor, lengths: Sequence[float]) -> Tensor:
-        """A core that is no longer than the task vectors are on average, if all are of low rank; in place.
+    def shortened(self, core: Tensor, norms: Iterable[float], weights: Sequence[float]) -> Tensor:
+        """A core that is no longer than the weighted task vectors are on average, if all are of low rank; in place.
 
         Their directions are mostly no other's, so that nothing in a method shortens what it sums: the more experts,
         the further it takes the weight out of where any of them was trained.
         """
         if self.rank is None:
             return core
-        norm = torch.linalg.vector_norm(core, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-        return core.mul_((sum(lengths) / len(lengths) / norm).clamp(max=1.0).to(core.dtype))
+        own = torch.linalg.vector_norm(core, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        length = sum(norm * abs(weight) for norm, weight in zip(norms, weights, strict=True)) / len(weights)
+        return core.mul_((length / own).clamp(max=1.0).to(core.dtype))
+
+
+def damped(merged: Tensor, base: Tensor | None, damping: Tensor | float) -> Tensor:
+    """A merged task vector [m, n], or its core, times `1 / (1 + damping * ||merged|| / ||base||)`; in place.
+
+    The norms are spectral: where the update is as large as the weight, the experts' features no longer add up.
+    """
+    assert base is not None, "the method wants the base"
+    size = linalg.spectral_norm(base)
+    factor = 1.0 / (1.0 + damping * linalg.spectral_norm(merged) / size)
+    # A weight that is zero at the base has no features to disturb.
+    return merged.mul_(torch.where(size > 0, factor, 1.0).to(merged.dtype)[..., None, None])
 
 
 def of(
@@ -171,15 +184,11 @@ def _glance(tau: Tensor, base: Tensor | None) -> Tensor:
     norm = torch.linalg.vector_norm(tau, dim=(-2, -1), dtype=torch.float64)
     share = noise**2 * math.prod(tau.shape[-2:]) / norm**2
     highest = torch.where(share > _HIDDEN, 0.0, torch.where(share > _NOTHING, float(smaller // LOW), float(small)))
-    return torch.stack([torch.where(standing_out(rows, noise) <= highest, highest, 0.0), noise, norm], dim=-1)
-
-
-def standing_out(x: Tensor, noise: Tensor) -> Tensor:
-    """How many singular values of x [m, n] stand out of those of rounding errors of that root mean square."""
-    values = linalg.singular_values(x)
     # Rounding errors are like noise, whose largest singular value is about its size times sqrt(m) + sqrt(n).
-    limit = torch.maximum(MARGIN * noise * (x.shape[-2] ** 0.5 + x.shape[-1] ** 0.5), FLOOR * values[..., 0])
-    return (values > limit[..., None]).sum(-1)
+    values = linalg.singular_values(rows)
+    limit = torch.maximum(MARGIN * noise * (rows.shape[-2] ** 0.5 + rows.shape[-1] ** 0.5), FLOOR * values[..., 0])
+    rank = (values > limit[..., None]).sum(-1)
+    return torch.stack([torch.where(rank <= highest, highest, 0.0), noise, norm], dim=-1)
 
 
 def rounding(theta: Tensor) -> Tensor:

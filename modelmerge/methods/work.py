@@ -72,6 +72,12 @@ def triplets(m: int, n: int, rank: int) -> Work:
     return fine_product(k, g, k) + eigen(k) + fine_product(rank, k, g) + Work(moved=12.0 * m * n)
 
 
+def spectral_norm(m: int, n: int) -> Work:
+    """`linalg.spectral_norm`: eigenvalues take a third of what eigenvectors do."""
+    k, g = sorted((m, n))
+    return fine_product(k, g, k) + eigen(k) * 0.3
+
+
 def iterated(m: int, n: int, rank: int) -> Work:
     """`linalg.iterated`, three times."""
     return (product(m, n, rank) * 2.0 + Work(double=4.0 * m * rank**2)) * 3.0 + Work(double=8.0 * n * rank**2)
@@ -93,11 +99,17 @@ def spectra(m: int, n: int, tasks: int) -> Work:
     return triplets(m, n, 0) * tasks
 
 
-def through_cores(does: Callable[[Any, int, int, int], Work]) -> Callable[[Any, int, int, int, int], Work]:
-    """What `does` takes of [T, m, n], where task vectors that are products of k directions go through it as cores."""
+def through_cores(
+    does: Callable[[Any, int, int, int], Work], beside: Callable[[Any, int, int], Work] = lambda options, m, n: NOTHING
+) -> Callable[[Any, int, int, int, int], Work]:
+    """What `does` takes of [T, m, n], where task vectors that are products of k directions go through it as cores.
+
+    `beside` is what looking at the weight [m, n] takes.
+    """
 
     def of_products(options: Any, m: int, n: int, tasks: int, k: int) -> Work:
         whole = product(m, k, n) * 2.0 + Work(moved=16.0 * m * n * tasks)  # made, and made again of what comes out
+        whole += beside(options, m, n)
         return does(options, min(m, k), min(n, k), tasks) + Work(double=8.0 * (m + n) * k**2) + whole
 
     return of_products

@@ -34,7 +34,7 @@ class Choice:
 
 
 # What is taken for experts of a kind: the best first, then what takes less time. The figures are those of
-# `python -m tests.benchmarks.grid` (tests/benchmarks/RESULTS-grid.md).
+# `python -m tests.benchmarks.grid` (tests/benchmarks/RESULTS-grid.md, and RESULTS-auto-confirmed.md for low rank).
 CHOICES: Mapping[Kind, tuple[Choice, ...]] = {
     "one": (Choice("task-arithmetic", "there is one expert: base and task vector add up to it", {"scale": 1.0}),),
     "full": (
@@ -43,8 +43,8 @@ CHOICES: Mapping[Kind, tuple[Choice, ...]] = {
         Choice("task-arithmetic", "it takes as long as reading the models, and kept less of what small ones can do"),
     ),
     "low-rank": (
-        Choice("apgd", "on adapters of small networks it was level with the best at its defaults"),
-        Choice("task-arithmetic", "it takes as long as reading the models, and on small networks it was near `apgd`"),
+        Choice("apgd", "on adapters of small networks it was the best at its defaults, or up to a point behind"),
+        Choice("task-arithmetic", "it takes as long as reading the models, and kept less of what small ones can do"),
     ),
 }  # fmt: skip
 _LANGUAGE = (
@@ -79,9 +79,7 @@ def kind_of(shared: Plan, *, look: bool) -> tuple[Kind, str]:
         )
     if not all(is_low_rank(shared, i) for i in whole):
         return "full", ""
-    return "low-rank", "All experts " + (
-        "are low-rank adapters." if not whole else "are of low rank, as merged LoRA adapters are."
-    )
+    return "low-rank", "All experts are of low rank, as LoRA adapters are."
 
 
 def sentence(choices: Sequence[Choice], seconds: Sequence[float | None], within: float | None, device: str) -> str:

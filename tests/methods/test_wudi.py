@@ -36,6 +36,21 @@ def test_the_exact_solver_finds_the_minimiser(shape: tuple[int, int], ridge: flo
     assert (merged("wudi", taus, ridge=ridge).double() - want).norm() <= 1e-5 * want.norm()
 
 
+@pytest.mark.parametrize("size", [0.05, 2.0])
+def test_adapters_have_a_ridge_by_their_rank_and_are_damped(size: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    base = torch.randn(48, 64, generator=generator, dtype=torch.float64)
+    factors = [(torch.randn(48, r, generator=generator), torch.randn(r, 64, generator=generator)) for r in (2, 4)]
+    taus = torch.stack([left @ right * (size * base.norm() / (left @ right).norm()) for left, right in factors])
+    # The mean eigenvalue is 2 / 3 over the three directions that an expert has, 2 / 64 over all.
+    want = float64_minimiser(taus, 0.3 * 64 / 3)
+    want /= 1 + 1.25 * torch.linalg.matrix_norm(want, 2) / torch.linalg.matrix_norm(base, 2)
+    want *= min(1.0, float(taus.flatten(1).norm(dim=1).mean() / want.norm()))
+    chosen = registry.load("wudi")
+    got = chosen.apply(taus.float(), chosen.options(), Context(tensor="w", weights=(1.0, 1.0), base=base.float()))
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
 def test_weights_scale_what_each_expert_wants() -> None:
     taus, weights = taus_of(4), (0.5, 1.0, 2.0, 0.0)
     want = float64_minimiser(taus, 0.3, weights)

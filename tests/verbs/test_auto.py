@@ -77,7 +77,7 @@ def test_adapters_merged_into_checkpoints_are_told_as_adapters_are(
     experts = [write(tmp_path / f"e{i}", with_loras(wide_base(dtype), i, dtype, only)) for i in range(2)]
     manifest = modelmerge.merge(base, experts, tmp_path / "auto", method="auto")
     assert manifest["recipe"]["method"] == "apgd"
-    assert any("All experts are of low rank, as merged LoRA adapters are" in note for note in manifest["notes"])
+    assert any("All experts are of low rank, as LoRA adapters are" in note for note in manifest["notes"])
     modelmerge.merge(base, experts, tmp_path / "plain", method="apgd")
     assert same(tmp_path / "auto", tmp_path / "plain")
     # Beside an adapter's factors, and as task vectors, they are what they are.

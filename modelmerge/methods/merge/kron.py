@@ -14,7 +14,7 @@ values between for shapes between, the merged task vector M minimises, by conjug
 
     sum_i tr (M - w_i tau_i)^T L_i (M - w_i tau_i) R_i  +  ridge * u * ||M - M0||^2
 
-and is multiplied by `scale / (1 + damping * (1 - share^2 / 2) * ||M|| / ||theta_0||)`, in spectral norms: where the
+and is multiplied by `scale / (1 + damping * (5 - 3 share^2) / 4 * ||M|| / ||theta_0||)`, in spectral norms: where the
 update is as large as the weight it is added to, the experts' features no longer add up, and less of it serves all of
 them better. `share` is that of the weight's directions which the experts take up, sum_i ||tau_i||_*^2 / ||tau_i||^2
 over min(m, n), 1 at most: what they do to one another in other directions is not in the sum above. m and n of u count
@@ -75,15 +75,9 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     m, n = taus.shape[-2:]
     merged, directions = solve(core.taus, weights, factors, _exponents(m, n), options, context)
     if options.damping:
-        assert context.base is not None, "the method wants the base"
-        size = linalg.spectral_norm(context.base)
         share = (directions / min(m, n)).clamp(max=1.0)
-        damping = options.damping * (1.0 - share * share / 2)
-        factor = 1.0 / (1.0 + damping * linalg.spectral_norm(merged) / size)
-        # A weight that is zero at the base has no features to disturb.
-        merged.mul_(torch.where(size > 0, factor, 1.0).to(merged.dtype)[..., None, None])
-    lengths = [norm * abs(weight) for norm, weight in zip(norms.values(), weights, strict=True)]
-    return core.whole(core.shortened(merged, lengths)).mul_(options.scale)
+        cores.damped(merged, context.base, options.damping * (5.0 - 3.0 * share * share) / 4.0)
+    return core.whole(core.shortened(merged, norms.values(), weights)).mul_(options.scale)
 
 
 def solve(
@@ -192,12 +186,7 @@ def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
 
 
 def _norm(options: Options, m: int, n: int) -> work.Work:
-    k, g = sorted((m, n))
-    return work.fine_product(k, g, k) + work.eigen(k) * 0.3 if options.damping else work.NOTHING
-
-
-def _work_of_products(options: Options, m: int, n: int, tasks: int, k: int) -> work.Work:
-    return work.through_cores(_work)(options, m, n, tasks, k) + _norm(options, m, n)
+    return work.spectral_norm(m, n) if options.damping else work.NOTHING
 
 
 METHOD = matrix_method(
@@ -211,6 +200,6 @@ METHOD = matrix_method(
     workspace=lambda options, tasks: 2.0 * tasks + 12.0,
     one_by_one=_one_by_one,
     work=_work,
-    work_of_products=_work_of_products,
+    work_of_products=work.through_cores(_work, _norm),
     batches=lambda options: True,
 )

@@ -14,8 +14,9 @@ m^2 n and a backward pass. Adam's constants fit task vectors of CLIP's size; `--
 
 `--solver exact`, the default, replaces the steps by a ridge towards M0: `r ||M - M0||^2` is added, and M follows from
 one Cholesky factorisation, whatever the size of the task vectors. r is `ridge` times the mean eigenvalue of
-`sum_i C_i`, which is T / n, so that wide and narrow weights are treated alike; n counts the directions that experts of
-low rank take up (`modelmerge.methods.cores`), and what these make is no longer than they are on average:
+`sum_i C_i`, which is T / n, so that wide and narrow weights are treated alike. Where all experts are of low rank
+(`modelmerge.methods.cores`), n counts the directions that one of them takes up, on average, and M is damped as kron's
+is where it is as large as the weight, and no longer than the task vectors are on average:
 
     M = M0 + sum_i (w_i tau_i - M0) C_i (sum_i C_i + r)^-1
 
@@ -51,6 +52,8 @@ from modelmerge.methods.contract import Citation, Context, Tensor, Vectors, matr
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.sums import weighted_sum
 
+# Of experts of low rank, which alone want it: what full fine-tuning leaves is too short here already.
+_DAMPING = 1.25
 _ROUNDING = 1e-12  # eigenvalues below this share of the largest are none
 _OF_SOLVERS = {"exact": ["ridge"], "spectral": ["time", "share"], "adam": ["steps", "lr", "relative_lr"]}
 
@@ -112,18 +115,26 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
         start = weighted_sum(vectors, weights)
         return descend(vectors, list(norms.values()), weights, start, options).mul_(options.scale)
     core = cores.of(vectors, context, list(norms))
-    merged = solve(core.taus, list(norms.values()), weights, weighted_sum(core.taus, weights), options)
-    if options.solver == "exact":  # the filter is as published
-        lengths = [norm * abs(weight) for norm, weight in zip(norms.values(), weights, strict=True)]
-        merged = core.shortened(merged, lengths)
+    width, low = float(core.taus.shape[-1]), core.rank is not None and options.solver == "exact"
+    if low:  # the filter is as published
+        width = sum(pair[0].shape[-1] for pair in core.pairs if pair) / len(norms)
+    merged = solve(core.taus, list(norms.values()), weights, weighted_sum(core.taus, weights), options, width)
+    if low:
+        merged = core.shortened(cores.damped(merged, context.base, _DAMPING), norms.values(), weights)
     return core.whole(merged).mul_(options.scale)
 
 
-def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options) -> Tensor:
-    """The minimiser [m, n] with the ridge or the filter, from task vectors [T, m, n] and their sum."""
+def solve(
+    taus: Tensor, norms: list[float], weights: list[float], start: Tensor, options: Options, width: float
+) -> Tensor:
+    """The minimiser [m, n] with the ridge or the filter, from task vectors [T, m, n] and their sum.
+
+    `width` is how many directions the unit of the ridge is a mean over.
+    """
     tasks, (m, n) = len(taus), taus.shape[-2:]
+    shift = (options.ridge or 0.0) * tasks / width  # the filter has none
     if isinstance(taus, Vectors):
-        return _solve_one_by_one(taus, norms, weights, start, _value(options.ridge) * tasks / n)
+        return _solve_one_by_one(taus, norms, weights, start, shift)
     origin = start.double()
     if n <= tasks * m:
         inner, covariance = (origin.new_zeros(*origin.shape[:-2], n, n) for _ in range(2))
@@ -135,13 +146,13 @@ def solve(taus: Tensor, norms: list[float], weights: list[float], start: Tensor,
             inner += covariance
             linalg.added(pull, unit.mul_(weight * norm).sub_(origin), covariance)
         del covariance, unit
-        return origin.add_(_divided(pull, inner, tasks, n, options)).float()
+        return origin.add_(_divided(pull, inner, shift, options, n)).float()
     # Few rows: the same by the rows' own Gram matrix, A^T A + r = (A A^T + r) on the other side.
     rows = torch.cat([tau.double() / norm for tau, norm in zip(taus, norms, strict=True)], dim=-2)
     inner = rows @ rows.mT
     each = zip(rows.split(m, dim=-2), norms, weights, strict=True)
     pull = torch.cat([(unit * (weight * norm) - origin) @ unit.mT for unit, norm, weight in each], dim=-1)
-    return linalg.added(origin, _divided(pull, inner, tasks, n, options), rows).float()
+    return linalg.added(origin, _divided(pull, inner, shift, options, n), rows).float()
 
 
 def _solve_one_by_one(taus: Vectors, norms: list[float], weights: list[float], start: Tensor, shift: float) -> Tensor:
@@ -160,10 +171,10 @@ def _solve_one_by_one(taus: Vectors, norms: list[float], weights: list[float], s
     return torch.linalg.solve_triangular(inner.T, pull, upper=True).T.float().add_(start)
 
 
-def _divided(pull: Tensor, inner: Tensor, tasks: int, width: int, options: Options) -> Tensor:
+def _divided(pull: Tensor, inner: Tensor, shift: float, options: Options, width: int) -> Tensor:
     """The pull [m, k] times the inverse of `inner` [k, k], with ridge or filter; its eigenvalues are `sum_i C_i`'s."""
     if options.solver == "exact":
-        inner.diagonal(dim1=-2, dim2=-1).add_(_value(options.ridge) * tasks / width)
+        inner.diagonal(dim1=-2, dim2=-1).add_(shift)
         return torch.cholesky_solve(pull.mT, torch.linalg.cholesky(inner)).mT
     assert options.time is not None and options.share is not None, "the filter has them"  # noqa: PT018
     time, followed = options.time, math.ceil(options.share * width - 1e-9)
@@ -199,11 +210,6 @@ def descend(taus: Tensor, norms: list[float], weights: list[float], start: Tenso
     return merged
 
 
-def _value(option: float | None) -> float:
-    assert option is not None, "the solver has it"
-    return option
-
-
 def _one_by_one(options: Options, m: int, n: int, tasks: int) -> float | None:
     if options.solver != "exact" or n > tasks * m:
         return None
@@ -237,6 +243,8 @@ METHOD = matrix_method(
     one_by_one=_one_by_one,
     squares=lambda options, m, n, tasks: (6.0 if options.solver == "spectral" else 3.0) * min(n, tasks * m) ** 2,
     work=_work,
-    work_of_products=work.through_cores(_work),
+    work_of_products=work.through_cores(
+        _work, lambda options, m, n: work.spectral_norm(m, n) if options.solver == "exact" else work.NOTHING
+    ),
     batches=lambda options: options.solver != "adam",
 )
