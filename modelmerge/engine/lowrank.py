@@ -49,11 +49,10 @@ def is_low_rank(plan: Plan, expert: int) -> bool:
     Raises:
         CheckpointError: A file cannot be read.
     """
-    cpu = torch.device("cpu")
-    alone = Source(replace(plan, experts=(plan.experts[expert],)), cpu, 1)
+    alone = Source(replace(plan, experts=(plan.experts[expert],)), torch.device("cpu"), 1)
     count = 0
     for piece in looked_at(plan):
-        theta_0, taus = Loader(alone, piece.stop, piece.stop * 8, cpu).load(piece, check=False)
+        theta_0, taus = Loader(alone, piece.stop, piece.stop * 8, alone.device).load(piece, check=False)
         if not bool(taus.any()):
             continue
         with threads(1):

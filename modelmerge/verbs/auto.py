@@ -72,10 +72,9 @@ def kind_of(shared: Plan, *, look: bool) -> tuple[Kind, str]:
         return "one", ""
     whole = [i for i, expert in enumerate(shared.experts) if not _is_adapter(expert)]
     if not look and any(shared.base.streamed or shared.experts[i].streamed for i in whole):
-        other = CHOICES["low-rank"][0]
         return "full", (
             f"Should all experts turn out to be of low rank, when the merge looks at {look_bytes(shared) / 1e6:.1f} "
-            f"MB of them on the Hub, the method will be {other}."
+            f"MB of them on the Hub, the method will be {CHOICES['low-rank'][0]}."
         )
     if not all(is_low_rank(shared, i) for i in whole):
         return "full", ""
