@@ -82,19 +82,34 @@ def products(plan: Plan) -> Tensor:
     Raises:
         CheckpointError: A weight cannot be read.
     """
+    return _products(plan)[1:, 1:]
+
+
+def reach(plan: Plan) -> float:
+    """How long the task vector of the expert in the middle is beside the base, in the same sample.
+
+    Raises:
+        CheckpointError: A weight cannot be read.
+    """
+    base, *norms = _products(plan).diagonal().sqrt().nan_to_num(0.0, 0.0, 0.0).tolist()
+    return median_low(sorted(norms)) / base if base else 0.0
+
+
+def _products(plan: Plan) -> Tensor:
+    """`products` with those of the base, which comes first."""
     types = _by_type(plan)
     looked = [tensor for tensors in types for tensor in _some(tensors)]
     cpu, elements = torch.device("cpu"), max((_sample(tensor).stop for tensor in looked), default=0)
     loader = Loader(Source(plan, cpu, 1), elements, elements * 8, cpu)
-    total = torch.zeros((len(plan.experts),) * 2, dtype=torch.float64)
+    total = torch.zeros((len(plan.models),) * 2, dtype=torch.float64)
     with threads(1):
         for tensors in types:
             some = _some(tensors)
             for tensor in some:
                 piece = _sample(tensor)
-                _, taus = loader.load(piece, check=False)
+                theta_0, taus = loader.load(piece, check=False)
                 share = len(tensors) / len(some) * tensor.numel / piece.stop
-                wide = taus.double()
+                wide = torch.cat([theta_0[None].double(), taus.double()])
                 total += wide @ wide.T * share
     return total
 

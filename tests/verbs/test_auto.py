@@ -47,13 +47,13 @@ def test_low_rank_experts_go_to_apgd(models: list[Path], tmp_path: Path) -> None
     assert mixed["recipe"]["method"] == "kron"
 
 
-def with_loras(base: State, seed: int, dtype: torch.dtype, only: str = "", rank: int = 2) -> State:
+def with_loras(base: State, seed: int, dtype: torch.dtype, only: str = "", rank: int = 2, size: float = 2e-3) -> State:
     """The base with adapters of that rank merged into its linear layers, stored in a dtype."""
     generator, made = torch.Generator().manual_seed(seed), dict(base)
     for name in (name for name in base if name.endswith("proj.weight") and only in name):
         m, n = base[name].shape
         change = torch.randn(m, rank, generator=generator) @ torch.randn(rank, n, generator=generator)
-        made[name] = base[name] + 0.02 * change
+        made[name] = base[name] + size * change
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in made.items()}
 
 
@@ -89,6 +89,21 @@ def test_adapters_merged_into_checkpoints_are_told_as_adapters_are(
     full = {k: v + 1e-3 * torch.randn(v.shape).to(v.dtype) if v.dim() == 2 else v for k, v in wide_base(dtype).items()}
     other = write(tmp_path / "full", full)
     assert modelmerge.merge(base, [experts[0], other], tmp_path / "k", method="auto")["recipe"]["method"] == "kron"
+
+
+def test_low_rank_experts_that_go_far_go_to_kron(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", wide_base())
+    told = {}
+    for size in (2e-3, 2e-2):
+        experts = [
+            write(tmp_path / f"{size}-{i}", with_loras(wide_base(), i, torch.float32, size=size)) for i in (1, 2)
+        ]
+        told[size] = modelmerge.merge(base, experts, tmp_path / f"{size}", method="auto")
+    assert told[2e-3]["recipe"]["method"] == "apgd"
+    assert told[2e-2]["recipe"]["method"] == "kron"
+    assert any(
+        "and they go far: the one in the middle changes the weights by 13" in note for note in told[2e-2]["notes"]
+    ), told[2e-2]["notes"]
 
 
 def test_an_adapter_that_rounding_hides_is_not_told(tmp_path: Path) -> None:
