@@ -152,7 +152,8 @@ def test_a_simulated_device_without_memory_is_one_error(machine: Machine) -> Non
 # Every method on one tensor.
 
 # How often the processor waits for the device while a method is at one tensor of so many experts, and for each of the
-# iterations that it tells of: what it has to know there to go on. A method that is not named never waits.
+# iterations that it tells of: what it has to know there to go on. A method that is not named never waits. Where leading
+# directions of large matrices are found by products, each round of these waits besides.
 _RANKS = "how many singular values count: that is the shape of what follows"
 _LOW = "who is of low rank"
 _FULL = "whether a polar factor could be found by products"
@@ -356,6 +357,29 @@ def test_polar_factors_are_found_by_products_where_they_can_be(
         there, here = (factor[i].cpu(), float(mean[i])), linalg.polar(x[i])
         assert float((there[0] - here[0]).norm()) <= 1e-9
         assert there[1] == pytest.approx(float(here[1]), rel=1e-9)
+
+
+@pytest.mark.parametrize(("fall", "rank", "decomposed"), [(0.0, 64, False), (1.5, 64, False), (0.5, 80, True),
+                                                          (math.inf, 64, True)])  # fmt: skip
+def test_leading_triplets_are_found_by_products_where_they_can_be(
+    fall: float, rank: int, decomposed: bool, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch, if no direction is missing, whether or not singular values fall; up to an eighth of them."""
+    sides, eigh = list[int](), torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: sides.append(gram.shape[-1]) or eigh(gram))
+    x = torch.randn(2, 512, 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if fall:
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        places = torch.arange(1, 513, dtype=torch.float64)
+        x = (u * torch.where(places <= 40, 1.0, 0.0 if fall == math.inf else places**-fall)) @ v
+    left, values, right = linalg.leading_triplets(x.to(SIM), rank)
+    assert (512 in sides) == decomposed
+    assert len(machine.waits) <= 6
+    for i in range(2):
+        u, s, v = linalg.leading_triplets(x[i], rank)
+        merged, want = (left[i] * values[i][None]) @ right[i], (u * s) @ v
+        assert float((values[i].cpu()[: len(s)] - s).norm() / s.norm()) <= 1e-9
+        assert float((merged.cpu() - want).norm() / want.norm()) <= 1e-7
 
 
 @pytest.mark.parametrize("asked", ["apgd", "kron", "wudi", "iso-c"])

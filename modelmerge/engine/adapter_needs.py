@@ -9,7 +9,7 @@ from modelmerge.checkpoint.header import DTYPE_BITS
 from modelmerge.engine.job import Job
 from modelmerge.engine.memory import PRODUCT_RUN, Bytes, bytes_read, peak, survey, unfolding
 from modelmerge.engine.units import directions_of_sum
-from modelmerge.methods import linalg, work
+from modelmerge.methods import leading, work
 from modelmerge.methods.work import NOTHING, Work
 
 Table = Mapping[str, Role]  # what becomes of each tensor
@@ -43,7 +43,7 @@ def merge_into_adapter(job: Job, table: Table, size: Size) -> Bytes:
     # The merged one in float64 with its factors, and the eigendecomposition: see `write_factors`. A small rank of a
     # large matrix needs some vectors of that number.
     for m, n in (t.shape for t in tensors if len(t.shape) == 2):
-        exact = size.rank is None or not linalg.iterates((m, n), size.rank)
+        exact = size.rank is None or not leading.iterates((m, n), size.rank)
         vectors = 8 * 6 * (m + n) * (size.rank or 0) + 24 * PRODUCT_RUN
         needed.append(4 * m * n + (m * n * 8 * 5 + 8 * 9 * min(m, n) ** 2 if exact else vectors))
     return Bytes(max(needed), max(needed))
@@ -71,7 +71,7 @@ def adapter_work(job: Job, table: Table, size: Size) -> Work:
         if k is not None:
             total += Work(double=4.0 * (m + n) * (3 * k**2 + rank**2)) + work.eigen(k)
         else:
-            quick = size.rank is not None and linalg.iterates((m, n), rank)
+            quick = size.rank is not None and leading.iterates((m, n), rank)
             split = work.iterated(m, n, rank) * 2.0 if quick else work.triplets(m, n, rank)
             total += split + work.fine_product(m, rank, n)
     return total

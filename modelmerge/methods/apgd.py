@@ -31,7 +31,7 @@ import torch
 
 from modelmerge import devices, interrupts
 from modelmerge.errors import named
-from modelmerge.methods import cores, linalg, presence, work
+from modelmerge.methods import cores, leading, linalg, presence, products, work
 from modelmerge.methods.contract import Citation, Context, Tensor, Vectors
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.sums import weighted_sum
@@ -227,7 +227,7 @@ def descend(
             if losses[0]() < enough:
                 step -= 1
                 break
-        linalg.remove_subspace(gradient, basis)
+        products.remove_subspace(gradient, basis)
         slope = gradient * shares[:, None, None] if each else gradient
         torch._fused_adam_(
             [correction], [slope], [mean], [square], [], [taken.add_(1.0)],
@@ -259,7 +259,7 @@ def solve(taus: Tensor, lambdas: list[Any], basis: Tensor, options: CorrectionOp
 
     def spread(a: Tensor) -> Tensor:
         """P V^T a: [m, T, 1] -> [m, n]."""
-        return linalg.remove_subspace(combined(rows, a[..., 0].float()), basis)
+        return products.remove_subspace(combined(rows, a[..., 0].float()), basis)
 
     solution = inverse @ target
     if not basis.shape[-1]:
@@ -358,7 +358,7 @@ def work_of(options: CorrectionOptions, m: int, n: int, tasks: int, k: int | Non
     shared = side // (options.rank_divisor or tasks) if shared is None else shared
 
     def basis(n: int, rank: int) -> work.Work:
-        iterates = not options.published and linalg.iterates((m, n), rank)
+        iterates = not options.published and leading.iterates((m, n), rank)
         return (work.iterated if iterates else work.triplets)(m, n, rank)
 
     # A product of a matrix and a vector for each row, twice, and all of the correction a few times.

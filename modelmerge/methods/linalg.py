@@ -16,17 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from modelmerge import interrupts
-from modelmerge.devices import multiplies_by_onednn
+from modelmerge.methods import leading
 from modelmerge.methods.contract import Tensor
 
-# Elements from which on another library pays, and of a part of a product whose memory is not mapped anew each time.
-_SMALL, _PART = 1 << 16, 3 << 18
-# Subspace iteration: vectors beyond the rank, the side from which on it pays, the gain in the squared norm that is kept
-# below which it stops, and a bound on the iterations.
-_SPARE, _LARGE, _GAIN, _ITERATIONS = 16, 512, 1e-4, 20
-# Vectors of float32: the share of the largest eigenvalue that theirs have to have, how far off they may be, how near
-# they are brought, and in how many corrections.
-_FLAT, _NEAR, _EXACT, _CORRECTIONS = 2e-3, 3e-3, 1e-9, 3
 # The polar factor by products: it pays for matrices that are no more oblong; powers that find the largest singular
 # value, a factor that makes it an upper bound, and how far from orthonormal rows a factor may be.
 _OBLONG, _POWERS, _ABOVE, _ORTHONORMAL = 8, 20, 1.1, 1e-9
@@ -39,23 +31,23 @@ def left_singular_vectors(x: Tensor, rank: int, *, refine: bool = False) -> Tens
     From the eigenvectors of the Gram matrix on the smaller side, in float64: a Gram matrix squares the condition
     number, which float32 cannot afford. Where x has fewer than `rank` singular values above rounding, the remaining
     columns are some orthonormal completion, as those of an SVD are. With `refine`, those of a large matrix on a CPU
-    come from float32 by `_refined` where that works, and their span is right to 1e-8.
+    come from float32 by `leading.refined` where that works, and their span is right to 1e-8.
     """
     interrupts.check()
     x = x.double()
     m, n = x.shape[-2:]
     gram = _gram(x if m <= n else x.mT)
-    vectors = _refined(gram, rank) if refine else None
+    vectors = leading.refined(gram, rank) if refine else None
     if vectors is None:
         interrupts.check()
-        vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank]
+        vectors = (leading.by_products(gram, rank) or torch.linalg.eigh(gram))[1].flip(-1)[..., :rank]
     # x v_k = s_k u_k: the columns are orthogonal already; QR normalises them and completes those with s_k = 0.
     return vectors.contiguous() if m <= n else torch.linalg.qr(x @ vectors).Q
 
 
 def _gram(x: Tensor) -> Tensor:
     """`x x^T`, [m, m] of x [m, n]; of large ones on a CPU one half by columns, and the other is its mirror image."""
-    if x.dim() > 2 or x.device.type != "cpu" or len(x) < _LARGE:
+    if x.dim() > 2 or x.device.type != "cpu" or len(x) < leading.LARGE:
         return x @ x.mT
     gram, width = x.new_empty(len(x), len(x)), -(-len(x) // 4)
     for first in range(0, len(x), width):
@@ -63,39 +55,6 @@ def _gram(x: Tensor) -> Tensor:
         gram[first:, first:stop] = x[first:] @ x[first:stop].T
         gram[first:stop, stop:] = gram[stop:, first:stop].T
     return gram
-
-
-def _refined(gram: Tensor, rank: int) -> Tensor | None:
-    """The first `rank` eigenvectors of a Gram matrix, float64 [m, rank] of [m, m]; None where it does not pay or work.
-
-    By float32, which takes half the time. What its vectors lack of being an invariant subspace shows in float64 to
-    first order (Ogita and Aishima, Japan J. Indust. Appl. Math. 2018), and is added until the next is below 1e-9. A few
-    more vectors keep those that are asked for well apart from the rest.
-    """
-    kept = rank + 2 * _SPARE
-    if gram.dim() > 2 or gram.device.type != "cpu" or len(gram) < max(_LARGE, 9 * kept // 2):
-        return None
-    gram = gram / gram.trace().clamp(min=torch.finfo(gram.dtype).tiny)
-    single, start = gram.float(), torch.randn(len(gram), kept, generator=torch.Generator().manual_seed(0))
-    sizes = torch.linalg.qr(single @ start, mode="r").R.diagonal().abs()  # about those of the eigenvalues
-    if not sizes.min() > _FLAT * sizes.max():
-        return None
-    values, vectors = torch.linalg.eigh(single)
-    rest, lead = vectors[:, :-kept], torch.linalg.qr(vectors[:, -kept:].double()).Q
-    worst = 0.0
-    for _ in range(_CORRECTIONS):
-        image = gram @ lead
-        ritz, turn = torch.linalg.eigh(lead.T @ image)
-        lead, image = lead @ turn, image @ turn
-        lacking = (rest.T @ (image - lead * ritz).float()) / (ritz - values[:-kept, None]).float()
-        error = float(torch.linalg.vector_norm(lacking[:, -rank:]))
-        worst = max(error, worst)  # what is no number stays so
-        if not worst < _NEAR:
-            return None
-        lead = torch.linalg.qr(lead + rest @ lacking).Q
-        if error * worst < _EXACT:
-            return lead[:, -rank:].flip(-1)
-    return None
 
 
 def left_singular_vectors_of_product(left: Tensor, right: Tensor, rank: int) -> Tensor:
@@ -127,15 +86,15 @@ def shared_subspace(
     The first `task_rank` left singular vectors of each task vector [m, n], side by side; of that [m, T * task_rank],
     the first `shared_rank` left singular vectors (Wei et al., arXiv 2501.01230, and their code). A task vector whose
     `factors` are known is decomposed through them, and gives no more directions than it has. With `approximate`, large
-    matrices go through `iterated`: at 768 x 768 the decompositions take longer than all else that APGD does, at 4096
-    ten seconds each.
+    matrices go through `leading.iterated`: at 768 x 768 the decompositions take longer than all else that APGD does, at
+    4096 ten seconds each.
     """
     if min(task_rank, shared_rank) == 0:
         return taus[0].new_zeros((*taus[0].shape[:-1], 0), dtype=torch.float64)
 
     def directions(x: Tensor, rank: int) -> Tensor:
-        if approximate and iterates(x.shape, rank):
-            return leading_directions(x.float(), rank, 3)
+        if approximate and leading.iterates(x.shape, rank):
+            return leading.leading_directions(x.float(), rank, 3)
         return left_singular_vectors(x, rank, refine=True)
 
     bases = [
@@ -144,9 +103,9 @@ def shared_subspace(
     ]
     beside = torch.cat(bases, dim=-1)
     rank = min(shared_rank, *beside.shape[-2:])
-    if approximate and iterates(beside.shape, rank):
+    if approximate and leading.iterates(beside.shape, rank):
         # Started among the m rows: the signs of the columns, which differ by library and device, then do not matter.
-        return iterated(beside.mT.float(), rank, 3)[2].mT.contiguous()
+        return leading.iterated(beside.mT.float(), rank, 3)[2].mT.contiguous()
     return left_singular_vectors(beside, rank, refine=True)
 
 
@@ -207,9 +166,9 @@ def quick_triplets(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Iterated, the triplets keep all but some 1e-4 of the squared norm that the best ones of that rank keep.
     """
-    if not iterates(x.shape, rank):
+    if not leading.iterates(x.shape, rank):
         return leading_triplets(x, rank)
-    left, s, right = iterated(x, rank)
+    left, s, right = leading.iterated(x, rank)
     s, left, right = _that_count(s, left, right.mT)
     return left, s, right.mT
 
@@ -277,7 +236,7 @@ def joint_left_vectors(taus: Tensor) -> Tensor:
 def _eigen(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The first singular values behind a Gram matrix, [k], and its eigenvectors [s, k]: those that count."""
     interrupts.check()
-    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = leading.by_products(gram, rank) or torch.linalg.eigh(gram)
     # Copies: views would keep all the vectors in memory.
     squares, vectors = (each[..., max(each.shape[-1] - rank, 0) :].flip(-1) for each in (squares, vectors))
     s, vectors = _that_count(squares.clamp(min=0.0).sqrt(), vectors)
@@ -323,8 +282,8 @@ def balanced(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Each has the square roots of the singular values. Where the rank is small beside x, the best is found by subspace
     iteration, to a relative loss of some 1e-4 of the squared norm that is kept.
     """
-    if iterates(x.shape, rank):
-        u, values, v = iterated(x, rank)
+    if leading.iterates(x.shape, rank):
+        u, values, v = leading.iterated(x, rank)
         roots = values.sqrt()
         return u * roots, roots[:, None] * v
     left, right = low_rank(x, rank)
@@ -333,86 +292,3 @@ def balanced(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     roots = values.sqrt()
     inverse = torch.where(roots > 0, 1 / roots, 0.0)
     return (left * roots, right * inverse[:, None]) if wide else (left * inverse, right * roots[:, None])
-
-
-def iterates(shape: Sequence[int], rank: int) -> bool:
-    """Whether subspace iteration pays for so many singular vectors of such a matrix."""
-    return min(shape[-2:]) >= max(_LARGE, 4 * (rank + _SPARE))
-
-
-def iterated(x: Tensor, rank: int, iterations: int = _ITERATIONS) -> tuple[Tensor, Tensor, Tensor]:
-    """About the first `rank` singular triplets of x [m, n]: orthonormal U [m, rank], s [rank], V [rank, n], float64.
-
-    By subspace iteration with a few more vectors (Halko et al., arXiv 0909.4061), from a fixed start that is the same
-    on every device, until the squared norm that the subspace keeps grows by less than 1e-4 of itself. Three iterations
-    hold 85 % of what the best subspace holds of white noise, and 98 % and more where singular values fall
-    (tests/methods/test_linalg.py).
-    """
-    basis, start = _iterate(x, rank, iterations)
-    right, upper = torch.linalg.qr(start.double())
-    u, values, vh = torch.linalg.svd(upper.mT)
-    return basis @ u[..., :rank], values[..., :rank], vh[..., :rank, :] @ right.mT
-
-
-def leading_directions(x: Tensor, rank: int, iterations: int) -> Tensor:
-    """The span of `iterated`'s U [m, rank], in float64 but orthonormal to the rounding of x, in half the time.
-
-    What the products have rounded away already no decomposition brings back, and neither s nor V is asked for.
-    """
-    basis, start = _iterate(x, rank, iterations, quick=True)
-    start = start.double()
-    return basis.double() @ torch.linalg.eigh(start.mT @ start).eigenvectors.flip(-1)[..., :rank]
-
-
-def _iterate(x: Tensor, rank: int, iterations: int, *, quick: bool = False) -> tuple[Tensor, Tensor]:
-    """Orthonormal directions Q [m, k] that hold most of x [m, n], and `x^T Q` [n, k]; k is a few more than the rank.
-
-    Q is float64; with `quick`, of the precision of x.
-    """
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(x.shape[-1], rank + _SPARE, generator=generator).to(x.device)
-    forth, back = (multiplier(x), multiplier(x.mT)) if quick else (x.__matmul__, x.mT.__matmul__)
-    kept, precision = x.new_zeros((), dtype=torch.float64), x.dtype if quick else torch.float64
-    for _ in range(iterations):
-        interrupts.check()
-        basis = torch.linalg.qr(forth(start.to(x.dtype)).to(precision)).Q  # [m, k]
-        start = back(basis.to(x.dtype))  # [n, k]: x is basis @ start^T, but for what is not in the basis
-        before, kept = kept, start.double().square().sum((-2, -1))
-        if bool((kept - before <= _GAIN * kept).all()):
-            break
-    return basis, start
-
-
-def remove_subspace(x: Tensor, basis: Tensor) -> Tensor:
-    """`x - B (B^T x)`, in place: x [m, n] without its part in the span of the orthonormal basis B [m, k]."""
-    if not basis.shape[-1]:
-        return x
-    if not _by_onednn(x):
-        return added(x, basis, basis.mT @ x, alpha=-1.0)
-    within = _ready(basis.mT)(x)
-    for rows, directions in zip(*(whole.split(max(1, _PART // x.shape[1])) for whole in (x, basis)), strict=True):
-        rows.sub_(_ready(directions)(within))
-    return x
-
-
-def added(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """`beta * total + alpha * left @ right`, in place."""
-    add = total.addmm_ if total.dim() == 2 else total.baddbmm_
-    return add(left, right, alpha=alpha, beta=beta)
-
-
-def multiplier(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """What gives `x @ y` for matrices y [k, n]; x [m, k] is prepared once."""
-    return _ready(x) if _by_onednn(x) else x.__matmul__
-
-
-def _ready(x: Tensor) -> Callable[[Tensor], Tensor]:
-    # Neither factor nor the product is copied into a layout of oneDNN's, as `to_mkldnn` and `to_dense` do.
-    ready = x.contiguous()
-    return lambda y: torch.ops.mkldnn._linear_pointwise(ready, y.T, None, "none", [], "")
-
-
-def _by_onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies such a matrix [m, n] faster than what torch takes for it."""
-    large = x.dim() == 2 and x.numel() >= _SMALL
-    return large and x.device.type == "cpu" and x.dtype == torch.float32 and multiplies_by_onednn()

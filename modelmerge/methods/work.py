@@ -79,7 +79,7 @@ def spectral_norm(m: int, n: int) -> Work:
 
 
 def iterated(m: int, n: int, rank: int) -> Work:
-    """`linalg.iterated`, three times."""
+    """`leading.iterated`, three times."""
     return (product(m, n, rank) * 2.0 + Work(double=4.0 * m * rank**2)) * 3.0 + Work(double=8.0 * n * rank**2)
 
 

@@ -27,7 +27,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from modelmerge.methods import apgd, linalg, registry, work
+from modelmerge.methods import apgd, registry, work
+from modelmerge.methods import products as multiplication
 from modelmerge.methods.contract import Context
 from modelmerge.methods.options import make_options
 
@@ -46,7 +47,7 @@ BASES, GRADIENTS, ADAM = "bases", "conjugate gradients", "Adam's own step, by el
 PROJECTION, SUMS = "gradient off the basis", "sums and inner products of rows"
 EXACT: dict[str, list[tuple[Any, str]]] = {BASES: [(apgd, "task_basis")], GRADIENTS: [(apgd, "solve")]}
 DESCENT: dict[str, list[tuple[Any, str]]] = {
-    PROJECTION: [(linalg, "remove_subspace")],
+    PROJECTION: [(multiplication, "remove_subspace")],
     SUMS: [(apgd, "inner"), (apgd, "combined")],
     ADAM: [(torch, "_fused_adam_")],
     BASES: [(apgd, "task_basis")],
@@ -193,7 +194,7 @@ def profile(device: torch.device, reference: float) -> list[str]:
     """
     flops, copied = rates(device)
     a, b = torch.randn(2, 2048, 2048, device=device)
-    quick = linalg.multiplier(a)
+    quick = multiplication.multiplier(a)
     flops = max(flops, 2 * 2048**3 / median(timed(lambda: quick(b), device)[0] for _ in range(5)))
     lines = [
         f"Parts, beside {flops / 1e9:,.0f} GFLOP/s in a product and {copied / 1e9:.1f} GB/s in a copy:",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modelmerge.methods import linalg
+from modelmerge.methods import leading, linalg, products
 
 
 def factors(m: int, n: int, r: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,16 +41,16 @@ def test_subspace_iteration_holds_nearly_all_the_energy_there_is_to_hold(shape: 
     left, right = (torch.linalg.qr(torch.randn(side, small, generator=generator)).Q for side in shape)
     values = torch.arange(1, small + 1) ** -decay if decay else torch.linalg.svdvals(torch.randn(small, small))
     x = left * values @ right.T * 1e-4
-    got = linalg.iterated(x, 60, 3)[0]
+    got = leading.iterated(x, 60, 3)[0]
     assert torch.allclose(got.T @ got, torch.eye(60, dtype=torch.float64), atol=1e-12)
     held = (got.T @ x.double()).square().sum() / (1e-8 * values.double().square()[:60].sum())
     assert (0.98 if decay else 0.85) < held <= 1 + 1e-6
-    assert torch.equal(got, linalg.iterated(x, 60, 3)[0])
+    assert torch.equal(got, leading.iterated(x, 60, 3)[0])
 
 
 def test_subspace_iteration_finds_all_of_a_low_rank_matrix() -> None:
     left, right = factors(600, 560, 5)
-    got = linalg.iterated(left @ right, 9, 3)[0]
+    got = leading.iterated(left @ right, 9, 3)[0]
     assert torch.allclose(got.T @ got, torch.eye(9, dtype=torch.float64), atol=1e-12)
     assert (left.double() - got @ (got.T @ left.double())).norm() <= 1e-5 * left.norm()
 
@@ -59,7 +59,7 @@ def test_subspace_iteration_finds_all_of_a_low_rank_matrix() -> None:
 def test_leading_directions_are_those_of_subspace_iteration(shape: tuple[int, int]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(8))
     x = x @ torch.diag(torch.arange(1, shape[1] + 1) ** -0.5) * 1e-4
-    got, want = linalg.leading_directions(x, 60, 3), linalg.iterated(x, 60, 3)[0]
+    got, want = leading.leading_directions(x, 60, 3), leading.iterated(x, 60, 3)[0]
     assert torch.allclose(got.T @ got, torch.eye(60, dtype=torch.float64), atol=1e-5)
     assert (got @ got.T - want @ want.T).norm() <= 1e-5 * want.norm()
 
@@ -72,7 +72,7 @@ def test_refined_vectors_are_those_of_float64(shape: tuple[int, int], decay: flo
     left, right = (torch.linalg.qr(torch.randn(side, 520, generator=generator)).Q for side in shape)
     x = left * torch.arange(1, 521) ** -decay @ right.T * 1e-4
     gram = x.double() @ x.double().T if shape[0] <= shape[1] else x.double().T @ x.double()
-    assert (linalg._refined(gram, 60) is not None) is works
+    assert (leading.refined(gram, 60) is not None) is works
     got, want = (linalg.left_singular_vectors(x, 60, refine=refine) for refine in (True, False))
     assert torch.allclose(got.T @ got, torch.eye(60, dtype=torch.float64), atol=1e-12)
     if decay:
@@ -82,7 +82,7 @@ def test_refined_vectors_are_those_of_float64(shape: tuple[int, int], decay: flo
 def test_what_has_too_few_directions_is_not_refined() -> None:
     low = torch.randn(520, 9, generator=torch.Generator().manual_seed(5)).double()
     for gram in (low @ low.T, torch.zeros(520, 520).double(), low[:100] @ low[:100].T):
-        assert linalg._refined(gram, 60) is None
+        assert leading.refined(gram, 60) is None
 
 
 @pytest.mark.parametrize("held_back", [True, False])
@@ -90,12 +90,12 @@ def test_what_has_too_few_directions_is_not_refined() -> None:
 def test_the_library_that_multiplies_does_not_matter(
     held_back: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linalg, "multiplies_by_onednn", lambda: held_back)
+    monkeypatch.setattr(products, "multiplies_by_onednn", lambda: held_back)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(8))
     basis = torch.linalg.qr(x[:, :20].double()).Q
     want = x.double() - basis @ (basis.T @ x.double())
-    assert (linalg.remove_subspace(x.clone(), basis.float()).double() - want).norm() <= 1e-6 * x.norm()
-    product = linalg.multiplier(x.T)(basis.float())
+    assert (products.remove_subspace(x.clone(), basis.float()).double() - want).norm() <= 1e-6 * x.norm()
+    product = products.multiplier(x.T)(basis.float())
     assert (product.double() - x.T.double() @ basis).norm() <= 1e-6 * x.norm()
 
 
@@ -117,7 +117,7 @@ def test_quick_factors_are_as_good_as_the_best(shape: tuple[int, int], decay: fl
     u, v = (torch.linalg.qr(torch.randn(side, 520, generator=generator)).Q for side in shape)
     values = torch.arange(1, 521).float().pow(-decay)
     x = (u * values) @ v.T
-    assert linalg.iterates(shape, 12)
+    assert leading.iterates(shape, 12)
     left, right = linalg.balanced(x, 12)
     assert torch.allclose(left.norm(dim=0), right.norm(dim=1), rtol=1e-6)
     best = values[12:].square().sum().sqrt().item()
@@ -140,7 +140,7 @@ def test_the_shared_subspace_does_not_depend_on_signs(shape: tuple[int, int], mo
     """Libraries and devices differ in the signs of singular vectors: a card once gave another merge by a quarter."""
     taus = list(torch.randn(8, *shape, generator=torch.Generator().manual_seed(6)))
     one = linalg.shared_subspace(taus, 65, 43, approximate=True)
-    decompose, lead, generator = linalg.iterated, linalg.leading_directions, torch.Generator().manual_seed(7)
+    decompose, lead, generator = leading.iterated, leading.leading_directions, torch.Generator().manual_seed(7)
 
     def signs(rank: int) -> torch.Tensor:
         return torch.randint(0, 2, (rank,), generator=generator) * 2.0 - 1.0
@@ -150,8 +150,8 @@ def test_the_shared_subspace_does_not_depend_on_signs(shape: tuple[int, int], mo
         flips = signs(rank)
         return u * flips, s, flips[:, None] * v
 
-    monkeypatch.setattr(linalg, "iterated", flipped)
-    monkeypatch.setattr(linalg, "leading_directions", lambda x, rank, *rest: lead(x, rank, *rest) * signs(rank))
+    monkeypatch.setattr(leading, "iterated", flipped)
+    monkeypatch.setattr(leading, "leading_directions", lambda x, rank, *rest: lead(x, rank, *rest) * signs(rank))
     other = linalg.shared_subspace(taus, 65, 43, approximate=True)
     assert torch.allclose(one.T @ one, torch.eye(43, dtype=torch.float64), atol=1e-12)
     assert (one @ one.T - other @ other.T).norm() <= 1e-4

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modelmerge.methods import cores, linalg, work
+from modelmerge.methods import cores, linalg, products, work
 from modelmerge.methods.contract import Context, Tensor, matrix_method
 from modelmerge.methods.merge import iso_c
 from modelmerge.methods.options import option
@@ -45,7 +45,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     triplets = [linalg.leading_triplets(total, common)]
     shared, largest = triplets[0][0], torch.linalg.vector_norm(taus, dim=(1, 2)).max()
     for tau, weight in zip(taus, context.weights, strict=True):
-        rest = linalg.remove_subspace(tau.double() * weight, shared)
+        rest = products.remove_subspace(tau.double() * weight, shared)
         if not specific or torch.linalg.vector_norm(rest) <= linalg.SUPPORT * largest:
             continue  # what remains is rounding
         triplets.append(linalg.leading_triplets(rest, specific))

@@ -47,7 +47,7 @@ import torch
 
 from modelmerge import interrupts
 from modelmerge.errors import named
-from modelmerge.methods import cores, linalg, presence, work
+from modelmerge.methods import cores, linalg, presence, products, work
 from modelmerge.methods.contract import Citation, Context, Tensor, Vectors, matrix_method
 from modelmerge.methods.options import PUBLISHED, follow, option, refuse_idle
 from modelmerge.methods.sums import weighted_sum
@@ -144,7 +144,7 @@ def solve(
             unit = tau.double().div_(norm)
             torch.matmul(unit.mT, unit, out=covariance)
             inner += covariance
-            linalg.added(pull, unit.mul_(weight * norm).sub_(origin), covariance)
+            products.added(pull, unit.mul_(weight * norm).sub_(origin), covariance)
         del covariance, unit
         return origin.add_(_divided(pull, inner, shift, options, n)).float()
     # Few rows: the same by the rows' own Gram matrix, A^T A + r = (A A^T + r) on the other side.
@@ -152,7 +152,7 @@ def solve(
     inner = rows @ rows.mT
     each = zip(rows.split(m, dim=-2), norms, weights, strict=True)
     pull = torch.cat([(unit * (weight * norm) - origin) @ unit.mT for unit, norm, weight in each], dim=-1)
-    return linalg.added(origin, _divided(pull, inner, shift, options, n), rows).float()
+    return products.added(origin, _divided(pull, inner, shift, options, n), rows).float()
 
 
 def _solve_one_by_one(taus: Vectors, norms: list[float], weights: list[float], start: Tensor, shift: float) -> Tensor:
