@@ -100,16 +100,21 @@ def spectra(m: int, n: int, tasks: int) -> Work:
 
 
 def through_cores(
-    does: Callable[[Any, int, int, int], Work], beside: Callable[[Any, int, int], Work] = lambda options, m, n: NOTHING
+    does: Callable[[Any, int, int, int], Work],
+    beside: Callable[[Any, int, int], Work] = lambda options, m, n: NOTHING,
+    *,
+    left: bool = True,
+    right: bool = True,
 ) -> Callable[[Any, int, int, int, int], Work]:
     """What `does` takes of [T, m, n], where task vectors that are products of k directions go through it as cores.
 
-    `beside` is what looking at the weight [m, n] takes.
+    `beside` is what looking at the weight [m, n] takes. `left` and `right`: the sides that become as short as that.
     """
 
     def of_products(options: Any, m: int, n: int, tasks: int, k: int) -> Work:
         whole = product(m, k, n) * 2.0 + Work(moved=16.0 * m * n * tasks)  # made, and made again of what comes out
         whole += beside(options, m, n)
-        return does(options, min(m, k), min(n, k), tasks) + Work(double=8.0 * (m + n) * k**2) + whole
+        shape = min(m, k) if left else m, min(n, k) if right else n
+        return does(options, *shape, tasks) + Work(double=8.0 * (m + n) * k**2) + whole
 
     return of_products

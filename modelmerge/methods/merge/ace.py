@@ -124,4 +124,5 @@ METHOD = matrix_method(
     workspace=lambda options, tasks: 24.0,
     squares=lambda options, m, n, tasks: 4.0 * n**2,
     work=_work,
+    work_of_products=work.through_cores(_work, left=False),
 )

@@ -85,6 +85,12 @@ def _work(options: Options, m: int, n: int, tasks: int) -> work.Work:
     return work.fine_product(rows, n, rows) * 2.0 + work.through_eigenvalues(m, rows) + work.fine_product(m, rows, n)
 
 
+def _work_of_products(options: Options, m: int, n: int, tasks: int, k: int) -> work.Work:
+    if options.density < 1.0:  # what is trimmed is no product any more
+        return _work(options, m, n, tasks)
+    return work.through_cores(_work)(options, m, n, tasks, k)
+
+
 METHOD = matrix_method(
     options=Options,
     apply=apply,
@@ -97,4 +103,5 @@ METHOD = matrix_method(
     workspace=lambda options, tasks: 12.0,
     squares=lambda options, m, n, tasks: 6.0 * min(n, tasks * m) ** 2,
     work=_work,
+    work_of_products=_work_of_products,
 )

@@ -64,4 +64,5 @@ METHOD = matrix_method(
     wants_base=True,
     workspace=lambda options, tasks: 8.0 * tasks + 16.0,
     work=_work,
+    work_of_products=work.through_cores(_work, right=False),
 )
