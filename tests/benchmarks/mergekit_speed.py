@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 told.size = size
                 inputs = merge_speed.generated(work, "llama", told)[0]
                 tables.append((title, inputs, _measure(work, inputs, trios, told, peers)))
-    text = _report(tables, told, sys.argv[1:] if argv is None else argv)
+        text = _report(tables, told, sys.argv[1:] if argv is None else argv)
     told.results.write_text(text, encoding="utf-8")
     print(text)
 

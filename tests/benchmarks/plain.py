@@ -52,9 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             inputs = _generated(work, dtype, words.size, words.experts)
             tables.append((dtype, inputs.nbytes / len(inputs.models), _measure(work, inputs, words.runs, python)))
         large = _generated(work, "bfloat16", words.phases_size, words.experts)
-        spent = _phases(work, large, words.phases_runs)
-    argv = sys.argv[1:] if argv is None else argv
-    text = _report(tables, words, argv) + f"\n{_phases_report(large, spent)}\n"
+        parts = _phases_report(large, _phases(work, large, words.phases_runs))
+    text = _report(tables, words, sys.argv[1:] if argv is None else argv) + f"\n{parts}\n"
     words.results.write_text(text, encoding="utf-8")
     print(text)
 
