@@ -92,7 +92,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize(("words", "stop"), [
     (["kron", "--tolerance", "1e-30"], "modelmerge.methods.merge.kron:_product"),
-    (["apgd", "--published", "--steps", "1000000", "--lr", "1e-12"], "modelmerge.methods.linalg:remove_subspace"),
+    (["apgd", "--published", "--steps", "1000000", "--lr", "1e-12"], "modelmerge.methods.products:remove_subspace"),
     (["wudi", "--solver", "adam", "--steps", "1000000"], "torch:addmm"),
 ], ids=["kron", "apgd", "wudi"])  # fmt: skip
 def test_a_method_at_one_matrix_looks_for_the_signal(
