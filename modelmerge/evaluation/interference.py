@@ -12,11 +12,11 @@ from torch import Tensor
 
 from modelmerge.methods import apgd, linalg, presence
 from modelmerge.methods.contract import Context
+from modelmerge.methods.cores import Pair
 from modelmerge.methods.merge import apgd as merge_apgd
 from modelmerge.methods.transform import awd
 
-Pair = tuple[Tensor, Tensor]
-Pairs = Sequence[Pair | None]
+Pairs = Sequence[Pair | None]  # factors [m, r] and [r, n], where they are known
 
 # Of the merged matrix, so much may lie outside of the subspace that counts as its own (Marczak et al.).
 SUBSPACE_ERROR = 0.05

@@ -412,5 +412,7 @@ def spread(variations: Iterable[Variation | InSlice], tensors: Sequence[str], to
         plain += each.spread(inside[slice_], prefix)
     # What mergekit takes for layers of this module it makes twice, and the last time stays.
     mlp = [tensor for tensor in tensors if tensor.startswith("visual.merger.mlp.")]
+    if not mlp:
+        return plain
     ends = [_Named(v.option, v.at(1.0)[-1:], v.expert, names=frozenset(filter(v.matches, mlp))) for v in plain]
     return [each for pair in zip(plain, ends, strict=True) for each in pair]
