@@ -13,6 +13,7 @@ from modelmerge.methods import leading, work
 from modelmerge.methods.work import NOTHING, Work
 
 Table = Mapping[str, Role]  # what becomes of each tensor
+Sums = Mapping[str, int]  # what `of_factors` gives
 
 
 def of_factors(job: Job, table: Table) -> dict[str, int]:
@@ -21,15 +22,14 @@ def of_factors(job: Job, table: Table) -> dict[str, int]:
     return {name: k for name, k in few.items() if k is not None and (not k or table[name].kind == "low rank")}
 
 
-def adapter_memory(job: Job, table: Table, size: Size) -> dict[str, int]:
+def adapter_memory(job: Job, sums: Sums, size: Size) -> dict[str, int]:
     """The most anonymous memory that a merge into an adapter needs, in bytes, as `peak_memory` has it."""
-    return peak(job, survey(job), merge_into_adapter(job, table, size))
+    return peak(job, survey(job), merge_into_adapter(job, sums, size))
 
 
-def merge_into_adapter(job: Job, table: Table, size: Size) -> Bytes:
+def merge_into_adapter(job: Job, sums: Sums, size: Size) -> Bytes:
     """Merging matrix by matrix, each then split into factors."""
-    tasks, plan, sums = len(job.plan.experts), job.plan, of_factors(job, table)
-    needed = [0]
+    tasks, plan, needed = len(job.plan.experts), job.plan, [0]
     for name, k in sums.items():
         # The experts' factors, orthonormal bases of them with LAPACK's copies, the new ones; cores and what splits one.
         bases = 8 * sum(plan.tensors[name].shape) * 4 * (k + (size.rank or k)) if k else 0
@@ -59,9 +59,9 @@ def adapter_reads(job: Job, table: Table, *, streamed: bool = False) -> int:
     return bytes_read(job, [t for t in job.merged() if t.name not in sums], streamed=streamed) + in_all - in_base
 
 
-def adapter_work(job: Job, table: Table, size: Size) -> Work:
+def adapter_work(job: Job, table: Table, sums: Sums, size: Size) -> Work:
     """Splitting the merged task vectors into factors, and finding out what these miss."""
-    total, sums = NOTHING, of_factors(job, table)
+    total = NOTHING
     for tensor in job.merged():
         k = sums.get(tensor.name)
         if table[tensor.name].kind != "low rank" or k == 0:

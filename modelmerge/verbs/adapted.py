@@ -52,8 +52,8 @@ def describe(job: Job, recipe: Recipe, size: as_lora.Size) -> dict[str, Any]:
         tensors.append((tensor, dtype if kind == "low rank" else tensor.out_dtype, action))
     return {
         "tensors": listing(job.source, tensors)["tensors"],
-        "peak_memory": adapter_memory(job, table, size),
-        "seconds": seconds(job, whole, adapter_work(job, table, size)),
+        "peak_memory": adapter_memory(job, sums, size),
+        "seconds": seconds(job, whole, adapter_work(job, table, sums, size)),
         "shards": [WEIGHTS],
     }
 
