@@ -106,13 +106,15 @@ def parse(text: str | Named, stages: Stages = NO_STAGES) -> Reference:
     """The checkpoint that `[NAME=]REF` names; `stages` are the places of what a recipe merges before.
 
     Raises:
-        UsageError: No directory could be called so.
+        UsageError: No directory could be called so, or the reference is empty.
         ReferenceNotFound: Nothing is there, or it is a kind that cannot be read.
         HubError: The Hub refuses, or cannot be reached.
     """
     name, ref = text if isinstance(text, Named) else _split(text)
     if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name):
         raise UsageError(f"'{name}' cannot be the name of a model", hint="a name is what a directory can be called")
+    if not ref:
+        raise UsageError(f"'{text}' names no model", hint="a variable of the shell may be empty there")
     try:
         path = Path(ref).expanduser()
         exists = path.exists()

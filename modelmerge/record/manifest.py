@@ -109,9 +109,9 @@ def refuse_changed(
                 )
 
 
-def notes_of(job: Job, findings: Findings) -> list[str]:
-    """What a reader of the result should know: one sentence each."""
-    read = remarks(job.plan)
+def notes_of(job: Job, findings: Findings, digests: Sequence[Mapping[Path, str]]) -> list[str]:
+    """What a reader of the result should know: one sentence each. `digests` are those of each model's files."""
+    read = [*remarks(job.plan), *_copies(job.plan.models, digests)]
     for model in job.plan.models:
         if fault := card.front_matter(model.directory)[1]:
             read.append(f"'{model.name}': the front matter of its card cannot be read and is left out: {fault}.")
@@ -139,6 +139,18 @@ def notes_of(job: Job, findings: Findings) -> list[str]:
             f"Storing in {_stored_as(job)} changes the merged task vector by {loss:.1%}: the dtype float32 keeps it."
         )
     return notes
+
+
+def _copies(models: Sequence[Checkpoint], digests: Sequence[Mapping[Path, str]]) -> list[str]:
+    """Remarks on experts whose weights are another model's, from a place of their own."""
+    contents = [tuple(sorted(files.values())) for files in digests]
+    firsts = [contents.index(content) for content in contents]
+    return [
+        f"'{model.name}': its weights are the same files as "
+        + ("the base's: its task vector is zero." if first == 0 else f"those of '{models[first].name}'.")
+        for model, first in zip(models, firsts, strict=True)
+        if model is not models[first] and model.reference.location != models[first].reference.location
+    ]
 
 
 def _stored_as(job: Job) -> str:

@@ -159,7 +159,7 @@ def complete(
         for name, content in files_beside(prepared).items():
             staging.write_file(name, content)
     staging.write_indices()
-    notes = [*prepared.remarks, *notes_of(job, findings), *([adapted.note(small)] if small else [])]
+    notes = [*prepared.remarks, *notes_of(job, findings, digests), *([adapted.note(small)] if small else [])]
     notes += other_bits(recorded, staging, job.source.device) if recorded is not None else []
     card = write_card(prepared.recipe, job, out, notes, staging.place_of(""), prepared.results)
     staging.write_file(CARD, card)

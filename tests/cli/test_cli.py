@@ -70,6 +70,8 @@ from tests.support.terminal import seen
         (["guide", "modles"], 2, "did you mean 'models'"),
         (["merge", "-o", "out"], 2, "no method is named"),
         (["merge", "ties", "BASE", "E0", "-o", "BASE"], 1, "is the input"),
+        (["merge", "ties", "BASE", "", "E0", "-o", "out"], 2, "'' names no model"),
+        (["merge", "ties", "BASE", "math=", "E0", "-o", "out"], 2, "'math=' names no model"),
     ],
 )
 def test_words_and_exit_codes(

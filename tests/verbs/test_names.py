@@ -201,3 +201,14 @@ def test_an_expert_cannot_take_the_manifests_place(here: Path, capsys: pytest.Ca
     assert main(["extract", "base", "other=./modelmerge.json", "-o", "v"]) == 0
     assert Path("v/other", "model.safetensors").exists()
     assert not Path("v", CARD).exists()
+
+
+def test_copies_of_a_model_are_told(models: list[Path], tmp_path: Path) -> None:
+    copies = [
+        shutil.copytree(model, tmp_path / "copies" / name)
+        for model, name in zip(models[:2], ("zero", "one"), strict=True)
+    ]
+    manifest = modelmerge.merge(models[0], [*models[1:], *copies], tmp_path / "out", method="ties")
+    told = [note for note in manifest["notes"] if "same files" in note]
+    assert told == ["'zero': its weights are the same files as the base's: its task vector is zero.",
+                    f"'one': its weights are the same files as those of '{models[1].name}'."]  # fmt: skip
