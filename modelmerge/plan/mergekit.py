@@ -138,7 +138,7 @@ def read(file: Path) -> Translated:
         raise RecipeError(
             f"{file}: {count} {'thing' if count == 1 else 'things'} that cannot be honoured:\n  "
             + "\n  ".join(complaints),
-            hint="change or remove these keys; the README says which ones modelmerge reads",
+            hint="change or remove these keys; modelmerge guide mergekit has them key by key",
         )
     *before, final = whole
     stages = {str(document.name): recipe for document, recipe in zip(documents, before, strict=False)}

@@ -19,6 +19,9 @@ _NAMED_IN = ("models", "slices", "modules", "base_model", "tokenizer_source", "t
 
 
 _MOST = 100  # documents
+_MOE = "mergekit-moe", "make the mixture with mergekit; modelmerge merges mixtures that have the same experts"
+_EVOLVE = "mergekit-evolve", "modelmerge search tries values of a method's options and keeps the best"
+_OTHERS = {"gate_mode": _MOE, "experts": _MOE, "genome": _EVOLVE}  # what a file of another of its tools has
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ def read_documents(file: Path) -> tuple[list[Document], list[str]]:
     for number, config in enumerate(configs, 1):
         which = f", document {number}" if several else ""
         if not isinstance(config, dict) or "merge_method" not in config:
-            raise _no_configuration(f"{file}{which}")
+            raise _no_configuration(f"{file}{which}", config)
         name = config.get("name")
         if several and "name" in config and not (isinstance(name, str) and is_stage_name(name)):
             raise RecipeError(f"{file}{which}: name: must be a short word without / + @, not {shown(name)}")
@@ -64,7 +67,10 @@ def read_documents(file: Path) -> tuple[list[Document], list[str]]:
     return _in_order(file, documents)
 
 
-def _no_configuration(where: str) -> RecipeError:
+def _no_configuration(where: str, config: Any = None) -> RecipeError:
+    other = next((tool for key, tool in _OTHERS.items() if isinstance(config, dict) and key in config), None)
+    if other is not None:
+        return RecipeError(f"{where}: it is for {other[0]}, which has no counterpart here", hint=other[1])
     return RecipeError(
         f"{where}: no mergekit configuration: it has no 'merge_method'",
         hint="a YAML recipe is mergekit's; modelmerge's own is the modelmerge.json of a merged checkpoint",

@@ -295,6 +295,8 @@ def test_what_cannot_be_honoured_is_listed_with_its_place(text: str, complaints:
     ("text", "says"),
     [
         ("a: [1", "cannot be read as YAML"), ("{}", "no mergekit configuration"), ("7", "no mergekit configuration"),
+        ("base_model: a\nexperts: [{source_model: b}]", "it is for mergekit-moe, which has no counterpart here"),
+        ("genome: {models: [a, b], merge_method: ties}", "it is for mergekit-evolve, which has no counterpart here"),
         ("merge_method: ties\nmerge_method: linear\n", "the key 'merge_method' comes twice"),
         ("!!python/object/apply:os.system [exit]", "cannot be read as YAML"),
     ],
