@@ -127,7 +127,7 @@ class Prepared:
             entry["unlabelled"] = dict(self.recipe.unlabelled)
         if self.staged is not None:
             entry["stages"] = self.staged.describe()
-            entry["bytes"]["scratch"] += self.staged.bytes_kept
+            entry["bytes"]["scratch"] += self.staged.bytes_kept(self.recipe)
             each = [one["seconds"] for one in (entry, *entry["stages"])]
             entry["seconds"] = None if None in each else sum(each)
             peaks = [each["peak_memory"] for each in (entry, *entry["stages"])]

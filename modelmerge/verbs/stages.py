@@ -1,13 +1,15 @@
 """Merges that are made of other merges: a recipe with stages, each planned before any is run.
 
-A stage is a merge whose result another one takes. It is kept beside the output, in `.DIR.modelmerge-stages`, until all
-is done. Before it is there, the next one is planned from its outline: config, tokenizer and headers as they will be.
+A stage is a merge whose result another one takes. It is kept beside the output, in `.DIR.modelmerge-stages`, until no
+merge is left that takes it; where an interrupted run is to be taken up, until all is done. Before it is there, the next
+one is planned from its outline: config, tokenizer and headers as they will be.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from modelmerge import interrupts
 from modelmerge.checkpoint.output import check_output, finished
+from modelmerge.checkpoint.reference import STAGE
 from modelmerge.checkpoint.scratch import hidden_beside, reason
 from modelmerge.engine.parallel import threads
 from modelmerge.errors import ModelMergeError, OutputError
 from modelmerge.plan.downloads import input_paths
+from modelmerge.plan.recipe import Recipe
 from modelmerge.progress import Reporter
 from modelmerge.verbs.output import files_beside
 from modelmerge.verbs.prepare import Prepared, digest_of, threads_of_leftovers
@@ -51,10 +55,17 @@ class Staged:
         """The plans of the stages."""
         return [{"name": name, **plan.describe()} for name, plan in self.plans.items()]
 
-    @property
-    def bytes_kept(self) -> int:
-        """Bytes of the weights that lie beside the output until it is done."""
-        return sum(plan.job.plan.bytes_written for plan in self.plans.values())
+    def needed(self, done: int, final: Recipe) -> list[str]:
+        """The first `done` stages, less those that neither the `final` merge nor a stage after them is made of."""
+        later = [*[plan.recipe for plan in self.plans.values()][done:], dataclasses.replace(final, stages={})]
+        text = json.dumps([dataclasses.asdict(recipe) for recipe in later], default=str)
+        return [name for name in list(self.plans)[:done] if json.dumps(f"{STAGE}{name}")[1:-1] in text]
+
+    def bytes_kept(self, final: Recipe) -> int:
+        """Bytes of the weights that lie beside the output at once, at most, where each goes as soon as it can."""
+        sizes = {name: plan.job.plan.bytes_written for name, plan in self.plans.items()}
+        lie = [[*self.needed(done, final), name] for done, name in enumerate(sizes)] + [self.needed(len(sizes), final)]
+        return max(sum(sizes[name] for name in names) for names in lie)
 
     def close(self) -> None:
         """Let go of the inputs and the outlines."""
@@ -160,7 +171,7 @@ def run(
         if ready is not None:
             ready()
         try:
-            _make_room(work, 0 if keep else staged.bytes_kept + prepared.job.plan.bytes_written)
+            _make_room(work, 0 if keep else staged.bytes_kept(prepared.recipe) + prepared.job.plan.bytes_written)
             places: dict[str, Path] = {}
             results: dict[str, dict[str, Any]] = {}
             for i, (name, make) in enumerate(staged.makes.items()):
@@ -168,6 +179,8 @@ def run(
                 places[name] = work / name
                 progress.note(f"'{name}' is merged first, {i + 1} of {len(staged.makes)}")
                 results[name] = execute(part, places[name], force=True, **how)
+                for idle in () if keep else results.keys() - staged.needed(i + 1, prepared.recipe):
+                    shutil.rmtree(places[idle], ignore_errors=True)
             last = _with_recipes(staged.final(places), staged.plans)
             last = dataclasses.replace(last, before=before, results=results)
             manifest = execute(last, out, force=force, uploader=uploader, **how)

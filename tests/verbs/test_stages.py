@@ -110,6 +110,49 @@ def test_a_plan_of_stages_is_made_without_running_them(here: Path, capsys: pytes
     )
 
 
+CHAIN = """
+name: it's "é"
+merge_method: linear
+models: [{model: models/expert_0, parameters: {weight: 1}}, {model: models/expert_1, parameters: {weight: 1}}]
+---
+name: it's
+merge_method: slerp
+base_model: models/expert_2
+models: [{model: 'it''s "é"'}]
+parameters: {t: 0.3}
+---
+name: third
+merge_method: linear
+models: [{model: "it's", parameters: {weight: 1}}, {model: models/expert_1, parameters: {weight: 2}}]
+---
+merge_method: slerp
+base_model: models/expert_0
+models: [{model: third}]
+parameters: {t: 0.6}
+"""
+
+
+def test_a_stage_goes_when_nothing_is_made_of_it_any_more(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("multi.yml").write_text(CHAIN)
+    kept = modelmerge.replay("multi.yml", "whole", resume=True)  # which keeps all of them to the end
+    run, there = modelmerge.verbs.merge.run, []
+
+    def looked(*args: Any) -> Any:
+        there.append(sorted(path.name for path in Path(HIDDEN).iterdir() if not path.name.startswith(".")))
+        return run(*args)
+
+    monkeypatch.setattr(modelmerge.verbs.merge, "run", looked)
+    modelmerge.replay("multi.yml", "out")
+    assert there == [[], ['it\'s "é"'], ["it's"], ["third"]]
+    assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    assert _manifest("out")["stages"].keys() == kept["stages"].keys()
+    assert main(["merge", "--recipe", "multi.yml", "-o", "again", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["bytes"]["scratch"] == sum(stage["bytes"]["write"] for stage in plan["stages"][1:])
+
+
 def _manifest(folder: str) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(Path(folder, "modelmerge.json").read_text())
     return manifest
