@@ -29,7 +29,7 @@ WORDS = ("a", "b", "c", "d")
 
 def language_model(directory: Path, *, eos: int | None = 2, template: str | None = None) -> Path:
     """A tiny Llama with its tokenizer, as transformers saves them; `eos` ends its texts."""
-    torch.manual_seed(0)
+    torch.manual_seed(sum(directory.name.encode()))
     config = transformers.LlamaConfig(**SMALL, eos_token_id=eos)
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(directory)
@@ -225,7 +225,7 @@ def test_without_the_option_experts_say_what_is_lost(
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
 def test_a_template_is_seen_wherever_it_is(place: str, tmp_path: Path) -> None:
-    models = [write(tmp_path / name, base_state()) for name in ("base", "one", "two")]
+    models = [write(tmp_path / name, base_state(seed=seed)) for seed, name in enumerate(("base", "one", "two"))]
     for model in models[1:]:
         (model / place).write_text('{"chat_template": "x"}')
     notes = merged(models, tmp_path / "out")["notes"]
@@ -236,7 +236,7 @@ def test_a_template_is_seen_wherever_it_is(place: str, tmp_path: Path) -> None:
 
 
 def test_a_generation_config_of_experts_alone_is_said(tmp_path: Path) -> None:
-    models = [write(tmp_path / name, base_state()) for name in ("base", "one", "two")]
+    models = [write(tmp_path / name, base_state(seed=seed)) for seed, name in enumerate(("base", "one", "two"))]
     (models[1] / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
     notes = merged(models, tmp_path / "out")["notes"]
     assert notes == ["'one' has a generation_config.json, and the base has none: --files-from one takes it over."]
