@@ -57,12 +57,12 @@ def stacked_values(base: Config, count: int, stack: Sequence[tuple[Config, int, 
         each = [(_part(config, place), theirs, number) for config, theirs, number in stack]
         for key in dict.fromkeys(key for config, _, _ in each for key in config if key in part):
             if key in _NUMBERS:
-                values[(*place, key)] = [i for i, (config, _, n) in enumerate(each) if n in (config.get(key) or ())]
+                values |= {(*place, key): [i for i, (config, _, n) in enumerate(each) if n in (config.get(key) or ())]}
             elif all(_is_list(key, config.get(key), theirs) for config, theirs, _ in each):
-                values[(*place, key)] = [config[key][number] for config, _, number in each]
+                values |= {(*place, key): [config[key][number] for config, _, number in each]}
         types = [_type(config, number) for config, _, number in each]
         if (*place, _TYPES) not in values and len(set(types)) > 1 and None not in types:
-            values[(*place, _TYPES)] = types
+            values |= {(*place, _TYPES): types}
         doubtful += [key for key in _BY_NUMBER if part.get(key) not in (None, False)]
     return values, doubtful
 

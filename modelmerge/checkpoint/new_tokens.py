@@ -78,7 +78,7 @@ def moved_sizes(config: Mapping[str, Any], sizes: Mapping[int, int]) -> dict[tup
     stated = {place: value for place, value in _entries(config) if place[-1].startswith(_SIZE) and _is_id(value)}
     values = {place: sizes[value] for place, value in stated.items() if sizes.get(value, value) != value}
     if config and sizes and not any(place[-1] == _SIZE for place in stated):  # a family's default is left out
-        values[(*list(text_parts(config))[-1], _SIZE)] = max(sizes.values())
+        values |= {(*list(text_parts(config))[-1], _SIZE): max(sizes.values())}
     return values
 
 

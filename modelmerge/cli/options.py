@@ -349,9 +349,9 @@ def argument(name: str, annotation: Any) -> inspect.Parameter:
 
 def shared(function: Any) -> list[inspect.Parameter]:
     """The parameters of a function as keywords, with their annotations resolved."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters.values()
-    return [_keyword(p.name, hints[p.name], p.default) for p in parameters]
+    # `typing.get_type_hints` of Python 3.10 hides what is `Annotated` behind an `Optional` where the default is None.
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    return [_keyword(p.name, p.annotation, p.default) for p in parameters]
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

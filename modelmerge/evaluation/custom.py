@@ -243,7 +243,8 @@ def in_words(error: BaseException) -> str:
 
 def draws(count: int, size: int, seed: int, name: str) -> Iterator[list[int]]:
     """Places of `size` of `count` items at a time, without end: each once in an order drawn by the seed, then again."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     size = min(size, count)
     while True:
         order = torch.randperm(count, generator=generator).tolist()
