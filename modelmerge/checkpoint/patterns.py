@@ -10,6 +10,7 @@ import functools
 import importlib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -66,7 +67,9 @@ def _states(pattern: str) -> tuple[State, ...] | re.Pattern[str]:
     if _PLAIN.fullmatch(pattern):
         return re.compile(whole)
     try:
-        parsed = _parser.parse(whole)
+        with warnings.catch_warnings():  # of flags in the middle, before Python 3.11
+            warnings.simplefilter("ignore", DeprecationWarning)
+            parsed = _parser.parse(whole)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"the pattern '{pattern[:200]}' is no regular expression: {error}") from error
     if parsed.state.flags & ~re.UNICODE:

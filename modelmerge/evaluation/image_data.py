@@ -206,7 +206,7 @@ def _named_splits(task: Task, rows: Any) -> list[str]:
     path = Path(task.data).expanduser()
     if not path.is_dir() or rows.info.builder_name != _FOLDER:
         return []
-    words = {word for folder in path.rglob("*/") for word in re.split("[^a-z]+", folder.name.lower())}
+    words = {word for folder in path.rglob("*") if folder.is_dir() for word in re.split("[^a-z]+", folder.name.lower())}
     total = sum(file.suffix.lower() in ImageFolder.EXTENSIONS for file in path.rglob("*"))
     if len(rows) == total or words & {*_HELD_OUT, "test", "testing", "eval", "evaluation"}:
         return []

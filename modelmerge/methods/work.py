@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 # What each kind takes beside a FLOP of a float32 product, on machines that have been measured: for costs that are only
@@ -28,24 +27,28 @@ class Work:
     eigen: float = 0.0
     moved: float = 0.0
 
+    @property
+    def parts(self) -> tuple[float, float, float, float]:
+        """The amounts of each kind; `dataclasses.astuple` copies deeply, which is a second for 40,000 tensors."""
+        return self.single, self.double, self.eigen, self.moved
+
     def __add__(self, other: Work) -> Work:
-        return Work(*(one + two for one, two in zip(_parts(self), _parts(other), strict=True)))
+        return Work(*(one + two for one, two in zip(self.parts, other.parts, strict=True)))
 
     def __mul__(self, times: float) -> Work:
-        return Work(*(part * times for part in _parts(self)))
+        return Work(*(part * times for part in self.parts))
 
     def seconds(self, rates: Work) -> float:
         """How long it takes where so much of each kind is done in a second."""
-        return sum(part / rate for part, rate in zip(_parts(self), _parts(rates), strict=True))
+        return sum(part / rate for part, rate in zip(self.parts, rates.parts, strict=True))
 
     @property
     def cost(self) -> float:
         """How much it is beside others, in FLOP of float32 products."""
-        return sum(part * factor for part, factor in zip(_parts(self), _USUAL, strict=True))
+        return sum(part * factor for part, factor in zip(self.parts, _USUAL, strict=True))
 
 
 NOTHING = Work()
-_parts = attrgetter(*Work.__slots__)  # `dataclasses.astuple` copies deeply: a second for 40,000 tensors
 
 
 def by_entry(nbytes: float) -> Callable[[Any, int, int, int], Work]:

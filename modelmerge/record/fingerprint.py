@@ -28,8 +28,9 @@ def versions() -> dict[str, str]:
 
 @cache  # reading a package's metadata takes milliseconds
 def _packages() -> dict[str, str]:
-    others = ("torch", "safetensors", "huggingface_hub", "numpy")
-    return {"modelmerge": __version__, **{name: version(name) for name in others}}  # a source tree has no metadata
+    others = {name: version(name) for name in ("safetensors", "huggingface_hub", "numpy")}
+    # A source tree has no metadata. That of torch does not say which CUDA it is built for.
+    return {"modelmerge": __version__, "torch": str(torch.__version__), **others}
 
 
 def circumstances(device: object) -> dict[str, Any]:
