@@ -69,7 +69,9 @@ class Changes:
         f is DoRA's factor of each row or column. Written so that what is left is not a difference of large numbers.
         """
         change, (row, start, stop) = info.change, place
-        assert change is not None, "what is loaded so is a change"
+        if change is None:  # other rows of the tensor have one
+            tau.copy_(self.elements(expert, info, start, stop) - theta_0)
+            return
         if change.factors is None:
             tau.copy_(self.elements(expert, info, start, stop)).mul_(change.scale)
             return

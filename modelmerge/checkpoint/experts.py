@@ -23,7 +23,16 @@ STYLES = (
 )
 GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"  # what the stacks are called
 _SINGLE = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+\.weight)")
+_MIXTRAL = re.compile(r"\bblock_sparse_moe\.(?=experts\.\d|gate\.)")
 _STACK = re.compile(rf"(.*\bexperts)\.({GATE_UP}|{UP}|{DOWN})(\.weight)?")
+
+
+def in_memory(name: str) -> str:
+    """What the stack of an expert's matrix is called in memory, for Mixtral's names too; else the name itself."""
+    name = _MIXTRAL.sub("mlp.", name)
+    match = _SINGLE.fullmatch(name)
+    place = next((style.index(match[3]) for style in STYLES if match[3] in style), None) if match else None
+    return name if match is None or place is None else f"{match[1]}.{(GATE_UP, GATE_UP, DOWN)[place]}"
 
 
 def in_layout_of(ours: Mapping[str, TensorInfo], theirs: Mapping[str, TensorInfo]) -> tuple[Tensors, list[str]]:

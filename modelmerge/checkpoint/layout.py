@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 from modelmerge.checkpoint.components import Component, folder_of
 from modelmerge.checkpoint.header import DTYPE_BITS
@@ -18,6 +19,14 @@ from modelmerge.checkpoint.header import DTYPE_BITS
 SHARD_BYTES = 5_000_000_000  # of tensors in a file, where nothing else is said
 _PLAIN = Component()
 Entry = tuple[str, tuple[int, ...], int]  # dtype, shape, bytes
+Kind = TypeVar("Kind")
+
+
+class Inside(NamedTuple):
+    """Of a tensor's bytes, in their order: what is written one by one, with its bytes, and what the file has there."""
+
+    written: Mapping[str, int]
+    stored: Mapping[str, Entry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,7 @@ def lay_out_model(
     components: Mapping[str, Component],
     max_shard_size: int | None,
     *,
-    parts: Mapping[str, Mapping[str, int]] | None = None,
+    parts: Mapping[str, Inside] | None = None,
     folder: str = "",
 ) -> Layout:
     """Files of every component in its folder, named and split as its library does.
@@ -64,24 +73,28 @@ def lay_out_model(
         contents[folder_of(name, components)][name] = entry
     layouts = []
     for place, component in components.items():
-        count = len(component.prefix)
+        front = component.prefix
         inner = {
-            name[count:]: {part[count:]: size for part, size in (parts or {}).get(name, {}).items()}
-            for name in contents[place]
-            if name in (parts or {})
+            name.removeprefix(front): Inside(_behind(front, inside.written), _behind(front, inside.stored))
+            for name, inside in (parts or {}).items()
+            if name in contents[place]
         }
-        content = {name[count:]: entry for name, entry in contents[place].items()}
+        content = _behind(front, contents[place])
         layouts.append(lay_out(
-            content, max_shard_size, parts=inner, folder=f"{folder}{component.prefix}", component=component
+            content, max_shard_size, parts=inner, folder=f"{folder}{front}", component=component
         ))  # fmt: skip
     return together(layouts)
+
+
+def _behind(front: str, names: Mapping[str, Kind]) -> dict[str, Kind]:
+    return {name.removeprefix(front): each for name, each in names.items()}
 
 
 def lay_out(
     entries: Mapping[str, Entry],
     max_shard_size: int | None,
     *,
-    parts: Mapping[str, Mapping[str, int]] | None = None,
+    parts: Mapping[str, Inside] | None = None,
     folder: str = "",
     component: Component = _PLAIN,
 ) -> Layout:
@@ -90,7 +103,7 @@ def lay_out(
     Args:
         entries: Name to dtype, shape and bytes, in the order they shall have.
         max_shard_size: In bytes; None for the usual one, and one file where programs take no shards.
-        parts: By tensor, its parts in their order with their bytes, where they are written one by one.
+        parts: By tensor, what is inside, where it is not written or not stored as one.
         folder: Where in the output the checkpoint goes; ends in a slash, or is empty for the output itself.
         component: How its files are called.
     """
@@ -107,7 +120,10 @@ def lay_out(
     indices = {}
     if len(files) > 1:
         metadata = {"total_size": sum(nbytes for _, _, nbytes in entries.values())}
-        weight_map = {name: filename for filename, names in files.items() for name in names}
+        stored = {name: list(inside.stored) for name, inside in (parts or {}).items()}
+        weight_map = {
+            each: file for file, names in files.items() for name in names for each in stored.get(name, [name])
+        }
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         indices[f"{folder}{component.index}"] = (json.dumps(index, indent=2) + "\n").encode()
     return Layout(shards, indices, shard_of)
@@ -141,22 +157,20 @@ def together(layouts: Iterable[Layout]) -> Layout:
 
 
 def _shard(
-    folder: str,
-    filename: str,
-    entries: Mapping[str, Entry],
-    parts: Mapping[str, Mapping[str, int]],
-    metadata: Mapping[str, str],
+    folder: str, filename: str, entries: Mapping[str, Entry], parts: Mapping[str, Inside], metadata: Mapping[str, str]
 ) -> Shard:
     # Widest dtype first, so that every tensor starts at a multiple of its item size, as readers that map files need.
     names = sorted(entries, key=lambda name: -DTYPE_BITS[entries[name][0]])
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position, relative = 0, {}
     for name in names:
-        dtype, shape, nbytes = entries[name]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
-        for part, size in parts.get(name, {name: nbytes}).items():
+        inside, place = parts.get(name) or Inside({name: entries[name][2]}, {name: entries[name]}), position
+        for part, size in inside.written.items():
             relative[part] = position
             position += size
+        for each, (dtype, shape, nbytes) in inside.stored.items():
+            header[each] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + nbytes]}
+            place += nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     prefix = struct.pack("<Q", len(text)) + text

@@ -246,7 +246,7 @@ def factors_of(
 
     None at all where no expert has any. An expert that did not change the tensor has factors of rank 0.
     """
-    if tensor.rows is not None:  # the task vectors are cut
+    if tensor.rows is not None or tensor.members:  # the task vectors are cut, or the factors are those of many matrices
         return None
     pairs: list[tuple[Tensor, Tensor] | None] = []
     changes = Changes(device, source.block, source.norms)

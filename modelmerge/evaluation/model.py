@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modelmerge.checkpoint.changes import TORCH_DTYPES
+from modelmerge.checkpoint.layout import Inside
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import read_tensor, whole
@@ -38,7 +39,7 @@ class Model(Mapping[str, Tensor]):
         self.device = device
         self.checkpoint = checkpoint
         self._source: Source | None = None
-        self._stacks: Mapping[str, Mapping[str, int]] = {}  # by stack, the names of its matrices in the plan
+        self._stacks: Mapping[str, Inside] = {}  # by stack, its matrices in the plan
         self.base = base
         self.base_path = base.reference.path if base is not None else None
         if checkpoint.vector is not None or onto_base:
@@ -61,7 +62,7 @@ class Model(Mapping[str, Tensor]):
                 raise KeyError(tensor)
             return read_tensor(self.checkpoint, tensor)
         if tensor in self._stacks:
-            return torch.stack([self._of_plan(part) for part in self._stacks[tensor]])
+            return torch.stack([self._of_plan(part) for part in self._stacks[tensor].written])
         return self._of_plan(tensor)
 
     def _of_plan(self, tensor: str) -> Tensor:

@@ -266,7 +266,7 @@ class _Translation:
             method=row.method, base=first,
             experts=tuple(f"{name}={reference}" for reference, name in names.items()),
             options={**row.fixed, **(row.alone if base is None else {}), **options}, weights=weights, dtype=dtype,
-            layers=runs_of(slices, names, seen),
+            layers=runs_of(slices, names, seen), whole_experts=True,
         )  # fmt: skip
 
     def _with_base(self, row: Row, base: str | None, each: Slice) -> Slice:

@@ -21,7 +21,7 @@ from modelmerge.errors import RecipeError, suggestion
 from modelmerge.plan.format_1 import Variation
 from modelmerge.plan.layers import TOWERS, is_after, list_of_layers
 from modelmerge.plan.mergekit_methods import KNOWN, Row
-from modelmerge.plan.mergekit_parameters import Complain, Scopes, read_as
+from modelmerge.plan.mergekit_parameters import Complain, Filtered, Scopes, read_as
 from modelmerge.plan.overrides import BASE, WEIGHT, Curve, layer_of, layers
 
 _ALIKE = 0.75  # how like a key another is that was probably meant: a note on it would be overlooked
@@ -277,7 +277,7 @@ class InSlice:
 
 
 @dataclass(frozen=True, slots=True)
-class _Named(Variation):
+class _Named(Filtered):
     """One for tensors that it names; its glob is a short way to say that, where it fits.
 
     One for a module names those that its glob matches there, once they are known.
@@ -398,7 +398,7 @@ def spread(variations: Iterable[Variation | InSlice], tensors: Sequence[str], to
     inside: dict[tuple[int, int], dict[str, float]] = {}
     for each in variations:
         if isinstance(each, _Named):
-            part = [tensor for tensor in part_of(each.module, tensors) if Variation.matches(each, tensor)]
+            part = [tensor for tensor in part_of(each.module, tensors) if Filtered.matches(each, tensor)]
             plain.append(replace(each, names=frozenset(part)))
             continue
         if isinstance(each, Variation):

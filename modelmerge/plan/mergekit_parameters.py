@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import glob
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from modelmerge.checkpoint.documents import check, shown
+from modelmerge.checkpoint.experts import in_memory
 from modelmerge.errors import UsageError
 from modelmerge.methods import registry
 from modelmerge.methods.options import check_option
@@ -67,6 +69,15 @@ def _of_scope(row: Row, shared: Scopes, complain: Complain) -> list[Parameter]:
     return [*others, dataclasses.replace(FLATTEN, words={True: "tensor", False: lines})]
 
 
+@dataclass(frozen=True, slots=True)
+class Filtered(Variation):
+    """A variation whose glob is for the names that mergekit sees: those of experts in memory."""
+
+    def matches(self, tensor: str) -> bool:
+        """Is it for the tensor of that name in files?"""
+        return Variation.matches(self, in_memory(tensor))
+
+
 def strays(row: Row, shared: Scopes, nearest: Scopes) -> list[str]:
     """Remarks on parameters that the method does not have, and on those of a model that are one for all models."""
     has = {parameter.key: parameter.per_model for parameter in row.parameters}
@@ -99,7 +110,7 @@ def _settle(
                 plain, variations = values[0], []
             elif parameter.option is not None:
                 glob_ = only and f"*{glob.escape(only)}*"
-                here = Variation(parameter.option, values, expert, glob_, steps=steps, ends=parameter.ends)
+                here: Variation = Filtered(parameter.option, values, expert, glob_, steps, parameter.ends)
                 plain, variations = (None, [here]) if only is None else (plain, [*variations, here])
     if plain is REQUIRED:
         for_some = " for tensors that no filter matches" if variations else ""

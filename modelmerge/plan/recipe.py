@@ -95,7 +95,7 @@ class Recipe:
     method that finds the experts' weights on them, see `modelmerge.verbs.coefficients`; `coefficients` are what it
     found, by tensor and expert, and with them no data are needed. `stages` are merged before, in their order, by the
     names that `stage:NAME` refers to. `overlap` is the scale of sums that leave it to how much the experts overlap,
-    once that has been measured.
+    once that has been measured. `whole_experts`: the experts of a layer are one tensor, as in mergekit.
     """
 
     method: str
@@ -122,6 +122,7 @@ class Recipe:
     coefficients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     stages: Mapping[str, Recipe] = field(default_factory=dict)
     overlap: float | None = None
+    whole_experts: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON has it."""

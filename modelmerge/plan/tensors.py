@@ -6,6 +6,7 @@ Nothing here reads a tensor: a plan costs milliseconds, whatever the size of the
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,13 +22,14 @@ from modelmerge.checkpoint.names import matches
 from modelmerge.checkpoint.pairing import placed
 from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError, named
+from modelmerge.methods import registry
 from modelmerge.plan.disagreements import SHAPE, disagreement
 from modelmerge.plan.layers import Stack
 from modelmerge.plan.linear import is_linear
 from modelmerge.plan.overrides import BASE, Methods, glob_hint
 from modelmerge.plan.quantised import refuse_8_bits, refuse_quantised
 from modelmerge.plan.recipe import OnMismatch, Tables
-from modelmerge.plan.stacks import as_matrices, entries, is_kernel, restack
+from modelmerge.plan.stacks import as_matrices, as_wholes, entries, is_kernel, restack
 from modelmerge.plan.tables import by_token
 from modelmerge.plan.vocabulary import Vocabulary, is_table, row_count
 
@@ -55,11 +57,12 @@ class TensorPlan:
     owners: tuple[int, ...] | None = None  # the places of the experts that it is merged from; None: of all
     new: bool = False  # rows that the base lacks: the mean of the owners'
     sources: tuple[int, ...] | None = None  # the places of the experts that its method sees; None: all
+    members: tuple[tuple[str, tuple[int, ...]], ...] = ()  # what files have in its place, with their shapes, in order
 
     @property
     def stored_name(self) -> str:
-        """The name of the tensor in files: its own, or of what it is a part of."""
-        return self.stack or self.name
+        """The name of the tensor in files: its own, or of what it is a part of; of several, a glob."""
+        return f"{self.name.rpartition('.')[0]}.*" if len(self.members) > 1 else self.stack or self.name
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -158,6 +161,7 @@ def make_plan(
     others: Sequence[Checkpoint] = (),
     strict: int | None = None,
     stack: Stack | None = None,
+    whole_experts: bool = False,
 ) -> Plan:
     """The plan for merging `experts` onto `base`.
 
@@ -180,6 +184,7 @@ def make_plan(
         others: Models that are not merged, whose tokenizers `vocab` may name.
         strict: How many of the overrides, from the first on, are refused if they change nothing; all if None.
         stack: How layers from several places are put together; `base` and `experts` are its.
+        whole_experts: Whether the experts of a layer are one tensor, as in mergekit.
 
     Raises:
         PlanError: The models disagree, or there is nothing to merge.
@@ -241,6 +246,8 @@ def make_plan(
         base, experts, tensors, vocab, files_from, on_mismatch, tables, stands, merging=methods is not None,
         others=others,
     )  # fmt: skip
+    if whole_experts and methods is not None:
+        base, experts, tensors = as_wholes(base, experts, tensors, functools.partial(_kind, methods))
     base, experts, tensors = as_matrices(base, experts, tensors)
     stored, parts = entries(tensors.values())
     layout = lay_out_model(stored, base.components, max_shard_size, parts=parts)
@@ -307,6 +314,14 @@ def _method_of(methods: Methods | None, name: str, linear: bool) -> tuple[str, i
     elif place is None:
         why = "the weight of a linear layer" if choice.method.matrices else "shared by all"
     return choice.name, place, where + why
+
+
+def _kind(methods: Methods, tensor: TensorPlan) -> object:
+    """The same of tensors that are merged alike; None of one that is not, or by a method for matrices."""
+    if tensor.action != "merge" or tensor.rows is not None or registry.load(str(tensor.method)).matrices:
+        return None
+    said = None if tensor.override is None else replace(methods.overrides[tensor.override], tensors="")
+    return tensor.out_dtype, tensor.method, said, tensor.owners, tensor.sources
 
 
 def _other_shapes(info: TensorInfo, have: Sequence[Checkpoint]) -> str:

@@ -40,7 +40,7 @@ def command_of(recipe: Recipe, output: str) -> str:
     A recipe that says what options cannot is named by its manifest. Stages come first, each into a directory of its
     name: `... -o NAME && modelmerge merge ...`.
     """
-    if any(each.tables or each.chat_template for each in (recipe, *recipe.stages.values())):
+    if any(each.tables or each.chat_template or each.whole_experts for each in (recipe, *recipe.stages.values())):
         return shlex.join(["modelmerge", "merge", "--recipe", "modelmerge.json", "-o", output])
     if recipe.stages:
         steps = [(stage, name) for name, stage in recipe.stages.items()]

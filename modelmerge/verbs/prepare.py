@@ -198,7 +198,12 @@ def prepare(
         include=recipe.include, exclude=recipe.exclude, max_shard_size=parse_size(recipe.max_shard_size),
         on_mismatch=recipe.on_mismatch, vocab=recipe.vocab, files_from=recipe.files_from,
         tables=recipe.tables, others=others, strict=strict, stack=stack,
+        whole_experts=recipe.whole_experts and recipe.as_lora is None,
     )  # fmt: skip
+    if recipe.whole_experts and not any(tensor.members for tensor in plan.tensors.values()):
+        recipe = dataclasses.replace(recipe, whole_experts=False)  # it makes no difference
+    elif recipe.whole_experts:
+        remarks = [*remarks, "The experts of a layer are merged as one tensor, as mergekit does."]
     if methods.asks_overlap and recipe.overlap is None and not (transforms or recipe.layers):
         overlap, notes = overlap_of(plan, look=look)
         methods, remarks = Methods(*by, overlap), [*remarks, *notes]

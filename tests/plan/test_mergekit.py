@@ -29,7 +29,8 @@ ORACLE = mergekit_runs.ORACLE
 WRONG = {"half-arithmetic", "ties-cancels"}
 TOKENS = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("tokens-*.yml"))
 MODULES = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("modules-*.yml"))
-APART = {*WRONG, *TOKENS, *MODULES}
+EXPERTS = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("experts-*.yml"))
+APART = {*WRONG, *TOKENS, *MODULES, *EXPERTS}
 SAME = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("*.yml") if file.stem not in APART)
 # The order of its models is that of their hashes, and the union's tokens follow it.
 DRAWN = {
@@ -151,6 +152,44 @@ def test_modules_are_mergekits(config: str, beside_models: Path) -> None:
     assert (want.keys() == got.keys()) == (config != "modules-inferred")
     layers = json.loads(Path("out/config.json").read_text()).get("text_config", {}).get("num_hidden_layers", 4)
     assert layers == (5 if config == "modules-slices" else 4)
+
+
+def in_stacks(state: State) -> State:
+    """A model's tensors with Mixtral's experts as mergekit writes them."""
+    stacks: State = {}
+    for name, tensor in state.items():
+        front, _, end = name.replace("block_sparse_moe", "mlp").partition(".experts.")
+        number, _, word = end.partition(".")
+        if not number.isdigit():
+            stacks[name.replace("block_sparse_moe", "mlp")] = tensor
+            continue
+        whole = (mergekit_runs.EXPERTS, mergekit_runs.INNER * 2, mergekit_runs.HIDDEN)
+        stack = f"{front}.experts.{'down_proj' if word == 'w2.weight' else 'gate_up_proj'}"
+        shape = (mergekit_runs.EXPERTS, *tensor.shape) if word == "w2.weight" else whole
+        rows = {"w1.weight": slice(mergekit_runs.INNER), "w3.weight": slice(mergekit_runs.INNER, None)}
+        stacks.setdefault(stack, torch.zeros(shape))[int(number), rows.get(word, slice(None))] = tensor
+    return stacks
+
+
+@pytest.mark.parametrize("config", EXPERTS)
+def test_experts_of_a_layer_are_one_tensor_as_in_mergekit(config: str, beside_models: Path) -> None:
+    """Whichever way files have them, which is the way of the output; a filter goes by mergekit's names."""
+    got, want = merged(config)
+    manifest = json.loads(Path("out/modelmerge.json").read_text())
+    base = read(Path(manifest["inputs"]["base"]["path"]))
+    assert manifest["recipe"]["whole_experts"]
+    assert (got.keys() == base.keys()) == (config != "experts-slices")
+    assert {name: tensor.shape for name, tensor in base.items()}.items() <= {n: t.shape for n, t in got.items()}.items()
+    got = in_stacks(got)
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert (got[name] - tensor).abs().max() <= 1e-6, name
+    # Each matrix for itself is another merge.
+    recipe = dict(manifest["recipe"], whole_experts=False)
+    Path("apart.json").write_text(json.dumps(manifest | {"recipe": recipe}))
+    modelmerge.replay("apart.json", "apart", allow_different_bits=True)
+    apart = in_stacks(read(Path("apart")))
+    assert max(float((apart[name] - tensor).abs().max()) for name, tensor in want.items()) > 1e-4
 
 
 def test_mergekit_computes_in_the_dtype_it_stores(beside_models: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 import modelmerge
 from modelmerge.cli import main
 from modelmerge.methods import registry
+from tests.support import mergekit_runs
 from tests.support.checkpoints import State, read, write
 from tests.support.methods import takes
 
@@ -100,6 +102,67 @@ def test_figures_of_weights_are_those_of_the_matrices(states: list[State], tmp_p
     modelmerge.merge(models[0], models[1:], tmp_path / "out", method="average")
     report = modelmerge.evaluate([tmp_path / "out"], suite="weights", per_layer=True)
     assert f"{_STACK}[2]" in report["tensors"]
+
+
+# --- as one tensor, for a configuration of mergekit ---
+
+_FAMILIES = {name: mergekit_runs.ORACLE / "models" / "experts" / name for name in ("mixtral", "qwen3_moe")}
+
+
+def configured(place: Path, models: list[Path], *options: str) -> State:
+    """What TIES makes of a base and two experts by way of a configuration."""
+    listed = [{"model": str(model), "parameters": {"weight": 1, "density": 0.4}} for model in models[1:]]
+    content = {"merge_method": "ties", "base_model": str(models[0]), "models": listed, "dtype": "float32"}
+    place.mkdir()
+    (place / "config.yml").write_text(json.dumps(content))
+    assert main(["merge", "--recipe", str(place / "config.yml"), "-o", str(place / "out"), *options]) == 0
+    return read(place / "out")
+
+
+@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize("options", [[], ["--cluster", "files"], ["--max-shard-size", "2KB"]])
+def test_experts_that_are_merged_as_one_tensor_are_stored_as_the_base_does(
+    family: str, options: list[str], tmp_path: Path
+) -> None:
+    models = [_FAMILIES[family] / name for name in ("base", "one", "two")]
+    merged, base = configured(tmp_path / "a", models, *options), read(models[0])
+    assert {name: tensor.shape for name, tensor in merged.items()} == {name: t.shape for name, t in base.items()}
+    plain = configured(tmp_path / "b", models)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in merged.items())
+    index = tmp_path / "a" / "out" / "model.safetensors.index.json"
+    assert index.exists() == ("2KB" in options)
+    if index.exists():
+        assert json.loads(index.read_text())["weight_map"].keys() == base.keys()
+
+
+@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize("rank", [None, 12])
+def test_task_vectors_of_experts_that_are_one_tensor_merge_as_the_models(
+    family: str, rank: int | None, tmp_path: Path
+) -> None:
+    base, one, two = (_FAMILIES[family] / name for name in ("base", "one", "two"))
+    modelmerge.extract(base, [one], tmp_path / "vectors", rank=rank)
+    merged = configured(tmp_path / "a", [base, tmp_path / "vectors" / "one", two])
+    for name, tensor in configured(tmp_path / "b", [base, one, two]).items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_experts_that_are_not_stored_or_merged_alike(tmp_path: Path) -> None:
+    """One in another dtype counts with all; where one is excluded, the others are matrices for themselves."""
+    base, one, two = (_FAMILIES["mixtral"] / name for name in ("base", "one", "two"))
+    odd = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+    state = read(one)
+    for place, dtype in (("half", torch.bfloat16), ("same", torch.float32)):
+        write(tmp_path / place, state | {odd: state[odd].bfloat16().to(dtype)}, config=False)
+    results = [configured(tmp_path / f"of-{name}", [base, tmp_path / name, two]) for name in ("half", "same")]
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    whole, part = (configured(tmp_path / str(i), [base, one, two], *more) for i, more in
+                   enumerate(([], ["--exclude", odd])))  # fmt: skip
+    changed = {name.partition(".block")[0] for name, tensor in whole.items() if not torch.equal(tensor, part[name])}
+    assert torch.equal(part[odd], read(base)[odd])
+    assert changed == {"model.layers.0"}
+    down = odd.replace("w3", "w2")
+    assert torch.equal(part[down], whole[down])
 
 
 # --- kernels of convolutions ---

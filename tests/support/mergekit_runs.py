@@ -5,10 +5,12 @@ configuration of `tests/oracle/mergekit/configs`, and writes models and results 
 Models are Llamas of four layers; `up` and `down` are the base plus and minus the same steps, exactly; of the sparse
 ones, a part has changed. Those below `tokens` have a layer, tokenizers that differ, and tables with other rows. Those
 below `modules` have several lists of layers: Mistral 3 and Qwen2.5-VL see, and BART has an encoder and a decoder.
+Those below `experts` are mixtures of experts: Mixtral's one by one, as on the Hub, and Qwen3-MoE's in stacks.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -245,6 +247,44 @@ def write_module_models(root: Path) -> None:
             (root / family / model / "config.json").write_text(json.dumps(config) + "\n")
 
 
+EXPERTS = 3
+_PLACES = {"mixtral": ("block_sparse_moe", "MixtralForCausalLM"), "qwen3_moe": ("mlp", "Qwen3MoeForCausalLM")}
+
+
+def write_expert_models(root: Path) -> None:
+    """base, one and two of Mixtral, whose files have experts one by one, and of Qwen3-MoE, whose files have stacks."""
+    generator = torch.Generator().manual_seed(3)
+    for family, (place, kind) in _PLACES.items():
+        sizes = {name: shape for name, shape in shapes(layers=2).items() if ".mlp." not in name}
+        for layer in range(2):
+            front = f"model.layers.{layer}.{place}"
+            sizes[f"{front}.gate.weight"] = (EXPERTS, HIDDEN)
+            if family == "mixtral":
+                for expert, word in itertools.product(range(EXPERTS), ("w1", "w2", "w3")):
+                    size = (HIDDEN, INNER) if word == "w2" else (INNER, HIDDEN)
+                    sizes[f"{front}.experts.{expert}.{word}.weight"] = size
+            else:
+                sizes |= {f"model.layers.{layer}.self_attn.{k}_norm.weight": (HIDDEN // 2,) for k in "qk"}
+                sizes[f"{front}.experts.gate_up_proj"] = (EXPERTS, 2 * INNER, HIDDEN)
+                sizes[f"{front}.experts.down_proj"] = (EXPERTS, HIDDEN, INNER)
+        base = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in sizes.items()}
+        numbers = {"num_local_experts": EXPERTS, "num_experts": EXPERTS, "num_experts_per_tok": 2}
+        config = {**CONFIG, **numbers, "architectures": [kind], "model_type": family, "num_hidden_layers": 2,
+                  "moe_intermediate_size": INNER, "head_dim": HIDDEN // 2}  # fmt: skip
+        for model in ("base", "one", "two"):
+            step = 0.0 if model == "base" else 0.02
+            # Experts of a layer go far to different degrees: apart they have other thresholds and angles.
+            state = {name: t + torch.randn(t.shape, generator=generator) * step * (1 + 2 * ("experts.1." in name))
+                     for name, t in base.items()}  # fmt: skip
+            for name, tensor in state.items():
+                if tensor.ndim == 3:
+                    tensor[1] += 2 * (tensor[1] - base[name][1])
+            (root / family / model).mkdir(parents=True, exist_ok=True)
+            save_file(state, root / family / model / "model.safetensors", metadata={"format": "pt"})
+            os.chmod(root / family / model / "model.safetensors", 0o644)
+            (root / family / model / "config.json").write_text(json.dumps(config) + "\n")
+
+
 def write_adapters(root: Path) -> None:
     """lora_1 and lora_2, as peft writes adapters of the base."""
     generator = torch.Generator().manual_seed(1)
@@ -277,6 +317,7 @@ def make(target: Path, python: str | None = None) -> None:
     write_models(target / "models")
     write_token_models(target / "models" / "tokens")
     write_module_models(target / "models" / "modules")
+    write_expert_models(target / "models" / "experts")
     write_adapters(target / "models")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
