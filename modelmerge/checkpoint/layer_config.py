@@ -13,20 +13,34 @@ from modelmerge.checkpoint.config_file import Values
 from modelmerge.checkpoint.configs import Config, Place, text_parts
 from modelmerge.errors import PlanError
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 _NUMBERS = (  # lists of the numbers of layers
-    "attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers", "moe_layers",
+    "attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers",
+    "moe_layers",
 )  # fmt: skip
-_NO_LAYERS = ("architectures", "token", "label", "keys", "language")  # words in names of lists about other things
-_TYPES = "layer_types"
-# Every so many layers one attends to all positions, where `sliding_window_pattern` does not say it.
-_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
-# What tells the kind of a layer by its number, and cannot say it of layers in another order.
-_BY_NUMBER = (
-    "attn_layer_period", "decoder_sparse_step", "expert_layer_period", "first_k_dense_replace",
-    "full_attention_interval", "global_attn_every_n_layers", "interleave_moe_layer_step", "moe_layer_freq",
-    "moe_layer_start_index", "no_rope_layer_interval", "num_kv_shared_layers", "scale_attn_by_inverse_layer_idx",
-)  # fmt: skip
+_NO_LAYERS = ("architectures", "token", "label", "keys", "language", "limit")  # in names of lists about other things
+_TYPES, _BLOCKS, _LETTERS = "layer_types", "layers_block_type", "hybrid_override_pattern"
+_MLPS = "mlp_layer_types"
+_CYCLE = "block_types"  # kinds that repeat where there are more layers
+# Every so many layers one attends to all positions, where no entry says it; and one has no rotary positions.
+_PATTERNS = {
+    "gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2, "olmo3": 4, "qwen3_next": 4,
+    "vaultgemma": 2,
+}  # fmt: skip
+_NO_ROPE = {"llama4_text": 4, "smollm3": 4}
+# So many layers of a kind of their own come first; or last; or all behind that number.
+_FIRST = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+_LAST, _END = "num_kv_shared_layers", "moe_layer_end_index"
+# Every so many layers one is of a kind of its own: the entry that says which is the first, else the number of that, and
+# the list that says it in its place where there is one.
+_PERIODS = {
+    "attn_layer_period": ("attn_layer_offset", 0, _BLOCKS), "decoder_sparse_step": ("", -1, ""),
+    "expert_layer_period": ("expert_layer_offset", 0, ""), "interleave_moe_layer_step": ("", -1, "moe_layers"),
+    "moe_layer_freq": ("", 0, ""), "moe_layer_interval": ("", -1, ""),
+}  # fmt: skip
+_ALONE = ("local_attention", "rescale_every")  # ModernBERT's and RWKV's: the first layer has other norms
+_ALL = ("hidden_size_per_layer_input", "num_mem_blocks")  # a table has columns for each layer; layers share weights
+_ITSELF = "scale_attn_by_inverse_layer_idx"  # a factor that goes by the number in the output
 
 
 def stacked_values(base: Config, count: int, stack: Sequence[tuple[Config, int, int]]) -> tuple[Values, list[str]]:
@@ -39,11 +53,15 @@ def stacked_values(base: Config, count: int, stack: Sequence[tuple[Config, int, 
             and the layer's number there.
 
     Raises:
-        PlanError: No entry of the config has the number of layers.
+        PlanError: No entry of the config has the number of layers, or one cannot say of what kinds they are.
     """
     if not base:
         return {}, []
-    places = {place: part for place, part in text_parts(base).items() if any(part.get(key) == count for key in COUNTS)}
+    places = {
+        place: part
+        for place, part in text_parts(base).items()
+        if any(part.get(key) == count for key in COUNTS) or _is_list(_BLOCKS, part.get(_BLOCKS), count)
+    }
     if not places:
         raise PlanError(
             f"the base's config.json has no number of layers that is {count}: "
@@ -53,18 +71,66 @@ def stacked_values(base: Config, count: int, stack: Sequence[tuple[Config, int, 
     values: dict[Place, Any] = {}
     doubtful: list[str] = []
     for place, part in places.items():
-        values |= {(*place, key): len(stack) for key in COUNTS if part.get(key) == count}
+        said: dict[str, Any] = {key: len(stack) for key in COUNTS if part.get(key) == count}
         each = [(_part(config, place), theirs, number) for config, theirs, number in stack]
         for key in dict.fromkeys(key for config, _, _ in each for key in config if key in part):
             if key in _NUMBERS:
-                values |= {(*place, key): [i for i, (config, _, n) in enumerate(each) if n in (config.get(key) or ())]}
+                said[key] = [i for i, (config, _, n) in enumerate(each) if n in (config.get(key) or ())]
             elif all(_is_list(key, config.get(key), theirs) for config, theirs, _ in each):
-                values |= {(*place, key): [config[key][number] for config, _, number in each]}
+                said[key] = [config[key][number] for config, _, number in each]
+            elif key == _CYCLE and all(config.get(key) for config, _, _ in each):
+                said[key] = [config[key][number % len(config[key])] for config, _, number in each]
+            elif key == _LETTERS and all(len(config.get(key) or "") == theirs for config, theirs, _ in each):
+                said[key] = "".join(config[key][number] for config, _, number in each)
         types = [_type(config, number) for config, _, number in each]
-        if (*place, _TYPES) not in values and len(set(types)) > 1 and None not in types:
-            values |= {(*place, _TYPES): types}
-        doubtful += [key for key in _BY_NUMBER if part.get(key) not in (None, False)]
+        by_rule = _TYPES not in part and types == [_type(part, i) for i in range(len(each))]
+        if _TYPES not in said and None not in types and not by_rule:
+            said[_TYPES] = types
+        if part.get("model_type") in _NO_ROPE:
+            said["no_rope_layers"] = [_turns(config, number) for config, _, number in each]
+        if part.get("out_indices") == [count]:  # a backbone whose result is its last layer's
+            stages = ["stem", *(f"stage{i + 1}" for i in range(len(stack)))]
+            said |= {"out_indices": [len(stack)], "out_features": stages[-1:], "stage_names": stages}
+        said |= _by_number(part, each, count, said)
+        values |= {(*place, key): value for key, value in said.items()}
+        doubtful += [_ITSELF] if part.get(_ITSELF) else []
     return values, doubtful
+
+
+def _by_number(
+    part: Config, each: Sequence[tuple[Config, int, int]], count: int, said: Mapping[str, Any]
+) -> dict[str, int]:
+    """What entries that tell kinds of layers by their numbers are in the output, where others have been `said`.
+
+    Raises:
+        PlanError: They cannot say it.
+    """
+
+    def of_period(key: str, config: Config, number: int) -> bool:
+        offset, place, _ = _PERIODS[key]
+        return bool(config.get(key)) and (number - config.get(offset, place)) % config[key] == 0
+
+    places, numbers = range(len(each)), [number for _, _, number in each]
+    wrong = [key for key in _ALL if part.get(key) and numbers != list(range(count))]
+    wrong += [key for key in _ALONE if part.get(key) and any((n == 0) != (i == 0) for i, n in enumerate(numbers))]
+    for key in (key for key in _PERIODS if isinstance(part.get(key), int) and _PERIODS[key][2] not in said):
+        own = [of_period(key, config, number) for config, _, number in each]
+        wrong += [key] if own != [of_period(key, part, i) for i in places] else []
+    bounds: dict[str, int] = {}
+    for key in (key for key in (*_FIRST, _LAST, _END) if isinstance(part.get(key), int) and _MLPS not in said):
+        apart = []
+        for config, theirs, number in each:
+            bound = config.get(key) or 0
+            after = theirs - bound if key == _LAST else bound % theirs + 1
+            apart.append(number < bound if key in _FIRST else number >= after)
+        bounds[key] = len(each) - sum(apart) - 1 if key == _END else sum(apart)
+        wrong += [key] if apart != sorted(apart, reverse=key in _FIRST) else []
+    if wrong:
+        raise PlanError(
+            f"config.json tells kinds of layers by their numbers, and cannot say it of these: {', '.join(wrong)}",
+            hint="put layers where the base has those of their kind",
+        )
+    return bounds
 
 
 def _part(config: Config, place: Place) -> Config:
@@ -76,14 +142,24 @@ def _is_list(key: str, value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and not any(word in key for word in _NO_LAYERS)
 
 
-def _type(config: Mapping[str, Any], number: int) -> str | None:
-    """Whether a layer attends to all positions or to a window, where a rule says it by the layer's number."""
+def _type(config: Config, number: int) -> str | None:
+    """How far a layer attends, where a rule says it by the layer's number."""
     if isinstance(config.get(_TYPES), list) and number < len(config[_TYPES]):
         return str(config[_TYPES][number])
-    every = config.get("sliding_window_pattern") or _PATTERNS.get(str(config.get("model_type")))
+    kind, interval = str(config.get("model_type")), config.get("full_attention_interval")
+    every = config.get("sliding_window_pattern") or interval or _PATTERNS.get(kind)
     slides = config.get("use_sliding_window") and number >= (config.get("max_window_layers") or 0)
-    if isinstance(every, int) and not isinstance(every, bool):
+    if kind == "modernbert":
+        slides = number % config.get("global_attn_every_n_layers", 3) != 0
+    elif isinstance(every, int) and not isinstance(every, bool):
         slides = (number + 1) % every != 0
     elif "use_sliding_window" not in config:
         return None
-    return "sliding_attention" if slides else "full_attention"
+    linear = interval is not None or kind == "qwen3_next"
+    return f"{'linear' if linear else 'sliding'}_attention" if slides else "full_attention"
+
+
+def _turns(config: Config, number: int) -> int:
+    """Whether a layer has rotary positions, in families where some have none."""
+    every = config.get("no_rope_layer_interval") or _NO_ROPE[config["model_type"]]
+    return (config.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(number + 1)])[number]

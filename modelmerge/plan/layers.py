@@ -42,10 +42,11 @@ _WORD = re.compile(r"(?:(.*):)?(\d{1,9})-(\d{1,9})", re.DOTALL)
 TOWERS = re.compile(r"vision|visual|audio|image|speech|(?<!b_)projector|connector|merger|resampler|abstractor|\bmtp\b")
 # What comes after the layers, but for heads: final norms, and what classifies; heads of several weights, too.
 _AFTER = re.compile(
-    r"(^|\.)(((final_?|output_|out_|post_)?(layer_?)?norm(_f|_out)?|ln_f|ln_out|score|qa_outputs|project_out|out_proj"
-    r"|multi_choice_classifier|summary)\.[^.]+$|(lm_head|pooler|cls|(pre_)?classifier|vocab_\w+|output_layer)\.)"
+    r"(^|\.)(((final_?|output_|out_|post_|embedding_)?(layer_?)?norm(_f|_out)?|ln_f|ln_out|score|qa_outputs|project_out"
+    r"|out_proj|multi_choice_classifier|summary)\.[^.]+$"
+    r"|((lm_)?head|pooler|cls|(pre_)?classifier|vocab_\w+|output_layer|(gener|discrimin)ator_\w+)\.)|^decoder\.[^.]+$"
 )
-_BEFORE = re.compile(r"emb|wte|wpe|pre_?la?y")
+_BEFORE = re.compile(r"emb(?!edding_norm\.)|wte|wpe|pre_?la?y")
 Tensors = Mapping[str, TensorInfo]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import modelmerge
+from modelmerge.checkpoint import layer_config
 from modelmerge.cli import main
 from modelmerge.errors import ModelMergeError, PlanError, UsageError
 from modelmerge.methods import registry
@@ -134,6 +135,9 @@ def test_a_share_of_a_task_vector_counts_where_the_same_models_are_merged(
         ("model.norm.weight", True), ("lm_head.weight", True), ("lm_head.dense.weight", True),
         ("bert.pooler.dense.bias", True), ("pre_classifier.weight", True), ("vocab_transform.weight", True),
         ("vocab_projector.bias", True), ("cls.predictions.transform.dense.weight", True),
+        ("model.embedding_norm.weight", True), ("head.dense.weight", True), ("decoder.bias", True),
+        ("generator_predictions.dense.weight", True), ("embeddings.norm.weight", False),
+        ("decoder.embed_tokens.weight", False),
         ("model.embed_tokens.weight", False), ("embeddings.LayerNorm.weight", False), ("embeddings.cls_token", False),
         ("multi_modal_projector.norm.weight", False), ("vision_tower.vision_model.post_layernorm.bias", False),
         ("model.visual.merger.norm.weight", False),
@@ -179,12 +183,70 @@ def test_kinds_of_layers_that_follow_from_their_numbers_are_spelled_out(
     tmp_path: Path, family: dict[str, Path]
 ) -> None:
     for i, folder in enumerate(family.values()):
-        save(folder, state(i), model_type="gemma2", first_k_dense_replace=1)
+        save(folder, state(i), model_type="gemma2")
     base, *experts = family.values()
-    manifest = modelmerge.merge(base, experts, tmp_path / "out", method="passthrough", layers=["math:0-3", "base:2-4"])
+    modelmerge.merge(base, experts, tmp_path / "out", method="passthrough", layers=["math:0-3", "base:2-4"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["layer_types"] == [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")]
-    assert any("'first_k_dense_replace'" in note for note in manifest["notes"])
+
+
+def stacked_config(numbers: list[int], **entries: Any) -> dict[str, Any]:
+    """What the config of a model of four layers says otherwise of a stack of these."""
+    config = CONFIG | entries
+    values, doubtful = layer_config.stacked_values(config, LAYERS, [(config, LAYERS, number) for number in numbers])
+    assert not doubtful
+    said = {key: value for (key,), value in values.items() if value != config.get(key)}
+    assert said.pop("num_hidden_layers", config["num_hidden_layers"]) in (len(numbers), None)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("entries", "numbers", "said"),
+    [
+        ({"first_k_dense_replace": 1}, [0, 0, 1, 2, 3], {"first_k_dense_replace": 2}),
+        ({"first_k_dense_replace": 2}, [2, 3], {"first_k_dense_replace": 0}),
+        ({"first_k_dense_replace": 1, "mlp_layer_types": list("dsss")}, [1, 0, 1], {"mlp_layer_types": list("sds")}),
+        ({"moe_layer_start_index": 1, "moe_layer_end_index": 2}, [0, 1, 2, 1, 2, 3], {"moe_layer_end_index": 4}),
+        ({"num_kv_shared_layers": 2}, [0, 1, 3], {"num_kv_shared_layers": 1}),
+        ({"attn_layer_period": 2, "attn_layer_offset": 1}, [2, 3, 0, 1, 2, 3], {}),
+        ({"decoder_sparse_step": 1, "moe_layer_freq": 1}, [3, 1, 2], {}),
+        ({"interleave_moe_layer_step": 2, "moe_layers": [1, 3]}, [1, 1, 0], {"moe_layers": [0, 1]}),
+        ({"block_types": ["r", "a"]}, [0, 1, 1, 2, 3], {"block_types": list("raara")}),
+        ({"hybrid_override_pattern": "M-*E"}, [3, 0, 1], {"hybrid_override_pattern": "EM-"}),
+        ({"num_hidden_layers": None, "layers_block_type": list("mame")}, [0, 1, 1], {"layers_block_type": list("maa")}),
+        ({"out_indices": [4]}, [0, 3],
+         {"out_indices": [2], "out_features": ["stage2"], "stage_names": ["stem", "stage1", "stage2"]}),
+        ({"model_type": "smollm3"}, [0, 3, 3], {"no_rope_layers": [1, 0, 0]}),
+        ({"model_type": "llama4_text", "no_rope_layers": []}, [3, 2], {"no_rope_layers": [0, 1]}),
+        ({"full_attention_interval": 2}, [1, 0], {"layer_types": ["full_attention", "linear_attention"]}),
+        ({"model_type": "modernbert", "local_attention": 8}, [0, 3, 1],
+         {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}),
+        ({"model_type": "olmo3"}, [0, 1, 2, 3], {}),
+        ({"time_step_limit": [0.0, 1.0, 2.0, 3.0]}, [0, 1], {}),
+    ],
+)  # fmt: skip
+def test_kinds_of_layers_are_said_as_the_config_can(
+    entries: dict[str, Any], numbers: list[int], said: dict[str, Any]
+) -> None:
+    assert stacked_config(numbers, **entries) == said
+
+
+@pytest.mark.parametrize(
+    ("entries", "numbers"),
+    [
+        ({"first_k_dense_replace": 1}, [1, 0]), ({"num_dense_layers": 1}, [0, 1, 0]),
+        ({"moe_layer_start_index": 0, "moe_layer_end_index": 1}, [0, 2, 1]), ({"num_kv_shared_layers": 1}, [0, 3, 1]),
+        ({"attn_layer_period": 2, "attn_layer_offset": 1}, [0, 1, 1]), ({"decoder_sparse_step": 2}, [1, 2]),
+        ({"expert_layer_period": 2, "expert_layer_offset": 1}, [0, 2]), ({"moe_layer_freq": 2}, [1]),
+        ({"interleave_moe_layer_step": 2}, [0, 0]), ({"local_attention": 8}, [0, 0, 1]), ({"rescale_every": 6}, [1, 2]),
+        ({"hidden_size_per_layer_input": 8}, [0, 1, 2]), ({"num_mem_blocks": 1}, [0, 1, 2, 3, 3]),
+    ],
+)  # fmt: skip
+def test_kinds_of_layers_that_the_config_cannot_say_are_refused(entries: dict[str, Any], numbers: list[int]) -> None:
+    """The layers as they are can be said."""
+    assert stacked_config([0, 1, 2, 3], **entries) == {}
+    with pytest.raises(PlanError, match=f"cannot say it of these: .*{next(reversed(entries))[:4]}"):
+        stacked_config(numbers, **dict(reversed(entries.items())))
 
 
 @pytest.mark.parametrize(
