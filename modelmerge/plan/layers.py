@@ -221,12 +221,15 @@ def stacked(
     """The models as ones with the layers that the texts name.
 
     Raises:
-        UsageError: A text names what there is not.
+        UsageError: A text names what there is not, or an expert is called base.
         PlanError: The models have no one list of layers, or cannot be matched.
     """
     if base.components.keys() != {""}:
         raise PlanError(f"{base.reference.text} has several components, and layers are those of one model",
                         hint="name one of them as the base, by its folder")  # fmt: skip
+    if BASE in (expert.name for expert in experts):
+        raise UsageError(f"an expert is called '{BASE}', which is the base here", option="layers",
+                         hint="name it otherwise, NAME=REF")  # fmt: skip
     prefix = list_of_layers(base.tensors, _said(base.config), base.reference.text)
     experts = _matched(base, experts, prefix, exclude)
     models = (base, *experts)
@@ -301,7 +304,7 @@ def _matched(
         for number in range(ours, max(layers(expert.tensors).values(), default=0)):
             for name, info in last.items():
                 other = f"{prefix}.{number}.{name[len(f'{prefix}.{ours - 1}.') :]}"
-                tall[other] = replace(info, name=other)
+                tall[other] = replace(info, name=other, file=Path(other))  # tied to none
         grown = replace(base, tensors=tall)
         one, unsure = match(grown, restack(grown, expert), merges)
         refuse_lookalikes(grown, one, merges)

@@ -179,6 +179,16 @@ def test_config_says_of_each_layer_what_its_model_said(tmp_path: Path, family: d
     assert config["eos_token_id"] == [1, 2, 3, 4]
 
 
+def test_a_layer_of_an_expert_that_has_more_may_be_of_another_kind(tmp_path: Path, family: dict[str, Path]) -> None:
+    """It gets nothing of the base's layers, whose names are a pattern for it."""
+    tall = state(1, count=6)
+    tall["model.layers.5.mlp.dense.weight"] = tall.pop("model.layers.5.mlp.up_proj.weight")[:3]
+    save(family["math"], tall, num_hidden_layers=6)
+    got = merge(family, tmp_path / "out", "passthrough", "base:0-2", "math:4-6")
+    assert same(layer(got, 2), layer(tall, 4))
+    assert same(layer(got, 3), layer(tall, 5))
+
+
 def test_kinds_of_layers_that_follow_from_their_numbers_are_spelled_out(
     tmp_path: Path, family: dict[str, Path]
 ) -> None:
@@ -275,6 +285,11 @@ def test_what_cannot_be_meant_is_refused(
     assert refused.value.message.startswith(f"layers '{run}': ")
     assert says in refused.value.message
     assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_that_is_called_base_is_refused(tmp_path: Path, family: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="an expert is called 'base'"):
+        modelmerge.merge(family["math"], [family["base"]], tmp_path / "out", method="passthrough", layers=["base:0-2"])
 
 
 def test_models_with_several_lists_of_layers_are_refused_unless_one_is_the_language_models(
