@@ -37,6 +37,22 @@ CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "ffn_dim": 24,
          "max_position_embeddings": 16, "word_embed_proj_dim": 16},
     ),
+    "lfm2": (  # whose final norm is called one of the embedding
+        "Lfm2", "model.layers",
+        {**_SMALL, "num_hidden_layers": 4, "num_key_value_heads": 1,
+         "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    ),
+    "smollm3": (
+        "SmolLM3", "model.layers",
+        {**_SMALL, "num_hidden_layers": 4, "num_key_value_heads": 1, "no_rope_layers": [1, 0, 1, 0],
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "deepseek": (  # whose first layer has no experts
+        "DeepseekV3", "model.layers",
+        {**_SMALL, "num_hidden_layers": 4, "num_key_value_heads": 2, "moe_intermediate_size": 12, "n_routed_experts": 4,
+         "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
+         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8},
+    ),
 }  # fmt: skip
 STACK = [("math", 0), ("math", 1), ("math", 2), ("code", 1), ("code", 2), ("base", 3)]
 RUNS = ["math:0-3", "code:1-3", "base:3-4"]
@@ -62,7 +78,8 @@ def by_hand(kind: str, models: dict[str, Any]) -> Any:
     """The stack: embeddings of the first model, layers in turn, final norm and head of the last."""
     _, prefix, settings = CLASSES[kind]
     count = "n_layer" if "n_layer" in settings else "num_hidden_layers"
-    kinds = {"layer_types": [settings["layer_types"][n] for _, n in STACK]} if "layer_types" in settings else {}
+    lists = (key for key in ("layer_types", "no_rope_layers") if key in settings)
+    kinds = {key: [settings[key][n] for _, n in STACK] for key in lists}
     whole = network(kind, 9, **{count: len(STACK), **kinds})
     state = whole.state_dict()
     for name in state:
