@@ -155,7 +155,9 @@ def test_an_interrupt_while_an_object_is_cleared_away_is_neither_shown_nor_lost(
 
 def test_what_a_fork_is_sent_stays_with_it() -> None:
     done = script(
-        PRELUDE + "import time\nchild = os.fork()\n"
+        PRELUDE + "import time, warnings\n"
+        "warnings.simplefilter('ignore', DeprecationWarning)  # Python 3.12 warns of forks beside threads\n"
+        "child = os.fork()\n"
         "if not child:\n"
         "    while True: time.sleep(0.01)\n"
         "os.kill(child, signal.SIGTERM)\n"
