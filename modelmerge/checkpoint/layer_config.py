@@ -10,15 +10,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelmerge.checkpoint.config_file import Values
-from modelmerge.checkpoint.configs import Config, Place, text_parts
+from modelmerge.checkpoint.configs import Config, Place, parts, text_parts
 from modelmerge.errors import PlanError
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+_OF_ENCODERS = (*COUNTS, "encoder_layers", "num_encoder_layers", "depth")
+_OF_DECODERS = ("decoder_layers", "num_decoder_layers")  # beside an encoder
+_TOWERS = ("vis", "image", "audio", "speech")  # in names of lists of layers and of the configs inside one
 _NUMBERS = (  # lists of the numbers of layers
-    "attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers",
-    "moe_layers",
+    "attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "fullatt_block_indexes", "hybrid_layer_ids",
+    "mlp_only_layers", "moe_layers",
 )  # fmt: skip
-_NO_LAYERS = ("architectures", "token", "label", "keys", "language", "limit")  # in names of lists about other things
+# In names of lists about other things.
+_NO_LAYERS = ("architectures", "token", "label", "keys", "language", "limit", "index")
 _TYPES, _BLOCKS, _LETTERS = "layer_types", "layers_block_type", "hybrid_override_pattern"
 _MLPS = "mlp_layer_types"
 _CYCLE = "block_types"  # kinds that repeat where there are more layers
@@ -34,7 +38,7 @@ _LAST, _END = "num_kv_shared_layers", "moe_layer_end_index"
 # Every so many layers one is of a kind of its own: the entry that says which is the first, else the number of that, and
 # the list that says it in its place where there is one.
 _PERIODS = {
-    "attn_layer_period": ("attn_layer_offset", 0, _BLOCKS), "decoder_sparse_step": ("", -1, ""),
+    "attn_layer_period": ("attn_layer_offset", 0, _BLOCKS), "decoder_sparse_step": ("", -1, "decoder_sparse_step"),
     "expert_layer_period": ("expert_layer_offset", 0, ""), "interleave_moe_layer_step": ("", -1, "moe_layers"),
     "moe_layer_freq": ("", 0, ""), "moe_layer_interval": ("", -1, ""),
 }  # fmt: skip
@@ -43,35 +47,42 @@ _ALL = ("hidden_size_per_layer_input", "num_mem_blocks")  # a table has columns 
 _ITSELF = "scale_attn_by_inverse_layer_idx"  # a factor that goes by the number in the output
 
 
-def stacked_values(base: Config, count: int, stack: Sequence[tuple[Config, int, int]]) -> tuple[Values, list[str]]:
-    """What the base's config must say of other layers than its own, and which of its entries it cannot say it in.
+def stacked_values(
+    base: Config, count: int, stack: Sequence[tuple[Config, int, int]], prefix: str = ""
+) -> tuple[Values, list[str]]:
+    """What the base's config must say of other layers than its own, and remarks on entries that it cannot say it in.
 
     Args:
         base: The base's config; nothing is said in an empty one.
         count: The number of layers of the base.
         stack: For each layer of the output the config of the model that it is from, the number of layers that one has,
             and the layer's number there.
+        prefix: What stands before the numbers of the layers in the names of tensors.
 
     Raises:
         PlanError: No entry of the config has the number of layers, or one cannot say of what kinds they are.
     """
     if not base:
         return {}, []
+    tower = next((word for word in _TOWERS if word in prefix), None)
+    inside = text_parts(base) if tower is None else {p: part for p, part in parts(base).items() if tower in "".join(p)}
+    decodes = "decoder" in prefix and any(key in part for part in inside.values() for key in _OF_DECODERS)
+    counts = _OF_DECODERS if decodes else _OF_ENCODERS
     places = {
         place: part
-        for place, part in text_parts(base).items()
-        if any(part.get(key) == count for key in COUNTS) or _is_list(_BLOCKS, part.get(_BLOCKS), count)
+        for place, part in inside.items()
+        if any(part.get(key) == count for key in counts) or _is_list(_BLOCKS, part.get(_BLOCKS), count)
     }
-    if not places:
+    if not places and len(stack) != count:
         raise PlanError(
             f"the base's config.json has no number of layers that is {count}: "
-            f"neither {', '.join(COUNTS[:-1])} nor {COUNTS[-1]}",
+            f"neither {', '.join(counts[:-1])} nor {counts[-1]}",
             hint="say it there, so that the stacked model can be loaded",
         )
     values: dict[Place, Any] = {}
     doubtful: list[str] = []
     for place, part in places.items():
-        said: dict[str, Any] = {key: len(stack) for key in COUNTS if part.get(key) == count}
+        said: dict[str, Any] = {key: len(stack) for key in counts if part.get(key) == count}
         each = [(_part(config, place), theirs, number) for config, theirs, number in stack]
         for key in dict.fromkeys(key for config, _, _ in each for key in config if key in part):
             if key in _NUMBERS:
@@ -91,10 +102,21 @@ def stacked_values(base: Config, count: int, stack: Sequence[tuple[Config, int, 
         if part.get("out_indices") == [count]:  # a backbone whose result is its last layer's
             stages = ["stem", *(f"stage{i + 1}" for i in range(len(stack)))]
             said |= {"out_indices": [len(stack)], "out_features": stages[-1:], "stage_names": stages}
+        dense = [i for i, (config, _, number) in enumerate(each) if not _is_sparse(config, number)]
+        if dense != [i for i in range(len(each)) if not _is_sparse({**part, **said}, i)]:
+            said |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
         said |= _by_number(part, each, count, said)
         values |= {(*place, key): value for key, value in said.items()}
-        doubtful += [_ITSELF] if part.get(_ITSELF) else []
+        if part.get(_ITSELF) and [number for _, _, number in each] != list(range(len(each))):
+            doubtful.append(f"config.json tells kinds of layers by their numbers in '{_ITSELF}', and the layers have "
+                            "others here: look whether that is still right.")  # fmt: skip
     return values, doubtful
+
+
+def _is_sparse(config: Config, number: int) -> bool:
+    """Whether a layer has experts, where the config has entries of Qwen's mixtures of them."""
+    every = (number + 1) % (config.get("decoder_sparse_step") or 1) == 0
+    return every and number not in (config.get("mlp_only_layers") or ())
 
 
 def _by_number(
@@ -135,7 +157,7 @@ def _by_number(
 
 def _part(config: Config, place: Place) -> Config:
     """The part of a model's config that speaks of the layers; all of it where it has no such part."""
-    return text_parts(config).get(place, config)
+    return parts(config).get(place, config)
 
 
 def _is_list(key: str, value: Any, count: int) -> bool:

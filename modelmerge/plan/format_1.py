@@ -108,7 +108,10 @@ def merged_overrides(
     for glob in dict.fromkeys([*globs, "*", *parts, *map(layer_type, tensors), *places, *tensors]):
         here = [tensor for tensor in open_tensors if tensor == glob or fnmatch.fnmatchcase(tensor, glob)]
         if here and all(settings[tensor] == settings[here[0]] for tensor in here):
-            overrides.append((_override(glob, settings[here[0]]), here))
+            method, each = settings[here[0]]
+            if not any(map(layer_of, here)):  # nothing goes over layers there
+                each = tuple((expert, option, values[:1]) for expert, option, values in each)
+            overrides.append((_override(glob, (method, each)), here))
             open_tensors = {tensor: None for tensor in open_tensors if tensor not in here}
     needed: list[Override] = []
     for override, here in reversed(overrides):  # what says nothing is for tensors that others behind it would take

@@ -7,6 +7,9 @@ those that are merged; `base=NAME:FIRST-LAST` has another model be the base of a
 
 What comes before the layers (embeddings) is made as the first run, and what comes after them (final norm, head) as the
 last run, from their models alone.
+
+A run may be of a part of the models that has layers of its own, `vision_tower: NAME:FIRST-LAST`, or a part as a whole,
+`vision_tower: NAME NAME`. What is in no part that is named is made from all models, unless runs say otherwise.
 """
 
 from __future__ import annotations
@@ -14,17 +17,17 @@ from __future__ import annotations
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from modelmerge.checkpoint.config_file import Values
-from modelmerge.checkpoint.configs import Config, compared
+from modelmerge.checkpoint.configs import compared
 from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, is_buffer
-from modelmerge.checkpoint.layer_config import COUNTS, stacked_values
+from modelmerge.checkpoint.layer_config import stacked_values
 from modelmerge.checkpoint.leftovers import refuse_lookalikes
-from modelmerge.checkpoint.matching import is_head, match
+from modelmerge.checkpoint.matching import match
 from modelmerge.checkpoint.names import matches
 from modelmerge.checkpoint.pairing import placed
 from modelmerge.checkpoint.reader import Checkpoint
@@ -32,34 +35,28 @@ from modelmerge.errors import PlanError, UsageError, suggestion
 from modelmerge.methods import registry
 from modelmerge.plan.disagreements import disagreement
 from modelmerge.plan.overrides import BASE, Choice, Setting, layer_of, layers
+from modelmerge.plan.parts import holds, is_after, list_of_layers
 from modelmerge.plan.stacks import restack
 from modelmerge.plan.vocabulary import Tokenizers, compare, is_table, row_count
 
 PASSTHROUGH = "passthrough"  # the method that takes one model's weights as they are
-_FORM = "write it like math:0-8, 8-16 for all models, or 'math:0-8 code:4-12' for some"
+_FORM = "write it like math:0-8, 8-16 for all models, 'math:0-8 code:4-12' for some, or 'encoder: math:0-8' for a part"
 _WORD = re.compile(r"(?:(.*):)?(\d{1,9})-(\d{1,9})", re.DOTALL)
-# Words of lists of layers that are no language model's; a `vocab_projector` is a head.
-TOWERS = re.compile(r"vision|visual|audio|image|speech|(?<!b_)projector|connector|merger|resampler|abstractor|\bmtp\b")
-# What comes after the layers, but for heads: final norms, and what classifies; heads of several weights, too.
-_AFTER = re.compile(
-    r"(^|\.)(((final_?|output_|out_|post_|embedding_)?(layer_?)?norm(_f|_out)?|ln_f|ln_out|score|qa_outputs|project_out"
-    r"|out_proj|multi_choice_classifier|summary)\.[^.]+$"
-    r"|((lm_)?head|pooler|cls|(pre_)?classifier|vocab_\w+|output_layer|(gener|discrimin)ator_\w+)\.)|^decoder\.[^.]+$"
-)
-_BEFORE = re.compile(r"emb(?!edding_norm\.)|wte|wpe|pre_?la?y")
 Tensors = Mapping[str, TensorInfo]
+_ALONE = "relative_attention_bias"  # what all layers take from the first
+_BEFORE, _AFTER = -1, -2  # the numbers of what comes before a part's layers, and after them
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """A run of layers of the output, and the places of the models it is from (the base's is 0) with the first layer.
 
-    `base` is the place of the model that it names as its base, if it does.
+    `base` is the place of the model that it names as its base, if it does. A `count` of None is all of a part.
     """
 
     text: str
     sources: tuple[tuple[int, int], ...]
-    count: int
+    count: int | None
     base: int | None = None
 
     @property
@@ -173,8 +170,24 @@ class Stack:
         return [self.experts[i] for i in ends.pop()] if len(ends) == 1 else None
 
 
-def parse(text: str, names: Sequence[str], counts: Sequence[int]) -> Run:
-    """The run that a text says, of models with these names, the base's first, and so many layers each.
+def split(text: str) -> tuple[str, list[str]]:
+    """The part of the models that a text speaks of, empty where it names none, and the words of the run.
+
+    Raises:
+        UsageError: Its quotes do not match.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"'{text}': {error}", option="layers", hint=_FORM) from None
+    part = words[0].removesuffix(":") if words and words[0].endswith(":") else ""
+    return part, words[bool(part) :]
+
+
+def parse(text: str, part: str, words: Sequence[str], names: Sequence[str], counts: Sequence[int]) -> Run:
+    """The run that a text says in these words, of models with these names, the base's first, and so many layers each.
+
+    A name without layers is all of a `part`, or of the base.
 
     Raises:
         UsageError: It is none, or names a model or layers that there are not.
@@ -183,36 +196,66 @@ def parse(text: str, names: Sequence[str], counts: Sequence[int]) -> Run:
     def refusal(why: str, hint: str | None = _FORM) -> UsageError:
         return UsageError(f"'{text}': {why}", option="layers", hint=hint)
 
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise refusal(str(error)) from None
-    spans: dict[int, tuple[int, int]] = {}
+    spans: dict[int, tuple[int, int] | None] = {}
     bases: list[int] = []
     for word in words:
-        form = _WORD.fullmatch(word)
-        if form is None or (form[1] is None and len(words) > 1):
+        form, name, span = _WORD.fullmatch(word), word, None
+        if form is not None:
+            name, span = form[1], (int(form[2]), int(form[3]))
+        whole = form is None and (part or word == BASE) and word.removeprefix(f"{BASE}=") in names
+        if not (whole or form) or (name is None and len(words) > 1):
             raise refusal(f"'{word}' is not {'NAME:' if len(words) > 1 else '[NAME:]'}FIRST-LAST")
-        first, last = int(form[2]), int(form[3])
-        if first >= last:
-            raise refusal(f"{first}-{last} holds no layer: the last is not part of it")
-        name = form[1] if form[1] is None or form[1] in names else form[1].removeprefix(f"{BASE}=")
-        if name is not None and name not in names:
-            raise refusal(f"there is no model '{name}'",
-                          suggestion(name, names, f"there are: {', '.join(names)}"))  # fmt: skip
-        bases += [0 if name is None else names.index(name)] if name in (None, BASE) or name != form[1] else []
-        for model in range(len(names)) if name is None else [names.index(name)]:
-            if last > counts[model]:
+        if span is not None and span[0] > span[1]:
+            raise refusal(f"{span[0]}-{span[1]} holds no layer: the last is not part of it")
+        plain = name if name is None or name in names else name.removeprefix(f"{BASE}=")
+        if plain is not None and plain not in names:
+            raise refusal(f"there is no model '{plain}'",
+                          suggestion(plain, names, f"there are: {', '.join(names)}"))  # fmt: skip
+        bases += [0 if plain is None else names.index(plain)] if plain in (None, BASE) or plain != name else []
+        for model in range(len(names)) if plain is None else [names.index(plain)]:
+            if span is not None and span[0] < span[1] > counts[model]:
                 raise refusal(f"'{names[model]}' has {counts[model]} layers", f"the last is {counts[model]} at most")
             if model in spans:
                 raise refusal(f"names '{names[model]}' twice", "name the model twice among the experts, NAME=REF each")
-            spans[model] = first, last
-    if len({last - first for first, last in spans.values()}) != 1:
+            spans[model] = span
+    if len({span and span[1] - span[0] for span in spans.values()}) != 1:
         raise refusal("needs as many layers of each model" if spans else "names no layers")
     if len(bases) > 1:
         raise refusal("names two bases", "name the base among the experts too, NAME=REF, to merge it into another")
-    first, last = next(iter(spans.values()))
-    return Run(text, tuple((model, span[0]) for model, span in spans.items()), last - first, *bases)
+    first = next(iter(spans.values()))
+    sources = tuple((model, span[0] if span else 0) for model, span in spans.items())
+    return Run(text, sources, first and first[1] - first[0], *bases)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of the models: what is in it, what stands before the numbers of its layers, and its runs.
+
+    The prefix is None where the part is made as a whole, as it is where nothing is said of it.
+    """
+
+    name: str
+    holds: Callable[[str], bool]
+    prefix: str | None
+    texts: Sequence[tuple[str, Sequence[str]]]
+
+
+def _parts(base: Checkpoint, texts: Sequence[str]) -> list[_Part]:
+    """The parts that the texts speak of, in that order, and last what is in none of them."""
+    said: dict[str, list[tuple[str, Sequence[str]]]] = {}
+    for text in texts:
+        part, words = split(text)
+        said.setdefault(part, []).append((text, words))
+    inside = {part: holds(part, base.tensors) for part in said if part}
+    inside[""] = lambda name: not any(each(name) for part, each in inside.items() if part)
+    found = []
+    for part, each in inside.items():
+        runs = said.get(part, [])
+        names = [name for name in base.tensors if each(name)]
+        layered = any(_WORD.fullmatch(word) for _, words in runs for word in words)
+        prefix = list_of_layers(names, base.config, base.reference.text) if layered else None
+        found.append(_Part(part, each, prefix, runs))
+    return found
 
 
 def stacked(
@@ -230,69 +273,36 @@ def stacked(
     if BASE in (expert.name for expert in experts):
         raise UsageError(f"an expert is called '{BASE}', which is the base here", option="layers",
                          hint="name it otherwise, NAME=REF")  # fmt: skip
-    prefix = list_of_layers(base.tensors, _said(base.config), base.reference.text)
-    experts = _matched(base, experts, prefix, exclude)
+    parts = _parts(base, texts)
+    experts = _matched(base, experts, [part.prefix for part in parts if part.prefix], exclude)
     models = (base, *experts)
-    own = layers(base.tensors)[prefix]
-    counts = [own if model.vector is not None else layers(model.tensors).get(prefix, 0) for model in models]
-    runs = [parse(text, [BASE, *(expert.name for expert in experts)], counts) for text in texts]
-    views = _Views(models, prefix)
-    views.take(runs[0], 0, views.before, lambda name: name)
-    number = 0
-    for run in runs:
-        for step in range(run.count):
-            front = f"{prefix}.{number}."
-            views.take(run, step, views.layer, lambda end, front=front: front + end)  # type: ignore[misc]
-            number += 1
-    views.take(runs[-1], 0, views.after, lambda name: name)
-    first = [(run.sources[0], step) for run in runs for step in range(run.count)]
-    each = [(models[m].config or base.config, counts[m], start + step) for (m, start), step in first]
-    config, doubtful = stacked_values(base.config, own, each)
-    remarks = [
-        f"config.json tells kinds of layers by their numbers in '{key}', and the layers have others here: look whether "
-        "that is still right."
-        for key in doubtful
-        if [number for _, _, number in each] != list(range(len(each)))
-    ]
-    return views.stack(config, tuple(remarks))
-
-
-def list_of_layers(names: Iterable[str], said: Sequence[object], where: str) -> str:
-    """What stands before the numbers of a model's layers, as `model.layers`; of several lists, the language model's.
-
-    Args:
-        names: The names of its tensors.
-        said: The numbers of layers that its config names.
-        where: What the model is called.
-
-    Raises:
-        PlanError: There is no one such list.
-    """
-    count = layers(names)
-    lists = {prefix: n for prefix, n in count.items() if not TOWERS.search(prefix)} or count
-    two = any("encoder" in prefix for prefix in lists) and any("decoder" in prefix for prefix in lists)
-    if len(lists) > 1 and not two and len(fitting := {prefix: n for prefix, n in lists.items() if n in said}) == 1:
-        lists = fitting
-    if len(lists) != 1:
-        some = ", ".join(f"{prefix} ({n})" for prefix, n in count.items())
-        raise PlanError(
-            f"{where} has {f'several lists of layers: {some}' if count else 'no numbered layers'}",
-            hint="layers can be taken from models that have one list of them",
-        )
-    return next(iter(lists))
-
-
-def _said(config: Config) -> list[object]:
-    """The numbers of layers in a config, and in those inside it."""
-    return [part.get(key) for part in (config, *config.values()) if isinstance(part, dict) for key in COUNTS]
+    names = [BASE, *(expert.name for expert in experts)]
+    views = _Views(models, parts)
+    values: Values = {}
+    remarks: list[str] = []
+    for part in parts:
+        prefix = part.prefix or ""
+        own = layers(base.tensors).get(prefix, 0)
+        counts = [own if model.vector is not None else layers(model.tensors).get(prefix, 0) for model in models]
+        runs = [parse(text, part.name, words, names, counts) for text, words in part.texts]
+        runs = runs or [Run("the rest of all models", tuple((model, 0) for model in range(len(models))), None, 0)]
+        if part.prefix is None and len(runs) > 1:
+            raise UsageError(f"'{runs[1].text}': the part is made twice", option="layers", hint=_FORM)
+        stack = views.put_together(part, runs)
+        if prefix:
+            each = [(models[model].config or base.config, counts[model], number) for model, number in stack]
+            said, doubtful = stacked_values(base.config, own, each, prefix)
+            values = {**values, **said}
+            remarks += doubtful
+    return views.stack(values, tuple(remarks))
 
 
 def _matched(
-    base: Checkpoint, experts: Sequence[Checkpoint], prefix: str, exclude: Sequence[str]
+    base: Checkpoint, experts: Sequence[Checkpoint], prefixes: Sequence[str], exclude: Sequence[str]
 ) -> tuple[Checkpoint, ...]:
     """The experts by the base's names, of which the base may have fewer layers."""
-    ours = layers(base.tensors)[prefix]
-    last = {name: info for name, info in base.tensors.items() if layer_of(name) == (prefix, ours - 1)}
+    ends = {(prefix, layers(base.tensors)[prefix] - 1) for prefix in prefixes}
+    last = {name: info for name, info in base.tensors.items() if layer_of(name) in ends}
     found: list[Checkpoint] = []
     complaints: list[str] = []
 
@@ -301,9 +311,11 @@ def _matched(
 
     for expert in compared(base, [placed(base, expert) for expert in experts]):
         tall = dict(base.tensors)
-        for number in range(ours, max(layers(expert.tensors).values(), default=0)):
-            for name, info in last.items():
-                other = f"{prefix}.{number}.{name[len(f'{prefix}.{ours - 1}.') :]}"
+        most = max(layers(expert.tensors).values(), default=0)
+        for name, info in last.items():
+            prefix, number = layer_of(name) or ("", 0)
+            for more in range(number + 1, most):
+                other = name.replace(f"{prefix}.{number}.", f"{prefix}.{more}.", 1)
                 tall[other] = replace(info, name=other, file=Path(other))  # tied to none
         grown = replace(base, tensors=tall)
         one, unsure = match(grown, restack(grown, expert), merges)
@@ -318,42 +330,49 @@ def _matched(
 class _Views:
     """The models as they are put together, tensor by tensor."""
 
-    def __init__(self, models: Sequence[Checkpoint], prefix: str) -> None:
+    def __init__(self, models: Sequence[Checkpoint], parts: Sequence[_Part]) -> None:
         self._models = models
-        self._layers: list[dict[int, dict[str, TensorInfo]]] = []
-        self._others: list[dict[str, TensorInfo]] = []
+        # Of each model, by part and number of the layer, tensors by the ends of their names; others by their names.
+        self._content: list[dict[tuple[str, int], dict[str, TensorInfo]]] = []
         self._same = [model.vector.unchanged if model.vector is not None else frozenset() for model in models]
-        self._prefix = prefix
         for model in models:
-            inside: dict[int, dict[str, TensorInfo]] = defaultdict(dict)
-            outside: dict[str, TensorInfo] = {}
+            content: dict[tuple[str, int], dict[str, TensorInfo]] = defaultdict(dict)
             for name, info in model.tensors.items():
+                part = next(part for part in parts if part.holds(name))
                 front, number = layer_of(name) or ("", 0)
-                if front == prefix:
-                    inside[number][name[len(f"{prefix}.{number}.") :]] = info
+                if part.prefix and front == part.prefix:
+                    content[part.name, number][name[len(f"{front}.{number}.") :]] = info
                 else:
-                    outside[name] = info
-            self._layers.append(inside)
-            self._others.append(outside)
+                    after = part.prefix is not None and is_after(name, part.prefix)
+                    content[part.name, _AFTER if after else _BEFORE][name] = info
+            self._content.append(content)
         self._tensors: list[dict[str, TensorInfo]] = [{} for _ in models]
         self._unchanged: list[set[str]] = [set() for _ in models]
         self._lent: list[dict[Path, int]] = [{} for _ in models]  # files of other models, and whose they are
         self._read: list[set[Path]] = [set() for _ in models]
         self._origins: dict[str, Origin] = {}
 
-    def layer(self, model: int, number: int) -> Tensors:
-        """A model's tensors in a layer, by the ends of their names."""
-        return self._layers[model].get(number, {})
+    def put_together(self, part: _Part, runs: Sequence[Run]) -> list[tuple[int, int]]:
+        """Add a part as its runs make it; the model and the layer of it that each of its layers is from."""
 
-    def before(self, model: int, _: int) -> Tensors:
-        """A model's tensors that come before its layers, or beside them."""
-        return {name: info for name, info in self._others[model].items() if not is_after(name, self._prefix)}
+        def content(place: int | None) -> Callable[[int, int], Tensors]:
+            return lambda model, number: self._content[model].get((part.name, number if place is None else place), {})
 
-    def after(self, model: int, _: int) -> Tensors:
-        """A model's tensors that come after its layers."""
-        return {name: info for name, info in self._others[model].items() if is_after(name, self._prefix)}
+        self._take(runs[0], 0, content(_BEFORE), str)
+        origins: list[tuple[int, int]] = []
+        for run in runs:
+            for step in range(run.count or 0):
+                front = f"{part.prefix}.{len(origins)}."
+                self._take(run, step, content(None), front.__add__)
+                origins.append((run.sources[0][0], run.sources[0][1] + step))
+        self._take(runs[-1], 0, content(_AFTER), str)
+        alone = [name for name in self._models[0].tensors if name.startswith(f"{part.prefix}.0.") and _ALONE in name]
+        if origins and (lost := set(alone) - self._origins.keys()):
+            raise UsageError(f"'{runs[0].text}': the first layer must be a model's first: it alone has {lost.pop()}",
+                             option="layers", hint="begin with layer 0")  # fmt: skip
+        return origins
 
-    def take(self, run: Run, step: int, content: Callable[[int, int], Tensors], name_of: Callable[[str], str]) -> None:
+    def _take(self, run: Run, step: int, content: Callable[[int, int], Tensors], name_of: Callable[[str], str]) -> None:
         """Add what a run makes of its models' content, which goes by names in the output."""
         first, start = next((source for source in run.sources if source[0] == run.base), run.sources[0])
         # An adapter is a change to the base's tensor of its own layer.
@@ -364,10 +383,10 @@ class _Views:
         base = content(stand[0], stand[1] + step)
         merged = [source for source in run.sources if source[0] != (run.base or 0)]
         sources = [(m, n) for m, n in merged if not run.lone or self._models[m].vector is not None]
-        origin = Origin(run, tuple(m - 1 for m, _ in sources), stand[0])
         for end, info in base.items():
             name = name_of(end)
-            self._origins[name] = origin
+            have = (m - 1 for m, n in sources if _ALONE not in end or end in content(m, n + step))
+            self._origins[name] = Origin(run, tuple(have), stand[0])
             self._put(0, name, info, stand[0])
         for model, number in sources:
             theirs = content(model, number + step)
@@ -418,13 +437,6 @@ class _Views:
         for view, lent in zip(views, self._lent, strict=True):
             view.lenders = {**view.lenders, **{file: views[owner] for file, owner in lent.items()}}
         return Stack(views[0], tuple(views[1:]), self._origins, config, remarks)
-
-
-def is_after(name: str, prefix: str) -> bool:
-    """Whether a tensor comes after the layers whose names begin with the prefix, by its own name."""
-    if TOWERS.search(name) and not TOWERS.search(prefix):  # a tower has an end of its own, and comes as a whole
-        return False
-    return is_head(name) or (_AFTER.search(name) is not None and not _BEFORE.search(name))
 
 
 def of_sources(setting: Setting, method: str | None, sources: tuple[int, ...] | None) -> Setting:

@@ -30,17 +30,18 @@ from modelmerge.plan.mergekit_models import (
     Slice,
     Source,
     check_keys,
+    keeps_nothing,
     names_of,
     near,
-    of_modules,
-    part_of,
     runs_of,
     spread,
     together,
+    with_ends,
 )
 from modelmerge.plan.mergekit_parameters import Scopes, read_options, strays
 from modelmerge.plan.mergekit_tokens import Tokens, read_tokens
 from modelmerge.plan.overrides import BASE, WEIGHT, Override
+from modelmerge.plan.parts import holds
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 
@@ -58,33 +59,36 @@ class Translated:
     recipe: Recipe
     variations: tuple[Variation | InSlice, ...]
     remarks: tuple[str, ...]
-    layers: int = 0
     modules: tuple[str, ...] = ()  # that it merges, where it names some: the base's others stay
     stages: Mapping[str, Translated] = field(default_factory=dict)  # what is merged before it, by name, in order
 
     def overrides(self, tensors: Iterable[str]) -> tuple[str, ...]:
         """The overrides of the recipe, for a base with tensors of these names."""
         names = list(tensors)
-        inside = {tensor for module in self.modules for tensor in part_of(module, names)}
+        inside = {tensor for module in self.modules for tensor in filter(holds(module, names), names)}
+        variations = spread(self.variations, names)
+        if self.recipe.options.get("consensus") == "linear" and any(map(keeps_nothing, variations)):
+            variations = [replace(each, steps=True) for each in variations]  # a scale follows from the weights
         overrides = merged_overrides(
-            names, spread(self.variations, names, self.layers),
+            names, variations,
             lambda tensor: BASE if self.modules and tensor not in inside else None,
         )  # fmt: skip
         return tuple(str(self._as_here(each)) for each in overrides)
 
     def _as_here(self, override: Override) -> Override:
-        """An override that says what mergekit means.
-
-        Raises:
-            RecipeError: A model of which nothing is kept has a weight in a mean.
-        """
+        """An override that says what mergekit means."""
         options, values = self.recipe.options, override.values
         if "factor" in values and self.recipe.method != PASSTHROUGH:
-            return Override(override.tensors, PASSTHROUGH, {"factor": values["factor"]})
+            return Override(override.tensors, PASSTHROUGH,
+                            {"factor": "1" if values.get("reduce") == "mean" else values["factor"]})  # fmt: skip
         none = {e for (e, option), text in override.experts.items() if (option, text) == ("density", as_text(NOTHING))}
-        if none and options.get("consensus") == "linear" and "mean" in (values.get("reduce"), options["reduce"]):
-            raise RecipeError(f"density: 0 of {', '.join(sorted(none))} with normalize cannot be honoured",
-                              hint="leave the model out there by the weight 0")  # fmt: skip
+        if none and options.get("consensus") == "linear" and values.get("reduce", options.get("reduce")) == "mean":
+            # What keeps nothing counts in the mean nevertheless.
+            assert isinstance(self.recipe.weights, Mapping), "a file says numbers"
+            said = {e: float(text) for (e, option), text in override.experts.items() if option == WEIGHT}
+            total = sum({**self.recipe.weights, **said}.values())
+            scale = float({**options, **values}["scale"]) / (total if abs(total) >= 1e-8 else 1.0)
+            values = {**values, "reduce": "sum", "scale": as_text(scale)}
         experts = {key: text for key, text in override.experts.items() if key[0] not in none}
         if "reduce" in values and "scale" in options:
             # The scale would follow from the number of experts; mergekit's stays.
@@ -154,7 +158,6 @@ class _Translation:
         self.complaints: list[str] = []
         self.remarks: list[str] = []
         self.variations: Sequence[Variation | InSlice] = ()
-        self.layers = 0
         self.modules: tuple[str, ...] = ()
         self.names: Mapping[str, str] = {}  # of the models here, by their references
 
@@ -175,7 +178,7 @@ class _Translation:
         if recipe is None:
             return None
         recipe = replace(recipe, **tokens._asdict())
-        return Translated(recipe, tuple(self.variations), tuple(self.remarks), self.layers, self.modules)
+        return Translated(recipe, tuple(self.variations), tuple(self.remarks), self.modules)
 
     def _row(self, name: Any) -> Row | None:
         if isinstance(name, str) and name in METHODS:
@@ -236,37 +239,34 @@ class _Translation:
         first = base if base is not None else next(iter(references), None)
         if first is None or not slices:
             return None
-        seen = base if row.based else None  # from where task vectors are seen
-        if row.inputs == "one" and spans:
-            seen = first  # layers of it are taken by its own name
-        if not row.based:
-            slices = [replace(each, base=seen) for each in slices]
         # A module of the base alone stays as it is.
         whole = base if row.inputs == "deltas" else first if row.inputs == "one" else None
         slices = [each for each in slices if not each.is_of(whole)] or slices
+        slices = with_ends(slices, base if row.inputs == "deltas" else None)
+        # What is made of some models alone is told as runs: layers, modules of other models each, and the base alone.
+        lists = {frozenset(s.reference for s in each.sources) - {base if row.based else None} for each in slices}
+        apart = bool(spans) or len(lists) > 1 or lists == {frozenset()}
+        seen = base if row.based else None  # from where task vectors are seen
+        if row.inputs == "one" and apart:
+            seen = first  # layers of it are taken by its own name
+        if not row.based:
+            slices = [replace(each, base=seen) for each in slices]
         # A model that is the base of one slice may be merged in another.
         others = [s.reference for each in slices for s in each.sources if not s.reference == each.base == seen]
-        names = names_of(others, sliced=bool(spans))
-        read = [self._read(row, each, each.base, names) for each in slices]
+        names = names_of(others, sliced=apart)
+        read = [self._read(row, each, each.base, names, apart=apart) for each in slices]
         self.names = names if seen is None else {**names, seen: BASE}
         self.modules = tuple(dict.fromkeys(each.module for each in slices if each.module))
-        own = [i for i, each in enumerate(slices) if not each.module or any(s.span for s in each.sources)]
-        stack, of_it = [slices[i] for i in own], [read[i] for i in own]
-        if len(own) > 1 or any(start for start, _ in spans):  # layers get other numbers
-            options, weights, self.variations = together(stack, of_it, names)
+        if self.modules or len(slices) > 1 or any(start for start, _ in spans):  # layers get other numbers
+            options, weights, self.variations = together(slices, read, names)
         else:
-            options, weights, self.variations = of_it[0] if own else ({}, {}, ())
-        beside = [(each, read[i]) for i, each in enumerate(slices) if i not in own]
-        more = of_modules(beside, stack, names, row, self.complain)
-        options, weights, self.variations = {**more[0], **options}, {**more[1], **weights}, [*self.variations, *more[2]]
-        self.layers = sum(next((source.span[1] - source.span[0] for source in each.sources if source.span), 0)
-                          for each in slices)  # fmt: skip
+            options, weights, self.variations = read[0]
         self.remarks = list(dict.fromkeys([*self.remarks, *([row.remark] if row.remark else [])]))
         return Recipe(
             method=row.method, base=first,
             experts=tuple(f"{name}={reference}" for reference, name in names.items()),
             options={**row.fixed, **(row.alone if base is None else {}), **options}, weights=weights, dtype=dtype,
-            layers=runs_of(slices, names, seen), whole_experts=True,
+            layers=runs_of(slices, names, seen) if apart else (), whole_experts=True,
         )  # fmt: skip
 
     def _with_base(self, row: Row, base: str | None, each: Slice) -> Slice:
@@ -285,13 +285,13 @@ class _Translation:
             self.complain(f"{each.path}.sources", f"'{base}' is missing: mergekit needs the base_model in each slice")
         return each
 
-    def _read(self, row: Row, each: Slice, base: str | None, names: Mapping[str, str]) -> Read:
+    def _read(self, row: Row, each: Slice, base: str | None, names: Mapping[str, str], *, apart: bool) -> Read:
         """The parameters of a slice."""
         models = [
             source for source in each.sources if row.inputs == "one" or not self._is_base(source, base, each.shared)
         ]
         fewest, most = row.experts
-        lone = len(each.sources) == 1 and each.sources[0].span is not None and (fewest, most) == (1, None)
+        lone = apart and len(each.sources) == 1 and (fewest, most) == (1, None) and (models or row.inputs != "either")
         if not fewest <= len(models) <= (most or len(models)) and not lone:
             takes = f"{fewest}" if most == fewest else f"at least {fewest}"
             besides = "" if row.inputs == "one" else " besides the base"
@@ -303,14 +303,16 @@ class _Translation:
         self.remarks += strays(row, shared, nearest)
         experts = {names[model.reference]: model.scopes for model in models if model.reference in names}
         options, weights, variations = read_options(row, shared, experts, self.complain)
+        if row.method == "multislerp" and len(models) == 1:  # it stays as it is there, whatever it weighs
+            return {**options, "reduce": "mean"}, dict.fromkeys(experts, 1.0), ()
         if not lone or row.inputs == "one":
             return options, weights, variations
-        if row.inputs == "members" and any(variation.option == "reduce" for variation in variations):
-            self.complain(each.path, "of one model, normalize must be the same for all tensors")
-        if options.get("reduce") != "sum" or row.inputs != "members":
+        means = [Variation("reduce", (options.get("reduce"),)), *(v for v in variations if v.option == "reduce")]
+        if row.inputs != "members" or not any("sum" in each.values for each in means):
             return {}, {}, ()  # the layers as they are
         said = [*(Variation(WEIGHT, (value,)) for value in weights.values()), *variations]
-        return {}, {}, [replace(each, option="factor", expert=None) for each in said]
+        factors = [replace(each, option="factor", expert=None) for each in said if each.option == WEIGHT]
+        return {}, {}, [*(each for each in means if each.values != (None,)), *factors]
 
     def _is_base(self, model: Source, base: str | None, shared: Scopes) -> bool:
         if model.reference != base:

@@ -163,7 +163,7 @@ class References:
             model = self._model(front)
             if not front or not adapter:
                 raise ValueError(f"must be MODEL+ADAPTER, not {shown(entry)}")
-        return adapter if model == base else f"{model}+{adapter}"
+        return _local(adapter) if model == base else f"{model}+{_local(adapter)}"
 
     def _model(self, path: str) -> str:
         if path in self._names:
@@ -171,7 +171,13 @@ class References:
         if self._names and "/" not in path and not Path(path).expanduser().exists():
             near = suggestion(path, sorted(self._names), f"there are: {', '.join(sorted(self._names))}")
             raise ValueError(f"'{path}' is no document of this file, and nothing here is called so; {near}")
-        return path
+        return _local(path)
+
+
+def _local(path: str) -> str:
+    """A path, without its revision where there is a folder: it has none."""
+    front, _, _ = path.rpartition("@")
+    return front if front and Path(front).is_dir() and not Path(path).exists() else path
 
 
 def _path(entry: Any) -> str:

@@ -94,9 +94,9 @@ _CHANCE = (
 )
 _POSITIVE = (0.0, math.inf)
 # nuslerp's two parameters are one option: `nuslerp_row_wise` has an effect only without `nuslerp_flatten`.
-FLATTEN = Parameter("nuslerp_flatten", "scope", True, words={True: "tensor", False: "row"})
+FLATTEN = Parameter("nuslerp_flatten", "scope", True, words={True: "tensor", False: "line"})
 ROW_WISE = Parameter(
-    "nuslerp_row_wise", "scope", False, words={True: "column", False: "row"},
+    "nuslerp_row_wise", "scope", False, words={True: "column", False: "line"},
     outcome=f"without nuslerp_flatten, true is `{named('scope')} column`",
 )  # fmt: skip
 
@@ -145,7 +145,7 @@ METHODS: Mapping[str, Row] = {
     ),
     "model_stock": Row(
         "model-stock",
-        (Parameter("filter_wise", "scope", False, words={True: "row", False: "tensor"}),),
+        (Parameter("filter_wise", "scope", False, words={True: "line", False: "tensor"}),),
         {"unbounded": True},
         experts=(2, None),
     ),

@@ -10,19 +10,19 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from modelmerge.checkpoint.documents import shown
 from modelmerge.checkpoint.reference import STAGE
-from modelmerge.errors import RecipeError, suggestion
+from modelmerge.errors import suggestion
 from modelmerge.plan.format_1 import Variation
-from modelmerge.plan.layers import TOWERS, is_after, list_of_layers
-from modelmerge.plan.mergekit_methods import KNOWN, Row
+from modelmerge.plan.mergekit_methods import KNOWN, NOTHING
 from modelmerge.plan.mergekit_parameters import Complain, Filtered, Scopes, read_as
-from modelmerge.plan.overrides import BASE, WEIGHT, Curve, layer_of, layers
+from modelmerge.plan.overrides import BASE, WEIGHT, Curve, layer_of
+from modelmerge.plan.parts import holds, is_after, list_of_layers
 
 _ALIKE = 0.75  # how like a key another is that was probably meant: a note on it would be overlooked
 
@@ -48,6 +48,11 @@ class Slice:
     sources: tuple[Source, ...]
     base: str | None = None
     module: str = ""
+
+    @property
+    def count(self) -> int:
+        """The number of its layers; 0 where models stand side by side."""
+        return next((source.span[1] - source.span[0] for source in self.sources if source.span is not None), 0)
 
     def is_of(self, model: str | None) -> bool:
         """Whether it is a module of that model alone, as it is: without a passthrough's `scale`."""
@@ -133,8 +138,8 @@ class Reader:
         try:
             first, last = (read_as(int, number) for number in (entry if isinstance(entry, list) else ()))
         except ValueError:
-            first = last = 0
-        if not 0 <= first < last:
+            first, last = 1, 0
+        if not 0 <= first <= last:
             self._complain(path, f"must be [FIRST, LAST], the LAST not being part of it, not {shown(entry)}")
             return 0, 1
         return first, last
@@ -202,16 +207,37 @@ def _name(reference: str) -> str:
     return re.sub(r"[^\w.\-]", "-", last).lstrip("_.-") or "model"
 
 
+def with_ends(slices: Sequence[Slice], needed: str | None) -> list[Slice]:
+    """The slices, with one of no layers behind the last of a part where that has more models than the part's first.
+
+    mergekit makes what comes after the layers from as many models as the first slice has, unless that leaves out the
+    model that is needed.
+    """
+    found: list[Slice] = []
+    for module in dict.fromkeys(each.module for each in slices):
+        own = [each for each in slices if each.module == module]
+        few = tuple(replace(s, span=s.span and (s.span[1], s.span[1])) for s in own[-1].sources[: len(own[0].sources)])
+        shorter = bool(own[0].sources) and len(few) < len(own[-1].sources) and few[0].span is not None
+        ends = [replace(own[-1], sources=few)] if shorter and needed in (None, *(s.reference for s in few)) else []
+        found += [*own, *ends]
+    return found
+
+
+def keeps_nothing(variation: Variation) -> bool:
+    """Whether it is a density of 0."""
+    return variation.option == "density" and min(variation.values) <= NOTHING
+
+
 def runs_of(slices: Sequence[Slice], names: Mapping[str, str], base: str | None) -> tuple[str, ...]:
-    """The slices as `--layers` says them; nothing where models stand side by side. `base` is that of the whole."""
+    """The slices as `--layers` says them; `base` is that of the whole."""
     runs = []
     for each in slices:
-        words = []
+        words = [f"{each.module}:"] if each.module else []
         for source in each.sources:
             is_base = source.reference == each.base
             name = BASE if is_base and each.base == base else f"{BASE}=" * is_base + names[source.reference]
-            words += [f"{name}:{source.span[0]}-{source.span[1]}"] if source.span else []
-        runs += [shlex.join(words)] if words else []
+            words.append(f"{name}:{source.span[0]}-{source.span[1]}" if source.span else name)
+        runs.append(shlex.join(words))
     return tuple(runs)
 
 
@@ -226,6 +252,8 @@ class InSlice:
 
     Args:
         variation: The value; its filter goes by the names that tensors have in the expert, if it is one's.
+        module: The part of the models that it is for, or empty for the whole.
+        total: The number of that part's layers in the output.
         first: The slice's first layer in the output.
         count: The number of its layers.
         shift: How far the expert's layers lie behind the output's.
@@ -233,6 +261,8 @@ class InSlice:
     """
 
     variation: Variation
+    module: str
+    total: int
     first: int
     count: int
     shift: int
@@ -250,7 +280,7 @@ class InSlice:
 
     def depth(self, tensor: str, prefix: str) -> float | None:
         """How deep in the slice a tensor lies; None for one of another."""
-        front, number = layer_of(tensor) or ("", 0)
+        front, number = layer_of(tensor) or (None, 0)
         if front != prefix:
             return 0.0 if self.ends[is_after(tensor, prefix)] else None
         place = number - self.first
@@ -298,14 +328,14 @@ def _glob(place: tuple[str, int] | None, only: str | None) -> str | None:
 
 def together(
     slices: Sequence[Slice], read: Sequence[Read], names: Mapping[str, str]
-) -> tuple[dict[str, Any], dict[str, float], list[InSlice]]:
+) -> tuple[dict[str, Any], dict[str, float], list[InSlice | Variation]]:
     """The options and weights of several slices, and what differs in some.
 
     A slice that is one model's layers as they are needs none.
     """
     options: dict[str, Any] = {}
     weights: dict[str, float] = {}
-    vary: list[InSlice] = []
+    vary: list[InSlice | Variation] = []
     plain = [{(None, o): v for o, v in each[0].items()} | {(e, WEIGHT): w for e, w in each[1].items()} for each in read]
     for key in dict.fromkeys(key for each in plain for key in each):
         value = next(each[key] for each in plain if key in each)
@@ -313,103 +343,53 @@ def together(
             options[key[1]] = value
         else:
             weights[str(key[0])] = value
-    first = 0
+    totals: Counter[str] = Counter()
+    for each in slices:
+        totals[each.module] += each.count
+    modules = [each.module for each in slices]
+    first: Counter[str] = Counter()
     for i, (each, settings, (_, _, variations)) in enumerate(zip(slices, plain, read, strict=True)):
         spans = {names.get(source.reference, BASE): source.span for source in each.sources if source.span is not None}
-        count = next((last - start for start, last in spans.values()), 0)
-        ends = (i == 0, i == len(slices) - 1)
-        for (expert, option), value in settings.items():
-            if value != (options[option] if expert is None else weights[expert]):
-                vary.append(InSlice(Variation(option, (value,), expert), first, count, 0, ends))
-        for variation in variations:
+        module, start = each.module, first[each.module]
+        first[module] += each.count
+        ends = (module not in modules[:i], module not in modules[i + 1 :])
+        differ = [Variation(option, (value,), expert) for (expert, option), value in settings.items()
+                  if value != (options[option] if expert is None else weights[expert])]  # fmt: skip
+        if any(map(keeps_nothing, variations)):  # the mean there is of the models of the slice
+            here = {names.get(source.reference) for source in each.sources}
+            differ += [Variation(WEIGHT, (0.0,), name) for name in names.values() if name not in here]
+        for v in [*differ, *variations]:
+            if not spans:
+                vary.append(_Named(v.option, v.values, v.expert, v.tensors, v.steps, v.ends, module=module))
+                continue
             # Where there is one source, all that is said is said of it.
-            source = variation.expert if len(spans) > 1 else next(iter(spans), None)
-            shift = spans[source][0] - first if source in spans else 0
-            vary.append(InSlice(variation, first, count, shift, ends))
-        first += count
+            source = v.expert if len(spans) > 1 else next(iter(spans))
+            shift = spans[source][0] - start if source in spans else 0
+            vary.append(InSlice(v, module, totals[module], start, each.count, shift, ends))
     return options, weights, vary
 
 
-def of_modules(
-    pairs: Sequence[tuple[Slice, Read]], stack: Sequence[Slice], names: Mapping[str, str], row: Row, complain: Complain
-) -> Read:
-    """The options and weights of modules, and what is said in each; a model that one does not list weighs 0 there.
-
-    Args:
-        pairs: The models of each, and what was read of them.
-        stack: The slices of another module, which the tensors outside its layers are made with the first of.
-        names: The names of all models.
-        row: The method.
-        complain: Hears of models that do not fit together.
-    """
-    options: dict[str, Any] = {}
-    weights: dict[str, float] = {}
-    vary: list[Variation] = []
-    for other in {each.module: each for each in stack if TOWERS.search(each.module)}.values():
-        complain(other.path, "layers of the language model alone can be stacked; list the models of this module")
-    weighted = any(parameter.option == WEIGHT for parameter in row.parameters)
-    shared = {source.reference for each in stack[:1] for source in each.sources} or {*names}
-    for each, (mine, weighs, variations) in pairs:
-        listed = {source.reference for source in each.sources} - {each.base}
-        lacking = [name for reference, name in names.items() if reference in shared - listed]
-        if not listed <= shared or (lacking and not weighted):
-            complain(each.path, f"must be those of {'the first slice' if stack else 'all modules with this method'}: "
-                     + ", ".join(sorted(shared)))  # fmt: skip
-        weighs = {**weighs, **dict.fromkeys(lacking, 0.0)}
-        options, weights = {**mine, **options}, {**weighs, **weights}
-        said = [*(Variation(option, (value,)) for option, value in mine.items()),
-                *(Variation(WEIGHT, (value,), name) for name, value in weighs.items()), *variations]  # fmt: skip
-        vary += [_Named(v.option, v.values, v.expert, v.tensors, v.steps, v.ends, module=each.module) for v in said]
-    return options, weights, vary
-
-
-# Modules of the architectures that mergekit has tables of; where it infers them, they go by what is before the numbers
-# of their layers, and what lies outside all layers is the default one.
-_PARTS = {
-    "text_decoder": r"^(?!.*(vision|visual|multi_modal_projector))",
-    "multi_modal_projector": r"multi_modal_projector|(^|\.)visual\.(merger|deepstack_merger)",
-    **dict.fromkeys(("vision_tower", "vision_model"), r"vision_(tower|model)|(^|\.)visual\.(?!(deepstack_)?merger)"),
-    "shared": r"^(shared|lm_head)\.",
-}
-
-
-def part_of(module: str, tensors: Sequence[str]) -> list[str]:
-    """The tensors of a module, of those of a model.
-
-    Raises:
-        RecipeError: It has none.
-    """
-    lists = layers(tensors)
-    if module == "default":
-        return [tensor for tensor in tensors if len(lists) < 2 or layer_of(tensor) is None]
-    # What is `model.language_model.` in memory may be `language_model.model.` in files.
-    stored = [module.removeprefix("model."), re.sub(r"^model\.(language_model)", r"\1.model", module)]
-    for front in [_PARTS[module]] if module in _PARTS else [rf"^{re.escape(name)}\." for name in (module, *stored)]:
-        if inside := [tensor for tensor in tensors if re.search(front, tensor)]:
-            return inside
-    raise RecipeError(f"modules.{module}: no tensor of the models is in a module of that name",
-                      hint=f"name one of: default, {', '.join(lists)}; or {', '.join(_PARTS)}")  # fmt: skip
-
-
-def spread(variations: Iterable[Variation | InSlice], tensors: Sequence[str], total: int) -> list[Variation]:
-    """The variations for tensors of these names, of a model with so many layers, each as ones of named tensors."""
+def spread(variations: Iterable[Variation | InSlice], tensors: Sequence[str]) -> list[Variation]:
+    """The variations for tensors of these names, each as ones of named tensors."""
     plain: list[Variation] = []
-    prefix: str | None = None
-    inside: dict[tuple[int, int], dict[str, float]] = {}
+    parts: dict[str, list[str]] = {"": list(tensors)}
+    inside: dict[Hashable, tuple[dict[str, float], str]] = {}
     for each in variations:
-        if isinstance(each, _Named):
-            part = [tensor for tensor in part_of(each.module, tensors) if Filtered.matches(each, tensor)]
-            plain.append(replace(each, names=frozenset(part)))
-            continue
-        if isinstance(each, Variation):
+        if not isinstance(each, InSlice | _Named):
             plain.append(each)
             continue
-        prefix = prefix if prefix is not None else list_of_layers(tensors, [total], "the output")
-        slice_ = each.first, each.count
+        if each.module not in parts:
+            parts[each.module] = list(filter(holds(each.module, tensors), tensors))
+        if isinstance(each, _Named):
+            named = [tensor for tensor in parts[each.module] if Filtered.matches(each, tensor)]
+            plain.append(replace(each, names=frozenset(named)))
+            continue
+        slice_ = each.module, each.first, each.ends  # some have no layers
         if slice_ not in inside:
-            deep = {tensor: each.depth(tensor, prefix) for tensor in tensors}
-            inside[slice_] = {tensor: depth for tensor, depth in deep.items() if depth is not None}
-        plain += each.spread(inside[slice_], prefix)
+            prefix = list_of_layers(parts[each.module], {}, "the output", each.total)
+            deep = {tensor: each.depth(tensor, prefix) for tensor in parts[each.module]}
+            inside[slice_] = {tensor: depth for tensor, depth in deep.items() if depth is not None}, prefix
+        plain += each.spread(*inside[slice_])
     # What mergekit takes for layers of this module it makes twice, and the last time stays.
     mlp = [tensor for tensor in tensors if tensor.startswith("visual.merger.mlp.")]
     if not mlp:

@@ -283,16 +283,19 @@ class Methods:
         return tuple(texts)
 
     def settings(
-        self, tensors: Mapping[str, tuple[int | None, bool]], weights: tuple[float, ...]
+        self, tensors: Mapping[str, tuple[int | None, bool, tuple[int, ...] | None]], weights: tuple[float, ...]
     ) -> dict[str, Setting]:
-        """How each tensor is merged, of those that are: by name, the place of its override, and whether it is linear.
+        """How each tensor is merged, of those that are.
+
+        By name, the place of its override, whether it is linear, and the places of the experts that it is made from,
+        None for all.
 
         Raises:
             UsageError: A curve goes over layers that are not there, or the weights of an average add up to zero.
         """
         depth, settings = depths(list(tensors)), {}
         numbered = bool(layers(tensors))
-        for tensor, (place, linear) in tensors.items():
+        for tensor, (place, linear, sources) in tensors.items():
             choice = self.choose(tensor, place, linear=linear)
             assert choice is not None, "the tensor is merged"
             long = any(len(curve.values) > 1 for curve in (*choice.curves.values(), *choice.experts.values()))
@@ -304,7 +307,8 @@ class Methods:
                     option="at",
                 )
             settings[tensor] = self._setting(choice, weights, depth[tensor])
-            if choice.method.normalises(settings[tensor].options) and abs(sum(settings[tensor].weights)) < 1e-8:
+            here = [weight for i, weight in enumerate(settings[tensor].weights) if sources is None or i in sources]
+            if here and choice.method.normalises(settings[tensor].options) and abs(sum(here)) < 1e-8:
                 raise UsageError(
                     f"in '{tensor}' the weights add up to zero: their average does not exist",
                     hint=f"check {named('weights')}",

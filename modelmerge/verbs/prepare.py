@@ -356,7 +356,7 @@ def job_of(
         DeviceError: There is no such device.
     """
     tensors = plan.select("merge")
-    places = {tensor.name: (tensor.override, tensor.linear) for tensor in tensors if not tensor.new}
+    places = {tensor.name: (tensor.override, tensor.linear, tensor.sources) for tensor in tensors if not tensor.new}
     chosen = methods.settings(places, weights)
     settings = {}
     for tensor in tensors:

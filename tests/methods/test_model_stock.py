@@ -23,6 +23,13 @@ def test_agrees_with_float64(experts: int, scope: str) -> None:
     assert (got.double() - want).norm() <= 1e-6 * want.norm()
 
 
+def test_a_line_of_a_kernel_is_a_row_of_a_matrix() -> None:
+    taus = torch.randn(3, 5, 4, 3, 2, generator=torch.Generator().manual_seed(0)) + 0.5
+    got = merged("model-stock", taus, scope="line")
+    assert torch.equal(got, merged("model-stock", taus.reshape(3, 60, 2), scope="row").reshape(5, 4, 3, 2))
+    assert not torch.allclose(got, merged("model-stock", taus, scope="row"))
+
+
 def test_the_centre_of_experts_around_a_point_is_found() -> None:
     centre, own = torch.ones(1, 100, 100), torch.randn(6, 100, 100, generator=torch.Generator().manual_seed(0))
     merged_at = merged("model-stock", centre + own)

@@ -54,17 +54,18 @@ def test_slerp_goes_straight_where_there_is_no_arc() -> None:
         assert torch.allclose(got, 0.75 * one + 0.25 * second, atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (7,), (4, 3, 2, 2)])
+@pytest.mark.parametrize("shape", [(6, 5), (7,), (4, 3, 2, 5)])
 @pytest.mark.parametrize("points", ["weights", "task-vectors"])
 @pytest.mark.parametrize("experts", [1, 2])
-@pytest.mark.parametrize("scope", ["row", "column"])
-def test_each_row_or_column_has_an_angle_of_its_own(
+@pytest.mark.parametrize("scope", ["row", "column", "line"])
+def test_each_row_column_or_line_has_an_angle_of_its_own(
     scope: str, experts: int, points: str, shape: tuple[int, ...]
 ) -> None:
     taus = torch.randn(experts, *shape, generator=torch.Generator().manual_seed(0))
     base = base_of("slerp", taus) * (points == "weights")
     two = torch.cat([base[None] * 0, taus.double()])[-2:] + base
     groups = [one.reshape(len(one), -1) if len(shape) > 1 else one[None] for one in two]
+    groups = [one.reshape(-1, shape[-1]) for one in two] if scope == "line" else groups
     groups = [group.T if scope == "column" and len(shape) > 1 else group for group in groups]
     if points == "weights" or experts == 2:
         want = torch.stack([arc(a, b, 0.3) for a, b in zip(*groups, strict=True)])
@@ -91,7 +92,7 @@ def test_slerp_goes_straight_above_a_cosine() -> None:
 
 def test_zeros_may_stand_at_a_right_angle() -> None:
     one = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
-    for scope in ("tensor", "row", "column"):
+    for scope in ("tensor", "row", "column", "line"):
         options = {"t": 0.25, "points": "task-vectors", "scope": scope, "zeros": "right-angle", "straight_above": 0.9}
         got = merged("slerp", torch.stack([0 * one, one]), **options)
         assert torch.allclose(got, math.sin(math.pi / 8) * one)

@@ -14,7 +14,7 @@ from modelmerge.checkpoint import layer_config
 from modelmerge.cli import main
 from modelmerge.errors import ModelMergeError, PlanError, UsageError
 from modelmerge.methods import registry
-from modelmerge.plan.layers import is_after
+from modelmerge.plan.parts import is_after
 from tests.support.checkpoints import State, read, write
 from tests.support.methods import constant_scale
 
@@ -88,6 +88,16 @@ def test_a_run_is_merged_from_its_models_alone(tmp_path: Path, family: dict[str,
     seen = layer(base, 1)
     for end, tensor in layer(got, 0).items():
         assert torch.allclose(tensor, seen[end] + 0.5 * (layer(code, 3)[end] - seen[end]), atol=1e-6)
+
+
+def test_the_weights_of_a_run_are_those_of_its_models(tmp_path: Path, family: dict[str, Path]) -> None:
+    math, code = read(family["math"]), read(family["code"])
+    weights = {"math": 1.0, "code": -1.0}  # of all there would be no mean
+    got = merge(family, tmp_path / "out", "average", "base:0-2 math:0-2", "base:2-4 code:2-4", weights=weights)
+    for i, model in enumerate((math, math, code, code)):
+        assert all(torch.allclose(tensor, layer(model, i)[end]) for end, tensor in layer(got, i).items())
+    with pytest.raises(UsageError, match="the weights add up to zero"):
+        merge(family, tmp_path / "no", "average", "math:0-2 code:0-2", weights=weights)
 
 
 def test_a_run_may_have_a_base_of_its_own(tmp_path: Path, family: dict[str, Path]) -> None:
@@ -221,6 +231,9 @@ def stacked_config(numbers: list[int], **entries: Any) -> dict[str, Any]:
         ({"attn_layer_period": 2, "attn_layer_offset": 1}, [2, 3, 0, 1, 2, 3], {}),
         ({"decoder_sparse_step": 1, "moe_layer_freq": 1}, [3, 1, 2], {}),
         ({"interleave_moe_layer_step": 2, "moe_layers": [1, 3]}, [1, 1, 0], {"moe_layers": [0, 1]}),
+        ({"decoder_sparse_step": 2}, [0, 1, 2, 3, 0], {}),
+        ({"decoder_sparse_step": 2}, [1, 2], {"decoder_sparse_step": 1, "mlp_only_layers": [1]}),
+        ({"mlp_only_layers": [1]}, [1, 2, 3], {"mlp_only_layers": [0]}),
         ({"block_types": ["r", "a"]}, [0, 1, 1, 2, 3], {"block_types": list("raara")}),
         ({"hybrid_override_pattern": "M-*E"}, [3, 0, 1], {"hybrid_override_pattern": "EM-"}),
         ({"num_hidden_layers": None, "layers_block_type": list("mame")}, [0, 1, 1], {"layers_block_type": list("maa")}),
@@ -246,7 +259,7 @@ def test_kinds_of_layers_are_said_as_the_config_can(
     [
         ({"first_k_dense_replace": 1}, [1, 0]), ({"num_dense_layers": 1}, [0, 1, 0]),
         ({"moe_layer_start_index": 0, "moe_layer_end_index": 1}, [0, 2, 1]), ({"num_kv_shared_layers": 1}, [0, 3, 1]),
-        ({"attn_layer_period": 2, "attn_layer_offset": 1}, [0, 1, 1]), ({"decoder_sparse_step": 2}, [1, 2]),
+        ({"attn_layer_period": 2, "attn_layer_offset": 1}, [0, 1, 1]),
         ({"expert_layer_period": 2, "expert_layer_offset": 1}, [0, 2]), ({"moe_layer_freq": 2}, [1]),
         ({"interleave_moe_layer_step": 2}, [0, 0]), ({"local_attention": 8}, [0, 0, 1]), ({"rescale_every": 6}, [1, 2]),
         ({"hidden_size_per_layer_input": 8}, [0, 1, 2]), ({"num_mem_blocks": 1}, [0, 1, 2, 3, 3]),
@@ -259,12 +272,89 @@ def test_kinds_of_layers_that_the_config_cannot_say_are_refused(entries: dict[st
         stacked_config(numbers, **dict(reversed(entries.items())))
 
 
+def test_layers_with_experts_are_those_that_have_them(tmp_path: Path, family: dict[str, Path]) -> None:
+    """Each model by its own numbers."""
+    runs = ["math:0-2", "code:2-4", "base:1-2"]
+
+    def config(ours: dict[str, Any], math: dict[str, Any], code: dict[str, Any]) -> dict[str, Any]:
+        for i, (name, entries) in enumerate(zip(family, (ours, math, code), strict=True)):
+            save(family[name], state(i), **entries)
+        merge(family, tmp_path / "out", "passthrough", *runs, force=True)
+        return dict(json.loads((tmp_path / "out" / "config.json").read_text()))
+
+    first = {"first_k_dense_replace": 1}
+    assert config(first, {"first_k_dense_replace": 2}, first)["first_k_dense_replace"] == 2
+    assert config(first, {"first_k_dense_replace": 0}, first)["first_k_dense_replace"] == 0
+    some = {"mlp_only_layers": [], "decoder_sparse_step": 2}
+    mixed = config(some, {"mlp_only_layers": [1], "decoder_sparse_step": 2}, some)
+    assert (mixed["decoder_sparse_step"], mixed["mlp_only_layers"]) == (1, [0, 1, 2])
+    every = {"interleave_moe_layer_step": 2, "moe_layers": [1, 3]}
+    assert config(every, {"moe_layers": [0, 1]}, every)["moe_layers"] == [0, 1, 3, 4]
+
+
+def pair(seed: int) -> State:
+    """A model with an encoder of three layers and a decoder of two, whose first layers alone have a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    lists = {"encoder": 3, "decoder": 2}
+    names = [f"{part}.block.{i}.layer.0.q.weight" for part, count in lists.items() for i in range(count)]
+    names += [f"{part}.block.0.layer.0.relative_attention_bias.weight" for part in lists]
+    names += ["shared.weight", *(f"{part}.final_layer_norm.weight" for part in lists)]
+    return {name: torch.randn(4, 4, generator=generator) for name in names}
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> dict[str, Path]:
+    counts = {"num_hidden_layers": 9, "num_layers": 3, "num_decoder_layers": 2}
+    return {name: save(tmp_path / name, pair(i), **counts) for i, name in enumerate(("base", "math", "code"))}
+
+
+def test_each_part_has_its_own_layers(tmp_path: Path, pairs: dict[str, Path]) -> None:
+    """A part that no run names is merged from all models, and one may be made as a whole."""
+    base, math, code = (read(folder) for folder in pairs.values())
+    got = merge(pairs, tmp_path / "out", "average", "encoder: math:0-2", "encoder: math:1-3 code:1-3")
+    front = "encoder.block.{}.layer.0.q.weight"
+    assert torch.equal(got[front.format(1)], math[front.format(1)])
+    for i in (2, 3):
+        assert torch.allclose(got[front.format(i)], (math[front.format(i - 1)] + code[front.format(i - 1)]) / 2)
+    for name in ("decoder.block.1.layer.0.q.weight", "shared.weight"):
+        assert torch.allclose(got[name], (math[name] + code[name]) / 2)
+    end = "encoder.final_layer_norm.weight"
+    assert torch.allclose(got[end], (math[end] + code[end]) / 2)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_layers"], config["num_decoder_layers"]) == (4, 2)
+    got = merge(pairs, tmp_path / "mixed", "average", "encoder: math:0-2 code:1-3")
+    bias = "encoder.block.0.layer.0.relative_attention_bias.weight"  # of math alone: the layers of code have none
+    assert torch.allclose(got[bias], math[bias])
+    assert torch.allclose(got[front.format(0)], (math[front.format(0)] + code[front.format(1)]) / 2)
+    got = merge(pairs, tmp_path / "two", "slerp", "decoder: base:0-1", "encoder: math code", "shared: base code", t=0.5)
+    assert torch.equal(got["decoder.final_layer_norm.weight"], base["decoder.final_layer_norm.weight"])
+    assert not any(name.startswith("decoder.block.1.") for name in got)
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert (config["num_layers"], config["num_decoder_layers"]) == (3, 1)
+    assert main(["merge", "--recipe", str(tmp_path / "two"), "-o", str(tmp_path / "three")]) == 0
+    assert same(got, read(tmp_path / "three"))
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        (["encoder: 1-3"], "the first layer must be a model's first"), (["0-2"], "several lists of layers"),
+        (["encodr: 0-2"], "no tensor of the models is in a part 'encodr'"),
+        (["encoder: math code", "encoder: math"], "the part is made twice"),
+        (["encoder: math:0-2 code"], "needs as many layers of each model"), (["shared: 0-1"], "'base' has 0 layers"),
+    ],
+)  # fmt: skip
+def test_what_a_part_cannot_have_is_refused(runs: list[str], says: str, tmp_path: Path, pairs: dict[str, Path]) -> None:
+    with pytest.raises(ModelMergeError, match=says):
+        merge(pairs, tmp_path / "out", "average", *runs)
+
+
 @pytest.mark.parametrize(
     ("method", "run", "says"),
     [
         ("average", "maths:0-2", "there is no model 'maths'"),
         ("average", "math:2-5", "'math' has 4 layers"),
-        ("average", "math:2-2", "2-2 holds no layer"),
+        ("average", "math:3-2", "3-2 holds no layer"),
         ("average", "math", "'math' is not [NAME:]FIRST-LAST"),
         ("average", "math:0-2 0-2", "'0-2' is not NAME:FIRST-LAST"),
         ("average", "math:0-2 code:1-4", "needs as many layers of each model"),

@@ -16,13 +16,13 @@ from tokenizers import Tokenizer
 
 import modelmerge
 from modelmerge.cli import main
-from modelmerge.errors import RecipeError
+from modelmerge.errors import PlanError, RecipeError
 from modelmerge.methods import registry
 from modelmerge.methods.options import make_options, option_types
 from modelmerge.plan import mergekit, mergekit_methods
 from modelmerge.record.redaction import published
 from tests.support import mergekit_runs
-from tests.support.checkpoints import State, read, write
+from tests.support.checkpoints import State, read, same_bits, write
 
 ORACLE = mergekit_runs.ORACLE
 # Where mergekit's number is wrong, and a test of its own says why.
@@ -32,6 +32,13 @@ MODULES = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("modules-*.yml
 EXPERTS = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("experts-*.yml"))
 APART = {*WRONG, *TOKENS, *MODULES, *EXPERTS}
 SAME = sorted(file.stem for file in mergekit_runs.CONFIGS.glob("*.yml") if file.stem not in APART)
+# What the config says of layers, where that is not what the base's says.
+DEPTHS = {
+    "modules-slices": {"text_config.num_hidden_layers": 5},
+    "modules-vision": {"text_config.num_hidden_layers": 5, "vision_config.num_hidden_layers": 3},
+    "modules-passthrough-three": {"vision_config.num_hidden_layers": 3},
+    "modules-seq2seq": {"num_layers": 4, "num_decoder_layers": 1},
+}
 # The order of its models is that of their hashes, and the union's tokens follow it.
 DRAWN = {
     "tokens-passthrough",
@@ -144,14 +151,18 @@ def by_token(state: State, ids: Mapping[str, int], wanted: Mapping[str, int], *,
 def test_modules_are_mergekits(config: str, beside_models: Path) -> None:
     """All that it writes; of a module that the file does not list it writes nothing, and here the base's stays."""
     got, want = merged(config)
-    base = read(Path(modelmerge.replay("out", "again")["inputs"]["base"]["path"]))
+    place = Path(modelmerge.replay("out", "again")["inputs"]["base"]["path"])
+    base = read(place)
     assert len(want) > 10
     for name, tensor in got.items():
         assert (tensor - want.get(name, base.get(name, tensor))).abs().max() <= 1e-6, name
     assert want.keys() <= got.keys()
     assert (want.keys() == got.keys()) == (config != "modules-inferred")
-    layers = json.loads(Path("out/config.json").read_text()).get("text_config", {}).get("num_hidden_layers", 4)
-    assert layers == (5 if config == "modules-slices" else 4)
+    said, wanted = (json.loads((folder / "config.json").read_text()) for folder in (Path("out"), place))
+    for key, count in DEPTHS.get(config, {}).items():
+        part, _, last = key.rpartition(".")
+        (wanted[part] if part else wanted)[last] = count
+    assert said == wanted
 
 
 def in_stacks(state: State) -> State:
@@ -281,18 +292,16 @@ base_model: models/base
         (TIES.replace("models/code", "{path: 7}"), ["models[2].model: only a path or a name on the Hub"]),
         (TIES.replace("models:\n", "modules: {}\nmodles:\n"), ["modles: mergekit has no", "models: mergekit takes"]),
         ("merge_method: ties\nmodules: {default: {}}\n", ["modules.default.models: mergekit takes exactly one"]),
-        ("merge_method: ties\nbase_model: a\nmodels: [b]\n", ["models[0]: has no 'model'", "models: this method"]),
+        ("merge_method: ties\nbase_model: a\nmodels: [b]\n", ["models[0]: has no 'model'"]),
         ("merge_method: ties\nbase_model: a\nslices: [{}, {}]\n",
          ["slices[0].sources: is no list of models", "slices[1].sources"]),
         ("merge_method: linear\nparameters: {weight: 1}\nslices: [{parameter: 1, sources: [{model: b, layer_range: "
-         "[4, 4]}]}]\n",
+         "[4, 3]}]}]\n",
          ["slices[0].parameter: mergekit has no such key", "slices[0].sources[0].layer_range: must be [FIRST, LAST]"]),
         ("merge_method: linear\nparameters: {weight: 1}\nslices: [{sources: [{model: b, layer_range: [1, 4]}, "
          "{model: c, layer_range: [0, 2]}]}]\n", ["slices[0].sources: all need as many layers as the others"]),
         ("merge_method: linear\nparameters: {weight: 1}\nslices: [{sources: [{model: b, layer_range: [0, 1]}, "
          "{model: b, layer_range: [1, 2]}]}]\n", ["slices[0].sources[1].model: 'b' is listed twice"]),
-        ("merge_method: linear\nparameters: {weight: 2, normalize: [{filter: mlp, value: true}, {value: false}]}\n"
-         "slices: [{sources: [{model: b, layer_range: [1, 4]}]}]\n", ["slices[0]: of one model, normalize must"]),
         ("merge_method: ties\nbase_model: a\nparameters: {weight: 1}\nslices: [{sources: [{model: b, layer_range: "
          "[0, 1]}]}]\n", ["slices[0].sources: 'a' is missing: mergekit needs the base_model in each slice"]),
         ("merge_method: ties\nparameters: {weight: 1}\nslices: [{base_model: b, sources: [{model: a, layer_range: "
@@ -302,13 +311,12 @@ base_model: models/base
          ["modules.encoder.models: mergekit takes exactly one", "modules.decoder: is no mapping",
           "modules.decoder.models: mergekit takes exactly one", "modules.default.slices: is no list"]),
         ("merge_method: passthrough\nmodules: [default]\n", ["modules: is no mapping"]),
-        ("merge_method: passthrough\nmodules: {text_decoder: {models: [{model: a}]}, vision_tower: {slices: [{sources: "
-         "[{model: a, layer_range: [0, 2]}]}]}}\n", ["modules.vision_tower.slices[0]: layers of the language model"]),
         ("merge_method: model_stock\nbase_model: a\nmodules: {x: {models: [{model: b}, {model: c}]}, y: {models: "
-         "[{model: b}, {model: d}]}}\n", ["modules.x.models: must be those of all modules with this method: b, c, d",
-                                 "modules.y.models: must be those of all modules"]),
-        ("merge_method: linear\nparameters: {weight: 1}\nmodules: {x: {slices: [{sources: [{model: a, layer_range: [0, "
-         "2]}]}]}, y: {models: [{model: b}]}}\n", ["modules.y.models: must be those of the first slice: a"]),
+         "[{model: b}]}}\n", ["modules.y.models: this method takes at least 2 besides the base, and there are 1"]),
+        ("merge_method: multislerp\nbase_model: a\nmodels: [{model: a}]\nparameters: {weight: 1}\n",
+         ["models: this method takes at least 1 besides the base, and there are 0"]),
+        ("merge_method: breadcrumbs\nbase_model: a\nmodels: [{model: b}]\nparameters: {weight: 1, gamma: -0.1}\n",
+         ["parameters.gamma: gamma must be at least 0"]),
         ("merge_method: slerp\nbase_model: a\nmodels: [{model: b}, {model: c}]\nparameters: {t: 0.5}\n",
          ["models: this method takes 1 besides the base, and there are 2"]),
         ("merge_method: multislerp\nmodels: [{model: a}]\nparameters: {weight: 1, eps: -1}\n",
@@ -376,22 +384,90 @@ def test_what_slices_make_loads(config: str, beside_models: Path) -> None:
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.slow
-def test_what_modules_make_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def real_model(family: str) -> Any:
+    """A model of transformers with as many layers as those of that family here."""
     transformers = pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
+    if family == "t5":
+        config = transformers.T5Config(
+            d_model=16, d_kv=8, d_ff=24, num_layers=3, num_decoder_layers=2, num_heads=2, vocab_size=32,
+            feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+        return transformers.T5ForConditionalGeneration(config)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = transformers.Mistral3Config(
         text_config={**sizes, "model_type": "mistral", "num_hidden_layers": 4, "vocab_size": 32, "head_dim": 8},
         vision_config={**sizes, "model_type": "pixtral", "num_hidden_layers": 2, "image_size": 16, "patch_size": 4,
                        "head_dim": 8},
     )  # fmt: skip
-    for name in ("one", "two"):
-        transformers.Mistral3ForConditionalGeneration(config).save_pretrained(f"models/modules/mistral3/{name}")
-    modelmerge.replay(mergekit_runs.CONFIGS / "modules-slices.yml", "out")
-    _, report = transformers.Mistral3ForConditionalGeneration.from_pretrained("out", output_loading_info=True)
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        ("modules-slices", "mistral3"), ("modules-vision", "mistral3"), ("modules-passthrough-three", "mistral3"),
+        ("modules-seq2seq", "t5"),
+    ],
+)  # fmt: skip
+def test_what_modules_make_loads(config: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "one", "two"):
+        model = real_model(family)
+        model.save_pretrained(f"models/modules/{family}/{name}")
+    modelmerge.replay(mergekit_runs.CONFIGS / f"{config}.yml", "out")
+    _, report = type(model).from_pretrained("out", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
+
+
+@pytest.mark.parametrize("method", ["ties", "sce", "ram"])
+def test_the_base_alone_is_the_base(method: str, beside_models: Path) -> None:
+    Path("c.yml").write_text(f"merge_method: {method}\nbase_model: models/base\nmodels: [{{model: models/base}}]\n")
+    modelmerge.replay("c.yml", "out")
+    modelmerge.replay("out/modelmerge.json", "again")
+    assert all(same_bits(read(Path(name)), read(ORACLE / "models" / "base")) for name in ("out", "again"))
+
+
+def test_a_list_for_what_lies_outside_layers_is_its_first_value(beside_models: Path) -> None:
+    """Also where nothing that is merged lies in layers."""
+    Path("c.yml").write_text(
+        "merge_method: linear\nparameters: {weight: 1}\nmodules:\n  default:\n    models:\n"
+        "    - {model: models/modules/bart/one, parameters: {weight: [1, 5]}}\n    - model: models/modules/bart/two\n"
+    )
+    modelmerge.replay("c.yml", "out")
+    got, one, two = (read(p) for p in (Path("out"), *(ORACLE / "models/modules/bart" / n for n in ("one", "two"))))
+    assert torch.allclose(got["model.shared.weight"], (one["model.shared.weight"] + two["model.shared.weight"]) / 2)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_one_model_of_multislerp_stays_as_it_is(normalize: bool, beside_models: Path) -> None:
+    Path("c.yml").write_text(
+        "merge_method: multislerp\nbase_model: models/base\nmodels: [{model: models/math}]\n"
+        f"parameters: {{weight: [0.5, -2], normalize_weights: {normalize}}}\n"
+    )
+    modelmerge.replay("c.yml", "out")
+    math = read(ORACLE / "models" / "math")
+    assert all(torch.allclose(tensor, math[name], atol=1e-6) for name, tensor in read(Path("out")).items())
+
+
+def test_a_revision_of_a_folder_has_no_effect(beside_models: Path) -> None:
+    text = (mergekit_runs.CONFIGS / "linear.yml").read_text()
+    Path("c.yml").write_text(text.replace("models/math", "models/math@v1"))
+    modelmerge.replay("c.yml", "out")
+    want = load_file(ORACLE / "merged" / "linear.safetensors")
+    assert all((read(Path("out"))[name] - tensor).abs().max() <= 1e-6 for name, tensor in want.items())
+
+
+def test_models_of_a_module_come_out_as_options_of_the_command_line(beside_models: Path) -> None:
+    first = modelmerge.replay(mergekit_runs.CONFIGS / "modules-vision.yml", "one")
+    assert first["recipe"]["layers"][3:] == [
+        "vision_tower: base:0-2 two:0-2", "vision_tower: base:1-2 two:0-1 one:1-2",
+        "vision_tower: base:2-2 two:1-1", "multi_modal_projector: two base",
+    ]  # fmt: skip
+    modelmerge.replay("one/modelmerge.json", "two")
+    assert main([*shlex.split(first["command"])[1:-1], "three"]) == 0
+    assert len({(Path(name) / "model.safetensors").read_bytes() for name in ("one", "two", "three")}) == 1
 
 
 def test_what_has_no_effect_is_remarked(beside_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -518,14 +594,13 @@ def test_mergekit_still_makes_what_is_kept(tmp_path: Path) -> None:
 
 def test_modules_come_out_as_short_overrides(beside_models: Path) -> None:
     manifest = modelmerge.replay(mergekit_runs.CONFIGS / "modules-passthrough.yml", "out")
-    kept = {"multi_modal_projector.*: base", "language_model.*: base"}
-    assert {*manifest["recipe"]["at"]} == {*kept, "vision_tower.*: factor=1"}
+    assert {*manifest["recipe"]["at"]} == {"multi_modal_projector.*: base", "language_model.*: base"}
 
 
 def test_a_module_that_there_is_not_is_refused(beside_models: Path) -> None:
     text = (mergekit_runs.CONFIGS / "modules-passthrough.yml").read_text()
     Path("c.yml").write_text(text.replace("vision_tower:", "vision.tower.layers:"))
-    with pytest.raises(RecipeError, match=r"modules\.vision\.tower\.layers: no tensor of the models") as refused:
+    with pytest.raises(PlanError, match=r"part 'vision\.tower\.layers'") as refused:
         modelmerge.replay("c.yml", "out")
     assert "language_model.model.layers" in str(refused.value.hint)
     Path("c.yml").write_text(text.replace("vision_tower:", "model.vision_tower.transformer.layers:"))  # as in memory
@@ -535,13 +610,6 @@ def test_a_module_that_there_is_not_is_refused(beside_models: Path) -> None:
     assert layers
     assert all(torch.equal(ours[name], two[name]) for name in layers)
     assert not torch.equal(ours["vision_tower.ln_pre.weight"], two["vision_tower.ln_pre.weight"])
-
-
-def test_a_model_of_which_nothing_is_kept_has_no_weight_in_a_mean(beside_models: Path) -> None:
-    text = TIES.replace("ties", "dare_linear").replace("{weight: 1}", "{weight: 1, density: 0}", 1)
-    Path("c.yml").write_text(text + "parameters: {normalize: true}\n")
-    with pytest.raises(RecipeError, match="density: 0 of math with normalize"):
-        modelmerge.replay("c.yml", "out")
 
 
 def test_a_filter_of_a_lone_source_goes_by_its_own_layers(beside_models: Path) -> None:

@@ -4,7 +4,7 @@ Installs mergekit into an environment of its own in a temporary directory, makes
 configuration of `tests/oracle/mergekit/configs`, and writes models and results below DIR (tests/oracle/mergekit).
 Models are Llamas of four layers; `up` and `down` are the base plus and minus the same steps, exactly; of the sparse
 ones, a part has changed. Those below `tokens` have a layer, tokenizers that differ, and tables with other rows. Those
-below `modules` have several lists of layers: Mistral 3 and Qwen2.5-VL see, and BART has an encoder and a decoder.
+below `modules` have several lists of layers: Mistral 3 and Qwen2.5-VL see, BART and T5 have an encoder and a decoder.
 Those below `experts` are mixtures of experts: Mixtral's one by one, as on the Hub, and Qwen3-MoE's in stacks.
 """
 
@@ -193,6 +193,10 @@ _LLAMA = (*(f"self_attn.{w}" for w in _ATTENTION), *(f"mlp.{w}" for w in _MLP), 
 _BLOCK = (*(f"attn.{w}.{e}" for w in ("qkv", "proj") for e in ("weight", "bias")),
           *(f"mlp.{w[:-7]}.{e}" for w in _MLP for e in ("weight", "bias")), "norm1.weight", "norm2.weight")  # fmt: skip
 _BART = ("self_attn.k_proj.weight", "fc1.weight", "fc1.bias", "fc2.weight", "final_layer_norm.weight")
+_T5_ATTENTION = tuple(f"{w}.weight" for w in "qkvo")
+_T5_MLP = ("layer_norm.weight", *(f"DenseReluDense.{w}.weight" for w in ("wi_0", "wi_1", "wo")))
+_T5 = ("layer.0.layer_norm.weight", *(f"layer.0.SelfAttention.{w}" for w in _T5_ATTENTION))
+_ONCE = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 _SIZES = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2, "num_key_value_heads": 2}
 _TEXT = {**_SIZES, "num_hidden_layers": 4, "vocab_size": HIDDEN}
 MODULES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, tuple[str, ...]]]]] = {
@@ -225,6 +229,16 @@ MODULES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, tuple[str, ...]]]]
          "encoder_ffn_dim": HIDDEN, "decoder_ffn_dim": HIDDEN, "vocab_size": HIDDEN},
         {"model.encoder.layers": (3, _BART), "model.decoder.layers": (2, _BART),
          "model": (0, ("shared.weight", "encoder.layernorm_embedding.weight", "decoder.layernorm_embedding.weight"))},
+    ),
+    "t5": (
+        {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "d_model": HIDDEN, "d_kv": HIDDEN // 2,
+         "d_ff": HIDDEN, "num_heads": 2, "num_layers": 3, "num_decoder_layers": 2, "vocab_size": HIDDEN,
+         "feed_forward_proj": "gated-gelu", "is_encoder_decoder": True},
+        {"encoder.block": (3, (*_T5, *(f"layer.1.{w}" for w in _T5_MLP))),
+         "decoder.block": (2, (*_T5, "layer.1.layer_norm.weight", *(f"layer.2.{w}" for w in _T5_MLP),
+                               *(f"layer.1.EncDecAttention.{w}" for w in _T5_ATTENTION))),
+         "encoder": (0, ("final_layer_norm.weight", _ONCE)), "decoder": (0, ("final_layer_norm.weight", _ONCE)),
+         "shared": (0, ("weight",))},
     ),
 }  # fmt: skip
 

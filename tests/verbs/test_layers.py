@@ -53,7 +53,14 @@ CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
          "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
          "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8},
     ),
+    "qwen2_moe": (
+        "Qwen2Moe", "model.layers",
+        {**_SMALL, "num_hidden_layers": 4, "num_key_value_heads": 1, "moe_intermediate_size": 8, "num_experts": 4,
+         "shared_expert_intermediate_size": 8, "num_experts_per_tok": 2, "mlp_only_layers": [1]},
+    ),
 }  # fmt: skip
+# What the stack's config says of layers otherwise.
+OTHERWISE = {"qwen2_moe": {"mlp_only_layers": [1, 3]}}
 STACK = [("math", 0), ("math", 1), ("math", 2), ("code", 1), ("code", 2), ("base", 3)]
 RUNS = ["math:0-3", "code:1-3", "base:3-4"]
 
@@ -80,7 +87,7 @@ def by_hand(kind: str, models: dict[str, Any]) -> Any:
     count = "n_layer" if "n_layer" in settings else "num_hidden_layers"
     lists = (key for key in ("layer_types", "no_rope_layers") if key in settings)
     kinds = {key: [settings[key][n] for _, n in STACK] for key in lists}
-    whole = network(kind, 9, **{count: len(STACK), **kinds})
+    whole = network(kind, 9, **{count: len(STACK), **kinds, **OTHERWISE.get(kind, {})})
     state = whole.state_dict()
     for name in state:
         if name.startswith(f"{prefix}."):

@@ -6,7 +6,8 @@ the experts scatter around. It is made for experts of one task, trained from dif
 different tasks are nearly orthogonal and end up close to the base.
 
 The paper states the case of equal angles; cos theta is the mean over all pairs, as in mergekit, for each tensor
-(`--scope tensor`, the paper's layers) or each row (mergekit's filter_wise). The mean is weighted by --weight. Where cos
+(`--scope tensor`, the paper's layers), each row, or each line along the last axis (mergekit's filter_wise), which for
+kernels of convolutions is less than a row. The mean is weighted by --weight. Where cos
 theta is negative, so would t be, and the paper's picture does not hold: the base is kept. An expert that did not change
 a tensor has no angle there and is left out of it; a single expert stays as it is. With `--unbounded` the formula goes
 on, as in mergekit: to the other side of the base, and with a cosine of zero to an expert that changed nothing.
@@ -28,14 +29,18 @@ from modelmerge.methods.sums import gram, grams, weighted_sum
 class Options:
     """Options of Model Stock."""
 
-    scope: Literal["tensor", "row"] = option("tensor", "Where the angles are taken: in each tensor, or each row.")
+    scope: Literal["tensor", "row", "line"] = option(
+        "tensor", "Where the angles are taken: in each tensor, each row, or each line along the last axis."
+    )
     unbounded: bool = option(False, "Keep to the formula where experts disagree, or one changed nothing.")
 
 
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the mean, times the ratio t of each group."""
-    count, by_row = len(taus), options.scope == "row" and taus.ndim > 2
-    grouped = taus.flatten(2) if by_row else taus.reshape(count, 1, -1)
+    count, by_row = len(taus), options.scope != "tensor" and taus.ndim > 2
+    grouped = taus.reshape(count, 1, -1)
+    if by_row:
+        grouped = taus.flatten(2) if options.scope == "row" else taus.flatten(1, -2)
     products = grams([*grouped]) if context.measured is None else context.measured.view(1, count, count)
     lengths = products.diagonal(dim1=1, dim2=2).any(0).tolist()
     moved = [i for i, length in enumerate(lengths) if options.unbounded or length]

@@ -3,7 +3,7 @@
 Spherical linear interpolation (Shoemake, SIGGRAPH 1985): with the angle omega between the two,
 `(sin((1 - t) omega) a + sin(t omega) b) / sin omega`. With two experts, from the first to the second; with one, from
 the base to it. Of the weights themselves, as in mergekit's slerp, or of the task vectors (its nuslerp with a base
-model); of each tensor as a whole, or of each row or column.
+model); of each tensor as a whole, or of each row, column or line along the last axis.
 
 With two experts, --weight w_a and w_b shift the share to `t w_b / ((1 - t) w_a + t w_b)`: at `--t 0.5` they decide.
 Weights that add up to nothing there leave it at t. The arc is followed however short it is; mergekit's slerp goes
@@ -32,8 +32,8 @@ class Options:
         0.5, "Share of the way from the first model to the second; below 0 and above 1 beyond them.", varies="tensor"
     )
     points: Literal["weights", "task-vectors"] = option("weights", "What is interpolated.")
-    scope: Literal["tensor", "row", "column"] = option(
-        "tensor", "What has an angle of its own: each tensor, each row or each column."
+    scope: Literal["tensor", "row", "column", "line"] = option(
+        "tensor", "What has an angle of its own: each tensor, row, column, or line along the last axis."
     )
     straight_above: float = option(
         1.0, "Size of the cosine above which the way is straight; in mergekit 0.9995.", minimum=0.0, maximum=1.0
@@ -58,9 +58,10 @@ def _of_tensor(moments: tuple[float, ...], weights: tuple[float, ...], options: 
 
 
 def _by_group(taus: Tensor, options: Options, context: Context) -> Tensor:
-    """The same with an angle for each row or column; a vector is one of either."""
+    """The same with an angle for each row, column or line; a vector is one of any."""
     assert context.base is not None
-    groups = [t.flatten(1) if t.ndim > 1 else t.reshape(1, -1) for t in (context.base.to(taus.dtype), *taus)]
+    axes = (0, -2) if options.scope == "line" else (1, -1)
+    groups = [t.flatten(*axes) if t.ndim > 1 else t.reshape(1, -1) for t in (context.base.to(taus.dtype), *taus)]
     turned = options.scope == "column" and taus.ndim > 2
     base, *parts = [group.T if turned else group for group in groups]
     factors = _coefficients(grams([base, *parts]).flatten(1), context.weights, options)
