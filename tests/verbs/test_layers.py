@@ -123,6 +123,7 @@ def test_the_result_answers_as_a_model_that_is_put_together_by_hand(kind: str, m
     [
         ["tuned:0-1", "tuned:1-2"], ["base:0-1", "tuned:0-2"], ["tuned:0-2 other:0-2"],
         ["other:0-1 tuned:1-2", "other:1-2 tuned:0-1"],
+        ["default: base tuned other"], ["model.layers: tuned:1-2", "default: other"],
     ],
 )  # fmt: skip
 def test_layers_of_an_adapter_are_those_of_the_model_it_makes(
