@@ -8,14 +8,12 @@ those that are merged; `base=NAME:FIRST-LAST` has another model be the base of a
 What comes before the layers (embeddings) is made as the first run, and what comes after them (final norm, head) as the
 last run, from their models alone.
 
-A run may be of a part of the models that has layers of its own, `vision_tower: NAME:FIRST-LAST`, or a part as a whole,
-`vision_tower: NAME NAME`. What is in no part that is named is made from all models, unless runs say otherwise.
+A run may be of a module alone that has layers of its own, `vision_tower: NAME:FIRST-LAST`, or make a module as a
+whole, `vision_tower: NAME NAME`. What is in no module that is named is made from all models, unless runs say otherwise.
 """
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,43 +29,19 @@ from modelmerge.checkpoint.matching import match
 from modelmerge.checkpoint.names import matches
 from modelmerge.checkpoint.pairing import placed
 from modelmerge.checkpoint.reader import Checkpoint
-from modelmerge.errors import PlanError, UsageError, suggestion
+from modelmerge.errors import PlanError, UsageError
 from modelmerge.methods import registry
 from modelmerge.plan.disagreements import disagreement
+from modelmerge.plan.modules import holds, is_after, list_of_layers
 from modelmerge.plan.overrides import BASE, Choice, Setting, layer_of, layers
-from modelmerge.plan.parts import holds, is_after, list_of_layers
+from modelmerge.plan.runs import FORM, WORD, Run, parse, split
 from modelmerge.plan.stacks import restack
 from modelmerge.plan.vocabulary import Tokenizers, compare, is_table, row_count
 
 PASSTHROUGH = "passthrough"  # the method that takes one model's weights as they are
-_FORM = "write it like math:0-8, 8-16 for all models, 'math:0-8 code:4-12' for some, or 'encoder: math:0-8' for a part"
-_WORD = re.compile(r"(?:(.*):)?(\d{1,9})-(\d{1,9})", re.DOTALL)
 Tensors = Mapping[str, TensorInfo]
 _ALONE = "relative_attention_bias"  # what all layers take from the first
-_BEFORE, _AFTER = -1, -2  # the numbers of what comes before a part's layers, and after them
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run of layers of the output, and the places of the models it is from (the base's is 0) with the first layer.
-
-    `base` is the place of the model that it names as its base, if it does. A `count` of None is all of a part.
-    """
-
-    text: str
-    sources: tuple[tuple[int, int], ...]
-    count: int | None
-    base: int | None = None
-
-    @property
-    def based(self) -> bool:
-        """Whether it names its base."""
-        return self.base is not None
-
-    @property
-    def lone(self) -> bool:
-        """Whether it is the layers of one model, as they are."""
-        return len(self.sources) == 1
+_BEFORE, _AFTER = -1, -2  # the numbers of what comes before a module's layers, and after them
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,68 +144,11 @@ class Stack:
         return [self.experts[i] for i in ends.pop()] if len(ends) == 1 else None
 
 
-def split(text: str) -> tuple[str, list[str]]:
-    """The part of the models that a text speaks of, empty where it names none, and the words of the run.
-
-    Raises:
-        UsageError: Its quotes do not match.
-    """
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise UsageError(f"'{text}': {error}", option="layers", hint=_FORM) from None
-    part = words[0].removesuffix(":") if words and words[0].endswith(":") else ""
-    return part, words[bool(part) :]
-
-
-def parse(text: str, part: str, words: Sequence[str], names: Sequence[str], counts: Sequence[int]) -> Run:
-    """The run that a text says in these words, of models with these names, the base's first, and so many layers each.
-
-    A name without layers is all of a `part`, or of the base.
-
-    Raises:
-        UsageError: It is none, or names a model or layers that there are not.
-    """
-
-    def refusal(why: str, hint: str | None = _FORM) -> UsageError:
-        return UsageError(f"'{text}': {why}", option="layers", hint=hint)
-
-    spans: dict[int, tuple[int, int] | None] = {}
-    bases: list[int] = []
-    for word in words:
-        form, name, span = _WORD.fullmatch(word), word, None
-        if form is not None:
-            name, span = form[1], (int(form[2]), int(form[3]))
-        whole = form is None and (part or word == BASE) and word.removeprefix(f"{BASE}=") in names
-        if not (whole or form) or (name is None and len(words) > 1):
-            raise refusal(f"'{word}' is not {'NAME:' if len(words) > 1 else '[NAME:]'}FIRST-LAST")
-        if span is not None and span[0] > span[1]:
-            raise refusal(f"{span[0]}-{span[1]} holds no layer: the last is not part of it")
-        plain = name if name is None or name in names else name.removeprefix(f"{BASE}=")
-        if plain is not None and plain not in names:
-            raise refusal(f"there is no model '{plain}'",
-                          suggestion(plain, names, f"there are: {', '.join(names)}"))  # fmt: skip
-        bases += [0 if plain is None else names.index(plain)] if plain in (None, BASE) or plain != name else []
-        for model in range(len(names)) if plain is None else [names.index(plain)]:
-            if span is not None and span[0] < span[1] > counts[model]:
-                raise refusal(f"'{names[model]}' has {counts[model]} layers", f"the last is {counts[model]} at most")
-            if model in spans:
-                raise refusal(f"names '{names[model]}' twice", "name the model twice among the experts, NAME=REF each")
-            spans[model] = span
-    if len({span and span[1] - span[0] for span in spans.values()}) != 1:
-        raise refusal("needs as many layers of each model" if spans else "names no layers")
-    if len(bases) > 1:
-        raise refusal("names two bases", "name the base among the experts too, NAME=REF, to merge it into another")
-    first = next(iter(spans.values()))
-    sources = tuple((model, span[0] if span else 0) for model, span in spans.items())
-    return Run(text, sources, first and first[1] - first[0], *bases)
-
-
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """A part of the models: what is in it, what stands before the numbers of its layers, and its runs.
+class _Module:
+    """A module: what is in it, what stands before the numbers of its layers, and its runs.
 
-    The prefix is None where the part is made as a whole, as it is where nothing is said of it.
+    The prefix is None where the module is made as a whole, as it is where nothing is said of it.
     """
 
     name: str
@@ -240,21 +157,21 @@ class _Part:
     texts: Sequence[tuple[str, Sequence[str]]]
 
 
-def _parts(base: Checkpoint, texts: Sequence[str]) -> list[_Part]:
-    """The parts that the texts speak of, in that order, and last what is in none of them."""
+def _modules(base: Checkpoint, texts: Sequence[str]) -> list[_Module]:
+    """The modules that the texts speak of, in that order, and last what is in none of them."""
     said: dict[str, list[tuple[str, Sequence[str]]]] = {}
     for text in texts:
-        part, words = split(text)
-        said.setdefault(part, []).append((text, words))
-    inside = {part: holds(part, base.tensors) for part in said if part}
-    inside[""] = lambda name: not any(each(name) for part, each in inside.items() if part)
+        module, words = split(text)
+        said.setdefault(module, []).append((text, words))
+    inside = {module: holds(module, base.tensors) for module in said if module}
+    inside[""] = lambda name: not any(each(name) for module, each in inside.items() if module)
     found = []
-    for part, each in inside.items():
-        runs = said.get(part, [])
+    for module, each in inside.items():
+        runs = said.get(module, [])
         names = [name for name in base.tensors if each(name)]
-        layered = any(_WORD.fullmatch(word) for _, words in runs for word in words)
+        layered = any(WORD.fullmatch(word) for _, words in runs for word in words)
         prefix = list_of_layers(names, base.config, base.reference.text) if layered else None
-        found.append(_Part(part, each, prefix, runs))
+        found.append(_Module(module, each, prefix, runs))
     return found
 
 
@@ -273,22 +190,22 @@ def stacked(
     if BASE in (expert.name for expert in experts):
         raise UsageError(f"an expert is called '{BASE}', which is the base here", option="layers",
                          hint="name it otherwise, NAME=REF")  # fmt: skip
-    parts = _parts(base, texts)
-    experts = _matched(base, experts, [part.prefix for part in parts if part.prefix], exclude)
+    modules = _modules(base, texts)
+    experts = _matched(base, experts, [module.prefix for module in modules if module.prefix], exclude)
     models = (base, *experts)
     names = [BASE, *(expert.name for expert in experts)]
-    views = _Views(models, parts)
+    views = _Views(models, modules)
     values: Values = {}
     remarks: list[str] = []
-    for part in parts:
-        prefix = part.prefix or ""
+    for module in modules:
+        prefix = module.prefix or ""
         own = layers(base.tensors).get(prefix, 0)
         counts = [own if model.vector is not None else layers(model.tensors).get(prefix, 0) for model in models]
-        runs = [parse(text, part.name, words, names, counts) for text, words in part.texts]
+        runs = [parse(text, module.name, words, names, counts) for text, words in module.texts]
         runs = runs or [Run("the rest of all models", tuple((model, 0) for model in range(len(models))), None, 0)]
-        if part.prefix is None and len(runs) > 1:
-            raise UsageError(f"'{runs[1].text}': the part is made twice", option="layers", hint=_FORM)
-        stack = views.put_together(part, runs)
+        if module.prefix is None and len(runs) > 1:
+            raise UsageError(f"'{runs[1].text}': the module is made twice", option="layers", hint=FORM)
+        stack = views.put_together(module, runs)
         if prefix:
             each = [(models[model].config or base.config, counts[model], number) for model, number in stack]
             said, doubtful = stacked_values(base.config, own, each, prefix)
@@ -330,21 +247,21 @@ def _matched(
 class _Views:
     """The models as they are put together, tensor by tensor."""
 
-    def __init__(self, models: Sequence[Checkpoint], parts: Sequence[_Part]) -> None:
+    def __init__(self, models: Sequence[Checkpoint], modules: Sequence[_Module]) -> None:
         self._models = models
-        # Of each model, by part and number of the layer, tensors by the ends of their names; others by their names.
+        # Of each model, by module and number of the layer, tensors by the ends of their names; others by their names.
         self._content: list[dict[tuple[str, int], dict[str, TensorInfo]]] = []
         self._same = [model.vector.unchanged if model.vector is not None else frozenset() for model in models]
         for model in models:
             content: dict[tuple[str, int], dict[str, TensorInfo]] = defaultdict(dict)
             for name, info in model.tensors.items():
-                part = next(part for part in parts if part.holds(name))
+                module = next(module for module in modules if module.holds(name))
                 front, number = layer_of(name) or ("", 0)
-                if part.prefix and front == part.prefix:
-                    content[part.name, number][name[len(f"{front}.{number}.") :]] = info
+                if module.prefix and front == module.prefix:
+                    content[module.name, number][name[len(f"{front}.{number}.") :]] = info
                 else:
-                    after = part.prefix is not None and is_after(name, part.prefix)
-                    content[part.name, _AFTER if after else _BEFORE][name] = info
+                    after = module.prefix is not None and is_after(name, module.prefix)
+                    content[module.name, _AFTER if after else _BEFORE][name] = info
             self._content.append(content)
         self._tensors: list[dict[str, TensorInfo]] = [{} for _ in models]
         self._unchanged: list[set[str]] = [set() for _ in models]
@@ -352,21 +269,21 @@ class _Views:
         self._read: list[set[Path]] = [set() for _ in models]
         self._origins: dict[str, Origin] = {}
 
-    def put_together(self, part: _Part, runs: Sequence[Run]) -> list[tuple[int, int]]:
-        """Add a part as its runs make it; the model and the layer of it that each of its layers is from."""
+    def put_together(self, module: _Module, runs: Sequence[Run]) -> list[tuple[int, int]]:
+        """Add a module as its runs make it; the model and the layer of it that each of its layers is from."""
 
         def content(place: int | None) -> Callable[[int, int], Tensors]:
-            return lambda model, number: self._content[model].get((part.name, number if place is None else place), {})
+            return lambda model, number: self._content[model].get((module.name, number if place is None else place), {})
 
         self._take(runs[0], 0, content(_BEFORE), str)
         origins: list[tuple[int, int]] = []
         for run in runs:
             for step in range(run.count or 0):
-                front = f"{part.prefix}.{len(origins)}."
+                front = f"{module.prefix}.{len(origins)}."
                 self._take(run, step, content(None), front.__add__)
                 origins.append((run.sources[0][0], run.sources[0][1] + step))
         self._take(runs[-1], 0, content(_AFTER), str)
-        alone = [name for name in self._models[0].tensors if name.startswith(f"{part.prefix}.0.") and _ALONE in name]
+        alone = [name for name in self._models[0].tensors if name.startswith(f"{module.prefix}.0.") and _ALONE in name]
         if origins and (lost := set(alone) - self._origins.keys()):
             raise UsageError(f"'{runs[0].text}': the first layer must be a model's first: it alone has {lost.pop()}",
                              option="layers", hint="begin with layer 0")  # fmt: skip

@@ -40,8 +40,8 @@ from modelmerge.plan.mergekit_models import (
 )
 from modelmerge.plan.mergekit_parameters import Scopes, read_options, strays
 from modelmerge.plan.mergekit_tokens import Tokens, read_tokens
+from modelmerge.plan.modules import holds
 from modelmerge.plan.overrides import BASE, WEIGHT, Override
-from modelmerge.plan.parts import holds
 from modelmerge.plan.recipe import Recipe
 from modelmerge.plan.tensors import DTYPES, Plan, TensorPlan
 

@@ -21,8 +21,8 @@ from modelmerge.errors import suggestion
 from modelmerge.plan.format_1 import Variation
 from modelmerge.plan.mergekit_methods import KNOWN, NOTHING
 from modelmerge.plan.mergekit_parameters import Complain, Filtered, Scopes, read_as
+from modelmerge.plan.modules import holds, is_after, list_of_layers
 from modelmerge.plan.overrides import BASE, WEIGHT, Curve, layer_of
-from modelmerge.plan.parts import holds, is_after, list_of_layers
 
 _ALIKE = 0.75  # how like a key another is that was probably meant: a note on it would be overlooked
 
@@ -40,7 +40,7 @@ class Source:
 class Slice:
     """Models side by side: where that stands, the settings for all of them from near to far, their base, and a module.
 
-    The module is the part of the models that this is for, or empty for the whole.
+    The module is the one that this is for, or empty for the whole model.
     """
 
     path: str
@@ -208,7 +208,7 @@ def _name(reference: str) -> str:
 
 
 def with_ends(slices: Sequence[Slice], needed: str | None) -> list[Slice]:
-    """The slices, with one of no layers behind the last of a part where that has more models than the part's first.
+    """The slices, with one of no layers behind the last of a module where that has more models than the first.
 
     mergekit makes what comes after the layers from as many models as the first slice has, unless that leaves out the
     model that is needed.
@@ -252,8 +252,8 @@ class InSlice:
 
     Args:
         variation: The value; its filter goes by the names that tensors have in the expert, if it is one's.
-        module: The part of the models that it is for, or empty for the whole.
-        total: The number of that part's layers in the output.
+        module: The module that it is for, or empty for the whole model.
+        total: The number of that module's layers in the output.
         first: The slice's first layer in the output.
         count: The number of its layers.
         shift: How far the expert's layers lie behind the output's.
@@ -372,22 +372,22 @@ def together(
 def spread(variations: Iterable[Variation | InSlice], tensors: Sequence[str]) -> list[Variation]:
     """The variations for tensors of these names, each as ones of named tensors."""
     plain: list[Variation] = []
-    parts: dict[str, list[str]] = {"": list(tensors)}
+    modules: dict[str, list[str]] = {"": list(tensors)}
     inside: dict[Hashable, tuple[dict[str, float], str]] = {}
     for each in variations:
         if not isinstance(each, InSlice | _Named):
             plain.append(each)
             continue
-        if each.module not in parts:
-            parts[each.module] = list(filter(holds(each.module, tensors), tensors))
+        if each.module not in modules:
+            modules[each.module] = list(filter(holds(each.module, tensors), tensors))
         if isinstance(each, _Named):
-            named = [tensor for tensor in parts[each.module] if Filtered.matches(each, tensor)]
+            named = [tensor for tensor in modules[each.module] if Filtered.matches(each, tensor)]
             plain.append(replace(each, names=frozenset(named)))
             continue
         slice_ = each.module, each.first, each.ends  # some have no layers
         if slice_ not in inside:
-            prefix = list_of_layers(parts[each.module], {}, "the output", each.total)
-            deep = {tensor: each.depth(tensor, prefix) for tensor in parts[each.module]}
+            prefix = list_of_layers(modules[each.module], {}, "the output", each.total)
+            deep = {tensor: each.depth(tensor, prefix) for tensor in modules[each.module]}
             inside[slice_] = {tensor: depth for tensor, depth in deep.items() if depth is not None}, prefix
         plain += each.spread(*inside[slice_])
     # What mergekit takes for layers of this module it makes twice, and the last time stays.

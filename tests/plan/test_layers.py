@@ -14,7 +14,7 @@ from modelmerge.checkpoint import layer_config
 from modelmerge.cli import main
 from modelmerge.errors import ModelMergeError, PlanError, UsageError
 from modelmerge.methods import registry
-from modelmerge.plan.parts import is_after
+from modelmerge.plan.modules import is_after
 from tests.support.checkpoints import State, read, write
 from tests.support.methods import constant_scale
 
@@ -339,12 +339,14 @@ def test_each_part_has_its_own_layers(tmp_path: Path, pairs: dict[str, Path]) ->
     ("runs", "says"),
     [
         (["encoder: 1-3"], "the first layer must be a model's first"), (["0-2"], "several lists of layers"),
-        (["encodr: 0-2"], "no tensor of the models is in a part 'encodr'"),
-        (["encoder: math code", "encoder: math"], "the part is made twice"),
+        (["encodr: 0-2"], "no tensor of the models is in a module 'encodr'"),
+        (["encoder: math code", "encoder: math"], "the module is made twice"),
         (["encoder: math:0-2 code"], "needs as many layers of each model"), (["shared: 0-1"], "'base' has 0 layers"),
     ],
 )  # fmt: skip
-def test_what_a_part_cannot_have_is_refused(runs: list[str], says: str, tmp_path: Path, pairs: dict[str, Path]) -> None:
+def test_what_modules_cannot_have_is_refused(
+    runs: list[str], says: str, tmp_path: Path, pairs: dict[str, Path]
+) -> None:
     with pytest.raises(ModelMergeError, match=says):
         merge(pairs, tmp_path / "out", "average", *runs)
 

@@ -600,7 +600,7 @@ def test_modules_come_out_as_short_overrides(beside_models: Path) -> None:
 def test_a_module_that_there_is_not_is_refused(beside_models: Path) -> None:
     text = (mergekit_runs.CONFIGS / "modules-passthrough.yml").read_text()
     Path("c.yml").write_text(text.replace("vision_tower:", "vision.tower.layers:"))
-    with pytest.raises(PlanError, match=r"part 'vision\.tower\.layers'") as refused:
+    with pytest.raises(PlanError, match=r"module 'vision\.tower\.layers'") as refused:
         modelmerge.replay("c.yml", "out")
     assert "language_model.model.layers" in str(refused.value.hint)
     Path("c.yml").write_text(text.replace("vision_tower:", "model.vision_tower.transformer.layers:"))  # as in memory

@@ -1,4 +1,4 @@
-"""Parts of models with a list of layers of their own: which tensors are in one, and which lie after its layers."""
+"""Modules of models, with a list of layers each: which tensors are in one, and which lie after its layers."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ _AFTER = re.compile(
     r"|output_layer|(gener|discrimin)ator_\w+|vision_adapter)\.)|^decoder\.[^.]+$"
 )
 _BEFORE = re.compile(r"emb(?!edding_norm\.)|wte|wpe|pre_?la?y|merger")
-# Parts by mergekit's names, of the architectures that it has tables of, and of all with an encoder and a decoder.
-_PARTS = {
+# Modules by mergekit's names, of the architectures that it has tables of, and of all with an encoder and a decoder.
+_NAMES = {
     "text_decoder": r"^(?!.*(vision|visual|multi_modal_projector))",
     "multi_modal_projector": r"multi_modal_projector|(^|\.)visual\.(merger|deepstack_merger)",
     **dict.fromkeys(("vision_tower", "vision_model"), r"vision_(tower|model)|(^|\.)visual\.(?!(deepstack_)?merger)"),
-    **{part: rf"^(model\.)?{part}\." for part in ("encoder", "decoder")},
+    **{module: rf"^(model\.)?{module}\." for module in ("encoder", "decoder")},
     "shared": r"^(shared|lm_head)\.",
 }
 
 
-def holds(part: str, tensors: Collection[str]) -> Callable[[str], bool]:
-    """Whether a tensor is in a part of a model that has these tensors, by its name.
+def holds(module: str, tensors: Collection[str]) -> Callable[[str], bool]:
+    """Whether a tensor is in a module of a model that has these tensors, by its name.
 
-    A part is one of mergekit's modules, or goes by what the names of its tensors begin with; `default` is what lies
-    outside layers where there are several lists of them, and all else.
+    A module has mergekit's name, or goes by what the names of its tensors begin with; `default` is what lies outside
+    layers where there are several lists of them, and all else.
 
     Raises:
         PlanError: None of the tensors is.
     """
     lists = layers(tensors)
-    if part == "default":
+    if module == "default":
         return lambda tensor: len(lists) < 2 or layer_of(tensor) is None
     # What is `model.language_model.` in memory may be `language_model.model.` in files.
-    stored = [part.removeprefix("model."), re.sub(r"^model\.(language_model)", r"\1.model", part)]
-    for front in [_PARTS[part]] if part in _PARTS else [rf"^{re.escape(name)}\." for name in (part, *stored)]:
+    stored = [module.removeprefix("model."), re.sub(r"^model\.(language_model)", r"\1.model", module)]
+    for front in [_NAMES[module]] if module in _NAMES else [rf"^{re.escape(name)}\." for name in (module, *stored)]:
         inside = re.compile(front).search
         if any(map(inside, tensors)):
             return lambda tensor: inside(tensor) is not None
-    raise PlanError(f"no tensor of the models is in a part '{part}'",
-                    hint=f"name one of: default, {', '.join(lists)}; or {', '.join(_PARTS)}")  # fmt: skip
+    raise PlanError(f"no tensor of the models is in a module '{module}'",
+                    hint=f"name one of: default, {', '.join(lists)}; or {', '.join(_NAMES)}")  # fmt: skip
 
 
 def list_of_layers(names: Iterable[str], config: Config, where: str, total: int | None = None) -> str:
@@ -58,7 +58,7 @@ def list_of_layers(names: Iterable[str], config: Config, where: str, total: int 
     Nothing where there are no numbered layers.
 
     Args:
-        names: The names of its tensors, or of those of a part.
+        names: The names of its tensors, or of those of a module.
         config: Its config, where that is to say which list it is.
         where: What the model is called.
         total: The number of layers, where that is to say it.
@@ -77,7 +77,7 @@ def list_of_layers(names: Iterable[str], config: Config, where: str, total: int 
         some = ", ".join(f"{prefix} ({n})" for prefix, n in count.items())
         raise PlanError(
             f"{where} has several lists of layers: {some}",
-            hint="name the part whose layers they are, such as 'encoder: 0-3'",
+            hint="name the module whose layers they are, such as 'encoder: 0-3'",
         )
     return next(iter(lists), "")
 
