@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Literal
 
 from modelmerge.checkpoint.config_file import Values
-from modelmerge.checkpoint.configs import compared
+from modelmerge.checkpoint.configs import Place, compared, text_parts
 from modelmerge.checkpoint.header import MERGEABLE_DTYPES, TensorInfo, is_buffer
-from modelmerge.checkpoint.layer_config import stacked_values
+from modelmerge.checkpoint.layer_config import COUNTS, stacked_values
 from modelmerge.checkpoint.leftovers import refuse_lookalikes
 from modelmerge.checkpoint.matching import match
 from modelmerge.checkpoint.names import matches
@@ -40,6 +40,7 @@ from modelmerge.plan.vocabulary import Tokenizers, compare, is_table, row_count
 
 PASSTHROUGH = "passthrough"  # the method that takes one model's weights as they are
 Tensors = Mapping[str, TensorInfo]
+_PREDICTORS = "num_nextn_predict_layers"  # in configs: how many layers behind the last predict further tokens
 _ALONE = "relative_attention_bias"  # what all layers take from the first
 _BEFORE, _AFTER = -1, -2  # the numbers of what comes before a module's layers, and after them
 
@@ -190,13 +191,16 @@ def stacked(
     if BASE in (expert.name for expert in experts):
         raise UsageError(f"an expert is called '{BASE}', which is the base here", option="layers",
                          hint="name it otherwise, NAME=REF")  # fmt: skip
+    (base, beyond), *others = map(_without_predictors, (base, *experts))
+    experts = [expert for expert, _ in others]
     modules = _modules(base, texts)
     experts = _matched(base, experts, [module.prefix for module in modules if module.prefix], exclude)
     models = (base, *experts)
     names = [BASE, *(expert.name for expert in experts)]
     views = _Views(models, modules)
-    values: Values = {}
-    remarks: list[str] = []
+    values: Values = {(*place, _PREDICTORS): 0 for place in beyond}
+    remarks = [f"Layers of '{model.name}' that predict further tokens are left out: they belong to its own last layer."
+               for model, (_, left) in zip(models, ((base, beyond), *others), strict=True) if left]  # fmt: skip
     for module in modules:
         prefix = module.prefix or ""
         own = layers(base.tensors).get(prefix, 0)
@@ -212,6 +216,18 @@ def stacked(
             values = {**values, **said}
             remarks += doubtful
     return views.stack(values, tuple(remarks))
+
+
+def _without_predictors(model: Checkpoint) -> tuple[Checkpoint, list[Place]]:
+    """The model less layers behind its last that predict further tokens, and where its config counts these."""
+    places, tensors = [], dict(model.tensors)
+    for place, part in text_parts(model.config).items():
+        last = next((part[key] for key in COUNTS if part.get(key)), None)
+        beyond = [name for name in tensors if last is not None and (layer_of(name) or ("", 0))[1] >= last]
+        if part.get(_PREDICTORS) and beyond:
+            places.append(place)
+            tensors = {name: info for name, info in tensors.items() if name not in beyond}
+    return replace(model, tensors=tensors), places
 
 
 def _matched(
