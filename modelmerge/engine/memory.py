@@ -34,8 +34,8 @@ _USABLE = 0.9
 # allocator's slack; measured 120 to 190 MB, and 280 to 320 with the libraries of a build for cards.
 _BUILT_FOR_CARDS = torch.version.cuda is not None or torch.version.hip is not None
 PROCESS_BYTES = 360_000_000 if _BUILT_FOR_CARDS else 230_000_000
-# A survey's integers: counters of each task vector, where it looks for two ranks.
-_COUNTERS = 1 << 17
+# A survey's integers: counters of each task vector, the most that any method has.
+_COUNTERS = 1 << 18
 
 
 class Bytes(NamedTuple):

@@ -17,7 +17,7 @@ from modelmerge.engine.loader import Loader
 from modelmerge.engine.parallel import in_order, in_parallel
 from modelmerge.engine.pieces import Piece, Pieces, Sample, piece_bytes
 from modelmerge.engine.units import MUCH, Crew, Unit, cut
-from modelmerge.methods.contract import Moments, Pass, Survey
+from modelmerge.methods.contract import Gathered, Moments, Pass, Survey
 from modelmerge.plan.tensors import Tensors
 from modelmerge.progress import Reporter
 
@@ -49,13 +49,14 @@ def run_survey(
 
 def _one_pass(
     source: Source, trip: Pass, apply: Apply, units: Sequence[Unit], crew: Crew, progress: Reporter, *, check: bool
-) -> Tensor:
+) -> Any:
     sampled = trip.share > 1
     block = SAMPLE_RUN if sampled else source.block
     progress.stage("sampling" if sampled else "measuring", sum(unit.nbytes for unit in units))
 
-    def measure(unit: Unit) -> Tensor:
+    def measure(unit: Unit) -> tuple[Tensor, Tensor | None]:
         parts: dict[int, Tensor] = {}  # one running total per worker
+        gathered = Gathered(torch.empty(trip.room, dtype=torch.int64, device=source.device))
 
         def add(piece: Piece, loader: Loader) -> None:
             _, taus = loader.load(piece, check=check)
@@ -63,16 +64,20 @@ def _one_pass(
             thread = threading.get_ident()
             if thread not in parts:
                 parts[thread] = zeros.clone()
-            trip.measure(taus, parts[thread])
+            numbers = trip.measure(taus, parts[thread])
+            if numbers is not None:
+                gathered.add(numbers)
             progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
 
         in_parallel(source, Pieces(unit.tensors, block, share=trip.share, before=len(Pieces(unit.before, block))), add)
-        return sum(parts.values(), zeros)
+        return sum(parts.values(), zeros), None if gathered.values is None else gathered.values.clone()
 
     experts = source.plan.experts_of(units[0].tensors[0]) if units else ()  # the same of all that are surveyed together
     zeros = torch.zeros((len(experts), trip.counters), dtype=torch.int64, device=source.device)
-    total: Tensor = sum((each for _, each in crew.share(units, measure)), zeros)
-    return total
+    results = [each for _, each in crew.share(units, measure)]
+    total: Tensor = sum((part for part, _ in results), zeros)
+    keys = [part for _, part in results if part is not None]
+    return (total, torch.cat(keys) if len(keys) == len(results) > 0 else total[:0, 0]) if trip.room else total
 
 
 def run_moments(

@@ -129,12 +129,15 @@ class Pass:
     """One trip over task vectors: `measure([T, n], total)` adds what it finds in a block to the int64 total, in place.
 
     Integers, so that the sum has no rounding and no order over blocks, shards and workers; `total` has the shape
-    [T, counters]. With a `share` of N only a regular sample of one N-th of the entries is read.
+    [T, counters]. With a `share` of N only a regular sample of one N-th of the entries is read. With `room` for so
+    many, `measure` hands over int64 numbers [k] besides: what is sent is the total and all of these, in any order, or
+    none where there were more.
     """
 
-    measure: Callable[[Tensor, Tensor], None]
+    measure: Callable[[Tensor, Tensor], Tensor | None]
     counters: int
     share: int = 1
+    room: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class Survey:
         reads: Given the same, how many times the task vectors are read in all, as a rule.
     """
 
-    find: Callable[[int], Generator[Pass, Tensor, Tensor]]
+    find: Callable[[int], Generator[Pass, Any, Tensor]]
     reads: Callable[[int], float]
 
 

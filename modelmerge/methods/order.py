@@ -2,12 +2,16 @@
 
 The bits of a float32, with those of negative ones turned round, sort like the float itself. The first pass counts the
 upper 16 bits, which tells the bucket of each wanted rank; the second counts the lower 16 bits within those buckets.
-Of a large model the first counts only those near the buckets that a sample tells, and how many lie below.
+
+Of a large model a sample tells about where the wanted numbers are, and one pass is enough: it hands over the numbers
+near a rank that few lie beyond, or counts a window of neighbouring floats and how many are more. Where the sample is
+too far off, the two passes follow. The result is exact either way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -16,42 +20,25 @@ from modelmerge.methods.contract import Pass, Tensor
 
 _BITS = 16
 _BUCKETS = 1 << _BITS
-_INFINITE = 0xFF80  # its bucket
 # Standard errors on either side, of a sample of independent entries: those of a run are alike.
 _ERRORS = 20.0
+_WINDOW = 1 << 18  # floats that are counted around a sample's number
+_MOST = 1 << 22  # numbers that are handed over
+
+Numbers = Callable[[Tensor], Iterable[Tensor]]  # of task vectors [T, n]: T rows [n], one by one
 
 
-def by_rank(
-    numbers: Callable[[Tensor], Iterable[Tensor]], ranks: Sequence[int] | Sequence[Sequence[int]],
-    large: int | None = None,
-) -> Generator[Pass, Tensor, Tensor]:  # fmt: skip
+def by_rank(numbers: Numbers, ranks: Sequence[int] | Sequence[Sequence[int]]) -> Generator[Pass, Tensor, Tensor]:
     """The numbers of these ranks, counted from 1, that `numbers` makes of task vectors [T, n]: T rows [n]. [T, ranks].
 
     The rows come one by one, as memory for all of them at once would be new for each block. The ranks are the same for
-    all rows, or some for each. A `large` model with so many entries is sampled first.
+    all rows, or some for each.
     """
-
-    def count_high(taus: Tensor, total: Tensor) -> None:
-        for row, count in zip(numbers(taus), total, strict=True):
-            count.add_(torch.bincount(_buckets(_sorting(row)), minlength=_BUCKETS))
-
-    found = None
-    if large is not None:
-        sample = yield Pass(count_high, _BUCKETS, threshold.SHARE)
-        places = torch.tensor(ranks, device=sample.device).expand(len(sample), -1)
-        ranges = _around(sample, places / large)
-        near = yield Pass(
-            lambda taus, total: _count_near(numbers(taus), ranges, total), len(ranges[0]) * (_BUCKETS + 1)
-        )
-        found = _found_near(near.view(len(near), -1, _BUCKETS + 1), places)
-    if found is None:
-        high = yield Pass(count_high, _BUCKETS)
-        cumulative = high.cumsum(1)
-        places = torch.tensor(ranks, device=high.device).expand(len(high), -1).contiguous()
-        places = torch.minimum(places, cumulative[:, -1:])
-        buckets = torch.searchsorted(cumulative, places)
-        found = buckets, places - (cumulative - high).gather(1, buckets)
-    buckets, within = found
+    high = yield _histogram(numbers, 1)
+    cumulative = high.cumsum(1)
+    places = torch.minimum(torch.tensor(ranks, device=high.device), cumulative[:, -1:])
+    buckets = torch.searchsorted(cumulative, places)
+    within = places - (cumulative - high).gather(1, buckets)
 
     def count_low(taus: Tensor, total: Tensor) -> None:
         for row, chosen, count in zip(numbers(taus), buckets.tolist(), total, strict=True):
@@ -66,43 +53,94 @@ def by_rank(
     return _turned(bits).view(torch.float32)
 
 
-def _around(sample: Tensor, shares: Tensor) -> list[list[tuple[int, int]]]:
-    """The first and the last bucket, near enough, of the numbers below which these shares [T, ranks] lie."""
-    cumulative = sample.cumsum(1)
+def _histogram(numbers: Numbers, share: int) -> Pass:
+    """How many numbers there are in each bucket."""
+
+    def count(taus: Tensor, total: Tensor) -> None:
+        for row, part in zip(numbers(taus), total, strict=True):
+            buckets = (_sorting(row) >> _BITS).add_(_BUCKETS // 2)
+            part.index_add_(0, buckets, torch.ones_like(buckets, dtype=torch.int64))
+
+    return Pass(count, _BUCKETS, share)
+
+
+def tails(numel: int, low: int, high: int) -> Generator[Pass, Any, Tensor | None]:
+    """The magnitudes of two ranks near either end, counted from 1, of a large model's task vectors: [T, 2].
+
+    None where the sample is too far off.
+    """
+    cumulative = (yield _histogram(torch.abs, threshold.SHARE)).cumsum(1)
     size = cumulative[:, -1:].double()
-    margin = _ERRORS * (shares * (1 - shares) * size).sqrt() + _ERRORS
-    first = torch.searchsorted(cumulative, (shares * size - margin).clamp(min=0).long())
-    last = torch.searchsorted(cumulative, (shares * size + margin).long()).clamp(max=_INFINITE)
-    return [list(zip(*each, strict=True)) for each in zip(first.tolist(), last.tolist(), strict=True)]
-
-
-def _count_near(rows: Iterable[Tensor], ranges: Sequence[Sequence[tuple[int, int]]], total: Tensor) -> None:
-    """Adds to total [T, ranks (2^16 + 1)] how many of T rows lie in each bucket of a range; last, how many below it."""
-    for row, some, counts in zip(rows, ranges, total, strict=True):
-        bits = _sorting(row, min(some)[0])
-        for (first, last), count in zip(some, counts.view(-1, _BUCKETS + 1), strict=True):
-            inside = _buckets(threshold.within(bits, _first(first), _first(last + 1))).sub_(first)
-            count[first : last + 1] += torch.bincount(inside, minlength=last + 1 - first)
-            count[-1] += len(bits) - threshold.at_least(bits, _first(first))
-
-
-def _found_near(near: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The buckets of these places, and the places within them [T, ranks]; None if one is outside its range."""
-    counts, within = near[:, :, :-1], places - near[:, :, -1]
-    cumulative = counts.cumsum(2)
-    if not bool(((within > 0) & (within <= cumulative[:, :, -1])).all()):
+    shares = size.new_tensor([low, high]) / numel
+    margin = _ERRORS * ((size * shares * (1 - shares)).sqrt() + 1)
+    near = torch.stack([size * shares - margin, size * shares + margin], 2).flatten(1).clamp(min=0).long()
+    buckets = torch.searchsorted(cumulative, near).clamp(max=_BUCKETS - 2)
+    edges = (buckets + buckets.new_tensor([0, 1, 0, 1]) - _BUCKETS // 2) << _BITS
+    # Most often many entries did not change, and the lower one is 0: those are counted, not handed over.
+    edges[:, :2] *= edges[:, 1:2] > _BUCKETS
+    each, room = edges.tolist(), 4 * threshold.SHARE * int(margin.sum())
+    if room > _MOST or any(stop > start for _, stop, start, _ in each):
         return None
-    buckets = torch.searchsorted(cumulative, within[:, :, None])
-    return buckets.squeeze(2), within - (cumulative - counts).gather(2, buckets).squeeze(2)
+
+    def look(taus: Tensor, total: Tensor) -> Tensor:
+        keys = []
+        for i, (tau, (_, stop, start, _), count) in enumerate(zip(taus, each, total, strict=True)):
+            bits = tau.view(torch.int32) & 0x7FFFFFFF
+            count[0] += 0 if stop else len(bits) - threshold.at_least(bits, 1)
+            outer = threshold.within(bits, start, stop + (1 << 32))
+            places = torch.bucketize(outer, edges[i].int(), right=True)
+            count += torch.bincount(places, minlength=5)
+            keys.append(outer[places % 2 == 1].long() + (i << 32))
+        return torch.cat(keys)
+
+    counts, keys = yield Pass(look, 5, room=room)
+    found = []
+    for i, ((_, stop, *_), (below, lower, _, upper, above)) in enumerate(zip(each, counts.tolist(), strict=True)):
+        values, rank, place = _of_task(keys, i), low - below, lower + upper + above + high - numel
+        if not (0 < rank <= lower if stop else rank <= 0) or not lower < place <= lower + upper <= len(values):
+            return None
+        pair = threshold.smallest(values.view(torch.float32)[None], rank if stop else place, place)[0]
+        found.append(pair * values.new_tensor([min(stop, 1), 1]))
+    return torch.stack(found)
+
+
+def top(numbers: Numbers, numel: int, rank: int) -> Generator[Pass, Any, Tensor | None]:
+    """The number of this rank, counted from 1, and the largest that `numbers` makes of a large model: [T, 2].
+
+    None where the sample is too far off.
+    """
+    below = (yield _histogram(numbers, threshold.SHARE)).cumsum(1)
+    buckets = torch.searchsorted(below, torch.cat([(below[:, -1:] * (rank / numel)).ceil(), below[:, -1:]], 1))
+    each = [(_first(bucket) - 3 * _BUCKETS // 2, _first(last)) for bucket, last in buckets.tolist()]
+
+    def look(taus: Tensor, total: Tensor) -> Tensor:
+        keys = []
+        for i, (row, (start, peak), count) in enumerate(zip(numbers(taus), each, total, strict=True)):
+            bits = _sorting(row, (start >> _BITS) + _BUCKETS // 2)
+            inside = threshold.within(bits, start, start + _WINDOW).sub_(start)
+            count.index_add_(0, inside, torch.ones_like(inside, dtype=torch.int64))
+            count[-1] += threshold.at_least(bits, start + _WINDOW)
+            keys.append(bits[threshold.from_least(bits, peak)].long() + (i << 32))
+        return torch.cat(keys)
+
+    counts, keys = yield Pass(look, _WINDOW + 1, room=_MOST)
+    within = rank - (numel - counts.sum(1))
+    inside = (counts[:, :-1].cumsum(1) < within[:, None]).sum(1)
+    largest = [_of_task(keys, i) for i in range(len(counts))]
+    if not bool(((within > 0) & (inside < _WINDOW)).all()) or not all(map(len, largest)):
+        return None
+    ends = torch.stack([counts.new_tensor(each)[:, 0] + inside, torch.stack([bits.max() for bits in largest])], 1)
+    return _turned(ends.int()).view(torch.float32)
+
+
+def _of_task(keys: Tensor, task: int) -> Tensor:
+    """The bits that were handed over as that task's."""
+    return (keys[(keys + (1 << 31)) >> 32 == task] - (task << 32)).to(torch.int32)
 
 
 def _first(bucket: int) -> int:
     """The least bits, as sorted, of a bucket."""
     return (bucket - _BUCKETS // 2) << _BITS
-
-
-def _buckets(bits: Tensor) -> Tensor:
-    return (bits >> _BITS).add_(_BUCKETS // 2)
 
 
 def _sorting(numbers: Tensor, least: int = 0) -> Tensor:

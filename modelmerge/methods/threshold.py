@@ -123,17 +123,15 @@ def _count_window(taus: Tensor, first: Tensor, total: Tensor) -> None:
 
 
 def within(bits: Tensor, first: int, stop: int) -> Tensor:
-    """The int32 entries from `first` to before `stop`, which is less than 2^31 above it."""
-    if bits.device.type != "cpu":
-        return bits[(bits >= first) & (bits < stop)]
-    return bits[places(bits, first, stop)]
+    """The int32 entries from `first` to before `stop`, less than 2^32 above it; after the highest comes the lowest."""
+    return bits.index_select(0, places(bits, first, stop))
 
 
 def places(bits: Tensor, first: int, stop: int) -> Tensor:
     """Where the entries that `within` gives are."""
-    if bits.device.type != "cpu":
-        return ((bits >= first) & (bits < stop)).nonzero().flatten()
     # As unsigned, one comparison finds both ends.
+    if bits.device.type != "cpu":
+        return ((bits - first).long() & 0xFFFFFFFF < stop - first).nonzero().flatten()
     values: Any = bits.numpy() - first if first else bits.numpy()
     return _places(values.view("uint32") < max(stop - first, 0))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from modelmerge.methods import order
-from modelmerge.methods.contract import Survey
+from modelmerge.methods import order, threshold
+from modelmerge.methods.contract import Pass, Survey
 from modelmerge.methods.merge import pcb
-from tests.support.methods import merged, surveyed, taus_of
+from tests.support.methods import counted, merged, surveyed, taus_of
 
 
 def between(values: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -72,24 +75,67 @@ def test_numbers_by_rank_are_those_of_a_sort() -> None:
     assert torch.equal(found, values.sort(1).values[:, [rank - 1 for rank in ranks]])
 
 
-@pytest.mark.parametrize("odd", [1.0, 3.0])  # of the latter the sample tells nothing
-def test_numbers_by_rank_of_a_large_model_are_those_of_a_sort(odd: float) -> None:
-    values = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(4))
-    values[0, :300] = -0.0
-    ranks = (1, 21, 100_000, 160_001, 199_980, 200_000)
-    search = order.by_rank(lambda taus: taus, ranks, values.shape[1])
+def searched(search: Generator[Pass, Any, Any], values: Tensor, odd: float = 1.0) -> tuple[Any, list[int]]:
+    """What a search finds of values [T, n], and the shares of its passes; a sample sees them times that."""
     trip, shares = next(search), []
     while True:
         shares.append(trip.share)
-        total = torch.zeros(2, trip.counters, dtype=torch.int64)
-        trip.measure(values[:, :: trip.share].contiguous() * (odd if trip.share > 1 else 1.0), total)
         try:
-            trip = search.send(total)
+            seen = values if trip.share == 1 else values[:, :: trip.share] * odd
+            trip = search.send(counted(trip, seen))
         except StopIteration as end:
-            got = end.value
-            break
-    assert torch.equal(got, values.sort(1).values[:, [rank - 1 for rank in ranks]])
-    assert len(shares) == (3 if odd == 1.0 else 4)
+            return end.value, shares
+
+
+MANY = 1 << 20
+
+
+def large(kind: str) -> Tensor:
+    values = torch.randn(3, MANY, generator=torch.Generator().manual_seed(4)) * 1e-3
+    values[1] *= torch.linspace(0.5, 2.0, MANY)
+    if kind == "rounded":  # many zeros, and many that are alike
+        return (values * 4096).round() / 4096
+    return values
+
+
+@pytest.mark.parametrize("kind", ["smooth", "rounded"])
+def test_the_tails_of_a_large_model_are_those_of_a_sort(kind: str) -> None:
+    values, low, high = large(kind), 105, MANY - 105
+    want = values.abs().sort(1).values[:, [low - 1, high - 1]]
+    found, shares = searched(order.tails(MANY, low, high), values)
+    assert torch.equal(found, want)
+    assert shares == [32, 1]
+    for odd in (0.3, 3.0):  # the sample is far off
+        found, shares = searched(order.tails(MANY, low, high), values, odd)
+        assert found is None or torch.equal(found, want)
+    assert found is None
+
+
+@pytest.mark.parametrize("rank", [MANY // 5, MANY * 4 // 5])
+@pytest.mark.parametrize("kind", ["smooth", "rounded"])
+def test_the_top_of_a_large_model_is_that_of_a_sort(kind: str, rank: int) -> None:
+    values = large(kind) + 1.0 if kind == "smooth" else large(kind)  # close floats: a sample tells much
+    found, shares = searched(order.top(lambda taus: taus, MANY, rank), values)
+    assert torch.equal(found, values.sort(1).values[:, [rank - 1, -1]])
+    assert shares == [32, 1]
+    assert searched(order.top(lambda taus: taus, MANY, rank), values, 3.0)[0] is None
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.7, 1.0])
+@pytest.mark.parametrize("kind", ["smooth", "rounded", "unchanged", "alike"])
+def test_a_sample_changes_no_threshold(kind: str, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = large("rounded" if kind == "rounded" else "smooth")
+    if kind == "unchanged":
+        values[1] = 0
+    elif kind == "alike":
+        values[1] = values[1].sign()
+    survey = pcb._survey(pcb.Options(ratio=ratio), {})
+    want = surveyed(survey, values)
+    monkeypatch.setattr(threshold, "SAMPLED", 1)
+    got, shares = searched(survey.find(MANY), values)
+    assert torch.equal(got, want)
+    assert shares[:3] == ([32, 1, 32] if kind in ("smooth", "rounded") else [32, 1, 1])
+    assert torch.equal(searched(survey.find(MANY), values, 3.0)[0], want)
 
 
 def test_experts_without_a_change_have_no_say() -> None:

@@ -56,10 +56,12 @@ def surveyed(survey: Survey, taus: Tensor) -> Tensor:
             return found.value
 
 
-def counted(wanted: Pass, taus: Tensor) -> Tensor:
+def counted(wanted: Pass, taus: Tensor) -> Any:
     total = torch.zeros(len(taus), wanted.counters, dtype=torch.int64, device=taus.device)
-    wanted.measure(taus.contiguous(), total)
-    return total
+    numbers = wanted.measure(taus.contiguous(), total)
+    if numbers is None:
+        return total
+    return total, numbers if len(numbers) <= wanted.room else numbers[:0]
 
 
 def takes(name: str, experts: int) -> int:

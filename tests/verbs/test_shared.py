@@ -159,11 +159,14 @@ def test_a_recipe_is_repeated_by_several(models: list[Path], tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("small_units")
-def test_a_sample_is_the_same_in_units(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", [{"method": "ties", "at": ["*mlp*: density=0.5"]}, {"method": "pcb"}], ids=str)
+def test_a_sample_is_the_same_in_units(
+    asked: dict[str, Any], models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(threshold, "SAMPLED", 1)
     monkeypatch.setattr(threshold, "SHARE", 3)
     monkeypatch.setattr(modelmerge.engine.survey, "SAMPLE_RUN", 64)
-    merged_by_units(models, tmp_path, method="ties", at=["*mlp*: density=0.5"])
+    merged_by_units(models, tmp_path, **asked)
 
 
 def test_each_input_is_hashed_once(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
