@@ -76,8 +76,8 @@ def tails(numel: int, low: int, high: int) -> Generator[Pass, Any, Tensor | None
     near = torch.stack([size * shares - margin, size * shares + margin], 2).flatten(1).clamp(min=0).long()
     buckets = torch.searchsorted(cumulative, near).clamp(max=_BUCKETS - 2)
     edges = (buckets + buckets.new_tensor([0, 1, 0, 1]) - _BUCKETS // 2) << _BITS
-    # Most often many entries did not change, and the lower one is 0: those are counted, not handed over.
-    edges[:, :2] *= edges[:, 1:2] > _BUCKETS
+    # Most often many entries did not change, and the lower one is 0: to count some of those is enough.
+    edges[:, :2] *= cumulative[:, _BUCKETS // 2, None] < 16 * size * shares[0]
     each, room = edges.tolist(), 4 * threshold.SHARE * int(margin.sum())
     if room > _MOST or any(stop > start for _, stop, start, _ in each):
         return None
@@ -86,8 +86,8 @@ def tails(numel: int, low: int, high: int) -> Generator[Pass, Any, Tensor | None
         keys = []
         for i, (tau, (_, stop, start, _), count) in enumerate(zip(taus, each, total, strict=True)):
             bits = tau.view(torch.int32) & 0x7FFFFFFF
-            count[0] += 0 if stop else len(bits) - threshold.at_least(bits, 1)
-            outer = threshold.within(bits, start, stop + (1 << 32))
+            count[0] += 0 if stop else len(bits) // 8 - threshold.at_least(bits[: len(bits) // 8], 1)
+            outer = threshold.within(bits, start, stop + (1 << 32)) if stop else bits[threshold.from_least(bits, start)]
             places = torch.bucketize(outer, edges[i].int(), right=True)
             count += torch.bincount(places, minlength=5)
             keys.append(outer[places % 2 == 1].long() + (i << 32))
