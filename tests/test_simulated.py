@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modelmerge.devices import Sender, current, find_device, read_later
 from modelmerge.errors import DeviceError
-from modelmerge.methods import linalg, registry
+from modelmerge.methods import linalg, registry, threshold
 from modelmerge.methods.contract import Apart, Context, Method, measured_at_once
 from modelmerge.methods.options import make_options
 from tests.support.methods import SHAPE, choices, context_of, measured_in_blocks, surveyed, takes, taus_of
@@ -417,9 +417,17 @@ def test_moments_on_a_simulated_device(name: str, machine: Machine) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in registry.names() if registry.load(name).survey(registry.load(name).options(), {})]
 )
-def test_surveys_on_a_simulated_device(name: str, machine: Machine) -> None:
+@pytest.mark.parametrize("sampled", [threshold.SAMPLED, 1])
+def test_surveys_on_a_simulated_device(
+    name: str, sampled: int, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the whole model is measured by, from a sample first and at once."""
-    chosen, taus = registry.load(name), taus_of(takes(name, EXPERTS)).flatten(1)
+    monkeypatch.setattr(threshold, "SAMPLED", sampled)
+    generator = torch.Generator().manual_seed(5)
+    chosen, taus = (
+        registry.load(name),
+        torch.randn(takes(name, EXPERTS), 1 << 18, generator=generator).round(decimals=3),
+    )
     survey = chosen.survey(chosen.options(), {})
     assert survey is not None
     assert torch.equal(surveyed(survey, taus.to(SIM)).cpu(), surveyed(survey, taus))
