@@ -80,14 +80,13 @@ def _scored(taus: Tensor, limits: Sequence[Ends], least: Sequence[float]) -> Ite
     """
     padded = torch.nn.functional.pad(taus, (0, -taus.shape[1] % _LANES)) if taus.shape[1] % _LANES else taus
     total = weighted_sum(padded, (1.0,) * len(padded))
-    most, largest = _most(total), _most(padded)
-    score, cut = torch.empty_like(total), torch.empty_like(total)
+    most, largest, cut = _most(total), _most(padded), torch.empty_like(total)
     for tau, (low, high, factor), bound in zip(padded, limits, least, strict=True):
         torch.clamp(tau, -high, high, out=cut)
         root = math.sqrt(len(taus) / math.log(2)) * factor
         matters = torch.nn.functional.softshrink(cut, low).mul_(root) if low else cut * root
         matters.square_().exp2_()  # on a CPU in a quarter of the time of powers of e
-        torch.mul(tau, total, out=score)
+        score = tau * total
         # Task vectors are small, and on a CPU tanh takes longer than all else.
         if most * largest >= ITSELF * 0.999:
             score.tanh_()
