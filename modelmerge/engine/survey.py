@@ -64,8 +64,7 @@ def _one_pass(
             thread = threading.get_ident()
             if thread not in parts:
                 parts[thread] = zeros.clone()
-            numbers = trip.measure(taus, parts[thread])
-            if numbers is not None:
+            if (numbers := trip.measure(taus, parts[thread])) is not None:
                 gathered.add(numbers)
             progress.advance(piece_bytes(source.plan, piece), piece.tensor.name)
 

@@ -110,7 +110,8 @@ def top(numbers: Numbers, numel: int, rank: int) -> Generator[Pass, Any, Tensor 
     None where the sample is too far off.
     """
     below = (yield _histogram(numbers, threshold.SHARE)).cumsum(1)
-    buckets = torch.searchsorted(below, torch.cat([(below[:, -1:] * (rank / numel)).ceil(), below[:, -1:]], 1))
+    size = below[:, -1:].double()
+    buckets = torch.searchsorted(below, torch.cat([(size * (rank / numel)).ceil(), size], 1).long())
     each = [(_first(bucket) - 3 * _BUCKETS // 2, _first(last)) for bucket, last in buckets.tolist()]
 
     def look(taus: Tensor, total: Tensor) -> Tensor:

@@ -64,6 +64,18 @@ def test_tanh_of_small_numbers_is_not_missed() -> None:
     assert torch.equal(alone, together[:, :4096])
 
 
+@pytest.mark.parametrize("least", [-1.0, 0.0, 0.1, 0.3])
+def test_entries_below_the_lower_limit_are_raised_to_it_where_they_are_kept(least: float) -> None:
+    taus = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    ends = pcb.ends_of(torch.tensor([[0.5, 2.0]])), pcb.ends_of(torch.tensor([[least, 3.0]]))
+    [score] = pcb.scores(taus, ends[0])
+    raised = taus[0].sign() * taus[0].abs().clamp(0.5, 2.0)
+    clear = (score - least).abs() > 1e-6
+    want = torch.where(score > least, raised, 0.0)[clear]
+    assert bool(((score > least) & (taus[0].abs() < 0.5)).any()) == (least < 0.25)
+    assert torch.allclose(pcb._merged(taus, *ends, (1.0,))[clear], want)
+
+
 def test_numbers_by_rank_are_those_of_a_sort() -> None:
     generator = torch.Generator().manual_seed(3)
     values = torch.cat([
