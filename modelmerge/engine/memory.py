@@ -260,12 +260,13 @@ def merge_blocks(job: Job) -> Bytes:
 
 
 def _gathered(job: Job) -> int:
-    """What is kept of the tensors that are measured first: a sample of one, and what lies near its two places."""
+    """What is kept of tensors that are measured first: a sample of one, what lies near its two places, and places."""
     measured = [t.numel for g in job.groups if g.measures for t in g.tensors if not job.whole(t)]
     if not measured:
         return 0
     entries = min(int(selection.GATHERED * max(measured)), selection.MOST)
-    return 4 * len(job.plan.experts) * (2 * entries + 3 * Sample.MOST)
+    places = min(int(selection.KEPT * max(measured)), selection.MOST // 2)
+    return 4 * len(job.plan.experts) * (2 * entries + 3 * Sample.MOST) + 18 * places
 
 
 def _block(job: Job) -> int:

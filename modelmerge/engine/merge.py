@@ -32,7 +32,7 @@ from modelmerge.methods.options import is_linear
 from modelmerge.plan.tensors import TensorPlan
 from modelmerge.progress import Reporter
 
-_REACH = 1 << 28  # bytes: little beside the memory that systems give to files
+_REACH = 1 << 26  # bytes: little beside the memory that systems give to files, and what is measured may be some
 
 
 class Written(Protocol):
@@ -202,6 +202,8 @@ def _merge(fitted: FittedJob, todo: Sequence[TensorPlan], outputs: Sequence[_Out
     for some in _in_reach(fitted, with_moments):
         fitted.measure(some, progress)
         merge_cut(some)
+        for tensor in some:
+            del fitted.measured[tensor.name]  # which may be large
     _run_whole(fitted, wholes, outputs, progress)
 
 

@@ -179,12 +179,13 @@ class Gathered:
     def __init__(self, memory: Tensor) -> None:
         self._memory, self._used, self._mutex = memory, 0, threading.Lock()
 
-    def add(self, values: Tensor) -> None:
-        """Keep these, if there is room."""
+    def add(self, values: Tensor) -> int:
+        """Keep these, if there is room; their place in it."""
         with self._mutex:
             first, self._used = self._used, self._used + values.shape[-1]
             if self._used <= self._memory.shape[-1]:
                 self._memory[..., first : self._used] = values
+            return first
 
     @property
     def values(self) -> Tensor | None:

@@ -8,7 +8,6 @@ number lies outside after all, two passes that count find it, as they do for who
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,13 @@ from typing import Any
 import torch
 
 from modelmerge.methods import order, threshold
-from modelmerge.methods.blocks import blocks
+from modelmerge.methods.blocks import blocks, in_blocks
 from modelmerge.methods.contract import Gathered, Look, Tensor
 
 _ERRORS = 5.0  # standard errors on either side
 GATHERED = 1 / 32  # where more of a tensor's numbers may lie between, all are counted
 MOST = 1 << 22  # and where a window might need memory for more than that
+KEPT = 1 / 8  # where no more may be among the largest, their places are kept, up to half as many
 _LOWEST, _INFINITE, _HIGHEST = -1, 0x7F800000, (1 << 31) - 1  # as bits
 
 Numbers = Callable[[Tensor], Iterable[Tensor]]  # task vectors [T, n] -> R rows [n] of numbers >= 0, which are new
@@ -36,13 +36,15 @@ class _Window:
     high: int
     inner: Gathered
 
-    def look(self, bits: Tensor, beside: Tensor | None = None) -> list[Tensor | int]:
-        """How many entries of a block are above the high end, at least that, between, and at least the low end."""
-        if beside is None:
+    def look(self, bits: Tensor, rows: Tensor | None = None) -> list[Tensor | int]:
+        """How many entries of a block are above the high end, at least that, between, and at least the low end.
+
+        Of the rows [1 + k, n], or of the bits alone, it keeps what lies between.
+        """
+        if rows is None:
             inner = threshold.within(bits, self.low + 1, self.high)[None]
         else:
-            places = threshold.places(bits, self.low + 1, self.high)
-            inner = torch.cat([bits[None, places], beside[:, places].view(torch.int32)])
+            inner = _chosen(rows, threshold.places(bits, self.low + 1, self.high))
         self.inner.add(inner)
         above = 0 if self.high == _HIGHEST else threshold.at_least(bits, self.high + 1)
         return [above, threshold.at_least(bits, self.high), inner.shape[1], threshold.at_least(bits, self.low)]
@@ -81,8 +83,8 @@ def by_place(numbers: Numbers, places: Places, numel: int, *, at_once: bool) -> 
 
 def largest(
     number: Callable[[Tensor], Tensor], share: float, numel: int, *, at_once: bool
-) -> Generator[Look, Any, tuple[float, Tensor]]:
-    """The least of the largest positive numbers, and what the task vectors have there.
+) -> Generator[Look, Any, tuple[Tensor, Tensor]]:
+    """The least of the largest positive numbers, what the task vectors have there, and where that is.
 
     Args:
         number: Task vectors [T, n] -> [n] numbers >= 0, which are new.
@@ -91,46 +93,83 @@ def largest(
         at_once: They come as one block.
 
     Returns:
-        The least that is taken, and the task vectors' sums of squares [T], float64, where the number is no less.
+        Float64 [1 + T + k]: the least that is taken; the task vectors' sums of squares where the number is no less; and
+        these places in their order, or none where they may be many. And the [T] of it alone.
     """
 
     def places(row: int, count: int) -> tuple[int]:
         return (int(share * count),)
 
-    def in_memory(taus: Tensor, base: Tensor) -> list[tuple[float, Tensor]]:
-        row = number(taus)
-        limit = float(_directly([row.clone()], lambda i, count: places(i, int(row.count_nonzero()))))
-        return [(limit, squares(taus, row, limit))]
+    def in_memory(taus: Tensor, base: Tensor) -> list[tuple[Tensor, Tensor]]:
+        row = in_blocks(taus, number)
+        limit = _directly([row.clone()], lambda i, count: places(i, int(row.count_nonzero())))
+        measured = torch.cat([limit[0].double(), _beside(taus, row, float(limit), keep=True)])
+        return [(measured, measured[1 : 1 + len(taus)])]
 
     if at_once:
         return (yield Look(in_memory))[0]
     sample = yield Look(lambda taus, base: [(number(taus), len(taus))], sampled=True)
-    windows = _around(torch.stack([row for row, _ in sample])[None], places, numel, positive=True, beside=sample[0][1])
+    row, tasks = torch.stack([row for row, _ in sample]), sample[0][1]
     del sample  # others of its kind are on their way
-    limit = total = None
+    windows, kept, limit, total = _around(row[None], places, numel, positive=True, beside=tasks), None, None, None
     if windows is not None:
-        [[window]] = windows
-        seen = yield Look(lambda taus, base: _look_beside(number, taus, window))
-        *counts, count = map(int, seen[:5].tolist())
-        limit, total = _with_squares(window, places(0, count)[0], counts, seen[5:])
+        window = windows[0][0]
+        near = float((row.view(torch.int32) >= window.low).double().mean())
+        room = int(1.1 * near * numel) if near <= KEPT and 2 * near * numel <= MOST else 0
+        kept = memory = Gathered(torch.empty(2, room, dtype=torch.int32, device=row.device))
+        seen = yield Look(lambda taus, base: [_look_beside(number, taus, window, memory)])
+        totals, runs = sum(each for each, _ in seen), [run for _, each in seen for run in each]
+        *counts, count = map(int, totals[:5].tolist())
+        limit, total = _with_squares(window, places(0, count)[0], counts, totals[5:])
     else:
         count = int((yield Look(lambda taus, base: number(taus).count_nonzero())))
     if limit is None:
+        kept = None  # it may be below all of these
         limit = float((yield from _counted(lambda taus: [number(taus)], [places(0, count)], numel)))
     if total is None:
-        total = yield Look(lambda taus, base: squares(taus, number(taus), limit))
-    return limit, total
+        total = yield Look(lambda taus, base: _beside(taus, number(taus), limit))
+    measured = torch.cat([total.new_tensor([limit]), total]).cpu()
+    if kept is not None and kept.values is not None:
+        measured = _joined(measured, kept.values, runs)
+    return measured, measured[1 : 1 + tasks]
 
 
-def squares(taus: Tensor, numbers: Tensor | None = None, least: float = 0.0) -> Tensor:
-    """The sums of squares [T], float64, of [T, n] where the numbers [n], if there are any, are no less than that."""
+def squares(taus: Tensor) -> Tensor:
+    """The sums of squares [T], float64, of [T, n]."""
     total = torch.zeros(len(taus), dtype=torch.float64, device=taus.device)
     for block in blocks(taus):
-        chosen = None if numbers is None else threshold.from_least(numbers[block], least)
         for tau, square in zip(taus[:, block], total, strict=True):
-            part = (tau if chosen is None else tau.index_select(0, chosen)).double()
+            part = tau.double()
             square.add_(torch.dot(part, part))
     return total
+
+
+def _beside(taus: Tensor, row: Tensor, least: float, *, keep: bool = False) -> Tensor:
+    """The sums of squares of [T, n] where the numbers [n] are no less than that, and maybe these places: [T + k]."""
+    found = [torch.zeros(len(taus), dtype=torch.float64, device=taus.device)]
+    for block in blocks(taus):
+        places = threshold.from_least(row[block], least)
+        found[0] += squares(_chosen(taus[:, block], places))
+        if keep:
+            found.append(places.double().add_(block.start))
+    return torch.cat(found)
+
+
+def _chosen(rows: Iterable[Tensor], places: Tensor) -> Tensor:
+    """What R rows [n] have at these places [k]: [R, k]."""
+    return torch.stack([row.index_select(0, places) for row in rows])  # in half the time of one step
+
+
+def _joined(head: Tensor, kept: Tensor, runs: Sequence[tuple[int, int, int]]) -> Tensor:
+    """The head, and the places of numbers no less than its first, of those that are kept, with their bits [2, n]."""
+    joined, start, used = head.new_empty(len(head) + kept.shape[1]), 0, len(head)
+    joined[:used] = head
+    for size, first, count in runs:
+        places, bits = kept[:, first : first + count]
+        places = places.index_select(0, threshold.from_least(bits.view(torch.float32), float(head[0])))
+        torch.add(places.cpu(), start, out=joined[used : used + len(places)])
+        start, used = start + size, used + len(places)
+    return joined[:used]
 
 
 def _directly(rows: Iterable[Tensor], places: Places) -> Tensor:
@@ -187,17 +226,24 @@ def _look(rows: Iterable[Tensor], windows: Sequence[Sequence[_Window]]) -> Tenso
     return torch.tensor([[window.look(row.view(torch.int32)) for window in some] for row, some in each])
 
 
-def _look_beside(number: Callable[[Tensor], Tensor], taus: Tensor, window: _Window) -> Tensor:
-    """What the window tells of a block, how many numbers are positive, and `squares` from its high end on: [5 + T]."""
-    total = torch.zeros(5 + len(taus), dtype=torch.float64)
-    high = math.inf if window.high == _HIGHEST else _number(window.high)
+def _look_beside(
+    number: Callable[[Tensor], Tensor], taus: Tensor, window: _Window, kept: Gathered
+) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """What the window tells of a block, how many numbers are positive, and `squares` from its high end on: [5 + T].
+
+    And for each part of it how long it is, and where how many of its places are kept: those from the low end on.
+    """
+    total, runs = torch.zeros(5 + len(taus), dtype=torch.float64), []
     for block in blocks(taus):  # all while it is in the processor's cache
         part = taus[:, block]
-        row = number(part)
-        bits = row.view(torch.int32)
-        counts = [*window.look(bits, part), threshold.at_least(bits, 1)]
-        total += torch.cat([total.new_tensor(counts), squares(part, row, high).cpu()])
-    return total
+        bits = number(part).view(torch.int32)
+        places = threshold.from_least(bits, window.low)
+        rows = _chosen((bits, *part.view(torch.int32)), places)
+        counts = [*window.look(rows[0], rows), threshold.at_least(bits, 1)]
+        above = _chosen(rows[1:].view(torch.float32), threshold.from_least(rows[0], window.high))
+        total += torch.cat([total.new_tensor(counts), squares(above).cpu()])
+        runs.append((len(bits), kept.add(torch.stack([places.int(), rows[0]])), len(places)))
+    return total, runs
 
 
 def _with_squares(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from modelmerge.methods.contract import Context, measured_at_once
+from modelmerge.methods.merge import sce
 from tests.support.methods import merged, taus_of
 
 
@@ -45,3 +47,18 @@ def test_a_single_expert_keeps_its_task_vector() -> None:
 def test_experts_that_are_alike_leave_nothing_to_select() -> None:
     assert not merged("sce", torch.ones(3, 4, 4)).any()
     assert torch.equal(merged("sce", torch.ones(3, 4, 4), density=1.0), torch.ones(4, 4))
+
+
+def test_places_that_were_kept_change_no_bit() -> None:
+    taus, options = torch.randn(4, 10_000, generator=torch.Generator().manual_seed(0)), sce.Options()
+    moments = sce.METHOD.moments(options, {})
+    assert moments is not None
+    measured = measured_at_once(moments, taus, taus[0])
+
+    def of_block(start: int, measured: torch.Tensor) -> torch.Tensor:
+        context = Context(tensor="w", weights=(1.0,) * 4, measured=measured, start=start)
+        return sce.apply(taus[:, start : start + 3000], options, context)
+
+    kept, found = (torch.cat([of_block(i, each) for i in range(0, 10_000, 3000)]) for each in (measured, measured[:5]))
+    assert int(kept.count_nonzero()) == len(measured) - 5 == 1000
+    assert torch.equal(kept, found)

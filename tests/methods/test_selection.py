@@ -86,21 +86,23 @@ def test_the_largest_and_what_lies_beside_them_are_those_of_a_sort(kind: str, sh
     numbers = values[0].clamp(min=0)
     place = int(share * int(numbers.count_nonzero()))
     search = selection.largest(lambda taus: taus[0].clamp(min=0), share, values.shape[1], at_once=False)
-    (limit, squares), _ = found(values, search, spread(values) * odd)
+    (measured, squares), _ = found(values, search, spread(values) * odd)
+    limit, places = measured[0], measured[1 + len(squares) :]
     assert limit == (numbers.sort(descending=True).values[place - 1] if place else torch.inf)
     assert torch.allclose(squares, torch.where(numbers >= limit, values.double(), 0.0).square().sum(1), rtol=1e-12)
+    assert len(places) or (kind, share, odd) != ("smooth", 0.1, 1.0)
+    if len(places):
+        assert torch.equal(places.long(), (numbers >= limit).nonzero().flatten())
 
 
 def test_sums_do_not_depend_on_which_block_is_done_first() -> None:
-    def with_squares(*, backwards: bool) -> tuple[float, Tensor]:
+    def with_squares(*, backwards: bool) -> Tensor:
         search = selection.largest(lambda taus: taus[0].abs(), 0.2, 60_000, at_once=False)
-        result, looks = found(SMOOTH, search, spread(SMOOTH), backwards=backwards)
+        (measured, _), looks = found(SMOOTH, search, spread(SMOOTH), backwards=backwards)
         assert looks == [True, False]
-        return result
+        return measured
 
-    one, other = (with_squares(backwards=backwards) for backwards in (False, True))
-    assert one[0] == other[0]
-    assert torch.equal(one[1], other[1])
+    assert torch.equal(with_squares(backwards=False), with_squares(backwards=True))
 
 
 def test_a_tensor_that_is_there_as_a_whole_is_not_sampled() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from modelmerge.methods import selection, threshold
-from modelmerge.methods.blocks import in_blocks
+from modelmerge.methods.blocks import blocks, in_blocks
 from modelmerge.methods.contract import Citation, Context, Look, Method, Moments, Tensor
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
@@ -43,21 +43,27 @@ class Options:
 def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     """[T, *shape] -> [*shape]: the selected entries' weighted means over the experts that agree in sign."""
     assert context.measured is not None
-    limit, *squares = context.measured.tolist()
+    limit, *squares = context.measured[: 1 + len(taus)].tolist()
+    places = context.measured[1 + len(taus) :]
     # The share of the largest, so that no weight underflows however small the task vectors are.
     most = max(squares)
     shares = [w * square / most if most else 0.0 for w, square in zip(context.weights, squares, strict=True)]
-    return in_blocks(taus, lambda block: _merged(block, limit, shares)).mul_(options.scale)
-
-
-def _merged(taus: Tensor, limit: float, shares: Sequence[float]) -> Tensor:
-    """The entries [n] of [T, n], merged where their variance over the experts is no less than the limit."""
     if limit < 0:
-        return _agreeing(taus, shares)
+        return in_blocks(taus, lambda block: _agreeing(block, shares)).mul_(options.scale)
+    flat = taus.reshape(len(taus), -1)
+    merged = torch.zeros_like(flat[0])
     # Few are selected, as a rule: what is done with these alone costs less than a product of all with 1 and 0.
-    selected = threshold.from_least(variance(taus), limit)
-    agreeing = _agreeing([tau.index_select(0, selected) for tau in taus], shares)
-    return torch.zeros_like(taus[0]).scatter_(0, selected, agreeing)
+    for block in blocks(flat):
+        part = flat[:, block]
+        if len(places):
+            start = context.start + block.start
+            first, stop = torch.searchsorted(places, places.new_tensor([start, start + part.shape[1]])).tolist()
+            selected = places[first:stop].sub(start).long().to(taus.device)
+        else:
+            selected = threshold.from_least(variance(part), limit)
+        agreeing = _agreeing([tau.index_select(0, selected) for tau in part], shares)
+        merged[block].index_copy_(0, selected, agreeing.mul_(options.scale))
+    return merged.view(taus.shape[1:])
 
 
 def _agreeing(taus: Tensor | Sequence[Tensor], shares: Sequence[float]) -> Tensor:
@@ -77,29 +83,32 @@ def variance(taus: Tensor) -> Tensor:
     if len(taus) == 1:
         return torch.ones_like(taus[0])
     mean, part = weighted_sum(taus, (1.0,) * len(taus)).div_(len(taus)), torch.empty_like(taus[0])
-    squares = torch.zeros_like(mean)
-    for tau in taus:
-        squares.add_(torch.sub(tau, mean, out=part).square_())
+    squares = torch.sub(taus[0], mean)
+    squares.mul_(squares)
+    for tau in taus[1:]:
+        torch.sub(tau, mean, out=part)
+        squares.add_(part.mul_(part))
     return squares
 
 
 def _moments(options: Options, each: Mapping[str, tuple[float, ...]]) -> Moments:
-    """Measures the least variance that is selected, -1 for all, and the experts' sums of squares there: [1 + T]."""
+    """Measures the least variance that is selected, -1 for all, the experts' sums of squares there, and where it is.
+
+    That is [1 + T + k] with the places of k entries in their order; with none if they may be many.
+    """
 
     def find(numel: int, at_once: bool) -> Generator[Look, Any, Tensor]:
         if options.density < 1.0:
-            limit, squares = yield from selection.largest(_variances, options.density, numel, at_once=at_once)
+            measured, squares = yield from selection.largest(variance, options.density, numel, at_once=at_once)
         else:
-            limit, squares = -1.0, (yield Look(lambda taus, base: selection.squares(taus)))
+            squares = yield Look(lambda taus, base: selection.squares(taus))
+            measured = torch.cat([squares.new_tensor([-1.0]), squares])
+            squares = measured[1:]
         if float(squares.sum()) < options.equal_below * numel:
-            squares = torch.ones_like(squares)
-        return torch.cat([squares.new_tensor([limit]), squares])
+            squares.fill_(1.0)
+        return measured
 
     return find
-
-
-def _variances(taus: Tensor) -> Tensor:
-    return in_blocks(taus, variance)
 
 
 METHOD = Method(
@@ -108,6 +117,6 @@ METHOD = Method(
     paper="https://arxiv.org/abs/2408.07990",
     citation=Citation("FuseChat: Knowledge Fusion of Chat Models", "Fanqi Wan and others", "arXiv 2024"),
     moments=_moments,
-    work=by_entry(240.0),
+    work=by_entry(160.0),
     workspace=lambda options, tasks: 8.0,
 )
