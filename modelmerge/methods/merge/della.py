@@ -15,6 +15,7 @@ scales what is kept of each tensor to the L1 norm it had before (`--rescale norm
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,9 @@ from modelmerge.methods import norms, random, signs
 from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import follow, option
 from modelmerge.methods.work import by_entry
+
+
+_SPARE = 29  # lowest bits of a float64, which are zero where it was a float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +77,7 @@ def pruned_by_rank(
     return (kept if rescale == "none" else kept.mul_(norms.ratio(norms.norm(rows), norms.norm(kept)))).view_as(tau)
 
 
+@functools.lru_cache(maxsize=4)  # what all rows of a tensor need
 def chances(count: int, density: float, epsilon: float) -> Tensor:
     """The chance of each rank in a row of so many to be kept, in units of 2^-16, -1 for none: [count]."""
     width = min(epsilon, density, 1.0 - density) if count > 1 else 0.0
@@ -84,17 +89,14 @@ def chances(count: int, density: float, epsilon: float) -> Tensor:
 def by_rank(rows: Tensor, values: Tensor) -> Tensor:
     """For each entry of rows [m, n] the value [n] of its magnitude's rank in its row, the smallest first: [m, n]."""
     count = rows.shape[1]
+    assert count <= 1 << _SPARE, "a row's places have to fit"
     # A magnitude's bits sort like itself; with the place below them no two are equal, and the sorted places are there.
+    keys = rows.double().abs_().view(torch.int64).bitwise_or_(torch.arange(count, device=rows.device))
     if rows.device.type == "cpu":
-        halves = torch.empty(*rows.shape, 2, dtype=torch.int32)
-        torch.abs(rows, out=halves[..., 1].view(torch.float32))
-        halves[..., 0] = torch.arange(count)
-        keys = halves.view(torch.int64)[..., 0]
         keys.numpy().sort(axis=1)  # numpy sorts integers ten times faster than torch
     else:
-        places = torch.arange(count, device=rows.device)
-        keys = rows.abs().view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(places).sort(dim=1).values
-    order = keys.bitwise_and_((1 << 32) - 1)
+        keys = keys.sort(dim=1).values
+    order = keys.bitwise_and_((1 << _SPARE) - 1)
     return torch.empty_like(rows).scatter_(1, order, values.expand_as(rows))
 
 
