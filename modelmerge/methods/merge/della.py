@@ -26,7 +26,6 @@ from modelmerge.methods.contract import Citation, Context, Method, Tensor
 from modelmerge.methods.options import follow, option
 from modelmerge.methods.work import by_entry
 
-
 _SPARE = 29  # lowest bits of a float64, which are zero where it was a float32
 
 
