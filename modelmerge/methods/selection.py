@@ -41,10 +41,8 @@ class _Window:
 
         Of the rows [1 + k, n], or of the bits alone, it keeps what lies between.
         """
-        if rows is None:
-            inner = threshold.within(bits, self.low + 1, self.high)[None]
-        else:
-            inner = _chosen(rows, threshold.places(bits, self.low + 1, self.high))
+        between = threshold.places(bits, self.low + 1, self.high)
+        inner = _chosen(bits[None] if rows is None else rows, between)
         self.inner.add(inner)
         above = 0 if self.high == _HIGHEST else threshold.at_least(bits, self.high + 1)
         return [above, threshold.at_least(bits, self.high), inner.shape[1], threshold.at_least(bits, self.low)]
@@ -103,7 +101,7 @@ def largest(
     def in_memory(taus: Tensor, base: Tensor) -> list[tuple[Tensor, Tensor]]:
         row = in_blocks(taus, number)
         limit = _directly([row.clone()], lambda i, count: places(i, int(row.count_nonzero())))
-        measured = torch.cat([limit[0].double(), _beside(taus, row, float(limit), keep=True)])
+        measured = torch.cat([limit[0].double(), _beside(taus, row, float(limit))])
         return [(measured, measured[1 : 1 + len(taus)])]
 
     if at_once:
@@ -127,7 +125,7 @@ def largest(
         kept = None  # it may be below all of these
         limit = float((yield from _counted(lambda taus: [number(taus)], [places(0, count)], numel)))
     if total is None:
-        total = yield Look(lambda taus, base: _beside(taus, number(taus), limit))
+        total = yield Look(lambda taus, base: _beside(taus, number(taus), limit)[:tasks])
     measured = torch.cat([total.new_tensor([limit]), total]).cpu()
     if kept is not None and kept.values is not None:
         measured = _joined(measured, kept.values, runs)
@@ -144,14 +142,13 @@ def squares(taus: Tensor) -> Tensor:
     return total
 
 
-def _beside(taus: Tensor, row: Tensor, least: float, *, keep: bool = False) -> Tensor:
-    """The sums of squares of [T, n] where the numbers [n] are no less than that, and maybe these places: [T + k]."""
+def _beside(taus: Tensor, row: Tensor, least: float) -> Tensor:
+    """The sums of squares of [T, n] where the numbers [n] are no less than that, and these places: [T + k]."""
     found = [torch.zeros(len(taus), dtype=torch.float64, device=taus.device)]
     for block in blocks(taus):
         places = threshold.from_least(row[block], least)
         found[0] += squares(_chosen(taus[:, block], places))
-        if keep:
-            found.append(places.double().add_(block.start))
+        found.append(places.double().add_(block.start))
     return torch.cat(found)
 
 
@@ -240,9 +237,9 @@ def _look_beside(
         places = threshold.from_least(bits, window.low)
         rows = _chosen((bits, *part.view(torch.int32)), places)
         counts = [*window.look(rows[0], rows), threshold.at_least(bits, 1)]
-        above = _chosen(rows[1:].view(torch.float32), threshold.from_least(rows[0], window.high))
-        total += torch.cat([total.new_tensor(counts), squares(above).cpu()])
         runs.append((len(bits), kept.add(torch.stack([places.int(), rows[0]])), len(places)))
+        above = rows[1:].view(torch.float32).mul_(rows[0] >= window.high)  # in place: `rows` are not needed any more
+        total += torch.cat([total.new_tensor(counts), squares(above).cpu()])
     return total, runs
 
 

@@ -95,8 +95,7 @@ def by_rank(rows: Tensor, values: Tensor) -> Tensor:
         keys.numpy().sort(axis=1)  # numpy sorts integers ten times faster than torch
     else:
         keys = keys.sort(dim=1).values
-    order = keys.bitwise_and_((1 << _SPARE) - 1)
-    return torch.empty_like(rows).scatter_(1, order, values.expand_as(rows))
+    return torch.empty_like(rows).scatter_(1, keys.bitwise_and_((1 << _SPARE) - 1), values.expand_as(rows))
 
 
 METHOD = Method(

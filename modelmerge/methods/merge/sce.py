@@ -86,8 +86,7 @@ def variance(taus: Tensor) -> Tensor:
     squares = torch.sub(taus[0], mean)
     squares.mul_(squares)
     for tau in taus[1:]:
-        torch.sub(tau, mean, out=part)
-        squares.add_(part.mul_(part))
+        squares.add_(torch.sub(tau, mean, out=part).mul_(part))
     return squares
 
 
