@@ -18,6 +18,7 @@ FLOORS = (
 MATHEMATICS = {
     "__future__",
     "torch",
+    "numpy",
     "math",
     "dataclasses",
     "typing",
