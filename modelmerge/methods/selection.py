@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from modelmerge.methods import order, threshold
-from modelmerge.methods.blocks import blocks, in_blocks
+from modelmerge.methods.blocks import MANY_STEPS, blocks, in_blocks
 from modelmerge.methods.contract import Gathered, Look, Tensor
 
 _ERRORS = 5.0  # standard errors on either side
@@ -231,7 +231,7 @@ def _look_beside(
     And for each part of it how long it is, and where how many of its places are kept: those from the low end on.
     """
     total, runs = torch.zeros(5 + len(taus), dtype=torch.float64), []
-    for block in blocks(taus):  # all while it is in the processor's cache
+    for block in blocks(taus, MANY_STEPS):  # all while it is in the processor's cache
         part = taus[:, block]
         bits = number(part).view(torch.int32)
         places = threshold.from_least(bits, window.low)

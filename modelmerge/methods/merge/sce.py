@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from modelmerge.methods import selection, threshold
-from modelmerge.methods.blocks import blocks, in_blocks
+from modelmerge.methods.blocks import MANY_STEPS, blocks, in_blocks
 from modelmerge.methods.contract import Citation, Context, Look, Method, Moments, Tensor
 from modelmerge.methods.options import option
 from modelmerge.methods.sums import weighted_sum
@@ -53,7 +53,7 @@ def apply(taus: Tensor, options: Options, context: Context) -> Tensor:
     flat = taus.reshape(len(taus), -1)
     merged = torch.zeros_like(flat[0])
     # Few are selected, as a rule: what is done with these alone costs less than a product of all with 1 and 0.
-    for block in blocks(flat):
+    for block in blocks(flat, MANY_STEPS):
         part = flat[:, block]
         if len(places):
             start = context.start + block.start
