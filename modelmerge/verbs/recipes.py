@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from modelmerge.errors import RecipeError, UsageError, named
 from modelmerge.evaluation.custom import Script, label_of
 from modelmerge.plan import format_1, mergekit
 from modelmerge.plan.mergekit import Translated
@@ -38,7 +39,7 @@ def prepare_file(
     if file.suffix in (".yaml", ".yml"):
         translated = mergekit.read(file)
         last = dataclasses.replace(translated.without(changed), stages={})
-        make = functools.partial(_prepare_translated, device=device, stream=stream)
+        make = functools.partial(_prepare_translated, file, device=device, stream=stream)
         makes = {name: functools.partial(make, stage) for name, stage in translated.stages.items()}
         return staged(makes, functools.partial(make, last, change=change))
     recipe, digests, old = read_recipe(file)
@@ -60,6 +61,7 @@ def prepare_file(
 
 
 def _prepare_translated(
+    file: Path,
     translated: Translated,
     places: Mapping[str, Path],
     *,
@@ -70,7 +72,16 @@ def _prepare_translated(
     late = translated.overrides
 
     def prepare_recipe(recipe: Recipe, translated: Translated) -> Prepared:
-        return prepare(recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late, stages=places)
+        try:
+            return prepare(
+                recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late, stages=places
+            )
+        except UsageError as error:
+            if not error.template.startswith(named("layers")):
+                raise
+            # The file says it in slices.
+            hint = f"{error.hint_template}; base is {recipe.base}"
+            raise RecipeError(f"{file}: in its slices, here {error.template}", hint=hint) from error
 
     prepared = prepare_recipe(change(translated.recipe), translated)
     again = translated.stored_as_mergekit_does(prepared.job.plan)

@@ -12,7 +12,7 @@ import torch
 import modelmerge
 from modelmerge.checkpoint import layer_config
 from modelmerge.cli import main
-from modelmerge.errors import ModelMergeError, PlanError, UsageError
+from modelmerge.errors import ModelMergeError, PlanError, RecipeError, UsageError
 from modelmerge.methods import registry
 from modelmerge.plan.modules import is_after
 from tests.support.checkpoints import State, read, write
@@ -523,3 +523,11 @@ def test_layers_that_predict_further_tokens_are_left_out_of_stacks(tmp_path: Pat
     assert left_out == ["base", "math"]
     modelmerge.merge(base, experts[:1], tmp_path / "plain", method="average")
     assert read(tmp_path / "plain").keys() == read(base).keys()
+
+
+def test_a_slice_that_there_is_not_is_told_by_the_file(tmp_path: Path, family: dict[str, Path]) -> None:
+    source = {"model": str(family["math"]), "layer_range": [0, 9]}
+    (tmp_path / "c.yml").write_text(json.dumps({"slices": [{"sources": [source]}] * 2, "merge_method": "passthrough"}))
+    with pytest.raises(RecipeError, match=r"c\.yml: in its slices, here .* 'base' has 4 layers") as refused:
+        modelmerge.replay(tmp_path / "c.yml", tmp_path / "out")
+    assert refused.value.hint == f"the last is 4 at most; base is {family['math']}"
