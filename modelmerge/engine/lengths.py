@@ -21,7 +21,7 @@ from torch import Tensor
 from modelmerge.checkpoint.names import layer_type
 from modelmerge.engine.job import Source
 from modelmerge.engine.loader import Loader
-from modelmerge.engine.parallel import threads
+from modelmerge.engine.parallel import give_memory_back, threads
 from modelmerge.engine.pieces import Piece, piece_bytes
 from modelmerge.methods.options import at_right_angles
 from modelmerge.plan.tensors import Plan, TensorPlan
@@ -29,6 +29,7 @@ from modelmerge.plan.tensors import Plan, TensorPlan
 # So many rows of a matrix are read, of so many matrices of a type: the first layer's, the last's and between.
 _ROWS, _EACH = 64, 3
 _MOST = 1 << 19  # entries of a matrix
+_AT_ONCE = 1 << 16  # of these, in float64
 # Experts that went up to so many times as far as the one in the middle keep their weight: even sets stay as they are.
 FAR = 1.5
 
@@ -97,6 +98,12 @@ def reach(plan: Plan) -> float:
 
 def _products(plan: Plan) -> Tensor:
     """`products` with those of the base, which comes first."""
+    total = _measure(plan)
+    give_memory_back()  # a plan of the merge does not have it
+    return total
+
+
+def _measure(plan: Plan) -> Tensor:
     types = _by_type(plan)
     looked = [tensor for tensors in types for tensor in _some(tensors)]
     cpu, elements = torch.device("cpu"), max((_sample(tensor).stop for tensor in looked), default=0)
@@ -109,8 +116,9 @@ def _products(plan: Plan) -> Tensor:
                 piece = _sample(tensor)
                 theta_0, taus = loader.load(piece, check=False)
                 share = len(tensors) / len(some) * tensor.numel / piece.stop
-                wide = torch.cat([theta_0[None].double(), taus.double()])
-                total += wide @ wide.T * share
+                for base, changes in zip(theta_0.split(_AT_ONCE), taus.split(_AT_ONCE, dim=1), strict=True):
+                    wide = torch.cat([base[None], changes]).double()
+                    total += wide @ wide.T * share
     return total
 
 

@@ -87,12 +87,21 @@ def prepare_process(files: int = 0) -> None:
             f"{needed:,} files have to be open at once, and this system allows {soft:,}",
             hint=f"allow more: ulimit -n {needed}; or have fewer and larger shards: {named('max_shard_size')}",
         )
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and sys.platform == "linux":
-        trim_threshold, mmap_threshold = -1, -3
-        # Above AT_ONCE elements in float32: what each small tensor takes anew would cost page faults.
-        mallopt(mmap_threshold, 6 << 20)
-        mallopt(trim_threshold, 64 << 20)
+    trim_threshold, mmap_threshold = -1, -3
+    # Above AT_ONCE elements in float32: what each small tensor takes anew would cost page faults.
+    _ask_glibc("mallopt", mmap_threshold, 6 << 20)
+    _ask_glibc("mallopt", trim_threshold, 64 << 20)
+
+
+def give_memory_back() -> None:
+    """Give the system the memory that work of another kind has left behind: some tens of megabytes."""
+    _ask_glibc("malloc_trim", 0)
+
+
+def _ask_glibc(function: str, *numbers: int) -> None:
+    call = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+    if call is not None:
+        call(*numbers)
 
 
 _MANY_FILES = 1 << 16
