@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "modelmerge"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Bare participles that once named variables by the hundred. The counts may only fall.
 MOST = {"told": 0}
-LINES = 27_810  # of code
+LINES = 27_820  # of code
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 

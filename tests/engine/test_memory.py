@@ -134,6 +134,14 @@ def test_blocks_that_are_measured_leave_nothing_behind(
     check(["extract"], blocks, tmp_path, capsys)
 
 
+def test_a_look_at_many_experts_is_no_peak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The scale of a sum follows from rows of all experts, which are long here."""
+    generator = torch.Generator().manual_seed(0)
+    states = [{"layers.0.proj.weight": torch.randn(64, 8192, generator=generator)} for _ in range(13)]
+    models = [str(write(tmp_path / f"model_{i}", state)) for i, state in enumerate(states)]
+    check(["merge", "task-arithmetic"], models, tmp_path, capsys)
+
+
 @pytest.mark.slow
 def test_extracting_holds_one_task_vector_of_a_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Eight experts of a Llama of 0.53 GB: they once took 2.1 GB."""
