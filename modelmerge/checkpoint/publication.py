@@ -144,10 +144,16 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories in one step (Linux renameat2 with RENAME_EXCHANGE); False where that cannot be had."""
+    """Swap two directories in one step (Linux renameat2 with RENAME_EXCHANGE); False where that cannot be had.
+
+    Raises:
+        FileNotFoundError: One is gone. To move the other away for it could hide what somebody has just put there.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
         return False
     at_cwd, rename_exchange = -100, 2
     status: int = renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange)
+    if status and ctypes.get_errno() == errno.ENOENT:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(first))
     return status == 0

@@ -15,6 +15,8 @@ import torch
 
 import modelmerge
 from modelmerge.checkpoint.digest import FileDigest
+from modelmerge.checkpoint.layout import Layout
+from modelmerge.checkpoint.publication import Publication
 from modelmerge.checkpoint.reader import MANIFEST
 from modelmerge.checkpoint.work import work_folder
 from modelmerge.cli import main
@@ -260,6 +262,15 @@ def test_two_who_publish_in_turn_publish_once(models: list[Path], tmp_path: Path
         second.send(signal.SIGCONT)
         finish([first, second])
     assert weights(manifest_at(out)) == want
+
+
+def test_files_that_somebody_else_has_put_in_place_move_nothing(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publication = Publication(models[0], tmp_path / "gone", Layout((), {}, {}), force=True)
+    monkeypatch.setattr(Path, "rename", lambda *paths: pytest.fail(f"moved {paths}"))
+    with pytest.raises(FileNotFoundError):
+        publication._swap()
 
 
 def test_the_only_process_is_killed_and_started_anew(models: list[Path], tmp_path: Path) -> None:
