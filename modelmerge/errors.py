@@ -96,6 +96,7 @@ class UsageError(ModelMergeError):
 
     def __init__(self, message: str, *, option: str | None = None, hint: str | None = None) -> None:
         super().__init__(message if option is None else f"{named(option)} {message}", hint=hint)
+        self.option = option
 
     def within(self, option: str, text: str) -> UsageError:
         """The same error about words inside an option's value, such as `at "*mlp*: density=2"`; they have no dashes."""

@@ -38,7 +38,7 @@ _LAST, _END = "num_kv_shared_layers", "moe_layer_end_index"
 # Every so many layers one is of a kind of its own: the entry that says which is the first, else the number of that, and
 # the list that says it in its place where there is one.
 _PERIODS = {
-    "attn_layer_period": ("attn_layer_offset", 0, _BLOCKS), "decoder_sparse_step": ("", -1, "decoder_sparse_step"),
+    "attn_layer_period": ("attn_layer_offset", 0, _BLOCKS),
     "expert_layer_period": ("expert_layer_offset", 0, ""), "interleave_moe_layer_step": ("", -1, "moe_layers"),
     "moe_layer_freq": ("", 0, ""), "moe_layer_interval": ("", -1, ""),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,7 @@ from modelmerge.checkpoint.reader import Checkpoint
 from modelmerge.errors import PlanError, UsageError
 from modelmerge.methods import registry
 from modelmerge.plan.disagreements import disagreement
-from modelmerge.plan.modules import holds, is_after, list_of_layers
+from modelmerge.plan.modules import TOWERS, holds, is_after, list_of_layers
 from modelmerge.plan.overrides import BASE, Choice, Setting, layer_of, layers
 from modelmerge.plan.runs import FORM, WORD, Run, parse, split
 from modelmerge.plan.stacks import restack
@@ -222,9 +223,10 @@ def _without_predictors(model: Checkpoint) -> tuple[Checkpoint, list[Place]]:
     """The model less layers behind its last that predict further tokens, and where its config counts these."""
     places, tensors = [], dict(model.tensors)
     for place, part in text_parts(model.config).items():
-        last = next((part[key] for key in COUNTS if part.get(key)), None)
-        beyond = [name for name in tensors if last is not None and (layer_of(name) or ("", 0))[1] >= last]
-        if part.get(_PREDICTORS) and beyond:
+        last = next((part[key] for key in COUNTS if part.get(key) and part.get(_PREDICTORS)), inf)
+        # Towers have numbers of their own.
+        beyond = {name for name in tensors if (layer_of(name) or ("", 0))[1] >= last and not TOWERS.search(name)}
+        if beyond:
             places.append(place)
             tensors = {name: info for name, info in tensors.items() if name not in beyond}
     return replace(model, tensors=tensors), places

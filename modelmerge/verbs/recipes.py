@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from modelmerge.errors import RecipeError, UsageError, named
+from modelmerge.errors import RecipeError, UsageError
 from modelmerge.evaluation.custom import Script, label_of
 from modelmerge.plan import format_1, mergekit
 from modelmerge.plan.mergekit import Translated
@@ -77,10 +77,10 @@ def _prepare_translated(
                 recipe, device=device, remarks=translated.remarks, stream=stream, overrides=late, stages=places
             )
         except UsageError as error:
-            if not error.template.startswith(named("layers")):
+            if error.option != "layers":
                 raise
             # The file says it in slices.
-            hint = f"{error.hint_template}; base is {recipe.base}"
+            hint = "; ".join(filter(None, (error.hint_template, f"base is {recipe.base}")))
             raise RecipeError(f"{file}: in its slices, here {error.template}", hint=hint) from error
 
     prepared = prepare_recipe(change(translated.recipe), translated)

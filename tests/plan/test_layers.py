@@ -509,14 +509,17 @@ def test_layers_that_predict_further_tokens_are_left_out_of_stacks(tmp_path: Pat
     """As DeepSeek-V3 has one, behind its last. A plain merge has it."""
     for i, (name, folder) in enumerate(family.items()):
         tensors = state(i, count=LAYERS + 1) | {f"model.layers.{LAYERS}.eh_proj.weight": torch.ones(4, 8)}
+        tensors |= {f"visual.blocks.{number}.proj.weight": torch.ones(4, 4) for number in range(LAYERS + 2)}
         save(folder, tensors, **({} if name == "code" else {"num_nextn_predict_layers": 1}))
-    save(family["code"], state(2))
+    tower = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
+    save(family["code"], state(2) | tower)
     base, *experts = family.values()
     runs = ["math:0-3", "base:2-4", "code:3-4"]
     manifest = modelmerge.merge(base, experts, tmp_path / "out", method="passthrough", layers=runs)
     got = read(tmp_path / "out")
     assert same(layer(got, 4), layer(read(base), 3))
-    assert len(got) == 6 * len(INSIDE) + len(ENDS)
+    assert len(got) == 6 * len(INSIDE) + len(ENDS) + len(tower)
+    assert tower.keys() <= got.keys()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (6, 0)
     left_out = [note.split("'")[1] for note in manifest["notes"] if "predict further tokens" in note]
